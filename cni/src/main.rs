@@ -1,0 +1,3 @@
+//! CNI plug-in.
+
+fn main() {}

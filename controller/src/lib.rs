@@ -1,0 +1,1 @@
+//! Desired state, node registry, certificate authority, delta distribution.

@@ -1,0 +1,3 @@
+//! Desired state, node registry, certificate authority, delta distribution.
+
+fn main() {}

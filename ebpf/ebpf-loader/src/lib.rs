@@ -1,0 +1,1 @@
+//! Loads the programs and keeps their maps.

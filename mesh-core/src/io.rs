@@ -1,0 +1,263 @@
+//! What goes into the core and what comes out: the whole contract between decisions and the
+//! shell that performs them.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use mesh_wire::{
+    id::{NodeId, RelayId, Via},
+    peer::PeerMessage,
+};
+
+use crate::snapshot::Snapshot;
+
+/// Something happened.
+#[derive(Debug, Clone)]
+pub enum Input {
+    /// The deadline that `poll_timeout` gave has come.
+    Timeout,
+    /// The desired state is now this.
+    Snapshot(Arc<Snapshot>),
+    /// The addresses at which the node's UDP socket is bound on its own interfaces are now
+    /// these. Also said when nothing but the network itself changed (a link came back).
+    LocalAddresses(Vec<SocketAddr>),
+    /// A relay answered a STUN binding request.
+    Reflexive {
+        /// The relay.
+        relay: RelayId,
+        /// The address that was asked.
+        asked: SocketAddr,
+        /// Where the request came from, as the relay saw it.
+        observed: SocketAddr,
+    },
+    /// A link to a relay is up.
+    RelayConnected {
+        /// The relay.
+        relay: RelayId,
+        /// By what.
+        transport: RelayTransport,
+    },
+    /// A link to a relay could not be made, or broke.
+    RelayLost {
+        /// The relay.
+        relay: RelayId,
+        /// By what.
+        transport: RelayTransport,
+        /// For people.
+        reason: String,
+    },
+    /// A relay says it will stop soon.
+    RelayGoAway {
+        /// The relay.
+        relay: RelayId,
+    },
+    /// A relay answered [`Output::FindPeer`], or changed its mind later.
+    RelayPeer {
+        /// The relay.
+        relay: RelayId,
+        /// The peer asked for.
+        peer: NodeId,
+        /// Whether it is connected to that relay.
+        present: bool,
+    },
+    /// Packets are waiting for a peer that has no path.
+    Wanted {
+        /// The peer.
+        peer: NodeId,
+    },
+    /// A WireGuard handshake with a peer completed, or a peer began one (`via` is how its last
+    /// message came). There is a session now.
+    Handshake {
+        /// The peer.
+        peer: NodeId,
+        /// The way.
+        via: Via,
+    },
+    /// A message from a peer's core came out of the session.
+    Message {
+        /// The peer.
+        peer: NodeId,
+        /// The way it came.
+        via: Via,
+        /// What it says.
+        message: PeerMessage,
+    },
+    /// What the packet path saw of a peer since it last said so; said every
+    /// [`TRAFFIC_TICK_MS`] while there is something to say.
+    Traffic {
+        /// The peer.
+        peer: NodeId,
+        /// Data packets (no keepalives, no control) went out to it.
+        sent: bool,
+        /// Authenticated packets of any kind came in from it, by these ways.
+        received: Vec<Via>,
+    },
+}
+
+/// How often the shell reports [`Input::Traffic`], in milliseconds: a quarter of the shortest
+/// time after which a path becomes suspect.
+pub const TRAFFIC_TICK_MS: u64 = 100;
+
+/// What a link to a relay runs over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum RelayTransport {
+    /// QUIC datagrams on UDP.
+    Quic,
+    /// WebSocket over TLS on TCP.
+    Tls,
+}
+
+/// Something must be done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Output {
+    /// Send a WireGuard handshake initiation by each of these ways (the same bytes on all).
+    Handshake {
+        /// The peer.
+        peer: NodeId,
+        /// The ways.
+        vias: Vec<Via>,
+    },
+    /// Seal this message in the session and send it by this way, and no other.
+    Send {
+        /// The peer.
+        peer: NodeId,
+        /// The way.
+        via: Via,
+        /// The message.
+        message: PeerMessage,
+    },
+    /// From now on the peer's packets go this way. Receiving is always on for every way.
+    SetPath {
+        /// The peer.
+        peer: NodeId,
+        /// The way; `None`: hold its packets and say [`Input::Wanted`] again.
+        primary: Option<Via>,
+        /// Send each packet this way too.
+        duplicate: Option<Via>,
+    },
+    /// Make a link to a relay. Answered by `RelayConnected` or `RelayLost`.
+    ConnectRelay {
+        /// The relay.
+        relay: RelayId,
+        /// By what.
+        transport: RelayTransport,
+    },
+    /// Close a link to a relay. Not answered.
+    DisconnectRelay {
+        /// The relay.
+        relay: RelayId,
+        /// By what.
+        transport: RelayTransport,
+    },
+    /// When a relay is up by two transports, send by this one.
+    UseRelayTransport {
+        /// The relay.
+        relay: RelayId,
+        /// By what.
+        transport: RelayTransport,
+    },
+    /// Ask a relay whether it can reach a peer. Answered by `RelayPeer`.
+    FindPeer {
+        /// The relay.
+        relay: RelayId,
+        /// The peer.
+        peer: NodeId,
+    },
+    /// Send a STUN binding request from the node's own UDP socket. Answered by `Reflexive`, or
+    /// not at all.
+    AskReflexive {
+        /// The relay.
+        relay: RelayId,
+        /// Its address.
+        target: SocketAddr,
+    },
+    /// Something that operators and subscribers should know.
+    Event(Event),
+}
+
+/// What operators and subscribers should know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// A peer's state changed.
+    Peer {
+        /// The peer.
+        peer: NodeId,
+        /// Its state before.
+        from: PeerState,
+        /// Its state now.
+        to: PeerState,
+        /// Why.
+        reason: Reason,
+    },
+    /// Whether new flows may go to this node's endpoints changed.
+    Liveness {
+        /// The peer.
+        peer: NodeId,
+        /// Whether it has a live path, or none is known to be dead.
+        alive: bool,
+    },
+    /// Remember these addresses of a peer for the next boot.
+    Remember {
+        /// The peer.
+        peer: NodeId,
+        /// Addresses that worked, the last one first.
+        addresses: Vec<SocketAddr>,
+    },
+}
+
+/// The states of a peer (`paths.md`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum PeerState {
+    /// No session, no traffic, nothing asked of it.
+    Idle,
+    /// A handshake is on its way.
+    Waking,
+    /// Traffic flows through a relay.
+    Relayed,
+    /// Traffic flows directly.
+    Direct,
+    /// Nothing came back for a while; being probed, duplicated if there is a standby.
+    Suspect,
+    /// No way works.
+    Unreachable,
+}
+
+/// Why a peer is in the state that it is in, or why it is not direct.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Reason {
+    /// Packets were waiting.
+    Wanted,
+    /// The peer began.
+    PeerCalled,
+    /// A handshake completed.
+    HandshakeDone,
+    /// An echo came back by a direct path.
+    ProbeAnswered,
+    /// A LAN candidate was better.
+    LanFound,
+    /// Nothing authenticated came back in time.
+    Silent,
+    /// The link under the path went away.
+    LinkDown,
+    /// The peer said goodbye.
+    Goodbye,
+    /// No traffic for a while.
+    LazyIdle,
+    /// Neither side's UDP gets out.
+    UdpBlocked,
+    /// Both NATs map by destination.
+    HardNatBoth,
+    /// One NAT maps by destination and the other filters by port: neither can guess the other.
+    HardNatOne,
+    /// The peer told no address, and none is known.
+    NoCandidates,
+    /// Only small packets pass.
+    MtuFail,
+    /// No answer to the handshake.
+    HandshakeTimeout,
+    /// No relay is up, and no direct way works.
+    RelayUnreachable,
+    /// The peer is not connected to any relay.
+    PeerOffline,
+    /// Probing is still going on.
+    Probing,
+}

@@ -1,0 +1,9 @@
+//! Every decision of the mesh, and none of its I/O.
+//!
+//! **Invariant:** nothing here opens a socket or a file, reads a clock, spawns, blocks or logs
+//! above `DEBUG` per packet. The same inputs at the same times give the same outputs.
+
+#![forbid(unsafe_code)]
+
+pub mod io;
+pub mod snapshot;

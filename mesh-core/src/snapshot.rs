@@ -1,0 +1,290 @@
+//! The desired state of the mesh as one node sees it: checked, immutable, shared by `Arc`.
+//!
+//! The controller sends it as resources (see `mesh-api`), the agent keeps it on disk; everything
+//! that serves traffic or names reads only this.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
+};
+
+use ipnet::{IpNet, Ipv4Net};
+use mesh_wire::id::{MeshId, NodeId, NodeName, RelayId, RelayName, SiteName};
+
+/// Counts the changes of the desired state; 0 is "nothing yet".
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Generation(pub u64);
+
+/// Everything a node needs to serve traffic and names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Which state of the controller's this is.
+    pub generation: Generation,
+    /// What holds for the whole mesh.
+    pub mesh: MeshSettings,
+    /// Nodes, this one among them.
+    pub nodes: BTreeMap<NodeName, Node>,
+    /// Plain WireGuard devices.
+    pub external_peers: BTreeMap<NodeName, ExternalPeer>,
+    /// Relays.
+    pub relays: BTreeMap<RelayId, Relay>,
+    /// Services by name.
+    pub services: BTreeMap<ServiceName, Service>,
+    /// Endpoint slices. A service's endpoints are the union of its slices.
+    pub slices: BTreeMap<ServiceName, BTreeMap<String, EndpointSlice>>,
+}
+
+/// What holds for the whole mesh.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MeshSettings {
+    /// The mesh's id.
+    pub id: MeshId,
+    /// SPIFFE trust domain, and the mesh's name.
+    pub trust_domain: String,
+    /// Overlay IPv4 addresses come from here.
+    pub overlay_v4: Ipv4Net,
+    /// Zone of the services, without dots at its ends: `cluster.local`.
+    pub cluster_domain: String,
+    /// Zone of the node names: `mesh`.
+    pub node_domain: String,
+    /// MTU of the overlay in bytes.
+    pub mtu_bytes: u16,
+}
+
+impl MeshSettings {
+    /// Settings of a mesh for which nothing was said.
+    #[must_use]
+    pub fn with_defaults(id: MeshId, trust_domain: &str) -> Self {
+        Self {
+            id,
+            trust_domain: trust_domain.to_owned(),
+            overlay_v4: Ipv4Net::new_assert(Ipv4Addr::new(100, 96, 0, 0), 12),
+            cluster_domain: "cluster.local".to_owned(),
+            node_domain: "mesh".to_owned(),
+            mtu_bytes: DEFAULT_MTU_BYTES,
+        }
+    }
+}
+
+/// Overlay MTU that fits, with WireGuard (32 + 8 UDP + 40 IPv6 = 80 bytes), under 1500; through
+/// a relay's QUIC datagram (8 header, ~40 QUIC) it still does with 1360 to spare.
+pub const DEFAULT_MTU_BYTES: u16 = 1280;
+
+/// A node of the mesh.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    /// Its WireGuard key.
+    pub id: NodeId,
+    /// Its name.
+    pub name: NodeName,
+    /// Where it is.
+    pub locality: Locality,
+    /// Its overlay IPv4 address.
+    pub overlay_v4: Ipv4Addr,
+    /// Its overlay IPv6 address, `MeshId::overlay_v6(id)`.
+    pub overlay_v6: Ipv6Addr,
+    /// Further prefixes behind it: pods, LAN subnets, external peers it is the gateway of.
+    pub prefixes: Vec<IpNet>,
+    /// Addresses of its own outside the mesh (`status.addresses` in Kubernetes): an endpoint
+    /// with one of these is the node itself.
+    pub underlay_addresses: Vec<IpAddr>,
+    /// Addresses where its UDP socket is reachable for sure, given by the operator.
+    pub static_candidates: Vec<SocketAddr>,
+}
+
+impl Node {
+    /// Every prefix whose packets may come from this node, and go to it.
+    pub fn allowed_prefixes(&self) -> impl Iterator<Item = IpNet> + '_ {
+        let own = [
+            IpNet::from(IpAddr::V4(self.overlay_v4)),
+            IpNet::from(IpAddr::V6(self.overlay_v6)),
+        ];
+        own.into_iter().chain(self.prefixes.iter().copied())
+    }
+}
+
+/// Where a node is, from near to far. An empty value is "not said" and equals no other.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Locality {
+    /// Nodes of one site share a LAN (`mesh.holdfast.dev/site`).
+    pub site: Option<SiteName>,
+    /// `topology.kubernetes.io/zone`.
+    pub zone: Option<String>,
+    /// `topology.kubernetes.io/region`.
+    pub region: Option<String>,
+}
+
+/// A plain WireGuard device, reached through one node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExternalPeer {
+    /// Its WireGuard key.
+    pub id: NodeId,
+    /// Its name.
+    pub name: NodeName,
+    /// Its addresses in the overlay.
+    pub prefixes: Vec<IpNet>,
+    /// The node that it has its tunnel with.
+    pub gateway: NodeName,
+    /// Where it listens, if it does: otherwise it calls first.
+    pub endpoint: Option<SocketAddr>,
+    /// How often the gateway keeps its NAT open; `None`: never.
+    pub keepalive: Option<Duration>,
+}
+
+/// A relay.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Relay {
+    /// Its name; its certificate carries it.
+    pub name: RelayName,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// UDP port for QUIC, 443 unless said otherwise.
+    pub quic_port: u16,
+    /// TCP port for TLS, 443 unless said otherwise.
+    pub tls_port: u16,
+    /// UDP ports that answer STUN binding requests: two, so that one relay suffices to
+    /// recognise a symmetric NAT.
+    pub stun_ports: Vec<u16>,
+}
+
+/// `namespace/name` of a service.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ServiceName {
+    /// Kubernetes namespace.
+    pub namespace: String,
+    /// Name in it.
+    pub name: String,
+}
+
+impl fmt::Display for ServiceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+impl fmt::Debug for ServiceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+/// A service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Service {
+    /// Its name.
+    pub name: ServiceName,
+    /// What kind of addresses it has.
+    pub kind: ServiceKind,
+    /// Its ports.
+    pub ports: Vec<ServicePort>,
+    /// Whether endpoints that are not ready count (`publishNotReadyAddresses`).
+    pub publish_not_ready: bool,
+}
+
+/// What kind of addresses a service has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ServiceKind {
+    /// Virtual addresses, at most one a family.
+    ClusterIp(Vec<IpAddr>),
+    /// No address of its own: names lead to the endpoints.
+    Headless,
+    /// An alias.
+    ExternalName(String),
+}
+
+/// A port of a service. Which port of the endpoint it leads to stands in the slice, by name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServicePort {
+    /// Its name; empty if the service has only one.
+    pub name: String,
+    /// Its protocol.
+    pub protocol: Protocol,
+    /// Its number.
+    pub port: u16,
+}
+
+/// A transport protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// Some of a service's endpoints, as `discovery.k8s.io/v1 EndpointSlice`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndpointSlice {
+    /// The slice's own name.
+    pub name: String,
+    /// Ports, the same for every endpoint of the slice.
+    pub ports: Vec<EndpointPort>,
+    /// The endpoints.
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// A port of the endpoints in a slice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndpointPort {
+    /// The name of the service port that it serves.
+    pub name: String,
+    /// Its protocol.
+    pub protocol: Protocol,
+    /// Its number.
+    pub port: u16,
+}
+
+/// One endpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Its address.
+    pub address: IpAddr,
+    /// The node it is on.
+    pub node: Option<NodeName>,
+    /// `topology.kubernetes.io/zone`, if the slice says it; otherwise its node's.
+    pub zone: Option<String>,
+    /// Its hostname, for names of headless services.
+    pub hostname: Option<String>,
+    /// Ready for traffic.
+    pub ready: bool,
+    /// Still answering, though perhaps terminating.
+    pub serving: bool,
+    /// On its way out.
+    pub terminating: bool,
+}
+
+impl Snapshot {
+    /// A snapshot with nothing in it.
+    #[must_use]
+    pub fn empty(mesh: MeshSettings) -> Self {
+        Self {
+            generation: Generation::default(),
+            mesh,
+            nodes: BTreeMap::new(),
+            external_peers: BTreeMap::new(),
+            relays: BTreeMap::new(),
+            services: BTreeMap::new(),
+            slices: BTreeMap::new(),
+        }
+    }
+
+    /// Every endpoint of `service`, with the slice that holds it.
+    pub fn endpoints<'a>(
+        &'a self,
+        service: &ServiceName,
+    ) -> impl Iterator<Item = (&'a EndpointSlice, &'a Endpoint)> + use<'a> {
+        let slices = self
+            .slices
+            .get(service)
+            .into_iter()
+            .flat_map(BTreeMap::values);
+        slices.flat_map(|slice| {
+            slice
+                .endpoints
+                .iter()
+                .map(move |endpoint| (slice, endpoint))
+        })
+    }
+}

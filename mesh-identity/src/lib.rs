@@ -1,0 +1,1 @@
+//! Who a process is: keys, certificates, signed records, TLS settings.

@@ -1,0 +1,1 @@
+//! Linux adapters: netlink, TUN, UDP batches, namespaces.

@@ -1,0 +1,1 @@
+//! The packet path: TUN, WireGuard, UDP and relay links.

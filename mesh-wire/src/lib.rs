@@ -1,0 +1,9 @@
+//! Bytes between nodes and relays, and the ids in them.
+//!
+//! **Invariant:** nothing here allocates by a length that it read from the wire, panics on any
+//! input, or knows what time it is.
+
+#![forbid(unsafe_code)]
+
+pub mod id;
+pub mod peer;

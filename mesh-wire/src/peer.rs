@@ -1,0 +1,398 @@
+//! What the cores of two nodes say to each other: small UDP packets **inside** the WireGuard
+//! session, between their overlay IPv6 addresses, on [`CONTROL_PORT`].
+//!
+//! Being ordinary inner packets they are encrypted, authenticated and replay-protected by the
+//! session, pass the same source check as all others, and mean nothing worse than a closed port
+//! to a stock WireGuard peer.
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+
+use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
+use prost::Message as _;
+
+/// UDP port, inside the tunnel, on which cores talk.
+pub const CONTROL_PORT: u16 = 51_819;
+
+/// Most candidates in one message: 16 of each of four kinds, 64 × 20 bytes, one packet.
+pub const CANDIDATES_MAX: usize = 32;
+
+/// Largest inner packet that every path must carry (RFC 8200 §5).
+pub const FULL_SIZE: usize = 1280;
+
+/// One message between two cores.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PeerMessage {
+    /// Are you there, by this way? Answered by [`PeerMessage::EchoReply`] on the same path.
+    EchoRequest {
+        /// Chosen by the asker, copied into the answer.
+        txid: u64,
+        /// Whether the packet is padded to [`FULL_SIZE`]; so is its answer.
+        full_size: bool,
+    },
+    /// The answer to an echo request.
+    EchoReply {
+        /// From the request.
+        txid: u64,
+        /// From the request.
+        full_size: bool,
+        /// Where the request came from, as the answerer saw it (a peer-reflexive address);
+        /// `None` if it came through a relay.
+        observed: Option<SocketAddr>,
+    },
+    /// Where the sender may be reached now. Replaces what it said before.
+    Candidates {
+        /// Counts up with each change, so that an old list does not overtake a new one.
+        generation: u64,
+        /// At most [`CANDIDATES_MAX`]; more are cut off.
+        candidates: Vec<Candidate>,
+        /// What the sender knows of its own NAT.
+        nat: NatKind,
+    },
+    /// The sender stops now: move its traffic away at once.
+    Goodbye,
+}
+
+/// An address at which a node may be reachable by UDP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Candidate {
+    /// How the node came by it.
+    pub kind: CandidateKind,
+    /// The address.
+    pub address: SocketAddr,
+}
+
+/// How a node came by a candidate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, prost::Enumeration)]
+#[repr(i32)]
+pub enum CandidateKind {
+    /// An address of one of its interfaces.
+    Host = 0,
+    /// What a relay saw (a server-reflexive address, RFC 8445 §4).
+    Reflexive = 1,
+    /// A mapping that the NAT granted on request (PCP, NAT-PMP, UPnP).
+    PortMapped = 2,
+    /// What a peer saw.
+    PeerReflexive = 3,
+    /// Given by the operator.
+    Static = 4,
+}
+
+/// How a NAT in front of a node maps (RFC 4787 §4.1), as two vantage points tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, prost::Enumeration)]
+#[repr(i32)]
+pub enum NatKind {
+    /// Not known yet.
+    #[default]
+    Unknown = 0,
+    /// The reflexive address is an address of the node's own.
+    None = 1,
+    /// Endpoint-independent mapping: one address for all destinations.
+    Easy = 2,
+    /// The mapping depends on the destination ("symmetric").
+    Hard = 3,
+    /// No vantage point answered by UDP, though a relay is up by TCP.
+    UdpBlocked = 4,
+}
+
+/// Why a packet is not a [`PeerMessage`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum BadPeerMessage {
+    /// The packet is not UDP over IPv6 to [`CONTROL_PORT`].
+    #[error("not a control packet")]
+    NotControl,
+    /// The payload is not of the form that this version knows.
+    #[error("malformed control message")]
+    Malformed,
+}
+
+mod proto {
+    use super::{CandidateKind, NatKind};
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub(super) struct Envelope {
+        #[prost(oneof = "Body", tags = "1, 2, 3, 4")]
+        pub(super) body: Option<Body>,
+        #[prost(bytes = "vec", tag = "15")]
+        pub(super) padding: Vec<u8>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Oneof)]
+    pub(super) enum Body {
+        #[prost(message, tag = "1")]
+        EchoRequest(Echo),
+        #[prost(message, tag = "2")]
+        EchoReply(Echo),
+        #[prost(message, tag = "3")]
+        Candidates(Candidates),
+        #[prost(message, tag = "4")]
+        Goodbye(Goodbye),
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub(super) struct Echo {
+        #[prost(fixed64, tag = "1")]
+        pub(super) txid: u64,
+        #[prost(bool, tag = "2")]
+        pub(super) full_size: bool,
+        #[prost(message, optional, tag = "3")]
+        pub(super) observed: Option<Address>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub(super) struct Address {
+        /// 4 or 16 bytes.
+        #[prost(bytes = "vec", tag = "1")]
+        pub(super) ip: Vec<u8>,
+        #[prost(uint32, tag = "2")]
+        pub(super) port: u32,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub(super) struct Candidates {
+        #[prost(uint64, tag = "1")]
+        pub(super) generation: u64,
+        #[prost(message, repeated, tag = "2")]
+        pub(super) candidates: Vec<Candidate>,
+        #[prost(enumeration = "NatKind", tag = "3")]
+        pub(super) nat: i32,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub(super) struct Candidate {
+        #[prost(enumeration = "CandidateKind", tag = "1")]
+        pub(super) kind: i32,
+        #[prost(message, optional, tag = "2")]
+        pub(super) address: Option<Address>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub(super) struct Goodbye {}
+}
+
+/// Bytes of the IPv6 and UDP headers before the message.
+const HEADERS_LEN: usize = 40 + 8;
+
+impl PeerMessage {
+    /// The whole inner packet that carries this message from `source` to `destination`.
+    #[must_use]
+    pub fn to_packet(&self, source: Ipv6Addr, destination: Ipv6Addr) -> Vec<u8> {
+        let payload = self.encode();
+        let builder = PacketBuilder::ipv6(source.octets(), destination.octets(), 64)
+            .udp(CONTROL_PORT, CONTROL_PORT);
+        let mut packet = Vec::with_capacity(builder.size(payload.len()));
+        // Writing to a `Vec` fails only for a payload over 64 KiB, which `encode` cannot make.
+        if builder.write(&mut packet, &payload).is_err() {
+            packet.clear();
+        }
+        packet
+    }
+
+    /// Whether an inner packet is for the core of the node at `own`: IPv6, UDP, [`CONTROL_PORT`].
+    /// Cheap enough to ask of every small packet.
+    #[must_use]
+    pub fn is_control(packet: &[u8], own: Ipv6Addr) -> bool {
+        let Some(headers) = packet.first_chunk::<HEADERS_LEN>() else {
+            return false;
+        };
+        headers[0] >> 4 == 6
+            && headers[6] == 17
+            && headers[24..40] == own.octets()
+            && headers[42..44] == CONTROL_PORT.to_be_bytes()
+    }
+
+    /// Reads a message from an inner packet for which [`Self::is_control`] holds.
+    ///
+    /// # Errors
+    ///
+    /// [`BadPeerMessage::NotControl`] if the headers are others, [`BadPeerMessage::Malformed`]
+    /// if the payload is not a message that this version knows: count it and drop it.
+    pub fn from_packet(packet: &[u8]) -> Result<(Ipv6Addr, Self), BadPeerMessage> {
+        let sliced = SlicedPacket::from_ip(packet).map_err(|_| BadPeerMessage::NotControl)?;
+        let (Some(NetSlice::Ipv6(ip)), Some(TransportSlice::Udp(udp))) =
+            (sliced.net, sliced.transport)
+        else {
+            return Err(BadPeerMessage::NotControl);
+        };
+        if udp.destination_port() != CONTROL_PORT {
+            return Err(BadPeerMessage::NotControl);
+        }
+        let message = Self::decode(udp.payload())?;
+        Ok((ip.header().source_addr(), message))
+    }
+
+    fn encode(&self) -> Vec<u8> {
+        let full_size = match self {
+            Self::EchoRequest { full_size, .. } | Self::EchoReply { full_size, .. } => *full_size,
+            Self::Candidates { .. } | Self::Goodbye => false,
+        };
+        let mut envelope = proto::Envelope {
+            body: Some(self.to_body()),
+            padding: Vec::new(),
+        };
+        if full_size {
+            // Tag and a two-byte length stand before the padding itself.
+            let taken = HEADERS_LEN + envelope.encoded_len() + 3;
+            envelope.padding = vec![0; FULL_SIZE.saturating_sub(taken)];
+        }
+        envelope.encode_to_vec()
+    }
+
+    fn to_body(&self) -> proto::Body {
+        match self {
+            Self::EchoRequest { txid, full_size } => proto::Body::EchoRequest(proto::Echo {
+                txid: *txid,
+                full_size: *full_size,
+                observed: None,
+            }),
+            Self::EchoReply {
+                txid,
+                full_size,
+                observed,
+            } => proto::Body::EchoReply(proto::Echo {
+                txid: *txid,
+                full_size: *full_size,
+                observed: observed.map(address_to_proto),
+            }),
+            Self::Candidates {
+                generation,
+                candidates,
+                nat,
+            } => {
+                let entry = |candidate: &Candidate| proto::Candidate {
+                    kind: candidate.kind.into(),
+                    address: Some(address_to_proto(candidate.address)),
+                };
+                proto::Body::Candidates(proto::Candidates {
+                    generation: *generation,
+                    candidates: candidates.iter().take(CANDIDATES_MAX).map(entry).collect(),
+                    nat: (*nat).into(),
+                })
+            }
+            Self::Goodbye => proto::Body::Goodbye(proto::Goodbye {}),
+        }
+    }
+
+    fn decode(payload: &[u8]) -> Result<Self, BadPeerMessage> {
+        let envelope = proto::Envelope::decode(payload).map_err(|_| BadPeerMessage::Malformed)?;
+        match envelope.body.ok_or(BadPeerMessage::Malformed)? {
+            proto::Body::EchoRequest(echo) => Ok(Self::EchoRequest {
+                txid: echo.txid,
+                full_size: echo.full_size,
+            }),
+            proto::Body::EchoReply(echo) => Ok(Self::EchoReply {
+                txid: echo.txid,
+                full_size: echo.full_size,
+                observed: echo.observed.map(|a| address_from_proto(&a)).transpose()?,
+            }),
+            proto::Body::Candidates(list) => {
+                let read = list.candidates.iter().take(CANDIDATES_MAX);
+                Ok(Self::Candidates {
+                    generation: list.generation,
+                    candidates: read.map(candidate_from_proto).collect::<Result<_, _>>()?,
+                    nat: NatKind::try_from(list.nat).unwrap_or_default(),
+                })
+            }
+            proto::Body::Goodbye(_) => Ok(Self::Goodbye),
+        }
+    }
+}
+
+fn candidate_from_proto(entry: &proto::Candidate) -> Result<Candidate, BadPeerMessage> {
+    let address = entry.address.as_ref().ok_or(BadPeerMessage::Malformed)?;
+    Ok(Candidate {
+        kind: CandidateKind::try_from(entry.kind).map_err(|_| BadPeerMessage::Malformed)?,
+        address: address_from_proto(address)?,
+    })
+}
+
+fn address_to_proto(address: SocketAddr) -> proto::Address {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    };
+    proto::Address {
+        ip,
+        port: address.port().into(),
+    }
+}
+
+fn address_from_proto(address: &proto::Address) -> Result<SocketAddr, BadPeerMessage> {
+    let port = u16::try_from(address.port).map_err(|_| BadPeerMessage::Malformed)?;
+    let ip = if let Ok(v4) = <[u8; 4]>::try_from(address.ip.as_slice()) {
+        IpAddr::from(v4)
+    } else if let Ok(v6) = <[u8; 16]>::try_from(address.ip.as_slice()) {
+        IpAddr::from(v6)
+    } else {
+        return Err(BadPeerMessage::Malformed);
+    };
+    Ok(SocketAddr::new(ip, port))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const A: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1);
+    const B: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 2);
+
+    fn message() -> impl Strategy<Value = PeerMessage> {
+        let candidate = any::<(bool, SocketAddr)>().prop_map(|(host, address)| Candidate {
+            kind: if host {
+                CandidateKind::Host
+            } else {
+                CandidateKind::Reflexive
+            },
+            address: SocketAddr::new(address.ip(), address.port()),
+        });
+        let candidates = prop::collection::vec(candidate, 0..CANDIDATES_MAX);
+        prop_oneof![
+            any::<(u64, bool)>()
+                .prop_map(|(txid, full_size)| PeerMessage::EchoRequest { txid, full_size }),
+            any::<(u64, bool, Option<([u8; 4], u16)>)>().prop_map(|(txid, full_size, observed)| {
+                let observed = observed.map(SocketAddr::from);
+                PeerMessage::EchoReply {
+                    txid,
+                    full_size,
+                    observed,
+                }
+            }),
+            (any::<u64>(), candidates).prop_map(|(generation, candidates)| {
+                PeerMessage::Candidates {
+                    generation,
+                    candidates,
+                    nat: NatKind::Hard,
+                }
+            }),
+            Just(PeerMessage::Goodbye),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn a_message_survives_the_packet(message in message()) {
+            let packet = message.to_packet(A, B);
+            prop_assert!(PeerMessage::is_control(&packet, B));
+            prop_assert_eq!(PeerMessage::from_packet(&packet), Ok((A, message)));
+        }
+
+        #[test]
+        fn no_bytes_make_decode_panic(bytes: Vec<u8>) {
+            PeerMessage::is_control(&bytes, B);
+            PeerMessage::from_packet(&bytes).ok();
+            PeerMessage::decode(&bytes).ok();
+        }
+    }
+
+    #[test]
+    fn a_full_size_echo_fills_the_smallest_mtu_exactly() {
+        for txid in [0, 1, u64::MAX] {
+            let echo = PeerMessage::EchoRequest {
+                txid,
+                full_size: true,
+            };
+            assert_eq!(echo.to_packet(A, B).len(), FULL_SIZE);
+        }
+    }
+}

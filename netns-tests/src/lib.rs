@@ -1,0 +1,1 @@
+//! The lab: nodes, NATs, links and scenarios in network namespaces.

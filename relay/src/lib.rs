@@ -1,0 +1,1 @@
+//! The relay: sockets around the core's relay server, and its client links.

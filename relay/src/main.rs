@@ -1,0 +1,3 @@
+//! The relay: sockets around the core's relay server, and its client links.
+
+fn main() {}
