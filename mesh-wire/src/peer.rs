@@ -78,11 +78,10 @@ pub enum CandidateKind {
 }
 
 /// How a NAT in front of a node maps (RFC 4787 §4.1), as two vantage points tell.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, prost::Enumeration)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, prost::Enumeration)]
 #[repr(i32)]
 pub enum NatKind {
     /// Not known yet.
-    #[default]
     Unknown = 0,
     /// The reflexive address is an address of the node's own.
     None = 1,
