@@ -6,4 +6,5 @@
 #![forbid(unsafe_code)]
 
 pub mod io;
+pub mod services;
 pub mod snapshot;
