@@ -1,1 +1,11 @@
-//! The node daemon.
+//! The node daemon: drives the core, performs its outputs, and publishes tables to the packet
+//! path, the kernel and the DNS listener.
+//!
+//! **Invariant:** no decision is taken here that a pure test could reach: those are in
+//! `mesh-core`. No private key leaves the state folder.
+
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod state;
+pub mod store;

@@ -1,0 +1,273 @@
+//! The configuration: the file as written, then settings as checked.
+
+use std::{
+    fs, io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use mesh_wire::id::NodeName;
+use serde::Deserialize;
+
+/// Checked settings of the agent.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The node's name in the mesh.
+    pub node_name: NodeName,
+    /// `host:port` of the controller; `None`: serve what is on disk.
+    pub controller: Option<String>,
+    /// Where the join token is; only read when there is no certificate yet.
+    pub token: TokenSource,
+    /// Keys, certificate, snapshot.
+    pub state_dir: PathBuf,
+    /// Name of the TUN device.
+    pub interface: String,
+    /// UDP port of WireGuard and STUN.
+    pub listen_port: u16,
+    /// Unix socket for `meshctl`.
+    pub admin_socket: PathBuf,
+    /// The cgroup whose processes see services; `None`: the cgroup2 root.
+    pub cgroup: Option<PathBuf>,
+    /// Whether to load the eBPF programs.
+    pub services: bool,
+    /// Addresses where this node's UDP socket is reachable for sure.
+    pub static_candidates: Vec<SocketAddr>,
+    /// Where DNS listens, and what it forwards to.
+    pub dns: DnsConfig,
+}
+
+/// Where the join token is.
+#[derive(Debug, Clone)]
+pub enum TokenSource {
+    /// Nowhere.
+    None,
+    /// In the configuration itself.
+    Inline(SecretText),
+    /// In this file.
+    File(PathBuf),
+}
+
+/// A text that must not be logged.
+#[derive(Clone, Deserialize)]
+#[serde(transparent)]
+pub struct SecretText(pub String);
+
+impl std::fmt::Debug for SecretText {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("(secret)")
+    }
+}
+
+/// The `[dns]` table.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DnsConfig {
+    /// UDP and TCP addresses; ones that are link-local are put on the interface by the agent.
+    #[serde(default = "default_dns_listen")]
+    pub listen: Vec<SocketAddr>,
+    /// Resolvers for all other names.
+    #[serde(default)]
+    pub upstreams: Vec<SocketAddr>,
+}
+
+impl Default for DnsConfig {
+    fn default() -> Self {
+        Self { listen: default_dns_listen(), upstreams: Vec::new() }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ConfigFile {
+    node_name: NodeName,
+    controller: Option<String>,
+    token: Option<SecretText>,
+    token_file: Option<PathBuf>,
+    #[serde(default = "default_state_dir")]
+    state_dir: PathBuf,
+    #[serde(default = "default_interface")]
+    interface: String,
+    #[serde(default = "default_listen_port")]
+    listen_port: u16,
+    #[serde(default = "default_admin_socket")]
+    admin_socket: PathBuf,
+    cgroup: Option<PathBuf>,
+    #[serde(default = "default_true")]
+    services: bool,
+    #[serde(default)]
+    static_candidates: Vec<SocketAddr>,
+    #[serde(default)]
+    dns: DnsConfig,
+}
+
+/// Link-local, so that it is the same on every node and never leaves one.
+fn default_dns_listen() -> Vec<SocketAddr> {
+    vec![SocketAddr::from(([169, 254, 53, 53], 53))]
+}
+
+fn default_state_dir() -> PathBuf {
+    "/var/lib/holdfast".into()
+}
+
+fn default_interface() -> String {
+    "holdfast0".into()
+}
+
+/// WireGuard's customary port.
+fn default_listen_port() -> u16 {
+    51_820
+}
+
+fn default_admin_socket() -> PathBuf {
+    "/run/holdfast/agent.sock".into()
+}
+
+fn default_true() -> bool {
+    true
+}
+
+/// Longest name of a network interface (`IFNAMSIZ` − 1, linux/if.h).
+const INTERFACE_NAME_LEN_MAX: usize = 15;
+
+/// Why the configuration cannot be used. Exit code 64.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file is not what it should be; the source names line, key and accepted keys.
+    #[error("cannot parse {path}: {source}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: Box<toml::de::Error>,
+    },
+    /// A value is out of its range.
+    #[error("{path}: `{key}`: {problem}")]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// What is wrong, and what would be right.
+        problem: String,
+    },
+}
+
+impl Settings {
+    /// Reads and checks the configuration file at `path`.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`], which names the file and the key.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        Self::parse(path, &text)
+    }
+
+    fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
+        let file: ConfigFile = toml::from_str(text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })?;
+        let bad = |key, problem: String| ConfigError::Value { path: path.to_owned(), key, problem };
+        if !is_interface_name(&file.interface) {
+            let problem = format!(
+                "{:?} is not an interface name (1 to {INTERFACE_NAME_LEN_MAX} characters without `/` and spaces)",
+                file.interface
+            );
+            return Err(bad("interface", problem));
+        }
+        if file.listen_port == 0 {
+            return Err(bad("listen_port", "must be 1 to 65535; the default is 51820".to_owned()));
+        }
+        if let Some(controller) = &file.controller
+            && !is_host_port(controller)
+        {
+            return Err(bad("controller", format!("{controller:?} is not `host:port`")));
+        }
+        let token = match (file.token, file.token_file) {
+            (None, None) => TokenSource::None,
+            (Some(token), None) => TokenSource::Inline(token),
+            (None, Some(file)) => TokenSource::File(file),
+            (Some(_), Some(_)) => {
+                return Err(bad("token", "give `token` or `token_file`, not both".to_owned()));
+            }
+        };
+        Ok(Self {
+            node_name: file.node_name,
+            controller: file.controller,
+            token,
+            state_dir: file.state_dir,
+            interface: file.interface,
+            listen_port: file.listen_port,
+            admin_socket: file.admin_socket,
+            cgroup: file.cgroup,
+            services: file.services,
+            static_candidates: file.static_candidates,
+            dns: file.dns,
+        })
+    }
+}
+
+fn is_interface_name(name: &str) -> bool {
+    let odd = |c: char| c == '/' || c.is_whitespace() || !c.is_ascii();
+    !name.is_empty() && name.len() <= INTERFACE_NAME_LEN_MAX && !name.contains(odd)
+}
+
+fn is_host_port(text: &str) -> bool {
+    let parts = text.rsplit_once(':');
+    parts.is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|p| p != 0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Settings, String> {
+        Settings::parse(Path::new("/etc/holdfast/agent.toml"), text).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn a_name_is_all_that_is_needed() {
+        let settings = parse("node_name = 'edge-a1'").unwrap();
+        assert_eq!(settings.listen_port, 51_820);
+        assert_eq!(settings.dns.listen, default_dns_listen());
+    }
+
+    #[test]
+    fn a_typo_names_file_line_key_and_accepted_keys() {
+        let error = parse("node_name = 'edge-a1'\nlisten_prot = 1").unwrap_err();
+        for part in ["/etc/holdfast/agent.toml", "line 2", "listen_prot", "listen_port"] {
+            assert!(error.contains(part), "{part} is not in: {error}");
+        }
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused_with_their_key() {
+        for (key, line) in [
+            ("interface", "interface = 'a name too long'"),
+            ("listen_port", "listen_port = 0"),
+            ("controller", "controller = 'nowhere'"),
+            ("token", "token = 'a'\ntoken_file = 'b'"),
+            ("node_name", "node_name = 'Edge'"),
+        ] {
+            let name = if key == "node_name" { "" } else { "node_name = 'edge-a1'\n" };
+            let error = parse(&format!("{name}{line}")).unwrap_err();
+            assert!(error.contains(key), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_token_in_the_file_is_not_shown() {
+        let settings = parse("node_name = 'a'\ntoken = 'hf1.topsecret'").unwrap();
+        assert!(!format!("{settings:?}").contains("topsecret"));
+    }
+}

@@ -1,0 +1,257 @@
+//! The state folder: who this node is, and what it remembers.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File, TryLockError},
+    io,
+    net::SocketAddr,
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use mesh_wire::id::NodeId;
+
+use crate::store::write_atomically;
+
+/// Permissions of the folder: keys are in it.
+const FOLDER_MODE: u32 = 0o700;
+
+/// The locked state folder. Dropping it lets the next agent in.
+#[derive(Debug)]
+pub struct StateFolder {
+    path: PathBuf,
+    _lock: File,
+}
+
+/// Why the state folder cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// Another agent has it.
+    #[error(
+        "{0} is in use by another mesh-agent: stop that one first, or give this one its own `state_dir`"
+    )]
+    InUse(PathBuf),
+    /// The file system refuses.
+    #[error("cannot {action} {path}: {source}")]
+    Io {
+        /// What was attempted.
+        action: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A file is not what the agent wrote.
+    #[error("{path} is damaged ({problem}): restore it from a backup, or remove the state folder and join again with a new token")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+/// The texts that make up a node's TLS identity.
+#[derive(Clone)]
+pub struct IdentityFiles {
+    /// Certificate chain, PEM.
+    pub certificate: String,
+    /// Private key, PEM.
+    pub key: String,
+    /// The mesh's certificate authority, PEM.
+    pub ca: String,
+}
+
+impl std::fmt::Debug for IdentityFiles {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("IdentityFiles").finish_non_exhaustive()
+    }
+}
+
+impl StateFolder {
+    /// Opens the folder at `path`, makes it if it is not there, and locks it.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError::InUse`] if another process has it, [`StateError::Io`] otherwise.
+    pub fn open(path: &Path) -> Result<Self, StateError> {
+        let mut builder = fs::DirBuilder::new();
+        builder.recursive(true).mode(FOLDER_MODE);
+        builder.create(path).map_err(|source| io_error("create", path, source))?;
+        let permissions = fs::Permissions::from_mode(FOLDER_MODE);
+        fs::set_permissions(path, permissions).map_err(|e| io_error("protect", path, e))?;
+        let lock_path = path.join("lock");
+        let lock = File::create(&lock_path).map_err(|e| io_error("create", &lock_path, e))?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Self { path: path.to_owned(), _lock: lock }),
+            Err(TryLockError::WouldBlock) => Err(StateError::InUse(path.to_owned())),
+            Err(TryLockError::Error(source)) => Err(io_error("lock", &lock_path, source)),
+        }
+    }
+
+    /// The folder.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The node's WireGuard private key, as `wg` writes it; `None` before the first start.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError::Damaged`] if the file holds something else.
+    pub fn wireguard_key(&self) -> Result<Option<mesh_tunnel::PrivateKey>, StateError> {
+        let Some(text) = self.read_text("wireguard.key")? else {
+            return Ok(None);
+        };
+        let key = text.trim().parse::<mesh_tunnel::PrivateKey>();
+        key.map(Some).map_err(|_| self.damaged("wireguard.key", "not a WireGuard private key"))
+    }
+
+    /// Keeps the node's WireGuard private key.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError::Io`].
+    pub fn set_wireguard_key(&self, key: &mesh_tunnel::PrivateKey) -> Result<(), StateError> {
+        self.write_text("wireguard.key", &key.to_base64())
+    }
+
+    /// The private key made for joining, PEM; `None` before the first try.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError::Io`].
+    pub fn node_key(&self) -> Result<Option<String>, StateError> {
+        self.read_text("node.key")
+    }
+
+    /// Keeps the private key made for joining.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError::Io`].
+    pub fn set_node_key(&self, pem: &str) -> Result<(), StateError> {
+        self.write_text("node.key", pem)
+    }
+
+    /// The node's TLS identity; `None` if it did not join yet.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError::Damaged`] if only a part of it is there.
+    pub fn identity(&self) -> Result<Option<IdentityFiles>, StateError> {
+        let Some(certificate) = self.read_text("node.pem")? else {
+            return Ok(None);
+        };
+        let (Some(key), Some(ca)) = (self.node_key()?, self.read_text("ca.pem")?) else {
+            return Err(self.damaged("node.pem", "its key node.key or issuer ca.pem is missing"));
+        };
+        Ok(Some(IdentityFiles { certificate, key, ca }))
+    }
+
+    /// Keeps what the controller answered to `Join` or `Renew`. The certificate goes last: it
+    /// is what says that joining is done.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError::Io`].
+    pub fn set_certificate(&self, certificate: &str, ca: &str) -> Result<(), StateError> {
+        self.write_text("ca.pem", ca)?;
+        self.write_text("node.pem", certificate)
+    }
+
+    /// Addresses that worked for each peer, the last one first. A damaged file counts as empty:
+    /// it only saves time.
+    #[must_use]
+    pub fn remembered(&self) -> BTreeMap<NodeId, Vec<SocketAddr>> {
+        let text = self.read_text("peers").ok().flatten().unwrap_or_default();
+        let line = |line: &str| {
+            let mut words = line.split(' ');
+            let peer = words.next()?.parse().ok()?;
+            Some((peer, words.filter_map(|word| word.parse().ok()).collect()))
+        };
+        text.lines().filter_map(line).collect()
+    }
+
+    /// Keeps the addresses that worked.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError::Io`].
+    pub fn remember(&self, peers: &BTreeMap<NodeId, Vec<SocketAddr>>) -> Result<(), StateError> {
+        let line = |(peer, addresses): (&NodeId, &Vec<SocketAddr>)| {
+            let words = addresses.iter().map(|address| format!(" {address}"));
+            format!("{peer}{}\n", words.collect::<String>())
+        };
+        self.write_text("peers", &peers.iter().map(line).collect::<String>())
+    }
+
+    fn read_text(&self, name: &str) -> Result<Option<String>, StateError> {
+        let path = self.path.join(name);
+        match fs::read_to_string(&path) {
+            Ok(text) => Ok(Some(text)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(io_error("read", &path, source)),
+        }
+    }
+
+    fn write_text(&self, name: &str, text: &str) -> Result<(), StateError> {
+        let path = self.path.join(name);
+        write_atomically(&path, text.as_bytes()).map_err(|e| io_error("write", &path, e))
+    }
+
+    fn damaged(&self, name: &str, problem: &str) -> StateError {
+        StateError::Damaged { path: self.path.join(name), problem: problem.to_owned() }
+    }
+}
+
+fn io_error(action: &'static str, path: &Path, source: io::Error) -> StateError {
+    StateError::Io { action, path: path.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_agent_on_the_same_folder_is_refused_until_the_first_is_gone() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("state");
+        let first = StateFolder::open(&path).unwrap();
+        assert!(matches!(StateFolder::open(&path), Err(StateError::InUse(_))));
+        drop(first);
+        StateFolder::open(&path).unwrap();
+    }
+
+    #[test]
+    fn what_is_remembered_reads_back_and_damage_only_forgets() {
+        let parent = tempfile::tempdir().unwrap();
+        let state = StateFolder::open(parent.path()).unwrap();
+        let addresses = vec!["192.0.2.1:51820".parse().unwrap(), "[2001:db8::1]:1".parse().unwrap()];
+        let peers = BTreeMap::from([(NodeId([3; 32]), addresses)]);
+        state.remember(&peers).unwrap();
+        assert_eq!(state.remembered(), peers);
+        fs::write(parent.path().join("peers"), "x\u{0}garbage\n= =").unwrap();
+        assert_eq!(state.remembered(), BTreeMap::new());
+    }
+
+    #[test]
+    fn a_certificate_without_its_key_is_damage_and_says_what_to_do() {
+        let parent = tempfile::tempdir().unwrap();
+        let state = StateFolder::open(parent.path()).unwrap();
+        assert!(state.identity().unwrap().is_none());
+        state.set_certificate("cert", "ca").unwrap();
+        let error = state.identity().unwrap_err().to_string();
+        assert!(error.contains("node.key") && error.contains("join again"), "{error}");
+    }
+
+    #[test]
+    fn keys_are_readable_by_the_owner_only() {
+        let parent = tempfile::tempdir().unwrap();
+        let state = StateFolder::open(parent.path()).unwrap();
+        state.set_node_key("key").unwrap();
+        let mode = fs::metadata(parent.path().join("node.key")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+}
