@@ -7,3 +7,5 @@
 
 pub mod id;
 pub mod peer;
+pub mod reflexive;
+pub mod relay;
