@@ -7,4 +7,5 @@
 
 pub mod io;
 pub mod services;
+pub mod relay_server;
 pub mod snapshot;
