@@ -1,0 +1,559 @@
+//! Links, addresses and routes by netlink: read, compare with what is wanted, and change only
+//! what differs.
+//!
+//! Routes of ours carry [`ROUTE_PROTOCOL`]; no other route is ever touched. Ours that nobody
+//! wants any more, such as those of a predecessor that was killed, go with the next
+//! [`Netlink::apply_routes`].
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::IpAddr,
+};
+
+use futures_util::{FutureExt as _, Stream, StreamExt as _, TryStreamExt as _};
+use ipnet::IpNet;
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    address::{AddressAttribute, AddressHeaderFlags, AddressMessage},
+    link::{LinkAttribute, LinkFlags, LinkMessage},
+    route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType},
+};
+use rtnetlink::{
+    Handle, LinkUnspec, MulticastGroup, RouteMessageBuilder, new_connection,
+    new_multicast_connection, packet_core::NetlinkPayload,
+};
+
+use crate::IfIndex;
+
+/// The `proto` of our routes in `ip route`: a number that iproute2's `rt_protos` and the routing
+/// daemons known to us leave free.
+pub const ROUTE_PROTOCOL: u8 = 72;
+
+/// A connection to the kernel's routing tables, in the network namespace of the thread that made
+/// it. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Netlink {
+    handle: Handle,
+}
+
+/// Why the kernel did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum NetlinkError {
+    /// No interface has this name.
+    #[error("there is no interface {0:?}")]
+    NoLink(String),
+    /// The kernel refused.
+    #[error("cannot {what}")]
+    Refused {
+        /// What was attempted.
+        what: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// A route of ours: packets for `destination` leave by `link`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Route {
+    /// Where to; without host bits (see [`Route::new`]).
+    pub destination: IpNet,
+    /// By what.
+    pub link: IfIndex,
+    /// The source address of packets that this machine makes, if not the kernel's choice.
+    pub source: Option<IpAddr>,
+}
+
+impl Route {
+    /// A route to all of `destination`'s prefix.
+    #[must_use]
+    pub fn new(destination: IpNet, link: IfIndex, source: Option<IpAddr>) -> Self {
+        Self {
+            destination: destination.trunc(),
+            link,
+            source,
+        }
+    }
+}
+
+/// The difference between what is wanted and what is there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan<T> {
+    /// There, and not wanted. Goes first, so that a changed entry can take its place.
+    pub remove: Vec<T>,
+    /// Wanted, and not there.
+    pub add: Vec<T>,
+}
+
+/// Compares what is wanted with what is there. Pure: applying the plan makes the next one empty.
+#[must_use]
+pub fn plan<T: Ord + Clone>(desired: &BTreeSet<T>, actual: &BTreeSet<T>) -> Plan<T> {
+    Plan {
+        remove: actual.difference(desired).cloned().collect(),
+        add: desired.difference(actual).cloned().collect(),
+    }
+}
+
+/// What [`Netlink::apply_routes`] and [`Netlink::apply_addresses`] did.
+#[derive(Debug, Default)]
+pub struct Applied {
+    /// Entries added.
+    pub added: usize,
+    /// Entries removed.
+    pub removed: usize,
+    /// What the kernel refused; all the rest was still done. Try again later.
+    pub failed: Vec<NetlinkError>,
+}
+
+impl Applied {
+    fn count(&mut self, add: bool, result: Result<(), NetlinkError>) {
+        match (result, add) {
+            (Ok(()), true) => self.added += 1,
+            (Ok(()), false) => self.removed += 1,
+            (Err(error), _) => self.failed.push(error),
+        }
+    }
+}
+
+/// An address of this machine at which others may reach it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LocalAddress {
+    /// The address.
+    pub address: IpAddr,
+    /// The interface's name.
+    pub link: String,
+}
+
+impl Netlink {
+    /// Connects. The connection is served by a task on the current tokio runtime and ends with
+    /// the last clone.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel gives no netlink socket.
+    pub fn connect() -> io::Result<Self> {
+        let (connection, handle, _no_notifications) = new_connection()?;
+        tokio::spawn(connection);
+        Ok(Self { handle })
+    }
+
+    /// The index of the interface `name`.
+    ///
+    /// # Errors
+    ///
+    /// [`NetlinkError::NoLink`] if there is none.
+    pub async fn link_index(&self, name: &str) -> Result<IfIndex, NetlinkError> {
+        let request = self.handle.link().get().match_name(name.to_owned());
+        let what = || format!("look up interface {name:?}");
+        let links = collect(what, request.execute()).await;
+        let links = links.map_err(|error| {
+            let absent = matches!(
+                &error,
+                NetlinkError::Refused { source, .. } if is(source, libc::ENODEV)
+            );
+            if absent {
+                NetlinkError::NoLink(name.to_owned())
+            } else {
+                error
+            }
+        })?;
+        let index = links
+            .first()
+            .and_then(|link| IfIndex::new(link.header.index));
+        index.ok_or_else(|| NetlinkError::NoLink(name.to_owned()))
+    }
+
+    /// Sets the interface's MTU and takes it up.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses the MTU, or the caller lacks `CAP_NET_ADMIN`.
+    pub async fn set_link_up(&self, link: IfIndex, mtu_bytes: u32) -> Result<(), NetlinkError> {
+        let message = rtnetlink::LinkMessageBuilder::<LinkUnspec>::new()
+            .index(link.get())
+            .mtu(mtu_bytes)
+            .up()
+            .build();
+        let result = self.handle.link().set(message).execute().await;
+        result.map_err(refused(|| {
+            format!("take interface {link} up with MTU {mtu_bytes}")
+        }))
+    }
+
+    /// Makes the interface's global addresses exactly `desired`. Link-local ones are the kernel's
+    /// own business and stay.
+    ///
+    /// # Errors
+    ///
+    /// If the present addresses cannot be read; single refusals are in [`Applied::failed`].
+    pub async fn apply_addresses(
+        &self,
+        link: IfIndex,
+        desired: &BTreeSet<IpNet>,
+    ) -> Result<Applied, NetlinkError> {
+        let mut applied = Applied::default();
+        let plan = plan(desired, &self.addresses(link).await?);
+        for net in plan.remove {
+            applied.count(false, self.remove_address(link, net).await);
+        }
+        for net in plan.add {
+            let request = self
+                .handle
+                .address()
+                .add(link.get(), net.addr(), net.prefix_len());
+            let result = done_unless(libc::EEXIST, request.execute().await);
+            let what = || format!("add address {net} to interface {link}");
+            applied.count(true, result.map_err(refused(what)));
+        }
+        Ok(applied)
+    }
+
+    /// The interface's addresses, without link-local ones.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel does not answer.
+    pub async fn addresses(&self, link: IfIndex) -> Result<BTreeSet<IpNet>, NetlinkError> {
+        let messages = self.address_messages(link).await?;
+        let nets = messages.iter().filter_map(|message| {
+            IpNet::new(local_address(message)?, message.header.prefix_len).ok()
+        });
+        Ok(nets.filter(|net| !is_link_local(net.addr())).collect())
+    }
+
+    async fn address_messages(&self, link: IfIndex) -> Result<Vec<AddressMessage>, NetlinkError> {
+        let request = self
+            .handle
+            .address()
+            .get()
+            .set_link_index_filter(link.get());
+        collect(
+            || format!("list the addresses of interface {link}"),
+            request.execute(),
+        )
+        .await
+    }
+
+    async fn remove_address(&self, link: IfIndex, net: IpNet) -> Result<(), NetlinkError> {
+        for message in self.address_messages(link).await? {
+            let same = local_address(&message) == Some(net.addr())
+                && message.header.prefix_len == net.prefix_len();
+            if same {
+                let result = self.handle.address().del(message).execute().await;
+                let result = done_unless(libc::EADDRNOTAVAIL, result);
+                let what = || format!("remove address {net} from interface {link}");
+                return result.map_err(refused(what));
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes our routes in the main table exactly `desired`; calling it again does nothing.
+    ///
+    /// # Errors
+    ///
+    /// If the present routes cannot be read; single refusals (a foreign route to the same prefix)
+    /// are in [`Applied::failed`], and all others are still applied.
+    pub async fn apply_routes(&self, desired: &BTreeSet<Route>) -> Result<Applied, NetlinkError> {
+        let mut applied = Applied::default();
+        let plan = plan(desired, &self.routes().await?);
+        for route in plan.remove {
+            let request = self.handle.route().del(message_of(&route)?);
+            let result = done_unless(libc::ESRCH, request.execute().await);
+            let what = || format!("remove the route to {}", route.destination);
+            applied.count(false, result.map_err(refused(what)));
+        }
+        for route in plan.add {
+            let request = self.handle.route().add(message_of(&route)?);
+            let what = || format!("add a route to {}", route.destination);
+            applied.count(true, request.execute().await.map_err(refused(what)));
+        }
+        Ok(applied)
+    }
+
+    /// Our routes in the main table, whoever of us made them.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel does not answer.
+    pub async fn routes(&self) -> Result<BTreeSet<Route>, NetlinkError> {
+        let mut routes = BTreeSet::new();
+        for family in [
+            RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
+            RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
+        ] {
+            let request = self.handle.route().get(family);
+            let messages = collect(|| "list the routes".to_owned(), request.execute()).await?;
+            routes.extend(messages.iter().filter_map(own_route));
+        }
+        Ok(routes)
+    }
+
+    /// Addresses at which others may reach this machine: of interfaces that are up and have a
+    /// carrier, without loopback, link-local and not yet (or no longer) valid ones, and without
+    /// the interface named `except`.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel does not answer.
+    pub async fn uplink_addresses(
+        &self,
+        except: &str,
+    ) -> Result<BTreeSet<LocalAddress>, NetlinkError> {
+        let links = self.handle.link().get().execute();
+        let links = collect(|| "list the interfaces".to_owned(), links).await?;
+        let names: BTreeMap<u32, String> = links
+            .iter()
+            .filter(|link| is_uplink(link))
+            .filter_map(|link| Some((link.header.index, link_name(link)?)))
+            .filter(|(_, name)| name != except)
+            .collect();
+        let messages = self.handle.address().get().execute();
+        let messages = collect(|| "list the addresses".to_owned(), messages).await?;
+        let usable = messages.iter().filter(|message| is_settled(message));
+        let addresses = usable.filter_map(|message| {
+            Some(LocalAddress {
+                address: local_address(message)
+                    .filter(|ip| !is_link_local(*ip) && !ip.is_loopback())?,
+                link: names.get(&message.header.index)?.clone(),
+            })
+        });
+        Ok(addresses.collect())
+    }
+}
+
+/// What changed in the machine's network; see [`Changes::next`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Change {
+    /// A link came, went, or changed its state.
+    pub links: bool,
+    /// An address came or went.
+    pub addresses: bool,
+    /// A route came or went that is not ours.
+    pub routes: bool,
+}
+
+impl Change {
+    const ALL: Self = Self {
+        links: true,
+        addresses: true,
+        routes: true,
+    };
+
+    fn of(payload: &NetlinkPayload<RouteNetlinkMessage>) -> Self {
+        use RouteNetlinkMessage as M;
+        let none = Self::default();
+        if let NetlinkPayload::Overrun(_) = payload {
+            // The kernel ran out of room and threw notifications away: anything may have happened.
+            return Self::ALL;
+        }
+        let NetlinkPayload::InnerMessage(message) = payload else {
+            return none;
+        };
+        if let M::NewLink(_) | M::DelLink(_) = message {
+            Self {
+                links: true,
+                ..none
+            }
+        } else if let M::NewAddress(_) | M::DelAddress(_) = message {
+            Self {
+                addresses: true,
+                ..none
+            }
+        } else if let M::NewRoute(route) | M::DelRoute(route) = message {
+            Self {
+                routes: !is_ours(route),
+                ..none
+            }
+        } else {
+            none
+        }
+    }
+
+    fn merge(self, other: Self) -> Self {
+        Self {
+            links: self.links || other.links,
+            addresses: self.addresses || other.addresses,
+            routes: self.routes || other.routes,
+        }
+    }
+}
+
+type Notifications =
+    std::pin::Pin<Box<dyn Stream<Item = NetlinkPayload<RouteNetlinkMessage>> + Send>>;
+
+/// Notifications of the kernel, in the network namespace of the thread that made it.
+pub struct Changes(Notifications);
+
+impl Changes {
+    /// Begins to listen. Read the state *after* this and nothing is missed. Served by a task on
+    /// the current tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel gives no netlink socket.
+    pub fn listen() -> io::Result<Self> {
+        let (connection, _handle, messages) = new_multicast_connection(&[
+            MulticastGroup::Link,
+            MulticastGroup::Ipv4Ifaddr,
+            MulticastGroup::Ipv6Ifaddr,
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv6Route,
+        ])?;
+        tokio::spawn(connection);
+        Ok(Self(Box::pin(messages.map(|(message, _)| message.payload))))
+    }
+
+    /// Waits for the next change, and says in one word all that has come in since the last call:
+    /// a storm of a thousand notifications is one change. `None` when the kernel hung up.
+    pub async fn next(&mut self) -> Option<Change> {
+        loop {
+            let mut change = Change::of(&self.0.next().await?);
+            while let Some(Some(payload)) = self.0.next().now_or_never() {
+                change = change.merge(Change::of(&payload));
+            }
+            if change != Change::default() {
+                return Some(change);
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Changes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Changes").finish_non_exhaustive()
+    }
+}
+
+async fn collect<T>(
+    what: impl Fn() -> String,
+    stream: impl Stream<Item = Result<T, rtnetlink::Error>>,
+) -> Result<Vec<T>, NetlinkError> {
+    stream.try_collect().await.map_err(refused(what))
+}
+
+fn refused(what: impl Fn() -> String) -> impl FnOnce(rtnetlink::Error) -> NetlinkError {
+    move |error| NetlinkError::Refused {
+        what: what(),
+        source: if let rtnetlink::Error::NetlinkError(message) = error {
+            message.to_io()
+        } else {
+            io::Error::other(error)
+        },
+    }
+}
+
+/// Turns one error of the kernel that means "it is so already" into success.
+fn done_unless(done: i32, result: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
+    if let Err(rtnetlink::Error::NetlinkError(message)) = &result
+        && is(&message.to_io(), done)
+    {
+        return Ok(());
+    }
+    result
+}
+
+fn is(error: &io::Error, code: i32) -> bool {
+    error.raw_os_error() == Some(code)
+}
+
+fn message_of(route: &Route) -> Result<RouteMessage, NetlinkError> {
+    let net = route.destination;
+    let bad = |error| NetlinkError::Refused {
+        what: format!("make a route to {net}"),
+        source: io::Error::new(io::ErrorKind::InvalidInput, format!("{error:?}")),
+    };
+    let mut builder = RouteMessageBuilder::<IpAddr>::new()
+        .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
+        .output_interface(route.link.get())
+        .destination_prefix(net.addr(), net.prefix_len())
+        .map_err(bad)?;
+    if let Some(source) = route.source {
+        builder = builder.pref_source(source).map_err(bad)?;
+    }
+    Ok(builder.build())
+}
+
+fn is_ours(message: &RouteMessage) -> bool {
+    message.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL)
+}
+
+fn own_route(message: &RouteMessage) -> Option<Route> {
+    let header = &message.header;
+    let in_place = header.table == RouteHeader::RT_TABLE_MAIN && header.kind == RouteType::Unicast;
+    if !is_ours(message) || !in_place {
+        return None;
+    }
+    let (mut destination, mut link, mut source) = (None, None, None);
+    for attribute in &message.attributes {
+        if let RouteAttribute::Destination(address) = attribute {
+            destination = ip_of(address);
+        } else if let RouteAttribute::Oif(index) = attribute {
+            link = IfIndex::new(*index);
+        } else if let RouteAttribute::PrefSource(address) = attribute {
+            source = ip_of(address);
+        }
+    }
+    let whole_family = if header.address_family == netlink_packet_route::AddressFamily::Inet {
+        IpAddr::from([0; 4])
+    } else {
+        IpAddr::from([0; 16])
+    };
+    let destination = destination.unwrap_or(whole_family);
+    let net = IpNet::new(destination, header.destination_prefix_length).ok()?;
+    Some(Route::new(net, link?, source))
+}
+
+fn ip_of(address: &RouteAddress) -> Option<IpAddr> {
+    if let RouteAddress::Inet(ip) = address {
+        Some((*ip).into())
+    } else if let RouteAddress::Inet6(ip) = address {
+        Some((*ip).into())
+    } else {
+        None
+    }
+}
+
+/// `IFA_LOCAL` if there, which differs from `IFA_ADDRESS` on point-to-point links.
+fn local_address(message: &AddressMessage) -> Option<IpAddr> {
+    let mut found = None;
+    for attribute in &message.attributes {
+        if let AddressAttribute::Local(ip) = attribute {
+            return Some(*ip);
+        }
+        if let AddressAttribute::Address(ip) = attribute {
+            found = Some(*ip);
+        }
+    }
+    found
+}
+
+fn link_name(message: &LinkMessage) -> Option<String> {
+    message.attributes.iter().find_map(|attribute| {
+        if let LinkAttribute::IfName(name) = attribute {
+            Some(name.clone())
+        } else {
+            None
+        }
+    })
+}
+
+fn is_uplink(link: &LinkMessage) -> bool {
+    let flags = link.header.flags;
+    flags.contains(LinkFlags::Up | LinkFlags::Running) && !flags.contains(LinkFlags::Loopback)
+}
+
+/// Neither waiting for duplicate address detection, nor failed, nor on its way out.
+fn is_settled(message: &AddressMessage) -> bool {
+    let unsettled = AddressHeaderFlags::Tentative
+        | AddressHeaderFlags::Dadfailed
+        | AddressHeaderFlags::Deprecated;
+    !message.header.flags.intersects(unsettled)
+}
+
+fn is_link_local(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    }
+}

@@ -1,0 +1,455 @@
+//! UDP sockets that move batches: one system call for many datagrams, by `UDP_SEGMENT` on the
+//! way out (Linux 4.18) and `recvmmsg` with `UDP_GRO` (Linux 5.0) on the way in.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
+
+use rustix::net::sockopt::{self, Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
+use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
+
+/// Bytes the kernel may hold for us on receive: 1 Gb/s for the 30 ms that a busy machine may
+/// keep a thread off the processor (125 MB/s × 30 ms = 3.75 MB). Left at its default of 208 KiB,
+/// the socket capped another relay at 95 Mb/s (netbird#6021).
+pub const RECEIVE_BUFFER_BYTES: usize = 4 << 20;
+
+/// Bytes the kernel may hold for us on send: 16 batches of 64 KiB. More would only add delay
+/// in front of the interface's own queue.
+pub const SEND_BUFFER_BYTES: usize = 1 << 20;
+
+/// How long a send waits for room in that buffer before the datagrams are given up: longer
+/// than one batch takes at 100 Mb/s (64 KiB in 5 ms), shorter than anyone notices.
+pub const SEND_WAIT: Duration = Duration::from_millis(10);
+
+/// Most datagrams in one send: the kernel's `UDP_MAX_SEGMENTS` until 6.8 (128 since).
+pub const SEGMENTS_MAX: usize = 64;
+
+/// Most bytes in one send: what fits the length field of an IPv4 packet besides its headers
+/// (65,535 − 20 − 8).
+pub const SEND_BYTES_MAX: usize = 65_507;
+
+/// Messages of one receive. Each may be up to 64 KiB of glued datagrams, so 16 are 1 MiB of
+/// address space; pages that no datagram ever touched cost nothing.
+pub const RECEIVE_MESSAGES: usize = 16;
+
+/// Tries to find a port that is free for both families before giving up.
+const BIND_ATTEMPTS: usize = 16;
+
+/// The node's port: an IPv4 socket and, unless the machine has no IPv6, an IPv6 socket.
+#[derive(Debug)]
+pub struct UdpPair {
+    v4: UdpBatch,
+    v6: Option<UdpBatch>,
+    port: u16,
+}
+
+impl UdpPair {
+    /// Binds both families to `port` on all addresses; 0 picks a port that is free for both.
+    ///
+    /// # Errors
+    ///
+    /// `AddrInUse` if another process has the port; what the kernel says otherwise.
+    pub fn bind(port: u16) -> io::Result<Self> {
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            match Self::bind_both(port) {
+                Err(error)
+                    if port == 0
+                        && error.kind() == io::ErrorKind::AddrInUse
+                        && attempt < BIND_ATTEMPTS => {}
+                result => return result,
+            }
+        }
+    }
+
+    fn bind_both(port: u16) -> io::Result<Self> {
+        let v4 = UdpBatch::bind(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)))?;
+        let port = v4.socket.local_addr()?.port();
+        let v6 = match UdpBatch::bind(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))) {
+            Ok(socket) => Some(socket),
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)
+                ) =>
+            {
+                None
+            }
+            Err(error) => return Err(error),
+        };
+        Ok(Self { v4, v6, port })
+    }
+
+    /// The port of both sockets.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The sockets, IPv4 first.
+    pub fn sockets(&self) -> impl Iterator<Item = &UdpBatch> {
+        std::iter::once(&self.v4).chain(&self.v6)
+    }
+
+    /// Sends by the socket of `to`'s family; see [`UdpBatch::send`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`UdpBatch::send`]; `Unsupported` for an IPv6 address on a machine without.
+    pub fn send(&self, to: SocketAddr, datagrams: &[u8], segment_len: usize) -> io::Result<()> {
+        let (socket, to) = match (to, to.ip()) {
+            (_, IpAddr::V6(ip)) if ip.to_ipv4_mapped().is_some() => {
+                let ip = ip.to_ipv4_mapped().unwrap_or(Ipv4Addr::UNSPECIFIED);
+                (Some(&self.v4), SocketAddr::from((ip, to.port())))
+            }
+            (SocketAddr::V4(_), _) => (Some(&self.v4), to),
+            (SocketAddr::V6(_), _) => (self.v6.as_ref(), to),
+        };
+        let socket = socket.ok_or(io::ErrorKind::Unsupported)?;
+        socket.send(to, datagrams, segment_len)
+    }
+}
+
+/// One UDP socket.
+#[derive(Debug)]
+pub struct UdpBatch {
+    socket: UdpSocket,
+    /// Cleared for good when the device below refuses `UDP_SEGMENT`.
+    segment_offload: AtomicBool,
+}
+
+impl UdpBatch {
+    /// Binds a socket with large buffers, no "don't fragment" bit (as the kernel's WireGuard: a
+    /// path that does not carry 1,340 bytes still carries fragments), and receive offload if the
+    /// kernel has it.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says of the address.
+    pub fn bind(address: SocketAddr) -> io::Result<Self> {
+        let socket = Socket::new(
+            Domain::for_address(address),
+            Type::DGRAM,
+            Some(Protocol::UDP),
+        )?;
+        if address.is_ipv6() {
+            socket.set_only_v6(true)?;
+            sockopt::set_ipv6_mtu_discover(&socket, Ipv6PathMtuDiscovery::DONT)?;
+        } else {
+            sockopt::set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::DONT)?;
+        }
+        // Only CAP_NET_ADMIN may exceed net.core.rmem_max; without it the kernel gives what it may.
+        if sockopt::set_socket_recv_buffer_size_force(&socket, RECEIVE_BUFFER_BYTES).is_err() {
+            socket.set_recv_buffer_size(RECEIVE_BUFFER_BYTES)?;
+        }
+        if sockopt::set_socket_send_buffer_size_force(&socket, SEND_BUFFER_BYTES).is_err() {
+            socket.set_send_buffer_size(SEND_BUFFER_BYTES)?;
+        }
+        socket.set_write_timeout(Some(SEND_WAIT))?;
+        socket.bind(&SockAddr::from(address))?;
+        // A kernel before 5.0 hands over one datagram at a time; nothing else changes.
+        enable_receive_offload(&socket).ok();
+        Ok(Self {
+            socket: socket.into(),
+            segment_offload: AtomicBool::new(true),
+        })
+    }
+
+    /// Where the socket is bound.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.socket.local_addr()
+    }
+
+    /// Sends the datagrams that stand one behind the other in `datagrams`, each of `segment_len`
+    /// bytes except that the last may be shorter. At most [`SEGMENTS_MAX`] and
+    /// [`SEND_BYTES_MAX`] go out in one call. Waits [`SEND_WAIT`] for room.
+    ///
+    /// # Errors
+    ///
+    /// `WouldBlock` if there was no room; what the kernel says of the address. Some of the
+    /// datagrams may have been sent.
+    pub fn send(&self, to: SocketAddr, datagrams: &[u8], segment_len: usize) -> io::Result<()> {
+        if segment_len == 0 || datagrams.len() <= segment_len {
+            return self.send_message(to, datagrams, None);
+        }
+        if let (true, Ok(size)) = (
+            self.segment_offload.load(Ordering::Relaxed),
+            u16::try_from(segment_len),
+        ) {
+            match self.send_message(to, datagrams, Some(size)) {
+                // The device below cannot do checksums (udp(7), UDP_SEGMENT): it never will.
+                Err(error) if error.raw_os_error() == Some(libc::EIO) => {
+                    self.segment_offload.store(false, Ordering::Relaxed);
+                }
+                // This path's MTU is smaller than a datagram: send them alone, to be fragmented.
+                Err(error)
+                    if matches!(error.raw_os_error(), Some(libc::EMSGSIZE | libc::EINVAL)) => {}
+                result => return result,
+            }
+        }
+        let each = datagrams.chunks(segment_len);
+        each.map(|datagram| self.send_message(to, datagram, None))
+            .fold(Ok(()), Result::and)
+    }
+
+    #[expect(unsafe_code, reason = "std has no sendmsg with control messages")]
+    fn send_message(&self, to: SocketAddr, bytes: &[u8], segment: Option<u16>) -> io::Result<()> {
+        let Some(segment) = segment else {
+            return self.socket.send_to(bytes, to).map(drop);
+        };
+        let to = SockAddr::from(to);
+        let mut vector = libc::iovec {
+            iov_base: bytes.as_ptr().cast_mut().cast(),
+            iov_len: bytes.len(),
+        };
+        let mut control = ControlBuffer([0; CONTROL_LEN]);
+        // SAFETY: `msghdr` is plain data for which all zeros is a value.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_name = to.as_ptr().cast_mut().cast();
+        message.msg_namelen = to.len();
+        message.msg_iov = &raw mut vector;
+        message.msg_iovlen = 1;
+        message.msg_control = control.0.as_mut_ptr().cast();
+        message.msg_controllen = control_space(SEGMENT_DATA_LEN);
+        // SAFETY: `message` describes a control buffer of `msg_controllen` bytes that is alive.
+        let header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
+        // SAFETY: `CMSG_FIRSTHDR` returned a header inside `control`, which is aligned for it and
+        // has room for a `u16` behind it: `msg_controllen` was computed for exactly that.
+        unsafe {
+            (*header).cmsg_level = libc::SOL_UDP;
+            (*header).cmsg_type = libc::UDP_SEGMENT;
+            (*header).cmsg_len = control_len(SEGMENT_DATA_LEN);
+            libc::CMSG_DATA(header)
+                .cast::<u16>()
+                .write_unaligned(segment);
+        }
+        loop {
+            // SAFETY: address, vector and control buffer are alive and of the lengths stated; the
+            // kernel only reads them.
+            let sent = unsafe { libc::sendmsg(self.socket.as_raw_fd(), &raw const message, 0) };
+            if sent >= 0 {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+    }
+
+    /// Fills `batch` with what has arrived, without waiting; the number of messages.
+    ///
+    /// # Errors
+    ///
+    /// `WouldBlock` if nothing has arrived; what the kernel says otherwise.
+    #[expect(unsafe_code, reason = "std has no recvmmsg")]
+    pub fn receive(&self, batch: &mut ReceiveBatch) -> io::Result<usize> {
+        batch.filled = 0;
+        let mut vectors: [libc::iovec; RECEIVE_MESSAGES] =
+            // SAFETY: an `iovec` of zeros is an empty buffer.
+            unsafe { std::mem::zeroed() };
+        let mut messages: [libc::mmsghdr; RECEIVE_MESSAGES] =
+            // SAFETY: `mmsghdr` is plain data for which all zeros is a value.
+            unsafe { std::mem::zeroed() };
+        let controls = batch.controls.iter_mut();
+        let names = batch.names.iter_mut();
+        let buffers = batch.bytes.chunks_exact_mut(MESSAGE_BYTES);
+        for ((((message, vector), control), name), buffer) in messages
+            .iter_mut()
+            .zip(&mut vectors)
+            .zip(controls)
+            .zip(names)
+            .zip(buffers)
+        {
+            vector.iov_base = buffer.as_mut_ptr().cast();
+            vector.iov_len = buffer.len();
+            message.msg_hdr.msg_name = (&raw mut *name).cast();
+            message.msg_hdr.msg_namelen = name.size_of();
+            message.msg_hdr.msg_iov = &raw mut *vector;
+            message.msg_hdr.msg_iovlen = 1;
+            message.msg_hdr.msg_control = control.0.as_mut_ptr().cast();
+            message.msg_hdr.msg_controllen = CONTROL_LEN as _;
+        }
+        // SAFETY: each of the RECEIVE_MESSAGES entries points at its own live name, vector, buffer
+        // and control buffer of the lengths stated.
+        let count = unsafe {
+            libc::recvmmsg(
+                self.socket.as_raw_fd(),
+                messages.as_mut_ptr(),
+                MESSAGE_COUNT,
+                libc::MSG_DONTWAIT,
+                std::ptr::null_mut(),
+            )
+        };
+        let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
+        for (message, meta) in messages.iter().zip(&mut batch.metas).take(count) {
+            let len = (message.msg_len as usize).min(MESSAGE_BYTES);
+            *meta = Meta {
+                len,
+                segment_len: received_segment_len(&message.msg_hdr).unwrap_or(len),
+                name_len: message.msg_hdr.msg_namelen,
+            };
+        }
+        batch.filled = count;
+        Ok(count)
+    }
+}
+
+impl AsFd for UdpBatch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// Room for one [`UdpBatch::receive`], made once and used again and again.
+pub struct ReceiveBatch {
+    bytes: Vec<u8>,
+    names: Vec<SockAddrStorage>,
+    controls: Vec<ControlBuffer>,
+    metas: [Meta; RECEIVE_MESSAGES],
+    filled: usize,
+}
+
+/// Room for each message: the largest UDP payload, glued or not.
+const MESSAGE_BYTES: usize = 1 << 16;
+
+#[derive(Clone, Copy, Default)]
+struct Meta {
+    len: usize,
+    segment_len: usize,
+    name_len: libc::socklen_t,
+}
+
+impl ReceiveBatch {
+    /// Takes the memory: [`RECEIVE_MESSAGES`] times 64 KiB.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            bytes: vec![0; RECEIVE_MESSAGES * MESSAGE_BYTES],
+            names: (0..RECEIVE_MESSAGES)
+                .map(|_| SockAddrStorage::zeroed())
+                .collect(),
+            controls: (0..RECEIVE_MESSAGES)
+                .map(|_| ControlBuffer([0; CONTROL_LEN]))
+                .collect(),
+            metas: [Meta::default(); RECEIVE_MESSAGES],
+            filled: 0,
+        }
+    }
+
+    /// The messages of the last receive: who sent them, the bytes, and the length of each
+    /// datagram in those bytes (the last may be shorter).
+    pub fn messages(&mut self) -> impl Iterator<Item = (SocketAddr, &mut [u8], usize)> {
+        let buffers = self.bytes.chunks_exact_mut(MESSAGE_BYTES);
+        buffers
+            .zip(&self.names)
+            .zip(&self.metas)
+            .take(self.filled)
+            .filter_map(|((buffer, name), meta)| {
+                let from = sender(name, meta.name_len)?;
+                Some((from, buffer.get_mut(..meta.len)?, meta.segment_len.max(1)))
+            })
+    }
+}
+
+impl Default for ReceiveBatch {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl std::fmt::Debug for ReceiveBatch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ReceiveBatch")
+            .field("filled", &self.filled)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Room for one control message of an `int` or smaller, on all Linux architectures.
+const CONTROL_LEN: usize = 64;
+
+/// Bytes behind the header of a `UDP_SEGMENT` control message: one `u16`.
+const SEGMENT_DATA_LEN: libc::c_uint = 2;
+
+const INT_LEN: libc::socklen_t = 4;
+const _: () = assert!(size_of::<libc::c_int>() == 4);
+
+const MESSAGE_COUNT: libc::c_uint = 16;
+const _: () = assert!(MESSAGE_COUNT as usize == RECEIVE_MESSAGES);
+
+/// Aligned as `cmsghdr` must be: its largest field is a `size_t`.
+#[repr(align(8))]
+struct ControlBuffer([u8; CONTROL_LEN]);
+
+const _: () = assert!(align_of::<ControlBuffer>() >= align_of::<libc::cmsghdr>());
+
+#[expect(unsafe_code, reason = "the C macro is an unsafe function in libc")]
+fn control_space(data_len: libc::c_uint) -> usize {
+    // SAFETY: pure arithmetic.
+    (unsafe { libc::CMSG_SPACE(data_len) }) as usize
+}
+
+#[expect(unsafe_code, reason = "the C macro is an unsafe function in libc")]
+fn control_len(data_len: libc::c_uint) -> usize {
+    // SAFETY: pure arithmetic.
+    (unsafe { libc::CMSG_LEN(data_len) }) as usize
+}
+
+#[expect(unsafe_code, reason = "control messages are a chain of C structures")]
+fn received_segment_len(message: &libc::msghdr) -> Option<usize> {
+    // SAFETY: the kernel filled the control buffer of `message` and set its length.
+    let mut header = unsafe { libc::CMSG_FIRSTHDR(message) };
+    while !header.is_null() {
+        // SAFETY: not null, so it is a whole header inside the control buffer.
+        let (level, kind) = unsafe { ((*header).cmsg_level, (*header).cmsg_type) };
+        if level == libc::SOL_UDP && kind == libc::UDP_GRO {
+            // SAFETY: the kernel puts an `int` behind a header of this type (udp(7), UDP_GRO).
+            let size = unsafe {
+                libc::CMSG_DATA(header)
+                    .cast::<libc::c_int>()
+                    .read_unaligned()
+            };
+            return usize::try_from(size).ok();
+        }
+        // SAFETY: `header` is a header of this message.
+        header = unsafe { libc::CMSG_NXTHDR(message, header) };
+    }
+    None
+}
+
+#[expect(unsafe_code, reason = "socket2 cannot know what the kernel filled in")]
+fn sender(name: &SockAddrStorage, len: libc::socklen_t) -> Option<SocketAddr> {
+    // SAFETY: a copy of plain bytes, zeroed at first and since written only by the kernel.
+    let name = unsafe { std::ptr::read(name) };
+    // SAFETY: the kernel wrote an address of `len` bytes.
+    unsafe { SockAddr::new(name, len) }.as_socket()
+}
+
+#[expect(unsafe_code, reason = "no safe wrapper of UDP_GRO is in the tree")]
+fn enable_receive_offload(socket: &Socket) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the option is an `int`, which outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_UDP,
+            libc::UDP_GRO,
+            (&raw const on).cast(),
+            INT_LEN,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
