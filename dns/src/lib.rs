@@ -1,1 +1,19 @@
-//! Service-discovery DNS from the snapshot.
+//! DNS for one node: the mesh's own names from the snapshot, everything else from upstreams.
+//!
+//! **Invariant:** names of the mesh's own zones are answered from the [`View`] alone and never
+//! leave the node; nothing here invents a name that the snapshot does not hold. Deciding
+//! ([`answer`]) does no I/O and reads no clock; only [`server`] and [`client`] touch sockets.
+//!
+//! [`View`]: mesh_core::services::View
+
+#![forbid(unsafe_code)]
+
+pub mod answer;
+mod cache;
+pub mod client;
+pub mod counters;
+mod forward;
+mod limit;
+pub mod server;
+mod wire;
+mod zone;

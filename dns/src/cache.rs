@@ -1,0 +1,148 @@
+//! What upstreams said, for as long as they said it holds, and longer when they are gone.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::{Duration, Instant},
+};
+
+use hickory_proto::{
+    op::{Message, ResponseCode},
+    rr::{Name, RData, RecordType},
+};
+
+/// Answers kept. With [`ENTRY_MAX_BYTES`] at most 16 MiB, typically below 1 MiB.
+pub(crate) const ENTRIES_MAX: usize = 4096;
+
+/// Larger answers are not kept.
+pub(crate) const ENTRY_MAX_BYTES: usize = 4096;
+
+/// However long upstreams say: a wrong record should not outlive an operator's patience.
+const POSITIVE_TTL_MAX_S: u32 = 3600;
+
+/// "No" is kept at most this long (RFC 2308 §5 asks for one to three hours as the upper limit;
+/// people who have just made a name should not wait that long).
+const NEGATIVE_TTL_MAX_S: u32 = 300;
+
+/// How long beyond its time an answer is kept for when no upstream answers (RFC 8767 §5 suggests
+/// one to three days).
+const STALE_MAX: Duration = Duration::from_secs(86_400);
+
+/// How long clients may keep an answer beyond its time, in seconds (RFC 8767 §4).
+const STALE_TTL_S: u32 = 30;
+
+/// What answers are told apart by.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Key {
+    /// In lower case.
+    pub(crate) name: Name,
+    pub(crate) query_type: RecordType,
+    pub(crate) dnssec_ok: bool,
+    pub(crate) checking_disabled: bool,
+}
+
+/// A cached answer, its times to live counted down.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Cached {
+    /// Holds still.
+    Fresh(Message),
+    /// Better than nothing.
+    Stale(Message),
+}
+
+/// Evicts what was learnt longest ago.
+#[derive(Debug, Default)]
+pub(crate) struct Cache {
+    entries: HashMap<Key, Entry>,
+    by_age: BTreeMap<u64, Key>,
+    inserted: u64,
+}
+
+#[derive(Debug)]
+struct Entry {
+    age: u64,
+    /// As it came: parsing costs microseconds, and the size is known.
+    bytes: Vec<u8>,
+    learnt: Instant,
+    expires: Instant,
+}
+
+impl Cache {
+    pub(crate) fn get(&self, key: &Key, now: Instant) -> Option<Cached> {
+        let entry = self.entries.get(key)?;
+        if now >= entry.expires + STALE_MAX {
+            return None; // It goes when its place is needed.
+        }
+        let mut message = Message::from_vec(&entry.bytes).ok()?;
+        let fresh = now < entry.expires;
+        let age_s = u32::try_from(now.saturating_duration_since(entry.learnt).as_secs());
+        let sections = [
+            &mut message.answers,
+            &mut message.authorities,
+            &mut message.additionals,
+        ];
+        for record in sections.into_iter().flatten() {
+            record.ttl = if fresh {
+                record.ttl.saturating_sub(age_s.unwrap_or(u32::MAX))
+            } else {
+                STALE_TTL_S
+            };
+        }
+        Some(if fresh {
+            Cached::Fresh(message)
+        } else {
+            Cached::Stale(message)
+        })
+    }
+
+    /// Keeps `message`, which came as `bytes`, if it may be kept.
+    pub(crate) fn insert(&mut self, key: Key, bytes: Vec<u8>, message: &Message, now: Instant) {
+        let ttl_s = ttl_s(message);
+        if ttl_s == 0 || bytes.len() > ENTRY_MAX_BYTES {
+            return;
+        }
+        self.inserted += 1;
+        let entry = Entry {
+            age: self.inserted,
+            bytes,
+            learnt: now,
+            expires: now + Duration::from_secs(ttl_s.into()),
+        };
+        self.by_age.insert(self.inserted, key.clone());
+        if let Some(replaced) = self.entries.insert(key, entry) {
+            self.by_age.remove(&replaced.age);
+        }
+        while self.entries.len() > ENTRIES_MAX {
+            let Some((_, oldest)) = self.by_age.pop_first() else {
+                return;
+            };
+            self.entries.remove(&oldest);
+        }
+    }
+}
+
+/// How long `message` may be kept; 0: not at all.
+fn ttl_s(message: &Message) -> u32 {
+    let answered = matches!(
+        message.response_code,
+        ResponseCode::NoError | ResponseCode::NXDomain
+    );
+    if !answered || message.truncation {
+        return 0;
+    }
+    let positive = message.answers.iter().map(|record| record.ttl).min();
+    let says_no = message.response_code == ResponseCode::NXDomain || positive.is_none();
+    let negative = message.authorities.iter().find_map(|record| {
+        let RData::SOA(soa) = &record.data else {
+            return None;
+        };
+        Some(record.ttl.min(soa.minimum).min(NEGATIVE_TTL_MAX_S))
+    });
+    match (positive, says_no) {
+        (Some(ttl_s), false) => ttl_s.min(POSITIVE_TTL_MAX_S),
+        // Without SOA a "no" must not be kept (RFC 2308 §5).
+        (positive, _) => negative.map_or(0, |ttl_s| ttl_s.min(positive.unwrap_or(u32::MAX))),
+    }
+}
+
+#[cfg(test)]
+mod tests;
