@@ -1,0 +1,91 @@
+//! The lab's helper processes: guardian, launcher, link, and the servers of scenarios.
+//!
+//! **Invariant:** a subcommand that changes the machine changes only what carries a lab's id.
+
+#![forbid(unsafe_code)]
+
+use std::{env, net::SocketAddr, path::Path, process::ExitCode, time::Duration};
+
+use anyhow::{Context, Result, bail};
+use netns_tests::{
+    lab,
+    link::{self, Impairment},
+    nat::NatKind,
+    node, traffic,
+};
+
+const USAGE: &str = "usage: lab down ID                        takes a kept lab away
+       lab sweep                          takes away what dead owners left
+       lab exec NETNS CGROUP RESOLVCONF COMMAND…
+       lab link NETNS IF NETNS IF CGROUP  orders on standard input
+       lab hold                           makes a lab, and keeps it until standard input ends
+       lab guard ID                       ends with its standard input
+       lab http NAME ADDR:PORT…
+       lab echo ADDR:PORT
+       lab flow ADDR:PORT COUNT INTERVAL_MS SIZE_BYTES LINGER_MS";
+
+fn main() -> ExitCode {
+    let words: Vec<String> = env::args().skip(1).collect();
+    match dispatch(&words) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("lab: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(words: &[String]) -> Result<()> {
+    let (verb, rest) = words.split_first().context(USAGE)?;
+    match (verb.as_str(), rest) {
+        ("down", [id]) => lab::teardown(id),
+        ("sweep", []) => lab::sweep(),
+        ("hold", []) => hold(),
+        ("guard", [id]) => lab::guard(id),
+        ("exec", [netns, cgroup, resolver, command @ ..]) => {
+            node::exec(netns, Path::new(cgroup), Path::new(resolver), command)
+        }
+        ("link", [a_netns, a_if, b_netns, b_if, cgroup]) => {
+            link::process::run((a_netns, a_if), (b_netns, b_if), Path::new(cgroup))
+        }
+        ("http", [name, listen @ ..]) => traffic::serve_http(name, &addresses(listen)?),
+        ("echo", [listen]) => traffic::serve_echo(address(listen)?),
+        ("flow", [to, count, interval_ms, size_bytes, linger_ms]) => {
+            let report = traffic::flow(
+                address(to)?,
+                count.parse().context("COUNT")?,
+                Duration::from_millis(interval_ms.parse().context("INTERVAL_MS")?),
+                size_bytes.parse().context("SIZE_BYTES")?,
+                Duration::from_millis(linger_ms.parse().context("LINGER_MS")?),
+            )?;
+            println!("{}", serde_json::to_string(&report)?);
+            Ok(())
+        }
+        _ => bail!("{USAGE}"),
+    }
+}
+
+/// An owner that a test can kill.
+fn hold() -> Result<()> {
+    let lab = lab::Lab::new()?;
+    let node = lab.public_node("idle", [203, 0, 113, 9].into())?;
+    let _sleeper = node.spawn("sleep", &["sleep", "600"])?;
+    let _site = lab.site(
+        "s",
+        NatKind::PortRestricted,
+        [203, 0, 113, 1].into(),
+        Impairment::NONE,
+    )?;
+    println!("{}", lab.id());
+    std::io::stdin().read_line(&mut String::new())?;
+    Ok(())
+}
+
+fn addresses(words: &[String]) -> Result<Vec<SocketAddr>> {
+    words.iter().map(|word| address(word)).collect()
+}
+
+fn address(word: &str) -> Result<SocketAddr> {
+    word.parse()
+        .with_context(|| format!("{word} is not ADDR:PORT"))
+}

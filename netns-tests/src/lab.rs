@@ -1,0 +1,404 @@
+//! A lab's life: its id, its guardian, and what is taken away at the end.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::Write as _,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    process::{self, Child, Command, Stdio},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::{
+    link::{Impairment, Link},
+    nat::NatKind,
+    node::Node,
+    site::Site,
+    tool,
+};
+
+/// The address by which every public node and every site reaches the lab's internet.
+pub const INTERNET: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+
+/// Teardown waits this long for killed processes to be gone.
+const KILL_LIMIT: Duration = Duration::from_secs(5);
+
+/// A set of namespaces joined by one router, the internet.
+#[derive(Debug)]
+pub struct Lab {
+    id: String,
+    dir: PathBuf,
+    cgroup: PathBuf,
+    guardian: Option<Child>,
+    internet: Node,
+    names: Mutex<BTreeMap<String, Node>>,
+    links: AtomicU32,
+}
+
+impl Lab {
+    /// Makes a lab with nothing in it but the internet. Labs of dead owners are swept first.
+    ///
+    /// # Errors
+    ///
+    /// If the process is not root, or `ip` or a kernel feature is missing.
+    pub fn new() -> Result<Self> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        ensure!(
+            rustix::process::geteuid().is_root(),
+            "labs need root: namespaces, TAP, nftables"
+        );
+        sweep()?;
+        let id = format!(
+            "hf{}x{}",
+            process::id(),
+            COUNT.fetch_add(1, Ordering::Relaxed)
+        );
+        let dir = labs_dir().join(&id);
+        fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
+        fs::write(dir.join("owner"), owner(process::id())?)?;
+        let cgroup = cgroup_mount()?.join(&id);
+        fs::create_dir_all(&cgroup).with_context(|| format!("make {}", cgroup.display()))?;
+        let guardian = start_guardian(&id)?;
+        let internet = Node::new(&id, "internet", &dir, &cgroup)?;
+        internet.make_router()?;
+        let names = Mutex::new(BTreeMap::from([("internet".to_owned(), internet.clone())]));
+        let links = AtomicU32::new(0);
+        Ok(Self {
+            id,
+            dir,
+            cgroup,
+            guardian: Some(guardian),
+            internet,
+            names,
+            links,
+        })
+    }
+
+    /// `hf<pid>x<n>`: the prefix of its namespaces, the name of its cgroup and of its folder.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The folder with everything that its nodes write.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The router between everything.
+    #[must_use]
+    pub fn internet(&self) -> &Node {
+        &self.internet
+    }
+
+    /// A node that was made before.
+    ///
+    /// # Errors
+    ///
+    /// If there is none of this name.
+    pub fn node(&self, name: &str) -> Result<Node> {
+        let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        names
+            .get(name)
+            .cloned()
+            .with_context(|| format!("no node {name} in lab {}", self.id))
+    }
+
+    /// Every node and router.
+    #[must_use]
+    pub fn nodes(&self) -> Vec<Node> {
+        let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        names.values().cloned().collect()
+    }
+
+    /// A node with a loopback and no link.
+    ///
+    /// # Errors
+    ///
+    /// If the name is taken.
+    pub fn add_node(&self, name: &str) -> Result<Node> {
+        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        ensure!(
+            !names.contains_key(name),
+            "lab {} has a node {name} already",
+            self.id
+        );
+        let node = Node::new(&self.id, name, &self.dir, &self.cgroup)?;
+        names.insert(name.to_owned(), node.clone());
+        Ok(node)
+    }
+
+    /// A node with a public address, one perfect wire from the internet.
+    ///
+    /// # Errors
+    ///
+    /// If the name is taken.
+    pub fn public_node(&self, name: &str, address: Ipv4Addr) -> Result<Node> {
+        let node = self.add_node(name)?;
+        let port = self.next_port();
+        self.veth(&node, "wan", &self.internet, &port)?;
+        self.route_uplink(&node, address, &port)?;
+        Ok(node)
+    }
+
+    /// A router with a LAN behind it, joined to the internet by an impaired link.
+    ///
+    /// # Errors
+    ///
+    /// If the name is taken, or the impairment is out of range.
+    pub fn site(
+        &self,
+        name: &str,
+        kind: NatKind,
+        wan: Ipv4Addr,
+        impairment: Impairment,
+    ) -> Result<Site> {
+        let router = self.add_node(&format!("{name}-router"))?;
+        router.make_router()?;
+        let port = self.next_port();
+        let link = self.impaired(&router, "wan", &self.internet, &port, impairment)?;
+        self.route_uplink(&router, wan, &port)?;
+        let mut lan = [192, 168, 1];
+        if kind == NatKind::None {
+            // Reachable from everywhere, so its own.
+            lan = [10, u8::try_from(self.links.load(Ordering::Relaxed))?, 1];
+            let [a, b, c] = lan;
+            let route = format!("route add {a}.{b}.{c}.0/24 via {wan} dev {port} onlink\n");
+            tool::ip(self.internet.netns(), &route)?;
+        }
+        Site::new(name, kind, router, port, lan, wan, link)
+    }
+
+    /// Joins two nodes by a perfect wire; the interfaces get no address.
+    ///
+    /// # Errors
+    ///
+    /// If an interface name is taken.
+    pub fn veth(&self, a: &Node, a_if: &str, b: &Node, b_if: &str) -> Result<()> {
+        let add = format!(
+            "link add {a_if} type veth peer name {b_if} netns {}",
+            b.netns()
+        );
+        tool::ip(a.netns(), &format!("{add}\nlink set {a_if} up\n"))?;
+        tool::ip(b.netns(), &format!("link set {b_if} up\n"))
+    }
+
+    /// Joins two nodes by the lab's own link process; the interfaces get no address.
+    ///
+    /// # Errors
+    ///
+    /// If an interface name is taken, or the impairment is out of range.
+    pub fn impaired(
+        &self,
+        a: &Node,
+        a_if: &str,
+        b: &Node,
+        b_if: &str,
+        impairment: Impairment,
+    ) -> Result<Link> {
+        let cgroup = self.cgroup.join("links");
+        fs::create_dir_all(&cgroup)?;
+        let link = Link::start(a.netns(), a_if, b.netns(), b_if, &cgroup, impairment)?;
+        tool::ip(a.netns(), &format!("link set {a_if} up\n"))?;
+        tool::ip(b.netns(), &format!("link set {b_if} up\n"))?;
+        Ok(link)
+    }
+
+    /// Leaves the lab in place when the owner ends. Processes and links have to be released by
+    /// their own `keep`.
+    ///
+    /// # Errors
+    ///
+    /// If the guardian is gone.
+    pub fn keep(mut self) -> Result<String> {
+        fs::write(self.dir.join("kept"), "")?;
+        let mut guardian = self.guardian.take().context("the guardian is gone")?;
+        let stdin = guardian
+            .stdin
+            .as_mut()
+            .context("the guardian has no pipe")?;
+        stdin.write_all(b"keep\n")?;
+        guardian.wait()?;
+        Ok(self.id.clone())
+    }
+
+    fn next_port(&self) -> String {
+        format!("port{}", self.links.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// A host route down, and a default route up: no subnets to plan.
+    fn route_uplink(&self, node: &Node, address: Ipv4Addr, port: &str) -> Result<()> {
+        let down =
+            format!("addr add {INTERNET}/32 dev {port}\nroute add {address}/32 dev {port}\n");
+        tool::ip(self.internet.netns(), &down)?;
+        let up = format!(
+            "addr add {address}/32 dev wan\nroute add default via {INTERNET} dev wan onlink\n"
+        );
+        tool::ip(node.netns(), &up)
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if let Some(mut guardian) = self.guardian.take() {
+            drop(guardian.stdin.take());
+            if let Err(error) = guardian.wait() {
+                eprintln!("lab {}: guardian: {error}", self.id);
+            }
+        }
+    }
+}
+
+fn start_guardian(id: &str) -> Result<Child> {
+    use std::os::unix::process::CommandExt as _;
+    Command::new(tool::binary("lab")?)
+        .args(["guard", id])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .process_group(0) // Ctrl-C ends the owner, not the guardian.
+        .spawn()
+        .context("start the lab's guardian")
+}
+
+/// The guardian's whole life: waits for its owner's end, then takes the lab away.
+///
+/// # Errors
+///
+/// If something could not be taken away.
+pub fn guard(id: &str) -> Result<()> {
+    let mut line = String::new();
+    if std::io::stdin().read_line(&mut line)? > 0 {
+        ensure!(line == "keep\n", "unknown word from the owner: {line}");
+        return Ok(());
+    }
+    teardown(id)
+}
+
+/// Takes away everything with this id. Says at the end what could not be.
+///
+/// # Errors
+///
+/// If something is left.
+pub fn teardown(id: &str) -> Result<()> {
+    ensure!(
+        id.starts_with("hf") && id.contains('x'),
+        "{id} is not a lab's id"
+    );
+    let mut problems = Vec::new();
+    let mut note = |result: Result<()>| {
+        if let Err(error) = result {
+            problems.push(format!("{error:#}"));
+        }
+    };
+    note(cgroup_mount().and_then(|mount| remove_cgroup(&mount.join(id))));
+    for netns in entries(Path::new("/run/netns")) {
+        if netns.starts_with(&format!("{id}-")) {
+            note(tool::run("ip", &["netns", "del", &netns], "").map(drop));
+        }
+    }
+    let dir = labs_dir().join(id);
+    if dir.exists() {
+        note(fs::remove_dir_all(&dir).with_context(|| format!("remove {}", dir.display())));
+    }
+    if problems.is_empty() {
+        Ok(())
+    } else {
+        bail!("{}", problems.join("; "))
+    }
+}
+
+/// Takes away the labs whose owner is dead and which nobody wanted to keep.
+///
+/// # Errors
+///
+/// If the list of processes cannot be read.
+pub fn sweep() -> Result<()> {
+    for id in entries(&labs_dir()) {
+        let dir = labs_dir().join(&id);
+        let Ok(written) = fs::read_to_string(dir.join("owner")) else {
+            continue; // Being made or being taken away right now.
+        };
+        let pid = written.split(' ').next().and_then(|pid| pid.parse().ok());
+        let alive = pid.is_some_and(|pid| owner(pid).is_ok_and(|now| now == written));
+        if !alive && !dir.join("kept").exists() {
+            // Its guardian may be at it too: then one of the two finds less to do.
+            teardown(&id).or_else(|error| if dir.exists() { Err(error) } else { Ok(()) })?;
+        }
+    }
+    Ok(())
+}
+
+/// A process as nobody else can be: its number and its start time.
+fn owner(pid: u32) -> Result<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let after_name = stat.rsplit(") ").next().unwrap_or_default();
+    // Field 22 of proc_pid_stat(5); the first after the name is the third.
+    let start = after_name
+        .split(' ')
+        .nth(19)
+        .context("/proc/PID/stat is too short")?;
+    Ok(format!("{pid} {start}"))
+}
+
+fn labs_dir() -> PathBuf {
+    std::env::temp_dir().join("holdfast-lab")
+}
+
+fn entries(dir: &Path) -> Vec<String> {
+    let read = fs::read_dir(dir).into_iter().flatten().flatten();
+    read.filter_map(|entry| entry.file_name().into_string().ok())
+        .collect()
+}
+
+/// Where cgroup2 is: `/sys/fs/cgroup` on most machines, a folder below it on some.
+///
+/// # Errors
+///
+/// If it is not mounted.
+pub fn cgroup_mount() -> Result<PathBuf> {
+    let mounts = fs::read_to_string("/proc/mounts")?;
+    let mut fields = mounts
+        .lines()
+        .map(|line| line.split(' ').collect::<Vec<_>>());
+    let mount = fields.find_map(|fields| match fields.as_slice() {
+        [_, path, "cgroup2", ..] => Some(PathBuf::from(path)),
+        _ => None,
+    });
+    mount.context("cgroup2 is not mounted: mount -t cgroup2 none /sys/fs/cgroup")
+}
+
+/// Kills what is in a cgroup and below, and removes it.
+fn remove_cgroup(cgroup: &Path) -> Result<()> {
+    if !cgroup.exists() {
+        return Ok(());
+    }
+    fs::write(cgroup.join("cgroup.kill"), "1").context("kill the lab's processes")?;
+    tool::eventually("the lab's processes end", KILL_LIMIT, || {
+        let events = fs::read_to_string(cgroup.join("cgroup.events"))?;
+        ensure!(
+            events.contains("populated 0"),
+            "some are left in {}",
+            cgroup.display()
+        );
+        Ok(())
+    })?;
+    remove_tree(cgroup)
+}
+
+fn remove_tree(cgroup: &Path) -> Result<()> {
+    for name in entries(cgroup) {
+        let below = cgroup.join(name);
+        if below.is_dir() {
+            remove_tree(&below)?;
+        }
+    }
+    fs::remove_dir(cgroup).with_context(|| format!("remove {}", cgroup.display()))
+}

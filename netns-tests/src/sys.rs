@@ -1,0 +1,76 @@
+//! The two system calls of the lab that have no safe wrapper.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::fd::{AsFd, AsRawFd},
+    path::Path,
+};
+
+use anyhow::{Context, Result, ensure};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
+
+/// Moves the calling thread into a network namespace made by `ip netns add`.
+///
+/// # Errors
+///
+/// If there is no such namespace, or the process is not root.
+pub(crate) fn enter_netns(name: &str) -> Result<()> {
+    let path = Path::new("/run/netns").join(name);
+    let file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
+    move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
+        .with_context(|| format!("enter {}", path.display()))
+}
+
+/// Gives the calling thread its own mount table.
+///
+/// # Errors
+///
+/// If the process is not root.
+#[expect(
+    unsafe_code,
+    reason = "rustix marks unshare unsafe for its CLONE_FILES flag"
+)]
+pub(crate) fn unshare_mounts() -> io::Result<()> {
+    // SAFETY: `NEWNS` leaves the file descriptor table alone; the launcher that calls this has
+    // one thread and executes another program next.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.map_err(Into::into)
+}
+
+/// Makes a TAP device in the calling thread's network namespace. Without `TUNSETOFFLOAD` the
+/// kernel fills in every checksum and cuts every super-packet before we read it.
+///
+/// # Errors
+///
+/// If `/dev/net/tun` is not there, or the name is taken or too long.
+#[expect(unsafe_code, reason = "TUNSETIFF has no safe wrapper")]
+pub(crate) fn open_tap(name: &str) -> Result<File> {
+    ensure!(
+        name.len() < libc::IFNAMSIZ,
+        "interface name {name} is too long"
+    );
+    let tun = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun");
+    let tun = tun.context("open /dev/net/tun")?;
+    rustix::io::ioctl_fionbio(&tun, true).context("make /dev/net/tun non-blocking")?;
+    // `struct ifreq`: 16 bytes of name, then a union of 24 that starts with the flags here.
+    let mut request = [0_u8; 40];
+    for (to, from) in request.iter_mut().zip(name.bytes()) {
+        *to = from;
+    }
+    let flags = u16::try_from(libc::IFF_TAP | libc::IFF_NO_PI)?.to_ne_bytes();
+    for (to, from) in request.iter_mut().skip(libc::IFNAMSIZ).zip(flags) {
+        *to = from;
+    }
+    // SAFETY: the descriptor is open, and the kernel copies exactly one `ifreq` (40 bytes) in
+    // and out of `request`, which is that long and lives until the call returns.
+    let result = unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, request.as_mut_ptr()) };
+    ensure!(
+        result == 0,
+        "make TAP {name}: {}",
+        io::Error::last_os_error()
+    );
+    Ok(tun)
+}
