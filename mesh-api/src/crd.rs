@@ -1,0 +1,130 @@
+//! Holdfast's own Kubernetes kinds, `mesh.holdfast.dev/v1alpha1`, all cluster-scoped.
+//!
+//! Values are text as the user wrote it; the controller checks them and names the field.
+
+use kube::CustomResource;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// `apiVersion` of every kind here.
+pub const API_VERSION: &str = "mesh.holdfast.dev/v1alpha1";
+
+/// Label of a `v1 Node` that says its site.
+pub const SITE_LABEL: &str = "mesh.holdfast.dev/site";
+
+/// What the operator says of a node, by its name.
+#[derive(
+    CustomResource, Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema,
+)]
+#[kube(
+    group = "mesh.holdfast.dev",
+    version = "v1alpha1",
+    kind = "MeshNode",
+    derive = "PartialEq"
+)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct MeshNodeSpec {
+    /// Its overlay IPv4 address; otherwise the controller chooses one when it joins.
+    #[serde(
+        default,
+        rename = "overlayIPv4",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub overlay_ipv4: Option<String>,
+    /// Its site: nodes of one site share a LAN.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub site: Option<String>,
+    /// Its zone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<String>,
+    /// Its region.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub region: Option<String>,
+    /// Prefixes behind it, for example the LAN.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub prefixes: Vec<String>,
+    /// `address:port` at which its UDP socket is reachable for sure.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub static_candidates: Vec<String>,
+}
+
+/// A relay, by its name.
+#[derive(
+    CustomResource, Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema,
+)]
+#[kube(
+    group = "mesh.holdfast.dev",
+    version = "v1alpha1",
+    kind = "MeshRelay",
+    derive = "PartialEq"
+)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct MeshRelaySpec {
+    /// Its addresses.
+    pub addresses: Vec<String>,
+    /// UDP port for QUIC; 443 unless said otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quic_port: Option<u16>,
+    /// TCP port for TLS; 443 unless said otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_port: Option<u16>,
+    /// UDP ports that answer STUN; the QUIC port and 3478 unless said otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stun_ports: Option<Vec<u16>>,
+}
+
+/// A plain WireGuard device, by its name.
+#[derive(
+    CustomResource, Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema,
+)]
+#[kube(
+    group = "mesh.holdfast.dev",
+    version = "v1alpha1",
+    kind = "ExternalPeer",
+    derive = "PartialEq"
+)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ExternalPeerSpec {
+    /// Its WireGuard public key.
+    pub public_key: String,
+    /// Its prefixes in the overlay.
+    pub addresses: Vec<String>,
+    /// The node that it has its tunnel with.
+    pub gateway: String,
+    /// `address:port` where it listens; otherwise it calls first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<String>,
+    /// How often the gateway keeps its NAT open; otherwise never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keepalive_seconds: Option<u16>,
+}
+
+/// What holds for the whole mesh. Its name is `default`.
+#[derive(
+    CustomResource, Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema,
+)]
+#[kube(
+    group = "mesh.holdfast.dev",
+    version = "v1alpha1",
+    kind = "MeshConfig",
+    derive = "PartialEq"
+)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct MeshConfigSpec {
+    /// Overlay IPv4 addresses come from here; `100.96.0.0/12` unless said otherwise.
+    #[serde(
+        default,
+        rename = "overlayIPv4CIDR",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub overlay_ipv4_cidr: Option<String>,
+    /// Zone of the services; `cluster.local` unless said otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cluster_domain: Option<String>,
+    /// Zone of the node names; `mesh` unless said otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node_domain: Option<String>,
+    /// MTU of the overlay; 1280 unless said otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu_bytes: Option<u16>,
+}

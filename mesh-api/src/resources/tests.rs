@@ -1,0 +1,309 @@
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::SystemTime,
+};
+
+use mesh_core::snapshot::{
+    Endpoint, EndpointPort, EndpointSlice, ExternalPeer, Locality, MeshSettings, Protocol, Relay,
+    Service, ServiceKind, ServiceName, ServicePort,
+};
+use mesh_identity::authority::CertificateAuthority;
+use mesh_wire::id::NodeId;
+use proptest::{collection::vec, option, prelude::*};
+use prost::Message as _;
+
+use super::*;
+use crate::convert::{
+    external_peer_resource, mesh_resource, node_record_bytes, node_resource, relay_resource,
+    service_resource, slice_resource,
+};
+
+#[test]
+fn a_node_that_another_authority_signed_is_left_out_and_the_rest_stays() {
+    let (ours, theirs) = (authority(), authority());
+    let good = signed(&ours, &node(&ours, "a", 1));
+    let forged = signed(&theirs, &node(&ours, "b", 2));
+    let resources = [settings(&ours), good, forged];
+    let (snapshot, rejected) = read(&ours, &resources).unwrap();
+    let names: Vec<_> = snapshot.nodes.keys().map(ToString::to_string).collect();
+    assert_eq!(names, ["a"]);
+    let problems: Vec<_> = rejected.iter().map(ToString::to_string).collect();
+    let expected = "node b: its signature is not that of this mesh's authority";
+    assert_eq!(problems, [expected]);
+}
+
+#[test]
+fn a_broken_field_is_named_with_its_resource() {
+    let mesh = authority();
+    let mut service = service_resource(&Service {
+        name: name("shop", "inventory"),
+        kind: ServiceKind::Headless,
+        ports: vec![ServicePort {
+            name: String::new(),
+            protocol: Protocol::Tcp,
+            port: 80,
+        }],
+        publish_not_ready: false,
+    });
+    if let Some(crate::control::resource::Kind::Service(service)) = &mut service.kind {
+        service.ports[0].port = 70_000;
+    }
+    let (_, rejected) = read(&mesh, &[settings(&mesh), service]).unwrap();
+    let expected = "service shop/inventory: ports[0].port: 70000 is not a port (1 to 65535)";
+    assert_eq!(rejected[0].to_string(), expected);
+}
+
+#[test]
+fn settings_of_another_mesh_make_no_snapshot() {
+    let (ours, theirs) = (authority(), authority());
+    let error = read(&ours, &[settings(&theirs)]).unwrap_err();
+    assert!(matches!(error, SnapshotError::OtherMesh { .. }), "{error}");
+    assert_eq!(read(&ours, &[]), Err(SnapshotError::NoMesh));
+}
+
+#[test]
+fn a_delta_sets_and_removes_and_a_full_answer_replaces() {
+    let mesh = authority();
+    let (a, b) = (relay("a"), relay("b"));
+    let mut resources = Resources::new();
+    let respond = |full, set: &[&Resource], removed: &[&Resource]| SyncResponse {
+        store_id: vec![1],
+        generation: 1,
+        full,
+        set: set.iter().map(|&resource| resource.clone()).collect(),
+        removed: removed
+            .iter()
+            .map(|resource| key(resource).unwrap())
+            .collect(),
+    };
+    let all = settings(&mesh);
+    assert_eq!(apply(&mut resources, respond(true, &[&all, &a], &[])), []);
+    assert_eq!(apply(&mut resources, respond(false, &[&b], &[&a])), []);
+    assert_eq!(resources.values().collect::<Vec<_>>(), [&all, &b]);
+    assert_eq!(apply(&mut resources, respond(true, &[&a], &[])), []);
+    assert_eq!(resources.values().collect::<Vec<_>>(), [&a]);
+}
+
+proptest! {
+    #[test]
+    fn a_snapshot_survives_the_wire(parts in parts()) {
+        let mesh = authority();
+        let expected = parts.snapshot(&mesh);
+        let resources: Vec<_> = encode(&mesh, &expected)
+            .iter()
+            .map(|resource| Resource::decode(resource.encode_to_vec().as_slice()).unwrap())
+            .collect();
+        let (snapshot, rejected) = read(&mesh, &resources).unwrap();
+        prop_assert_eq!(rejected, []);
+        prop_assert_eq!(snapshot, expected);
+    }
+
+    #[test]
+    fn no_bytes_make_reading_panic(bytes: Vec<u8>, record: Vec<u8>) {
+        let mesh = authority();
+        let mut resources = vec![settings(&mesh), node_resource(record, bytes.clone())];
+        resources.extend(Resource::decode(bytes.as_slice()));
+        read(&mesh, &resources).ok();
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Parts {
+    nodes: Vec<(NodeParts, u8)>,
+    services: Vec<ServiceParts>,
+    endpoints: Vec<EndpointParts>,
+}
+
+type ServiceParts = (String, ServiceKind, Vec<(String, bool, u16)>, bool);
+
+type EndpointParts = (IpAddr, Option<String>, Option<String>, [bool; 3]);
+
+type NodeParts = (
+    String,
+    Option<String>,
+    Option<String>,
+    Vec<IpAddr>,
+    Vec<SocketAddr>,
+);
+
+fn parts() -> impl Strategy<Value = Parts> {
+    let label = "[a-z][a-z0-9]{0,8}";
+    let node = (
+        label,
+        option::of(label),
+        option::of(label),
+        vec(any::<IpAddr>(), 0..3),
+        vec(any::<(IpAddr, u16)>().prop_map(SocketAddr::from), 0..3),
+    );
+    let kind = prop_oneof![
+        vec(any::<IpAddr>(), 1..3).prop_map(ServiceKind::ClusterIp),
+        Just(ServiceKind::Headless),
+        label.prop_map(ServiceKind::ExternalName),
+    ];
+    let port = (label, any::<bool>(), 1..=u16::MAX);
+    let endpoint = (
+        any::<IpAddr>(),
+        option::of(label.prop_map(String::from)),
+        option::of(label.prop_map(String::from)),
+        any::<[bool; 3]>(),
+    );
+    (
+        vec((node, any::<u8>()), 0..4),
+        vec((label, kind, vec(port, 0..3), any::<bool>()), 0..4),
+        vec(endpoint, 0..4),
+    )
+        .prop_map(|(nodes, services, endpoints)| Parts {
+            nodes,
+            services,
+            endpoints,
+        })
+}
+
+impl Parts {
+    fn snapshot(&self, mesh: &CertificateAuthority) -> Snapshot {
+        let mut snapshot = Snapshot::empty(mesh_settings(mesh));
+        for ((name, site, zone, underlay, candidates), seed) in &self.nodes {
+            let mut node = node(mesh, name, *seed);
+            node.locality.site = site.as_ref().map(|site| site.parse().unwrap());
+            node.locality.zone.clone_from(zone);
+            node.underlay_addresses.clone_from(underlay);
+            node.static_candidates.clone_from(candidates);
+            node.prefixes = underlay.iter().copied().map(Into::into).collect();
+            snapshot.nodes.insert(node.name.clone(), node);
+        }
+        for (text, kind, ports, publish_not_ready) in &self.services {
+            let service = self.service(text, kind, ports, *publish_not_ready);
+            let slices = BTreeMap::from([("s".to_owned(), self.slice(&service))]);
+            snapshot.slices.insert(service.name.clone(), slices);
+            snapshot.services.insert(service.name.clone(), service);
+            let peer = external_peer(text);
+            snapshot.external_peers.insert(peer.name.clone(), peer);
+        }
+        snapshot
+    }
+
+    fn service(
+        &self,
+        text: &str,
+        kind: &ServiceKind,
+        ports: &[(String, bool, u16)],
+        publish_not_ready: bool,
+    ) -> Service {
+        let ports = ports.iter().map(|(name, tcp, port)| ServicePort {
+            name: name.clone(),
+            protocol: if *tcp { Protocol::Tcp } else { Protocol::Udp },
+            port: *port,
+        });
+        Service {
+            name: name("default", text),
+            kind: kind.clone(),
+            ports: ports.collect(),
+            publish_not_ready,
+        }
+    }
+
+    fn slice(&self, service: &Service) -> EndpointSlice {
+        let ports = service.ports.iter().map(|port| EndpointPort {
+            name: port.name.clone(),
+            protocol: port.protocol,
+            port: port.port,
+        });
+        let endpoints = self.endpoints.iter();
+        EndpointSlice {
+            name: "s".to_owned(),
+            ports: ports.collect(),
+            endpoints: endpoints
+                .map(
+                    |(address, node, zone, [ready, serving, terminating])| Endpoint {
+                        address: *address,
+                        node: node.as_ref().map(|node| node.parse().unwrap()),
+                        zone: zone.clone(),
+                        hostname: zone.clone(),
+                        ready: *ready,
+                        serving: *serving,
+                        terminating: *terminating,
+                    },
+                )
+                .collect(),
+        }
+    }
+}
+
+fn encode(mesh: &CertificateAuthority, snapshot: &Snapshot) -> Vec<Resource> {
+    let mut resources = vec![mesh_resource(&snapshot.mesh)];
+    resources.extend(snapshot.nodes.values().map(|node| signed(mesh, node)));
+    resources.extend(snapshot.external_peers.values().map(external_peer_resource));
+    resources.extend(snapshot.relays.values().map(relay_resource));
+    resources.extend(snapshot.services.values().map(service_resource));
+    for (service, slices) in &snapshot.slices {
+        resources.extend(slices.values().map(|slice| slice_resource(service, slice)));
+    }
+    resources
+}
+
+fn read(
+    mesh: &CertificateAuthority,
+    resources: &[Resource],
+) -> Result<(Snapshot, Vec<Rejected>), SnapshotError> {
+    snapshot_from_resources(resources, Generation(0), mesh.certificate_der())
+}
+
+fn authority() -> CertificateAuthority {
+    CertificateAuthority::generate("demo", SystemTime::now()).unwrap()
+}
+
+fn mesh_settings(mesh: &CertificateAuthority) -> MeshSettings {
+    MeshSettings::with_defaults(mesh.mesh_id(), mesh.trust_domain())
+}
+
+fn settings(mesh: &CertificateAuthority) -> Resource {
+    mesh_resource(&mesh_settings(mesh))
+}
+
+fn signed(mesh: &CertificateAuthority, node: &Node) -> Resource {
+    let record = node_record_bytes(node);
+    let signature = mesh.sign_record(&record).unwrap();
+    node_resource(record, signature)
+}
+
+fn node(mesh: &CertificateAuthority, name: &str, seed: u8) -> Node {
+    let id = NodeId([seed; 32]);
+    Node {
+        id,
+        name: name.parse().unwrap(),
+        locality: Locality::default(),
+        overlay_v4: [100, 96, 0, seed].into(),
+        overlay_v6: mesh.mesh_id().overlay_v6(&id),
+        prefixes: Vec::new(),
+        underlay_addresses: Vec::new(),
+        static_candidates: Vec::new(),
+    }
+}
+
+fn external_peer(name: &str) -> ExternalPeer {
+    ExternalPeer {
+        id: NodeId([9; 32]),
+        name: name.parse().unwrap(),
+        prefixes: vec!["100.127.0.1/32".parse().unwrap()],
+        gateway: "a".parse().unwrap(),
+        endpoint: Some("[2001:db8::1]:51820".parse().unwrap()),
+        keepalive: Some(std::time::Duration::from_secs(25)),
+    }
+}
+
+fn relay(name: &str) -> Resource {
+    relay_resource(&Relay {
+        name: name.parse().unwrap(),
+        addresses: vec!["192.0.2.1".parse().unwrap()],
+        quic_port: 443,
+        tls_port: 443,
+        stun_ports: vec![443, 3478],
+    })
+}
+
+fn name(namespace: &str, name: &str) -> ServiceName {
+    ServiceName {
+        namespace: namespace.to_owned(),
+        name: name.to_owned(),
+    }
+}
