@@ -174,3 +174,58 @@ fn complete(mut reply: Message, said: Message) -> Message {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::str::FromStr;
+
+    use hickory_proto::{
+        op::OpCode,
+        rr::{Name, RData, Record, RecordType, rdata::A},
+    };
+
+    use super::*;
+
+    #[tokio::test]
+    async fn with_no_upstream_left_an_old_answer_is_better_than_none() {
+        let forwarder = Forwarder::new(&[], Arc::default());
+        let name = Name::from_str("example.org.").unwrap();
+        let question = Query::query(name.clone(), RecordType::A);
+        let reply = client::question(question.clone()).into_response();
+        let mut said = Message::response(1, OpCode::Query);
+        said.add_answer(Record::from_rdata(name, 60, RData::A(A::new(192, 0, 2, 1))));
+        let learnt = Instant::now().into_std() - Duration::from_secs(120);
+        let bytes = said.to_vec().unwrap();
+        lock(&forwarder.cache).insert(key(&reply, &question), bytes, &said, learnt);
+
+        assert_eq!(forwarder.cached(&reply, &question), None);
+        let stale = forwarder.ask(reply.clone(), question.clone()).await;
+        assert_eq!(stale.answers[0].data, said.answers[0].data);
+        assert_eq!(
+            (stale.response_code, stale.answers[0].ttl),
+            (ResponseCode::NoError, 30)
+        );
+        assert_eq!(forwarder.counters.stale.get(), 1);
+
+        let other = Query::query(Name::from_str("example.net.").unwrap(), RecordType::A);
+        let failed = forwarder.ask(reply, other).await;
+        assert_eq!(failed.response_code, ResponseCode::ServFail);
+    }
+
+    #[test]
+    fn an_upstream_is_passed_over_after_two_silences_and_tried_again_later() {
+        let upstream = Upstream {
+            address: ([192, 0, 2, 1], 53).into(),
+            health: Mutex::default(),
+        };
+        let now = Instant::now();
+        let silent = Some(&ExchangeError::Timeout);
+        upstream.note(silent, now);
+        assert!(!upstream.is_passed_over(now), "one loss is no outage");
+        upstream.note(silent, now);
+        assert!(upstream.is_passed_over(now));
+        assert!(!upstream.is_passed_over(now + PASSED_OVER));
+        upstream.note(None, now);
+        assert!(!upstream.is_passed_over(now));
+    }
+}

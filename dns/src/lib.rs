@@ -11,6 +11,7 @@
 pub mod answer;
 mod cache;
 pub mod client;
+mod clients;
 pub mod counters;
 mod forward;
 mod limit;

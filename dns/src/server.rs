@@ -1,7 +1,6 @@
 //! The listeners.
 
 use std::{
-    collections::BTreeSet,
     fmt, io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
@@ -23,6 +22,7 @@ use crate::{
     answer::{
         Answer, ExtendedError, PLAIN_UDP_MAX_BYTES, answer, fail, parse, udp_answer_max_bytes,
     },
+    clients::Clients,
     counters::{Counters, DropReason},
     forward::Forwarder,
     limit::Limit,
@@ -121,11 +121,7 @@ impl DnsServer {
         let tasks = TaskTracker::new();
         let shared = Arc::new(Shared {
             view: Box::new(view),
-            own_addresses: local_addresses
-                .iter()
-                .map(|one| canonical_ip(one.ip()))
-                .collect(),
-            allow_from: config.allow_from,
+            clients: Clients::new(&local_addresses, config.allow_from),
             forwarder: Forwarder::new(&config.upstreams, Arc::clone(&counters)),
             counters: Arc::clone(&counters),
             waiting: Limit::new(WAITING_MAX, WAITING_PER_SOURCE_MAX),
@@ -179,8 +175,7 @@ async fn bind(address: SocketAddr) -> Result<(SocketAddr, UdpSocket, TcpListener
 
 struct Shared {
     view: Box<dyn Fn() -> Option<Arc<View>> + Send + Sync>,
-    own_addresses: BTreeSet<IpAddr>,
-    allow_from: Vec<IpNet>,
+    clients: Clients,
     forwarder: Forwarder,
     counters: Arc<Counters>,
     waiting: Arc<Limit>,
@@ -310,7 +305,7 @@ impl Shared {
     /// What to do about a query, and how large the answer may be if it goes over UDP.
     fn decide(&self, query: &[u8], source: IpAddr) -> (Step, u16) {
         let view = (self.view)();
-        if !self.may_ask(canonical_ip(source), view.as_deref()) {
+        if !self.clients.include(canonical_ip(source), view.as_deref()) {
             self.counters.drop_one(DropReason::Source);
             return (Step::Nothing, 0);
         }
@@ -339,23 +334,6 @@ impl Shared {
                 None => Step::Ask(reply, question),
             },
         }
-    }
-
-    /// Never an open resolver: only this node, what is behind it, and whom the operator names.
-    fn may_ask(&self, source: IpAddr, view: Option<&View>) -> bool {
-        let own_node = view.and_then(|view| view.snapshot.nodes.get(&view.node));
-        source.is_loopback()
-            || self.own_addresses.contains(&source)
-            || self
-                .allow_from
-                .iter()
-                .any(|prefix| prefix.contains(&source))
-            || own_node.is_some_and(|node| {
-                node.underlay_addresses.contains(&source)
-                    || node
-                        .allowed_prefixes()
-                        .any(|prefix| prefix.contains(&source))
-            })
     }
 
     fn busy(&self, mut reply: Message) -> Message {

@@ -7,7 +7,10 @@ use std::str::FromStr;
 
 use hickory_proto::{
     op::OpCode,
-    rr::{Record, rdata::SOA},
+    rr::{
+        Record,
+        rdata::{A, SOA},
+    },
 };
 
 use super::*;
@@ -24,7 +27,11 @@ fn key(name: &str) -> Key {
 fn positive(ttl_s: u32) -> Message {
     let mut message = Message::response(7, OpCode::Query);
     let name = Name::from_str("example.org.").unwrap();
-    message.add_answer(Record::from_rdata(name, ttl_s, RData::from([192, 0, 2, 1])));
+    message.add_answer(Record::from_rdata(
+        name,
+        ttl_s,
+        RData::A(A::new(192, 0, 2, 1)),
+    ));
     message
 }
 

@@ -1,0 +1,188 @@
+//! A small mesh: this node `edge-a1` and `edge-a2` at site a, `edge-b1` at site b.
+
+#![allow(dead_code, reason = "each test file uses its own part")]
+
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
+
+use hickory_proto::{
+    op::{Message, Query},
+    rr::{Name, RecordType},
+};
+use mesh_core::{
+    services::View,
+    snapshot::{
+        Endpoint, EndpointPort, EndpointSlice, ExternalPeer, Generation, Locality, MeshSettings,
+        Node, Protocol, Service, ServiceKind, ServiceName, ServicePort, Snapshot,
+    },
+};
+use mesh_wire::id::{MeshId, NodeId};
+
+pub(crate) fn view() -> View {
+    View {
+        snapshot: Arc::new(snapshot()),
+        node: "edge-a1".parse().unwrap(),
+        dead: BTreeSet::new(),
+    }
+}
+
+pub(crate) fn snapshot() -> Snapshot {
+    let mesh = MeshSettings::with_defaults(MeshId([9; 32]), "demo");
+    let mut snapshot = Snapshot::empty(mesh);
+    snapshot.generation = Generation(42);
+    for (number, name, site) in [
+        (1, "edge-a1", "a"),
+        (2, "edge-a2", "a"),
+        (3, "edge-b1", "b"),
+        (4, "gw.lab", "c"),
+    ] {
+        add_node(&mut snapshot, number, name, site);
+    }
+    let camera = ExternalPeer {
+        id: NodeId([200; 32]),
+        name: "camera".parse().unwrap(),
+        prefixes: vec!["100.96.9.9/32".parse().unwrap()],
+        gateway: "edge-a1".parse().unwrap(),
+        endpoint: None,
+        keepalive: None,
+    };
+    snapshot.external_peers.insert(camera.name.clone(), camera);
+
+    let vips = ["10.43.0.10", "fd43::a"].map(address).to_vec();
+    add_service(&mut snapshot, "inventory", ServiceKind::ClusterIp(vips));
+    add_service(&mut snapshot, "db", ServiceKind::Headless);
+    add_slice(
+        &mut snapshot,
+        "db",
+        "v4",
+        vec![
+            endpoint("10.2.3.1", "edge-b1", None),
+            endpoint("10.2.1.1", "edge-a1", Some("db-0")),
+            endpoint("10.2.2.1", "edge-a2", None),
+            Endpoint {
+                ready: false,
+                ..endpoint("10.2.1.9", "edge-a1", None)
+            },
+        ],
+    );
+    add_slice(
+        &mut snapshot,
+        "db",
+        "v6",
+        vec![
+            endpoint("fd02::1", "edge-a1", Some("db-0")),
+            endpoint("fd02::3:1", "edge-b1", None),
+        ],
+    );
+    add_service(&mut snapshot, "empty", ServiceKind::Headless);
+    for (name, target) in [
+        ("search", "search.example.org"),
+        ("shelf", "inventory.shop.svc.cluster.local"),
+        ("nowhere", "missing.shop.svc.cluster.local"),
+        ("loop", "loop.shop.svc.cluster.local"),
+    ] {
+        add_service(
+            &mut snapshot,
+            name,
+            ServiceKind::ExternalName(target.to_owned()),
+        );
+    }
+    snapshot
+}
+
+pub(crate) fn add_node(snapshot: &mut Snapshot, number: u8, name: &str, site: &str) {
+    let id = NodeId([number; 32]);
+    let node = Node {
+        id,
+        name: name.parse().unwrap(),
+        locality: Locality {
+            site: Some(site.parse().unwrap()),
+            ..Locality::default()
+        },
+        overlay_v4: [100, 96, 0, number].into(),
+        overlay_v6: snapshot.mesh.id.overlay_v6(&id),
+        prefixes: vec![format!("10.2.{number}.0/24").parse().unwrap()],
+        underlay_addresses: vec![IpAddr::from([192, 168, 7, number])],
+        static_candidates: Vec::new(),
+    };
+    snapshot.nodes.insert(node.name.clone(), node);
+}
+
+pub(crate) fn service_name(name: &str) -> ServiceName {
+    ServiceName {
+        namespace: "shop".to_owned(),
+        name: name.to_owned(),
+    }
+}
+
+pub(crate) fn add_service(snapshot: &mut Snapshot, name: &str, kind: ServiceKind) {
+    let port = |name: &str, protocol, port| ServicePort {
+        name: name.to_owned(),
+        protocol,
+        port,
+    };
+    let service = Service {
+        name: service_name(name),
+        kind,
+        ports: vec![
+            port("http", Protocol::Tcp, 80),
+            port("dns", Protocol::Udp, 53),
+            port("", Protocol::Tcp, 81),
+        ],
+        publish_not_ready: false,
+    };
+    snapshot.services.insert(service.name.clone(), service);
+}
+
+pub(crate) fn add_slice(
+    snapshot: &mut Snapshot,
+    service: &str,
+    name: &str,
+    endpoints: Vec<Endpoint>,
+) {
+    let slice = EndpointSlice {
+        name: name.to_owned(),
+        ports: vec![EndpointPort {
+            name: "http".to_owned(),
+            protocol: Protocol::Tcp,
+            port: 8080,
+        }],
+        endpoints,
+    };
+    let slices = snapshot.slices.entry(service_name(service)).or_default();
+    slices.insert(name.to_owned(), slice);
+}
+
+pub(crate) fn endpoint(at: &str, node: &str, hostname: Option<&str>) -> Endpoint {
+    Endpoint {
+        address: address(at),
+        node: Some(node.parse().unwrap()),
+        zone: None,
+        hostname: hostname.map(ToOwned::to_owned),
+        ready: true,
+        serving: true,
+        terminating: false,
+    }
+}
+
+/// A headless service `big` with `count` endpoints on another node.
+pub(crate) fn add_big_service(snapshot: &mut Snapshot, count: u16) {
+    add_service(snapshot, "big", ServiceKind::Headless);
+    let endpoints = (0..count).map(|index| {
+        let [high, low] = index.to_be_bytes();
+        endpoint(&format!("10.2.{}.{low}", 100 + high), "edge-b1", None)
+    });
+    add_slice(snapshot, "big", "one", endpoints.collect());
+}
+
+pub(crate) fn address(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+/// A recursive query with id 0, which rotates nothing.
+pub(crate) fn query(name: &str, record_type: RecordType) -> Message {
+    let mut message = Message::query();
+    message.metadata.id = 0;
+    message.metadata.recursion_desired = true;
+    message.add_query(Query::query(Name::from_ascii(name).unwrap(), record_type));
+    message
+}

@@ -1,0 +1,595 @@
+//! The real server on loopback, asked by `dig`, by glibc, and by hostile hands.
+
+mod common;
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    process::Output,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use common::{add_big_service, query, snapshot, view};
+use hickory_proto::{
+    op::{Message, ResponseCode},
+    rr::{
+        Name, RData, Record, RecordType,
+        rdata::{A, SOA},
+    },
+};
+use mesh_core::services::View;
+use mesh_dns::{
+    client,
+    counters::DropReason,
+    server::{DnsConfig, DnsServer, StartError},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream, UdpSocket},
+    process::Command,
+    time::{Instant, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+/// Longer than anything here may take.
+const SOON: Duration = Duration::from_secs(10);
+
+struct Running {
+    server: DnsServer,
+    address: SocketAddr,
+    stop: CancellationToken,
+}
+
+async fn start(upstreams: &[SocketAddr], view: Option<View>) -> Running {
+    let view = view.map(Arc::new);
+    for _ in 0..16 {
+        let config = DnsConfig {
+            listen: vec![(LOOPBACK, 0).into()],
+            upstreams: upstreams.to_vec(),
+            allow_from: Vec::new(),
+        };
+        let (view, stop) = (view.clone(), CancellationToken::new());
+        match DnsServer::start(config, move || view.clone(), stop.clone()).await {
+            Ok(server) => {
+                let address = server.local_addresses()[0];
+                return Running {
+                    server,
+                    address,
+                    stop,
+                };
+            }
+            // The port that UDP got may be somebody's on TCP.
+            Err(StartError::Bind { transport, .. }) => assert_eq!(transport, "TCP"),
+            Err(error) => panic!("{error}"),
+        }
+    }
+    panic!("no free port after 16 attempts");
+}
+
+impl Running {
+    async fn dig(&self, arguments: &str) -> String {
+        let output = Command::new("dig")
+            .arg(format!("@{}", self.address.ip()))
+            .args(["-p", &self.address.port().to_string()])
+            .args(["+tries=1", "+time=5"])
+            .args(arguments.split_whitespace())
+            .output();
+        text(
+            &timeout(SOON, output)
+                .await
+                .unwrap()
+                .expect("dig (dnsutils)"),
+        )
+    }
+
+    async fn ask(&self, name: &str) -> client::Reply {
+        timeout(SOON, client::ask(self.address, name, "A"))
+            .await
+            .unwrap()
+            .unwrap()
+    }
+
+    async fn answers_own_names(&self) {
+        let reply = self.ask("inventory.shop.svc.cluster.local").await;
+        assert_eq!(reply.code, "NOERROR");
+        assert!(reply.elapsed < Duration::from_secs(1), "{reply:?}");
+    }
+}
+
+fn text(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn big_view(endpoints: u16) -> View {
+    let mut snapshot = snapshot();
+    add_big_service(&mut snapshot, endpoints);
+    View {
+        snapshot: Arc::new(snapshot),
+        ..view()
+    }
+}
+
+#[tokio::test]
+async fn dig_gets_every_kind_of_record() {
+    let running = start(&[], Some(view())).await;
+    for (arguments, want) in [
+        ("+short inventory.shop.svc.cluster.local", "10.43.0.10\n"),
+        (
+            "+short +tcp inventory.shop.svc.cluster.local AAAA",
+            "fd43::a\n",
+        ),
+        (
+            "+short db.shop.svc.cluster.local AAAA",
+            "fd02::1\nfd02::3:1\n",
+        ),
+        (
+            "+short _http._tcp.inventory.shop.svc.cluster.local SRV",
+            "0 100 80 inventory.shop.svc.cluster.local.\n",
+        ),
+        ("+short dns-version.cluster.local TXT", "\"1.1.0\"\n"),
+        (
+            "+short search.shop.svc.cluster.local CNAME",
+            "search.example.org.\n",
+        ),
+        (
+            "+short -x 10.43.0.10",
+            "inventory.shop.svc.cluster.local.\n",
+        ),
+        ("+short -x 100.96.0.2", "edge-a2.mesh.\n"),
+        ("+short edge-b1.mesh", "100.96.0.3\n"),
+    ] {
+        let got = running.dig(arguments).await;
+        assert_eq!(sorted(&got), sorted(want), "{arguments}");
+    }
+    let missing = running.dig("missing.shop.svc.cluster.local").await;
+    assert!(
+        missing.contains("status: NXDOMAIN") && missing.contains("SOA"),
+        "{missing}"
+    );
+    assert!(missing.contains("flags: qr aa rd ra"), "{missing}");
+    let transfer = running.dig("cluster.local AXFR").await;
+    assert!(transfer.contains("Transfer failed"), "{transfer}");
+    let version = running.dig("+edns=1 +noednsneg edge-b1.mesh").await;
+    assert!(version.contains("BADVERS"), "{version}");
+    assert_eq!(running.server.counters().nxdomain.get(), 1);
+}
+
+fn sorted(lines: &str) -> Vec<&str> {
+    let mut lines: Vec<_> = lines.lines().collect();
+    lines.sort_unstable();
+    lines
+}
+
+#[tokio::test]
+async fn an_answer_too_large_for_udp_comes_over_tcp() {
+    let running = start(&[], Some(big_view(1500))).await;
+    let name = "big.shop.svc.cluster.local";
+    let whole = running.dig(&format!("+short {name}")).await;
+    assert_eq!(whole.lines().count(), 1500);
+
+    // A client that never asks over TCP (old musl) gets the first ones.
+    for (options, size_max) in [
+        ("+noedns", 512),
+        ("+bufsize=700", 700),
+        ("+bufsize=9000", 1232),
+    ] {
+        let cut = running.dig(&format!("+ignore {options} {name}")).await;
+        assert!(cut.contains("flags: qr aa tc rd ra"), "{options}: {cut}");
+        assert!(cut.matches("\tA\t10.2.").count() > 20, "{options}: {cut}");
+        let size = cut.split("MSG SIZE  rcvd: ").nth(1).unwrap();
+        let size: u32 = size.split_whitespace().next().unwrap().parse().unwrap();
+        assert!(
+            (size_max - 32..=size_max).contains(&size),
+            "{options}: {size}"
+        );
+    }
+
+    // 1500 SRV records do not fit TCP either: the nearest that do are given.
+    let ports = running.dig(&format!("+tcp _http._tcp.{name} SRV")).await;
+    assert!(ports.contains("flags: qr aa rd ra"), "{ports:.500}");
+    assert!(ports.matches("SRV").count() > 500, "{ports:.500}");
+}
+
+#[tokio::test]
+async fn glibc_resolves_a_short_name_through_its_search_list() {
+    // Loopback addresses are all local; this one is this process's.
+    let [_, _, high, low] = std::process::id().to_be_bytes();
+    let address = SocketAddr::from(([127, 53, high, low.max(1)], 53));
+    let config = DnsConfig {
+        listen: vec![address],
+        ..DnsConfig::default()
+    };
+    let (view, stop) = (Arc::new(view()), CancellationToken::new());
+    let started = DnsServer::start(config, move || Some(Arc::clone(&view)), stop).await;
+    let _server = started.unwrap();
+    let resolv_conf = format!(
+        "nameserver {}\nsearch shop.svc.cluster.local svc.cluster.local\noptions ndots:5\n",
+        address.ip()
+    );
+    let script = r#"
+        set -e
+        mount --make-rprivate /
+        mount -t tmpfs none /mnt
+        printf %s "$RESOLV_CONF" > /mnt/resolv.conf
+        mount --bind /mnt/resolv.conf /etc/resolv.conf
+        getent ahosts inventory
+        getent hosts edge-a2.mesh
+        getent hosts 10.43.0.10
+    "#;
+    let output = Command::new("unshare")
+        .args(["--mount", "sh", "-c", script])
+        .env("RESOLV_CONF", resolv_conf)
+        .output();
+    let output = timeout(SOON, output).await.unwrap().unwrap();
+    let (shown, errors) = (text(&output), String::from_utf8_lossy(&output.stderr));
+    for want in [
+        "10.43.0.10",
+        "fd43::a",
+        "edge-a2.mesh",
+        "inventory.shop.svc.cluster.local",
+    ] {
+        assert!(
+            shown.contains(want),
+            "{want} is missing:\n{shown}\n{errors}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn other_names_come_from_the_upstream_once_and_then_from_the_cache() {
+    let upstream = Upstream::start().await;
+    let running = start(&[upstream.address], Some(view())).await;
+    for _ in 0..3 {
+        let reply = running.ask("www.example.org").await;
+        assert_eq!(reply.code, "NOERROR");
+        assert!(reply.answers[0].contains("192.0.2.1"), "{reply:?}");
+        assert_eq!(running.ask("missing.example.org").await.code, "NXDOMAIN");
+    }
+    assert_eq!(upstream.asked("www.example.org."), 1);
+    assert_eq!(upstream.asked("missing.example.org."), 1);
+    let counters = running.server.counters();
+    assert_eq!(
+        (counters.forwarded.get(), counters.cache_hits.get()),
+        (2, 4)
+    );
+
+    running.answers_own_names().await;
+    running.ask("missing.shop.svc.cluster.local").await;
+    running.ask("nobody.mesh").await;
+    assert_eq!(upstream.asked_in_all(), 2, "own names stay here");
+}
+
+#[tokio::test]
+async fn an_external_name_is_followed_to_the_upstream() {
+    let upstream = Upstream::start().await;
+    let running = start(&[upstream.address], Some(view())).await;
+    let shown = running.dig("+short search.shop.svc.cluster.local").await;
+    assert_eq!(shown, "search.example.org.\n192.0.2.1\n");
+    assert_eq!(upstream.asked_in_all(), 1);
+}
+
+#[tokio::test]
+async fn a_truncated_answer_of_the_upstream_is_asked_for_over_tcp() {
+    let upstream = Upstream::start().await;
+    let running = start(&[upstream.address], Some(view())).await;
+    let shown = running.dig("+short large.example.org").await;
+    assert_eq!(shown.lines().count(), 200);
+}
+
+#[tokio::test]
+async fn an_upstream_that_knows_no_edns_is_asked_without() {
+    let upstream = Upstream::start().await;
+    let running = start(&[upstream.address], Some(view())).await;
+    assert_eq!(running.ask("plain.example.org").await.code, "NOERROR");
+    assert_eq!(upstream.asked("plain.example.org."), 2);
+}
+
+#[tokio::test]
+async fn the_second_upstream_answers_when_the_first_is_gone_or_unhelpful() {
+    let upstream = Upstream::start().await;
+    let running = start(&[refusing().await, upstream.address], Some(view())).await;
+    assert_eq!(running.ask("www.example.org").await.code, "NOERROR");
+
+    let both = start(&[upstream.address, upstream.address], Some(view())).await;
+    assert_eq!(both.ask("broken.example.org").await.code, "SERVFAIL");
+    assert_eq!(upstream.asked("broken.example.org."), 2);
+}
+
+#[tokio::test]
+async fn a_refusing_upstream_gives_servfail_at_once_with_the_reason() {
+    let running = start(&[refusing().await], Some(view())).await;
+    let started = Instant::now();
+    let shown = running.dig("www.example.org").await;
+    assert!(
+        started.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        started.elapsed()
+    );
+    assert!(shown.contains("status: SERVFAIL"), "{shown}");
+    assert!(shown.contains("EDE: 22"), "{shown}");
+    running.answers_own_names().await;
+}
+
+#[tokio::test]
+async fn a_silent_upstream_gives_servfail_soon_and_own_names_do_not_wait() {
+    let silent = UdpSocket::bind((LOOPBACK, 0)).await.unwrap();
+    let running = start(&[silent.local_addr().unwrap()], Some(view())).await;
+    let socket = UdpSocket::bind((LOOPBACK, 0)).await.unwrap();
+    socket.connect(running.address).await.unwrap();
+    for id in 0..100 {
+        let mut message = query("www.example.org.", RecordType::A);
+        message.metadata.id = id;
+        socket.send(&message.to_vec().unwrap()).await.unwrap();
+    }
+    running.answers_own_names().await; // While a hundred others wait.
+    let started = Instant::now();
+    for _ in 0..100 {
+        let code = timeout(SOON, receive(&socket)).await.unwrap().response_code;
+        assert_eq!(code, ResponseCode::ServFail);
+    }
+    assert!(
+        started.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        started.elapsed()
+    );
+
+    // It is passed over now.
+    let again = running.ask("other.example.org").await;
+    assert_eq!(again.code, "SERVFAIL");
+    assert!(again.elapsed < Duration::from_secs(1), "{again:?}");
+}
+
+#[tokio::test]
+async fn a_forged_answer_is_passed_over() {
+    let upstream = UdpSocket::bind((LOOPBACK, 0)).await.unwrap();
+    let running = start(&[upstream.local_addr().unwrap()], Some(view())).await;
+    let forge = async {
+        let mut buffer = [0; 1500];
+        let (len, from) = upstream.recv_from(&mut buffer).await.unwrap();
+        let asked = Message::from_vec(&buffer[..len]).unwrap();
+        let mut wrong_id = stub_answer(&asked, false);
+        wrong_id.metadata.id = asked.id.wrapping_add(1);
+        let mut wrong_name = stub_answer(&asked, false);
+        wrong_name.queries[0].set_name(Name::from_ascii("evil.example.org.").unwrap());
+        wrong_id.answers[0].data = RData::A(A::new(203, 0, 113, 66));
+        wrong_name.answers[0].data = RData::A(A::new(203, 0, 113, 66));
+        for message in [wrong_id, wrong_name, stub_answer(&asked, false)] {
+            upstream
+                .send_to(&message.to_vec().unwrap(), from)
+                .await
+                .unwrap();
+        }
+        upstream.send_to(b"garbage", from).await.unwrap();
+    };
+    let (reply, ()) = tokio::join!(running.ask("www.example.org"), forge);
+    assert!(reply.answers[0].contains("192.0.2.1"), "{reply:?}");
+}
+
+#[tokio::test]
+async fn without_a_snapshot_only_own_names_fail() {
+    let upstream = Upstream::start().await;
+    let running = start(&[upstream.address], None).await;
+    assert_eq!(
+        running.ask("inventory.shop.svc.cluster.local").await.code,
+        "SERVFAIL"
+    );
+    assert_eq!(running.ask("www.example.org").await.code, "NOERROR");
+}
+
+#[tokio::test]
+async fn a_flood_of_garbage_leaves_it_answering() {
+    let running = start(&[], Some(view())).await;
+    let socket = UdpSocket::bind((LOOPBACK, 0)).await.unwrap();
+    socket.connect(running.address).await.unwrap();
+    let mut noise = Noise(7);
+    for _ in 0..20_000 {
+        let bytes = noise.bytes();
+        socket.send(&bytes).await.unwrap();
+    }
+    for _ in 0..40 {
+        let mut stream = TcpStream::connect(running.address).await.unwrap();
+        for _ in 0..4 {
+            let bytes = noise.bytes();
+            stream.write_all(&bytes).await.ok(); // It may have hung up already.
+        }
+    }
+    running.answers_own_names().await;
+    let counters = running.server.counters();
+    assert!(counters.dropped(DropReason::Short) > 0);
+    assert!(counters.dropped(DropReason::Response) > 0);
+    assert!(counters.refused.get() > 0);
+}
+
+#[tokio::test]
+async fn one_connection_may_ask_many_times() {
+    let running = start(&[], Some(view())).await;
+    let mut stream = TcpStream::connect(running.address).await.unwrap();
+    let bytes = query("edge-a1.mesh.", RecordType::A).to_vec().unwrap();
+    let framed = [
+        &u16::try_from(bytes.len()).unwrap().to_be_bytes()[..],
+        &bytes,
+    ]
+    .concat();
+    stream
+        .write_all(&[&framed[..], &framed].concat())
+        .await
+        .unwrap();
+    for _ in 0..2 {
+        let mut answer = vec![0; usize::from(stream.read_u16().await.unwrap())];
+        stream.read_exact(&mut answer).await.unwrap();
+        assert_eq!(Message::from_vec(&answer).unwrap().answers.len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn one_source_cannot_hold_every_connection() {
+    let running = start(&[], Some(view())).await;
+    let mut held = Vec::new();
+    for _ in 0..64 {
+        held.push(TcpStream::connect(running.address).await.unwrap());
+    }
+    let mut one_more = TcpStream::connect(running.address).await.unwrap();
+    let hung_up = timeout(SOON, one_more.read(&mut [0])).await.unwrap();
+    assert!(matches!(hung_up, Ok(0) | Err(_)), "{hung_up:?}");
+    assert_eq!(
+        running.server.counters().dropped(DropReason::Connections),
+        1
+    );
+    running.answers_own_names().await;
+}
+
+#[tokio::test]
+async fn it_stops_when_told_and_leaves_its_ports() {
+    let running = start(&[], Some(view())).await;
+    let _open = TcpStream::connect(running.address).await.unwrap();
+    running.stop.cancel();
+    timeout(SOON, running.server.stopped()).await.unwrap();
+    UdpSocket::bind(running.address).await.unwrap();
+    TcpListener::bind(running.address).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_address_in_use_is_named_in_the_error() {
+    let running = start(&[], Some(view())).await;
+    let config = DnsConfig {
+        listen: vec![running.address],
+        ..DnsConfig::default()
+    };
+    let started = DnsServer::start(config, || None, CancellationToken::new()).await;
+    let want = format!("cannot listen for DNS at UDP {}", running.address);
+    assert_eq!(started.unwrap_err().to_string(), want);
+}
+
+#[tokio::test]
+async fn it_refuses_to_ask_itself() {
+    let own = SocketAddr::from((LOOPBACK, 5353));
+    let config = DnsConfig {
+        listen: vec![own],
+        upstreams: vec![own],
+        allow_from: Vec::new(),
+    };
+    let started = DnsServer::start(config, || None, CancellationToken::new()).await;
+    assert!(matches!(started, Err(StartError::UpstreamIsListener(one)) if one == own));
+}
+
+/// An address at which nobody listens.
+async fn refusing() -> SocketAddr {
+    let socket = UdpSocket::bind((LOOPBACK, 0)).await.unwrap();
+    socket.local_addr().unwrap()
+}
+
+async fn receive(socket: &UdpSocket) -> Message {
+    let mut buffer = [0; 1500];
+    let len = socket.recv(&mut buffer).await.unwrap();
+    Message::from_vec(&buffer[..len]).unwrap()
+}
+
+/// Xorshift: the same garbage every time.
+struct Noise(u64);
+
+impl Noise {
+    fn bytes(&mut self) -> Vec<u8> {
+        let len = self.next() % 64;
+        (0..len).map(|_| self.next().to_be_bytes()[0]).collect()
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+}
+
+/// A resolver that knows `*.example.org`; ends with the test's runtime.
+struct Upstream {
+    address: SocketAddr,
+    asked: Arc<Mutex<BTreeMap<String, u32>>>,
+}
+
+impl Upstream {
+    async fn start() -> Self {
+        let (udp, tcp) = both_at_one_port().await;
+        let address = udp.local_addr().unwrap();
+        let asked = Arc::<Mutex<BTreeMap<String, u32>>>::default();
+        let seen = Arc::clone(&asked);
+        tokio::spawn(async move {
+            let mut buffer = [0; 1500];
+            while let Ok((len, from)) = udp.recv_from(&mut buffer).await {
+                let query = Message::from_vec(&buffer[..len]).unwrap();
+                let name = query.queries[0].name().to_ascii();
+                *seen.lock().unwrap().entry(name).or_default() += 1;
+                let answer = stub_answer(&query, false).to_vec().unwrap();
+                udp.send_to(&answer, from).await.unwrap();
+            }
+        });
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = tcp.accept().await {
+                let mut query = vec![0; usize::from(stream.read_u16().await.unwrap())];
+                stream.read_exact(&mut query).await.unwrap();
+                let answer = stub_answer(&Message::from_vec(&query).unwrap(), true);
+                let answer = answer.to_vec().unwrap();
+                let len = u16::try_from(answer.len()).unwrap();
+                stream.write_u16(len).await.unwrap();
+                stream.write_all(&answer).await.unwrap();
+            }
+        });
+        Self { address, asked }
+    }
+
+    fn asked(&self, name: &str) -> u32 {
+        self.asked
+            .lock()
+            .unwrap()
+            .get(name)
+            .copied()
+            .unwrap_or_default()
+    }
+
+    fn asked_in_all(&self) -> u32 {
+        self.asked.lock().unwrap().values().sum()
+    }
+}
+
+async fn both_at_one_port() -> (UdpSocket, TcpListener) {
+    for _ in 0..16 {
+        let udp = UdpSocket::bind((LOOPBACK, 0)).await.unwrap();
+        if let Ok(tcp) = TcpListener::bind(udp.local_addr().unwrap()).await {
+            return (udp, tcp);
+        }
+    }
+    panic!("no free port after 16 attempts");
+}
+
+fn stub_answer(query: &Message, over_tcp: bool) -> Message {
+    let mut answer = query.clone().into_response();
+    answer.metadata.recursion_available = true;
+    let name = query.queries[0].name().clone();
+    let first = name.to_ascii();
+    let first = first.split('.').next().unwrap();
+    let record = |low| Record::from_rdata(name.clone(), 60, RData::A(A::new(192, 0, 2, low)));
+    match first {
+        "missing" => {
+            answer.metadata.response_code = ResponseCode::NXDomain;
+            let zone = Name::from_ascii("example.org.").unwrap();
+            let soa = SOA::new(zone.clone(), zone.clone(), 1, 1, 1, 1, 60);
+            answer.add_authority(Record::from_rdata(zone, 60, RData::SOA(soa)));
+        }
+        "broken" => answer.metadata.response_code = ResponseCode::ServFail,
+        "plain" if query.edns.is_some() => {
+            answer.metadata.response_code = ResponseCode::FormErr;
+            answer.edns = None;
+        }
+        "large" if over_tcp => {
+            answer.add_answers((0..200).map(record));
+        }
+        "large" => answer.metadata.truncation = true,
+        _ => {
+            answer.add_answer(record(1));
+        }
+    }
+    answer
+}
