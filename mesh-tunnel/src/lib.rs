@@ -1,1 +1,19 @@
-//! The packet path: TUN, WireGuard, UDP and relay links.
+//! The packet path: TUN ⇄ WireGuard ⇄ UDP or relay links.
+//!
+//! **Invariant:** nothing here decides which path a peer's packets take. Whoever holds the
+//! [`tunnel::Tunnel`] says it, and learns by [`tunnel::TunnelEvent`]s and counters what happened. A
+//! packet never waits for an answer from outside, and every packet that is dropped is counted.
+
+#![forbid(unsafe_code)]
+
+mod batch;
+mod checksum;
+mod engine;
+mod inbound;
+mod outbound;
+mod peer;
+pub mod route;
+mod segment;
+pub mod stats;
+pub mod tunnel;
+mod worker;

@@ -1,0 +1,163 @@
+//! Which peer has an address: longest prefix first. The same table answers where a packet goes
+//! and whether a packet may come from where it says.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use ip_network_table_deps_treebitmap::IpLookupTable;
+use ipnet::IpNet;
+use mesh_wire::id::NodeId;
+
+/// A table of prefixes, built once and never changed: a new one replaces the old as a whole.
+pub struct RouteTable {
+    nodes: Vec<NodeId>,
+    v4: IpLookupTable<Ipv4Addr, u32>,
+    v6: IpLookupTable<Ipv6Addr, u32>,
+}
+
+impl RouteTable {
+    /// Looks up the peer whose prefix is the longest that contains `address`.
+    #[must_use]
+    pub fn get(&self, address: IpAddr) -> Option<&NodeId> {
+        let node = match address {
+            IpAddr::V4(ip) => self.v4.longest_match(ip)?.2,
+            IpAddr::V6(ip) => self.v6.longest_match(ip)?.2,
+        };
+        self.nodes.get(usize::try_from(*node).ok()?)
+    }
+
+    /// How many prefixes there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.v4.len() + self.v6.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl FromIterator<(IpNet, NodeId)> for RouteTable {
+    /// Of two peers with the same prefix the later one has it.
+    fn from_iter<I: IntoIterator<Item = (IpNet, NodeId)>>(prefixes: I) -> Self {
+        let mut table = Self::default();
+        let mut numbers = HashMap::new();
+        for (net, node) in prefixes {
+            let number = *numbers.entry(node).or_insert_with(|| {
+                table.nodes.push(node);
+                u32::try_from(table.nodes.len() - 1).unwrap_or(u32::MAX)
+            });
+            let length = net.prefix_len().into();
+            match net.trunc() {
+                IpNet::V4(net) => table.v4.insert(net.addr(), length, number),
+                IpNet::V6(net) => table.v6.insert(net.addr(), length, number),
+            };
+        }
+        table
+    }
+}
+
+impl Default for RouteTable {
+    fn default() -> Self {
+        Self {
+            nodes: Vec::new(),
+            v4: IpLookupTable::new(),
+            v6: IpLookupTable::new(),
+        }
+    }
+}
+
+impl fmt::Debug for RouteTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RouteTable")
+            .field("nodes", &self.nodes.len())
+            .field("prefixes", &self.len())
+            .finish()
+    }
+}
+
+/// The destination of an IP packet.
+pub(crate) fn destination(packet: &[u8]) -> Option<IpAddr> {
+    match packet.first()? >> 4 {
+        4 => Some(IpAddr::from(*packet.get(16..)?.first_chunk::<4>()?)),
+        6 => Some(IpAddr::from(*packet.get(24..)?.first_chunk::<16>()?)),
+        _ => None,
+    }
+}
+
+/// The source of an IP packet.
+pub(crate) fn source(packet: &[u8]) -> Option<IpAddr> {
+    match packet.first()? >> 4 {
+        4 => Some(IpAddr::from(*packet.get(12..)?.first_chunk::<4>()?)),
+        6 => Some(IpAddr::from(*packet.get(8..)?.first_chunk::<16>()?)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn node(n: u8) -> NodeId {
+        NodeId([n; 32])
+    }
+
+    #[test]
+    fn the_longest_prefix_wins_in_both_families() {
+        let table: RouteTable = [
+            ("10.0.0.0/8", 1),
+            ("10.1.0.0/16", 2),
+            ("10.1.2.3/32", 3),
+            ("fd00::/8", 4),
+            ("fd00:1::/32", 5),
+            ("0.0.0.0/0", 6),
+        ]
+        .into_iter()
+        .map(|(net, n)| (net.parse().unwrap(), node(n)))
+        .collect();
+        for (address, n) in [
+            ("10.9.9.9", 1),
+            ("10.1.9.9", 2),
+            ("10.1.2.3", 3),
+            ("fd77::1", 4),
+            ("fd00:1::1", 5),
+            ("192.0.2.1", 6),
+        ] {
+            assert_eq!(
+                table.get(address.parse().unwrap()),
+                Some(&node(n)),
+                "{address}"
+            );
+        }
+        assert_eq!(table.get("2001:db8::1".parse().unwrap()), None);
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_a_search_through_all_prefixes(
+            prefixes in prop::collection::vec((any::<(u8, u8)>(), 0_u8..=16, 0_u8..8), 0..40),
+            address: (u8, u8),
+        ) {
+            let ip = |(a, b)| Ipv4Addr::new(a, b, 0, 0);
+            let nets: Vec<(IpNet, NodeId)> = prefixes
+                .iter()
+                .map(|&(at, len, n)| (IpNet::new(ip(at).into(), len).unwrap().trunc(), node(n)))
+                .collect();
+            let table: RouteTable = nets.iter().copied().collect();
+            let address = IpAddr::from(ip(address));
+            // Later entries replace earlier ones: `max_by_key` returns the last maximum.
+            let expected = nets
+                .iter()
+                .filter(|(net, _)| net.contains(&address))
+                .max_by_key(|(net, _)| net.prefix_len());
+            prop_assert_eq!(table.get(address), expected.map(|(_, node)| node));
+        }
+    }
+}

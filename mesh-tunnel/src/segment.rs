@@ -1,0 +1,202 @@
+//! Cuts a super-packet from the kernel into the packets it stands for.
+
+use mesh_linux::tun::VnetHeader;
+
+use crate::checksum::Sum;
+
+/// The kernel handed over a packet that contradicts its own header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Malformed;
+
+pub(crate) const TCP: u8 = 6;
+pub(crate) const UDP: u8 = 17;
+
+const TCP_FIN: u8 = 0x01;
+const TCP_PSH: u8 = 0x08;
+const TCP_CWR: u8 = 0x80;
+
+/// Set in [`VnetHeader::gso_type`] when the first segment carries CWR (`VIRTIO_NET_HDR_GSO_ECN`).
+const GSO_ECN: u8 = 0x80;
+
+/// Calls `each` with every packet that `packet` stands for, in order, with all lengths and
+/// checksums right. `scratch` must be as long as `packet`.
+pub(crate) fn for_each(
+    header: VnetHeader,
+    packet: &[u8],
+    scratch: &mut [u8],
+    each: impl FnMut(&[u8]),
+) -> Result<(), Malformed> {
+    cut(header, packet, scratch, each).ok_or(Malformed)
+}
+
+fn cut(
+    header: VnetHeader,
+    packet: &[u8],
+    scratch: &mut [u8],
+    mut each: impl FnMut(&[u8]),
+) -> Option<()> {
+    match header.gso_type & !GSO_ECN {
+        VnetHeader::GSO_NONE if header.flags & VnetHeader::NEEDS_CHECKSUM == 0 => {
+            each(packet);
+            Some(())
+        }
+        VnetHeader::GSO_NONE => {
+            let packet = complete_checksum(header, packet, scratch)?;
+            each(packet);
+            Some(())
+        }
+        VnetHeader::GSO_TCPV4 | VnetHeader::GSO_TCPV6 => {
+            cut_transport(TCP, header, packet, scratch, each)
+        }
+        VnetHeader::GSO_UDP_L4 => cut_transport(UDP, header, packet, scratch, each),
+        _ => None,
+    }
+}
+
+/// The checksum field holds the pseudo header's sum; the rest is left to us.
+fn complete_checksum<'a>(
+    header: VnetHeader,
+    packet: &[u8],
+    scratch: &'a mut [u8],
+) -> Option<&'a [u8]> {
+    let copy = scratch.get_mut(..packet.len())?;
+    copy.copy_from_slice(packet);
+    let covered = copy.get_mut(usize::from(header.checksum_start)..)?;
+    let checksum = Sum::default().add(covered).checksum();
+    let at = usize::from(header.checksum_offset);
+    let field = covered.get_mut(at..at + 2)?;
+    // Zero means "no checksum" in UDP (RFC 768), whose checksum stands at 6; TCP's stands at 16.
+    let zero_in_udp = checksum == [0, 0] && at == UDP_CHECKSUM_AT;
+    field.copy_from_slice(if zero_in_udp {
+        &[0xff, 0xff]
+    } else {
+        &checksum
+    });
+    Some(copy)
+}
+
+pub(crate) const UDP_CHECKSUM_AT: usize = 6;
+pub(crate) const TCP_CHECKSUM_AT: usize = 16;
+
+fn cut_transport(
+    protocol: u8,
+    header: VnetHeader,
+    packet: &[u8],
+    scratch: &mut [u8],
+    mut each: impl FnMut(&[u8]),
+) -> Option<()> {
+    let transport_at = usize::from(header.checksum_start);
+    let headers_len = transport_at + transport_header_len(protocol, packet.get(transport_at..)?)?;
+    let segment_len = usize::from(header.gso_size);
+    let (headers, payload) = packet.split_at_checked(headers_len)?;
+    if segment_len == 0 || payload.is_empty() {
+        return None;
+    }
+    let count = payload.len().div_ceil(segment_len);
+    for (index, part) in payload.chunks(segment_len).enumerate() {
+        let segment = scratch.get_mut(..headers_len + part.len())?;
+        let (to_headers, to_payload) = segment.split_at_mut_checked(headers_len)?;
+        to_headers.copy_from_slice(headers);
+        to_payload.copy_from_slice(part);
+        fix_ip(segment, transport_at, u16::try_from(index).ok()?)?;
+        let (ip, transport) = segment.split_at_mut_checked(transport_at)?;
+        match protocol {
+            TCP => {
+                let offset = u32::try_from(index * segment_len).ok()?;
+                fix_tcp(transport, offset, index == 0, index + 1 == count)?;
+            }
+            _ => fix_udp(transport)?,
+        }
+        write_checksum(protocol, ip, transport)?;
+        each(segment);
+    }
+    Some(())
+}
+
+fn transport_header_len(protocol: u8, transport: &[u8]) -> Option<usize> {
+    match protocol {
+        TCP => {
+            let len = usize::from(transport.get(12)? >> 4) * 4;
+            (len >= 20).then_some(len)
+        }
+        _ => Some(8),
+    }
+}
+
+fn fix_ip(segment: &mut [u8], transport_at: usize, index: u16) -> Option<()> {
+    let total = u16::try_from(segment.len()).ok()?;
+    match segment.first()? >> 4 {
+        4 => {
+            let ip = segment.get_mut(..transport_at)?;
+            ip.get_mut(2..4)?.copy_from_slice(&total.to_be_bytes());
+            let id = ip.get_mut(4..6)?.first_chunk_mut::<2>()?;
+            *id = u16::from_be_bytes(*id).wrapping_add(index).to_be_bytes();
+            write_ipv4_checksum(ip)
+        }
+        6 => {
+            let payload_len = total.checked_sub(40)?;
+            segment
+                .get_mut(4..6)?
+                .copy_from_slice(&payload_len.to_be_bytes());
+            Some(())
+        }
+        _ => None,
+    }
+}
+
+/// Fills in the checksum of an IPv4 header, options included.
+pub(crate) fn write_ipv4_checksum(header: &mut [u8]) -> Option<()> {
+    header.get_mut(10..12)?.fill(0);
+    let checksum = Sum::default().add(header).checksum();
+    header.get_mut(10..12)?.copy_from_slice(&checksum);
+    Some(())
+}
+
+fn fix_tcp(tcp: &mut [u8], offset: u32, first: bool, last: bool) -> Option<()> {
+    let sequence = tcp.get_mut(4..8)?.first_chunk_mut::<4>()?;
+    *sequence = u32::from_be_bytes(*sequence)
+        .wrapping_add(offset)
+        .to_be_bytes();
+    let flags = tcp.get_mut(13)?;
+    if !last {
+        *flags &= !(TCP_FIN | TCP_PSH);
+    }
+    if !first {
+        *flags &= !TCP_CWR;
+    }
+    Some(())
+}
+
+fn fix_udp(udp: &mut [u8]) -> Option<()> {
+    let len = u16::try_from(udp.len()).ok()?;
+    udp.get_mut(4..6)?.copy_from_slice(&len.to_be_bytes());
+    Some(())
+}
+
+fn write_checksum(protocol: u8, ip: &[u8], transport: &mut [u8]) -> Option<()> {
+    let at = if protocol == TCP {
+        TCP_CHECKSUM_AT
+    } else {
+        UDP_CHECKSUM_AT
+    };
+    let len = u16::try_from(transport.len()).ok()?;
+    transport.get_mut(at..at + 2)?.fill(0);
+    let sum = Sum::default()
+        .add_pseudo(addresses(ip)?, protocol, len)
+        .add(transport);
+    let mut checksum = sum.checksum();
+    if checksum == [0, 0] && protocol == UDP {
+        checksum = [0xff, 0xff];
+    }
+    transport.get_mut(at..at + 2)?.copy_from_slice(&checksum);
+    Some(())
+}
+
+/// Source and destination address, as they stand in the header.
+pub(crate) fn addresses(ip: &[u8]) -> Option<&[u8]> {
+    match ip.first()? >> 4 {
+        4 => ip.get(12..20),
+        6 => ip.get(8..40),
+        _ => None,
+    }
+}
