@@ -1,1 +1,203 @@
-//! Layout of the eBPF maps.
+//! What the programs in the kernel and their loader both believe: keys, values, limits, counters.
+//!
+//! The C side's header is this crate printed by [`CHeader`]; nobody writes a layout twice. It
+//! carries the sizes and offsets that `rustc` chose as static assertions, so clang fails where it
+//! would disagree.
+//!
+//! **Invariant:** no layout has a byte of padding (asserted below), nothing here allocates, and
+//! nothing here knows what a service is for.
+
+#![no_std]
+
+mod layout;
+
+use core::net::{IpAddr, Ipv6Addr, SocketAddr};
+
+pub use layout::CHeader;
+use layout::{counters, layouts, limits};
+
+limits! {
+    /// Service addresses with a port and a protocol: 10,000 services of three ports in two
+    /// families are 60,000. A full table takes 65,536 × 96 bytes and 1 MiB of buckets: 7 MiB.
+    FRONTENDS_MAX = 65_536;
+    /// Endpoints over all frontends, with room to write one list beside the one it replaces.
+    /// A full table takes 262,144 × 96 bytes and 4 MiB of buckets: 28 MiB. Entries are allocated
+    /// as they are written, so that a node with three services pays for the buckets alone.
+    ENDPOINTS_MAX = 262_144;
+    /// Endpoints of one frontend. A datagram of a flow whose list was replaced looks through the
+    /// whole new list for its endpoint, once: 4,096 look-ups are about 100 µs.
+    LIST_ENDPOINTS_MAX = 4_096;
+    /// (Unconnected UDP socket, service) pairs whose endpoint is remembered, and as many
+    /// (socket, endpoint) pairs whose service is. The least recently used goes first; its flow
+    /// may then move to another endpoint. 16,384 × (112 + 104) bytes: 3.5 MiB, always.
+    FLOWS_MAX = 16_384;
+    /// How often a program reads a service again whose list was replaced under its eyes. Each
+    /// time needs a whole replacement (two system calls or more) within about 200 ns.
+    READ_ATTEMPTS = 4;
+    /// The bits of a list's number that hold its length, or in a slot the index.
+    LIST_LENGTH_MASK = 0xffff;
+    /// `IPPROTO_TCP`.
+    PROTOCOL_TCP = 6;
+    /// `IPPROTO_UDP`.
+    PROTOCOL_UDP = 17;
+}
+
+/// Endpoints that may be in use at once: the rest is for the list being written.
+pub const ENDPOINTS_USABLE: u32 = ENDPOINTS_MAX - LIST_ENDPOINTS_MAX;
+
+const _: () = assert!(ENDPOINTS_USABLE >= 250_000);
+const _: () = assert!(LIST_ENDPOINTS_MAX <= LIST_LENGTH_MASK);
+
+layouts! {
+    /// An address, IPv4 as `::ffff:a.b.c.d`, with port and protocol. One form for both families
+    /// makes an IPv4 destination on an IPv6 socket, which the kernel shows to the IPv6 hook at
+    /// `connect` and to the IPv4 hook at `sendmsg`, the same key.
+    pub struct SocketAddress as "socket_address" {
+        /// Network byte order in memory.
+        ip: [u32; 4],
+        /// Network byte order in memory.
+        port: u16,
+        /// [`PROTOCOL_TCP`] or [`PROTOCOL_UDP`].
+        protocol: u8,
+        /// Always 0.
+        zero: u8,
+    }
+
+    /// A socket and an address it speaks with.
+    pub struct SocketFlow as "socket_flow" {
+        /// The kernel's number for the socket, never given out twice.
+        cookie: u64,
+        /// The service in the map of flows, the endpoint in the map of replies.
+        address: SocketAddress,
+        /// Always 0.
+        zero: u32,
+    }
+
+    /// Where an unconnected socket's datagrams to a service go.
+    pub struct Choice as "choice" {
+        /// Which slot was chosen: says whether the list is still the same one.
+        slot: u64,
+        /// What was in it.
+        endpoint: SocketAddress,
+        /// Always 0.
+        zero: u32,
+    }
+
+    /// Kept with each socket that ever used a service.
+    pub struct Peer as "peer" {
+        /// What the socket asked for.
+        service: SocketAddress,
+        /// What it is connected to; port 0: it is not connected.
+        endpoint: SocketAddress,
+    }
+}
+
+const _: () = assert!(size_of::<SocketAddress>() == 20 && align_of::<SocketAddress>() == 4);
+const _: () = assert!(size_of::<SocketFlow>() == 32 && align_of::<SocketFlow>() == 8);
+const _: () = assert!(size_of::<Choice>() == 32 && align_of::<Choice>() == 8);
+const _: () = assert!(size_of::<Peer>() == 40 && align_of::<Peer>() == 4);
+
+counters! {
+    /// A `connect` to a service went to an endpoint.
+    ConnectRewritten = "connect_rewritten",
+    /// A TCP or UDP `connect` to something else.
+    ConnectPassed = "connect_passed",
+    /// A `connect` to a service without endpoints.
+    ConnectRefused = "connect_refused",
+    /// A datagram to a service went to an endpoint.
+    SendRewritten = "send_rewritten",
+    /// A datagram to something else.
+    SendPassed = "send_passed",
+    /// A datagram to a service without endpoints.
+    SendRefused = "send_refused",
+    /// A socket's datagrams to a service were given another endpoint: theirs is gone.
+    FlowMoved = "flow_moved",
+    /// A datagram's source was shown as the service's address.
+    ReceiveRewritten = "receive_rewritten",
+    /// `getpeername` was answered with the service's address.
+    PeerNameRewritten = "peer_name_rewritten",
+    /// A list was replaced while a program read it; it read again.
+    ReadAgain = "read_again",
+    /// What was chosen could not be remembered: the socket sees the endpoint's address.
+    NotRemembered = "not_remembered",
+}
+
+impl SocketAddress {
+    /// The key for an address; IPv4 and its IPv6-mapped form are the same.
+    #[must_use]
+    pub const fn new(address: IpAddr, port: u16, protocol: u8) -> Self {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = match address {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+            IpAddr::V6(v6) => v6.octets(),
+        };
+        let ip = [
+            u32::from_ne_bytes([a, b, c, d]),
+            u32::from_ne_bytes([e, f, g, h]),
+            u32::from_ne_bytes([i, j, k, l]),
+            u32::from_ne_bytes([m, n, o, p]),
+        ];
+        Self {
+            ip,
+            port: port.to_be(),
+            protocol,
+            zero: 0,
+        }
+    }
+
+    /// The address and port, IPv4 where it is IPv4.
+    #[must_use]
+    pub const fn socket_addr(&self) -> SocketAddr {
+        let [a, b, c, d] = self.ip;
+        let words = [
+            u32::from_be(a),
+            u32::from_be(b),
+            u32::from_be(c),
+            u32::from_be(d),
+        ];
+        let bits = (words[0] as u128) << 96
+            | (words[1] as u128) << 64
+            | (words[2] as u128) << 32
+            | words[3] as u128;
+        SocketAddr::new(
+            Ipv6Addr::from_bits(bits).to_canonical(),
+            u16::from_be(self.port),
+        )
+    }
+}
+
+/// One endpoint list: a number that is never used again, and how many endpoints it has. It is a
+/// frontend's value in the map, read by the programs as one word, so that a reader has the old
+/// list or the new one and nothing between. 48 bits of number last 8 years at a million lists a
+/// second.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EndpointList {
+    number: u64,
+    length: u16,
+}
+
+impl EndpointList {
+    /// A list with its number. It has at most [`LIST_ENDPOINTS_MAX`] endpoints: the rest of a
+    /// longer one has no slots.
+    #[must_use]
+    pub fn new(number: u64, length: usize) -> Self {
+        let length = length.min(LIST_ENDPOINTS_MAX as usize);
+        Self {
+            number,
+            length: u16::try_from(length).unwrap_or(u16::MAX),
+        }
+    }
+
+    /// As it stands in the map of frontends.
+    #[must_use]
+    pub const fn value(self) -> u64 {
+        self.number << 16 | self.length as u64
+    }
+
+    /// The keys of its endpoints, in order.
+    pub fn slots(self) -> impl Iterator<Item = u64> {
+        (0..self.length).map(move |index| self.number << 16 | u64::from(index))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,404 @@
-//! Loads the programs and keeps their maps.
+//! Services in the kernel: loads the cgroup programs, and keeps their maps equal to what it is told.
+//!
+//! **Invariant:** nothing is pinned, so that the end of the process, however it comes, detaches
+//! every program and frees every map. Nothing here decides which endpoints a service has.
+
+#![deny(unsafe_code)]
+
+mod cgroup;
+mod plan;
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    maps::{HashMap, MapData, MapError, PerCpuArray},
+    programs::{CgroupAttachMode, CgroupSockAddr, ProgramError},
+};
+use ebpf_abi::{
+    Counter, ENDPOINTS_USABLE, EndpointList, FRONTENDS_MAX, LIST_ENDPOINTS_MAX, PROTOCOL_TCP,
+    PROTOCOL_UDP, SocketAddress,
+};
+use rustix::{
+    io::Errno,
+    thread::{CapabilitySet, capabilities},
+};
+
+use crate::{
+    cgroup::open_cgroup2,
+    plan::{Change, Installed, Limits, plan},
+};
+pub use crate::{
+    cgroup::{CgroupError, find_cgroup2},
+    plan::LeftOut,
+};
+
+/// What the maps hold at most.
+const LIMITS: Limits = Limits {
+    frontends: FRONTENDS_MAX as usize,
+    endpoints: ENDPOINTS_USABLE as usize,
+    list_endpoints: LIST_ENDPOINTS_MAX as usize,
+};
+
+const COUNTERS: &str = "hf_counters";
+
+/// In the order of attaching: what shows the service's address comes before what hides it.
+const PROGRAMS: [&str; 8] = [
+    "hf_getpeername4",
+    "hf_getpeername6",
+    "hf_recvmsg4",
+    "hf_recvmsg6",
+    "hf_sendmsg4",
+    "hf_sendmsg6",
+    "hf_connect4",
+    "hf_connect6",
+];
+
+/// A transport protocol that services can have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// An address at which a service is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Frontend {
+    /// The service's address. An IPv6-mapped IPv4 address is the IPv4 address.
+    pub address: IpAddr,
+    /// Its port.
+    pub port: u16,
+    /// Its protocol.
+    pub protocol: Protocol,
+}
+
+impl Frontend {
+    fn key(&self) -> SocketAddress {
+        self.socket_address(SocketAddr::new(self.address, self.port))
+    }
+
+    /// `addr` with this frontend's protocol.
+    fn socket_address(&self, addr: SocketAddr) -> SocketAddress {
+        let protocol = match self.protocol {
+            Protocol::Tcp => PROTOCOL_TCP,
+            Protocol::Udp => PROTOCOL_UDP,
+        };
+        // Both are below 256.
+        SocketAddress::new(addr.ip(), addr.port(), protocol.to_le_bytes()[0])
+    }
+}
+
+/// The programs, their links and their maps. Dropping it takes all of it out of the kernel.
+#[derive(Debug)]
+pub struct Services {
+    frontends: HashMap<MapData, SocketAddress, u64>,
+    endpoints: HashMap<MapData, u64, SocketAddress>,
+    installed: BTreeMap<Frontend, Installed>,
+    next_list: u64,
+    /// Owns the programs with their links, and the other maps.
+    ebpf: Ebpf,
+}
+
+/// Why services cannot work here.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// Not root.
+    #[error(
+        "eBPF services need root, or the capabilities CAP_BPF and CAP_NET_ADMIN, in a container \
+         also a seccomp profile that allows bpf()"
+    )]
+    NotPermitted,
+    /// The kernel has no eBPF, or one from before BTF.
+    #[error(
+        "Linux {release} takes no BTF: eBPF services need Linux 5.18 or newer, built with \
+         CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF"
+    )]
+    NoBtf {
+        /// The running kernel.
+        release: String,
+    },
+    /// The path is not a folder of a cgroup2 mount.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The kernel lacks something that a program or map needs.
+    #[error(
+        "Linux {release} does not take {what} of the eBPF services, which need Linux 5.18 or newer"
+    )]
+    Rejected {
+        /// The running kernel.
+        release: String,
+        /// The program or map.
+        what: String,
+        /// What the kernel said, with the verifier's words.
+        source: Box<EbpfError>,
+    },
+    /// The kernel took a program but not its place in the cgroup.
+    #[error("cannot attach {program} to {}", cgroup.display())]
+    Attach {
+        /// The program.
+        program: &'static str,
+        /// The cgroup.
+        cgroup: PathBuf,
+        /// What the kernel said.
+        source: ProgramError,
+    },
+}
+
+/// A change that the kernel refused. What was applied before it stays, a list is never half
+/// applied, and the next `apply` tries the rest again.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {doing} service {}:{}", frontend.address, frontend.port)]
+pub struct ApplyError {
+    doing: &'static str,
+    frontend: Frontend,
+    source: MapError,
+}
+
+/// What `apply` did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ApplyReport {
+    /// Frontends that are new or have a new list.
+    pub written: usize,
+    /// Frontends that are gone.
+    pub removed: usize,
+    /// Frontends that already were as they should be.
+    pub unchanged: usize,
+    /// What has no room.
+    pub left_out: LeftOut,
+}
+
+impl Services {
+    /// Loads the programs, without any service yet, for the processes in `cgroup` and below.
+    ///
+    /// # Errors
+    ///
+    /// What this machine lacks, and how to get it. Nothing stays loaded.
+    pub fn load(cgroup: &Path) -> Result<Self, LoadError> {
+        check_capabilities()?;
+        let folder = open_cgroup2(cgroup)?;
+        if aya::features().btf().is_none() {
+            return Err(LoadError::NoBtf {
+                release: kernel_release(),
+            });
+        }
+        let mut ebpf = EbpfLoader::new()
+            .load(ebpf_programs::SERVICES)
+            .map_err(|source| rejected("the maps", source))?;
+        let frontends = take_map(&mut ebpf, "hf_frontends", HashMap::try_from)?;
+        let endpoints = take_map(&mut ebpf, "hf_endpoints", HashMap::try_from)?;
+        for name in PROGRAMS {
+            attach(&mut ebpf, name, cgroup, &folder)?;
+        }
+        tracing::info!(cgroup = %cgroup.display(), "eBPF services attached");
+        let installed = BTreeMap::new();
+        Ok(Self {
+            frontends,
+            endpoints,
+            installed,
+            next_list: 0,
+            ebpf,
+        })
+    }
+
+    /// Makes the maps hold `desired`, touching only what differs. Replacing a list is one step for
+    /// a reader: it has an endpoint of the old list or of the new one. Open flows stay where they
+    /// are. A frontend with an empty list refuses.
+    ///
+    /// What the maps have no room for is left out, last in order first, and counted.
+    ///
+    /// # Errors
+    ///
+    /// [`ApplyError`] if the kernel refuses a change, for want of memory: apply again later.
+    pub fn apply(
+        &mut self,
+        desired: &BTreeMap<Frontend, Vec<SocketAddr>>,
+    ) -> Result<ApplyReport, ApplyError> {
+        let plan = plan(desired, &self.installed, LIMITS);
+        let mut report = ApplyReport {
+            unchanged: plan.unchanged,
+            left_out: plan.left_out,
+            ..ApplyReport::default()
+        };
+        for change in plan.changes {
+            match change {
+                Change::Remove(frontend) => {
+                    self.remove(frontend).map_err(explain("remove", frontend))?;
+                    report.removed += 1;
+                }
+                Change::Set(frontend, endpoints) => {
+                    self.set(frontend, endpoints)
+                        .map_err(explain("write", frontend))?;
+                    report.written += 1;
+                }
+            }
+        }
+        Ok(report)
+    }
+
+    /// What the programs counted since they were loaded.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError`] if the kernel does not say.
+    pub fn counters(&self) -> Result<BTreeMap<Counter, u64>, MapError> {
+        let map = self.ebpf.map(COUNTERS).ok_or_else(|| missing(COUNTERS))?;
+        let counters: PerCpuArray<&MapData, u64> = PerCpuArray::try_from(map)?;
+        let sum = |&counter: &Counter| {
+            let per_cpu = counters.get(&(counter as u32), 0)?;
+            Ok((counter, per_cpu.iter().sum()))
+        };
+        Counter::ALL.iter().map(sum).collect()
+    }
+
+    /// New list first, then the frontend's value, which is what readers follow, then the old list
+    /// away. A reader between the last two reads again.
+    fn set(&mut self, frontend: Frontend, endpoints: Vec<SocketAddr>) -> Result<(), MapError> {
+        let list = EndpointList::new(self.next_list, endpoints.len());
+        self.next_list += 1;
+        let written = self
+            .write_list(&frontend, list, &endpoints)
+            .and_then(|()| self.frontends.insert(frontend.key(), list.value(), 0));
+        if let Err(error) = written {
+            self.erase(list)?;
+            return Err(error);
+        }
+        match self
+            .installed
+            .insert(frontend, Installed { list, endpoints })
+        {
+            Some(replaced) => self.erase(replaced.list),
+            None => Ok(()),
+        }
+    }
+
+    fn write_list(
+        &mut self,
+        frontend: &Frontend,
+        list: EndpointList,
+        endpoints: &[SocketAddr],
+    ) -> Result<(), MapError> {
+        list.slots()
+            .zip(endpoints)
+            .try_for_each(|(slot, &endpoint)| {
+                self.endpoints
+                    .insert(slot, frontend.socket_address(endpoint), 0)
+            })
+    }
+
+    fn remove(&mut self, frontend: Frontend) -> Result<(), MapError> {
+        self.frontends.remove(&frontend.key())?;
+        match self.installed.remove(&frontend) {
+            Some(removed) => self.erase(removed.list),
+            None => Ok(()),
+        }
+    }
+
+    /// Removes a list's endpoints, as far as they were written.
+    fn erase(&mut self, list: EndpointList) -> Result<(), MapError> {
+        for slot in list.slots() {
+            match self.endpoints.remove(&slot) {
+                Ok(()) | Err(MapError::KeyNotFound) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_capabilities() -> Result<(), LoadError> {
+    let effective = capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.effective);
+    let admin = effective.contains(CapabilitySet::SYS_ADMIN);
+    let bpf = admin || effective.contains(CapabilitySet::BPF);
+    let net = admin || effective.contains(CapabilitySet::NET_ADMIN);
+    if bpf && net {
+        Ok(())
+    } else {
+        Err(LoadError::NotPermitted)
+    }
+}
+
+fn take_map<T>(
+    ebpf: &mut Ebpf,
+    name: &str,
+    convert: impl FnOnce(aya::maps::Map) -> Result<T, MapError>,
+) -> Result<T, LoadError> {
+    let map = ebpf
+        .take_map(name)
+        .ok_or_else(|| missing(name))
+        .and_then(convert);
+    map.map_err(|error| rejected(name, error.into()))
+}
+
+fn attach(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+    cgroup: &Path,
+    folder: &File,
+) -> Result<(), LoadError> {
+    let found = ebpf
+        .program_mut(name)
+        .ok_or(ProgramError::UnexpectedProgramType);
+    let loaded = found.and_then(|program| {
+        let program: &mut CgroupSockAddr = program.try_into()?;
+        program.load()?;
+        Ok(program)
+    });
+    let program = loaded.map_err(|error| rejected(name, error.into()))?;
+    // `Single` is for links no exclusion: other loaders' programs on the cgroup run as well.
+    match program.attach(folder, CgroupAttachMode::Single) {
+        Ok(_owned_by_the_program) => Ok(()),
+        Err(source) => Err(LoadError::Attach {
+            program: name,
+            cgroup: cgroup.to_owned(),
+            source,
+        }),
+    }
+}
+
+fn missing(map: &str) -> MapError {
+    MapError::InvalidName {
+        name: map.to_owned(),
+    }
+}
+
+fn rejected(what: &str, source: EbpfError) -> LoadError {
+    let errno = if let EbpfError::MapError(MapError::CreateError { io_error, .. })
+    | EbpfError::ProgramError(ProgramError::LoadError { io_error, .. }) = &source
+    {
+        io_error.raw_os_error()
+    } else {
+        None
+    };
+    // The verifier's own refusals are EACCES or EINVAL.
+    if errno == Some(Errno::PERM.raw_os_error()) {
+        return LoadError::NotPermitted;
+    }
+    LoadError::Rejected {
+        release: kernel_release(),
+        what: what.to_owned(),
+        source: Box::new(source),
+    }
+}
+
+fn kernel_release() -> String {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease");
+    release.map_or_else(
+        |_| "of unknown version".to_owned(),
+        |text| text.trim().to_owned(),
+    )
+}
+
+fn explain(doing: &'static str, frontend: Frontend) -> impl FnOnce(MapError) -> ApplyError {
+    move |source| ApplyError {
+        doing,
+        frontend,
+        source,
+    }
+}

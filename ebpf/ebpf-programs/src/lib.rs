@@ -1,1 +1,14 @@
-//! The kernel side, compiled by clang.
+//! The programs that run in the kernel, as the object that clang made of `services.c`.
+//!
+//! **Invariant:** no Rust here but the bytes.
+
+#![forbid(unsafe_code)]
+
+#[repr(C, align(8))]
+struct Aligned<T: ?Sized>(T);
+
+/// The ELF parser reads 64-bit words in place.
+static ALIGNED: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/services.o")));
+
+/// The ELF object with the cgroup programs and their maps.
+pub static SERVICES: &[u8] = &ALIGNED.0;

@@ -1,0 +1,163 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::Protocol;
+
+const ROOMY: Limits = Limits {
+    frontends: 100,
+    endpoints: 100,
+    list_endpoints: 10,
+};
+
+fn frontend(address: &str) -> Frontend {
+    let addr: SocketAddr = address.parse().unwrap();
+    Frontend {
+        address: addr.ip(),
+        port: addr.port(),
+        protocol: Protocol::Tcp,
+    }
+}
+
+fn desired(services: &[(&str, &[&str])]) -> BTreeMap<Frontend, Vec<SocketAddr>> {
+    let endpoints = |list: &[&str]| list.iter().map(|text| text.parse().unwrap()).collect();
+    services
+        .iter()
+        .map(|(address, list)| (frontend(address), endpoints(list)))
+        .collect()
+}
+
+fn installed(services: &[(&str, &[&str])]) -> BTreeMap<Frontend, Installed> {
+    let list = EndpointList::new(1, 0);
+    let entry = |(frontend, endpoints)| (frontend, Installed { list, endpoints });
+    desired(services).into_iter().map(entry).collect()
+}
+
+fn set(address: &str, endpoints: &[&str]) -> Change {
+    let endpoints = endpoints.iter().map(|text| text.parse().unwrap()).collect();
+    Change::Set(frontend(address), endpoints)
+}
+
+#[test]
+fn only_the_difference_is_changed() {
+    let actual = installed(&[
+        ("10.96.0.1:80", &["10.0.0.1:80"]),
+        ("10.96.0.2:80", &["10.0.0.2:80"]),
+        ("10.96.0.3:80", &[]),
+    ]);
+    let wanted = desired(&[
+        ("10.96.0.1:80", &["10.0.0.1:80"]),
+        ("10.96.0.2:80", &["10.0.0.3:80", "10.0.0.2:80"]),
+        ("10.96.0.4:80", &[]),
+    ]);
+    let plan = plan(&wanted, &actual, ROOMY);
+    let grown = set("10.96.0.2:80", &["10.0.0.2:80", "10.0.0.3:80"]);
+    let changes = [
+        Change::Remove(frontend("10.96.0.3:80")),
+        grown,
+        set("10.96.0.4:80", &[]),
+    ];
+    assert_eq!(
+        plan,
+        Plan {
+            changes: changes.into(),
+            unchanged: 1,
+            left_out: LeftOut::default()
+        }
+    );
+}
+
+#[test]
+fn order_and_repetition_of_endpoints_are_no_difference() {
+    let actual = installed(&[("10.96.0.1:80", &["10.0.0.1:80", "10.0.0.2:80"])]);
+    let again = ["10.0.0.2:80", "10.0.0.1:80", "[::ffff:10.0.0.2]:80"];
+    let plan = plan(&desired(&[("10.96.0.1:80", &again)]), &actual, ROOMY);
+    assert_eq!((plan.changes, plan.unchanged), (vec![], 1));
+}
+
+#[test]
+fn a_mapped_frontend_is_its_ipv4_form_and_the_other_family_is_left_out() {
+    let wanted = desired(&[
+        ("10.96.0.1:80", &["10.0.0.1:80", "[fd00::1]:80"]),
+        ("[::ffff:10.96.0.1]:80", &["10.0.0.2:80"]),
+        ("[fd00::53]:80", &["10.0.0.1:80", "[fd00::1]:80"]),
+    ]);
+    let plan = plan(&wanted, &BTreeMap::new(), ROOMY);
+    let both = set("10.96.0.1:80", &["10.0.0.1:80", "10.0.0.2:80"]);
+    assert_eq!(
+        plan.changes,
+        [both, set("[fd00::53]:80", &["[fd00::1]:80"])]
+    );
+    assert_eq!(
+        plan.left_out,
+        LeftOut {
+            other_family: 2,
+            ..LeftOut::default()
+        }
+    );
+}
+
+#[test]
+fn at_a_limit_the_first_in_order_stay_and_the_rest_is_counted() {
+    let wanted = desired(&[
+        (
+            "10.96.0.1:80",
+            &["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"],
+        ),
+        ("10.96.0.2:80", &["10.0.0.1:80", "10.0.0.2:80"]),
+        ("10.96.0.3:80", &["10.0.0.1:80"]),
+        ("10.96.0.4:80", &[]),
+        ("10.96.0.5:80", &[]),
+    ]);
+    let limits = Limits {
+        frontends: 3,
+        endpoints: 3,
+        list_endpoints: 2,
+    };
+    let plan = plan(&wanted, &BTreeMap::new(), limits);
+    let first = set("10.96.0.1:80", &["10.0.0.1:80", "10.0.0.2:80"]);
+    let second = set("10.96.0.2:80", &["10.0.0.1:80"]);
+    assert_eq!(plan.changes, [first, second, set("10.96.0.4:80", &[])]);
+    assert_eq!(
+        plan.left_out,
+        LeftOut {
+            frontends: 2,
+            endpoints: 3,
+            other_family: 0
+        }
+    );
+}
+
+fn services() -> impl Strategy<Value = BTreeMap<Frontend, Vec<SocketAddr>>> {
+    let endpoint = (0u8..9).prop_map(|n| SocketAddr::from(([10, 0, 0, n], 80)));
+    let frontend = (0u8..9).prop_map(|n| frontend(&format!("10.96.0.{n}:80")));
+    prop::collection::btree_map(frontend, prop::collection::vec(endpoint, 0..9), 0..9)
+}
+
+proptest! {
+    #[test]
+    fn any_two_states_are_joined_without_more_room_than_one_list(
+        before in services(),
+        after in services(),
+        endpoints in 0usize..20,
+    ) {
+        let limits = Limits { frontends: 6, endpoints, list_endpoints: 5 };
+        let mut maps: BTreeMap<Frontend, Installed> = BTreeMap::new();
+        for wanted in [&before, &after] {
+            for change in plan(wanted, &maps, limits).changes {
+                let in_use: usize = maps.values().map(|installed| installed.endpoints.len()).sum();
+                match change {
+                    Change::Remove(frontend) => { prop_assert!(maps.remove(&frontend).is_some()); }
+                    Change::Set(frontend, endpoints) => {
+                        prop_assert!(in_use <= limits.endpoints);
+                        prop_assert!(endpoints.len() <= limits.list_endpoints);
+                        let list = EndpointList::new(1, endpoints.len());
+                        maps.insert(frontend, Installed { list, endpoints });
+                    }
+                }
+                prop_assert!(maps.len() <= limits.frontends);
+            }
+            let rest = plan(wanted, &maps, limits);
+            prop_assert_eq!((rest.changes, rest.unchanged), (vec![], maps.len()));
+        }
+    }
+}

@@ -1,0 +1,295 @@
+//! A cgroup and a network namespace for one test, and servers in it.
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    io::{Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    process::{self, Command},
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use aya::{
+    Pod,
+    maps::{HashMap, Map, MapData, MapInfo, loaded_maps},
+    programs::{links::LinkInfo, loaded_links, loaded_programs},
+};
+use ebpf_abi::Counter;
+use ebpf_loader::{ApplyReport, Frontend, Protocol, Services, find_cgroup2};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe},
+};
+
+/// What should happen at once on loopback has happened by then, or never will.
+pub const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A process is in one cgroup: one test at a time.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+const PREFIX: &str = "hf-test-";
+
+/// The test's thread is in a network namespace with loopback only, its process in a cgroup with
+/// the programs attached, until this is dropped.
+pub struct Lab {
+    services: Option<Services>,
+    cgroup: PathBuf,
+    outside: PathBuf,
+    home_namespace: File,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Lab {
+    pub fn new() -> Self {
+        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let root = find_cgroup2().unwrap();
+        remove_stale(&root);
+        let cgroup = root.join(format!("{PREFIX}{}", process::id()));
+        let outside = root.join(format!("{PREFIX}{}-outside", process::id()));
+        for folder in [&cgroup, &outside] {
+            fs::create_dir(folder).expect("making a cgroup needs root");
+        }
+        let home_namespace = File::open("/proc/thread-self/ns/net").unwrap();
+        let mut lab = Self {
+            services: None,
+            cgroup,
+            outside,
+            home_namespace,
+            _turn: turn,
+        };
+        enter(&lab.cgroup);
+        new_network_namespace();
+        lab.load();
+        lab
+    }
+
+    pub fn load(&mut self) {
+        self.services = Some(Services::load(&self.cgroup).unwrap());
+    }
+
+    pub fn services(&mut self) -> &mut Services {
+        self.services.as_mut().unwrap()
+    }
+
+    pub fn take_services(&mut self) -> Services {
+        self.services.take().unwrap()
+    }
+
+    pub fn apply(&mut self, services: &[(SocketAddr, Protocol, &[SocketAddr])]) -> ApplyReport {
+        let frontend = |addr: SocketAddr, protocol| Frontend {
+            address: addr.ip(),
+            port: addr.port(),
+            protocol,
+        };
+        let desired = services
+            .iter()
+            .map(|&(addr, protocol, endpoints)| (frontend(addr, protocol), endpoints.to_vec()))
+            .collect();
+        self.services().apply(&desired).unwrap()
+    }
+
+    /// What the programs counted until now.
+    pub fn counted(&self) -> impl Fn(Counter) -> u64 + use<> {
+        let counters = self.services.as_ref().unwrap().counters().unwrap();
+        move |counter| counters[&counter]
+    }
+
+    /// How many entries the kernel says that the loader's map has.
+    pub fn map_entries<K: Pod, V: Pod>(&self, name: &str) -> usize {
+        let named = |id: &u32| MapInfo::from_id(*id).unwrap().name_as_str() == Some(name);
+        let id = own_bpf_objects().maps.into_iter().find(named).unwrap();
+        let map = Map::HashMap(MapData::from_id(id).unwrap());
+        HashMap::<_, K, V>::try_from(map)
+            .unwrap()
+            .keys()
+            .map(Result::unwrap)
+            .count()
+    }
+
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
+    /// A cgroup in which the process is not.
+    pub fn outside(&self) -> &Path {
+        &self.outside
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        self.services = None;
+        let root = self.cgroup.parent().unwrap();
+        let back = LinkNameSpaceType::Network;
+        move_into_link_name_space(self.home_namespace.as_fd(), Some(back)).unwrap();
+        enter(root);
+        for folder in [&self.cgroup, &self.outside] {
+            fs::remove_dir(folder).unwrap();
+        }
+    }
+}
+
+fn enter(cgroup: &Path) {
+    fs::write(cgroup.join("cgroup.procs"), process::id().to_string()).unwrap();
+}
+
+/// What test processes left that were killed.
+fn remove_stale(root: &Path) {
+    for entry in fs::read_dir(root).unwrap().map(Result::unwrap) {
+        let name = entry.file_name().into_string().unwrap_or_default();
+        let Some(rest) = name.strip_prefix(PREFIX) else {
+            continue;
+        };
+        let pid = rest.trim_end_matches("-outside");
+        if !Path::new("/proc").join(pid).exists() {
+            // Another test process may have been faster.
+            fs::remove_dir(entry.path()).ok();
+        }
+    }
+}
+
+fn new_network_namespace() {
+    #[expect(unsafe_code, reason = "rustix guards against sharing file tables")]
+    // SAFETY: the file table stays shared: only the network namespace changes.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
+    let status = Command::new("ip")
+        .args(["link", "set", "lo", "up"])
+        .status();
+    assert!(
+        status
+            .expect("no ip command: apt-get install iproute2")
+            .success()
+    );
+}
+
+pub fn tcp_servers(address: &str, count: usize) -> Vec<TcpListener> {
+    let server = |_| TcpListener::bind(address).unwrap();
+    (0..count).map(server).collect()
+}
+
+pub fn udp_servers(address: &str, count: usize) -> Vec<UdpSocket> {
+    let server = |_| UdpSocket::bind(address).unwrap();
+    (0..count).map(server).collect()
+}
+
+/// Waits for the next connection; which server has it.
+#[track_caller]
+pub fn accepted(servers: &[TcpListener]) -> (usize, TcpStream) {
+    let ready = ready(servers);
+    (ready, servers[ready].accept().unwrap().0)
+}
+
+/// Waits for the next datagram; which server has it, and from where.
+#[track_caller]
+pub fn datagram(servers: &[UdpSocket]) -> (usize, SocketAddr) {
+    let ready = ready(servers);
+    (ready, servers[ready].recv_from(&mut [0; 8]).unwrap().1)
+}
+
+#[track_caller]
+fn ready(sockets: &[impl AsFd]) -> usize {
+    let mut fds: Vec<_> = sockets
+        .iter()
+        .map(|fd| PollFd::new(fd, PollFlags::IN))
+        .collect();
+    let patience = Timespec::try_from(PATIENCE).unwrap();
+    poll(&mut fds, Some(&patience)).unwrap();
+    let ready = fds
+        .iter()
+        .position(|fd| fd.revents().contains(PollFlags::IN));
+    ready.expect("nothing came to any server")
+}
+
+/// A byte each way.
+#[track_caller]
+pub fn exchange(mut one: &TcpStream, mut other: &TcpStream) {
+    for stream in [one, other] {
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    }
+    one.write_all(b"?").unwrap();
+    other.read_exact(&mut [0]).unwrap();
+    other.write_all(b"!").unwrap();
+    one.read_exact(&mut [0]).unwrap();
+}
+
+/// The median time of a `connect` that ends at `server`.
+pub fn connect_time(server: &TcpListener, to: SocketAddr) -> Duration {
+    const CONNECTS: usize = 2_001;
+    let mut times: Vec<Duration> = (0..CONNECTS)
+        .map(|_| {
+            let began = Instant::now();
+            let client = TcpStream::connect(to).unwrap();
+            let took = began.elapsed();
+            drop((server.accept().unwrap(), client));
+            took
+        })
+        .collect();
+    times.sort_unstable();
+    times[CONNECTS / 2]
+}
+
+/// Numbers the kernel gave to what this process loaded.
+#[derive(Debug, Default)]
+pub struct BpfObjects {
+    pub programs: BTreeSet<u32>,
+    pub maps: BTreeSet<u32>,
+    pub links: BTreeSet<u32>,
+}
+
+/// By the file descriptors of this process.
+pub fn own_bpf_objects() -> BpfObjects {
+    let mut objects = BpfObjects::default();
+    for entry in fs::read_dir("/proc/self/fdinfo")
+        .unwrap()
+        .map(Result::unwrap)
+    {
+        // The folder's own descriptor is gone by now.
+        let Ok(info) = fs::read_to_string(entry.path()) else {
+            continue;
+        };
+        let number = |key: &str| {
+            let value = info.lines().find_map(|line| line.strip_prefix(key));
+            value.map(|text| text.trim().parse::<u32>().unwrap())
+        };
+        if let Some(id) = number("link_id:") {
+            objects.links.insert(id);
+        } else if let Some(id) = number("map_id:") {
+            objects.maps.insert(id);
+        } else if let Some(id) = number("prog_id:") {
+            objects.programs.insert(id);
+        }
+    }
+    objects
+}
+
+impl BpfObjects {
+    /// The kernel frees in the background and tells nobody: asks again until it has.
+    pub fn wait_until_gone(&self) {
+        let began = Instant::now();
+        loop {
+            let left = self.left();
+            if left.is_empty() {
+                return;
+            }
+            assert!(began.elapsed() < PATIENCE, "still in the kernel: {left:?}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn left(&self) -> Vec<String> {
+        // Others' objects may go while they are listed: errors are theirs.
+        let programs = loaded_programs().flatten().map(|program| program.id());
+        let maps = loaded_maps().flatten().map(|map| map.id());
+        let links = loaded_links().flatten().map(|link: LinkInfo| link.id());
+        let programs = programs.filter(|id| self.programs.contains(id));
+        let maps = maps.filter(|id| self.maps.contains(id));
+        let links = links.filter(|id| self.links.contains(id));
+        let named = programs.map(|id| format!("program {id}"));
+        let named = named.chain(maps.map(|id| format!("map {id}")));
+        named.chain(links.map(|id| format!("link {id}"))).collect()
+    }
+}

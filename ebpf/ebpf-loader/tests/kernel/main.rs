@@ -1,0 +1,535 @@
+//! The programs on the real kernel: sockets on loopback in a network namespace of their own, in a
+//! cgroup of their own. Needs root.
+
+mod lab;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use ebpf_abi::{Counter, SocketAddress};
+use ebpf_loader::{ApplyReport, Frontend, LoadError, Protocol, Services};
+
+use crate::lab::{Lab, accepted, datagram, tcp_servers, udp_servers};
+
+/// Chance of missing one of three endpoints in 60 tries: below 10⁻¹⁰.
+const TRIES: usize = 60;
+
+/// A way to name a service and its endpoints: IPv4, IPv6, and IPv4 on an IPv6 socket.
+struct Family {
+    name: &'static str,
+    /// What the client's socket is bound to.
+    client: &'static str,
+    /// What the client asks for.
+    asked: &'static str,
+    /// Where the endpoints are.
+    loopback: &'static str,
+}
+
+const FAMILIES: [Family; 3] = [
+    Family {
+        name: "IPv4",
+        client: "0.0.0.0:0",
+        asked: "10.96.0.1:80",
+        loopback: "127.0.0.1:0",
+    },
+    Family {
+        name: "IPv6",
+        client: "[::]:0",
+        asked: "[fd00:96::1]:80",
+        loopback: "[::1]:0",
+    },
+    Family {
+        name: "IPv4-mapped",
+        client: "[::]:0",
+        asked: "[::ffff:10.96.0.1]:80",
+        loopback: "127.0.0.1:0",
+    },
+];
+
+impl Family {
+    fn asked(&self) -> SocketAddr {
+        self.asked.parse().unwrap()
+    }
+
+    fn client(&self) -> UdpSocket {
+        let socket = UdpSocket::bind(self.client).unwrap();
+        socket.set_read_timeout(Some(lab::PATIENCE)).unwrap();
+        socket
+    }
+
+    /// Makes the lab's only service this one.
+    fn serve(&self, lab: &mut Lab, protocol: Protocol, endpoints: &[SocketAddr]) -> ApplyReport {
+        lab.apply(&[(self.asked(), protocol, endpoints)])
+    }
+}
+
+fn addresses<T>(servers: &[T], address: impl Fn(&T) -> io::Result<SocketAddr>) -> Vec<SocketAddr> {
+    servers
+        .iter()
+        .map(|server| address(server).unwrap())
+        .collect()
+}
+
+#[test]
+fn tcp_reaches_every_endpoint_and_shows_the_service() {
+    for family in &FAMILIES {
+        let mut lab = Lab::new();
+        let servers = tcp_servers(family.loopback, 3);
+        family.serve(
+            &mut lab,
+            Protocol::Tcp,
+            &addresses(&servers, TcpListener::local_addr),
+        );
+        let mut reached = [0; 3];
+        for _ in 0..TRIES {
+            let client = TcpStream::connect(family.asked()).unwrap();
+            let (server, accepted) = accepted(&servers);
+            assert_eq!(
+                client.peer_addr().unwrap(),
+                family.asked(),
+                "{}",
+                family.name
+            );
+            assert_eq!(
+                accepted.peer_addr().unwrap().port(),
+                client.local_addr().unwrap().port()
+            );
+            reached[server] += 1;
+        }
+        assert!(
+            reached.iter().all(|&count| count > 0),
+            "{}: {reached:?}",
+            family.name
+        );
+        let counted = lab.counted();
+        assert_eq!(counted(Counter::ConnectRewritten), TRIES as u64);
+        assert_eq!(counted(Counter::PeerNameRewritten), TRIES as u64);
+        assert_eq!(counted(Counter::NotRemembered), 0);
+    }
+}
+
+#[test]
+fn connected_udp_stays_with_one_endpoint_and_shows_the_service() {
+    for family in &FAMILIES {
+        let mut lab = Lab::new();
+        let servers = udp_servers(family.loopback, 3);
+        family.serve(
+            &mut lab,
+            Protocol::Udp,
+            &addresses(&servers, UdpSocket::local_addr),
+        );
+        let mut reached = BTreeSet::new();
+        for _ in 0..TRIES {
+            let client = family.client();
+            client.connect(family.asked()).unwrap();
+            assert_eq!(
+                client.peer_addr().unwrap(),
+                family.asked(),
+                "{}",
+                family.name
+            );
+            let ask = || {
+                client.send(b"?").unwrap();
+                let (server, from) = datagram(&servers);
+                servers[server].send_to(b"!", from).unwrap();
+                let (_, shown) = client.recv_from(&mut [0; 8]).unwrap();
+                assert_eq!(shown, family.asked(), "{}", family.name);
+                server
+            };
+            let first = ask();
+            assert_eq!(ask(), first, "{}: a connected socket moved", family.name);
+            reached.insert(first);
+        }
+        assert_eq!(reached.len(), 3, "{}", family.name);
+    }
+}
+
+#[test]
+fn unconnected_udp_keeps_its_endpoint_and_shows_the_service() {
+    for family in &FAMILIES {
+        let mut lab = Lab::new();
+        let servers = udp_servers(family.loopback, 3);
+        family.serve(
+            &mut lab,
+            Protocol::Udp,
+            &addresses(&servers, UdpSocket::local_addr),
+        );
+        let mut reached = BTreeSet::new();
+        for _ in 0..TRIES {
+            let client = family.client();
+            let first = ask(&client, family, &servers);
+            assert_eq!(
+                ask(&client, family, &servers),
+                first,
+                "{}: a flow moved",
+                family.name
+            );
+            reached.insert(first);
+        }
+        assert_eq!(reached.len(), 3, "{}", family.name);
+        assert_eq!(lab.counted()(Counter::ReceiveRewritten), 2 * TRIES as u64);
+    }
+}
+
+/// One question to the service and its answer on an unconnected socket; who answered.
+#[track_caller]
+fn ask(client: &UdpSocket, family: &Family, servers: &[UdpSocket]) -> usize {
+    client.send_to(b"?", family.asked()).unwrap();
+    let (server, from) = datagram(servers);
+    servers[server].send_to(b"!", from).unwrap();
+    let (_, shown) = client.recv_from(&mut [0; 8]).unwrap();
+    assert_eq!(shown, family.asked(), "{}", family.name);
+    server
+}
+
+#[test]
+fn an_unconnected_flow_moves_only_when_its_endpoint_is_gone() {
+    for family in &FAMILIES {
+        let mut lab = Lab::new();
+        let servers = udp_servers(family.loopback, 40);
+        let all = addresses(&servers, UdpSocket::local_addr);
+        family.serve(&mut lab, Protocol::Udp, &all);
+        let client = family.client();
+        let mut at = ask(&client, family, &servers);
+        for round in 0..30 {
+            // The list changes around the endpoint: another order, others gone.
+            let others = all.iter().copied().filter(|&other| other != all[at]);
+            let kept: Vec<_> = others.take(round).chain([all[at]]).collect();
+            family.serve(&mut lab, Protocol::Udp, &kept);
+            assert_eq!(ask(&client, family, &servers), at, "{}", family.name);
+        }
+        assert_eq!(lab.counted()(Counter::FlowMoved), 0);
+        let rest: Vec<_> = all
+            .iter()
+            .copied()
+            .filter(|&other| other != all[at])
+            .collect();
+        family.serve(&mut lab, Protocol::Udp, &rest);
+        let moved = ask(&client, family, &servers);
+        assert_ne!(moved, at, "{}", family.name);
+        at = moved;
+        assert_eq!(ask(&client, family, &servers), at, "{}", family.name);
+        assert_eq!(lab.counted()(Counter::FlowMoved), 1);
+    }
+}
+
+#[test]
+fn one_socket_speaks_with_many_services_and_with_none() {
+    let mut lab = Lab::new();
+    let servers = udp_servers("127.0.0.1:0", 3);
+    let at = addresses(&servers, UdpSocket::local_addr);
+    let [dns, ntp] = ["10.96.0.10:53", "10.96.0.11:123"].map(|text| text.parse().unwrap());
+    lab.apply(&[
+        (dns, Protocol::Udp, &at[..1]),
+        (ntp, Protocol::Udp, &at[1..2]),
+    ]);
+    let client = FAMILIES[0].client();
+    for _ in 0..3 {
+        for (asked, expected) in [(dns, 0), (ntp, 1), (at[2], 2)] {
+            client.send_to(b"?", asked).unwrap();
+            let (server, from) = datagram(&servers);
+            assert_eq!(server, expected);
+            servers[server].send_to(b"!", from).unwrap();
+            assert_eq!(client.recv_from(&mut [0; 8]).unwrap().1, asked);
+        }
+    }
+}
+
+#[test]
+fn a_socket_connected_to_a_service_and_then_to_its_endpoint_shows_the_endpoint() {
+    let mut lab = Lab::new();
+    let family = &FAMILIES[0];
+    let servers = udp_servers(family.loopback, 1);
+    let at = addresses(&servers, UdpSocket::local_addr);
+    family.serve(&mut lab, Protocol::Udp, &at);
+    let client = family.client();
+    client.connect(family.asked()).unwrap();
+    assert_eq!(client.peer_addr().unwrap(), family.asked());
+    client.connect(at[0]).unwrap();
+    assert_eq!(client.peer_addr().unwrap(), at[0]);
+}
+
+#[test]
+fn a_service_without_endpoints_refuses_at_once() {
+    for family in &FAMILIES {
+        let mut lab = Lab::new();
+        lab.apply(&[
+            (family.asked(), Protocol::Tcp, &[]),
+            (family.asked(), Protocol::Udp, &[]),
+        ]);
+        let refused = |what: &str, result: io::Result<()>| {
+            let kind = result.unwrap_err().kind();
+            assert_eq!(
+                kind,
+                io::ErrorKind::ConnectionRefused,
+                "{} {what}",
+                family.name
+            );
+        };
+        let began = Instant::now();
+        refused("TCP connect", TcpStream::connect(family.asked()).map(drop));
+        let client = family.client();
+        refused("UDP connect", client.connect(family.asked()));
+        refused("UDP send", client.send_to(b"?", family.asked()).map(drop));
+        assert!(
+            began.elapsed() < Duration::from_secs(1),
+            "{:?}",
+            began.elapsed()
+        );
+        let counted = lab.counted();
+        assert_eq!(
+            (
+                counted(Counter::ConnectRefused),
+                counted(Counter::SendRefused)
+            ),
+            (2, 1)
+        );
+    }
+}
+
+#[test]
+fn other_addresses_ports_and_protocols_pass_untouched() {
+    let mut lab = Lab::new();
+    let server = tcp_servers("127.0.0.1:0", 1);
+    let at = addresses(&server, TcpListener::local_addr);
+    // A service at the server's own address: another port, the other protocol.
+    let other_port = SocketAddr::new(at[0].ip(), at[0].port() ^ 1);
+    lab.apply(&[
+        (other_port, Protocol::Tcp, &[]),
+        (at[0], Protocol::Udp, &[]),
+    ]);
+    let client = TcpStream::connect(at[0]).unwrap();
+    assert_eq!(client.peer_addr().unwrap(), at[0]);
+    accepted(&server);
+    let counted = lab.counted();
+    assert_eq!(
+        (
+            counted(Counter::ConnectPassed),
+            counted(Counter::ConnectRewritten)
+        ),
+        (1, 0)
+    );
+}
+
+#[test]
+fn new_endpoints_are_for_new_flows_only() {
+    for family in &FAMILIES {
+        let mut lab = Lab::new();
+        let tcp = tcp_servers(family.loopback, 2);
+        let udp = udp_servers(family.loopback, 2);
+        let tcp_at = addresses(&tcp, TcpListener::local_addr);
+        let udp_at = addresses(&udp, UdpSocket::local_addr);
+        let asked = family.asked();
+        let mut serve = |n: usize| {
+            lab.apply(&[
+                (asked, Protocol::Tcp, &tcp_at[n..=n]),
+                (asked, Protocol::Udp, &udp_at[n..=n]),
+            ]);
+        };
+        serve(0);
+        let open_tcp = TcpStream::connect(asked).unwrap();
+        let (_, accepted_tcp) = accepted(&tcp);
+        let open_udp = family.client();
+        open_udp.connect(asked).unwrap();
+        serve(1);
+        lab::exchange(&open_tcp, &accepted_tcp);
+        assert_eq!(open_tcp.peer_addr().unwrap(), asked, "{}", family.name);
+        open_udp.send(b"?").unwrap();
+        assert_eq!(datagram(&udp).0, 0, "{}: an open flow moved", family.name);
+        let _new_tcp = TcpStream::connect(asked).unwrap();
+        assert_eq!(accepted(&tcp).0, 1, "{}", family.name);
+        let new_udp = family.client();
+        new_udp.connect(asked).unwrap();
+        new_udp.send(b"?").unwrap();
+        assert_eq!(datagram(&udp).0, 1, "{}", family.name);
+    }
+}
+
+#[test]
+fn a_list_is_replaced_without_a_moment_of_refusal() {
+    let mut lab = Lab::new();
+    let family = &FAMILIES[0];
+    let servers = udp_servers(family.loopback, 4);
+    let at = addresses(&servers, UdpSocket::local_addr);
+    family.serve(&mut lab, Protocol::Udp, &at[..2]);
+    let done = AtomicBool::new(false);
+    let connects = thread::scope(|scope| {
+        let connecting = scope.spawn(|| {
+            let client = family.client();
+            let mut connects = 0_u64;
+            while !done.load(Ordering::Relaxed) {
+                client.connect(family.asked()).unwrap();
+                connects += 1;
+            }
+            connects
+        });
+        for round in 0..5_000 {
+            let from = round % 3;
+            family.serve(&mut lab, Protocol::Udp, &at[from..from + 2]);
+        }
+        done.store(true, Ordering::Relaxed);
+        connecting.join().unwrap()
+    });
+    let counted = lab.counted();
+    assert_eq!(counted(Counter::ConnectRewritten), connects);
+    let again = counted(Counter::ReadAgain);
+    println!("{connects} connects during 5,000 replacements, {again} read the list again");
+}
+
+#[test]
+fn ten_thousand_services_fill_quickly_and_change_by_difference() {
+    let mut lab = Lab::new();
+    let servers = tcp_servers("127.0.0.1:0", 1);
+    let at = addresses(&servers, TcpListener::local_addr);
+    let service = |n: u16| {
+        let [high, low] = n.to_be_bytes();
+        Frontend {
+            address: IpAddr::from([10, 96, high, low]),
+            port: 80,
+            protocol: Protocol::Tcp,
+        }
+    };
+    let asked = SocketAddr::new(service(0).address, 80);
+    let direct = lab::connect_time(&servers[0], at[0]);
+    drop(lab.take_services());
+    let without = lab::connect_time(&servers[0], at[0]);
+    lab.load();
+    let mut desired = BTreeMap::from([(service(0), at.clone())]);
+    lab.services().apply(&desired).unwrap();
+    let one = lab::connect_time(&servers[0], asked);
+
+    // 25 endpoints each: 250,000.
+    let endpoint = |n: u16| SocketAddr::from(([127, 0, 0, 1], 1_000 + n));
+    desired.extend((1..10_000).map(|n| (service(n), (0..25).map(endpoint).collect())));
+    let began = Instant::now();
+    let report = lab.services().apply(&desired).unwrap();
+    let filled = began.elapsed();
+    assert_eq!(
+        (report.written, report.unchanged, report.left_out),
+        (9_999, 1, <_>::default())
+    );
+    let many = lab::connect_time(&servers[0], asked);
+
+    desired.insert(service(5_000), vec![endpoint(0)]);
+    let began = Instant::now();
+    let report = lab.services().apply(&desired).unwrap();
+    let changed = began.elapsed();
+    assert_eq!(
+        (report.written, report.removed, report.unchanged),
+        (1, 0, 9_999)
+    );
+    println!(
+        "10,000 services with 249,976 endpoints filled in {filled:?}, one changed in {changed:?}\n\
+         median connect and close: no program {without:?}, not a service {direct:?}, \
+         1 service {one:?}, 10,000 services {many:?}"
+    );
+    assert_eq!(
+        lab.services().apply(&BTreeMap::new()).unwrap().removed,
+        10_000
+    );
+    assert_eq!(lab.map_entries::<u64, SocketAddress>("hf_endpoints"), 0);
+    assert_eq!(lab.map_entries::<SocketAddress, u64>("hf_frontends"), 0);
+}
+
+#[test]
+fn beyond_the_limit_the_first_endpoints_are_kept() {
+    let mut lab = Lab::new();
+    let endpoint = |n: u16| SocketAddr::from(([127, 0, 0, 1], n));
+    let list: Vec<SocketAddr> = (1..=5_000).map(endpoint).collect();
+    let service = |n: u8| SocketAddr::from(([10, 96, 0, n], 80));
+    let services: Vec<_> = (0..64)
+        .map(|n| (service(n), Protocol::Tcp, &list[..]))
+        .collect();
+    let report = lab.apply(&services);
+    // 63 lists of 4,096 are all that fits: the last frontend finds no room.
+    assert_eq!((report.written, report.left_out.frontends), (63, 1));
+    assert_eq!(report.left_out.endpoints, 63 * (5_000 - 4_096) + 5_000);
+    assert_eq!(
+        lab.map_entries::<u64, SocketAddress>("hf_endpoints"),
+        63 * 4_096
+    );
+    // Full, and yet a whole list can be replaced.
+    let shifted: Vec<SocketAddr> = (2..=5_001).map(endpoint).collect();
+    let services: Vec<_> = (0..64)
+        .map(|n| (service(n), Protocol::Tcp, &shifted[..]))
+        .collect();
+    assert_eq!(lab.apply(&services).written, 63);
+    assert_eq!(
+        lab.map_entries::<u64, SocketAddress>("hf_endpoints"),
+        63 * 4_096
+    );
+}
+
+#[test]
+fn dropping_it_leaves_nothing_in_the_kernel() {
+    let mut lab = Lab::new();
+    let family = &FAMILIES[0];
+    let servers = tcp_servers(family.loopback, 1);
+    family.serve(
+        &mut lab,
+        Protocol::Tcp,
+        &addresses(&servers, TcpListener::local_addr),
+    );
+    drop(TcpStream::connect(family.asked()).unwrap());
+    let ids = lab::own_bpf_objects();
+    assert_eq!((ids.programs.len(), ids.links.len()), (8, 8), "{ids:?}");
+    assert!(ids.maps.len() >= 6, "{ids:?}");
+    drop(lab.take_services());
+    ids.wait_until_gone();
+}
+
+#[test]
+fn two_loaders_share_a_cgroup() {
+    let mut lab = Lab::new();
+    let family = &FAMILIES[0];
+    let servers = tcp_servers(family.loopback, 1);
+    let at = addresses(&servers, TcpListener::local_addr);
+    family.serve(&mut lab, Protocol::Tcp, &at);
+    let second = Services::load(lab.cgroup()).unwrap();
+    drop(TcpStream::connect(family.asked()).unwrap());
+    assert_eq!(accepted(&servers).0, 0);
+    drop(second);
+    drop(TcpStream::connect(family.asked()).unwrap());
+    assert_eq!(accepted(&servers).0, 0);
+}
+
+#[test]
+fn outside_the_cgroup_nothing_changes() {
+    let lab = Lab::new();
+    let outside = lab.outside();
+    let mut services = Services::load(outside).unwrap();
+    let family = &FAMILIES[0];
+    let servers = tcp_servers(family.loopback, 1);
+    let at = addresses(&servers, TcpListener::local_addr);
+    let frontend = Frontend {
+        address: at[0].ip(),
+        port: at[0].port(),
+        protocol: Protocol::Tcp,
+    };
+    services
+        .apply(&BTreeMap::from([(frontend, Vec::new())]))
+        .unwrap();
+    // Refused if the programs saw it.
+    drop(TcpStream::connect(at[0]).unwrap());
+    accepted(&servers);
+    drop(services);
+}
+
+#[test]
+fn a_folder_that_is_no_cgroup_is_said_so() {
+    let _lab = Lab::new();
+    let error = Services::load("/proc".as_ref()).unwrap_err();
+    assert!(matches!(error, LoadError::Cgroup(_)), "{error:?}");
+    assert!(
+        error
+            .to_string()
+            .starts_with("/proc is not a cgroup of version 2"),
+        "{error}"
+    );
+}

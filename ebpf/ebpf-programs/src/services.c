@@ -1,0 +1,354 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * Services at the socket: a destination that is a service becomes one of its endpoints, once per
+ * flow, and the application keeps seeing the service.
+ *
+ * Invariant: what is not a service passes untouched after one look-up, and receiving on a socket
+ * that never used a service costs none. Nothing here decides which endpoints are good: it picks at
+ * random among those in the list.
+ *
+ * Hash map entries are recycled at once, also under a reader. So a list is read, then an endpoint,
+ * then the list again: only if it is still the same was all of it true (see choose()).
+ */
+#include <stdbool.h>
+
+#include <linux/bpf.h>
+
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#include "ebpf_abi.h"
+
+#define ECONNREFUSED 111
+#define PASS 1
+#define REFUSE 0
+
+/* Frontend to list: its number and its length in one word. */
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(map_flags, BPF_F_NO_PREALLOC);
+    __type(key, struct socket_address);
+    __type(value, __u64);
+    __uint(max_entries, FRONTENDS_MAX);
+} hf_frontends SEC(".maps");
+
+/* Slot (list number and index) to endpoint. */
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(map_flags, BPF_F_NO_PREALLOC);
+    __type(key, __u64);
+    __type(value, struct socket_address);
+    __uint(max_entries, ENDPOINTS_MAX);
+} hf_endpoints SEC(".maps");
+
+/* Unconnected UDP socket and service, to where its datagrams go. */
+struct {
+    __uint(type, BPF_MAP_TYPE_LRU_HASH);
+    __type(key, struct socket_flow);
+    __type(value, struct choice);
+    __uint(max_entries, FLOWS_MAX);
+} hf_flows SEC(".maps");
+
+/* Unconnected UDP socket and endpoint, to the service it answers for. */
+struct {
+    __uint(type, BPF_MAP_TYPE_LRU_HASH);
+    __type(key, struct socket_flow);
+    __type(value, struct socket_address);
+    __uint(max_entries, FLOWS_MAX);
+} hf_replies SEC(".maps");
+
+/* With each socket that ever used a service; goes with the socket. */
+struct {
+    __uint(type, BPF_MAP_TYPE_SK_STORAGE);
+    __uint(map_flags, BPF_F_NO_PREALLOC);
+    __type(key, int);
+    __type(value, struct peer);
+} hf_peers SEC(".maps");
+
+struct {
+    __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+    __type(key, __u32);
+    __type(value, __u64);
+    __uint(max_entries, COUNTERS_MAX);
+} hf_counters SEC(".maps");
+
+static __always_inline void count(__u32 counter)
+{
+    __u64 *value = bpf_map_lookup_elem(&hf_counters, &counter);
+
+    if (value)
+        *value += 1; /* Its own CPU's; a preempted increment may be lost. */
+}
+
+static __always_inline bool same_address(const struct socket_address *a,
+                                         const struct socket_address *b)
+{
+    return a->port == b->port && a->ip[3] == b->ip[3] && a->ip[2] == b->ip[2] &&
+           a->ip[1] == b->ip[1] && a->ip[0] == b->ip[0] && a->protocol == b->protocol;
+}
+
+static __always_inline bool same_list(__u64 a, __u64 b)
+{
+    return (a & ~(__u64)LIST_LENGTH_MASK) == (b & ~(__u64)LIST_LENGTH_MASK);
+}
+
+/* ---- The address in the context ---- */
+
+static __always_inline void read_address(struct bpf_sock_addr *ctx, bool v6,
+                                         struct socket_address *address)
+{
+    address->ip[0] = v6 ? ctx->user_ip6[0] : 0;
+    address->ip[1] = v6 ? ctx->user_ip6[1] : 0;
+    address->ip[2] = v6 ? ctx->user_ip6[2] : bpf_htonl(0xffff);
+    address->ip[3] = v6 ? ctx->user_ip6[3] : ctx->user_ip4;
+    address->port = ctx->user_port;
+    address->protocol = ctx->protocol;
+    address->zero = 0;
+}
+
+static __always_inline void write_address(struct bpf_sock_addr *ctx, bool v6,
+                                          const struct socket_address *address)
+{
+    if (v6) {
+        ctx->user_ip6[0] = address->ip[0];
+        ctx->user_ip6[1] = address->ip[1];
+        ctx->user_ip6[2] = address->ip[2];
+        ctx->user_ip6[3] = address->ip[3];
+    } else {
+        ctx->user_ip4 = address->ip[3];
+    }
+    ctx->user_port = address->port;
+}
+
+/* ---- Choosing ---- */
+
+enum verdict { NOT_A_SERVICE, NO_ENDPOINT, CHOSEN };
+
+struct search {
+    struct socket_address wanted;
+    __u32 zero;
+    __u64 slot; /* The first slot, then the one that was found. */
+    __u64 found;
+};
+
+static long compare_slot(__u32 index, void *context)
+{
+    struct search *search = context;
+    __u64 slot = search->slot | (index & LIST_LENGTH_MASK);
+    struct socket_address *endpoint = bpf_map_lookup_elem(&hf_endpoints, &slot);
+
+    if (!endpoint || !same_address(endpoint, &search->wanted))
+        return 0;
+    search->slot = slot;
+    search->found = 1;
+    return 1;
+}
+
+/* The slot of `list` that keeps the flow where it is, or else a random one. */
+static __always_inline __u64 pick_slot(__u64 list, const struct choice *kept)
+{
+    __u32 length = list & LIST_LENGTH_MASK;
+
+    if (kept) {
+        struct search search = {};
+
+        if (same_list(kept->slot, list))
+            return kept->slot;
+        search.wanted = kept->endpoint;
+        search.slot = list & ~(__u64)LIST_LENGTH_MASK;
+        bpf_loop(length, compare_slot, &search, 0);
+        if (search.found)
+            return search.slot;
+        count(COUNT_flow_moved);
+    }
+    /* Multiplying instead of dividing: the bias for 4,096 endpoints is below one in a million. */
+    return (list & ~(__u64)LIST_LENGTH_MASK) | ((__u64)bpf_get_prandom_u32() * length >> 32);
+}
+
+static __always_inline enum verdict choose(const struct socket_address *service,
+                                           const struct choice *kept, struct choice *choice)
+{
+    for (int attempt = 0; attempt < (int)READ_ATTEMPTS; attempt++) {
+        volatile __u64 *value = bpf_map_lookup_elem(&hf_frontends, service);
+        struct socket_address *endpoint;
+        __u64 list;
+
+        if (!value)
+            return NOT_A_SERVICE;
+        list = *value;
+        if (!(list & LIST_LENGTH_MASK))
+            return NO_ENDPOINT;
+        choice->slot = pick_slot(list, kept);
+        endpoint = bpf_map_lookup_elem(&hf_endpoints, &choice->slot);
+        if (endpoint) {
+            choice->endpoint = *endpoint;
+            value = bpf_map_lookup_elem(&hf_frontends, service);
+            if (value && *value == list)
+                return CHOSEN;
+        }
+        count(COUNT_read_again);
+    }
+    return NO_ENDPOINT;
+}
+
+static __always_inline int refuse(__u32 counter)
+{
+    count(counter);
+    bpf_set_retval(-ECONNREFUSED);
+    return REFUSE;
+}
+
+/* ---- connect ---- */
+
+static __always_inline int on_connect(struct bpf_sock_addr *ctx, bool v6)
+{
+    struct socket_address service;
+    struct choice choice = {};
+    struct peer *peer;
+
+    if (ctx->protocol != PROTOCOL_TCP && ctx->protocol != PROTOCOL_UDP)
+        return PASS;
+    read_address(ctx, v6, &service);
+
+    switch (choose(&service, NULL, &choice)) {
+    case NOT_A_SERVICE:
+        count(COUNT_connect_passed);
+        if (ctx->protocol == PROTOCOL_UDP) { /* It may have been connected to a service before. */
+            peer = bpf_sk_storage_get(&hf_peers, ctx->sk, 0, 0);
+            if (peer)
+                peer->endpoint.port = 0;
+        }
+        return PASS;
+    case NO_ENDPOINT:
+        return refuse(COUNT_connect_refused);
+    case CHOSEN:
+        break;
+    }
+
+    peer = bpf_sk_storage_get(&hf_peers, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+    if (peer) {
+        peer->service = service;
+        peer->endpoint = choice.endpoint;
+    } else {
+        count(COUNT_not_remembered);
+    }
+    write_address(ctx, v6, &choice.endpoint);
+    count(COUNT_connect_rewritten);
+    return PASS;
+}
+
+/* ---- sendmsg: datagrams with a destination of their own ---- */
+
+static __always_inline bool remember(struct bpf_sock_addr *ctx, const struct socket_flow *flow,
+                                     bool is_new, const struct choice *choice)
+{
+    struct socket_flow reply = {.cookie = flow->cookie, .address = choice->endpoint};
+    struct socket_address *service;
+
+    if (is_new && bpf_map_update_elem(&hf_flows, flow, choice, BPF_ANY))
+        return false;
+    service = bpf_map_lookup_elem(&hf_replies, &reply);
+    if (!service || !same_address(service, &flow->address)) {
+        if (bpf_map_update_elem(&hf_replies, &reply, &flow->address, BPF_ANY))
+            return false;
+    }
+    /* Its existence tells on_receive() to look. */
+    return bpf_sk_storage_get(&hf_peers, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE) != NULL;
+}
+
+static __always_inline int on_send(struct bpf_sock_addr *ctx, bool v6)
+{
+    struct socket_flow flow = {};
+    struct choice choice = {};
+    struct choice *kept = NULL;
+    __u64 kept_slot = 0;
+
+    if (ctx->protocol != PROTOCOL_UDP)
+        return PASS;
+    read_address(ctx, v6, &flow.address);
+
+    if (!bpf_map_lookup_elem(&hf_frontends, &flow.address)) {
+        count(COUNT_send_passed);
+        return PASS;
+    }
+    flow.cookie = bpf_get_socket_cookie(ctx);
+    kept = bpf_map_lookup_elem(&hf_flows, &flow);
+    if (kept)
+        kept_slot = kept->slot;
+
+    switch (choose(&flow.address, kept, &choice)) {
+    case NOT_A_SERVICE:
+        count(COUNT_send_passed);
+        return PASS;
+    case NO_ENDPOINT:
+        return refuse(COUNT_send_refused);
+    case CHOSEN:
+        break;
+    }
+
+    if (!remember(ctx, &flow, !kept || kept_slot != choice.slot, &choice))
+        count(COUNT_not_remembered);
+    write_address(ctx, v6, &choice.endpoint);
+    count(COUNT_send_rewritten);
+    return PASS;
+}
+
+/* ---- What the application sees ---- */
+
+static __always_inline int on_receive(struct bpf_sock_addr *ctx, bool v6)
+{
+    struct peer *peer = bpf_sk_storage_get(&hf_peers, ctx->sk, 0, 0);
+    struct socket_address *service;
+    struct socket_flow reply = {};
+
+    if (!peer)
+        return PASS;
+    read_address(ctx, v6, &reply.address);
+    if (same_address(&peer->endpoint, &reply.address)) {
+        write_address(ctx, v6, &peer->service);
+    } else {
+        reply.cookie = bpf_get_socket_cookie(ctx);
+        service = bpf_map_lookup_elem(&hf_replies, &reply);
+        if (!service)
+            return PASS;
+        write_address(ctx, v6, service);
+    }
+    count(COUNT_receive_rewritten);
+    return PASS;
+}
+
+static __always_inline int on_peer_name(struct bpf_sock_addr *ctx, bool v6)
+{
+    struct peer *peer = bpf_sk_storage_get(&hf_peers, ctx->sk, 0, 0);
+    struct socket_address address;
+
+    if (!peer)
+        return PASS;
+    read_address(ctx, v6, &address);
+    if (same_address(&peer->endpoint, &address)) {
+        write_address(ctx, v6, &peer->service);
+        count(COUNT_peer_name_rewritten);
+    }
+    return PASS;
+}
+
+/* ---- The hooks ---- */
+
+#define HOOK(section, name, function, v6)   \
+    SEC(section)                            \
+    int name(struct bpf_sock_addr *ctx)     \
+    {                                       \
+        return function(ctx, v6);           \
+    }
+
+HOOK("cgroup/connect4", hf_connect4, on_connect, false)
+HOOK("cgroup/connect6", hf_connect6, on_connect, true)
+HOOK("cgroup/sendmsg4", hf_sendmsg4, on_send, false)
+HOOK("cgroup/sendmsg6", hf_sendmsg6, on_send, true)
+HOOK("cgroup/recvmsg4", hf_recvmsg4, on_receive, false)
+HOOK("cgroup/recvmsg6", hf_recvmsg6, on_receive, true)
+HOOK("cgroup/getpeername4", hf_getpeername4, on_peer_name, false)
+HOOK("cgroup/getpeername6", hf_getpeername6, on_peer_name, true)
+
+/* Every helper used here is open to programs of any licence. */
+char _license[] SEC("license") = "Apache-2.0";
