@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod io;
-pub mod services;
+pub mod node;
 pub mod relay_server;
+pub mod services;
 pub mod snapshot;

@@ -1,0 +1,574 @@
+//! One node's decisions: which peers to call, by which paths, through which relays.
+//!
+//! [`Core`] takes an [`Input`] and the time, and has [`Output`]s and a deadline afterwards. Each
+//! peer is a state machine of its own (`peer`), called up by its deadline; peers that nobody
+//! talked to cost nothing, however many the snapshot names.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use mesh_wire::{
+    id::{NodeId, NodeName, RelayId, Via, canonical},
+    peer::{CANDIDATES_MAX, Candidate, CandidateKind, NatKind, PeerMessage},
+};
+use rand::SeedableRng;
+
+use crate::{
+    io::{Input, Output},
+    node::{
+        context::{Calls, Context, Dice, RelayWish, Us},
+        gather::Gather,
+        peer::{Known, Peer},
+        relays::Relays,
+        report::{PeerReport, RelayReport},
+    },
+    snapshot::{ExternalPeer, Locality, Node, Snapshot},
+};
+
+mod choose;
+mod context;
+mod gather;
+pub mod path;
+mod peer;
+mod relays;
+pub mod report;
+mod watch;
+
+#[cfg(test)]
+mod tests;
+
+/// Candidates of one kind that peers are told.
+const CANDIDATES_PER_KIND_MAX: usize = 6;
+
+/// Peers are told of changed candidates this long after the first change: the answers of two
+/// vantage points arrive together.
+const TELL_DELAY: Duration = Duration::from_millis(20);
+
+/// Who a node is, and what it knows when it starts.
+#[derive(Debug, Clone)]
+pub struct CoreConfig {
+    /// Its name.
+    pub node: NodeName,
+    /// Its key.
+    pub id: NodeId,
+    /// What `Event::Remember` last said of each peer.
+    pub remembered: BTreeMap<NodeId, Vec<SocketAddr>>,
+}
+
+/// The decisions of one node.
+#[derive(Debug)]
+pub struct Core {
+    config: CoreConfig,
+    us: Us,
+    snapshot: Option<Arc<Snapshot>>,
+    /// Names by key: made when first needed after a new snapshot.
+    names: Option<BTreeMap<NodeId, NodeName>>,
+    peers: BTreeMap<NodeId, Peer>,
+    timers: BTreeSet<(Instant, NodeId)>,
+    relays: Relays,
+    gather: Gather,
+    /// Peers are told of changed candidates then.
+    tell_at: Option<Instant>,
+    calls: Calls,
+    dice: Dice,
+    out: VecDeque<Output>,
+}
+
+impl Core {
+    /// A node that knows nothing but itself. `rng_seed` decides every random choice.
+    #[must_use]
+    pub fn new(config: CoreConfig, rng_seed: u64, now: Instant) -> Self {
+        let us = Us {
+            site: None,
+            local: Vec::new(),
+            candidates: Vec::new(),
+            generation: 0,
+            nat: NatKind::Unknown,
+            relays_up: Vec::new(),
+            hopeless_relays: Vec::new(),
+            relays: Vec::new(),
+        };
+        Self {
+            config,
+            us,
+            snapshot: None,
+            names: None,
+            peers: BTreeMap::new(),
+            timers: BTreeSet::new(),
+            relays: Relays::default(),
+            gather: Gather::default(),
+            tell_at: None,
+            calls: Calls::new(now),
+            dice: Dice::seed_from_u64(rng_seed),
+            out: VecDeque::new(),
+        }
+    }
+
+    /// Something happened, at `now`. Never goes back in time.
+    pub fn handle_input(&mut self, input: Input, now: Instant) {
+        match input {
+            Input::Timeout => self.on_timeout(now),
+            Input::Snapshot(snapshot) => self.on_snapshot(snapshot, now),
+            Input::LocalAddresses(addresses) => self.on_local_addresses(addresses, now),
+            Input::Reflexive {
+                asked, observed, ..
+            } => {
+                if self.gather.on_reflexive(asked, observed) {
+                    self.refresh_us(now);
+                }
+            }
+            Input::RelayConnected { relay, transport } => {
+                self.with_relays(now, |relays, dice, out| {
+                    relays.on_connected(relay, transport, now, dice, out);
+                })
+            }
+            Input::RelayLost {
+                relay,
+                transport,
+                reason,
+            } => {
+                self.with_relays(now, |relays, dice, out| {
+                    relays.on_lost(relay, transport, &reason, now, dice, out);
+                });
+            }
+            Input::RelayGoAway { relay } => {
+                self.with_relays(now, |relays, dice, out| {
+                    relays.on_go_away(relay, now, dice, out)
+                });
+                self.for_each_peer(now, |peer, ctx| peer.on_relay_leaving(relay, ctx));
+            }
+            Input::RelayPeer {
+                relay,
+                peer,
+                present,
+            } => {
+                self.with_relays(now, |relays, dice, out| relays.heard(relay, now, dice, out));
+                self.with_peer(peer, now, |peer, ctx| {
+                    peer.on_relay_peer(relay, present, ctx)
+                });
+            }
+            Input::Wanted { peer } => self.with_new_peer(peer, now, |p, ctx| p.on_wanted(ctx)),
+            Input::Handshake { peer, via } => {
+                let via = canonical_via(via);
+                self.with_new_peer(peer, now, |p, ctx| p.on_handshake(via, ctx));
+            }
+            Input::Message { peer, via, message } => {
+                let via = canonical_via(via);
+                self.with_new_peer(peer, now, |p, ctx| p.on_message(via, message, ctx));
+            }
+            Input::Traffic {
+                peer,
+                sent,
+                received,
+            } => {
+                let received: Vec<Via> = received.into_iter().map(canonical_via).collect();
+                self.with_new_peer(peer, now, |p, ctx| p.on_traffic(sent, &received, ctx));
+            }
+        }
+    }
+
+    /// What must be done, in order; `None`: nothing more.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.out.pop_front()
+    }
+
+    /// When to say [`Input::Timeout`]; `None`: not before another input.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let peers = self.timers.first().map(|&(at, _)| at);
+        let relays = self.relays.deadline();
+        let gather = self.gather.deadline(self.is_active());
+        [peers, relays, gather, self.tell_at]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    /// Tells every peer in use that this node stops now. The outputs are the last ones.
+    pub fn shut_down(&mut self) {
+        for (&peer, state) in &self.peers {
+            if let Some(via) = state.way_in_use() {
+                let message = PeerMessage::Goodbye;
+                self.out.push_back(Output::Send { peer, via, message });
+            }
+        }
+    }
+
+    // Reports.
+
+    /// Peers that were woken since the start, by key.
+    pub fn peers(&self) -> impl Iterator<Item = PeerReport> + '_ {
+        self.peers.values().map(|peer| peer.report(&self.us))
+    }
+
+    /// One peer, if it was woken since the start.
+    #[must_use]
+    pub fn peer_report(&self, peer: &NodeId) -> Option<PeerReport> {
+        self.peers.get(peer).map(|peer| peer.report(&self.us))
+    }
+
+    /// Every relay of the mesh, the preferred one first.
+    pub fn relays(&self) -> impl Iterator<Item = RelayReport> + '_ {
+        let home = self.us.relays_up.first();
+        self.relays.order().iter().filter_map(move |&id| {
+            let relay = self.snapshot.as_ref()?.relays.get(&id)?;
+            let link = self.relays.report(&id);
+            Some(RelayReport {
+                id,
+                name: relay.name.clone(),
+                up: link.up,
+                home: home == Some(&id),
+                problem: link.problem,
+            })
+        })
+    }
+
+    /// The kind of NAT in front of this node.
+    #[must_use]
+    pub fn nat(&self) -> NatKind {
+        self.us.nat
+    }
+
+    /// The addresses at which relays see this node.
+    #[must_use]
+    pub fn reflexive(&self) -> Vec<SocketAddr> {
+        self.gather.addresses()
+    }
+
+    /// Whether new flows may go to a node: it has a live path, or none is known to be dead.
+    #[must_use]
+    pub fn is_alive(&self, node: &NodeName) -> bool {
+        let node = self.snapshot.as_ref().and_then(|s| s.nodes.get(node));
+        let peer = node.and_then(|node| self.peers.get(&node.id));
+        peer.is_none_or(Peer::is_alive)
+    }
+
+    // Inputs.
+
+    fn on_timeout(&mut self, now: Instant) {
+        while let Some(&(at, peer)) = self.timers.first()
+            && at <= now
+        {
+            self.timers.pop_first();
+            if let Some(peer) = self.peers.get_mut(&peer) {
+                peer.timer = None;
+            }
+            self.with_peer(peer, now, |peer, ctx| peer.on_timeout(ctx));
+        }
+        if self.relays.deadline().is_some_and(|at| now >= at) {
+            self.with_relays(now, |relays, dice, out| relays.on_timeout(now, dice, out));
+        }
+        self.tend_gather(now);
+        if self.tell_at.is_some_and(|at| now >= at) {
+            self.tell_at = None;
+            self.for_each_peer(now, |peer, ctx| peer.start_search(ctx));
+        }
+    }
+
+    fn on_snapshot(&mut self, snapshot: Arc<Snapshot>, now: Instant) {
+        let relays_before = self.snapshot.as_ref().map(|old| old.relays.clone());
+        self.snapshot = Some(Arc::clone(&snapshot));
+        self.names = None;
+        let own = snapshot.nodes.get(&self.config.node);
+        self.us.site = own.and_then(|node| node.locality.site.clone());
+        self.forget_removed_peers();
+        if relays_before.as_ref() != Some(&snapshot.relays) {
+            let known: Vec<RelayId> = snapshot.relays.keys().copied().collect();
+            self.relays.set_known(&self.config.id, known.into_iter());
+            self.with_relays(now, |relays, dice, out| relays.keep(now, dice, out));
+            self.gather_anew(now);
+        }
+        self.refresh_us(now);
+    }
+
+    /// Peers that the snapshot does not name any more, or under another key.
+    fn forget_removed_peers(&mut self) {
+        let ids: Vec<NodeId> = self.peers.keys().copied().collect();
+        for id in ids {
+            let Some(peer) = self.peers.get_mut(&id) else {
+                continue;
+            };
+            let name = peer.known().name.clone();
+            match self
+                .snapshot
+                .as_deref()
+                .and_then(|s| known(s, &name, &id, &self.us))
+            {
+                Some(known) => peer.set_known(known),
+                None => self.forget_peer(id),
+            }
+        }
+    }
+
+    fn forget_peer(&mut self, id: NodeId) {
+        let Some(peer) = self.peers.remove(&id) else {
+            return;
+        };
+        if let Some(at) = peer.timer {
+            self.timers.remove(&(at, id));
+        }
+        if peer.way_in_use().is_some() {
+            self.out.push_back(Output::SetPath {
+                peer: id,
+                primary: None,
+                duplicate: None,
+            });
+        }
+    }
+
+    fn on_local_addresses(&mut self, addresses: Vec<SocketAddr>, now: Instant) {
+        let addresses: Vec<SocketAddr> = addresses.into_iter().map(canonical).collect();
+        if addresses != self.us.local {
+            self.gather.forget();
+            self.us.local = addresses;
+        }
+        self.with_relays(now, |relays, dice, out| {
+            relays.on_network_change(now, dice, out)
+        });
+        self.gather_anew(now);
+        self.refresh_us(now);
+        self.for_each_peer(now, |peer, ctx| peer.on_network_change(ctx));
+    }
+
+    // The node's view of itself.
+
+    fn is_active(&self) -> bool {
+        !self.timers.is_empty()
+    }
+
+    fn gather_anew(&mut self, now: Instant) {
+        if let Some(snapshot) = &self.snapshot {
+            self.gather
+                .start(&self.config.id, snapshot, &self.us.local, now);
+            self.tend_gather(now);
+        }
+    }
+
+    fn tend_gather(&mut self, now: Instant) {
+        let active = self.is_active();
+        if active
+            && self.gather.wants_refresh(now)
+            && let Some(snapshot) = &self.snapshot
+        {
+            self.gather
+                .start(&self.config.id, snapshot, &self.us.local, now);
+        }
+        let out = &mut self.out;
+        let mut out = |output| out.push_back(output);
+        if self
+            .gather
+            .on_timeout(active, now, &mut self.dice, &mut out)
+        {
+            self.refresh_us(now);
+        }
+    }
+
+    /// Sees to it that what peers are told is true.
+    fn refresh_us(&mut self, now: Instant) {
+        let relay_up = !self.us.relays_up.is_empty();
+        let nat = self.gather.nat(&self.us.local, relay_up);
+        let candidates = self.candidates();
+        if (&candidates, nat) != (&self.us.candidates, self.us.nat) {
+            self.us.candidates = candidates;
+            self.us.nat = nat;
+            self.us.generation += 1;
+            self.tell_at.get_or_insert(now + TELL_DELAY);
+        }
+    }
+
+    fn candidates(&self) -> Vec<Candidate> {
+        let own = self
+            .snapshot
+            .as_ref()
+            .and_then(|s| s.nodes.get(&self.config.node));
+        let fixed = own
+            .map(|node| node.static_candidates.clone())
+            .unwrap_or_default();
+        let kinds = [
+            (CandidateKind::Static, fixed),
+            (CandidateKind::Reflexive, self.gather.addresses()),
+            (CandidateKind::Host, self.us.local.clone()),
+        ];
+        let mut all: Vec<Candidate> = Vec::new();
+        for (kind, addresses) in kinds {
+            let of_kind = addresses
+                .into_iter()
+                .map(canonical)
+                .take(CANDIDATES_PER_KIND_MAX);
+            for address in of_kind {
+                if !all.iter().any(|known| known.address == address) {
+                    all.push(Candidate { kind, address });
+                }
+            }
+        }
+        all.truncate(CANDIDATES_MAX);
+        all
+    }
+
+    // Parts and their surroundings.
+
+    fn with_relays(
+        &mut self,
+        now: Instant,
+        act: impl FnOnce(&mut Relays, &mut Dice, &mut dyn FnMut(Output)),
+    ) {
+        let out = &mut self.out;
+        act(&mut self.relays, &mut self.dice, &mut |output| {
+            out.push_back(output)
+        });
+        self.us.relays = self.relays.order().to_vec();
+        self.us.hopeless_relays = self.us.relays.clone();
+        self.us
+            .hopeless_relays
+            .retain(|relay| !self.relays.is_hopeful(relay));
+        let up = self.relays.up();
+        let before = std::mem::replace(&mut self.us.relays_up, up.clone());
+        for &relay in before.iter().filter(|relay| !up.contains(relay)) {
+            self.for_each_peer(now, |peer, ctx| peer.on_relay_down(relay, ctx));
+        }
+        for &relay in up.iter().filter(|relay| !before.contains(relay)) {
+            self.for_each_peer(now, |peer, ctx| peer.on_relay_up(relay, ctx));
+        }
+        if before.is_empty() != up.is_empty() {
+            self.refresh_us(now);
+        }
+    }
+
+    fn for_each_peer(&mut self, now: Instant, act: impl Fn(&mut Peer, &mut Context)) {
+        let ids: Vec<NodeId> = self.peers.keys().copied().collect();
+        for id in ids {
+            self.with_peer(id, now, &act);
+        }
+    }
+
+    fn with_peer(&mut self, id: NodeId, now: Instant, act: impl FnOnce(&mut Peer, &mut Context)) {
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return;
+        };
+        let mut wishes = Vec::new();
+        let mut ctx = Context {
+            now,
+            us: &self.us,
+            dice: &mut self.dice,
+            calls: &mut self.calls,
+            out: &mut self.out,
+            wishes: &mut wishes,
+        };
+        act(peer, &mut ctx);
+        let deadline = peer.deadline();
+        if peer.timer != deadline {
+            if let Some(old) = std::mem::replace(&mut peer.timer, deadline) {
+                self.timers.remove(&(old, id));
+            }
+            self.timers.extend(deadline.map(|at| (at, id)));
+        }
+        let in_use = peer.relay_in_use().map(RelayWish::Visit);
+        self.grant(wishes.into_iter().chain(in_use), now);
+    }
+
+    fn grant(&mut self, wishes: impl Iterator<Item = RelayWish>, now: Instant) {
+        let out = &mut self.out;
+        let mut out = |output| out.push_back(output);
+        for wish in wishes {
+            match wish {
+                RelayWish::Visit(id) => self.relays.visit(id, now, &mut self.dice, &mut out),
+                RelayWish::Doubt(id) => self.relays.doubt(id, now, &mut self.dice),
+                RelayWish::Heard(id) => self.relays.heard(id, now, &mut self.dice, &mut out),
+            }
+        }
+    }
+
+    /// Like [`Self::with_peer`], of a peer that may be new. One that the snapshot does not name
+    /// is none.
+    fn with_new_peer(
+        &mut self,
+        id: NodeId,
+        now: Instant,
+        act: impl FnOnce(&mut Peer, &mut Context),
+    ) {
+        if !self.peers.contains_key(&id) {
+            let Some(known) = self.find(&id) else {
+                return;
+            };
+            let remembered = self.config.remembered.get(&id).cloned().unwrap_or_default();
+            self.peers.insert(id, Peer::new(known, remembered, now));
+        }
+        self.with_peer(id, now, act);
+    }
+
+    fn find(&mut self, id: &NodeId) -> Option<Known> {
+        let snapshot = self.snapshot.as_deref()?;
+        if *id == self.config.id {
+            return None;
+        }
+        let names = self.names.get_or_insert_with(|| {
+            let nodes = snapshot
+                .nodes
+                .values()
+                .map(|node| (node.id, node.name.clone()));
+            let external = snapshot.external_peers.values();
+            nodes
+                .chain(external.map(|peer| (peer.id, peer.name.clone())))
+                .collect()
+        });
+        known(snapshot, names.get(id)?, id, &self.us)
+    }
+}
+
+fn known(snapshot: &Snapshot, name: &NodeName, id: &NodeId, us: &Us) -> Option<Known> {
+    let node = snapshot.nodes.get(name).filter(|node| node.id == *id);
+    let external = || {
+        snapshot
+            .external_peers
+            .get(name)
+            .filter(|peer| peer.id == *id)
+    };
+    node.map(|node| known_node(node, us))
+        .or_else(|| external().map(known_external))
+}
+
+fn known_node(node: &Node, us: &Us) -> Known {
+    let Locality { site, .. } = &node.locality;
+    let same_site = site.is_some() && *site == us.site;
+    let mut addresses = node.static_candidates.clone();
+    if same_site {
+        // Nodes of one site are likely to be configured alike: the same port.
+        let ports = us.local.iter().map(|own| (own.port(), own.is_ipv4()));
+        let ports: BTreeSet<(u16, bool)> = ports.collect();
+        for (port, v4) in ports {
+            let of_family = node
+                .underlay_addresses
+                .iter()
+                .filter(|ip| ip.is_ipv4() == v4);
+            addresses.extend(of_family.map(|&ip| SocketAddr::new(ip, port)));
+        }
+    }
+    Known {
+        id: node.id,
+        name: node.name.clone(),
+        plain: false,
+        same_site,
+        addresses,
+    }
+}
+
+fn known_external(peer: &ExternalPeer) -> Known {
+    Known {
+        id: peer.id,
+        name: peer.name.clone(),
+        plain: true,
+        same_site: false,
+        addresses: peer.endpoint.into_iter().collect(),
+    }
+}
+
+fn canonical_via(via: Via) -> Via {
+    match via {
+        Via::Direct(address) => Via::Direct(canonical(address)),
+        Via::Relay(_) => via,
+    }
+}

@@ -1,0 +1,144 @@
+//! Which of the working paths carries the traffic.
+
+use std::time::Duration;
+
+use mesh_wire::id::Via;
+
+use crate::node::path::{Path, PathKind};
+
+/// Within a tier a path must be this much cheaper (`paths.md`), or traffic would swing.
+const CHEAPER_BY: f64 = 0.8;
+
+/// And cheaper by at least this (`paths.md`).
+const CHEAPER_BY_AT_LEAST: Duration = Duration::from_millis(10);
+
+/// A direct path that loses more than this gives up its tier (`paths.md`) …
+const LOSSY: f64 = 0.03;
+
+/// … if a relay loses less than this.
+const LOSSLESS: f64 = 0.005;
+
+/// The path to use of `usable` ones, given the one in use.
+pub(crate) fn choose(usable: &[(Via, &Path)], primary: Option<Via>) -> Option<Via> {
+    let lossless = |path: &Path| path.loss().is_some_and(|loss| loss < LOSSLESS);
+    let relay_is_better = usable
+        .iter()
+        .any(|(_, path)| path.kind == PathKind::Relay && lossless(path));
+    let tier = |path: &Path| {
+        let lossy = path.loss().is_some_and(|loss| loss > LOSSY);
+        if lossy && relay_is_better {
+            PathKind::Relay
+        } else {
+            path.kind
+        }
+    };
+    let key = |path: &Path| (tier(path), path.cost().unwrap_or(Duration::MAX));
+    let &(best, best_path) = usable.iter().min_by_key(|(via, path)| (key(path), *via))?;
+    let current = usable.iter().find(|(via, _)| Some(*via) == primary);
+    let Some(&(current, current_path)) = current else {
+        return Some(best);
+    };
+    let better = tier(best_path) < tier(current_path)
+        || tier(best_path) == tier(current_path) && is_cheaper(best_path, current_path);
+    Some(if better { best } else { current })
+}
+
+fn is_cheaper(path: &Path, than: &Path) -> bool {
+    let (Some(cost), Some(than)) = (path.cost(), than.cost()) else {
+        return false;
+    };
+    cost < than.mul_f64(CHEAPER_BY) && than.saturating_sub(cost) >= CHEAPER_BY_AT_LEAST
+}
+
+#[cfg(test)]
+mod tests {
+    use mesh_wire::id::RelayId;
+
+    use super::*;
+    use crate::node::tests::at;
+
+    const A: Via = Via::Direct(std::net::SocketAddr::new(
+        std::net::IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1)),
+        1,
+    ));
+    const R: Via = Via::Relay(RelayId(1));
+    const R2: Via = Via::Relay(RelayId(2));
+
+    /// A path with twenty-one echoes of this round-trip time, every `lost_every`th lost.
+    fn path(kind: PathKind, rtt_ms: u64, lost_every: u64) -> Path {
+        let mut path = Path::new(kind, None);
+        for txid in 0..21 {
+            path.on_echo_sent(txid, true, at(10_000 * txid));
+            if txid == 0 || lost_every == 0 || txid % lost_every != 0 {
+                path.on_echo_answered(txid, at(10_000 * txid + rtt_ms));
+            }
+        }
+        path.on_echo_sent(99, true, at(999_000)); // Lets the last loss be seen.
+        path
+    }
+
+    #[test]
+    fn tier_first_then_cost_with_hysteresis() {
+        use PathKind::{Direct, Lan, Relay};
+        // Name, the path in use, another, whether to move.
+        let table = [
+            (
+                "direct beats a faster relay",
+                (Relay, 5, 0),
+                (Direct, 80, 0),
+                true,
+            ),
+            (
+                "a faster relay does not beat direct",
+                (Direct, 80, 0),
+                (Relay, 5, 0),
+                false,
+            ),
+            ("LAN beats direct", (Direct, 5, 0), (Lan, 6, 0), true),
+            (
+                "9 ms better is not enough",
+                (Relay, 20, 0),
+                (Relay, 11, 0),
+                false,
+            ),
+            (
+                "15 % better is not enough",
+                (Relay, 100, 0),
+                (Relay, 85, 0),
+                false,
+            ),
+            (
+                "30 % and 30 ms better is",
+                (Relay, 100, 0),
+                (Relay, 70, 0),
+                true,
+            ),
+            (
+                "a lossy direct path gives up its tier",
+                (Direct, 50, 4),
+                (Relay, 60, 0),
+                true,
+            ),
+            (
+                "but not to a lossy relay",
+                (Direct, 50, 4),
+                (Relay, 60, 4),
+                false,
+            ),
+        ];
+        for (name, (kind, rtt, lost), (other_kind, other_rtt, other_lost), moves) in table {
+            let current = path(kind, rtt, lost);
+            let other = path(other_kind, other_rtt, other_lost);
+            let chosen = choose(&[(R, &current), (R2, &other)], Some(R));
+            assert_eq!(chosen == Some(R2), moves, "{name}");
+        }
+    }
+
+    #[test]
+    fn without_a_path_in_use_the_best_one_is_taken() {
+        let (relay, direct) = (path(PathKind::Relay, 5, 0), path(PathKind::Direct, 50, 0));
+        assert_eq!(choose(&[(R, &relay), (A, &direct)], None), Some(A));
+        assert_eq!(choose(&[(R, &relay)], Some(A)), Some(R));
+        assert_eq!(choose(&[], Some(A)), None);
+    }
+}

@@ -1,0 +1,324 @@
+//! Learns the node's reflexive addresses and the kind of its NAT from what relays see of it.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use mesh_wire::{
+    id::{NodeId, RelayId, canonical},
+    peer::NatKind,
+};
+use rand::RngExt;
+
+use crate::{
+    io::Output,
+    node::{context::Dice, relays::rank},
+    snapshot::Snapshot,
+};
+
+/// Gaps between the sendings of one question; the last one repeats (`paths.md`).
+const RETRANSMIT_GAPS: [Duration; 2] = [Duration::from_millis(100), Duration::from_millis(200)];
+
+/// After this a round is over, answered or not (`paths.md`).
+const ROUND_MAX: Duration = Duration::from_secs(3);
+
+/// Ports asked of one relay address: two differ enough to recognise a mapping that depends on
+/// the destination, the third is for a firewall that lets only some ports out.
+const PORTS_MAX: usize = 3;
+
+/// Relays asked: two vantage points of different addresses.
+const RELAYS_MAX: usize = 2;
+
+/// Bounds of the time between rounds while a session is in use (`paths.md`): under the 30 s
+/// after which the shortest-lived common NAT mappings end.
+const REFRESH_MS: std::ops::Range<u64> = 20_000..26_000;
+
+/// What was asked and answered in a round.
+#[derive(Debug, Default)]
+struct Round {
+    asks: BTreeMap<SocketAddr, Ask>,
+    began: Option<Instant>,
+    sendings: usize,
+    next: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Ask {
+    relay: RelayId,
+    observed: Option<SocketAddr>,
+}
+
+/// The node's view of itself from outside.
+#[derive(Debug, Default)]
+pub(crate) struct Gather {
+    round: Round,
+    /// Answers of the last round that had any: what was asked, what was seen.
+    seen: BTreeMap<SocketAddr, SocketAddr>,
+    /// The last finished round had questions and no answer.
+    silent: bool,
+    refresh_at: Option<Instant>,
+}
+
+impl Gather {
+    /// Asks now. What was learned before stays until there is something newer.
+    pub(crate) fn start(
+        &mut self,
+        own: &NodeId,
+        snapshot: &Snapshot,
+        local: &[SocketAddr],
+        now: Instant,
+    ) {
+        let mut asks = BTreeMap::new();
+        for relay in rank(own, snapshot.relays.keys().copied())
+            .into_iter()
+            .take(RELAYS_MAX)
+        {
+            for target in snapshot.relays.get(&relay).into_iter().flat_map(targets) {
+                if has_family(local, target) {
+                    asks.insert(
+                        target,
+                        Ask {
+                            relay,
+                            observed: None,
+                        },
+                    );
+                }
+            }
+        }
+        self.refresh_at = None;
+        let (began, next) = match asks.is_empty() {
+            true => (None, None),
+            false => (Some(now), Some(now)),
+        };
+        let sendings = 0;
+        self.round = Round {
+            asks,
+            began,
+            sendings,
+            next,
+        };
+    }
+
+    /// The network is another one: what was learned is void.
+    pub(crate) fn forget(&mut self) {
+        self.seen.clear();
+        self.silent = false;
+    }
+
+    /// Notes an answer. Returns whether the node's view of itself changed.
+    pub(crate) fn on_reflexive(&mut self, asked: SocketAddr, observed: SocketAddr) -> bool {
+        let Some(ask) = self.round.asks.get_mut(&canonical(asked)) else {
+            return false; // Nobody asked: late, or forged.
+        };
+        let observed = canonical(observed);
+        ask.observed = Some(observed);
+        self.silent = false;
+        if self.round.asks.values().all(|ask| ask.observed.is_some()) {
+            self.round.next = None;
+            self.round.began = None;
+        }
+        self.seen.insert(canonical(asked), observed) != Some(observed)
+    }
+
+    /// Sends what is due. Returns whether the node's view of itself changed.
+    pub(crate) fn on_timeout(
+        &mut self,
+        active: bool,
+        now: Instant,
+        dice: &mut Dice,
+        out: &mut impl FnMut(Output),
+    ) -> bool {
+        if active && self.refresh_at.is_none() && self.round.began.is_none() {
+            self.refresh_at = Some(now + Duration::from_millis(dice.random_range(REFRESH_MS)));
+        }
+        let over = self
+            .round
+            .began
+            .is_some_and(|began| now >= began + ROUND_MAX);
+        if over {
+            return self.finish_round();
+        }
+        if self.round.next.is_some_and(|next| now >= next) {
+            for (&target, ask) in &self.round.asks {
+                if ask.observed.is_none() {
+                    let relay = ask.relay;
+                    out(Output::AskReflexive { relay, target });
+                }
+            }
+            let gap = RETRANSMIT_GAPS.get(self.round.sendings);
+            self.round.next = gap.or(RETRANSMIT_GAPS.last()).map(|&gap| now + gap);
+            self.round.sendings += 1;
+        }
+        false
+    }
+
+    /// Whether it is time for another round.
+    pub(crate) fn wants_refresh(&self, now: Instant) -> bool {
+        self.refresh_at.is_some_and(|at| now >= at)
+    }
+
+    fn finish_round(&mut self) -> bool {
+        self.round.next = None;
+        self.round.began = None;
+        let answered = |target: &SocketAddr| {
+            let ask = self.round.asks.get(target);
+            ask.is_some_and(|ask| ask.observed.is_some())
+        };
+        self.silent = !self.round.asks.keys().any(answered);
+        let before = self.seen.len();
+        if !self.silent {
+            self.seen.retain(|target, _| answered(target));
+        }
+        self.silent || self.seen.len() != before
+    }
+
+    /// When [`Self::on_timeout`] has something to do.
+    pub(crate) fn deadline(&self, active: bool) -> Option<Instant> {
+        let over = self.round.began.map(|began| began + ROUND_MAX);
+        let refresh = self.refresh_at.filter(|_| active);
+        [self.round.next, over, refresh].into_iter().flatten().min()
+    }
+
+    /// The kind of NAT, by IPv4 if that answered: IPv6 is rarely translated.
+    pub(crate) fn nat(&self, local: &[SocketAddr], relay_up: bool) -> NatKind {
+        let of_family = |v4: bool| self.seen.values().filter(move |seen| seen.is_ipv4() == v4);
+        let v4 = of_family(true).count() > 0;
+        let mut seen: Vec<&SocketAddr> = of_family(v4).collect();
+        let vantage_points = seen.len();
+        seen.sort_unstable();
+        seen.dedup();
+        match (seen.as_slice(), vantage_points) {
+            ([], _) if self.silent && relay_up => NatKind::UdpBlocked,
+            _ if self.silent && relay_up => NatKind::UdpBlocked,
+            ([], _) => NatKind::Unknown,
+            ([one], _) if local.contains(one) => NatKind::None,
+            ([_], 1) => NatKind::Unknown,
+            ([_], _) => NatKind::Easy,
+            _ => NatKind::Hard,
+        }
+    }
+
+    /// The reflexive addresses, without repetition.
+    pub(crate) fn addresses(&self) -> Vec<SocketAddr> {
+        let mut addresses: Vec<SocketAddr> = self.seen.values().copied().collect();
+        addresses.sort_unstable();
+        addresses.dedup();
+        addresses
+    }
+}
+
+fn targets(relay: &crate::snapshot::Relay) -> Vec<SocketAddr> {
+    let mut ports = relay.stun_ports.clone();
+    ports.push(relay.quic_port);
+    ports.sort_unstable();
+    ports.dedup();
+    ports.truncate(PORTS_MAX);
+    let of_address = |&ip| {
+        ports
+            .iter()
+            .map(move |&port| canonical(SocketAddr::new(ip, port)))
+    };
+    relay.addresses.iter().flat_map(of_address).collect()
+}
+
+/// Whether the node has an address of the family of `remote`; if it told none, perhaps.
+pub(crate) fn has_family(local: &[SocketAddr], remote: SocketAddr) -> bool {
+    local.is_empty() || local.iter().any(|own| own.is_ipv4() == remote.is_ipv4())
+}
+
+#[cfg(test)]
+mod tests {
+    use mesh_wire::id::MeshId;
+    use rand::SeedableRng;
+
+    use super::*;
+    use crate::{
+        node::tests::{at, relay},
+        snapshot::MeshSettings,
+    };
+
+    fn snapshot() -> Snapshot {
+        let mut snapshot = Snapshot::empty(MeshSettings::with_defaults(MeshId([0; 32]), "m"));
+        let (id, relay) = relay("r1", 1);
+        snapshot.relays.insert(id, relay);
+        snapshot
+    }
+
+    fn addr(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+
+    fn asked(gather: &mut Gather, ms: u64) -> Vec<SocketAddr> {
+        let mut targets = Vec::new();
+        let mut dice = Dice::seed_from_u64(1);
+        gather.on_timeout(true, at(ms), &mut dice, &mut |output| {
+            if let Output::AskReflexive { target, .. } = output {
+                targets.push(target);
+            }
+        });
+        targets
+    }
+
+    fn started() -> Gather {
+        let mut gather = Gather::default();
+        gather.start(
+            &NodeId([1; 32]),
+            &snapshot(),
+            &[addr("10.0.0.1:51820")],
+            at(0),
+        );
+        gather
+    }
+
+    #[test]
+    fn two_ports_of_one_relay_tell_the_kind_of_nat() {
+        let local = [addr("10.0.0.1:51820")];
+        let cases = [
+            ("10.0.0.1:51820", "10.0.0.1:51820", NatKind::None),
+            ("198.51.100.9:7", "198.51.100.9:7", NatKind::Easy),
+            ("198.51.100.9:7", "198.51.100.9:8", NatKind::Hard),
+        ];
+        for (first, second, kind) in cases {
+            let mut gather = started();
+            let targets = asked(&mut gather, 0);
+            assert_eq!(targets.len(), 2);
+            assert!(gather.on_reflexive(targets[0], addr(first)));
+            gather.on_reflexive(targets[1], addr(second));
+            assert_eq!(gather.nat(&local, true), kind);
+        }
+    }
+
+    #[test]
+    fn one_answer_is_an_address_but_not_a_kind() {
+        let mut gather = started();
+        let targets = asked(&mut gather, 0);
+        gather.on_reflexive(targets[0], addr("198.51.100.9:7"));
+        assert_eq!(gather.nat(&[], true), NatKind::Unknown);
+        assert_eq!(gather.addresses(), [addr("198.51.100.9:7")]);
+    }
+
+    #[test]
+    fn silence_means_blocked_only_if_a_relay_is_up() {
+        let mut gather = started();
+        let mut sent = 0;
+        let mut now = at(0);
+        while let Some(deadline) = gather.deadline(false) {
+            now = deadline;
+            let mut dice = Dice::seed_from_u64(1);
+            gather.on_timeout(false, now, &mut dice, &mut |_| sent += 1);
+        }
+        assert_eq!(now, at(3000));
+        assert_eq!(sent, 2 * 16, "0, 100, 300, 500, … 2900 ms to two ports");
+        assert_eq!(gather.nat(&[], false), NatKind::Unknown);
+        assert_eq!(gather.nat(&[], true), NatKind::UdpBlocked);
+    }
+
+    #[test]
+    fn an_answer_to_no_question_changes_nothing() {
+        let mut gather = started();
+        assert!(!gather.on_reflexive(addr("192.0.2.200:1"), addr("203.0.113.1:1")));
+        assert_eq!(gather.addresses(), []);
+    }
+}

@@ -1,0 +1,623 @@
+//! One peer: its state machine.
+//!
+//! This file holds the inputs and the four phases. How paths come and go is in `paths`, how they
+//! are probed and used in `traffic`, the words for people in `why`.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use mesh_wire::{
+    id::{NodeId, NodeName, RelayId, Via},
+    peer::{Candidate, NatKind, PeerMessage},
+};
+use rand::RngExt;
+
+use crate::{
+    io::{Event, Output, PeerState, Reason},
+    node::{
+        context::{Context, RelayWish},
+        path::{Path, PathKind, PathState},
+        relays::rank,
+        report::{TRANSITIONS_MAX, Transition},
+        watch::{Watch, WatchInput},
+    },
+};
+
+mod paths;
+mod traffic;
+mod why;
+
+/// Gaps between handshake initiations; the last one repeats (`paths.md`).
+const LADDER: [Duration; 8] = [
+    Duration::from_millis(50),
+    Duration::from_millis(50),
+    Duration::from_millis(50),
+    Duration::from_millis(100),
+    Duration::from_millis(200),
+    Duration::from_millis(400),
+    Duration::from_millis(800),
+    Duration::from_millis(1600),
+];
+
+/// From this rung of the ladder on, every second initiation goes by relays only: of one that
+/// goes by every way the peer answers only the first copy, and if that way does not carry the
+/// answer back, nothing else would ever be tried.
+const RELAY_ONLY_FROM: usize = 5;
+
+/// The rung at which the ladder waits while a session that exists is being confirmed.
+const CONFIRM_RUNG: usize = 5;
+
+/// After this a wake has failed (`paths.md`).
+const GIVE_UP: Duration = Duration::from_secs(20);
+
+/// After this without an answer new flows had better go elsewhere, though the wake goes on.
+const WAKE_DOUBT: Duration = Duration::from_secs(3);
+
+/// Gaps within one background attempt at an unreachable peer.
+const BURST_GAPS: [Duration; 2] = [Duration::from_millis(200), Duration::from_millis(500)];
+
+/// Pauses between background attempts while somebody wants the peer; the last one repeats.
+const RETRY_WANTED: [Duration; 3] = [
+    Duration::from_secs(1),
+    Duration::from_secs(2),
+    Duration::from_secs(4),
+];
+
+/// Pauses while nobody does; the last one repeats.
+const RETRY_UNWANTED: [Duration; 6] = [
+    Duration::from_secs(2),
+    Duration::from_secs(4),
+    Duration::from_secs(8),
+    Duration::from_secs(15),
+    Duration::from_secs(30),
+    Duration::from_secs(60),
+];
+
+/// How long somebody who wanted a peer is taken to want it still.
+const WANTED_FOR: Duration = Duration::from_secs(60);
+
+/// Without traffic for this long a peer costs nothing any more (`lazy_idle`).
+const LAZY_IDLE: Duration = Duration::from_secs(300);
+
+/// Packets that were on their way when a peer said goodbye do not bring it back.
+const GOODBYE_GRACE: Duration = Duration::from_secs(1);
+
+/// Relays of a peer's that are looked for it at.
+const VISITS_MAX: usize = 2;
+
+/// Addresses kept of a peer for the next boot.
+const REMEMBERED_MAX: usize = 8;
+
+/// Where in its life a peer is.
+#[derive(Debug)]
+enum Phase {
+    /// Nothing is asked of it.
+    Idle,
+    /// Handshakes go out.
+    Waking(Ladder),
+    /// There is a path.
+    Up,
+    /// Given up, tried now and then.
+    Unreachable(Retry),
+}
+
+#[derive(Debug)]
+struct Ladder {
+    since: Instant,
+    rung: usize,
+    next: Instant,
+}
+
+#[derive(Debug)]
+struct Retry {
+    since: Instant,
+    failures: usize,
+    /// Initiations sent in the attempt that is going on.
+    sent: usize,
+    next: Instant,
+}
+
+/// What the peer told of itself.
+#[derive(Debug, Default)]
+struct Remote {
+    generation: Option<u64>,
+    candidates: Vec<Candidate>,
+    nat: NatKind,
+}
+
+/// The search for a direct path.
+#[derive(Debug, Default)]
+struct Search {
+    began: Option<Instant>,
+    /// How often the candidates were told in this round, and when they are again.
+    told: usize,
+    tell_at: Option<Instant>,
+    failures: usize,
+    retry_at: Option<Instant>,
+}
+
+/// What the snapshot says of a peer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Known {
+    pub(crate) id: NodeId,
+    pub(crate) name: NodeName,
+    /// A WireGuard device without a core: no echoes, no candidates.
+    pub(crate) plain: bool,
+    pub(crate) same_site: bool,
+    /// Addresses that the operator gave, and likely ones.
+    pub(crate) addresses: Vec<SocketAddr>,
+}
+
+/// One peer.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    known: Known,
+    phase: Phase,
+    state: PeerState,
+    reason: Reason,
+    alive: bool,
+    /// A handshake completed, and nothing says that the peer forgot it.
+    session: bool,
+    paths: BTreeMap<Via, Path>,
+    remembered: Vec<SocketAddr>,
+    remote: Remote,
+    /// Whether the peer is at a relay, as far as that relay said.
+    presence: BTreeMap<RelayId, bool>,
+    primary: Option<Via>,
+    duplicate: Option<Via>,
+    duplicate_until: Option<Instant>,
+    watch: Watch,
+    search: Search,
+    /// Last traffic, or call by the peer.
+    active_at: Instant,
+    /// Last data packet that went out.
+    sent_at: Option<Instant>,
+    wanted_at: Option<Instant>,
+    heartbeat_at: Instant,
+    check_at: Option<Instant>,
+    transitions: VecDeque<Transition>,
+    /// Under which time the node has this peer in its timer queue.
+    pub(crate) timer: Option<Instant>,
+}
+
+impl Peer {
+    pub(crate) fn new(known: Known, remembered: Vec<SocketAddr>, now: Instant) -> Self {
+        Self {
+            known,
+            phase: Phase::Idle,
+            state: PeerState::Idle,
+            reason: Reason::LazyIdle,
+            alive: true,
+            session: false,
+            paths: BTreeMap::new(),
+            remembered,
+            remote: Remote::default(),
+            presence: BTreeMap::new(),
+            primary: None,
+            duplicate: None,
+            duplicate_until: None,
+            watch: Watch::Calm,
+            search: Search::default(),
+            active_at: now,
+            sent_at: None,
+            wanted_at: None,
+            heartbeat_at: now,
+            check_at: None,
+            transitions: VecDeque::new(),
+            timer: None,
+        }
+    }
+
+    pub(crate) fn known(&self) -> &Known {
+        &self.known
+    }
+
+    pub(crate) fn set_known(&mut self, known: Known) {
+        self.known = known;
+    }
+
+    pub(crate) fn is_alive(&self) -> bool {
+        self.alive
+    }
+
+    /// Whether there is a session in use.
+    pub(crate) fn is_up(&self) -> bool {
+        matches!(self.phase, Phase::Up)
+    }
+
+    /// The relay that its traffic goes through.
+    pub(crate) fn relay_in_use(&self) -> Option<RelayId> {
+        match self.primary? {
+            Via::Relay(relay) => Some(relay),
+            Via::Direct(_) => None,
+        }
+    }
+
+    /// The way of its traffic.
+    pub(crate) fn way_in_use(&self) -> Option<Via> {
+        self.primary
+    }
+
+    // Inputs.
+
+    /// The node's own network is another one: every path has to prove itself again.
+    pub(crate) fn on_network_change(&mut self, ctx: &mut Context) {
+        match &mut self.phase {
+            Phase::Idle => {}
+            Phase::Waking(ladder) => (ladder.rung, ladder.next) = (0, ctx.now),
+            Phase::Unreachable(retry) => retry.next = ctx.now,
+            Phase::Up if self.known.plain => {}
+            Phase::Up => {
+                self.probe_all(ctx);
+                self.handle_watch(WatchInput::Sent, ctx);
+                self.start_search(ctx);
+            }
+        }
+    }
+
+    pub(crate) fn on_wanted(&mut self, ctx: &mut Context) {
+        self.wanted_at = Some(ctx.now);
+        self.active_at = ctx.now;
+        match &mut self.phase {
+            Phase::Idle => self.wake(Reason::Wanted, ctx),
+            Phase::Unreachable(retry) if retry.sent == 0 => {
+                // Not more often than the shortest pause, however many packets wait.
+                retry.next = retry.next.min(ctx.now + RETRY_WANTED[0]);
+            }
+            // The shell asks before it has seen the path.
+            Phase::Waking(_) | Phase::Up | Phase::Unreachable(_) => {}
+        }
+    }
+
+    pub(crate) fn on_handshake(&mut self, via: Via, ctx: &mut Context) {
+        self.session = true;
+        self.remote.generation = None; // The peer may have started anew, and count from 1 again.
+        self.learn_path(via, ctx);
+        self.note_received(via, ctx);
+        match self.phase {
+            Phase::Idle => {
+                self.active_at = ctx.now;
+                self.answered(via, Reason::PeerCalled, ctx);
+            }
+            Phase::Waking(_) | Phase::Unreachable(_) => {
+                self.active_at = ctx.now;
+                self.answered(via, Reason::HandshakeDone, ctx);
+            }
+            Phase::Up if self.known.plain => self.come_up(via, Reason::HandshakeDone, ctx),
+            Phase::Up => {}
+        }
+    }
+
+    pub(crate) fn on_message(&mut self, via: Via, message: PeerMessage, ctx: &mut Context) {
+        self.learn_path(via, ctx);
+        match message {
+            PeerMessage::EchoRequest { txid, full_size } => {
+                self.answer_echo(via, txid, full_size, ctx);
+            }
+            PeerMessage::EchoReply { txid, .. } => self.on_echo_reply(via, txid, ctx),
+            PeerMessage::Candidates {
+                generation,
+                candidates,
+                nat,
+            } => {
+                if matches!(self.phase, Phase::Idle) {
+                    self.active_at = ctx.now;
+                    self.session = true;
+                    self.answered(via, Reason::PeerCalled, ctx);
+                }
+                self.on_candidates(generation, candidates, nat, ctx);
+            }
+            PeerMessage::Goodbye => return self.on_goodbye(ctx),
+        }
+        self.received(via, ctx);
+    }
+
+    pub(crate) fn on_traffic(&mut self, sent: bool, received: &[Via], ctx: &mut Context) {
+        for &via in received {
+            self.learn_path(via, ctx);
+            self.received(via, ctx);
+        }
+        if sent {
+            self.on_sent(received, ctx);
+        }
+    }
+
+    pub(crate) fn on_timeout(&mut self, ctx: &mut Context) {
+        self.end_duplicate(ctx);
+        if self.is_up() {
+            self.handle_watch(WatchInput::Timeout, ctx);
+        }
+        match &self.phase {
+            Phase::Idle => {}
+            Phase::Waking(ladder) if ctx.now >= ladder.since + GIVE_UP => self.give_up(ctx),
+            Phase::Waking(_) => self.climb(ctx),
+            Phase::Up => self.tend(ctx),
+            Phase::Unreachable(_) => self.retry(ctx),
+        }
+        self.send_due_probes(ctx);
+        self.end_search_round(ctx);
+    }
+
+    /// When [`Self::on_timeout`] has something to do.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        let phase = match &self.phase {
+            Phase::Idle => return None,
+            Phase::Waking(ladder) => Some(self.doubt_at(ladder).min(ladder.next)),
+            Phase::Up => self.up_deadline(),
+            Phase::Unreachable(retry) => Some(retry.next),
+        };
+        let probes = self.paths.values().filter_map(Path::deadline).min();
+        let probes = probes.filter(|_| self.session);
+        [phase, probes, self.duplicate_until]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    // Phases.
+
+    /// Begins to call the peer.
+    fn wake(&mut self, reason: Reason, ctx: &mut Context) {
+        let (since, next) = (ctx.now, ctx.now);
+        self.phase = Phase::Waking(Ladder {
+            since,
+            rung: 0,
+            next,
+        });
+        self.publish(PeerState::Waking, reason, ctx);
+        for &relay in &ctx.us.relays_up {
+            let peer = self.known.id;
+            ctx.out.push_back(Output::FindPeer { relay, peer });
+        }
+        self.climb(ctx);
+    }
+
+    fn climb(&mut self, ctx: &mut Context) {
+        let Phase::Waking(ladder) = &mut self.phase else {
+            return;
+        };
+        let since = ladder.since;
+        if ctx.now >= ladder.next {
+            let rung = ladder.rung;
+            ladder.rung += 1;
+            let gap = LADDER.get(rung).or(LADDER.last()).copied();
+            ladder.next = ctx.now + gap.unwrap_or(WAKE_DOUBT);
+            self.call(rung >= RELAY_ONLY_FROM && rung % 2 == 1, ctx);
+            if rung >= RELAY_ONLY_FROM {
+                self.ask_absent_relays_again(ctx);
+            }
+        }
+        if ctx.now >= since + WAKE_DOUBT {
+            self.set_alive(false, ctx);
+        }
+    }
+
+    fn doubt_at(&self, ladder: &Ladder) -> Instant {
+        let doubt = self.alive.then(|| ladder.since + WAKE_DOUBT);
+        let give_up = ladder.since + GIVE_UP;
+        doubt.map_or(give_up, |doubt| doubt.min(give_up))
+    }
+
+    /// Sends one handshake initiation by every way that may work.
+    fn call(&mut self, by_relays_only: bool, ctx: &mut Context) {
+        self.visit_relays(ctx);
+        let here = |relay: &&RelayId| self.presence.get(relay) != Some(&false);
+        let relays = ctx.us.relays_up.iter().filter(here);
+        let mut vias: Vec<Via> = relays.map(|&relay| Via::Relay(relay)).collect();
+        if !by_relays_only || vias.is_empty() {
+            let direct = self.addresses_to_call(ctx.us);
+            vias.splice(0..0, direct.into_iter().map(Via::Direct));
+        }
+        if !vias.is_empty() {
+            let peer = self.known.id;
+            ctx.out.push_back(Output::Handshake { peer, vias });
+        }
+    }
+
+    /// Asks for links to the relays where the peer should be.
+    fn visit_relays(&self, ctx: &mut Context) {
+        if self.known.plain {
+            return;
+        }
+        let may_be_there = |relay: &RelayId| {
+            self.presence.get(relay) != Some(&false) && !ctx.us.hopeless_relays.contains(relay)
+        };
+        let order = rank(&self.known.id, ctx.us.relays.iter().copied());
+        let visits = order.into_iter().filter(may_be_there).take(VISITS_MAX);
+        let visits: Vec<RelayWish> = visits.map(RelayWish::Visit).collect();
+        ctx.wishes.extend(visits);
+    }
+
+    fn ask_absent_relays_again(&self, ctx: &mut Context) {
+        for &relay in &ctx.us.relays_up {
+            if self.presence.get(&relay) == Some(&false) {
+                let peer = self.known.id;
+                ctx.out.push_back(Output::FindPeer { relay, peer });
+            }
+        }
+    }
+
+    /// The peer answered, or called, by `via`, and no path is in use.
+    fn answered(&mut self, via: Via, reason: Reason, ctx: &mut Context) {
+        if self.known.plain || matches!(via, Via::Relay(_)) {
+            return self.come_up(via, reason, ctx);
+        }
+        // A direct way carries traffic when full-size packets have passed, not before. A relay
+        // may be faster to answer.
+        if let Some(path) = self.paths.get_mut(&via) {
+            path.start_probing(ctx.now);
+            path.small_ok = true;
+        }
+        let next = ctx.now + LADDER[CONFIRM_RUNG];
+        match &mut self.phase {
+            Phase::Waking(ladder) => {
+                ladder.next = next;
+                ladder.rung = ladder.rung.max(CONFIRM_RUNG);
+            }
+            Phase::Idle | Phase::Up | Phase::Unreachable(_) => {
+                let (since, rung) = (ctx.now, CONFIRM_RUNG);
+                self.phase = Phase::Waking(Ladder { since, rung, next });
+                self.publish(PeerState::Waking, reason, ctx);
+            }
+        }
+        self.send_due_probes(ctx);
+    }
+
+    /// There is a path: `via`.
+    fn come_up(&mut self, via: Via, reason: Reason, ctx: &mut Context) {
+        let called = matches!(self.phase, Phase::Idle);
+        self.phase = Phase::Up;
+        self.watch = Watch::Calm;
+        self.heartbeat_at = ctx.now;
+        self.check_at = Some(ctx.now + traffic::FIRST_CHECK);
+        self.set_primary(Some(via), None, ctx);
+        self.set_alive(true, ctx);
+        self.publish_up(reason, ctx);
+        self.search = Search::default();
+        if self.known.plain {
+            return;
+        }
+        self.add_relay_paths(ctx);
+        if called {
+            // Only the caller's next packet lets WireGuard's responder send.
+            self.search.retry_at = Some(ctx.now + traffic::RESPONDER_DELAY);
+        } else {
+            self.start_search(ctx);
+        }
+    }
+
+    /// No way works any more.
+    fn lose(&mut self, reason: Reason, ctx: &mut Context) {
+        self.drop_paths(ctx);
+        self.set_alive(false, ctx);
+        self.wake(reason, ctx);
+    }
+
+    /// The link under the only way is gone; the peer itself may well be there.
+    fn lose_link(&mut self, ctx: &mut Context) {
+        self.drop_paths(ctx);
+        self.wake(Reason::LinkDown, ctx);
+    }
+
+    fn drop_paths(&mut self, ctx: &mut Context) {
+        self.watch = Watch::Calm;
+        self.set_primary(None, None, ctx);
+        self.paths.values_mut().for_each(Path::die);
+    }
+
+    fn give_up(&mut self, ctx: &mut Context) {
+        let reason = self.why_unreachable(ctx);
+        let (since, next) = (ctx.now, ctx.now + RETRY_WANTED[0]);
+        let (failures, sent) = (0, 0);
+        self.phase = Phase::Unreachable(Retry {
+            since,
+            failures,
+            sent,
+            next,
+        });
+        self.set_alive(false, ctx);
+        self.publish(PeerState::Unreachable, reason, ctx);
+    }
+
+    fn on_goodbye(&mut self, ctx: &mut Context) {
+        self.drop_paths(ctx);
+        self.session = false;
+        let (since, next) = (ctx.now, ctx.now + GOODBYE_GRACE);
+        let (failures, sent) = (0, 0);
+        self.phase = Phase::Unreachable(Retry {
+            since,
+            failures,
+            sent,
+            next,
+        });
+        self.set_alive(false, ctx);
+        self.publish(PeerState::Unreachable, Reason::Goodbye, ctx);
+    }
+
+    fn retry(&mut self, ctx: &mut Context) {
+        let wanted = self.wanted_at.is_some_and(|at| ctx.now < at + WANTED_FOR);
+        let Phase::Unreachable(retry) = &mut self.phase else {
+            return;
+        };
+        if ctx.now < retry.next {
+            return;
+        }
+        if retry.sent == 0 && !ctx.calls.take(ctx.now) {
+            retry.next = ctx.now + RETRY_WANTED[0]; // Others are being tried.
+            return;
+        }
+        if let Some(&gap) = BURST_GAPS.get(retry.sent) {
+            retry.sent += 1;
+            retry.next = ctx.now + gap;
+        } else {
+            let pauses: &[Duration] = if wanted {
+                &RETRY_WANTED
+            } else {
+                &RETRY_UNWANTED
+            };
+            let pause = pauses.get(retry.failures).or(pauses.last());
+            let pause = pause.copied().unwrap_or(GIVE_UP);
+            retry.sent = 0;
+            retry.failures += 1;
+            retry.next = ctx.now + pause.mul_f64(ctx.dice.random_range(0.75..1.0));
+            self.ask_absent_relays_again(ctx);
+        }
+        self.call(false, ctx);
+    }
+
+    /// Lets go of everything that costs.
+    fn go_idle(&mut self, ctx: &mut Context) {
+        self.watch = Watch::Calm;
+        self.set_primary(None, None, ctx);
+        self.paths.clear();
+        self.presence.clear();
+        self.search = Search::default();
+        self.phase = Phase::Idle;
+        self.publish(PeerState::Idle, Reason::LazyIdle, ctx);
+    }
+
+    // What others see.
+
+    fn set_alive(&mut self, alive: bool, ctx: &mut Context) {
+        if self.alive != alive {
+            self.alive = alive;
+            let peer = self.known.id;
+            ctx.event(Event::Liveness { peer, alive });
+        }
+    }
+
+    fn publish_up(&mut self, reason: Reason, ctx: &mut Context) {
+        let state = match self.primary {
+            Some(Via::Direct(_)) => PeerState::Direct,
+            Some(Via::Relay(_)) | None => PeerState::Relayed,
+        };
+        self.publish(state, reason, ctx);
+    }
+
+    fn publish(&mut self, to: PeerState, reason: Reason, ctx: &mut Context) {
+        self.reason = reason;
+        let from = std::mem::replace(&mut self.state, to);
+        if from == to {
+            return;
+        }
+        if self.transitions.len() == TRANSITIONS_MAX {
+            self.transitions.pop_front();
+        }
+        let (at, peer) = (ctx.now, self.known.id);
+        self.transitions.push_back(Transition {
+            at,
+            from,
+            to,
+            reason,
+        });
+        ctx.event(Event::Peer {
+            peer,
+            from,
+            to,
+            reason,
+        });
+    }
+}

@@ -1,0 +1,354 @@
+//! Echoes, heartbeats and the watch over the path in use.
+
+use std::time::{Duration, Instant};
+
+use mesh_wire::{id::Via, peer::PeerMessage};
+use rand::RngExt;
+
+use super::{GOODBYE_GRACE, LAZY_IDLE, Path, PathKind, PathState, Peer, PeerState, Phase, Reason};
+use crate::node::{
+    context::{Context, RelayWish},
+    watch::{DEAD_AFTER_MIN, FAST_PROBE_GAPS, SUSPECT_PROBE_GAP, Verdict, Watch, WatchInput},
+};
+
+/// How long after traffic a path is kept warm (`paths.md`).
+const WARM_FOR: Duration = Duration::from_secs(45);
+
+/// Heartbeat of a warm path by which nothing came in (`paths.md`).
+const HEARTBEAT: Duration = Duration::from_secs(3);
+
+/// Keepalive of a direct path that is not warm (`paths.md`): keeps the NAT's mapping.
+const KEEPALIVE: Duration = Duration::from_secs(25);
+
+/// How often the round trip of the path in use and of the standbys is measured.
+const CHECK: Duration = Duration::from_secs(15);
+
+/// The first measurement after a path came into use.
+pub(super) const FIRST_CHECK: Duration = Duration::from_secs(1);
+
+/// How long the called end waits for the caller's first packet before it says anything.
+pub(super) const RESPONDER_DELAY: Duration = Duration::from_millis(300);
+
+/// Standbys measured at a time: the other warm relay, and the best direct paths.
+const CHECKED_MAX: usize = 4;
+
+impl Peer {
+    // Echoes.
+
+    pub(super) fn answer_echo(&mut self, via: Via, txid: u64, full_size: bool, ctx: &mut Context) {
+        let observed = match via {
+            Via::Direct(address) => Some(address),
+            Via::Relay(_) => None,
+        };
+        let reply = PeerMessage::EchoReply {
+            txid,
+            full_size,
+            observed,
+        };
+        ctx.send(self.known.id, via, reply);
+        if self.is_up()
+            && let Some(path) = self.paths.get_mut(&via)
+        {
+            path.probe_back(ctx.now);
+            self.send_due_probes(ctx);
+        }
+    }
+
+    pub(super) fn on_echo_reply(&mut self, via: Via, txid: u64, ctx: &mut Context) {
+        let Some(path) = self.paths.get_mut(&via) else {
+            return;
+        };
+        if !path.on_echo_answered(txid, ctx.now) {
+            return; // Late by more than an echo lives, or by another way than it was asked.
+        }
+        if path.full_ok || path.kind == PathKind::Relay {
+            path.settle();
+            self.on_path_proven(via, ctx);
+        } else if path.state == PathState::Probing {
+            self.send_echo(via, true, ctx);
+        }
+    }
+
+    fn on_path_proven(&mut self, via: Via, ctx: &mut Context) {
+        match self.phase {
+            Phase::Waking(_) | Phase::Unreachable(_) => {
+                self.come_up(via, Reason::ProbeAnswered, ctx);
+            }
+            Phase::Up => self.select(ctx),
+            Phase::Idle => {}
+        }
+    }
+
+    pub(super) fn send_due_probes(&mut self, ctx: &mut Context) {
+        if !self.session {
+            return;
+        }
+        let due = |(via, path): (&Via, &mut Path)| Some((*via, path.take_due_probe(ctx.now)?));
+        let due: Vec<(Via, bool)> = self.paths.iter_mut().filter_map(due).collect();
+        for (via, full_size) in due {
+            self.send_echo(via, full_size, ctx);
+        }
+    }
+
+    /// Asks by a way that works, or did.
+    pub(super) fn echo(&mut self, via: Via, ctx: &mut Context) {
+        self.send_echo(via, false, ctx);
+    }
+
+    fn send_echo(&mut self, via: Via, full_size: bool, ctx: &mut Context) {
+        if let Some(path) = self.paths.get_mut(&via) {
+            let txid = ctx.dice.random();
+            path.on_echo_sent(txid, full_size, ctx.now);
+            let message = PeerMessage::EchoRequest { txid, full_size };
+            ctx.send(self.known.id, via, message);
+        }
+    }
+
+    // What comes in and goes out.
+
+    /// Something authenticated came in by `via`.
+    pub(super) fn received(&mut self, via: Via, ctx: &mut Context) {
+        self.note_received(via, ctx);
+        match &self.phase {
+            Phase::Idle | Phase::Up => {}
+            Phase::Waking(_) if !self.session => {}
+            Phase::Unreachable(retry) if ctx.now < retry.since + GOODBYE_GRACE => {}
+            Phase::Waking(_) | Phase::Unreachable(_) => self.came_back(via, ctx),
+        }
+    }
+
+    /// A peer that was given up is heard: its session lives.
+    fn came_back(&mut self, via: Via, ctx: &mut Context) {
+        let confirmed = self
+            .paths
+            .get(&via)
+            .is_some_and(|path| !matches!(path.state, PathState::Candidate | PathState::Dead));
+        if !confirmed || matches!(via, Via::Relay(_)) {
+            self.session = true;
+            self.answered(via, Reason::PeerCalled, ctx);
+        }
+    }
+
+    pub(super) fn note_received(&mut self, via: Via, ctx: &mut Context) {
+        if let Some(path) = self.paths.get_mut(&via) {
+            path.received_at = Some(ctx.now);
+        }
+        if let Via::Relay(relay) = via {
+            ctx.wishes.push(RelayWish::Heard(relay));
+        }
+        if self.is_up() && self.primary == Some(via) {
+            self.handle_watch(WatchInput::Received, ctx);
+        } else if self.is_up() && self.known.plain {
+            self.set_primary(Some(via), None, ctx); // It roamed.
+        } else if self.is_up() && matches!(via, Via::Direct(_)) {
+            self.probe_new_way(via, ctx);
+        }
+    }
+
+    /// The peer sends from an address that was not known: its NAT gave it another one.
+    fn probe_new_way(&mut self, via: Via, ctx: &mut Context) {
+        if let Some(path) = self.paths.get_mut(&via)
+            && path.state == PathState::Candidate
+        {
+            path.start_probing(ctx.now);
+            self.send_due_probes(ctx);
+        }
+    }
+
+    pub(super) fn on_sent(&mut self, received: &[Via], ctx: &mut Context) {
+        self.sent_at = Some(ctx.now);
+        self.active_at = ctx.now;
+        if !self.is_up() || self.known.plain {
+            return;
+        }
+        if !self.primary.is_some_and(|via| received.contains(&via)) {
+            self.handle_watch(WatchInput::Sent, ctx);
+        }
+        if self.check_at.is_none() {
+            self.check_at = Some(ctx.now + FIRST_CHECK);
+        }
+        self.search_again(ctx);
+    }
+
+    // The watch over the path in use.
+
+    fn patience(&self) -> Duration {
+        let path = self.primary.and_then(|via| self.paths.get(&via));
+        path.map_or(DEAD_AFTER_MIN, Path::patience)
+    }
+
+    pub(super) fn handle_watch(&mut self, input: WatchInput, ctx: &mut Context) {
+        let since = self.watch.suspect_since();
+        let (watch, verdict) = self.watch.handle(input, ctx.now, self.patience());
+        self.watch = watch;
+        match verdict {
+            Verdict::Nothing => {}
+            Verdict::Probe => self.probe_primary(ctx),
+            Verdict::Doubt => self.on_doubt(Reason::Silent, ctx),
+            Verdict::ProbeAll => self.probe_all(ctx),
+            Verdict::Cleared => self.on_cleared(ctx),
+            Verdict::Dead => self.on_primary_dead(since.unwrap_or(ctx.now), ctx),
+        }
+    }
+
+    fn probe_primary(&mut self, ctx: &mut Context) {
+        if let Some(via) = self.primary {
+            self.echo(via, ctx);
+        }
+    }
+
+    /// The path in use may be dead: its packets take another one, too.
+    fn on_doubt(&mut self, reason: Reason, ctx: &mut Context) {
+        let (primary, duplicate) = (self.primary, self.alternative(ctx));
+        self.set_primary(primary, duplicate, ctx);
+        if let Some(path) = primary.and_then(|via| self.paths.get_mut(&via)) {
+            path.state = PathState::Suspect;
+        }
+        self.publish(PeerState::Suspect, reason, ctx);
+        self.doubt_relay(ctx);
+        self.probe_all(ctx);
+    }
+
+    /// As if the path in use had been silent for long enough already.
+    pub(super) fn doubt_now(&mut self, reason: Reason, ctx: &mut Context) {
+        let since = ctx.now;
+        let (next, dead_at) = (since + SUSPECT_PROBE_GAP, since + DEAD_AFTER_MIN);
+        self.watch = Watch::Suspect {
+            since,
+            next,
+            dead_at,
+        };
+        self.on_doubt(reason, ctx);
+    }
+
+    pub(super) fn probe_all(&mut self, ctx: &mut Context) {
+        let mut ways: Vec<Via> = self.primary.into_iter().collect();
+        ways.extend(self.standbys(ctx));
+        let relays = ctx.us.relays_up.iter().map(|&relay| Via::Relay(relay));
+        ways.extend(relays.filter(|&via| self.is_there(via, ctx)));
+        ways.sort_unstable();
+        ways.dedup();
+        for via in ways {
+            self.learn_path(via, ctx);
+            self.echo(via, ctx);
+        }
+    }
+
+    fn standbys(&self, ctx: &Context) -> Vec<Via> {
+        let standby = |(via, path): &(&Via, &Path)| {
+            path.state == PathState::Standby && self.is_there(**via, ctx)
+        };
+        let standbys = self.paths.iter().filter(standby);
+        standbys.map(|(&via, _)| via).take(CHECKED_MAX).collect()
+    }
+
+    fn on_cleared(&mut self, ctx: &mut Context) {
+        let primary = self.primary;
+        self.set_primary(primary, None, ctx);
+        self.publish_up(Reason::ProbeAnswered, ctx);
+        self.select(ctx);
+    }
+
+    fn on_primary_dead(&mut self, since: Instant, ctx: &mut Context) {
+        if let Some(path) = self.primary.and_then(|via| self.paths.get_mut(&via)) {
+            path.die();
+        }
+        let answers = |path: &Path| path.received_at.is_some_and(|at| at >= since);
+        let mut answering: Vec<(Via, &Path)> = self
+            .paths
+            .iter()
+            .filter(|(via, path)| path.usable() && answers(path) && self.is_there(**via, ctx))
+            .map(|(&via, path)| (via, path))
+            .collect();
+        answering.retain(|(via, _)| Some(*via) != self.primary);
+        let Some(best) = crate::node::choose::choose(&answering, None) else {
+            return self.lose(Reason::Silent, ctx);
+        };
+        self.set_primary(Some(best), None, ctx);
+        self.publish_up(Reason::Silent, ctx);
+    }
+
+    // Upkeep of a peer that is up.
+
+    pub(super) fn tend(&mut self, ctx: &mut Context) {
+        if self.known.plain {
+            return;
+        }
+        if ctx.now >= self.active_at + LAZY_IDLE {
+            return self.go_idle(ctx);
+        }
+        if self.search.tell_at.is_some_and(|at| ctx.now >= at) {
+            self.tell_candidates(ctx);
+        }
+        self.search_again(ctx);
+        if self.heartbeat_due().is_some_and(|at| ctx.now >= at) {
+            self.heartbeat_at = ctx.now;
+            self.probe_primary(ctx);
+            self.handle_watch(WatchInput::Sent, ctx);
+        }
+        if self.check_at.is_some_and(|at| ctx.now >= at) {
+            self.check(ctx);
+        }
+    }
+
+    /// Begins the next search for a direct path when it is due and worth it.
+    fn search_again(&mut self, ctx: &mut Context) {
+        if self.retry_due().is_some_and(|at| ctx.now >= at) {
+            self.start_search(ctx);
+        }
+    }
+
+    /// When to search again: only for traffic, and once after having been called.
+    fn retry_due(&self) -> Option<Instant> {
+        let at = self.search.retry_at?;
+        let first = self.search.began.is_none();
+        let warm = self.sent_at.is_some_and(|sent| at <= sent + WARM_FOR);
+        (first || warm).then_some(at)
+    }
+
+    fn heartbeat_due(&self) -> Option<Instant> {
+        let primary = self.primary?;
+        let received = self.paths.get(&primary).and_then(|path| path.received_at);
+        let last = received.map_or(self.heartbeat_at, |at| at.max(self.heartbeat_at));
+        let warm = self
+            .sent_at
+            .is_some_and(|at| last + HEARTBEAT <= at + WARM_FOR);
+        match (warm, primary) {
+            (true, _) => Some(last + HEARTBEAT),
+            (false, Via::Direct(_)) => Some(last + KEEPALIVE),
+            (false, Via::Relay(_)) => None,
+        }
+    }
+
+    fn check(&mut self, ctx: &mut Context) {
+        let warm = self.sent_at.is_some_and(|at| ctx.now < at + WARM_FOR);
+        self.check_at = warm.then(|| ctx.now + CHECK);
+        let mut ways = self.standbys(ctx);
+        ways.extend(self.primary);
+        for via in ways {
+            let unknown = self.paths.get(&via).is_some_and(|path| !path.full_ok);
+            self.send_echo(via, unknown, ctx);
+        }
+        self.select(ctx);
+    }
+
+    pub(super) fn up_deadline(&self) -> Option<Instant> {
+        if self.known.plain {
+            return None;
+        }
+        let timers = [
+            Some(self.active_at + LAZY_IDLE),
+            self.watch.deadline(self.patience()),
+            self.search.tell_at,
+            self.retry_due(),
+            self.heartbeat_due(),
+            self.check_at,
+        ];
+        timers.into_iter().flatten().min()
+    }
+}
+
+const _: () = assert!(
+    FAST_PROBE_GAPS[0].as_millis() + FAST_PROBE_GAPS[1].as_millis() + 400
+        < DEAD_AFTER_MIN.as_millis()
+);

@@ -1,0 +1,89 @@
+//! Reasons and reports for people.
+
+use mesh_wire::{id::Via, peer::NatKind};
+
+use super::{Path, PathKind, PathState, Peer, PeerState, Phase, Reason};
+use crate::node::{
+    context::{Context, Us},
+    report::{PathReport, PeerReport},
+};
+
+impl Peer {
+    pub(super) fn why_unreachable(&self, ctx: &Context) -> Reason {
+        let us = ctx.us;
+        let absent = |relay| self.presence.get(relay) == Some(&false);
+        let relays_matter = !us.relays.is_empty() && !self.known.plain;
+        if self.session && self.paths.values().any(Path::is_small_only) {
+            Reason::MtuFail
+        } else if relays_matter && us.relays_up.is_empty() {
+            Reason::RelayUnreachable
+        } else if relays_matter && us.relays_up.iter().all(absent) {
+            Reason::PeerOffline
+        } else if !relays_matter && self.addresses_to_call(us).is_empty() {
+            Reason::NoCandidates
+        } else {
+            Reason::HandshakeTimeout
+        }
+    }
+
+    /// Why a relayed peer is not direct.
+    fn why_relayed(&self, us: &Us) -> Reason {
+        let direct = || self.paths.values().filter(|p| p.kind != PathKind::Relay);
+        let told_nothing = self.remote.generation.is_none();
+        let searching = self.search.tell_at.is_some() || told_nothing;
+        if searching || direct().any(|path| path.state == PathState::Probing) {
+            return Reason::Probing;
+        }
+        match (us.nat, self.remote.nat) {
+            (NatKind::UdpBlocked, _) | (_, NatKind::UdpBlocked) => Reason::UdpBlocked,
+            (NatKind::Hard, NatKind::Hard) => Reason::HardNatBoth,
+            _ if direct().any(Path::is_small_only) => Reason::MtuFail,
+            (NatKind::Hard, _) | (_, NatKind::Hard) => Reason::HardNatOne,
+            _ if direct().next().is_none() => Reason::NoCandidates,
+            _ => Reason::Silent,
+        }
+    }
+
+    pub(crate) fn report(&self, us: &Us) -> PeerReport {
+        let in_use = self.primary.and_then(|via| self.paths.get(&via));
+        PeerReport {
+            id: self.known.id,
+            name: self.known.name.clone(),
+            state: self.state,
+            reason: match self.state {
+                PeerState::Relayed => self.why_relayed(us),
+                PeerState::Idle
+                | PeerState::Waking
+                | PeerState::Direct
+                | PeerState::Suspect
+                | PeerState::Unreachable => self.reason,
+            },
+            alive: self.alive,
+            via: self.primary,
+            srtt: in_use.and_then(Path::srtt),
+            nat: self.remote.nat,
+            paths: self.paths.iter().map(report_path).collect(),
+            transitions: self.transitions.iter().copied().collect(),
+            next_attempt: match &self.phase {
+                Phase::Idle => None,
+                Phase::Waking(ladder) => Some(ladder.next),
+                Phase::Up => self.search.retry_at,
+                Phase::Unreachable(retry) => Some(retry.next),
+            },
+        }
+    }
+}
+
+fn report_path((via, path): (&Via, &Path)) -> PathReport {
+    PathReport {
+        via: *via,
+        kind: path.kind,
+        source: path.source,
+        state: path.state,
+        srtt: path.srtt(),
+        loss: path.loss(),
+        probes_sent: path.sent,
+        probes_answered: path.answered,
+        full_size_ok: path.full_ok,
+    }
+}

@@ -1,0 +1,593 @@
+//! Keeps links to relays: which ones, by what transport, and when to try again.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use mesh_wire::id::{NodeId, RelayId};
+use rand::RngExt;
+
+use crate::{
+    io::{Output, RelayTransport},
+    node::context::Dice,
+};
+
+/// Links kept to the node's own relays (`paths.md`).
+const WARM_LINKS: usize = 2;
+
+/// Links at a time, visits to the peers' relays included.
+const LINKS_MAX: usize = 8;
+
+/// A link to a relay of a peer's ends this long after it was last of use.
+const VISIT: Duration = Duration::from_secs(60);
+
+/// TLS starts this long after QUIC (`paths.md`).
+const TLS_DELAY: Duration = Duration::from_millis(300);
+
+/// An attempt without an answer after this has failed; with QUIC and a relay that answers by
+/// TLS, UDP counts as blocked (`paths.md`).
+const ATTEMPT_MAX: Duration = Duration::from_secs(3);
+
+/// When QUIC is tried again where UDP was blocked. `paths.md` starts at 10 minutes; the first,
+/// short one is for a firewall rule that somebody takes back.
+const QUIC_RETRIES: [Duration; 4] = [
+    Duration::from_secs(60),
+    Duration::from_secs(600),
+    Duration::from_secs(1200),
+    Duration::from_secs(3600),
+];
+
+/// First pause between attempts by both transports; doubles.
+const RETRY_FIRST: Duration = Duration::from_millis(500);
+
+/// Longest pause in the first minute of an outage: the relay restarts, the line flickers.
+const RETRY_MAX_AT_FIRST: Duration = Duration::from_secs(3);
+
+/// Longest pause afterwards: 100,000 nodes then make 3,300 attempts a second.
+const RETRY_MAX: Duration = Duration::from_secs(30);
+
+/// How long the outage counts as short.
+const OUTAGE_SHORT: Duration = Duration::from_secs(60);
+
+/// A doubted link is asked about no more often than this.
+const DOUBT_EVERY: Duration = Duration::from_secs(10);
+
+/// One transport of a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Leg {
+    Down,
+    Connecting { since: Instant },
+    Up,
+}
+
+#[derive(Debug)]
+struct Link {
+    /// `None`: one of the node's own; otherwise a visit that ends then.
+    visit_until: Option<Instant>,
+    quic: Leg,
+    tls: Leg,
+    /// TLS starts then.
+    tls_at: Option<Instant>,
+    /// Both are down and start again then.
+    retry_at: Option<Instant>,
+    failures: u32,
+    down_since: Instant,
+    /// TLS carries, and QUIC is tried again then.
+    quic_retry_at: Option<Instant>,
+    quic_failures: usize,
+    /// A peer fell silent, and nothing has come through the link since.
+    doubted_at: Option<Instant>,
+    /// It said that it will stop.
+    leaving: bool,
+    problem: Option<String>,
+}
+
+/// The state of a link, for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct LinkReport {
+    pub(crate) up: Option<RelayTransport>,
+    pub(crate) problem: Option<String>,
+}
+
+/// All links to relays.
+#[derive(Debug, Default)]
+pub(crate) struct Relays {
+    links: BTreeMap<RelayId, Link>,
+    /// Every relay of the mesh, the node's own first.
+    order: Vec<RelayId>,
+}
+
+/// `relays` in the order in which `node` prefers them (highest random weight): every node can
+/// tell every other's, and together they spread evenly.
+pub(crate) fn rank(node: &NodeId, relays: impl Iterator<Item = RelayId>) -> Vec<RelayId> {
+    let key = node
+        .0
+        .first_chunk::<8>()
+        .map_or(0, |b| u64::from_be_bytes(*b));
+    let mut order: Vec<RelayId> = relays.collect();
+    order.sort_by_key(|relay| (mix(relay.0 ^ key), *relay));
+    order
+}
+
+/// The finaliser of `SplitMix64` (Steele et al. 2014).
+fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+impl Link {
+    fn new(visit_until: Option<Instant>, now: Instant) -> Self {
+        Self {
+            visit_until,
+            quic: Leg::Down,
+            tls: Leg::Down,
+            tls_at: None,
+            retry_at: Some(now),
+            failures: 0,
+            down_since: now,
+            quic_retry_at: None,
+            quic_failures: 0,
+            doubted_at: None,
+            leaving: false,
+            problem: None,
+        }
+    }
+
+    fn up(&self) -> Option<RelayTransport> {
+        match (self.quic, self.tls) {
+            (Leg::Up, _) => Some(RelayTransport::Quic),
+            (Leg::Down | Leg::Connecting { .. }, Leg::Up) => Some(RelayTransport::Tls),
+            (Leg::Down | Leg::Connecting { .. }, Leg::Down | Leg::Connecting { .. }) => None,
+        }
+    }
+
+    /// Up, or nothing speaks against it yet.
+    fn is_hopeful(&self) -> bool {
+        !self.leaving && (self.up().is_some() || self.failures == 0)
+    }
+
+    fn leg(&mut self, transport: RelayTransport) -> &mut Leg {
+        match transport {
+            RelayTransport::Quic => &mut self.quic,
+            RelayTransport::Tls => &mut self.tls,
+        }
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        let attempt = |leg| match leg {
+            Leg::Connecting { since } => Some(since + ATTEMPT_MAX),
+            Leg::Down | Leg::Up => None,
+        };
+        let timers = [
+            self.visit_until,
+            attempt(self.quic),
+            attempt(self.tls),
+            self.tls_at,
+            self.retry_at,
+            self.quic_retry_at,
+        ];
+        timers.into_iter().flatten().min()
+    }
+}
+
+/// Does what one link needs, and says it.
+struct Hand<'a> {
+    id: RelayId,
+    link: &'a mut Link,
+    now: Instant,
+    dice: &'a mut Dice,
+    out: &'a mut dyn FnMut(Output),
+}
+
+impl Hand<'_> {
+    fn connect(&mut self, transport: RelayTransport) {
+        let since = self.now;
+        let leg = self.link.leg(transport);
+        if *leg == Leg::Down {
+            *leg = Leg::Connecting { since };
+            let relay = self.id;
+            (self.out)(Output::ConnectRelay { relay, transport });
+        }
+    }
+
+    fn disconnect(&mut self, transport: RelayTransport) {
+        let leg = self.link.leg(transport);
+        if *leg != Leg::Down {
+            *leg = Leg::Down;
+            let relay = self.id;
+            (self.out)(Output::DisconnectRelay { relay, transport });
+        }
+    }
+
+    fn close(&mut self) {
+        self.disconnect(RelayTransport::Quic);
+        self.disconnect(RelayTransport::Tls);
+    }
+
+    fn use_transport(&mut self, transport: RelayTransport) {
+        let relay = self.id;
+        (self.out)(Output::UseRelayTransport { relay, transport });
+    }
+
+    /// Begins an attempt by both transports.
+    fn race(&mut self) {
+        self.link.retry_at = None;
+        self.link.quic_retry_at = None;
+        self.link.tls_at = Some(self.now + TLS_DELAY);
+        self.connect(RelayTransport::Quic);
+    }
+
+    fn on_connected(&mut self, transport: RelayTransport) {
+        *self.link.leg(transport) = Leg::Up;
+        self.link.failures = 0;
+        self.link.retry_at = None;
+        self.link.problem = None;
+        self.link.leaving = false;
+        match transport {
+            RelayTransport::Quic => self.on_quic_up(),
+            RelayTransport::Tls => self.on_tls_up(),
+        }
+    }
+
+    fn on_quic_up(&mut self) {
+        self.link.tls_at = None;
+        self.link.quic_retry_at = None;
+        self.link.quic_failures = 0;
+        self.link.doubted_at = None;
+        if self.link.tls == Leg::Up {
+            self.use_transport(RelayTransport::Quic);
+        }
+        self.disconnect(RelayTransport::Tls);
+    }
+
+    fn on_tls_up(&mut self) {
+        match (self.link.quic, self.link.doubted_at.take()) {
+            // Still silent by the time TLS is up: QUIC is dead and does not know it yet.
+            (Leg::Up, Some(_)) => {
+                self.use_transport(RelayTransport::Tls);
+                self.give_up_quic("silent while TLS answers");
+            }
+            (Leg::Up, None) => self.disconnect(RelayTransport::Tls),
+            (Leg::Connecting { .. }, _) => {}
+            (Leg::Down, _) => self.retry_quic_later(),
+        }
+    }
+
+    fn give_up_quic(&mut self, why: &str) {
+        self.disconnect(RelayTransport::Quic);
+        self.link.problem = Some(format!("QUIC: {why}"));
+        self.retry_quic_later();
+    }
+
+    fn retry_quic_later(&mut self) {
+        let pause = QUIC_RETRIES.get(self.link.quic_failures);
+        let pause = pause.or(QUIC_RETRIES.last()).copied().unwrap_or_default();
+        self.link.quic_failures += 1;
+        self.link.quic_retry_at = Some(self.now + pause);
+    }
+
+    fn on_lost(&mut self, transport: RelayTransport, reason: &str) {
+        let before = std::mem::replace(self.link.leg(transport), Leg::Down);
+        if before == Leg::Down {
+            return;
+        }
+        let name = match transport {
+            RelayTransport::Quic => "QUIC",
+            RelayTransport::Tls => "TLS",
+        };
+        self.link.problem = Some(format!("{name}: {reason}"));
+        match (self.link.quic, self.link.tls) {
+            // QUIC was refused at once: no reason to wait for TLS.
+            (Leg::Down, Leg::Down) if self.link.tls_at.take().is_some() => {
+                self.connect(RelayTransport::Tls);
+            }
+            (Leg::Down, Leg::Down) => self.on_down(before),
+            (Leg::Down, Leg::Up) => self.retry_quic_later(),
+            // TLS had been started because QUIC was doubted: QUIC gets a new chance, too.
+            (Leg::Down, Leg::Connecting { .. }) if before == Leg::Up => {
+                self.connect(RelayTransport::Quic);
+            }
+            (Leg::Up | Leg::Connecting { .. }, _) | (Leg::Down, Leg::Connecting { .. }) => {}
+        }
+    }
+
+    fn on_down(&mut self, before: Leg) {
+        self.link.quic_retry_at = None;
+        self.link.doubted_at = None;
+        if before == Leg::Up {
+            // It worked until now: try again at once, by both.
+            self.link.down_since = self.now;
+            self.link.quic_failures = 0;
+            self.race();
+            return;
+        }
+        let outage = self.now.saturating_duration_since(self.link.down_since);
+        let most = if outage < OUTAGE_SHORT {
+            RETRY_MAX_AT_FIRST
+        } else {
+            RETRY_MAX
+        };
+        let pause = (RETRY_FIRST * 2u32.saturating_pow(self.link.failures.min(8))).min(most);
+        self.link.failures += 1;
+        let pause = pause.mul_f64(self.dice.random_range(0.75..1.0));
+        self.link.retry_at = Some(self.now + pause);
+    }
+
+    fn on_timeout(&mut self) {
+        let now = self.now;
+        let due = |at: Option<Instant>| at.is_some_and(|at| now >= at);
+        if due(self.link.retry_at) {
+            self.race();
+        }
+        if due(self.link.tls_at) {
+            self.link.tls_at = None;
+            self.connect(RelayTransport::Tls);
+        }
+        if due(self.link.quic_retry_at) {
+            self.link.quic_retry_at = None;
+            self.connect(RelayTransport::Quic);
+        }
+        for transport in [RelayTransport::Quic, RelayTransport::Tls] {
+            if let Leg::Connecting { since } = *self.link.leg(transport)
+                && now >= since + ATTEMPT_MAX
+            {
+                let relay = self.id;
+                (self.out)(Output::DisconnectRelay { relay, transport });
+                self.on_lost(transport, "no answer in 3 s");
+            }
+        }
+    }
+
+    fn doubt(&mut self) {
+        let recent = |at: Instant| self.now.saturating_duration_since(at) < DOUBT_EVERY;
+        let quic_only = self.link.quic == Leg::Up && self.link.tls == Leg::Down;
+        if quic_only && !self.link.doubted_at.is_some_and(recent) {
+            self.link.doubted_at = Some(self.now);
+            self.link.tls_at = Some(self.now + TLS_DELAY);
+        }
+    }
+
+    fn heard(&mut self) {
+        if self.link.quic == Leg::Up && self.link.doubted_at.take().is_some() {
+            self.link.tls_at = None;
+            self.disconnect(RelayTransport::Tls);
+        }
+    }
+}
+
+impl Relays {
+    /// The mesh has these relays now.
+    pub(crate) fn set_known(&mut self, own: &NodeId, known: impl Iterator<Item = RelayId>) {
+        self.order = rank(own, known);
+    }
+
+    /// Every relay of the mesh, the preferred one first.
+    pub(crate) fn order(&self) -> &[RelayId] {
+        &self.order
+    }
+
+    /// Relays with a link, the preferred one first.
+    pub(crate) fn up(&self) -> Vec<RelayId> {
+        let is_up = |relay: &&RelayId| self.transport(relay).is_some();
+        let mut up: Vec<RelayId> = self.order.iter().filter(is_up).copied().collect();
+        up.sort_by_key(|relay| self.links.get(relay).is_some_and(|link| link.leaving));
+        up
+    }
+
+    /// By what a relay is linked, if it is.
+    pub(crate) fn transport(&self, relay: &RelayId) -> Option<RelayTransport> {
+        self.links.get(relay).and_then(Link::up)
+    }
+
+    /// Whether there is, or may soon be, a link.
+    pub(crate) fn is_hopeful(&self, relay: &RelayId) -> bool {
+        self.links.get(relay).is_none_or(Link::is_hopeful)
+    }
+
+    /// The state of a link, for people.
+    pub(crate) fn report(&self, relay: &RelayId) -> LinkReport {
+        LinkReport {
+            up: self.transport(relay),
+            problem: self.links.get(relay).and_then(|link| link.problem.clone()),
+        }
+    }
+
+    /// A link came up.
+    pub(crate) fn on_connected(
+        &mut self,
+        relay: RelayId,
+        transport: RelayTransport,
+        now: Instant,
+        dice: &mut Dice,
+        out: &mut dyn FnMut(Output),
+    ) {
+        let leg = self.links.get_mut(&relay).map(|link| *link.leg(transport));
+        if matches!(leg, None | Some(Leg::Down)) {
+            // Nobody wants it any more: the answer crossed the `DisconnectRelay`.
+            out(Output::DisconnectRelay { relay, transport });
+        } else if let Some(mut hand) = self.hand(relay, now, dice, out) {
+            hand.on_connected(transport);
+        }
+        self.keep(now, dice, out);
+    }
+
+    /// A link broke, or did not come up.
+    pub(crate) fn on_lost(
+        &mut self,
+        relay: RelayId,
+        transport: RelayTransport,
+        reason: &str,
+        now: Instant,
+        dice: &mut Dice,
+        out: &mut dyn FnMut(Output),
+    ) {
+        if let Some(mut hand) = self.hand(relay, now, dice, out) {
+            hand.on_lost(transport, reason);
+        }
+        self.keep(now, dice, out);
+    }
+
+    /// A relay will stop: another is made ready before it does.
+    pub(crate) fn on_go_away(
+        &mut self,
+        relay: RelayId,
+        now: Instant,
+        dice: &mut Dice,
+        out: &mut dyn FnMut(Output),
+    ) {
+        if let Some(link) = self.links.get_mut(&relay) {
+            link.leaving = true;
+            link.problem = Some("the relay said that it will stop".to_owned());
+        }
+        self.keep(now, dice, out);
+    }
+
+    /// The network is another one: what failed before may work now.
+    pub(crate) fn on_network_change(
+        &mut self,
+        now: Instant,
+        dice: &mut Dice,
+        out: &mut dyn FnMut(Output),
+    ) {
+        for link in self.links.values_mut() {
+            link.failures = 0;
+            link.down_since = now;
+            link.retry_at = link.retry_at.map(|_| now);
+            link.quic_retry_at = link.quic_retry_at.map(|_| now);
+        }
+        self.on_timeout(now, dice, out);
+    }
+
+    /// A peer may be found at this relay.
+    pub(crate) fn visit(
+        &mut self,
+        relay: RelayId,
+        now: Instant,
+        dice: &mut Dice,
+        out: &mut dyn FnMut(Output),
+    ) {
+        let until = now + VISIT;
+        if let Some(link) = self.links.get_mut(&relay) {
+            link.visit_until = link.visit_until.map(|_| until);
+            return;
+        }
+        if self.links.len() == LINKS_MAX || !self.order.contains(&relay) {
+            return; // The peer is looked for where links are.
+        }
+        self.links.insert(relay, Link::new(Some(until), now));
+        if let Some(mut hand) = self.hand(relay, now, dice, out) {
+            hand.on_timeout();
+        }
+    }
+
+    /// Nothing comes through this link.
+    pub(crate) fn doubt(&mut self, relay: RelayId, now: Instant, dice: &mut Dice) {
+        if let Some(mut hand) = self.hand(relay, now, dice, &mut |_| ()) {
+            hand.doubt();
+        }
+    }
+
+    /// Something came through this link.
+    pub(crate) fn heard(
+        &mut self,
+        relay: RelayId,
+        now: Instant,
+        dice: &mut Dice,
+        out: &mut dyn FnMut(Output),
+    ) {
+        if let Some(mut hand) = self.hand(relay, now, dice, out) {
+            hand.heard();
+        }
+    }
+
+    /// Does what is due.
+    pub(crate) fn on_timeout(
+        &mut self,
+        now: Instant,
+        dice: &mut Dice,
+        out: &mut dyn FnMut(Output),
+    ) {
+        let due: Vec<RelayId> = self
+            .links
+            .iter()
+            .filter(|(_, link)| link.deadline().is_some_and(|at| now >= at))
+            .map(|(&relay, _)| relay)
+            .collect();
+        for relay in due {
+            if let Some(mut hand) = self.hand(relay, now, dice, out) {
+                hand.on_timeout();
+            }
+        }
+        self.keep(now, dice, out);
+    }
+
+    /// When [`Self::on_timeout`] has something to do.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.links.values().filter_map(Link::deadline).min()
+    }
+
+    /// Opens what should be open and closes what should not.
+    pub(crate) fn keep(&mut self, now: Instant, dice: &mut Dice, out: &mut dyn FnMut(Output)) {
+        let warm = self.warm();
+        for &relay in &warm {
+            match self.links.get_mut(&relay) {
+                Some(link) => link.visit_until = None,
+                None => {
+                    self.links.insert(relay, Link::new(None, now));
+                    if let Some(mut hand) = self.hand(relay, now, dice, out) {
+                        hand.on_timeout();
+                    }
+                }
+            }
+        }
+        for (relay, link) in &mut self.links {
+            if !warm.contains(relay) && link.visit_until.is_none() {
+                link.visit_until = Some(now + VISIT);
+            }
+        }
+        let (order, links) = (&self.order, &self.links);
+        let is_over = |(relay, link): &(&RelayId, &Link)| {
+            !order.contains(relay) || link.visit_until.is_some_and(|until| now >= until)
+        };
+        let over: Vec<RelayId> = links.iter().filter(is_over).map(|(&id, _)| id).collect();
+        for relay in over {
+            if let Some(mut hand) = self.hand(relay, now, dice, out) {
+                hand.close();
+            }
+            self.links.remove(&relay);
+        }
+    }
+
+    /// The node's own relays: the first of its order, as many as it takes to have two hopeful.
+    fn warm(&self) -> Vec<RelayId> {
+        let mut hopeful = 0;
+        let mut warm = Vec::new();
+        for relay in self.order.iter().take(LINKS_MAX) {
+            if hopeful == WARM_LINKS {
+                break;
+            }
+            hopeful += usize::from(self.is_hopeful(relay));
+            warm.push(*relay);
+        }
+        warm
+    }
+
+    fn hand<'a>(
+        &'a mut self,
+        id: RelayId,
+        now: Instant,
+        dice: &'a mut Dice,
+        out: &'a mut dyn FnMut(Output),
+    ) -> Option<Hand<'a>> {
+        let link = self.links.get_mut(&id)?;
+        Some(Hand {
+            id,
+            link,
+            now,
+            dice,
+            out,
+        })
+    }
+}

@@ -1,0 +1,94 @@
+//! What the core tells people about itself.
+
+use std::time::{Duration, Instant};
+
+use mesh_wire::{
+    id::{NodeId, NodeName, RelayId, RelayName, Via},
+    peer::{CandidateKind, NatKind},
+};
+
+use crate::{
+    io::{PeerState, Reason, RelayTransport},
+    node::path::{PathKind, PathState},
+};
+
+/// A peer that was woken since the node started.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PeerReport {
+    /// Its key.
+    pub id: NodeId,
+    /// Its name.
+    pub name: NodeName,
+    /// Its state.
+    pub state: PeerState,
+    /// Why; of a relayed peer, why it is not direct.
+    pub reason: Reason,
+    /// Whether new flows may go there.
+    pub alive: bool,
+    /// The path in use.
+    pub via: Option<Via>,
+    /// Smoothed round-trip time of the path in use.
+    pub srtt: Option<Duration>,
+    /// What it says of its NAT.
+    pub nat: NatKind,
+    /// Every known path.
+    pub paths: Vec<PathReport>,
+    /// The last [`TRANSITIONS_MAX`] changes of state, the oldest first.
+    pub transitions: Vec<Transition>,
+    /// When the next attempt at a (better) path is due.
+    pub next_attempt: Option<Instant>,
+}
+
+/// Changes of state that are kept for each peer: about 2 KB.
+pub const TRANSITIONS_MAX: usize = 50;
+
+/// A change of a peer's state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Transition {
+    /// When.
+    pub at: Instant,
+    /// The state before.
+    pub from: PeerState,
+    /// The state after.
+    pub to: PeerState,
+    /// Why.
+    pub reason: Reason,
+}
+
+/// One path to a peer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PathReport {
+    /// The way.
+    pub via: Via,
+    /// What kind of way.
+    pub kind: PathKind,
+    /// How the address became known; `None`: through a relay.
+    pub source: Option<CandidateKind>,
+    /// Its state.
+    pub state: PathState,
+    /// Smoothed round-trip time.
+    pub srtt: Option<Duration>,
+    /// Share of echoes lost, from 0 to 1, once there were enough.
+    pub loss: Option<f64>,
+    /// Echoes sent.
+    pub probes_sent: u64,
+    /// Echoes answered.
+    pub probes_answered: u64,
+    /// A packet of full size went there and back.
+    pub full_size_ok: bool,
+}
+
+/// A relay of the mesh, as this node sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RelayReport {
+    /// The relay.
+    pub id: RelayId,
+    /// Its name.
+    pub name: RelayName,
+    /// By what it is linked.
+    pub up: Option<RelayTransport>,
+    /// The one that this node prefers of those that are up.
+    pub home: bool,
+    /// What last went wrong, until it is right again.
+    pub problem: Option<String>,
+}
