@@ -3,7 +3,7 @@
 //! **Invariant:** nothing is pinned, so that the end of the process, however it comes, detaches
 //! every program and frees every map. Nothing here decides which endpoints a service has.
 
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
 mod cgroup;
 mod plan;

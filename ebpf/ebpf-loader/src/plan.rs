@@ -1,9 +1,10 @@
 //! What must change in the maps. Pure: the maps are not touched here.
 
 use std::{
+    borrow::Cow,
     cmp::Reverse,
-    collections::BTreeMap,
-    net::{IpAddr, SocketAddr},
+    collections::{BTreeMap, btree_map::Entry},
+    net::SocketAddr,
 };
 
 use ebpf_abi::EndpointList;
@@ -51,6 +52,8 @@ pub struct LeftOut {
     pub other_family: usize,
 }
 
+/// Compares without copying where lists are sorted and have each endpoint once, as the core gives
+/// them: one change among many costs little more than reading them all.
 pub(crate) fn plan(
     desired: &BTreeMap<Frontend, Vec<SocketAddr>>,
     actual: &BTreeMap<Frontend, Installed>,
@@ -63,7 +66,7 @@ pub(crate) fn plan(
     let mut changes: Vec<Change> = stale.map(|&frontend| Change::Remove(frontend)).collect();
 
     let fitting_count = fitting.len();
-    let installed = |frontend: &Frontend| actual.get(frontend).map(|found| &found.endpoints);
+    let installed = |frontend: &Frontend| actual.get(frontend).map(|found| &*found.endpoints);
     let mut sets: Vec<_> = fitting
         .into_iter()
         .filter(|(frontend, endpoints)| installed(frontend) != Some(endpoints))
@@ -72,15 +75,13 @@ pub(crate) fn plan(
     sets.sort_by_cached_key(|(frontend, endpoints)| {
         Reverse(
             installed(frontend)
-                .map_or(0, Vec::len)
+                .map_or(0, <[_]>::len)
                 .saturating_sub(endpoints.len()),
         )
     });
     let unchanged = fitting_count - sets.len();
-    changes.extend(
-        sets.into_iter()
-            .map(|(frontend, endpoints)| Change::Set(frontend, endpoints)),
-    );
+    let set = |(frontend, endpoints): (_, Endpoints<'_>)| Change::Set(frontend, endpoints.into());
+    changes.extend(sets.into_iter().map(set));
     Plan {
         changes,
         unchanged,
@@ -88,61 +89,92 @@ pub(crate) fn plan(
     }
 }
 
+/// Sorted, each once, of the frontend's family.
+type Endpoints<'a> = Cow<'a, [SocketAddr]>;
+
 /// What of `desired` the maps can hold: the first frontends in order, the first endpoints in order.
 fn fit(
     desired: &BTreeMap<Frontend, Vec<SocketAddr>>,
     limits: Limits,
-) -> (BTreeMap<Frontend, Vec<SocketAddr>>, LeftOut) {
-    let (canonical, other_family) = canonical(desired);
+) -> (BTreeMap<Frontend, Endpoints<'_>>, LeftOut) {
+    let (mut fitting, other_family) = canonical(desired);
     let mut left_out = LeftOut {
         other_family,
         ..LeftOut::default()
     };
-    let mut fitting = BTreeMap::new();
+    let mut frontends = 0;
     let mut room = limits.endpoints;
-    for (frontend, mut endpoints) in canonical {
+    fitting.retain(|_, endpoints| {
         let wanted = endpoints.len();
         // Without room for one endpoint the frontend stays away: an empty list would say that the
         // service has none.
-        if fitting.len() == limits.frontends || (wanted > 0 && room == 0) {
+        if frontends == limits.frontends || (wanted > 0 && room == 0) {
             left_out.frontends += 1;
             left_out.endpoints += wanted;
-            continue;
+            return false;
         }
-        endpoints.truncate(room.min(limits.list_endpoints));
+        truncate(endpoints, room.min(limits.list_endpoints));
+        frontends += 1;
         room -= endpoints.len();
         left_out.endpoints += wanted - endpoints.len();
-        fitting.insert(frontend, endpoints);
-    }
+        true
+    });
     (fitting, left_out)
 }
 
-/// One form for each address, endpoints of the frontend's family only, sorted and once each.
+fn truncate(endpoints: &mut Endpoints<'_>, length: usize) {
+    match endpoints {
+        Cow::Borrowed(list) => *list = list.get(..length).unwrap_or(list),
+        Cow::Owned(list) => list.truncate(length),
+    }
+}
+
+/// One form for each address, and endpoints of the frontend's family only.
 fn canonical(
     desired: &BTreeMap<Frontend, Vec<SocketAddr>>,
-) -> (BTreeMap<Frontend, Vec<SocketAddr>>, usize) {
-    let mut canonical: BTreeMap<Frontend, Vec<SocketAddr>> = BTreeMap::new();
+) -> (BTreeMap<Frontend, Endpoints<'_>>, usize) {
+    let mut canonical: BTreeMap<Frontend, Endpoints<'_>> = BTreeMap::new();
     let mut other_family = 0;
-    for (frontend, endpoints) in desired {
+    for (frontend, given) in desired {
         let address = frontend.address.to_canonical();
-        let list = canonical
-            .entry(Frontend {
-                address,
-                ..*frontend
-            })
-            .or_default();
-        for endpoint in endpoints {
-            let ip: IpAddr = endpoint.ip().to_canonical();
-            if ip.is_ipv4() == address.is_ipv4() {
-                list.push(SocketAddr::new(ip, endpoint.port()));
-            } else {
-                other_family += 1;
+        let endpoints = canonical_list(given, address.is_ipv4(), &mut other_family);
+        match canonical.entry(Frontend {
+            address,
+            ..*frontend
+        }) {
+            Entry::Vacant(entry) => {
+                entry.insert(endpoints);
+            }
+            // The IPv4 and the mapped form of one address were both given.
+            Entry::Occupied(mut entry) => {
+                let both = entry.get_mut().to_mut();
+                both.extend_from_slice(&endpoints);
+                both.sort_unstable();
+                both.dedup();
             }
         }
-        list.sort_unstable();
-        list.dedup();
     }
     (canonical, other_family)
+}
+
+fn canonical_list<'a>(
+    given: &'a [SocketAddr],
+    ipv4: bool,
+    other_family: &mut usize,
+) -> Endpoints<'a> {
+    let is_canonical =
+        |addr: &SocketAddr| addr.is_ipv4() == ipv4 && (ipv4 || !addr.ip().to_canonical().is_ipv4());
+    if given.is_sorted_by(|a, b| a < b) && given.iter().all(is_canonical) {
+        return Cow::Borrowed(given);
+    }
+    let canonical = given
+        .iter()
+        .map(|addr| SocketAddr::new(addr.ip().to_canonical(), addr.port()));
+    let mut list: Vec<SocketAddr> = canonical.filter(|addr| addr.is_ipv4() == ipv4).collect();
+    *other_family += given.len() - list.len();
+    list.sort_unstable();
+    list.dedup();
+    Cow::Owned(list)
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs::{self, File},
-    io::{Read, Write},
+    io::{self, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsFd,
     path::{Path, PathBuf},
@@ -26,7 +26,7 @@ use rustix::{
 };
 
 /// What should happen at once on loopback has happened by then, or never will.
-pub const PATIENCE: Duration = Duration::from_secs(5);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A process is in one cgroup: one test at a time.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -35,7 +35,7 @@ const PREFIX: &str = "hf-test-";
 
 /// The test's thread is in a network namespace with loopback only, its process in a cgroup with
 /// the programs attached, until this is dropped.
-pub struct Lab {
+pub(crate) struct Lab {
     services: Option<Services>,
     cgroup: PathBuf,
     outside: PathBuf,
@@ -44,7 +44,7 @@ pub struct Lab {
 }
 
 impl Lab {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let root = find_cgroup2().unwrap();
         remove_stale(&root);
@@ -67,19 +67,22 @@ impl Lab {
         lab
     }
 
-    pub fn load(&mut self) {
+    pub(crate) fn load(&mut self) {
         self.services = Some(Services::load(&self.cgroup).unwrap());
     }
 
-    pub fn services(&mut self) -> &mut Services {
+    pub(crate) fn services(&mut self) -> &mut Services {
         self.services.as_mut().unwrap()
     }
 
-    pub fn take_services(&mut self) -> Services {
+    pub(crate) fn take_services(&mut self) -> Services {
         self.services.take().unwrap()
     }
 
-    pub fn apply(&mut self, services: &[(SocketAddr, Protocol, &[SocketAddr])]) -> ApplyReport {
+    pub(crate) fn apply(
+        &mut self,
+        services: &[(SocketAddr, Protocol, &[SocketAddr])],
+    ) -> ApplyReport {
         let frontend = |addr: SocketAddr, protocol| Frontend {
             address: addr.ip(),
             port: addr.port(),
@@ -93,13 +96,13 @@ impl Lab {
     }
 
     /// What the programs counted until now.
-    pub fn counted(&self) -> impl Fn(Counter) -> u64 + use<> {
+    pub(crate) fn counted(&self) -> impl Fn(Counter) -> u64 + use<> {
         let counters = self.services.as_ref().unwrap().counters().unwrap();
         move |counter| counters[&counter]
     }
 
     /// How many entries the kernel says that the loader's map has.
-    pub fn map_entries<K: Pod, V: Pod>(&self, name: &str) -> usize {
+    pub(crate) fn map_entries<K: Pod, V: Pod>(&self, name: &str) -> usize {
         let named = |id: &u32| MapInfo::from_id(*id).unwrap().name_as_str() == Some(name);
         let id = own_bpf_objects().maps.into_iter().find(named).unwrap();
         let map = Map::HashMap(MapData::from_id(id).unwrap());
@@ -110,12 +113,12 @@ impl Lab {
             .count()
     }
 
-    pub fn cgroup(&self) -> &Path {
+    pub(crate) fn cgroup(&self) -> &Path {
         &self.cgroup
     }
 
     /// A cgroup in which the process is not.
-    pub fn outside(&self) -> &Path {
+    pub(crate) fn outside(&self) -> &Path {
         &self.outside
     }
 }
@@ -166,28 +169,103 @@ fn new_network_namespace() {
     );
 }
 
-pub fn tcp_servers(address: &str, count: usize) -> Vec<TcpListener> {
+/// A way to name a service and its endpoints: IPv4, IPv6, and IPv4 on an IPv6 socket.
+pub(crate) struct Family {
+    pub(crate) name: &'static str,
+    /// What the client's socket is bound to.
+    pub(crate) client: &'static str,
+    /// What the client asks for.
+    pub(crate) asked: &'static str,
+    /// Where the endpoints are.
+    pub(crate) loopback: &'static str,
+}
+
+pub(crate) const FAMILIES: [Family; 3] = [
+    Family {
+        name: "IPv4",
+        client: "0.0.0.0:0",
+        asked: "10.96.0.1:80",
+        loopback: "127.0.0.1:0",
+    },
+    Family {
+        name: "IPv6",
+        client: "[::]:0",
+        asked: "[fd00:96::1]:80",
+        loopback: "[::1]:0",
+    },
+    Family {
+        name: "IPv4-mapped",
+        client: "[::]:0",
+        asked: "[::ffff:10.96.0.1]:80",
+        loopback: "127.0.0.1:0",
+    },
+];
+
+impl Family {
+    pub(crate) fn asked(&self) -> SocketAddr {
+        self.asked.parse().unwrap()
+    }
+
+    pub(crate) fn client(&self) -> UdpSocket {
+        let socket = UdpSocket::bind(self.client).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket
+    }
+
+    /// Makes the lab's only service this one.
+    pub(crate) fn serve(
+        &self,
+        lab: &mut Lab,
+        protocol: Protocol,
+        endpoints: &[SocketAddr],
+    ) -> ApplyReport {
+        lab.apply(&[(self.asked(), protocol, endpoints)])
+    }
+}
+
+pub(crate) fn addresses<T>(
+    servers: &[T],
+    address: impl Fn(&T) -> io::Result<SocketAddr>,
+) -> Vec<SocketAddr> {
+    servers
+        .iter()
+        .map(|server| address(server).unwrap())
+        .collect()
+}
+
+pub(crate) fn tcp_servers(address: &str, count: usize) -> Vec<TcpListener> {
     let server = |_| TcpListener::bind(address).unwrap();
     (0..count).map(server).collect()
 }
 
-pub fn udp_servers(address: &str, count: usize) -> Vec<UdpSocket> {
+pub(crate) fn udp_servers(address: &str, count: usize) -> Vec<UdpSocket> {
     let server = |_| UdpSocket::bind(address).unwrap();
     (0..count).map(server).collect()
 }
 
 /// Waits for the next connection; which server has it.
 #[track_caller]
-pub fn accepted(servers: &[TcpListener]) -> (usize, TcpStream) {
+pub(crate) fn accepted(servers: &[TcpListener]) -> (usize, TcpStream) {
     let ready = ready(servers);
     (ready, servers[ready].accept().unwrap().0)
 }
 
 /// Waits for the next datagram; which server has it, and from where.
 #[track_caller]
-pub fn datagram(servers: &[UdpSocket]) -> (usize, SocketAddr) {
+pub(crate) fn datagram(servers: &[UdpSocket]) -> (usize, SocketAddr) {
     let ready = ready(servers);
     (ready, servers[ready].recv_from(&mut [0; 8]).unwrap().1)
+}
+
+/// One question to the service and its answer on an unconnected socket; who answered.
+#[track_caller]
+pub(crate) fn ask(client: &UdpSocket, family: &Family, servers: &[UdpSocket]) -> usize {
+    client.send_to(b"?", family.asked()).unwrap();
+    let (server, from) = datagram(servers);
+    servers[server].send_to(b"!", from).unwrap();
+    let (_, shown) = client.recv_from(&mut [0; 8]).unwrap();
+    assert_eq!(shown, family.asked(), "{}", family.name);
+    server
 }
 
 #[track_caller]
@@ -206,7 +284,7 @@ fn ready(sockets: &[impl AsFd]) -> usize {
 
 /// A byte each way.
 #[track_caller]
-pub fn exchange(mut one: &TcpStream, mut other: &TcpStream) {
+pub(crate) fn exchange(mut one: &TcpStream, mut other: &TcpStream) {
     for stream in [one, other] {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
     }
@@ -216,59 +294,74 @@ pub fn exchange(mut one: &TcpStream, mut other: &TcpStream) {
     one.read_exact(&mut [0]).unwrap();
 }
 
-/// The median time of a `connect` that ends at `server`.
-pub fn connect_time(server: &TcpListener, to: SocketAddr) -> Duration {
+/// The median times of `connect` to each address, in turns. All end at `server`.
+pub(crate) fn connect_times<const N: usize>(
+    server: &TcpListener,
+    addresses: [SocketAddr; N],
+) -> [Duration; N] {
     const CONNECTS: usize = 2_001;
-    let mut times: Vec<Duration> = (0..CONNECTS)
-        .map(|_| {
+    let mut times = [const { Vec::new() }; N];
+    for _ in 0..CONNECTS {
+        for (times, address) in times.iter_mut().zip(addresses) {
             let began = Instant::now();
-            let client = TcpStream::connect(to).unwrap();
-            let took = began.elapsed();
+            let client = TcpStream::connect(address).unwrap();
+            times.push(began.elapsed());
             drop((server.accept().unwrap(), client));
-            took
-        })
-        .collect();
-    times.sort_unstable();
-    times[CONNECTS / 2]
+        }
+    }
+    times.map(|mut times| {
+        times.sort_unstable();
+        times[CONNECTS / 2]
+    })
 }
 
 /// Numbers the kernel gave to what this process loaded.
 #[derive(Debug, Default)]
-pub struct BpfObjects {
-    pub programs: BTreeSet<u32>,
-    pub maps: BTreeSet<u32>,
-    pub links: BTreeSet<u32>,
+pub(crate) struct BpfObjects {
+    pub(crate) programs: BTreeSet<u32>,
+    pub(crate) maps: BTreeSet<u32>,
+    pub(crate) links: BTreeSet<u32>,
 }
 
 /// By the file descriptors of this process.
-pub fn own_bpf_objects() -> BpfObjects {
+pub(crate) fn own_bpf_objects() -> BpfObjects {
     let mut objects = BpfObjects::default();
-    for entry in fs::read_dir("/proc/self/fdinfo")
-        .unwrap()
-        .map(Result::unwrap)
-    {
-        // The folder's own descriptor is gone by now.
-        let Ok(info) = fs::read_to_string(entry.path()) else {
-            continue;
-        };
-        let number = |key: &str| {
-            let value = info.lines().find_map(|line| line.strip_prefix(key));
-            value.map(|text| text.trim().parse::<u32>().unwrap())
-        };
-        if let Some(id) = number("link_id:") {
+    for info in descriptor_infos() {
+        // A link's says its program as well.
+        if let Some(id) = info_number(&info, "link_id:") {
             objects.links.insert(id);
-        } else if let Some(id) = number("map_id:") {
+        } else if let Some(id) = info_number(&info, "map_id:") {
             objects.maps.insert(id);
-        } else if let Some(id) = number("prog_id:") {
+        } else if let Some(id) = info_number(&info, "prog_id:") {
             objects.programs.insert(id);
         }
     }
     objects
 }
 
+/// What the maps of this process take, as the kernel accounts it.
+pub(crate) fn map_memory_bytes() -> u32 {
+    let infos = descriptor_infos();
+    let maps = infos.filter(|info| info_number(info, "map_id:").is_some());
+    maps.filter_map(|info| info_number(&info, "memlock:")).sum()
+}
+
+fn descriptor_infos() -> impl Iterator<Item = String> {
+    let entries = fs::read_dir("/proc/self/fdinfo")
+        .unwrap()
+        .map(Result::unwrap);
+    // The folder's own descriptor is gone by the time it is read.
+    entries.filter_map(|entry| fs::read_to_string(entry.path()).ok())
+}
+
+fn info_number(info: &str, key: &str) -> Option<u32> {
+    let value = info.lines().find_map(|line| line.strip_prefix(key));
+    value.map(|text| text.trim().parse().unwrap())
+}
+
 impl BpfObjects {
     /// The kernel frees in the background and tells nobody: asks again until it has.
-    pub fn wait_until_gone(&self) {
+    pub(crate) fn wait_until_gone(&self) {
         let began = Instant::now();
         loop {
             let left = self.left();

@@ -1,6 +1,7 @@
 //! The programs on the real kernel: sockets on loopback in a network namespace of their own, in a
 //! cgroup of their own. Needs root.
 
+#[cfg(test)]
 mod lab;
 
 use std::{
@@ -13,68 +14,15 @@ use std::{
 };
 
 use ebpf_abi::{Counter, SocketAddress};
-use ebpf_loader::{ApplyReport, Frontend, LoadError, Protocol, Services};
+use ebpf_loader::{Frontend, LoadError, Protocol, Services};
+use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
-use crate::lab::{Lab, accepted, datagram, tcp_servers, udp_servers};
+use crate::lab::{
+    FAMILIES, Lab, accepted, addresses, ask, connect_times, datagram, tcp_servers, udp_servers,
+};
 
 /// Chance of missing one of three endpoints in 60 tries: below 10⁻¹⁰.
 const TRIES: usize = 60;
-
-/// A way to name a service and its endpoints: IPv4, IPv6, and IPv4 on an IPv6 socket.
-struct Family {
-    name: &'static str,
-    /// What the client's socket is bound to.
-    client: &'static str,
-    /// What the client asks for.
-    asked: &'static str,
-    /// Where the endpoints are.
-    loopback: &'static str,
-}
-
-const FAMILIES: [Family; 3] = [
-    Family {
-        name: "IPv4",
-        client: "0.0.0.0:0",
-        asked: "10.96.0.1:80",
-        loopback: "127.0.0.1:0",
-    },
-    Family {
-        name: "IPv6",
-        client: "[::]:0",
-        asked: "[fd00:96::1]:80",
-        loopback: "[::1]:0",
-    },
-    Family {
-        name: "IPv4-mapped",
-        client: "[::]:0",
-        asked: "[::ffff:10.96.0.1]:80",
-        loopback: "127.0.0.1:0",
-    },
-];
-
-impl Family {
-    fn asked(&self) -> SocketAddr {
-        self.asked.parse().unwrap()
-    }
-
-    fn client(&self) -> UdpSocket {
-        let socket = UdpSocket::bind(self.client).unwrap();
-        socket.set_read_timeout(Some(lab::PATIENCE)).unwrap();
-        socket
-    }
-
-    /// Makes the lab's only service this one.
-    fn serve(&self, lab: &mut Lab, protocol: Protocol, endpoints: &[SocketAddr]) -> ApplyReport {
-        lab.apply(&[(self.asked(), protocol, endpoints)])
-    }
-}
-
-fn addresses<T>(servers: &[T], address: impl Fn(&T) -> io::Result<SocketAddr>) -> Vec<SocketAddr> {
-    servers
-        .iter()
-        .map(|server| address(server).unwrap())
-        .collect()
-}
 
 #[test]
 fn tcp_reaches_every_endpoint_and_shows_the_service() {
@@ -175,17 +123,6 @@ fn unconnected_udp_keeps_its_endpoint_and_shows_the_service() {
         assert_eq!(reached.len(), 3, "{}", family.name);
         assert_eq!(lab.counted()(Counter::ReceiveRewritten), 2 * TRIES as u64);
     }
-}
-
-/// One question to the service and its answer on an unconnected socket; who answered.
-#[track_caller]
-fn ask(client: &UdpSocket, family: &Family, servers: &[UdpSocket]) -> usize {
-    client.send_to(b"?", family.asked()).unwrap();
-    let (server, from) = datagram(servers);
-    servers[server].send_to(b"!", from).unwrap();
-    let (_, shown) = client.recv_from(&mut [0; 8]).unwrap();
-    assert_eq!(shown, family.asked(), "{}", family.name);
-    server
 }
 
 #[test]
@@ -396,15 +333,13 @@ fn ten_thousand_services_fill_quickly_and_change_by_difference() {
         }
     };
     let asked = SocketAddr::new(service(0).address, 80);
-    let direct = lab::connect_time(&servers[0], at[0]);
     drop(lab.take_services());
-    let without = lab::connect_time(&servers[0], at[0]);
+    let [without] = connect_times(&servers[0], [at[0]]);
     lab.load();
     let mut desired = BTreeMap::from([(service(0), at.clone())]);
     lab.services().apply(&desired).unwrap();
-    let one = lab::connect_time(&servers[0], asked);
+    let [direct_1, service_1] = connect_times(&servers[0], [at[0], asked]);
 
-    // 25 endpoints each: 250,000.
     let endpoint = |n: u16| SocketAddr::from(([127, 0, 0, 1], 1_000 + n));
     desired.extend((1..10_000).map(|n| (service(n), (0..25).map(endpoint).collect())));
     let began = Instant::now();
@@ -414,7 +349,8 @@ fn ten_thousand_services_fill_quickly_and_change_by_difference() {
         (report.written, report.unchanged, report.left_out),
         (9_999, 1, <_>::default())
     );
-    let many = lab::connect_time(&servers[0], asked);
+    let [direct_many, service_many] = connect_times(&servers[0], [at[0], asked]);
+    let memory_kib = lab::map_memory_bytes() / 1_024;
 
     desired.insert(service(5_000), vec![endpoint(0)]);
     let began = Instant::now();
@@ -425,9 +361,16 @@ fn ten_thousand_services_fill_quickly_and_change_by_difference() {
         (1, 0, 9_999)
     );
     println!(
-        "10,000 services with 249,976 endpoints filled in {filled:?}, one changed in {changed:?}\n\
-         median connect and close: no program {without:?}, not a service {direct:?}, \
-         1 service {one:?}, 10,000 services {many:?}"
+        "10,000 services, 249,976 endpoints: filled in {filled:?}, one service changed in \
+         {changed:?}, maps take {memory_kib} KiB\n\
+         median connect: without programs {without:?}; not a service and a service, \
+         1: {direct_1:?} {service_1:?}, 10,000: {direct_many:?} {service_many:?}"
+    );
+    assert!(memory_kib <= 128 * 1_024, "the maps take {memory_kib} KiB");
+    // 1.1 here. Looking through services one by one would be far beyond.
+    assert!(
+        service_many < 2 * direct_many,
+        "{service_many:?} against {direct_many:?}"
     );
     assert_eq!(
         lab.services().apply(&BTreeMap::new()).unwrap().removed,
@@ -532,4 +475,23 @@ fn a_folder_that_is_no_cgroup_is_said_so() {
             .starts_with("/proc is not a cgroup of version 2"),
         "{error}"
     );
+}
+
+#[test]
+fn without_capabilities_the_error_says_so() {
+    let lab = Lab::new();
+    let all = capabilities(None).unwrap();
+    // Of this thread only.
+    set_capabilities(
+        None,
+        CapabilitySets {
+            effective: CapabilitySet::empty(),
+            ..all
+        },
+    )
+    .unwrap();
+    let loaded = Services::load(lab.cgroup());
+    set_capabilities(None, all).unwrap();
+    let error = loaded.unwrap_err();
+    assert!(matches!(error, LoadError::NotPermitted), "{error:?}");
 }
