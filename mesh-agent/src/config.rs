@@ -72,7 +72,10 @@ pub struct DnsConfig {
 
 impl Default for DnsConfig {
     fn default() -> Self {
-        Self { listen: default_dns_listen(), upstreams: Vec::new() }
+        Self {
+            listen: default_dns_listen(),
+            upstreams: Vec::new(),
+        }
     }
 }
 
@@ -167,8 +170,10 @@ impl Settings {
     ///
     /// [`ConfigError`], which names the file and the key.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let text = fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
         Self::parse(path, &text)
     }
 
@@ -177,7 +182,11 @@ impl Settings {
             path: path.to_owned(),
             source: Box::new(source),
         })?;
-        let bad = |key, problem: String| ConfigError::Value { path: path.to_owned(), key, problem };
+        let bad = |key, problem: String| ConfigError::Value {
+            path: path.to_owned(),
+            key,
+            problem,
+        };
         if !is_interface_name(&file.interface) {
             let problem = format!(
                 "{:?} is not an interface name (1 to {INTERFACE_NAME_LEN_MAX} characters without `/` and spaces)",
@@ -186,19 +195,28 @@ impl Settings {
             return Err(bad("interface", problem));
         }
         if file.listen_port == 0 {
-            return Err(bad("listen_port", "must be 1 to 65535; the default is 51820".to_owned()));
+            return Err(bad(
+                "listen_port",
+                "must be 1 to 65535; the default is 51820".to_owned(),
+            ));
         }
         if let Some(controller) = &file.controller
             && !is_host_port(controller)
         {
-            return Err(bad("controller", format!("{controller:?} is not `host:port`")));
+            return Err(bad(
+                "controller",
+                format!("{controller:?} is not `host:port`"),
+            ));
         }
         let token = match (file.token, file.token_file) {
             (None, None) => TokenSource::None,
             (Some(token), None) => TokenSource::Inline(token),
             (None, Some(file)) => TokenSource::File(file),
             (Some(_), Some(_)) => {
-                return Err(bad("token", "give `token` or `token_file`, not both".to_owned()));
+                return Err(bad(
+                    "token",
+                    "give `token` or `token_file`, not both".to_owned(),
+                ));
             }
         };
         Ok(Self {
@@ -245,7 +263,12 @@ mod tests {
     #[test]
     fn a_typo_names_file_line_key_and_accepted_keys() {
         let error = parse("node_name = 'edge-a1'\nlisten_prot = 1").unwrap_err();
-        for part in ["/etc/holdfast/agent.toml", "line 2", "listen_prot", "listen_port"] {
+        for part in [
+            "/etc/holdfast/agent.toml",
+            "line 2",
+            "listen_prot",
+            "listen_port",
+        ] {
             assert!(error.contains(part), "{part} is not in: {error}");
         }
     }
@@ -259,7 +282,11 @@ mod tests {
             ("token", "token = 'a'\ntoken_file = 'b'"),
             ("node_name", "node_name = 'Edge'"),
         ] {
-            let name = if key == "node_name" { "" } else { "node_name = 'edge-a1'\n" };
+            let name = if key == "node_name" {
+                ""
+            } else {
+                "node_name = 'edge-a1'\n"
+            };
             let error = parse(&format!("{name}{line}")).unwrap_err();
             assert!(error.contains(key), "{error}");
         }

@@ -6,6 +6,15 @@
 
 #![forbid(unsafe_code)]
 
+pub mod admin;
+pub mod agent;
 pub mod config;
+pub mod driver;
+pub mod links;
+pub mod network;
+pub mod publish;
+pub mod report;
 pub mod state;
 pub mod store;
+pub mod supervisor;
+pub mod sync;

@@ -9,12 +9,24 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use mesh_tunnel::tunnel::PrivateKey;
 use mesh_wire::id::NodeId;
+use zeroize::Zeroizing;
 
 use crate::store::write_atomically;
 
 /// Permissions of the folder: keys are in it.
 const FOLDER_MODE: u32 = 0o700;
+
+/// The WireGuard private key, base64.
+const WIREGUARD_KEY_FILE: &str = "wireguard.key";
+
+/// Certificate chain, private key and authority, PEM, in this order.
+const IDENTITY_FILE: &str = "identity.pem";
+
+/// Between the parts of the identity: PEM readers skip text outside the blocks.
+const SEPARATOR: &str = "\n# next\n";
 
 /// The locked state folder. Dropping it lets the next agent in.
 #[derive(Debug)]
@@ -42,7 +54,9 @@ pub enum StateError {
         source: io::Error,
     },
     /// A file is not what the agent wrote.
-    #[error("{path} is damaged ({problem}): restore it from a backup, or remove the state folder and join again with a new token")]
+    #[error(
+        "{path} is damaged ({problem}): restore it from a backup, or remove the state folder and join again with a new token"
+    )]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -77,13 +91,18 @@ impl StateFolder {
     pub fn open(path: &Path) -> Result<Self, StateError> {
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(FOLDER_MODE);
-        builder.create(path).map_err(|source| io_error("create", path, source))?;
+        builder
+            .create(path)
+            .map_err(|source| io_error("create", path, source))?;
         let permissions = fs::Permissions::from_mode(FOLDER_MODE);
         fs::set_permissions(path, permissions).map_err(|e| io_error("protect", path, e))?;
         let lock_path = path.join("lock");
         let lock = File::create(&lock_path).map_err(|e| io_error("create", &lock_path, e))?;
         match lock.try_lock() {
-            Ok(()) => Ok(Self { path: path.to_owned(), _lock: lock }),
+            Ok(()) => Ok(Self {
+                path: path.to_owned(),
+                _lock: lock,
+            }),
             Err(TryLockError::WouldBlock) => Err(StateError::InUse(path.to_owned())),
             Err(TryLockError::Error(source)) => Err(io_error("lock", &lock_path, source)),
         }
@@ -95,44 +114,30 @@ impl StateFolder {
         &self.path
     }
 
-    /// The node's WireGuard private key, as `wg` writes it; `None` before the first start.
+    /// The node's WireGuard private key; `None` before the first start.
     ///
     /// # Errors
     ///
     /// [`StateError::Damaged`] if the file holds something else.
-    pub fn wireguard_key(&self) -> Result<Option<mesh_tunnel::PrivateKey>, StateError> {
-        let Some(text) = self.read_text("wireguard.key")? else {
+    pub fn wireguard_key(&self) -> Result<Option<PrivateKey>, StateError> {
+        let Some(text) = self.read_text(WIREGUARD_KEY_FILE)? else {
             return Ok(None);
         };
-        let key = text.trim().parse::<mesh_tunnel::PrivateKey>();
-        key.map(Some).map_err(|_| self.damaged("wireguard.key", "not a WireGuard private key"))
+        let text = Zeroizing::new(text);
+        let bytes = STANDARD.decode(text.trim()).ok().map(Zeroizing::new);
+        let key = bytes.and_then(|bytes| <[u8; 32]>::try_from(bytes.as_slice()).ok());
+        let damaged = || self.damaged(WIREGUARD_KEY_FILE, "not a WireGuard private key");
+        key.map(|key| Some(PrivateKey::new(key)))
+            .ok_or_else(damaged)
     }
 
-    /// Keeps the node's WireGuard private key.
+    /// Keeps the node's WireGuard private key, as `wg genkey` writes it.
     ///
     /// # Errors
     ///
     /// [`StateError::Io`].
-    pub fn set_wireguard_key(&self, key: &mesh_tunnel::PrivateKey) -> Result<(), StateError> {
-        self.write_text("wireguard.key", &key.to_base64())
-    }
-
-    /// The private key made for joining, PEM; `None` before the first try.
-    ///
-    /// # Errors
-    ///
-    /// [`StateError::Io`].
-    pub fn node_key(&self) -> Result<Option<String>, StateError> {
-        self.read_text("node.key")
-    }
-
-    /// Keeps the private key made for joining.
-    ///
-    /// # Errors
-    ///
-    /// [`StateError::Io`].
-    pub fn set_node_key(&self, pem: &str) -> Result<(), StateError> {
-        self.write_text("node.key", pem)
+    pub fn set_wireguard_key(&self, key: &[u8; 32]) -> Result<(), StateError> {
+        self.write_text(WIREGUARD_KEY_FILE, &Zeroizing::new(STANDARD.encode(key)))
     }
 
     /// The node's TLS identity; `None` if it did not join yet.
@@ -141,24 +146,36 @@ impl StateFolder {
     ///
     /// [`StateError::Damaged`] if only a part of it is there.
     pub fn identity(&self) -> Result<Option<IdentityFiles>, StateError> {
-        let Some(certificate) = self.read_text("node.pem")? else {
+        let Some(text) = self.read_text(IDENTITY_FILE)? else {
             return Ok(None);
         };
-        let (Some(key), Some(ca)) = (self.node_key()?, self.read_text("ca.pem")?) else {
-            return Err(self.damaged("node.pem", "its key node.key or issuer ca.pem is missing"));
-        };
-        Ok(Some(IdentityFiles { certificate, key, ca }))
+        let mut parts = text.split(SEPARATOR).map(str::to_owned);
+        match (parts.next(), parts.next(), parts.next()) {
+            (Some(certificate), Some(key), Some(ca)) => Ok(Some(IdentityFiles {
+                certificate,
+                key,
+                ca,
+            })),
+            _ => Err(self.damaged(IDENTITY_FILE, "a part is missing")),
+        }
     }
 
-    /// Keeps what the controller answered to `Join` or `Renew`. The certificate goes last: it
-    /// is what says that joining is done.
+    /// Keeps what the controller answered to `Join` or `Renew`: one file, so that certificate
+    /// and key always belong together.
     ///
     /// # Errors
     ///
     /// [`StateError::Io`].
-    pub fn set_certificate(&self, certificate: &str, ca: &str) -> Result<(), StateError> {
-        self.write_text("ca.pem", ca)?;
-        self.write_text("node.pem", certificate)
+    pub fn set_identity(&self, identity: &IdentityFiles) -> Result<(), StateError> {
+        let IdentityFiles {
+            certificate,
+            key,
+            ca,
+        } = identity;
+        self.write_text(
+            IDENTITY_FILE,
+            &format!("{certificate}{SEPARATOR}{key}{SEPARATOR}{ca}"),
+        )
     }
 
     /// Addresses that worked for each peer, the last one first. A damaged file counts as empty:
@@ -202,12 +219,19 @@ impl StateFolder {
     }
 
     fn damaged(&self, name: &str, problem: &str) -> StateError {
-        StateError::Damaged { path: self.path.join(name), problem: problem.to_owned() }
+        StateError::Damaged {
+            path: self.path.join(name),
+            problem: problem.to_owned(),
+        }
     }
 }
 
 fn io_error(action: &'static str, path: &Path, source: io::Error) -> StateError {
-    StateError::Io { action, path: path.to_owned(), source }
+    StateError::Io {
+        action,
+        path: path.to_owned(),
+        source,
+    }
 }
 
 #[cfg(test)]
@@ -219,7 +243,10 @@ mod tests {
         let parent = tempfile::tempdir().unwrap();
         let path = parent.path().join("state");
         let first = StateFolder::open(&path).unwrap();
-        assert!(matches!(StateFolder::open(&path), Err(StateError::InUse(_))));
+        assert!(matches!(
+            StateFolder::open(&path),
+            Err(StateError::InUse(_))
+        ));
         drop(first);
         StateFolder::open(&path).unwrap();
     }
@@ -228,7 +255,10 @@ mod tests {
     fn what_is_remembered_reads_back_and_damage_only_forgets() {
         let parent = tempfile::tempdir().unwrap();
         let state = StateFolder::open(parent.path()).unwrap();
-        let addresses = vec!["192.0.2.1:51820".parse().unwrap(), "[2001:db8::1]:1".parse().unwrap()];
+        let addresses = vec![
+            "192.0.2.1:51820".parse().unwrap(),
+            "[2001:db8::1]:1".parse().unwrap(),
+        ];
         let peers = BTreeMap::from([(NodeId([3; 32]), addresses)]);
         state.remember(&peers).unwrap();
         assert_eq!(state.remembered(), peers);
@@ -236,22 +266,35 @@ mod tests {
         assert_eq!(state.remembered(), BTreeMap::new());
     }
 
+    fn identity() -> IdentityFiles {
+        IdentityFiles {
+            certificate: "cert".into(),
+            key: "key".into(),
+            ca: "ca".into(),
+        }
+    }
+
     #[test]
-    fn a_certificate_without_its_key_is_damage_and_says_what_to_do() {
+    fn an_identity_reads_back_and_a_part_of_one_is_damage_that_says_what_to_do() {
         let parent = tempfile::tempdir().unwrap();
         let state = StateFolder::open(parent.path()).unwrap();
         assert!(state.identity().unwrap().is_none());
-        state.set_certificate("cert", "ca").unwrap();
+        state.set_identity(&identity()).unwrap();
+        assert_eq!(state.identity().unwrap().unwrap().key, "key");
+        fs::write(parent.path().join(IDENTITY_FILE), "cert").unwrap();
         let error = state.identity().unwrap_err().to_string();
-        assert!(error.contains("node.key") && error.contains("join again"), "{error}");
+        assert!(error.contains("join again"), "{error}");
     }
 
     #[test]
     fn keys_are_readable_by_the_owner_only() {
         let parent = tempfile::tempdir().unwrap();
         let state = StateFolder::open(parent.path()).unwrap();
-        state.set_node_key("key").unwrap();
-        let mode = fs::metadata(parent.path().join("node.key")).unwrap().permissions().mode();
+        state.set_identity(&identity()).unwrap();
+        let mode = fs::metadata(parent.path().join(IDENTITY_FILE))
+            .unwrap()
+            .permissions()
+            .mode();
         assert_eq!(mode & 0o777, 0o600);
     }
 }

@@ -57,7 +57,10 @@ impl Store {
     /// Opens the store in `folder`, which must exist.
     #[must_use]
     pub fn open(folder: &Path) -> Opened {
-        let mut store = Self { folder: folder.to_owned(), newest: None };
+        let mut store = Self {
+            folder: folder.to_owned(),
+            newest: None,
+        };
         let mut payload = None;
         let mut damaged = Vec::new();
         for slot in 0..2 {
@@ -72,7 +75,11 @@ impl Store {
                 Err(error) => damaged.push((store.path(slot), error)),
             }
         }
-        Opened { store, payload, damaged }
+        Opened {
+            store,
+            payload,
+            damaged,
+        }
     }
 
     /// Writes `payload` over the older slot. After an error the newer slot is what it was.
@@ -123,7 +130,12 @@ pub fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
 fn write_synced(path: &Path, content: &[u8]) -> io::Result<()> {
     use std::os::unix::fs::OpenOptionsExt as _;
     let mut options = File::options();
-    let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    let mut file = options
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?;
     file.write_all(content)?;
     file.sync_all()
 }
@@ -185,7 +197,11 @@ mod tests {
         let whole = fs::read(&newest).unwrap();
         for length in 0..whole.len() {
             fs::write(&newest, whole.get(..length).unwrap()).unwrap();
-            assert_eq!(reopen(folder.path()), Some(b"old".to_vec()), "cut at {length}");
+            assert_eq!(
+                reopen(folder.path()),
+                Some(b"old".to_vec()),
+                "cut at {length}"
+            );
         }
     }
 
@@ -201,7 +217,10 @@ mod tests {
             changed[index] ^= 1;
             fs::write(&slot, changed).unwrap();
             let opened = Store::open(folder.path());
-            assert!(opened.payload.is_none() && opened.damaged.len() == 1, "byte {index}");
+            assert!(
+                opened.payload.is_none() && opened.damaged.len() == 1,
+                "byte {index}"
+            );
         }
     }
 

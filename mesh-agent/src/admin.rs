@@ -1,0 +1,287 @@
+//! The admin socket: what `meshctl` asks this agent.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::Context as _;
+use futures_util::{Stream, stream};
+use mesh_api::{
+    admin::{
+        DnsQueryRequest, DnsQueryResponse, PathWhyRequest, PathWhyResponse, PeersRequest,
+        PeersResponse, PingRequest, PingResponse, ServicesRequest, ServicesResponse, StatusRequest,
+        StatusResponse,
+        agent_admin_server::{AgentAdmin, AgentAdminServer},
+    },
+    serve::AdminSocket,
+};
+use mesh_dns::client;
+use mesh_wire::id::NodeId;
+use tokio::{sync::watch, time};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, transport::Server};
+
+use crate::{
+    driver::{Driver, DriverHandle},
+    report,
+    sync::Connection,
+};
+
+/// Most echoes one `ping` sends: at one a second more than 16 minutes.
+const PING_COUNT_MAX: u32 = 1000;
+
+/// What a ping without numbers means.
+const PING_INTERVAL: Duration = Duration::from_secs(1);
+const PING_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How often a ping looks whether a peer that was being woken has a path now.
+const WAKE_POLL: Duration = Duration::from_millis(20);
+
+/// The admin service of this agent.
+#[derive(Debug, Clone)]
+pub struct Admin {
+    driver: DriverHandle,
+    facts: Facts,
+    connection: watch::Receiver<Connection>,
+    socket: PathBuf,
+}
+
+/// What does not change while the agent runs.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    /// When it started.
+    pub started: Instant,
+    /// Name of the TUN device.
+    pub interface: String,
+    /// Where names are answered.
+    pub dns_listen: Vec<SocketAddr>,
+    /// When the certificate ends, by the wall clock.
+    pub certificate_ends: SystemTime,
+}
+
+impl Admin {
+    /// For the agent behind `driver`.
+    #[must_use]
+    pub fn new(
+        driver: DriverHandle,
+        socket: PathBuf,
+        facts: Facts,
+        connection: watch::Receiver<Connection>,
+    ) -> Self {
+        Self {
+            driver,
+            facts,
+            connection,
+            socket,
+        }
+    }
+
+    /// Serves until `stop`.
+    ///
+    /// # Errors
+    ///
+    /// If the socket cannot be bound, or breaks.
+    pub async fn serve(self, stop: CancellationToken) -> anyhow::Result<()> {
+        let socket = AdminSocket::bind(&self.socket)
+            .await
+            .context("admin socket (`admin_socket`)")?;
+        let service = AgentAdminServer::new(self);
+        let server = Server::builder().add_service(service);
+        server
+            .serve_with_incoming_shutdown(socket, stop.cancelled_owned())
+            .await?;
+        Ok(())
+    }
+
+    async fn ask<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&mut Driver) -> T + Send + 'static,
+    ) -> Result<T, Status> {
+        let answer = self.driver.ask(question).await;
+        answer.ok_or_else(|| Status::unavailable("the agent is stopping"))
+    }
+}
+
+type PingStream = std::pin::Pin<Box<dyn Stream<Item = Result<PingResponse, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl AgentAdmin for Admin {
+    type PingStream = PingStream;
+
+    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
+        let (facts, connection) = (self.facts.clone(), self.connection.borrow().clone());
+        let status = self
+            .ask(move |driver| report::status(driver, &facts, &connection))
+            .await?;
+        Ok(Response::new(status))
+    }
+
+    async fn peers(&self, _: Request<PeersRequest>) -> Result<Response<PeersResponse>, Status> {
+        let peers = self.ask(|driver| report::peers(driver)).await?;
+        Ok(Response::new(PeersResponse { peers }))
+    }
+
+    async fn ping(
+        &self,
+        request: Request<PingRequest>,
+    ) -> Result<Response<Self::PingStream>, Status> {
+        let request = request.into_inner();
+        let target = request.target.clone();
+        let found = self.ask(move |driver| find_node(driver, &target)).await??;
+        let plan = PingPlan::new(self.driver.clone(), found, &request);
+        let answers = stream::unfold(plan, |mut plan| async move {
+            let answer = plan.next().await?;
+            Some((answer, plan))
+        });
+        Ok(Response::new(Box::pin(answers)))
+    }
+
+    async fn path_why(
+        &self,
+        request: Request<PathWhyRequest>,
+    ) -> Result<Response<PathWhyResponse>, Status> {
+        let target = request.into_inner().node;
+        let report = self
+            .ask(move |driver| find_node(driver, &target).map(|id| report::path_why(driver, &id)));
+        Ok(Response::new(report.await??))
+    }
+
+    async fn services(
+        &self,
+        _: Request<ServicesRequest>,
+    ) -> Result<Response<ServicesResponse>, Status> {
+        let view = self.ask(|driver| driver.view()).await?;
+        let services = view.map(|view| report::services(&view)).unwrap_or_default();
+        Ok(Response::new(ServicesResponse { services }))
+    }
+
+    async fn dns_query(
+        &self,
+        request: Request<DnsQueryRequest>,
+    ) -> Result<Response<DnsQueryResponse>, Status> {
+        let DnsQueryRequest { name, r#type } = request.into_inner();
+        let Some(&server) = self.facts.dns_listen.first() else {
+            return Err(Status::failed_precondition(
+                "this agent serves no names (`dns.listen` is empty)",
+            ));
+        };
+        let record_type = if r#type.is_empty() { "A" } else { &r#type };
+        let reply = client::ask(server, &name, record_type)
+            .await
+            .map_err(dns_status)?;
+        Ok(Response::new(DnsQueryResponse {
+            code: reply.code,
+            answers: reply.answers,
+            ms: report::ms(reply.elapsed),
+            server: server.to_string(),
+        }))
+    }
+}
+
+fn dns_status(error: client::AskError) -> Status {
+    match error {
+        client::AskError::Name(_) | client::AskError::Type(_) => {
+            Status::invalid_argument(error.to_string())
+        }
+        client::AskError::Exchange { .. } => {
+            Status::unavailable(format!("{:#}", anyhow::Error::new(error)))
+        }
+    }
+}
+
+/// The peer with this name or overlay address.
+fn find_node(driver: &Driver, target: &str) -> Result<NodeId, Status> {
+    let snapshot = driver.snapshot();
+    let address = target.parse::<IpAddr>().ok();
+    let is_target = |node: &&mesh_core::snapshot::Node| {
+        node.name.as_str() == target
+            || address == Some(IpAddr::V4(node.overlay_v4))
+            || address == Some(IpAddr::V6(node.overlay_v6))
+    };
+    let node = snapshot.nodes.values().find(is_target).ok_or_else(|| {
+        Status::not_found(format!(
+            "no node {target:?} in the mesh (a node's name, or its overlay address)"
+        ))
+    })?;
+    if driver.own().is_some_and(|own| own.id == node.id) {
+        return Err(Status::invalid_argument(format!(
+            "{target} is this node itself"
+        )));
+    }
+    Ok(node.id)
+}
+
+/// The echoes of one `ping` that are still to be sent.
+struct PingPlan {
+    driver: DriverHandle,
+    peer: NodeId,
+    next: u32,
+    count: u32,
+    interval: Duration,
+    timeout: Duration,
+    due: time::Instant,
+}
+
+impl PingPlan {
+    fn new(driver: DriverHandle, peer: NodeId, request: &PingRequest) -> Self {
+        let or = |ms: u32, default| {
+            if ms == 0 {
+                default
+            } else {
+                Duration::from_millis(ms.into())
+            }
+        };
+        Self {
+            driver,
+            peer,
+            next: 0,
+            count: request.count.clamp(1, PING_COUNT_MAX),
+            interval: or(request.interval_ms, PING_INTERVAL),
+            timeout: or(request.timeout_ms, PING_TIMEOUT),
+            due: time::Instant::now(),
+        }
+    }
+
+    async fn next(&mut self) -> Option<Result<PingResponse, Status>> {
+        if self.next == self.count {
+            return None;
+        }
+        time::sleep_until(self.due).await;
+        self.due += self.interval;
+        let sequence = self.next;
+        self.next += 1;
+        let echo = time::timeout(self.timeout, self.echo()).await;
+        let (rtt_ms, path) = match echo {
+            Ok(Some((rtt, path))) => (Some(report::ms(rtt)), path),
+            Ok(None) => return None, // The agent is stopping.
+            Err(_) => (None, String::new()),
+        };
+        Some(Ok(PingResponse {
+            sequence,
+            rtt_ms,
+            path,
+        }))
+    }
+
+    /// One echo, sent again by another path if the first was lost with the peer's path.
+    async fn echo(&self) -> Option<(Duration, String)> {
+        let peer = self.peer;
+        loop {
+            let sent = time::Instant::now();
+            let ping = self.driver.ask(move |driver| {
+                let (via, answer) = driver.ping(peer)?;
+                Some((report::path(driver, via), answer))
+            });
+            let Some((path, answer)) = ping.await? else {
+                time::sleep(WAKE_POLL).await;
+                continue;
+            };
+            return match answer.await {
+                Ok(()) => Some((sent.elapsed(), path)),
+                Err(_) => None,
+            };
+        }
+    }
+}

@@ -1,0 +1,315 @@
+//! The life of the process, from the state folder to the last task.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use ebpf_loader::Services;
+use mesh_core::{
+    node::{Core, CoreConfig},
+    snapshot::Snapshot,
+};
+use mesh_dns::server::DnsServer;
+use mesh_linux::{
+    IfIndex,
+    netlink::{Changes, Netlink},
+    tun::Tun,
+    udp::UdpPair,
+};
+use mesh_tunnel::tunnel::{PrivateKey, Tunnel, TunnelConfig, Workers};
+use mesh_wire::id::NodeId;
+use ring::rand::{SecureRandom as _, SystemRandom};
+use sd_notify::NotifyState;
+use tokio::{
+    runtime,
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+    time,
+};
+use tokio_util::sync::CancellationToken;
+use zeroize::Zeroizing;
+
+use crate::{
+    admin::{Admin, Facts},
+    config::Settings,
+    driver::{self, Driver, DriverHandle, Event},
+    links::Links,
+    network, publish,
+    state::StateFolder,
+    supervisor::Supervisor,
+    sync::{self, Sync},
+};
+
+/// How long the runtime waits for blocking work (a snapshot being written) at the end.
+const RUNTIME_GRACE: Duration = Duration::from_secs(2);
+
+/// Runs the agent until it is told to stop.
+///
+/// # Errors
+///
+/// What made it stop early, with what was attempted.
+pub fn run(settings: Settings) -> anyhow::Result<()> {
+    let state = Arc::new(StateFolder::open(&settings.state_dir)?);
+    let runtime = runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let result = runtime.block_on(async {
+        let stop = CancellationToken::new();
+        let mut supervisor = Supervisor::new(stop.clone());
+        supervisor.spawn("signals", stop_on_signal(stop.clone())?);
+        let started = tokio::select! {
+            started = start(settings, state, &mut supervisor, stop.clone()) => started,
+            () = stop.cancelled() => return Ok(()),
+        };
+        let running = started?;
+        sd_notify::notify(&[NotifyState::Ready]).ok(); // No NOTIFY_SOCKET: nobody asked.
+        let result = supervisor.run().await;
+        sd_notify::notify(&[NotifyState::Stopping]).ok();
+        running.end().await;
+        result
+    });
+    runtime.shutdown_timeout(RUNTIME_GRACE);
+    result
+}
+
+fn stop_on_signal(
+    stop: CancellationToken,
+) -> anyhow::Result<impl Future<Output = anyhow::Result<()>> + Send> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => tracing::info!("told to stop"),
+            _ = interrupt.recv() => tracing::info!("interrupted"),
+            () = stop.cancelled() => {}
+        }
+        stop.cancel();
+        Ok(())
+    })
+}
+
+/// What must be ended in order once the tasks are gone.
+struct Running {
+    workers: Workers,
+    dns: DnsServer,
+    services: Option<Arc<Mutex<Services>>>,
+}
+
+impl Running {
+    /// The programs and their links, then the names, then the device with its routes.
+    async fn end(self) {
+        drop(self.services);
+        self.dns.stopped().await;
+        self.workers.stop();
+    }
+}
+
+async fn start(
+    settings: Settings,
+    state: Arc<StateFolder>,
+    supervisor: &mut Supervisor,
+    stop: CancellationToken,
+) -> anyhow::Result<Running> {
+    let started = Instant::now();
+    let key = wireguard_key(&state)?;
+    let id = key.node_id();
+    let (sync, snapshots) = Sync::open(&settings, Arc::clone(&state), id).await?;
+    let credentials = sync.credentials();
+    let certificate_ends = credentials.load().validity().not_after;
+    let connection = sync.connection();
+    supervisor.spawn("sync", sync.run(stop.clone()));
+    let snapshot = sync::wait_for_node(snapshots.clone(), &settings.node_name).await?;
+    let own = snapshot
+        .nodes
+        .get(&settings.node_name)
+        .context("the snapshot lost this node while it was read")?;
+
+    let netlink = Netlink::connect().context("cannot talk to the kernel by netlink")?;
+    let changes = Changes::listen().context("cannot listen for changes of the network")?;
+    let tun = Tun::create(&settings.interface, 1)?;
+    let interface = (tun.index(), settings.interface.clone());
+    let dns_addresses = link_local(&settings.dns.listen);
+    prepare_device(&netlink, &interface, &snapshot, &settings, &dns_addresses).await?;
+    let sockets = UdpPair::bind(settings.listen_port).with_context(|| {
+        format!(
+            "cannot bind UDP port {} (`listen_port`)",
+            settings.listen_port
+        )
+    })?;
+    let (events, event_queue) = mpsc::channel(driver::EVENTS_MAX);
+    let config = TunnelConfig {
+        private_key: key,
+        overlay_v6: own.overlay_v6,
+    };
+    let to_driver = events.clone();
+    // A full queue drops the event: whoever sent the packet sends it again.
+    let on_event = move |event| drop(to_driver.try_send(Event::Tunnel(event)));
+    let (tunnel, workers) = Tunnel::start(tun, sockets, config, on_event)?;
+
+    let (views, view) = watch::channel(None);
+    let (remembered, to_remember) = watch::channel(state.remembered());
+    let links = Links::start(events.clone(), tunnel.clone(), credentials, stop.clone())?;
+    let core = Core::new(
+        CoreConfig {
+            node: settings.node_name.clone(),
+            id,
+            remembered: to_remember.borrow().clone(),
+        },
+        rand::random(),
+        time::Instant::now().into_std(),
+    );
+    let services = load_services(&settings)?;
+    let driver = Driver::new(driver::Parts {
+        core,
+        tunnel,
+        links,
+        node: settings.node_name.clone(),
+        static_candidates: settings.static_candidates.clone(),
+        snapshot,
+        views,
+        remembered,
+    });
+    supervisor.spawn("driver", driver.run(event_queue, snapshots, stop.clone()));
+    if let Some(services) = &services {
+        let publisher = publish::keep_services(Arc::clone(services), view.clone(), stop.clone());
+        supervisor.spawn("services", publisher);
+    }
+    let kernel = network::keep_kernel(
+        netlink.clone(),
+        interface,
+        dns_addresses,
+        view.clone(),
+        stop.clone(),
+    );
+    supervisor.spawn("kernel", kernel);
+    let uplinks = network::watch_uplinks(
+        netlink,
+        changes,
+        settings.interface.clone(),
+        settings.listen_port,
+        events.clone(),
+        stop.clone(),
+    );
+    supervisor.spawn("uplinks", uplinks);
+    supervisor.spawn("remember", remember(state, to_remember, stop.clone()));
+
+    let dns_config = mesh_dns::server::DnsConfig {
+        listen: settings.dns.listen.clone(),
+        upstreams: settings.dns.upstreams.clone(),
+        allow_from: Vec::new(),
+    };
+    let dns_view = view.clone();
+    let dns = DnsServer::start(dns_config, move || dns_view.borrow().clone(), stop.clone()).await?;
+    let facts = Facts {
+        started,
+        interface: settings.interface,
+        dns_listen: dns.local_addresses().to_vec(),
+        certificate_ends,
+    };
+    let admin = Admin::new(
+        DriverHandle(events),
+        settings.admin_socket,
+        facts,
+        connection,
+    );
+    supervisor.spawn("admin", admin.serve(stop));
+    Ok(Running {
+        workers,
+        dns,
+        services,
+    })
+}
+
+fn wireguard_key(state: &StateFolder) -> anyhow::Result<PrivateKey> {
+    if let Some(key) = state.wireguard_key()? {
+        return Ok(key);
+    }
+    let mut bytes = Zeroizing::new([0; 32]);
+    SystemRandom::new()
+        .fill(bytes.as_mut_slice())
+        .ok()
+        .context("the system gave no random bytes")?;
+    state.set_wireguard_key(&bytes)?;
+    Ok(PrivateKey::new(*bytes))
+}
+
+/// Addresses and routes stand before the first listener and the first packet.
+async fn prepare_device(
+    netlink: &Netlink,
+    interface: &(IfIndex, String),
+    snapshot: &Snapshot,
+    settings: &Settings,
+    dns: &[IpAddr],
+) -> anyhow::Result<()> {
+    netlink
+        .set_link_up(interface.0, snapshot.mesh.mtu_bytes.into())
+        .await?;
+    let desired = network::desired(snapshot, &settings.node_name, dns)
+        .context("the snapshot lost this node while it was read")?;
+    let problems = network::apply(netlink, interface, &desired).await?;
+    if !problems.is_empty() {
+        tracing::warn!(%problems, "the kernel refused a part; trying again");
+    }
+    Ok(())
+}
+
+/// DNS addresses that are the agent's to configure: link-local ones, which no one else routes.
+fn link_local(listen: &[SocketAddr]) -> Vec<IpAddr> {
+    let is_link_local = |ip: &IpAddr| match ip {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(_) => false, // The kernel needs a scope for those: not offered.
+    };
+    listen
+        .iter()
+        .map(SocketAddr::ip)
+        .filter(is_link_local)
+        .collect()
+}
+
+fn load_services(settings: &Settings) -> anyhow::Result<Option<Arc<Mutex<Services>>>> {
+    if !settings.services {
+        tracing::info!("service programs are off by configuration (`services = false`)");
+        return Ok(None);
+    }
+    let cgroup = match &settings.cgroup {
+        Some(path) => path.clone(),
+        None => ebpf_loader::find_cgroup2()?,
+    };
+    let services = Services::load(&cgroup).with_context(|| {
+        format!(
+            "cannot load the service programs for cgroup {}",
+            cgroup.display()
+        )
+    })?;
+    Ok(Some(Arc::new(Mutex::new(services))))
+}
+
+/// Writes the addresses that worked, at most once in a while: they only save time.
+async fn remember(
+    state: Arc<StateFolder>,
+    mut remembered: watch::Receiver<BTreeMap<NodeId, Vec<SocketAddr>>>,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    const PAUSE: Duration = Duration::from_millis(500);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            changed = remembered.changed() => {
+                if changed.is_err() {
+                    return Ok(()); // The driver ended: so does the agent.
+                }
+            }
+        }
+        let peers = remembered.borrow_and_update().clone();
+        let state = Arc::clone(&state);
+        let written = tokio::task::spawn_blocking(move || state.remember(&peers)).await?;
+        if let Err(error) = written {
+            tracing::warn!(%error, "cannot keep the addresses that worked");
+        }
+        time::sleep(PAUSE).await;
+    }
+}

@@ -1,0 +1,530 @@
+//! The loop around the core: feeds it what happened, performs what it decides, and publishes the
+//! view from which services and names are answered.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::bail;
+use mesh_core::{
+    io::{self, Input, Output, TRAFFIC_TICK_MS},
+    node::Core,
+    services::View,
+    snapshot::{ExternalPeer, Node, Snapshot},
+};
+use mesh_tunnel::tunnel::{Tunnel, TunnelEvent};
+use mesh_wire::{
+    id::{NodeId, NodeName, RelayId, Via},
+    peer::PeerMessage,
+    reflexive,
+};
+use rand::Rng as _;
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::links::Links;
+
+/// Events that wait for the driver. A full queue makes packet threads drop events, which costs
+/// a retry: 100 peers with ten messages each.
+pub const EVENTS_MAX: usize = 1024;
+
+/// STUN requests without an answer that are remembered: two ports of two relays in two
+/// families, retransmitted five times, with room to spare.
+const STUN_PENDING_MAX: usize = 64;
+
+/// How long an answer to a STUN request counts (`paths.md`: gather, 3 s at most).
+const STUN_PENDING_TTL: Duration = Duration::from_secs(3);
+
+/// Pings of operators that wait for an answer at once.
+const PINGS_MAX: usize = 64;
+
+/// Something for the driver.
+pub enum Event {
+    /// For the core.
+    Core(Input),
+    /// From the packet path.
+    Tunnel(TunnelEvent),
+    /// A question, answered on the driver's own thread.
+    Query(Box<dyn FnOnce(&mut Driver) + Send>),
+}
+
+impl std::fmt::Debug for Event {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Core(input) => f.debug_tuple("Core").field(input).finish(),
+            Self::Tunnel(event) => f.debug_tuple("Tunnel").field(event).finish(),
+            Self::Query(_) => f.write_str("Query"),
+        }
+    }
+}
+
+/// The shell around the core.
+#[expect(
+    missing_debug_implementations,
+    reason = "it holds everything; its parts are shown by name"
+)]
+pub struct Driver {
+    /// Decides.
+    pub core: Core,
+    /// Moves packets.
+    pub tunnel: Tunnel,
+    links: Links,
+    node: NodeName,
+    snapshot: Arc<Snapshot>,
+    names: BTreeMap<NodeId, NodeName>,
+    externals: BTreeMap<NodeId, ExternalPeer>,
+    local_addresses: Vec<SocketAddr>,
+    static_candidates: Vec<SocketAddr>,
+    dead: BTreeSet<NodeName>,
+    views: watch::Sender<Option<Arc<View>>>,
+    remembered: watch::Sender<BTreeMap<NodeId, Vec<SocketAddr>>>,
+    stun: BTreeMap<[u8; 12], StunRequest>,
+    pings: BTreeMap<u64, oneshot::Sender<()>>,
+    /// Why the packet path is gone.
+    broken: Option<String>,
+}
+
+struct StunRequest {
+    relay: RelayId,
+    target: SocketAddr,
+    sent: Instant,
+}
+
+/// What a driver is made of.
+#[expect(
+    missing_debug_implementations,
+    reason = "a bundle that lives for one call"
+)]
+pub struct Parts {
+    /// Decides.
+    pub core: Core,
+    /// Moves packets.
+    pub tunnel: Tunnel,
+    /// Links to relays.
+    pub links: Links,
+    /// This node.
+    pub node: NodeName,
+    /// Addresses of its own that its configuration names.
+    pub static_candidates: Vec<SocketAddr>,
+    /// The desired state to begin with.
+    pub snapshot: Arc<Snapshot>,
+    /// Where the view goes.
+    pub views: watch::Sender<Option<Arc<View>>>,
+    /// Where addresses that worked go.
+    pub remembered: watch::Sender<BTreeMap<NodeId, Vec<SocketAddr>>>,
+}
+
+impl Driver {
+    /// A driver that has handed `parts.snapshot` to everyone.
+    #[must_use]
+    pub fn new(parts: Parts) -> Self {
+        let mut driver = Self {
+            core: parts.core,
+            tunnel: parts.tunnel,
+            links: parts.links,
+            node: parts.node,
+            snapshot: Arc::clone(&parts.snapshot),
+            names: BTreeMap::new(),
+            externals: BTreeMap::new(),
+            local_addresses: Vec::new(),
+            static_candidates: parts.static_candidates,
+            dead: BTreeSet::new(),
+            views: parts.views,
+            remembered: parts.remembered,
+            stun: BTreeMap::new(),
+            pings: BTreeMap::new(),
+            broken: None,
+        };
+        driver.take_snapshot(parts.snapshot);
+        driver
+    }
+
+    /// Runs until `stop`; then says goodbye to the peers.
+    ///
+    /// # Errors
+    ///
+    /// When the packet path broke.
+    pub async fn run(
+        mut self,
+        mut events: mpsc::Receiver<Event>,
+        mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
+        stop: CancellationToken,
+    ) -> anyhow::Result<()> {
+        let mut tick = time::interval(Duration::from_millis(TRAFFIC_TICK_MS));
+        tick.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
+        loop {
+            self.perform();
+            if let Some(problem) = self.broken.take() {
+                bail!("the packet path broke: {problem}");
+            }
+            let deadline = self.core.poll_timeout();
+            tokio::select! {
+                () = stop.cancelled() => break,
+                Some(event) = events.recv() => self.handle_event(event),
+                _ = tick.tick() => self.report_traffic(),
+                () = sleep_until(deadline) => self.input(Input::Timeout),
+                Ok(()) = snapshots.changed() => {
+                    let snapshot = snapshots.borrow_and_update().clone();
+                    if let Some(snapshot) = snapshot {
+                        self.take_snapshot(snapshot);
+                    }
+                }
+            }
+        }
+        self.core.shut_down();
+        self.perform();
+        self.links.close_all();
+        Ok(())
+    }
+
+    /// The desired state in force.
+    #[must_use]
+    pub fn snapshot(&self) -> &Arc<Snapshot> {
+        &self.snapshot
+    }
+
+    /// This node, if the snapshot still has it.
+    #[must_use]
+    pub fn own(&self) -> Option<&Node> {
+        self.snapshot.nodes.get(&self.node)
+    }
+
+    /// The view in force.
+    #[must_use]
+    pub fn view(&self) -> Option<Arc<View>> {
+        self.views.borrow().clone()
+    }
+
+    /// The node with this key.
+    #[must_use]
+    pub fn node_by_id(&self, id: &NodeId) -> Option<&Node> {
+        self.names
+            .get(id)
+            .and_then(|name| self.snapshot.nodes.get(name))
+    }
+
+    /// This node's name.
+    #[must_use]
+    pub fn name(&self) -> &NodeName {
+        &self.node
+    }
+
+    /// The plain WireGuard devices whose gateway this node is.
+    pub fn externals(&self) -> impl Iterator<Item = &ExternalPeer> {
+        self.snapshot
+            .external_peers
+            .values()
+            .filter(|peer| peer.gateway == self.node)
+    }
+
+    /// Where the node's own socket can be reached on its interfaces.
+    #[must_use]
+    pub fn local_addresses(&self) -> &[SocketAddr] {
+        &self.local_addresses
+    }
+
+    /// The links to relays.
+    #[must_use]
+    pub fn links(&self) -> &Links {
+        &self.links
+    }
+
+    /// Sends one echo to a peer by its current path; the receiver hears when it comes back.
+    /// `None`: it has no path now, and is being woken.
+    pub fn ping(&mut self, peer: NodeId) -> Option<(Via, oneshot::Receiver<()>)> {
+        self.pings.retain(|_, waiting| !waiting.is_closed());
+        let via = self.core.peer_report(&peer).and_then(|report| report.via);
+        let Some(via) = via else {
+            self.input(Input::Wanted { peer });
+            return None;
+        };
+        if self.pings.len() == PINGS_MAX {
+            return None; // The operator's tool counts it as lost and tries again.
+        }
+        let txid = rand::rng().next_u64();
+        let (answered, answer) = oneshot::channel();
+        self.pings.insert(txid, answered);
+        self.send(
+            &peer,
+            via,
+            &PeerMessage::EchoRequest {
+                txid,
+                full_size: false,
+            },
+        );
+        Some((via, answer))
+    }
+
+    /// The one place that reads the core's clock.
+    fn now() -> Instant {
+        time::Instant::now().into_std()
+    }
+
+    fn input(&mut self, input: Input) {
+        self.core.handle_input(input, Self::now());
+    }
+
+    fn handle_event(&mut self, event: Event) {
+        match event {
+            Event::Core(input) => {
+                if let Input::LocalAddresses(addresses) = &input {
+                    self.local_addresses.clone_from(addresses);
+                }
+                self.input(input);
+            }
+            Event::Query(query) => query(self),
+            Event::Tunnel(TunnelEvent::Wanted(peer)) => self.input(Input::Wanted { peer }),
+            Event::Tunnel(TunnelEvent::Handshake { peer, via }) => {
+                if !self.externals.contains_key(&peer) {
+                    self.input(Input::Handshake { peer, via });
+                }
+            }
+            Event::Tunnel(TunnelEvent::Control { peer, via, packet }) => {
+                self.handle_message(peer, via, &packet);
+            }
+            Event::Tunnel(TunnelEvent::Stun { from, datagram }) => {
+                self.handle_stun(from, &datagram)
+            }
+            Event::Tunnel(TunnelEvent::Broken(problem)) => self.broken = Some(problem),
+        }
+    }
+
+    fn handle_message(&mut self, peer: NodeId, via: Via, packet: &[u8]) {
+        let message = match PeerMessage::from_packet(packet) {
+            Ok((_, message)) => message,
+            Err(error) => {
+                tracing::debug!(%peer, %error, "a peer's message was not understood");
+                return;
+            }
+        };
+        if let PeerMessage::EchoReply { txid, .. } = &message
+            && let Some(waiting) = self.pings.remove(txid)
+        {
+            waiting.send(()).ok(); // The operator may have given up.
+            return;
+        }
+        self.input(Input::Message { peer, via, message });
+    }
+
+    fn handle_stun(&mut self, from: SocketAddr, datagram: &[u8]) {
+        let Some((txid, observed)) = reflexive::parse_response(datagram) else {
+            return;
+        };
+        let Some(request) = self.stun.remove(&txid) else {
+            return;
+        };
+        if request.target != from {
+            tracing::debug!(%from, asked = %request.target, "a STUN answer came from elsewhere");
+            return;
+        }
+        self.input(Input::Reflexive {
+            relay: request.relay,
+            asked: from,
+            observed,
+        });
+    }
+
+    fn report_traffic(&mut self) {
+        for traffic in self.tunnel.take_traffic() {
+            if self.externals.contains_key(&traffic.peer) {
+                continue;
+            }
+            self.input(Input::Traffic {
+                peer: traffic.peer,
+                sent: traffic.sent,
+                received: traffic.received,
+            });
+        }
+    }
+
+    fn take_snapshot(&mut self, mut snapshot: Arc<Snapshot>) {
+        if !self.static_candidates.is_empty() {
+            // What the operator wrote on this node stands beside what the manifest says.
+            let nodes = &mut Arc::make_mut(&mut snapshot).nodes;
+            if let Some(own) = nodes.get_mut(&self.node) {
+                own.static_candidates.extend(&self.static_candidates);
+            }
+        }
+        self.names = snapshot
+            .nodes
+            .values()
+            .map(|node| (node.id, node.name.clone()))
+            .collect();
+        self.dead.retain(|name| snapshot.nodes.contains_key(name));
+        self.snapshot = Arc::clone(&snapshot);
+        self.publish_peers();
+        self.links.set_relays(&snapshot);
+        self.input(Input::Snapshot(snapshot));
+        self.publish_view();
+    }
+
+    /// Tells the packet path who is a peer, and which prefix belongs to whom.
+    fn publish_peers(&mut self) {
+        let snapshot = Arc::clone(&self.snapshot);
+        let others = || {
+            snapshot
+                .nodes
+                .values()
+                .filter(|node| node.name != self.node)
+        };
+        let externals: BTreeMap<_, _> = self
+            .externals()
+            .map(|peer| (peer.id, peer.clone()))
+            .collect();
+        let of_nodes =
+            others().flat_map(|node| node.allowed_prefixes().map(|prefix| (prefix, node.id)));
+        let of_externals = externals
+            .values()
+            .flat_map(|peer| peer.prefixes.iter().map(|&prefix| (prefix, peer.id)));
+        self.tunnel
+            .set_known(others().map(|node| node.id).collect());
+        self.tunnel
+            .set_routes(of_nodes.chain(of_externals).collect());
+        for id in self
+            .externals
+            .keys()
+            .filter(|id| !externals.contains_key(id))
+        {
+            self.tunnel.remove_external(id);
+        }
+        for (id, peer) in &externals {
+            if self.externals.get(id) != Some(peer) {
+                let keepalive_s = peer
+                    .keepalive
+                    .and_then(|every| every.as_secs().try_into().ok());
+                self.tunnel.add_external(*id, peer.endpoint, keepalive_s);
+            }
+        }
+        self.externals = externals;
+    }
+
+    fn publish_view(&self) {
+        let view = View {
+            snapshot: Arc::clone(&self.snapshot),
+            node: self.node.clone(),
+            dead: self.dead.clone(),
+        };
+        self.views.send_replace(Some(Arc::new(view)));
+    }
+
+    fn perform(&mut self) {
+        while let Some(output) = self.core.poll_output() {
+            self.perform_one(output);
+        }
+    }
+
+    fn perform_one(&mut self, output: Output) {
+        match output {
+            Output::Handshake { peer, vias } => self.tunnel.handshake(&peer, &vias),
+            Output::Send { peer, via, message } => self.send(&peer, via, &message),
+            Output::SetPath {
+                peer,
+                primary,
+                duplicate,
+            } => {
+                self.tunnel.set_path(&peer, primary, duplicate);
+            }
+            Output::ConnectRelay { relay, transport } => self.links.connect(relay, transport),
+            Output::DisconnectRelay { relay, transport } => self.links.disconnect(relay, transport),
+            Output::UseRelayTransport { relay, transport } => self.links.prefer(relay, transport),
+            Output::FindPeer { relay, peer } => self.links.find_peer(relay, peer),
+            Output::AskReflexive { relay, target } => self.ask_reflexive(relay, target),
+            Output::Event(event) => self.tell(event),
+        }
+    }
+
+    fn send(&self, peer: &NodeId, via: Via, message: &PeerMessage) {
+        let mesh = &self.snapshot.mesh.id;
+        let Some(own) = self.own() else {
+            return;
+        };
+        let packet = message.to_packet(own.overlay_v6, mesh.overlay_v6(peer));
+        self.tunnel.send_inner(peer, via, &packet);
+    }
+
+    fn ask_reflexive(&mut self, relay: RelayId, target: SocketAddr) {
+        let now = Self::now();
+        self.stun
+            .retain(|_, request| now - request.sent < STUN_PENDING_TTL);
+        if self.stun.len() == STUN_PENDING_MAX {
+            return; // The core asks again.
+        }
+        let txid: [u8; 12] = rand::random();
+        self.stun.insert(
+            txid,
+            StunRequest {
+                relay,
+                target,
+                sent: now,
+            },
+        );
+        self.tunnel.send_raw(target, &reflexive::request(txid));
+    }
+
+    fn tell(&mut self, event: io::Event) {
+        match event {
+            io::Event::Peer {
+                peer,
+                from,
+                to,
+                reason,
+            } => {
+                let name = self.names.get(&peer).map_or("?", NodeName::as_str);
+                tracing::debug!(peer = name, ?from, ?to, ?reason, "a peer's state changed");
+            }
+            io::Event::Liveness { peer, alive } => self.set_liveness(&peer, alive),
+            io::Event::Remember { peer, addresses } => {
+                self.remembered.send_modify(|peers| {
+                    peers.insert(peer, addresses);
+                });
+            }
+        }
+    }
+
+    fn set_liveness(&mut self, peer: &NodeId, alive: bool) {
+        let Some(name) = self.names.get(peer).cloned() else {
+            return;
+        };
+        tracing::info!(node = %name, alive, "a node's endpoints changed their liveness");
+        let changed = if alive {
+            self.dead.remove(&name)
+        } else {
+            self.dead.insert(name)
+        };
+        if changed {
+            self.publish_view();
+        }
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// A handle that asks the driver questions.
+#[derive(Debug, Clone)]
+pub struct DriverHandle(pub mpsc::Sender<Event>);
+
+impl DriverHandle {
+    /// Runs `question` in the driver. `None`: the agent is stopping.
+    pub async fn ask<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&mut Driver) -> T + Send + 'static,
+    ) -> Option<T> {
+        let (sender, receiver) = oneshot::channel();
+        let query = Box::new(move |driver: &mut Driver| {
+            sender.send(question(driver)).ok(); // The asker may have gone.
+        });
+        self.0.send(Event::Query(query)).await.ok()?;
+        receiver.await.ok()
+    }
+}

@@ -1,0 +1,265 @@
+//! The kernel's side of the overlay: addresses of the TUN device, routes into it, and news about
+//! the uplinks.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use ipnet::IpNet;
+use mesh_core::{io::Input, services::View, snapshot::Snapshot};
+use mesh_linux::{
+    IfIndex,
+    netlink::{Changes, Netlink, Route},
+};
+use mesh_wire::id::NodeName;
+use tokio::{
+    sync::{mpsc, watch},
+    time,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::driver::Event;
+
+/// How often what the kernel refused is tried again.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// Pause after a change of the network before the addresses are read: changes come in bursts.
+const SETTLE: Duration = Duration::from_millis(20);
+
+/// What the kernel should hold for the overlay.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Desired {
+    /// Addresses of the TUN device.
+    pub addresses: BTreeSet<IpNet>,
+    /// Destinations that lead into it, with the source that this node's own packets take.
+    pub routes: BTreeSet<(IpNet, Option<IpAddr>)>,
+    /// Packets that come out of the tunnel may go on to something behind this node.
+    pub forwarding: bool,
+}
+
+/// What the kernel of `own` should hold, and `dns` as further addresses of the device. `None`:
+/// the snapshot does not have this node.
+#[must_use]
+pub fn desired(snapshot: &Snapshot, own: &NodeName, dns: &[IpAddr]) -> Option<Desired> {
+    let node = snapshot.nodes.get(own)?;
+    let own_addresses = [IpAddr::from(node.overlay_v4), node.overlay_v6.into()];
+    let addresses = own_addresses
+        .iter()
+        .chain(dns)
+        .map(|&ip| IpNet::from(ip))
+        .collect();
+    let mesh = [
+        IpNet::from(snapshot.mesh.overlay_v4),
+        snapshot.mesh.id.ula_prefix().into(),
+    ];
+    let others = snapshot.nodes.values().filter(|other| other.name != *own);
+    let behind_others = others.flat_map(|other| other.prefixes.iter().copied());
+    let mine = snapshot
+        .external_peers
+        .values()
+        .filter(|peer| peer.gateway == *own);
+    let external = mine.flat_map(|peer| peer.prefixes.iter().copied());
+    let covered = |net: &IpNet| mesh.iter().any(|whole| whole.contains(net));
+    let further = behind_others.chain(external).filter(|net| !covered(net));
+    let source = |net: &IpNet| match net {
+        IpNet::V4(_) => node.overlay_v4.into(),
+        IpNet::V6(_) => node.overlay_v6.into(),
+    };
+    let routes = mesh
+        .into_iter()
+        .chain(further)
+        .map(|net| (net.trunc(), Some(source(&net))));
+    Some(Desired {
+        addresses,
+        routes: routes.collect(),
+        forwarding: !node.prefixes.is_empty(),
+    })
+}
+
+/// Keeps the kernel as the view says, until `stop`.
+///
+/// # Errors
+///
+/// If the kernel does not answer at all; what it refuses is tried again and logged once.
+pub async fn keep_kernel(
+    netlink: Netlink,
+    interface: (IfIndex, String),
+    dns: Vec<IpAddr>,
+    mut views: watch::Receiver<Option<Arc<View>>>,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let mut applied: Option<Desired> = None;
+    let mut complaint = String::new();
+    loop {
+        let view = views.borrow_and_update().clone();
+        let wanted = view.and_then(|view| desired(&view.snapshot, &view.node, &dns));
+        if let Some(wanted) = wanted
+            && applied.as_ref() != Some(&wanted)
+        {
+            let problems = apply(&netlink, &interface, &wanted).await?;
+            if problems.is_empty() {
+                complaint.clear();
+                applied = Some(wanted);
+            } else if problems != complaint {
+                tracing::warn!(%problems, "the kernel refused a part; trying again");
+                complaint = problems;
+            }
+        }
+        tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            changed = views.changed() => changed?,
+            () = time::sleep(RETRY), if !complaint.is_empty() => {}
+        }
+    }
+}
+
+/// Performs `wanted`; returns what was refused, for people.
+///
+/// # Errors
+///
+/// If the present state cannot be read.
+pub async fn apply(
+    netlink: &Netlink,
+    (link, name): &(IfIndex, String),
+    wanted: &Desired,
+) -> anyhow::Result<String> {
+    let routes = wanted
+        .routes
+        .iter()
+        .map(|&(net, source)| Route::new(net, *link, source));
+    let addresses = netlink.apply_addresses(*link, &wanted.addresses).await?;
+    let routes = netlink.apply_routes(&routes.collect()).await?;
+    let mut problems: Vec<_> = addresses
+        .failed
+        .iter()
+        .chain(&routes.failed)
+        .map(|error| error.to_string())
+        .collect();
+    if wanted.forwarding
+        && let Err(problem) = forward(name)
+    {
+        problems.push(problem);
+    }
+    Ok(problems.join("; "))
+}
+
+/// Lets packets from the TUN device be forwarded. The settings vanish with the device, but for
+/// IPv6's global switch, which Linux before 6.17 needs (`force_forwarding` came there).
+fn forward(interface: &str) -> Result<(), String> {
+    let v4 = PathBuf::from(format!("/proc/sys/net/ipv4/conf/{interface}/forwarding"));
+    fs::write(&v4, "1").map_err(|error| format!("cannot write {}: {error}", v4.display()))?;
+    let v6 = PathBuf::from(format!(
+        "/proc/sys/net/ipv6/conf/{interface}/force_forwarding"
+    ));
+    match fs::write(&v6, "1") {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(format!("cannot write {}: {error}", v6.display()))
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+/// Tells the driver the addresses of the node's socket, now and whenever the network changes.
+///
+/// # Errors
+///
+/// If the kernel does not answer.
+pub async fn watch_uplinks(
+    netlink: Netlink,
+    mut changes: Changes,
+    interface: String,
+    port: u16,
+    events: mpsc::Sender<Event>,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    loop {
+        let addresses = netlink.uplink_addresses(&interface).await?;
+        let sockets = addresses
+            .iter()
+            .map(|local| SocketAddr::new(local.address, port));
+        let input = Input::LocalAddresses(sockets.collect());
+        events.send(Event::Core(input)).await.ok(); // Fails only while the agent stops.
+        tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            change = changes.next() => {
+                anyhow::ensure!(change.is_some(), "the kernel closed the netlink socket");
+                time::sleep(SETTLE).await;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mesh_core::snapshot::{ExternalPeer, Locality, MeshSettings, Node};
+    use mesh_wire::id::{MeshId, NodeId};
+
+    use super::*;
+
+    fn snapshot() -> Snapshot {
+        let mesh = MeshId([1; 32]);
+        let mut snapshot = Snapshot::empty(MeshSettings::with_defaults(mesh, "test"));
+        for (index, name, prefix) in [(1, "own", "10.42.1.0/24"), (2, "other", "10.42.2.0/24")] {
+            let id = NodeId([index; 32]);
+            let node = Node {
+                id,
+                name: name.parse().unwrap(),
+                locality: Locality::default(),
+                overlay_v4: [100, 96, 0, index].into(),
+                overlay_v6: mesh.overlay_v6(&id),
+                prefixes: vec![prefix.parse().unwrap()],
+                underlay_addresses: Vec::new(),
+                static_candidates: Vec::new(),
+            };
+            snapshot.nodes.insert(node.name.clone(), node);
+        }
+        snapshot
+    }
+
+    fn routes(snapshot: &Snapshot) -> Vec<String> {
+        let desired = desired(snapshot, &"own".parse().unwrap(), &[]).unwrap();
+        let v4 = desired
+            .routes
+            .iter()
+            .filter(|(net, _)| net.addr().is_ipv4());
+        v4.map(|(net, _)| net.to_string()).collect()
+    }
+
+    #[test]
+    fn the_mesh_and_what_is_behind_others_lead_into_the_tunnel_but_not_what_is_behind_this_node() {
+        assert_eq!(routes(&snapshot()), ["10.42.2.0/24", "100.96.0.0/12"]);
+    }
+
+    #[test]
+    fn external_peers_of_this_node_get_a_route_and_addresses_of_the_overlay_need_none() {
+        let mut snapshot = snapshot();
+        for (name, prefix) in [("phone", "100.96.9.9/32"), ("plc", "192.168.7.1/32")] {
+            let peer = ExternalPeer {
+                id: NodeId([9; 32]),
+                name: name.parse().unwrap(),
+                prefixes: vec![prefix.parse().unwrap()],
+                gateway: "own".parse().unwrap(),
+                endpoint: None,
+                keepalive: None,
+            };
+            snapshot.external_peers.insert(peer.name.clone(), peer);
+        }
+        assert_eq!(
+            routes(&snapshot),
+            ["10.42.2.0/24", "100.96.0.0/12", "192.168.7.1/32"]
+        );
+    }
+
+    #[test]
+    fn a_node_that_the_snapshot_does_not_have_gets_nothing() {
+        assert_eq!(
+            desired(&snapshot(), &"stranger".parse().unwrap(), &[]),
+            None
+        );
+    }
+}

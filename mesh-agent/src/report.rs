@@ -1,0 +1,489 @@
+//! What the agent tells people: the core's, the tunnel's and the kernel's state in the words of
+//! `admin.proto`. Reads, and changes nothing.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use mesh_api::admin::{
+    EndpointReport, Health, PathReport, PathWhyResponse, Peer, RelayStatus, ServiceReport,
+    StatusResponse, TransitionReport,
+};
+use mesh_core::{
+    io::{PeerState, Reason, RelayTransport},
+    node::{path, report},
+    services::{self, View},
+    snapshot::{Protocol, Service, ServiceKind},
+};
+use mesh_wire::{
+    id::{NodeId, Via},
+    peer::{CandidateKind, NatKind},
+};
+
+use crate::{admin::Facts, driver::Driver, sync::Connection};
+
+/// Milliseconds, as people and JSON read them.
+#[must_use]
+pub fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+/// The whole node on one page.
+#[must_use]
+pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> StatusResponse {
+    let snapshot = driver.snapshot();
+    let own = driver.own();
+    let relays: Vec<_> = driver
+        .core
+        .relays()
+        .map(|relay| relay_status(driver, relay))
+        .collect();
+    let mut peers = BTreeMap::new();
+    for peer in driver.core.peers() {
+        *peers.entry(state_text(peer.state).to_owned()).or_default() += 1;
+    }
+    let problems = problems(driver, connection, &relays);
+    StatusResponse {
+        node: driver.name().to_string(),
+        public_key: driver.tunnel.node_id().to_string(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        overlay_addresses: own
+            .map(|own| vec![own.overlay_v4.to_string(), own.overlay_v6.to_string()])
+            .unwrap_or_default(),
+        site: own
+            .and_then(|own| own.locality.site.as_ref())
+            .map(ToString::to_string)
+            .unwrap_or_default(),
+        health: health(driver, &relays, &problems).into(),
+        problems,
+        uptime_ms: millis(facts.started.elapsed()),
+        controller_connected: connection.connected,
+        controller: connection.controller.clone().unwrap_or_default(),
+        snapshot_generation: snapshot.generation.0,
+        snapshot_age_s: snapshot_age(connection).map_or(0, |age| age.as_secs()),
+        relays,
+        nat: nat_text(driver.core.nat()).to_owned(),
+        reflexive_addresses: driver
+            .core
+            .reflexive()
+            .iter()
+            .map(ToString::to_string)
+            .collect(),
+        peers,
+        nodes: count(snapshot.nodes.len()),
+        services: count(snapshot.services.len()),
+        dns_listen: facts.dns_listen.iter().map(ToString::to_string).collect(),
+        drops: drops(driver),
+        interface: facts.interface.clone(),
+        local_addresses: driver
+            .local_addresses()
+            .iter()
+            .map(ToString::to_string)
+            .collect(),
+        certificate_expires_unix_s: unix_s(facts.certificate_ends),
+    }
+}
+
+/// How old the desired state may be: nothing while the controller is there to correct it.
+fn snapshot_age(connection: &Connection) -> Option<Duration> {
+    if connection.connected {
+        return Some(Duration::ZERO);
+    }
+    SystemTime::now()
+        .duration_since(connection.last_contact?)
+        .ok()
+}
+
+/// Down: nobody can be reached though there is somebody. Degraded: something does not work that
+/// should.
+fn health(driver: &Driver, relays: &[RelayStatus], problems: &[String]) -> Health {
+    let mut peers = driver.core.peers().peekable();
+    let cut_off = peers.peek().is_some() && peers.all(|peer| peer.state == PeerState::Unreachable);
+    let no_relay = relays.iter().all(|relay| relay.transport.is_empty());
+    if cut_off && no_relay {
+        Health::Down
+    } else if problems.is_empty() {
+        Health::Ok
+    } else {
+        Health::Degraded
+    }
+}
+
+fn problems(driver: &Driver, connection: &Connection, relays: &[RelayStatus]) -> Vec<String> {
+    let mut problems = Vec::new();
+    if let Some(controller) = connection
+        .controller
+        .as_ref()
+        .filter(|_| !connection.connected)
+    {
+        let why = &connection.problem;
+        problems.push(format!(
+            "no connection to the controller {controller}: {why}"
+        ));
+    }
+    if driver.own().is_none() {
+        problems.push("the mesh's state does not have this node any more".to_owned());
+    }
+    if !relays.is_empty() && relays.iter().all(|relay| relay.transport.is_empty()) {
+        problems.push("no relay is up".to_owned());
+    }
+    for relay in relays.iter().filter(|relay| !relay.problem.is_empty()) {
+        problems.push(format!("relay {}: {}", relay.name, relay.problem));
+    }
+    for peer in driver
+        .core
+        .peers()
+        .filter(|peer| peer.state == PeerState::Unreachable)
+    {
+        let why = explain(peer.reason);
+        problems.push(format!("node {} is unreachable: {why}", peer.name));
+    }
+    problems
+}
+
+fn relay_status(driver: &Driver, relay: report::RelayReport) -> RelayStatus {
+    let rtt = driver.links().status(relay.id).and_then(|(_, rtt)| rtt);
+    RelayStatus {
+        name: relay.name.to_string(),
+        transport: relay.up.map(transport_text).unwrap_or_default().to_owned(),
+        home: relay.home,
+        rtt_ms: rtt.map_or(0.0, ms),
+        problem: relay.problem.unwrap_or_default(),
+    }
+}
+
+/// Every peer that was woken, and every external peer, by name.
+#[must_use]
+pub fn peers(driver: &Driver) -> Vec<Peer> {
+    let mut peers: Vec<_> = driver
+        .core
+        .peers()
+        .map(|peer| mesh_peer(driver, &peer))
+        .collect();
+    peers.extend(driver.externals().map(|peer| external_peer(driver, peer)));
+    peers.sort_by(|a, b| a.name.cmp(&b.name));
+    peers
+}
+
+fn mesh_peer(driver: &Driver, peer: &report::PeerReport) -> Peer {
+    let node = driver.node_by_id(&peer.id);
+    let addresses = node.map(|node| vec![node.overlay_v4.to_string(), node.overlay_v6.to_string()]);
+    let site = node
+        .and_then(|node| node.locality.site.as_ref())
+        .map(ToString::to_string);
+    Peer {
+        name: peer.name.to_string(),
+        site: site.unwrap_or_default(),
+        overlay_addresses: addresses.unwrap_or_default(),
+        state: state_text(peer.state).to_owned(),
+        reason: reason_text(peer.reason).to_owned(),
+        path: peer.via.map(|via| path(driver, via)).unwrap_or_default(),
+        rtt_ms: peer.srtt.map_or(0.0, ms),
+        external: false,
+        ..with_stats(driver, peer.id)
+    }
+}
+
+fn external_peer(driver: &Driver, peer: &mesh_core::snapshot::ExternalPeer) -> Peer {
+    let stats = driver.tunnel.peer_stats(&peer.id);
+    let has_session = stats.as_ref().is_some_and(|stats| stats.has_session);
+    let via = stats.and_then(|stats| stats.primary);
+    Peer {
+        name: peer.name.to_string(),
+        overlay_addresses: peer.prefixes.iter().map(ToString::to_string).collect(),
+        state: if has_session { "direct" } else { "idle" }.to_owned(),
+        path: via.map(|via| path(driver, via)).unwrap_or_default(),
+        external: true,
+        ..with_stats(driver, peer.id)
+    }
+}
+
+fn with_stats(driver: &Driver, id: NodeId) -> Peer {
+    let stats = driver.tunnel.peer_stats(&id);
+    let traffic = stats
+        .as_ref()
+        .map(|stats| stats.traffic)
+        .unwrap_or_default();
+    Peer {
+        public_key: id.to_string(),
+        sent_bytes: traffic.sent_bytes,
+        received_bytes: traffic.received_bytes,
+        last_received_ms: stats
+            .as_ref()
+            .and_then(|stats| stats.last_received)
+            .map(millis),
+        last_handshake_ms: stats
+            .as_ref()
+            .and_then(|stats| stats.last_handshake)
+            .map(millis),
+        ..Peer::default()
+    }
+}
+
+/// All that the core knows about the ways to one node.
+#[must_use]
+pub fn path_why(driver: &Driver, id: &NodeId) -> PathWhyResponse {
+    let name = driver
+        .node_by_id(id)
+        .map(|node| node.name.to_string())
+        .unwrap_or_default();
+    let own_nat = nat_text(driver.core.nat()).to_owned();
+    let Some(peer) = driver.core.peer_report(id) else {
+        return PathWhyResponse {
+            node: name,
+            state: state_text(PeerState::Idle).to_owned(),
+            reason: reason_text(Reason::LazyIdle).to_owned(),
+            explanation:
+                "Nothing was sent to it since this agent started: the first packet wakes it."
+                    .to_owned(),
+            own_nat,
+            ..PathWhyResponse::default()
+        };
+    };
+    let now = Instant::now();
+    PathWhyResponse {
+        node: name,
+        state: state_text(peer.state).to_owned(),
+        reason: reason_text(peer.reason).to_owned(),
+        explanation: explain(peer.reason).to_owned(),
+        own_nat,
+        peer_nat: nat_text(peer.nat).to_owned(),
+        paths: peer
+            .paths
+            .iter()
+            .map(|one| path_report(driver, one))
+            .collect(),
+        transitions: peer
+            .transitions
+            .iter()
+            .map(|one| transition(one, now))
+            .collect(),
+        next_attempt_ms: peer
+            .next_attempt
+            .map(|at| millis(at.saturating_duration_since(now))),
+    }
+}
+
+fn path_report(driver: &Driver, one: &report::PathReport) -> PathReport {
+    let kind = match (one.kind, one.source) {
+        (path::PathKind::Relay, _) => "relay",
+        (_, Some(source)) => source_text(source),
+        (path::PathKind::Lan | path::PathKind::Direct, None) => "cached",
+    };
+    PathReport {
+        path: path(driver, one.via),
+        kind: kind.to_owned(),
+        state: path_state_text(one.state).to_owned(),
+        rtt_ms: one.srtt.map_or(0.0, ms),
+        loss: one.loss.unwrap_or_default(),
+        probes_sent: u32::try_from(one.probes_sent).unwrap_or(u32::MAX),
+        probes_answered: u32::try_from(one.probes_answered).unwrap_or(u32::MAX),
+        full_size_ok: one.full_size_ok,
+    }
+}
+
+fn transition(one: &report::Transition, now: Instant) -> TransitionReport {
+    TransitionReport {
+        ago_ms: millis(now.saturating_duration_since(one.at)),
+        from: state_text(one.from).to_owned(),
+        to: state_text(one.to).to_owned(),
+        reason: reason_text(one.reason).to_owned(),
+    }
+}
+
+/// Every service with every endpoint, as new flows of this node see them.
+#[must_use]
+pub fn services(view: &View) -> Vec<ServiceReport> {
+    view.snapshot
+        .services
+        .values()
+        .map(|service| service_report(view, service))
+        .collect()
+}
+
+fn service_report(view: &View, service: &Service) -> ServiceReport {
+    let (kind, cluster_ips) = match &service.kind {
+        ServiceKind::ClusterIp(addresses) => (
+            "ClusterIP",
+            addresses.iter().map(ToString::to_string).collect(),
+        ),
+        ServiceKind::Headless => ("Headless", Vec::new()),
+        ServiceKind::ExternalName(_) => ("ExternalName", Vec::new()),
+    };
+    let port = |port: &mesh_core::snapshot::ServicePort| {
+        let protocol = match port.protocol {
+            Protocol::Tcp => "TCP",
+            Protocol::Udp => "UDP",
+        };
+        format!("{}/{protocol}", port.port)
+    };
+    let endpoint = |one: &services::Ranked<'_>| EndpointReport {
+        address: one.address.to_string(),
+        node: one
+            .endpoint
+            .node
+            .as_ref()
+            .map(ToString::to_string)
+            .unwrap_or_default(),
+        tier: one.tier.as_str().to_owned(),
+        ready: one.usable,
+        alive: one.alive,
+        chosen: one.chosen,
+    };
+    ServiceReport {
+        namespace: service.name.namespace.clone(),
+        name: service.name.name.clone(),
+        kind: kind.to_owned(),
+        cluster_ips,
+        ports: service.ports.iter().map(port).collect(),
+        endpoints: services::rank(view, service).iter().map(endpoint).collect(),
+    }
+}
+
+/// A way in words: the address, or the relay and what the link to it runs over.
+#[must_use]
+pub fn path(driver: &Driver, via: Via) -> String {
+    match via {
+        Via::Direct(address) => address.to_string(),
+        Via::Relay(id) => {
+            let relay = driver.snapshot().relays.get(&id);
+            let name = relay.map_or("?", |relay| relay.name.as_str());
+            let transport = driver
+                .links()
+                .status(id)
+                .map(|(transport, _)| transport_text(transport));
+            format!("relay {name} ({})", transport.unwrap_or("down"))
+        }
+    }
+}
+
+fn drops(driver: &Driver) -> BTreeMap<String, u64> {
+    let drops = driver
+        .tunnel
+        .stats()
+        .drops
+        .into_iter()
+        .filter(|(_, count)| *count > 0);
+    drops
+        .map(|(reason, count)| (reason.as_str().to_owned(), count))
+        .collect()
+}
+
+fn transport_text(transport: RelayTransport) -> &'static str {
+    match transport {
+        RelayTransport::Quic => "quic",
+        RelayTransport::Tls => "tls",
+    }
+}
+
+fn state_text(state: PeerState) -> &'static str {
+    match state {
+        PeerState::Idle => "idle",
+        PeerState::Waking => "waking",
+        PeerState::Relayed => "relayed",
+        PeerState::Direct => "direct",
+        PeerState::Suspect => "suspect",
+        PeerState::Unreachable => "unreachable",
+    }
+}
+
+fn path_state_text(state: path::PathState) -> &'static str {
+    match state {
+        path::PathState::Candidate => "candidate",
+        path::PathState::Probing => "probing",
+        path::PathState::Standby => "standby",
+        path::PathState::Primary => "primary",
+        path::PathState::Suspect => "suspect",
+        path::PathState::Dead => "dead",
+    }
+}
+
+fn source_text(source: CandidateKind) -> &'static str {
+    match source {
+        CandidateKind::Host => "host",
+        CandidateKind::Reflexive => "reflexive",
+        CandidateKind::PortMapped => "port_mapped",
+        CandidateKind::PeerReflexive => "peer_reflexive",
+        CandidateKind::Static => "static",
+    }
+}
+
+fn nat_text(nat: NatKind) -> &'static str {
+    match nat {
+        NatKind::Unknown => "unknown",
+        NatKind::None => "none",
+        NatKind::Easy => "easy",
+        NatKind::Hard => "hard",
+        NatKind::UdpBlocked => "udp_blocked",
+    }
+}
+
+/// The machine-readable reason and its explanation, side by side so that neither is forgotten.
+fn words(reason: Reason) -> (&'static str, &'static str) {
+    match reason {
+        Reason::Wanted => ("wanted", "Packets were waiting for it."),
+        Reason::PeerCalled => ("peer_called", "It began the connection."),
+        Reason::HandshakeDone => ("handshake_done", "The handshake completed."),
+        Reason::ProbeAnswered => ("probe_answered", "An echo came back by this path."),
+        Reason::LanFound => ("lan_found", "A path within the site was found."),
+        Reason::Silent => ("silent", "Nothing authenticated came back in time."),
+        Reason::LinkDown => ("link_down", "The link under the path went away."),
+        Reason::Goodbye => ("goodbye", "The other agent said that it stops."),
+        Reason::LazyIdle => (
+            "lazy_idle",
+            "There was no traffic for a while; the next packet wakes it.",
+        ),
+        Reason::UdpBlocked => (
+            "udp_blocked",
+            "UDP does not get out on one side: traffic goes through a relay, over TCP where it must.",
+        ),
+        Reason::HardNatBoth => (
+            "hard_nat_both",
+            "Both NATs give each destination another port (symmetric): no address can be guessed.",
+        ),
+        Reason::HardNatOne => (
+            "hard_nat_one",
+            "One NAT gives each destination another port (symmetric) and the other lets in only known ports: a relay stays in between.",
+        ),
+        Reason::NoCandidates => (
+            "no_candidates",
+            "The other node told no address, and none is known.",
+        ),
+        Reason::MtuFail => ("mtu_fail", "Only small packets pass by the direct path."),
+        Reason::HandshakeTimeout => (
+            "handshake_timeout",
+            "The handshake got no answer by any path.",
+        ),
+        Reason::RelayUnreachable => (
+            "relay_unreachable",
+            "No relay is up, and no direct path works.",
+        ),
+        Reason::PeerOffline => (
+            "peer_offline",
+            "It is connected to no relay: the node is off, or cut off.",
+        ),
+        Reason::Probing => ("probing", "Direct paths are still being tried."),
+    }
+}
+
+fn reason_text(reason: Reason) -> &'static str {
+    words(reason).0
+}
+
+fn explain(reason: Reason) -> &'static str {
+    words(reason).1
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn count(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+fn unix_s(time: SystemTime) -> i64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}

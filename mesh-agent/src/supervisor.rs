@@ -1,0 +1,65 @@
+//! Named tasks that live and die together: one that ends early takes the process down, because
+//! half a daemon is worse than none.
+
+use std::{future::Future, time::Duration};
+
+use anyhow::{Context as _, bail};
+use tokio::{task::JoinSet, time};
+use tokio_util::sync::CancellationToken;
+
+/// How long tasks may take to end once they are told.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
+
+/// The tasks of this process.
+#[derive(Debug)]
+pub struct Supervisor {
+    stop: CancellationToken,
+    tasks: JoinSet<(&'static str, anyhow::Result<()>)>,
+}
+
+impl Supervisor {
+    /// With no tasks yet. Tasks end when `stop` is cancelled.
+    #[must_use]
+    pub fn new(stop: CancellationToken) -> Self {
+        Self {
+            stop,
+            tasks: JoinSet::new(),
+        }
+    }
+
+    /// Starts a task that runs until the process stops.
+    pub fn spawn(
+        &mut self,
+        name: &'static str,
+        task: impl Future<Output = anyhow::Result<()>> + Send + 'static,
+    ) {
+        self.tasks.spawn(async move { (name, task.await) });
+    }
+
+    /// Waits until the process is told to stop or a task ends early; then ends all of them.
+    ///
+    /// # Errors
+    ///
+    /// The error of the task that ended early, with its name.
+    pub async fn run(mut self) -> anyhow::Result<()> {
+        let early = tokio::select! {
+            () = self.stop.cancelled() => None,
+            ended = self.tasks.join_next() => ended,
+        };
+        let stopping = self.stop.is_cancelled();
+        self.stop.cancel();
+        let mut tasks = self.tasks;
+        let drain = async { while tasks.join_next().await.is_some() {} };
+        if time::timeout(SHUTDOWN_GRACE, drain).await.is_err() {
+            tracing::warn!(left = tasks.len(), "tasks did not end in time");
+        }
+        if let Some(joined) = early {
+            let (name, result) = joined.context("a task panicked")?;
+            result.with_context(|| format!("task {name} failed"))?;
+            if !stopping {
+                bail!("task {name} ended early");
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,528 @@
+//! The controller's side of the agent: joining, renewing, and keeping the resources current.
+//!
+//! Everything here may fail for days; the agent serves from its disk meanwhile.
+
+use std::{
+    fs,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context as _, bail};
+use arc_swap::ArcSwap;
+use mesh_api::{
+    connect::{ALPN, control_channel, control_client},
+    control::{
+        JoinRequest, JoinResponse, RenewRequest, SnapshotFile, SyncRequest, SyncResponse,
+        control_client::ControlClient,
+    },
+    convert,
+    resources::{self, Resources},
+};
+use mesh_core::snapshot::{Generation, Snapshot};
+use mesh_identity::{authority::new_key, credentials::Credentials, tls, token::JoinToken};
+use mesh_wire::id::{Identity, NodeId, NodeName};
+use prost::Message as _;
+use tokio::{
+    sync::{mpsc, watch},
+    task,
+    time::{self, Instant},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status, transport::Channel};
+
+use crate::{
+    config::{Settings, TokenSource},
+    state::{IdentityFiles, StateFolder},
+    store::Store,
+};
+
+/// First pause between attempts to reach the controller.
+const RETRY_MIN: Duration = Duration::from_millis(500);
+
+/// Longest pause: 100,000 nodes that come back at once are then 3,300 handshakes a second.
+const RETRY_MAX: Duration = Duration::from_secs(30);
+
+/// A connection that held this long was good: the next attempt starts with the first pause.
+const GOOD_CONNECTION: Duration = Duration::from_secs(10);
+
+/// Changes that come faster than this are written to disk together: a snapshot of 50 MB a second
+/// is what an SD card bears.
+const WRITE_PAUSE: Duration = Duration::from_secs(1);
+
+/// How often it is checked whether the certificate is due for renewal.
+const RENEW_CHECK: Duration = Duration::from_secs(3600);
+
+/// Acknowledgements that wait for the stream: one for each response, and responses come singly.
+const REQUESTS_MAX: usize = 4;
+
+/// How it stands with the controller.
+#[derive(Debug, Clone, Default)]
+pub struct Connection {
+    /// `host:port`, if there is one.
+    pub controller: Option<String>,
+    /// Whether the stream is up.
+    pub connected: bool,
+    /// Why not, for people.
+    pub problem: String,
+    /// When the controller last said something, by the node's own clock.
+    pub last_contact: Option<SystemTime>,
+}
+
+/// The agent's side of the control protocol.
+#[derive(Debug)]
+pub struct Sync {
+    node: NodeName,
+    state: Arc<StateFolder>,
+    store: Arc<Mutex<Store>>,
+    credentials: Arc<ArcSwap<Credentials>>,
+    resources: Resources,
+    store_id: Vec<u8>,
+    generation: u64,
+    snapshots: watch::Sender<Option<Arc<Snapshot>>>,
+    connection: watch::Sender<Connection>,
+    /// When the resources were last written, and whether they changed since.
+    written: Option<Instant>,
+    dirty: bool,
+}
+
+impl Sync {
+    /// Reads what is on disk; joins the mesh first if this node never did.
+    ///
+    /// # Errors
+    ///
+    /// When the state is damaged, of another node, or the controller refuses the token.
+    pub async fn open(
+        settings: &Settings,
+        state: Arc<StateFolder>,
+        id: NodeId,
+    ) -> anyhow::Result<(Self, watch::Receiver<Option<Arc<Snapshot>>>)> {
+        let credentials = match state.identity()? {
+            Some(files) => read_credentials(&files, &state)?,
+            None => join(settings, &state, id).await?,
+        };
+        check_identity(&credentials, settings, id)?;
+        let opened = Store::open(state.path());
+        for (path, problem) in &opened.damaged {
+            tracing::warn!(path = %path.display(), %problem, "a snapshot slot is not usable");
+        }
+        let (snapshots, receiver) = watch::channel(None);
+        let mut sync = Self {
+            node: settings.node_name.clone(),
+            state,
+            store: Arc::new(Mutex::new(opened.store)),
+            credentials: Arc::new(ArcSwap::from_pointee(credentials)),
+            resources: Resources::new(),
+            store_id: Vec::new(),
+            generation: 0,
+            snapshots,
+            connection: watch::Sender::new(Connection {
+                controller: settings.controller.clone(),
+                ..Connection::default()
+            }),
+            written: None,
+            dirty: false,
+        };
+        if let Some(payload) = opened.payload {
+            sync.take_from_disk(&payload);
+        }
+        Ok((sync, receiver))
+    }
+
+    /// The credentials in force.
+    #[must_use]
+    pub fn credentials(&self) -> Arc<ArcSwap<Credentials>> {
+        Arc::clone(&self.credentials)
+    }
+
+    /// How it stands with the controller.
+    #[must_use]
+    pub fn connection(&self) -> watch::Receiver<Connection> {
+        self.connection.subscribe()
+    }
+
+    /// Follows the controller until `stop`.
+    ///
+    /// # Errors
+    ///
+    /// None: what fails is tried again.
+    pub async fn run(mut self, stop: CancellationToken) -> anyhow::Result<()> {
+        let Some(controller) = self.connection.borrow().controller.clone() else {
+            stop.cancelled().await;
+            return Ok(());
+        };
+        let mut pause = RETRY_MIN;
+        let mut told = String::new();
+        loop {
+            let begun = Instant::now();
+            let ended = tokio::select! {
+                ended = self.follow(&controller) => ended,
+                () = stop.cancelled() => break,
+            };
+            let problem = ended.map_or_else(|error| format!("{error:#}"), |()| "ended".to_owned());
+            if problem != told {
+                tracing::info!(%controller, %problem, "no connection to the controller; serving what is on disk");
+                told.clone_from(&problem);
+            }
+            self.connection.send_modify(|connection| {
+                connection.connected = false;
+                connection.problem = problem;
+            });
+            self.write_if_dirty().await;
+            if begun.elapsed() > GOOD_CONNECTION {
+                pause = RETRY_MIN;
+            }
+            let jittered = pause.mul_f64(rand::random_range(0.5..1.0));
+            tokio::select! {
+                () = time::sleep(jittered) => {}
+                () = stop.cancelled() => break,
+            }
+            pause = (pause * 2).min(RETRY_MAX);
+        }
+        self.write_if_dirty().await;
+        Ok(())
+    }
+
+    /// One connection's life.
+    async fn follow(&mut self, controller: &str) -> anyhow::Result<()> {
+        let mut client = self.connect(controller).await?;
+        self.renew_if_due(&mut client).await?;
+        let (requests, outgoing) = mpsc::channel(REQUESTS_MAX);
+        requests.send(self.request()).await.ok(); // There is room for the first.
+        let mut responses = client
+            .sync(ReceiverStream::new(outgoing))
+            .await?
+            .into_inner();
+        let mut renew = time::interval(RENEW_CHECK);
+        loop {
+            let write_at = self.write_due();
+            tokio::select! {
+                response = responses.message() => {
+                    let response = response?.context("the controller closed the stream")?;
+                    self.take(response).await?;
+                    requests.send(self.request()).await.context("the stream is closed")?;
+                }
+                () = async { time::sleep_until(write_at.unwrap_or_else(Instant::now)).await },
+                    if write_at.is_some() => self.write_if_dirty().await,
+                _ = renew.tick() => self.renew_if_due(&mut client).await?,
+            }
+        }
+    }
+
+    async fn connect(&self, controller: &str) -> anyhow::Result<ControlClient<Channel>> {
+        let credentials = self.credentials.load();
+        let config = Arc::new(tls::client_config(&credentials, ALPN)?);
+        let name = tls::server_name(credentials.trust_domain(), &Identity::Controller)?;
+        Ok(control_client(
+            control_channel(controller, config, name).await?,
+        ))
+    }
+
+    fn request(&self) -> SyncRequest {
+        SyncRequest {
+            store_id: self.store_id.clone(),
+            generation: self.generation,
+        }
+    }
+
+    async fn take(&mut self, response: SyncResponse) -> anyhow::Result<()> {
+        if !response.full && response.store_id != self.store_id {
+            bail!("the controller sent a change of a state that this node does not have");
+        }
+        self.connection.send_modify(|connection| {
+            connection.connected = true;
+            connection.problem.clear();
+            connection.last_contact = Some(SystemTime::now());
+        });
+        let changed = response.full || response.generation != self.generation;
+        self.store_id.clone_from(&response.store_id);
+        self.generation = response.generation;
+        for rejected in resources::apply(&mut self.resources, response) {
+            tracing::warn!(%rejected, "a resource was left out");
+        }
+        if changed {
+            self.dirty = true;
+            if self.write_due().is_none_or(|due| due <= Instant::now()) {
+                self.write_if_dirty().await;
+            }
+            self.publish();
+        }
+        Ok(())
+    }
+
+    fn publish(&self) {
+        let credentials = self.credentials.load();
+        let generation = Generation(self.generation);
+        let built = resources::snapshot_from_resources(
+            self.resources.values(),
+            generation,
+            credentials.authority(),
+        );
+        match built {
+            Ok((snapshot, rejected)) => {
+                for rejected in rejected {
+                    tracing::warn!(%rejected, "a resource was left out");
+                }
+                self.snapshots.send_replace(Some(Arc::new(snapshot)));
+            }
+            Err(error) => tracing::warn!(%error, "the state is not usable; keeping the last one"),
+        }
+    }
+
+    fn take_from_disk(&mut self, payload: &[u8]) {
+        let file = match SnapshotFile::decode(payload) {
+            Ok(file) => file,
+            Err(error) => {
+                tracing::warn!(%error, "the snapshot on disk is not of this version");
+                return;
+            }
+        };
+        self.store_id = file.store_id;
+        self.generation = file.generation;
+        let keyed = |resource| Some((convert::key(&resource).ok()?, resource));
+        self.resources = file.resources.into_iter().filter_map(keyed).collect();
+        let received = u64::try_from(file.received_unix_s).unwrap_or_default();
+        self.connection.send_modify(|connection| {
+            connection.last_contact = UNIX_EPOCH.checked_add(Duration::from_secs(received));
+        });
+        self.publish();
+    }
+
+    /// When the disk should next be written; `None`: it has everything.
+    fn write_due(&self) -> Option<Instant> {
+        self.dirty.then(|| {
+            self.written
+                .map_or_else(Instant::now, |at| at + WRITE_PAUSE)
+        })
+    }
+
+    async fn write_if_dirty(&mut self) {
+        if !self.dirty {
+            return;
+        }
+        let received = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        let file = SnapshotFile {
+            store_id: self.store_id.clone(),
+            generation: self.generation,
+            received_unix_s: i64::try_from(received.as_secs()).unwrap_or(i64::MAX),
+            resources: self.resources.values().cloned().collect(),
+        };
+        let store = Arc::clone(&self.store);
+        let write = move || {
+            let payload = file.encode_to_vec();
+            store
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .write(&payload)
+        };
+        self.written = Some(Instant::now());
+        match task::spawn_blocking(write).await {
+            Ok(Ok(())) => self.dirty = false,
+            Ok(Err(error)) => {
+                tracing::warn!(%error, folder = %self.state.path().display(),
+                    "cannot keep the snapshot; a restart would find an older one");
+            }
+            Err(error) => tracing::warn!(%error, "writing the snapshot was cut short"),
+        }
+    }
+
+    async fn renew_if_due(&mut self, client: &mut ControlClient<Channel>) -> anyhow::Result<()> {
+        if SystemTime::now() < self.credentials.load().validity().renew_at() {
+            return Ok(());
+        }
+        let new = new_key()?;
+        let request = RenewRequest {
+            csr_der: new.csr_der,
+        };
+        let response = client
+            .renew(request)
+            .await
+            .context("renewing the certificate")?;
+        let renewed = credentials_from(response.into_inner(), &new.key_pem)?;
+        self.state.set_identity(&files_of(&renewed))?;
+        tracing::info!(node = %self.node, "the certificate was renewed");
+        self.credentials.store(Arc::new(renewed));
+        Ok(())
+    }
+}
+
+/// Waits until the desired state has this node.
+///
+/// # Errors
+///
+/// If the task that fetches it ended.
+pub async fn wait_for_node(
+    mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
+    node: &NodeName,
+) -> anyhow::Result<Arc<Snapshot>> {
+    let has_node = |snapshot: &Option<Arc<Snapshot>>| {
+        snapshot
+            .as_ref()
+            .is_some_and(|s| s.nodes.contains_key(node))
+    };
+    if !has_node(&snapshots.borrow()) {
+        tracing::info!(%node, "waiting for the first snapshot with this node in it");
+    }
+    let found = snapshots
+        .wait_for(has_node)
+        .await
+        .context("the sync task ended")?;
+    found.clone().context("the snapshot went away")
+}
+
+fn read_credentials(files: &IdentityFiles, state: &StateFolder) -> anyhow::Result<Credentials> {
+    Credentials::from_pem(&files.certificate, &files.key, &files.ca).with_context(|| {
+        let folder = state.path().display();
+        format!("the certificate in {folder} is not usable (restore it, or empty the folder and join again)")
+    })
+}
+
+fn check_identity(
+    credentials: &Credentials,
+    settings: &Settings,
+    own: NodeId,
+) -> anyhow::Result<()> {
+    let Identity::Node { name, id } = credentials.identity() else {
+        bail!(
+            "the certificate in {} is not a node's",
+            settings.state_dir.display()
+        );
+    };
+    if *name != settings.node_name {
+        bail!(
+            "{} belongs to node {name}, but `node_name` is {}: correct it, or give this node its own `state_dir`",
+            settings.state_dir.display(),
+            settings.node_name
+        );
+    }
+    if *id != own {
+        bail!(
+            "the certificate in {} is for another WireGuard key than wireguard.key there",
+            settings.state_dir.display()
+        );
+    }
+    Ok(())
+}
+
+/// Joins the mesh; tries until the controller answers.
+async fn join(settings: &Settings, state: &StateFolder, id: NodeId) -> anyhow::Result<Credentials> {
+    let token = read_token(settings)?;
+    let Some(controller) = &settings.controller else {
+        bail!("this node has not joined a mesh yet: set `controller` in the configuration");
+    };
+    let new = new_key()?;
+    let mut pause = RETRY_MIN;
+    let mut told = String::new();
+    loop {
+        match try_join(controller, &token, settings, id, new.csr_der.clone()).await {
+            Ok(response) => {
+                let credentials = credentials_from(response, &new.key_pem)?;
+                state.set_identity(&files_of(&credentials))?;
+                tracing::info!(mesh = credentials.trust_domain(), "joined");
+                return Ok(credentials);
+            }
+            Err(JoinError::Refused(status)) => {
+                bail!(
+                    "the controller {controller} refused to let this node join: {}",
+                    status.message()
+                );
+            }
+            Err(JoinError::Unreachable(error)) => {
+                let problem = format!("{error:#}");
+                if problem != told {
+                    tracing::warn!(%controller, %problem, "cannot join yet; trying again");
+                    told = problem;
+                }
+            }
+        }
+        time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
+        pause = (pause * 2).min(RETRY_MAX);
+    }
+}
+
+fn read_token(settings: &Settings) -> anyhow::Result<JoinToken> {
+    let text = match &settings.token {
+        TokenSource::None => bail!(
+            "this node has not joined a mesh yet: set `token` or `token_file` (made by `meshctl token create`)"
+        ),
+        TokenSource::Inline(text) => text.0.clone(),
+        TokenSource::File(path) => fs::read_to_string(path)
+            .with_context(|| format!("cannot read `token_file` {}", path.display()))?,
+    };
+    Ok(text.trim().parse::<JoinToken>()?)
+}
+
+enum JoinError {
+    /// The controller said no: trying again does not help.
+    Refused(Status),
+    /// No answer.
+    Unreachable(anyhow::Error),
+}
+
+async fn try_join(
+    controller: &str,
+    token: &JoinToken,
+    settings: &Settings,
+    id: NodeId,
+    csr_der: Vec<u8>,
+) -> Result<JoinResponse, JoinError> {
+    let mut client = connect_to_join(controller, token)
+        .await
+        .map_err(JoinError::Unreachable)?;
+    let request = JoinRequest {
+        token: token.to_string(),
+        node_name: settings.node_name.to_string(),
+        csr_der,
+        wireguard_public_key: id.0.to_vec(),
+    };
+    match client.join(request).await {
+        Ok(response) => Ok(response.into_inner()),
+        Err(status) if is_refusal(status.code()) => Err(JoinError::Refused(status)),
+        Err(status) => Err(JoinError::Unreachable(status.into())),
+    }
+}
+
+fn is_refusal(code: Code) -> bool {
+    matches!(
+        code,
+        Code::InvalidArgument
+            | Code::PermissionDenied
+            | Code::Unauthenticated
+            | Code::AlreadyExists
+            | Code::FailedPrecondition
+            | Code::NotFound
+    )
+}
+
+async fn connect_to_join(
+    controller: &str,
+    token: &JoinToken,
+) -> anyhow::Result<ControlClient<Channel>> {
+    let config = Arc::new(tls::join_client_config(token.mesh, ALPN)?);
+    let name = tls::server_name(&token.trust_domain, &Identity::Controller)?;
+    Ok(control_client(
+        control_channel(controller, config, name).await?,
+    ))
+}
+
+fn credentials_from(response: JoinResponse, key_pem: &str) -> anyhow::Result<Credentials> {
+    let chain = response
+        .certificate_chain_der
+        .into_iter()
+        .map(Into::into)
+        .collect();
+    let authority = response.ca_certificate_der.into();
+    Credentials::from_parts(chain, key_pem, authority)
+        .context("the controller's answer is not usable")
+}
+
+fn files_of(credentials: &Credentials) -> IdentityFiles {
+    IdentityFiles {
+        certificate: credentials.chain_pem(),
+        key: credentials.key_pem().to_string(),
+        ca: credentials.authority_pem(),
+    }
+}
