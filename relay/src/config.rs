@@ -1,1 +1,198 @@
-//! c
+//! `relay.toml`: the file as written, and the settings as checked.
+
+use std::{
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use mesh_core::relay_server::Limits;
+use mesh_identity::credentials::{Credentials, CredentialsError};
+use mesh_wire::id::{Identity, RelayName};
+use serde::Deserialize;
+
+/// Most STUN ports beside the one that QUIC has: two vantage points are enough for anybody.
+const STUN_LISTEN_MAX: usize = 8;
+
+/// Highest rate of one node that makes sense, in Mb/s.
+const CLIENT_RATE_MAX_MBIT_PER_S: u64 = 100_000;
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ConfigFile {
+    name: RelayName,
+    /// PEM files; relative paths begin at the configuration file's folder.
+    certificate: PathBuf,
+    key: PathBuf,
+    ca: PathBuf,
+    #[serde(default = "https_port")]
+    quic_listen: SocketAddr,
+    #[serde(default = "https_port")]
+    tls_listen: SocketAddr,
+    #[serde(default = "stun_ports")]
+    stun_listen: Vec<SocketAddr>,
+    #[serde(default)]
+    clients_max: Option<usize>,
+    #[serde(default)]
+    clients_per_network_max: Option<usize>,
+    #[serde(default)]
+    client_rate_mbit_per_s: Option<u64>,
+}
+
+fn https_port() -> SocketAddr {
+    (std::net::Ipv6Addr::UNSPECIFIED, 443).into()
+}
+
+fn stun_ports() -> Vec<SocketAddr> {
+    vec![(std::net::Ipv6Addr::UNSPECIFIED, 3478).into()]
+}
+
+/// What a relay needs to run.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Its name.
+    pub name: RelayName,
+    /// Its certificate, key and authority.
+    pub credentials: Credentials,
+    /// UDP address of QUIC and STUN.
+    pub quic_listen: SocketAddr,
+    /// TCP address of TLS.
+    pub tls_listen: SocketAddr,
+    /// Further UDP addresses of STUN.
+    pub stun_listen: Vec<SocketAddr>,
+    /// How much is too much.
+    pub limits: Limits,
+}
+
+/// What is wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file is not what it should be; the text names line, key and accepted keys.
+    #[error("cannot parse {path}: {source}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: toml::de::Error,
+    },
+    /// `certificate`, `key` and `ca` do not go together.
+    #[error("{path}: `certificate`, `key`, `ca`: {source}")]
+    Credentials {
+        /// The configuration file.
+        path: PathBuf,
+        /// Which, and why.
+        source: CredentialsError,
+    },
+    /// The certificate is another's.
+    #[error("{path}: `name` is {name}, but the certificate belongs to {actual}")]
+    OtherName {
+        /// The configuration file.
+        path: PathBuf,
+        /// As configured.
+        name: RelayName,
+        /// As certified.
+        actual: String,
+    },
+    /// A number is out of range.
+    #[error("{path}: `{key}` must lie between {min} and {max}")]
+    Range {
+        /// The configuration file.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// Smallest that is accepted.
+        min: u64,
+        /// Largest that is accepted.
+        max: u64,
+    },
+}
+
+impl Settings {
+    /// Reads and checks a configuration file and the files that it names.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`] for the person who wrote the file.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        let file: ConfigFile = toml::from_str(&text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source,
+        })?;
+        let folder = path.parent().unwrap_or(Path::new(""));
+        let credentials = Credentials::from_files(
+            &folder.join(&file.certificate),
+            &folder.join(&file.key),
+            &folder.join(&file.ca),
+        );
+        let credentials = credentials.map_err(|source| ConfigError::Credentials {
+            path: path.to_owned(),
+            source,
+        })?;
+        if *credentials.identity() != Identity::Relay(file.name.clone()) {
+            return Err(ConfigError::OtherName {
+                path: path.to_owned(),
+                name: file.name,
+                actual: credentials.identity().to_uri(credentials.trust_domain()),
+            });
+        }
+        Ok(Self {
+            limits: limits(&file, path)?,
+            name: file.name,
+            credentials,
+            quic_listen: file.quic_listen,
+            tls_listen: file.tls_listen,
+            stun_listen: file.stun_listen,
+        })
+    }
+}
+
+fn limits(file: &ConfigFile, path: &Path) -> Result<Limits, ConfigError> {
+    let check = |key, value: u64, max| {
+        if (1..=max).contains(&value) {
+            return Ok(value);
+        }
+        let path = path.to_owned();
+        Err(ConfigError::Range {
+            path,
+            key,
+            min: 1,
+            max,
+        })
+    };
+    let count = |key, value: Option<usize>, default| match value {
+        Some(value) => {
+            let wide = u64::try_from(value).unwrap_or(u64::MAX);
+            check(key, wide, 65_536).map(|_| value)
+        }
+        None => Ok(default),
+    };
+    let stun = u64::try_from(file.stun_listen.len()).unwrap_or(u64::MAX);
+    let stun_max = u64::try_from(STUN_LISTEN_MAX).unwrap_or(u64::MAX);
+    if stun > stun_max {
+        check("stun_listen", stun, stun_max)?;
+    }
+    let mut limits = match file.client_rate_mbit_per_s {
+        Some(rate) => {
+            check("client_rate_mbit_per_s", rate, CLIENT_RATE_MAX_MBIT_PER_S)?;
+            Limits::with_rate(rate * 125_000)
+        }
+        None => Limits::default(),
+    };
+    limits.links_max = count("clients_max", file.clients_max, limits.links_max)?;
+    let per_network = file.clients_per_network_max;
+    let default = limits.links_per_source_max;
+    limits.links_per_source_max = count("clients_per_network_max", per_network, default)?;
+    Ok(limits)
+}

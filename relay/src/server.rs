@@ -1,1 +1,273 @@
-//! s
+//! The relay itself: listeners, one task a link, and the way between them.
+
+use std::{fmt, io, net::SocketAddr, sync::Arc, time::Duration};
+
+use futures_util::future;
+use mesh_identity::{
+    certificate::peer_identity,
+    tls::{ClientAuth, server_config},
+};
+use mesh_wire::{
+    id::{Identity, NodeId},
+    relay::{ALPN_QUIC, ALPN_TLS},
+};
+use quinn::{
+    AsyncUdpSocket, Endpoint, EndpointConfig, Runtime as _, TokioRuntime,
+    crypto::rustls::QuicServerConfig,
+};
+use quinn_proto::HashedConnectionIdGenerator;
+use rand::Rng as _;
+use ring::hmac;
+use rustls::pki_types::CertificateDer;
+use tokio::{net::TcpListener, sync::Semaphore, time};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use self::{hub::Hub, udp::SharedSocket};
+use crate::{config::Settings, outlet::CLOSE_CODE, quic, sockets};
+
+mod hub;
+mod quic_link;
+mod tls_link;
+mod udp;
+
+/// TLS handshakes at once, of either transport: 256 × 50 KiB; at 1 ms of processor each, a quarter
+/// of a second of work. One more is refused.
+const HANDSHAKES_MAX: usize = 256;
+
+/// Time from the first byte to the node's `Hello`.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Time that nodes have to move away after `GoAway`.
+const STOP_GRACE: Duration = Duration::from_secs(2);
+
+/// Time for the last goodbyes after that.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Time between two stateless resets: after a restart, 1,024 nodes learn within seconds that their
+/// connections are gone. A reset is shorter than what provoked it.
+const RESET_INTERVAL_MIN: Duration = Duration::from_millis(1);
+
+/// How often counters are looked at, and written down if something was refused or dropped.
+const REPORT_INTERVAL: Duration = Duration::from_secs(60);
+
+/// A relay whose ports are open.
+pub struct Relay {
+    endpoint: Endpoint,
+    listener: TcpListener,
+    stun: Vec<Arc<SharedSocket>>,
+    tls: TlsAcceptor,
+    shared: Arc<Shared>,
+}
+
+impl fmt::Debug for Relay {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Relay").finish_non_exhaustive()
+    }
+}
+
+/// What every task of the relay needs.
+#[derive(Debug)]
+struct Shared {
+    hub: Hub,
+    trust_domain: String,
+    handshakes: Arc<Semaphore>,
+    links: TaskTracker,
+    /// All links end.
+    close: CancellationToken,
+}
+
+impl Shared {
+    /// The node that a chain of certificates names; `None`: it is not one of this mesh's nodes.
+    /// That the chain is genuine was the handshake's business.
+    fn node(&self, chain: &[CertificateDer<'_>]) -> Option<NodeId> {
+        match peer_identity(chain).ok()? {
+            (domain, Identity::Node { id, .. }) if domain == self.trust_domain => Some(id),
+            (_, Identity::Node { .. } | Identity::Relay(_) | Identity::Controller) => None,
+        }
+    }
+}
+
+/// Why a relay cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// A port cannot be had.
+    #[error("cannot listen on {protocol} {address} (`{key}`): {source}")]
+    Listen {
+        /// `UDP` or `TCP`.
+        protocol: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// Its key in the configuration.
+        key: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// The certificate cannot be used.
+    #[error("TLS settings: {0}")]
+    Tls(String),
+}
+
+/// A task that should have run for as long as the relay ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the {0} task ended early")]
+pub struct EndedEarly(&'static str);
+
+impl Relay {
+    /// Opens the ports. Must be called on a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// [`BindError`] that names the port and its key.
+    pub fn bind(settings: &Settings) -> Result<Self, BindError> {
+        let hub = Hub::new(settings.limits.clone(), rand::rng().next_u64());
+        let quic_socket = udp_socket(settings.quic_listen, "quic_listen", true, &hub)?;
+        let stun = settings.stun_listen.iter();
+        let stun = stun.map(|&address| udp_socket(address, "stun_listen", false, &hub));
+        let stun = stun.collect::<Result<_, _>>()?;
+        let listener = tcp_listener(settings.tls_listen)?;
+        let tls = server_config(&settings.credentials, ClientAuth::Required, &[ALPN_TLS]);
+        Ok(Self {
+            endpoint: quic_endpoint(settings, quic_socket)?,
+            listener,
+            stun,
+            tls: TlsAcceptor::from(Arc::new(tls.map_err(bad_tls)?)),
+            shared: Arc::new(Shared {
+                hub,
+                trust_domain: settings.credentials.trust_domain().to_owned(),
+                handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
+                links: TaskTracker::new(),
+                close: CancellationToken::new(),
+            }),
+        })
+    }
+
+    /// Serves until `stop` is cancelled; then tells the nodes to go, waits a little, and closes.
+    ///
+    /// # Errors
+    ///
+    /// [`EndedEarly`] when a socket broke.
+    pub async fn run(self, stop: CancellationToken) -> Result<(), EndedEarly> {
+        self.log_addresses();
+        let shared = &self.shared;
+        let serve_stun = self.stun.iter().map(|socket| socket.clone().serve());
+        let ended = tokio::select! {
+            () = stop.cancelled() => Ok(()),
+            () = quic_link::accept(&self.endpoint, shared) => Err(EndedEarly("QUIC")),
+            () = tls_link::accept(&self.listener, &self.tls, shared) => Err(EndedEarly("TLS")),
+            _ = future::select_all(serve_stun.map(Box::pin)), if !self.stun.is_empty() => {
+                Err(EndedEarly("STUN"))
+            }
+            () = self.report() => Err(EndedEarly("report")),
+        };
+        self.stop().await;
+        ended
+    }
+
+    fn log_addresses(&self) {
+        let (quic, tls) = (self.endpoint.local_addr(), self.listener.local_addr());
+        if let (Ok(quic), Ok(tls)) = (quic, tls) {
+            let stun = self
+                .stun
+                .iter()
+                .filter_map(|socket| socket.local_addr().ok());
+            let stun: Vec<_> = stun.collect();
+            tracing::info!(%quic, %tls, ?stun, "listening");
+        }
+    }
+
+    async fn stop(self) {
+        let Self {
+            endpoint,
+            listener,
+            shared,
+            ..
+        } = self;
+        drop(listener); // New nodes go elsewhere at once.
+        shared.hub.stop(STOP_GRACE);
+        shared.links.close();
+        time::timeout(STOP_GRACE, shared.links.wait()).await.ok(); // Who stays is closed next.
+        shared.close.cancel();
+        endpoint.close(CLOSE_CODE, b"the relay is stopping");
+        let goodbyes = async { tokio::join!(shared.links.wait(), endpoint.wait_idle()) };
+        time::timeout(GOODBYE_TIMEOUT, goodbyes).await.ok();
+        shared.hub.log_totals();
+    }
+
+    async fn report(&self) {
+        let mut every = time::interval(REPORT_INTERVAL);
+        loop {
+            every.tick().await;
+            self.shared.hub.log_drops();
+        }
+    }
+}
+
+fn udp_socket(
+    address: SocketAddr,
+    key: &'static str,
+    has_quic: bool,
+    hub: &Hub,
+) -> Result<Arc<SharedSocket>, BindError> {
+    let bound = sockets::udp(address).and_then(|socket| TokioRuntime.wrap_udp_socket(socket));
+    let socket = bound.map_err(|source| BindError::Listen {
+        protocol: "UDP",
+        address,
+        key,
+        source,
+    })?;
+    Ok(Arc::new(SharedSocket::new(
+        socket,
+        has_quic,
+        hub.udp_counters(),
+    )))
+}
+
+fn tcp_listener(address: SocketAddr) -> Result<TcpListener, BindError> {
+    let bound = sockets::tcp_listener(address).and_then(TcpListener::from_std);
+    bound.map_err(|source| BindError::Listen {
+        protocol: "TCP",
+        address,
+        key: "tls_listen",
+        source,
+    })
+}
+
+fn quic_endpoint(settings: &Settings, socket: Arc<SharedSocket>) -> Result<Endpoint, BindError> {
+    let address = settings.quic_listen;
+    let tls = server_config(&settings.credentials, ClientAuth::Required, &[ALPN_QUIC]);
+    let tls = QuicServerConfig::try_from(tls.map_err(bad_tls)?);
+    let tls = tls.map_err(|error| BindError::Tls(error.to_string()))?;
+    let mut server = quinn::ServerConfig::with_crypto(Arc::new(tls));
+    server.transport_config(quic::transport_config(1, None));
+    server.max_incoming(HANDSHAKES_MAX);
+    let config = endpoint_config(settings.credentials.key_pem().as_bytes());
+    let runtime = Arc::new(TokioRuntime);
+    Endpoint::new_with_abstract_socket(config, Some(server), socket, runtime).map_err(|source| {
+        BindError::Listen {
+            protocol: "UDP",
+            address,
+            key: "quic_listen",
+            source,
+        }
+    })
+}
+
+/// Connection ids and reset tokens come from the relay's own key, so that a relay that starts
+/// again can tell the nodes of its life before that their connections are gone (RFC 9000 §10.3).
+/// Otherwise they would wait for [`quic::IDLE_TIMEOUT`].
+fn endpoint_config(key: &[u8]) -> EndpointConfig {
+    let derive = |purpose: &[u8]| hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, key), purpose);
+    let reset = derive(b"holdfast relay: stateless reset");
+    let reset = hmac::Key::new(hmac::HMAC_SHA256, reset.as_ref());
+    let ids = derive(b"holdfast relay: connection ids");
+    let ids = u64::from_be_bytes(ids.as_ref().first_chunk().copied().unwrap_or_default());
+    let mut config = EndpointConfig::new(Arc::new(reset));
+    config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(ids)));
+    config.min_reset_interval(RESET_INTERVAL_MIN);
+    quic::without_grease(config)
+}
+
+fn bad_tls(error: rustls::Error) -> BindError {
+    BindError::Tls(mesh_identity::tls::explain(&error))
+}

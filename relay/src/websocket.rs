@@ -15,6 +15,7 @@ use tokio_tungstenite::tungstenite::{
     Error as WebSocketError, Message,
     protocol::{CloseFrame, WebSocketConfig, frame::coding::CloseCode},
 };
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     outlet::CONTROL_QUEUE_MAX,
@@ -39,6 +40,9 @@ const NOTSENT_LOWAT_BYTES: u32 = 16 * 1024;
 /// Silence after which the kernel gives a TCP connection up, while data waits for an answer.
 const TCP_USER_TIMEOUT: Duration = IDLE_TIMEOUT;
 
+/// Time for what is said last on a link that is closed.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// WebSocket settings of both ends: no message is longer than a frame, buffers are small.
 pub(crate) fn websocket_config() -> WebSocketConfig {
     WebSocketConfig::default()
@@ -62,6 +66,7 @@ pub(crate) fn tune_tcp(stream: &TcpStream) -> std::io::Result<()> {
 pub(crate) struct Queue {
     state: Mutex<State>,
     changed: Notify,
+    closed: CancellationToken,
 }
 
 #[derive(Debug, Default)]
@@ -108,12 +113,19 @@ impl Queue {
         state.closed.get_or_insert_with(|| reason.to_owned());
         state.data.clear();
         state.data_bytes = 0;
+        self.closed.cancel();
         self.changed.notify_one();
     }
 
     pub(crate) fn is_closed(&self) -> bool {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.closed.is_some()
+        self.closed.is_cancelled()
+    }
+
+    /// Ends [`GOODBYE_TIMEOUT`] after [`Self::close`]: a receiver that takes nothing does not keep
+    /// its connection.
+    pub(crate) async fn overdue(&self) {
+        self.closed.cancelled().await;
+        time::sleep(GOODBYE_TIMEOUT).await;
     }
 
     /// The next frames, a batch at most; `Err` with the reason once closed and empty.

@@ -115,7 +115,8 @@ pub(super) async fn tls(
     let queue = Arc::new(Queue::default());
     queue.push_control(&HELLO);
     let outlet = Outlet::Tls(queue.clone());
-    let mut writing = Box::pin(async move { websocket::write_frames(sink, &queue).await });
+    let for_writing = queue.clone();
+    let mut writing = Box::pin(async move { websocket::write_frames(sink, &for_writing).await });
     let welcome = tokio::select! {
         received = websocket::receive(&mut stream) => received,
         result = &mut writing => Received::Closed(ended(result)),
@@ -159,7 +160,10 @@ pub(super) async fn tls(
             Some(reason) => shared.lost(reason).await,
             None => {
                 shared.outlet.close("closed");
-                time::timeout(GOODBYE_TIMEOUT, writing).await.ok();
+                tokio::select! {
+                    _ = writing => {}
+                    () = queue.overdue() => {}
+                }
             }
         }
     });

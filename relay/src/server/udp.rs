@@ -1,0 +1,260 @@
+//! A UDP socket that answers STUN by itself, and shows quinn nothing but QUIC.
+
+use std::{
+    io::{self, IoSliceMut},
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    task::{Context, Poll, ready},
+    time::{Duration, Instant},
+};
+
+use mesh_wire::reflexive;
+use quinn::{
+    AsyncUdpSocket, UdpPoller,
+    udp::{RecvMeta, Transmit},
+};
+
+use super::hub::UdpCounters;
+
+/// STUN answers a second and socket. A node asks about twice in 20 s: enough for 200,000 nodes,
+/// and one core at 10 %.
+const STUN_ANSWERS_PER_S_MAX: u32 = 20_000;
+
+/// The bit that every QUIC packet has set (RFC 9000 §17.2, §17.3).
+const QUIC_BIT: u8 = 0x40;
+
+/// Datagrams taken from a STUN-only socket at once, and the room for each with its GRO followers.
+const STUN_BATCH: usize = 8;
+const STUN_BUFFER_BYTES: usize = 65_536;
+
+/// A UDP socket for STUN, and for QUIC too if it has that.
+#[derive(Debug)]
+pub(super) struct SharedSocket {
+    inner: Arc<dyn AsyncUdpSocket>,
+    has_quic: bool,
+    counters: Arc<UdpCounters>,
+    answers: Mutex<AnswersOfThisSecond>,
+}
+
+#[derive(Debug)]
+struct AnswersOfThisSecond {
+    since: Option<Instant>,
+    answers: u32,
+}
+
+impl SharedSocket {
+    pub(super) fn new(
+        inner: Arc<dyn AsyncUdpSocket>,
+        has_quic: bool,
+        counters: Arc<UdpCounters>,
+    ) -> Self {
+        let answers = Mutex::new(AnswersOfThisSecond {
+            since: None,
+            answers: 0,
+        });
+        Self {
+            inner,
+            has_quic,
+            counters,
+            answers,
+        }
+    }
+
+    /// Answers STUN on a socket that has no QUIC. Ends only when the socket breaks.
+    pub(super) async fn serve(self: Arc<Self>) {
+        let mut storage = vec![0; STUN_BATCH * STUN_BUFFER_BYTES];
+        let mut metas = [RecvMeta::default(); STUN_BATCH];
+        loop {
+            let mut buffers: Vec<_> = storage
+                .chunks_mut(STUN_BUFFER_BYTES)
+                .map(IoSliceMut::new)
+                .collect();
+            let received =
+                std::future::poll_fn(|cx| self.poll_recv(cx, &mut buffers, &mut metas)).await;
+            if let Err(error) = received {
+                tracing::warn!(%error, "a STUN socket broke");
+                return;
+            }
+        }
+    }
+
+    /// Answers or drops what is not QUIC, and closes the gaps that leaves in `buffer`. Returns the
+    /// bytes that are left.
+    fn take_out(&self, buffer: &mut [u8], meta: &RecvMeta) -> usize {
+        let (mut read, mut kept) = (0, 0);
+        while read < meta.len {
+            let end = meta.len.min(read.saturating_add(meta.stride.max(1)));
+            let Some(datagram) = buffer.get(read..end) else {
+                break;
+            };
+            if self.is_for_quic(datagram, meta) {
+                buffer.copy_within(read..end, kept);
+                kept += end - read;
+            }
+            read = end;
+        }
+        kept
+    }
+
+    fn is_for_quic(&self, datagram: &[u8], meta: &RecvMeta) -> bool {
+        if reflexive::looks_like_stun(datagram) {
+            self.answer(datagram, meta);
+            return false;
+        }
+        let is_quic = self.has_quic && datagram.first().is_some_and(|first| first & QUIC_BIT != 0);
+        if !is_quic {
+            count(&self.counters.garbage_datagrams);
+        }
+        is_quic
+    }
+
+    fn answer(&self, request: &[u8], meta: &RecvMeta) {
+        let answer = reflexive::answer(request, meta.addr).filter(|_| self.may_answer());
+        let sent = answer.is_some_and(|answer| {
+            let transmit = Transmit {
+                destination: meta.addr,
+                ecn: None,
+                contents: &answer,
+                segment_size: None,
+                src_ip: meta.dst_ip, // From the address that was asked.
+            };
+            self.inner.try_send(&transmit).is_ok() // A full socket: the node asks again.
+        });
+        count(if sent {
+            &self.counters.stun_answers
+        } else {
+            &self.counters.stun_ignored
+        });
+    }
+
+    fn may_answer(&self) -> bool {
+        let now = Instant::now();
+        let mut window = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        let current = window
+            .since
+            .is_some_and(|since| now.saturating_duration_since(since) < Duration::from_secs(1));
+        if !current {
+            *window = AnswersOfThisSecond {
+                since: Some(now),
+                answers: 0,
+            };
+        }
+        window.answers += 1;
+        window.answers <= STUN_ANSWERS_PER_S_MAX
+    }
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Relaxed);
+}
+
+impl AsyncUdpSocket for SharedSocket {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        self.inner.clone().create_io_poller()
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        self.inner.try_send(transmit)
+    }
+
+    fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        buffers: &mut [IoSliceMut<'_>],
+        metas: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        let received = ready!(self.inner.poll_recv(cx, buffers, metas))?;
+        for (buffer, meta) in buffers.iter_mut().zip(metas.iter_mut()).take(received) {
+            // Quinn passes over a meta without bytes.
+            meta.len = self.take_out(buffer, meta);
+        }
+        Poll::Ready(Ok(received))
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.inner.local_addr()
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.inner.max_transmit_segments()
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.inner.max_receive_segments()
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.inner.may_fragment()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+
+    use quinn::{Runtime as _, TokioRuntime};
+
+    use super::*;
+
+    fn socket() -> SharedSocket {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let inner = TokioRuntime.wrap_udp_socket(socket).unwrap();
+        SharedSocket::new(inner, true, Arc::default())
+    }
+
+    #[tokio::test]
+    async fn stun_between_quic_packets_of_one_batch_is_taken_out() {
+        let asker = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let asker_address = asker.local_addr().unwrap();
+        let shared = socket();
+        let stun = reflexive::request([9; 12]);
+        let quic = |n: u8| vec![QUIC_BIT | n; stun.len()];
+        let mut batch = [quic(1), stun.clone(), quic(2), vec![0; stun.len()], quic(3)].concat();
+        batch.truncate(batch.len() - 4); // The last of a batch may be shorter.
+        let meta = RecvMeta {
+            addr: asker_address,
+            len: batch.len(),
+            stride: stun.len(),
+            ecn: None,
+            dst_ip: None,
+        };
+        let kept = shared.take_out(&mut batch, &meta);
+        let mut expected = [quic(1), quic(2), quic(3)].concat();
+        expected.truncate(expected.len() - 4);
+        assert_eq!(batch[..kept], expected);
+        assert_eq!(shared.counters.stun_answers.load(Relaxed), 1);
+        assert_eq!(shared.counters.garbage_datagrams.load(Relaxed), 1);
+        let mut answer = [0; 100];
+        let length = asker.recv(&mut answer).unwrap();
+        let expected = Some(([9; 12], asker_address));
+        assert_eq!(reflexive::parse_response(&answer[..length]), expected);
+    }
+
+    #[tokio::test]
+    async fn answers_are_bounded() {
+        let shared = socket();
+        let asked = STUN_ANSWERS_PER_S_MAX * 2;
+        // More than a second would allow more: the machine would have to be very slow.
+        let answered = (0..asked).filter(|_| shared.may_answer()).count();
+        assert!((20_000..40_000).contains(&answered), "{answered}");
+    }
+
+    #[tokio::test]
+    async fn no_meta_makes_it_panic() {
+        let shared = socket();
+        for (len, stride) in [(0, 0), (10, 0), (10, 3), (100, 50), (10, usize::MAX)] {
+            let meta = RecvMeta {
+                addr: "127.0.0.1:9".parse().unwrap(),
+                len,
+                stride,
+                ecn: None,
+                dst_ip: None,
+            };
+            assert!(shared.take_out(&mut [0x45; 20], &meta) <= 20);
+        }
+    }
+}
