@@ -143,7 +143,10 @@ fn receive_udp(tunnel: &Inner, socket: &UdpBatch, stop: &StopSignal) -> io::Resu
         socket.receive(&mut batch)?;
         let now = Instant::now();
         for (from, bytes, segment_len) in batch.messages() {
-            for datagram in bytes.chunks(segment_len) {
+            // An empty datagram is one too.
+            let first_len = segment_len.min(bytes.len());
+            let (first, rest) = bytes.split_at(first_len);
+            for datagram in std::iter::once(first).chain(rest.chunks(segment_len)) {
                 tunnel.inbound(datagram, Via::Direct(from), from.ip(), &mut inbox, now);
             }
         }

@@ -1,0 +1,357 @@
+//! Two tunnels in two network namespaces on a veth pair, and what is needed to use them.
+
+use std::{
+    io::{Read, Write},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    path::PathBuf,
+    process::Command,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+        mpsc::{Receiver, SyncSender, channel, sync_channel},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use mesh_linux::{netns, tun::Tun, udp::UdpPair};
+use mesh_tunnel::{
+    route::RouteTable,
+    tunnel::{PrivateKey, RelayFull, RelaySender, Tunnel, TunnelConfig, TunnelEvent, Workers},
+};
+use mesh_wire::id::{NodeId, RelayId, Via};
+
+/// Longer than anything here takes, shorter than anybody's patience.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Two namespaces joined by a veth pair; gone when dropped, also after a panic.
+pub struct Lab {
+    names: [String; 2],
+}
+
+/// Which side of the lab.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    A,
+    B,
+}
+
+impl Side {
+    pub fn other(self) -> Self {
+        match self {
+            Self::A => Self::B,
+            Self::B => Self::A,
+        }
+    }
+
+    fn number(self) -> u8 {
+        self as u8 + 1
+    }
+
+    pub fn underlay_v4(self) -> IpAddr {
+        Ipv4Addr::new(192, 0, 2, self.number()).into()
+    }
+
+    pub fn underlay_v6(self) -> IpAddr {
+        Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, self.number().into()).into()
+    }
+
+    pub fn overlay_v4(self) -> IpAddr {
+        Ipv4Addr::new(100, 96, 0, self.number()).into()
+    }
+
+    pub fn overlay_v6(self) -> Ipv6Addr {
+        Ipv6Addr::new(0xfd12, 0x3456, 0x789a, 0, 0, 0, 0, self.number().into())
+    }
+}
+
+impl Lab {
+    pub fn new() -> Self {
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let lab = Self {
+            names: ["a", "b"].map(|side| format!("hft{}-{number}{side}", std::process::id())),
+        };
+        for name in &lab.names {
+            run(&format!("ip netns add {name}"));
+        }
+        let [a, b] = &lab.names;
+        run(&format!(
+            "ip -n {a} link add eth0 mtu 1500 type veth peer name eth0 netns {b}"
+        ));
+        for side in [Side::A, Side::B] {
+            let name = lab.name(side);
+            run(&format!("ip -n {name} link set lo up"));
+            run(&format!(
+                "ip -n {name} addr add {}/24 dev eth0",
+                side.underlay_v4()
+            ));
+            run(&format!(
+                "ip -n {name} addr add {}/64 dev eth0 nodad",
+                side.underlay_v6()
+            ));
+            run(&format!("ip -n {name} link set eth0 up"));
+        }
+        lab
+    }
+
+    pub fn name(&self, side: Side) -> &str {
+        &self.names[side as usize]
+    }
+
+    pub fn path(&self, side: Side) -> PathBuf {
+        netns::named(self.name(side))
+    }
+
+    /// Runs `work` in the namespace of `side`.
+    pub fn on<T: Send>(&self, side: Side, work: impl FnOnce() -> T + Send) -> T {
+        netns::run_in(&self.path(side), work).expect("enter the namespace")
+    }
+
+    /// Gives the interface `hf0` of `side` its overlay addresses and routes.
+    pub fn configure(&self, side: Side) {
+        let name = self.name(side);
+        run(&format!(
+            "ip -n {name} addr add {}/12 dev hf0",
+            side.overlay_v4()
+        ));
+        run(&format!(
+            "ip -n {name} addr add {}/48 dev hf0 nodad",
+            side.overlay_v6()
+        ));
+        run(&format!("ip -n {name} link set hf0 mtu 1280 up"));
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        for name in &self.names {
+            Command::new("ip")
+                .args(["netns", "delete", name])
+                .status()
+                .ok();
+        }
+    }
+}
+
+/// Runs a command that must succeed.
+pub fn run(command: &str) {
+    let mut words = command.split_whitespace();
+    let output = Command::new(words.next().unwrap())
+        .args(words)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{command}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// A node with its tunnel.
+pub struct Node {
+    pub side: Side,
+    pub id: NodeId,
+    pub tunnel: Tunnel,
+    pub events: Receiver<TunnelEvent>,
+    _workers: Workers,
+}
+
+impl Node {
+    pub fn start(lab: &Lab, side: Side) -> Self {
+        let private_key = key(side);
+        let (sender, events) = channel();
+        let (tun, sockets) = lab.on(side, || {
+            (Tun::create("hf0", 1).unwrap(), UdpPair::bind(0).unwrap())
+        });
+        lab.configure(side);
+        let config = TunnelConfig {
+            overlay_v6: side.overlay_v6(),
+            private_key,
+        };
+        let (tunnel, workers) = Tunnel::start(tun, sockets, config, move |event| {
+            // The receiver is gone when the test is over.
+            sender.send(event).ok();
+        })
+        .unwrap();
+        Self {
+            side,
+            id: tunnel.node_id(),
+            tunnel,
+            events,
+            _workers: workers,
+        }
+    }
+
+    /// Where the node is reached directly.
+    pub fn direct_v4(&self) -> Via {
+        Via::Direct(SocketAddr::new(self.side.underlay_v4(), self.tunnel.port()))
+    }
+
+    pub fn direct_v6(&self) -> Via {
+        Via::Direct(SocketAddr::new(self.side.underlay_v6(), self.tunnel.port()))
+    }
+
+    /// Waits for the event that `pick` accepts; others are thrown away.
+    #[track_caller]
+    pub fn await_event<T>(&self, mut pick: impl FnMut(TunnelEvent) -> Option<T>) -> T {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let event = self
+                .events
+                .recv_timeout(left)
+                .expect("the event did not come");
+            if let Some(found) = pick(event) {
+                return found;
+            }
+        }
+    }
+
+    /// Waits for a session with `peer`; by which way.
+    #[track_caller]
+    pub fn await_handshake(&self, peer: &Node) -> Via {
+        self.await_event(|event| match event {
+            TunnelEvent::Handshake { peer: id, via } if id == peer.id => Some(via),
+            _ => None,
+        })
+    }
+}
+
+pub fn key(side: Side) -> PrivateKey {
+    PrivateKey::new([side.number() + 0x40; 32])
+}
+
+/// Two nodes that know each other, without paths.
+pub fn pair(lab: &Lab) -> (Node, Node) {
+    let nodes = (Node::start(lab, Side::A), Node::start(lab, Side::B));
+    introduce(&nodes.0, &nodes.1);
+    introduce(&nodes.1, &nodes.0);
+    nodes
+}
+
+pub fn introduce(node: &Node, peer: &Node) {
+    node.tunnel.set_known([peer.id].into());
+    node.tunnel.set_routes(routes_to(peer));
+}
+
+pub fn routes_to(peer: &Node) -> RouteTable {
+    let addresses = [peer.side.overlay_v4(), peer.side.overlay_v6().into()];
+    addresses
+        .into_iter()
+        .map(|ip| (ip.into(), peer.id))
+        .collect()
+}
+
+/// Makes a session from `a` by `to_b`, and sets the paths.
+pub fn connect(a: &Node, b: &Node, to_b: Via, to_a: Via) {
+    a.tunnel.handshake(&b.id, &[to_b]);
+    assert_eq!(a.await_handshake(b), to_b);
+    assert_eq!(b.await_handshake(a), to_a);
+    a.tunnel.set_path(&b.id, Some(to_b), None);
+    b.tunnel.set_path(&a.id, Some(to_a), None);
+}
+
+/// A relay inside this process: a bounded queue and a thread for each direction.
+pub struct FakeRelay {
+    queue: Mutex<SyncSender<Vec<u8>>>,
+}
+
+pub const RELAY: RelayId = RelayId(7);
+
+impl FakeRelay {
+    /// Connects both nodes to it.
+    pub fn join(a: &Node, b: &Node) {
+        a.tunnel.set_relay(RELAY, Some(Self::towards(b, a.id)));
+        b.tunnel.set_relay(RELAY, Some(Self::towards(a, b.id)));
+    }
+
+    fn towards(node: &Node, sender: NodeId) -> Arc<Self> {
+        let (queue, datagrams) = sync_channel::<Vec<u8>>(4096);
+        let tunnel = node.tunnel.clone();
+        // Ends when the sending tunnel lets go of its end.
+        thread::spawn(move || {
+            for datagram in datagrams {
+                tunnel.receive_from_relay(RELAY, sender, &datagram);
+            }
+        });
+        Arc::new(Self {
+            queue: Mutex::new(queue),
+        })
+    }
+}
+
+impl RelaySender for FakeRelay {
+    fn send(&self, _peer: &NodeId, datagram: &[u8]) -> Result<(), RelayFull> {
+        self.queue
+            .lock()
+            .unwrap()
+            .try_send(datagram.to_vec())
+            .map_err(|_| RelayFull)
+    }
+}
+
+/// Bytes that are the same in every run and repeat nowhere near.
+pub fn pattern(len: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    };
+    std::iter::repeat_with(&mut next)
+        .flatten()
+        .take(len)
+        .collect()
+}
+
+/// Sends `len` bytes of pattern by TCP from `from` to the other side's overlay address `to`, and
+/// checks every one. `middle` runs when half is through.
+#[track_caller]
+pub fn transfer(lab: &Lab, from: Side, to: IpAddr, len: usize, middle: impl FnOnce()) {
+    let listener = lab.on(from.other(), || TcpListener::bind((to, 0)).unwrap());
+    let address = listener.local_addr().unwrap();
+    let data = pattern(len);
+    let (first, second) = data.split_at(len / 2);
+    thread::scope(|scope| {
+        let receiver = scope.spawn(|| {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            let mut received = Vec::new();
+            stream.read_to_end(&mut received).unwrap();
+            received
+        });
+        let mut stream = lab.on(from, || {
+            TcpStream::connect_timeout(&address, PATIENCE).unwrap()
+        });
+        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(first).unwrap();
+        middle();
+        stream.write_all(second).unwrap();
+        drop(stream);
+        let received = receiver.join().unwrap();
+        assert!(
+            received == data,
+            "{} of {len} bytes arrived, or others",
+            received.len()
+        );
+    });
+}
+
+/// A UDP socket of `side`, bound to its overlay address `ip`.
+pub fn udp(lab: &Lab, side: Side, ip: IpAddr) -> UdpSocket {
+    let socket = lab.on(side, || UdpSocket::bind((ip, 0)).unwrap());
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket
+}
+
+/// Waits until `condition` holds. For counters, which nobody announces.
+#[track_caller]
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}

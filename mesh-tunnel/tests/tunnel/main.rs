@@ -1,0 +1,269 @@
+//! Tunnels on real TUN devices and sockets, in namespaces that each test makes. Needs root.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "tests fail loudly"
+)]
+
+mod harness;
+
+use std::{net::SocketAddr, thread};
+
+use harness::*;
+use mesh_tunnel::{stats::DropReason, tunnel::TunnelEvent};
+use mesh_wire::{
+    id::{NodeId, Via},
+    peer::PeerMessage,
+};
+
+const MIB: usize = 1 << 20;
+
+#[test]
+fn both_inner_families_pass_over_both_outer_families() {
+    let lab = Lab::new();
+    let (a, b) = pair(&lab);
+    for (to_b, to_a) in [
+        (b.direct_v4(), a.direct_v4()),
+        (b.direct_v6(), a.direct_v6()),
+    ] {
+        connect(&a, &b, to_b, to_a);
+        transfer(&lab, Side::A, b.side.overlay_v4(), 8 * MIB, || {});
+        transfer(&lab, Side::A, b.side.overlay_v6().into(), 8 * MIB, || {});
+        transfer(&lab, Side::B, a.side.overlay_v6().into(), 2 * MIB, || {});
+    }
+    for node in [&a, &b] {
+        for (reason, count) in node.tunnel.stats().drops {
+            // The kernel's own multicast (MLD, router solicitations) belongs to nobody.
+            let expected = reason == DropReason::NoRoute;
+            assert!(
+                count == 0 || expected,
+                "{count} {} on {:?}",
+                reason.as_str(),
+                node.side
+            );
+        }
+    }
+}
+
+#[test]
+fn packets_pass_through_a_relay() {
+    let lab = Lab::new();
+    let (a, b) = pair(&lab);
+    FakeRelay::join(&a, &b);
+    connect(&a, &b, Via::Relay(RELAY), Via::Relay(RELAY));
+    transfer(&lab, Side::A, b.side.overlay_v4(), 4 * MIB, || {});
+    transfer(&lab, Side::B, a.side.overlay_v6().into(), 4 * MIB, || {});
+}
+
+#[test]
+fn a_flow_survives_changes_of_its_path_without_losing_a_packet() {
+    const PACKETS: u32 = 3000;
+    let lab = Lab::new();
+    let (a, b) = pair(&lab);
+    FakeRelay::join(&a, &b);
+    let relay = Via::Relay(RELAY);
+    connect(&a, &b, relay, relay);
+    let from = udp(&lab, Side::A, a.side.overlay_v4());
+    let to = udp(&lab, Side::B, b.side.overlay_v4());
+    let target = to.local_addr().unwrap();
+    let receiver = thread::spawn(move || {
+        let mut seen = vec![0_u8; PACKETS as usize];
+        let mut bytes = [0; 4];
+        for _ in 0..PACKETS {
+            let (_, sender) = to.recv_from(&mut bytes).unwrap();
+            seen[u32::from_be_bytes(bytes) as usize] += 1;
+            to.send_to(&bytes, sender).unwrap();
+        }
+        seen
+    });
+    let mut on_the_way = 0;
+    for number in 0..PACKETS {
+        match number {
+            500 => a.tunnel.set_path(&b.id, Some(b.direct_v4()), Some(relay)),
+            1000 => a.tunnel.set_path(&b.id, Some(b.direct_v4()), None),
+            1500 => a
+                .tunnel
+                .set_path(&b.id, Some(b.direct_v6()), Some(b.direct_v4())),
+            2000 => a.tunnel.set_path(&b.id, Some(relay), Some(b.direct_v6())),
+            2500 => a.tunnel.set_path(&b.id, Some(relay), None),
+            _ => {}
+        }
+        if on_the_way == 64 {
+            from.recv(&mut [0; 4]).unwrap();
+            on_the_way -= 1;
+        }
+        from.send_to(&number.to_be_bytes(), target).unwrap();
+        on_the_way += 1;
+    }
+    let seen = receiver.join().unwrap();
+    assert!(
+        seen.iter().all(|&count| count == 1),
+        "lost or doubled: {seen:?}"
+    );
+    // The copies were dropped by the replay window, and nothing else was.
+    let stats = b.tunnel.stats();
+    wait_until("copies were counted", || {
+        b.tunnel.stats().dropped(DropReason::Replayed) > 0
+    });
+    assert_eq!(stats.dropped(DropReason::WrongSource), 0);
+}
+
+#[test]
+fn the_first_packet_waits_for_the_path_and_is_sent_on() {
+    let lab = Lab::new();
+    let (a, b) = pair(&lab);
+    let from = udp(&lab, Side::A, a.side.overlay_v6().into());
+    let to = udp(&lab, Side::B, b.side.overlay_v6().into());
+    from.send_to(b"first", to.local_addr().unwrap()).unwrap();
+    a.await_event(|event| (event == TunnelEvent::Wanted(b.id)).then_some(()));
+    assert_eq!(a.tunnel.peer_stats(&b.id).unwrap().held, 1);
+    connect(&a, &b, b.direct_v4(), a.direct_v4());
+    let mut bytes = [0; 16];
+    let len = to.recv(&mut bytes).unwrap();
+    assert_eq!(&bytes[..len], b"first");
+    assert!(b.tunnel.peer_stats(&a.id).unwrap().has_session);
+}
+
+#[test]
+fn what_waits_too_long_is_dropped_and_counted() {
+    let lab = Lab::new();
+    let (a, b) = pair(&lab);
+    let from = udp(&lab, Side::A, a.side.overlay_v4());
+    for _ in 0..70 {
+        from.send_to(b"x", SocketAddr::new(b.side.overlay_v4(), 9))
+            .unwrap();
+    }
+    wait_until("64 wait and 6 do not", || {
+        a.tunnel.stats().dropped(DropReason::HeldTooMany) == 6
+    });
+    wait_until("2 s are over", || {
+        a.tunnel.stats().dropped(DropReason::HeldTooLong) == 64
+    });
+}
+
+#[test]
+fn a_packet_with_another_peers_source_is_dropped_and_counted() {
+    let lab = Lab::new();
+    let (a, b) = pair(&lab);
+    connect(&a, &b, b.direct_v4(), a.direct_v4());
+    let stranger = NodeId([9; 32]);
+    // The whole range is A's, but this one address is somebody else's: longest prefix decides.
+    b.tunnel.set_routes(
+        [
+            ("100.96.0.0/12".parse().unwrap(), a.id),
+            (a.side.overlay_v4().into(), stranger),
+        ]
+        .into_iter()
+        .collect(),
+    );
+    let from = udp(&lab, Side::A, a.side.overlay_v4());
+    from.send_to(b"forged", SocketAddr::new(b.side.overlay_v4(), 9))
+        .unwrap();
+    wait_until("it is counted", || {
+        b.tunnel.stats().dropped(DropReason::WrongSource) == 1
+    });
+    assert_eq!(b.tunnel.stats().traffic.received_packets, 0);
+}
+
+#[test]
+fn garbage_is_counted_and_stun_is_told() {
+    let lab = Lab::new();
+    let (a, b) = pair(&lab);
+    connect(&a, &b, b.direct_v4(), a.direct_v4());
+    let outside = lab.on(Side::B, || {
+        std::net::UdpSocket::bind("192.0.2.2:0").unwrap()
+    });
+    let target = SocketAddr::new(Side::A.underlay_v4(), a.tunnel.port());
+    let mut data = vec![4, 0, 0, 0];
+    data.extend([0xee; 60]);
+    let mut initiation = vec![1, 0, 0, 0];
+    initiation.resize(148, 0x55);
+    let cases = [
+        (b"hello".to_vec(), DropReason::NotWireGuard),
+        (vec![0xff; 1400], DropReason::NotWireGuard),
+        (vec![], DropReason::NotWireGuard),
+        (data, DropReason::UnknownSession),
+        (initiation, DropReason::BadHandshake),
+    ];
+    for (datagram, reason) in cases {
+        let before = a.tunnel.stats().dropped(reason);
+        outside.send_to(&datagram, target).unwrap();
+        wait_until(reason.as_str(), || {
+            a.tunnel.stats().dropped(reason) == before + 1
+        });
+    }
+    let stun = [&[1, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42][..], &[7; 12]].concat();
+    outside.send_to(&stun, target).unwrap();
+    let (from, datagram) = a.await_event(|event| match event {
+        TunnelEvent::Stun { from, datagram } => Some((from, datagram)),
+        _ => None,
+    });
+    assert_eq!((from, datagram), (outside.local_addr().unwrap(), stun));
+    transfer(&lab, Side::B, a.side.overlay_v4(), MIB, || {});
+}
+
+#[test]
+fn an_unknown_key_is_not_answered_and_a_forgotten_peer_is_cut_off() {
+    let lab = Lab::new();
+    let (a, b) = pair(&lab);
+    connect(&a, &b, b.direct_v4(), a.direct_v4());
+    b.tunnel.set_known([].into());
+    assert!(b.tunnel.peer_stats(&a.id).is_none());
+    let from = udp(&lab, Side::A, a.side.overlay_v4());
+    from.send_to(b"x", SocketAddr::new(b.side.overlay_v4(), 9))
+        .unwrap();
+    wait_until("its session is gone", || {
+        b.tunnel.stats().dropped(DropReason::UnknownSession) == 1
+    });
+    a.tunnel.handshake(&b.id, &[b.direct_v4()]);
+    wait_until("its key is not known", || {
+        b.tunnel.stats().dropped(DropReason::UnknownKey) == 1
+    });
+    assert_eq!(b.tunnel.stats().active_peers, 0);
+}
+
+#[test]
+fn cores_talk_by_the_way_they_choose_and_no_process_can_pass_for_one() {
+    let lab = Lab::new();
+    let (a, b) = pair(&lab);
+    connect(&a, &b, b.direct_v4(), a.direct_v4());
+    let message = PeerMessage::EchoRequest {
+        txid: 7,
+        full_size: true,
+    };
+    let packet = message.to_packet(Side::A.overlay_v6(), Side::B.overlay_v6());
+    a.tunnel.send_inner(&b.id, b.direct_v6(), &packet);
+    let (via, received) = b.await_event(|event| match event {
+        TunnelEvent::Control { via, packet, .. } => Some((via, packet)),
+        _ => None,
+    });
+    assert_eq!((via, received), (a.direct_v6(), packet));
+
+    let process = udp(&lab, Side::A, a.side.overlay_v6().into());
+    let control = SocketAddr::new(b.side.overlay_v6().into(), mesh_wire::peer::CONTROL_PORT);
+    process.send_to(b"forged", control).unwrap();
+    wait_until("it is counted", || {
+        a.tunnel.stats().dropped(DropReason::ForgedControl) == 1
+    });
+}
+
+#[test]
+fn traffic_is_reported_once_by_peer_and_way() {
+    let lab = Lab::new();
+    let (a, b) = pair(&lab);
+    connect(&a, &b, b.direct_v4(), a.direct_v4());
+    b.tunnel.take_traffic();
+    let from = udp(&lab, Side::A, a.side.overlay_v4());
+    let to = udp(&lab, Side::B, b.side.overlay_v4());
+    from.send_to(b"x", to.local_addr().unwrap()).unwrap();
+    to.recv(&mut [0; 4]).unwrap();
+    let report = b.tunnel.take_traffic();
+    assert_eq!(report.len(), 1);
+    assert_eq!((report[0].peer, report[0].sent), (a.id, false));
+    assert_eq!(report[0].received, [a.direct_v4()]);
+    assert_eq!(b.tunnel.take_traffic(), []);
+    let sent = a.tunnel.take_traffic();
+    assert!(sent.iter().any(|report| report.sent));
+}
