@@ -10,6 +10,8 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use crate::tool;
+
 /// Connections that the HTTP server serves at the same time; more wait in the kernel's backlog.
 const CONNECTIONS_MAX: usize = 64;
 
@@ -73,10 +75,11 @@ fn answer(name: &str, mut stream: TcpStream) -> Result<()> {
             break;
         }
     }
-    let body = serde_json::to_string(&Hello {
+    let hello = Hello {
         node: name.to_owned(),
-        client: stream.peer_addr()?,
-    })?;
+        client: unmapped(stream.peer_addr()?),
+    };
+    let body = serde_json::to_string(&hello)? + "\n";
     let length = body.len();
     write!(
         stream,
@@ -84,6 +87,11 @@ fn answer(name: &str, mut stream: TcpStream) -> Result<()> {
          Connection: close\r\n\r\n{body}"
     )?;
     Ok(())
+}
+
+/// `::ffff:a.b.c.d` is an IPv4 client on a socket for both families.
+fn unmapped(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 /// Sends every datagram back, for ever.
@@ -101,6 +109,45 @@ pub fn serve_echo(listen: SocketAddr) -> Result<()> {
             socket.send_to(bytes, from).ok(); // No route back: the client counts it as lost.
         }
     }
+}
+
+/// How long an awaited answer may take before it is asked for again.
+const AGAIN: Duration = Duration::from_millis(20);
+
+/// Asks the node's own resolver for an A record until it has one.
+///
+/// # Errors
+///
+/// If there is none within 20 s.
+pub fn await_name(name: &str) -> Result<()> {
+    // RFC 1035 §4.1: id, recursion desired, one question; then the name, type A, class IN.
+    let mut query = vec![0x48, 0x46, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    for label in name.split('.') {
+        query.push(u8::try_from(label.len())?);
+        query.extend(label.bytes());
+    }
+    query.extend([0, 0, 1, 0, 1]);
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    socket.set_read_timeout(Some(AGAIN))?;
+    tool::eventually(name, Duration::from_secs(20), || {
+        socket.send_to(&query, "169.254.53.53:53")?;
+        let mut answer = [0; 512];
+        let (length, _) = socket.recv_from(&mut answer)?;
+        let answers = answer.get(7).copied().filter(|_| length > query.len());
+        ensure!(answers.is_some_and(|count| count > 0), "an empty answer");
+        Ok(())
+    })
+}
+
+/// Connects until it works.
+///
+/// # Errors
+///
+/// If it does not within 20 s.
+pub fn await_tcp(to: SocketAddr) -> Result<()> {
+    tool::eventually("a connection", Duration::from_secs(20), || {
+        Ok(TcpStream::connect_timeout(&to, AGAIN).map(drop)?)
+    })
 }
 
 /// Sends numbered datagrams of `size_bytes` to an echo server at a fixed pace, and counts what

@@ -25,64 +25,58 @@ const WAN: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
 const LEFT: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
 const RIGHT: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
 
-#[track_caller]
-fn check_nat(kind: NatKind, mapping: DependsOn, filtering: DependsOn) {
-    let outcome: Result<()> = (|| {
-        let lab = Lab::new()?;
-        let one = lab.public_node("one", ONE)?;
-        let two = lab.public_node("two", TWO)?;
-        let site = lab.site("s", kind, WAN, Impairment::NONE)?;
-        // The second host's translation is not the identity.
-        for name in ["first", "second"] {
-            let host = site.host(&lab, name)?;
-            let found = probe::behaviour(&host, (&one, ONE), (&two, TWO))?;
-            ensure!(
-                found == Behaviour { mapping, filtering },
-                "{name} behind {kind:?}: {found:?}"
-            );
-        }
-        Ok(())
-    })();
-    if let Err(error) = outcome {
-        panic!("{error:?}");
+fn check_nat(kind: NatKind, mapping: DependsOn, filtering: DependsOn) -> Result<()> {
+    let lab = Lab::new()?;
+    let one = lab.public_node("one", ONE)?;
+    let two = lab.public_node("two", TWO)?;
+    let site = lab.site("s", kind, WAN, Impairment::NONE)?;
+    // The second host's translation is not the identity.
+    for name in ["first", "second"] {
+        let host = site.host(&lab, name)?;
+        let found = probe::behaviour(&host, (&one, ONE), (&two, TWO))?;
+        ensure!(
+            found == Behaviour { mapping, filtering },
+            "{name} behind {kind:?}: {found:?}"
+        );
     }
+    Ok(())
 }
 
 #[test]
-fn a_plain_router_maps_and_filters_nothing() {
-    check_nat(NatKind::None, DependsOn::Nothing, DependsOn::Nothing);
+fn a_plain_router_maps_and_filters_nothing() -> Result<()> {
+    check_nat(NatKind::None, DependsOn::Nothing, DependsOn::Nothing)
 }
 
 #[test]
-fn a_full_cone_admits_everybody() {
-    check_nat(NatKind::FullCone, DependsOn::Nothing, DependsOn::Nothing);
+fn a_full_cone_admits_everybody() -> Result<()> {
+    check_nat(NatKind::FullCone, DependsOn::Nothing, DependsOn::Nothing)
 }
 
 #[test]
-fn a_restricted_cone_admits_known_addresses() {
+fn a_restricted_cone_admits_known_addresses() -> Result<()> {
     check_nat(
         NatKind::RestrictedCone,
         DependsOn::Nothing,
         DependsOn::Address,
-    );
+    )
 }
 
 #[test]
-fn a_port_restricted_cone_admits_known_endpoints() {
+fn a_port_restricted_cone_admits_known_endpoints() -> Result<()> {
     check_nat(
         NatKind::PortRestricted,
         DependsOn::Nothing,
         DependsOn::AddressAndPort,
-    );
+    )
 }
 
 #[test]
-fn a_symmetric_nat_maps_by_destination() {
+fn a_symmetric_nat_maps_by_destination() -> Result<()> {
     check_nat(
         NatKind::Symmetric,
         DependsOn::AddressAndPort,
         DependsOn::AddressAndPort,
-    );
+    )
 }
 
 #[test]

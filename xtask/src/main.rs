@@ -1,3 +1,117 @@
-//! demo, test, bench, tidy.
+//! What developers and CI call: `demo`, `test`, `bench`, `tidy`.
+//!
+//! **Invariant:** nothing here is needed to build or to run the product, and nothing is skipped in
+//! silence: what cannot run is a failure that says what is missing.
 
-fn main() {}
+#![forbid(unsafe_code)]
+
+mod bench;
+mod demo;
+mod report;
+mod setup;
+mod test;
+mod tidy;
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "cargo xtask",
+    about = "Holdfast's developer commands; run as root"
+)]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Shows the main job: NAT traversal, services, names, relays, life without the cloud.
+    Demo {
+        /// One JSON object a line instead of a table.
+        #[arg(long)]
+        json: bool,
+        /// Leave the lab up at the end, and say how to look around.
+        #[arg(long)]
+        keep: bool,
+    },
+    /// Runs every check and every test, as CI does.
+    Test {
+        /// The same, longer: more cases, scenarios three times.
+        #[arg(long)]
+        nightly: bool,
+    },
+    /// Measures. Without a name: says which benches there are.
+    Bench {
+        /// `tunnel` or `start`.
+        name: Option<String>,
+        /// One JSON object a line instead of a table.
+        #[arg(long)]
+        json: bool,
+        /// Write the figures to `docs/bench/`.
+        #[arg(long)]
+        save: bool,
+        /// Interleaved rounds.
+        #[arg(long, default_value_t = 3)]
+        rounds: u32,
+    },
+    /// Checks the rules that no compiler knows.
+    Tidy,
+}
+
+fn main() -> ExitCode {
+    let held = match Arguments::parse().verb {
+        Verb::Demo { json, keep } => demo::run(json, keep),
+        Verb::Test { nightly } => test::run(nightly),
+        Verb::Bench {
+            name,
+            json,
+            save,
+            rounds,
+        } => bench::run(name.as_deref(), json, save, rounds),
+        Verb::Tidy => tidy::run(),
+    };
+    match held {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The workspace's root folder.
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap_or_else(|| Path::new("."))
+}
+
+/// `cargo`, the one that runs us, in the root folder.
+fn cargo(words: &[&str]) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(words).current_dir(root());
+    command
+}
+
+/// Builds every binary of the workspace and says where they are.
+fn build(release: bool) -> Result<PathBuf> {
+    let mut words = vec!["build", "--workspace", "--bins"];
+    if release {
+        words.push("--release");
+    }
+    eprintln!("building ({}) …", if release { "release" } else { "debug" });
+    let status = cargo(&words).status().context("start cargo")?;
+    ensure!(status.success(), "cargo {} failed", words.join(" "));
+    let target =
+        env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    Ok(target.join(if release { "release" } else { "debug" }))
+}

@@ -1,0 +1,195 @@
+//! What a machine needs for labs, and how it gets it.
+
+use std::{env, fs, path::Path, process::Command};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use netns_tests::{lab, tool};
+
+/// A program or a file, and the Debian package that brings it.
+const PACKAGES: &[(&str, &str)] = &[
+    ("ip", "iproute2"),
+    ("nft", "nftables"),
+    ("clang", "clang"),
+    ("/usr/include/bpf/bpf_helpers.h", "libbpf-dev"),
+    ("/usr/include/linux/bpf.h", "linux-libc-dev"),
+    ("cc", "gcc"),
+    ("curl", "curl"),
+    ("dig", "dnsutils"),
+    ("iperf3", "iperf3"),
+    ("wireguard-go", "wireguard-go"),
+    ("wg", "wireguard-tools"),
+    ("faketime", "faketime"),
+    ("ping", "iputils-ping"),
+    ("ps", "procps"),
+    ("nsenter", "util-linux"),
+    ("bpftool", "bpftool"),
+];
+
+/// tcx links came with Linux 6.6.
+const KERNEL_MIN: (u32, u32) = (6, 6);
+
+/// Installs what is missing and checks the rest.
+///
+/// # Errors
+///
+/// If something is missing that cannot be installed: every such thing at once, each with how to
+/// get it.
+pub(crate) fn ready() -> Result<()> {
+    let uid = fs::metadata("/proc/self").context("read /proc/self")?;
+    let root = std::os::unix::fs::MetadataExt::uid(&uid) == 0;
+    ensure!(
+        root,
+        "not root: the lab makes network namespaces, TUN devices and BPF programs; run it with sudo"
+    );
+    install_missing()?;
+    let problems: Vec<_> = CHECKS.iter().filter_map(|check| check().err()).collect();
+    let lines: Vec<_> = problems
+        .iter()
+        .map(|problem| format!("\n  {problem:#}"))
+        .collect();
+    ensure!(lines.is_empty(), "this machine lacks:{}", lines.concat());
+    Ok(())
+}
+
+const CHECKS: &[fn() -> Result<()>] = &[tun, cgroup2, btf, kernel, namespaces, bpf];
+
+fn tun() -> Result<()> {
+    let open = fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun");
+    open.map(drop).context(
+        "/dev/net/tun: `modprobe tun`; in a container, pass the device in (--device /dev/net/tun)",
+    )
+}
+
+fn cgroup2() -> Result<()> {
+    let mount = lab::cgroup_mount()?;
+    ensure!(
+        mount.join("cgroup.procs").exists(),
+        "a readable cgroup2 at {}: `mount -t cgroup2 none /sys/fs/cgroup`",
+        mount.display()
+    );
+    Ok(())
+}
+
+fn btf() -> Result<()> {
+    let there = Path::new("/sys/kernel/btf/vmlinux").exists();
+    ensure!(
+        there,
+        "/sys/kernel/btf/vmlinux: a kernel with CONFIG_DEBUG_INFO_BTF=y, as Debian's is"
+    );
+    Ok(())
+}
+
+fn kernel() -> Result<()> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let found =
+        version(&release).with_context(|| format!("unreadable kernel release {release}"))?;
+    let (major, minor) = KERNEL_MIN;
+    ensure!(
+        found >= KERNEL_MIN,
+        "tcx: Linux {major}.{minor} or newer (this is {}); Debian 13's kernel has it",
+        release.trim()
+    );
+    Ok(())
+}
+
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut parts = release.split(['.', '-']);
+    Some((
+        parts.next()?.parse().ok()?,
+        parts.next()?.trim().parse().ok()?,
+    ))
+}
+
+/// Tries the real thing in a namespace that ends with the command.
+fn namespaces() -> Result<()> {
+    let script = "set -e
+ip link add v0 type veth peer name v1
+ip link add b0 type bridge
+nft add table ip t
+nft add chain ip t c '{ type nat hook postrouting priority 100; }'
+nft add rule ip t c oifname v0 masquerade fully-random";
+    let tried = tool::run("unshare", &["--net", "sh", "-c", script], "");
+    tried.map(drop).context(
+        "network namespaces with veth, bridge and nftables NAT: CONFIG_NET_NS, CONFIG_VETH, CONFIG_BRIDGE, \
+         CONFIG_NFT_NAT, CONFIG_NFT_MASQ; in a container, --privileged",
+    )
+}
+
+fn bpf() -> Result<()> {
+    let listed = tool::run("bpftool", &["prog", "list"], "");
+    listed
+        .map(drop)
+        .context("the bpf system call: CONFIG_BPF_SYSCALL, CAP_BPF; in a container, --privileged")
+}
+
+fn install_missing() -> Result<()> {
+    let missing: Vec<_> = PACKAGES
+        .iter()
+        .filter(|(what, _)| !is_there(what))
+        .map(|(_, package)| *package)
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    eprintln!("installing {} …", missing.join(" "));
+    if !is_there("apt-get") {
+        bail!(
+            "{} missing, and this is no Debian: install them by hand",
+            missing.join(", ")
+        );
+    }
+    apt(&["update", "-q"])?;
+    let mut words = vec!["install", "-q", "-y", "--no-install-recommends"];
+    words.extend(&missing);
+    apt(&words)?;
+    let left: Vec<_> = PACKAGES
+        .iter()
+        .filter(|(what, _)| !is_there(what))
+        .collect();
+    ensure!(left.is_empty(), "still missing after apt-get: {left:?}");
+    Ok(())
+}
+
+fn apt(words: &[&str]) -> Result<()> {
+    let mut command = Command::new("apt-get");
+    command.args(words).env("DEBIAN_FRONTEND", "noninteractive");
+    let output = command.output().context("start apt-get")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.success(),
+        "apt-get {}: {said}",
+        words.join(" ")
+    );
+    Ok(())
+}
+
+fn is_there(what: &str) -> bool {
+    if what.starts_with('/') {
+        return Path::new(what).exists();
+    }
+    // Root's `PATH` lacks /usr/sbin on some machines, and cargo's children inherit it.
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).any(|folder| folder.join(what).is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_releases_are_read() {
+        assert_eq!(version("6.18.44-fc-v595\n"), Some((6, 18)));
+        assert_eq!(version("6.6\n"), Some((6, 6)));
+        assert_eq!(version("six"), None);
+    }
+
+    #[test]
+    fn a_missing_program_is_noticed() {
+        assert!(is_there("sh"));
+        assert!(!is_there("no-such-program"));
+        assert!(!is_there("/no/such/file"));
+    }
+}
