@@ -1,6 +1,10 @@
 //! From a path to the TUN device.
 
-use std::{net::IpAddr, sync::Arc, time::Instant};
+use std::{
+    net::IpAddr,
+    sync::{Arc, MutexGuard},
+    time::Instant,
+};
 
 use mesh_linux::tun::VnetHeader;
 use mesh_wire::{
@@ -9,6 +13,7 @@ use mesh_wire::{
 };
 
 use crate::{
+    coalesce::Coalescer,
     engine::{self, Admission, HANDSHAKE_LEN_MAX, Kind, Opened, SessionIndex},
     outbound::Outbox,
     peer::{Peer, State},
@@ -20,22 +25,74 @@ use crate::{
 /// Largest datagram: what UDP can carry, and more than a relay frame.
 const DATAGRAM_LEN_MAX: usize = 1 << 16;
 
-/// What one thread needs to receive.
+/// What one thread needs to receive. [`Inner::finish`] must follow the last datagram of a batch.
 #[derive(Debug)]
 pub(crate) struct Inbox {
     /// Room for an offload header and the packet that came out of a datagram.
     opened: Box<[u8]>,
-    /// For packets that had to wait for this handshake.
+    coalescer: Coalescer,
+    sessions: LastSession,
+    sources: LastSource,
+    /// For packets that had to wait for a handshake.
     out: Outbox,
 }
 
 impl Inbox {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(udp_offload: bool) -> Self {
         Self {
             opened: vec![0; VnetHeader::LEN + DATAGRAM_LEN_MAX].into(),
+            coalescer: Coalescer::new(udp_offload),
+            sessions: LastSession::default(),
+            sources: LastSource::default(),
             out: Outbox::new(),
         }
     }
+}
+
+/// The session of the last datagram, so that a batch of one session looks it up once. Forgotten
+/// after each batch, so that a peer which is cut off stays no longer than that.
+#[derive(Debug, Default)]
+struct LastSession(Option<(SessionIndex, Arc<Peer>)>);
+
+impl LastSession {
+    fn get(&mut self, tunnel: &Inner, session: SessionIndex) -> Result<Arc<Peer>, DropReason> {
+        if let Some((last, peer)) = &self.0
+            && *last == session
+        {
+            return Ok(Arc::clone(peer));
+        }
+        let peer = tunnel.by_session(session)?;
+        self.0 = Some((session, Arc::clone(&peer)));
+        Ok(peer)
+    }
+}
+
+/// The last source address that was found to be a peer's, likewise for one batch.
+#[derive(Debug, Default)]
+struct LastSource(Option<(IpAddr, NodeId)>);
+
+impl LastSource {
+    /// Whether the peer may send a packet with this source.
+    fn allow(&mut self, tunnel: &Inner, packet: &[u8], peer: &Peer) -> bool {
+        let Some(source) = route::source(packet) else {
+            return false;
+        };
+        if self.0 == Some((source, peer.id)) {
+            return true;
+        }
+        let allowed = tunnel.routes.load().get(source) == Some(&peer.id);
+        if allowed {
+            self.0 = Some((source, peer.id));
+        }
+        allowed
+    }
+}
+
+/// A datagram's peer, way and time.
+struct Arrival<'a> {
+    peer: &'a Arc<Peer>,
+    via: Via,
+    now: Instant,
 }
 
 /// Marks STUN (RFC 8489 §5): bytes 4 to 8 of every message.
@@ -55,6 +112,13 @@ impl Inner {
         if let Err(reason) = self.try_inbound(datagram, via, sender, inbox, now) {
             self.drops.count(reason);
         }
+    }
+
+    /// Writes what [`Self::inbound`] kept back to join it with more.
+    pub(crate) fn finish(&self, inbox: &mut Inbox) {
+        inbox.coalescer.flush(&mut |framed| self.write_tun(framed));
+        inbox.sessions = LastSession::default();
+        inbox.sources = LastSource::default();
     }
 
     fn try_inbound(
@@ -82,11 +146,15 @@ impl Inner {
                 self.admit(datagram, via, sender)?;
                 peer
             }
-            Kind::CookieReply { receiver } | Kind::Data { receiver } => {
-                self.by_session(receiver)?
-            }
+            Kind::CookieReply { receiver } => self.by_session(receiver)?,
+            Kind::Data { receiver } => inbox.sessions.get(self, receiver)?,
         };
-        self.open(&peer, kind, datagram, via, inbox, now)
+        let arrival = Arrival {
+            peer: &peer,
+            via,
+            now,
+        };
+        self.open(&arrival, kind, datagram, inbox)
     }
 
     fn stun(&self, datagram: &[u8], via: Via) -> Result<(), DropReason> {
@@ -124,112 +192,109 @@ impl Inner {
 
     fn open(
         &self,
-        peer: &Arc<Peer>,
+        arrival: &Arrival<'_>,
         kind: Kind,
         datagram: &[u8],
-        via: Via,
         inbox: &mut Inbox,
-        now: Instant,
     ) -> Result<(), DropReason> {
-        let Inbox { opened, out } = inbox;
-        let (header, room) = opened
-            .split_first_chunk_mut::<{ VnetHeader::LEN }>()
-            .ok_or(DropReason::NotWireGuard)?;
-        let mut state = peer.lock();
+        let room = inbox.opened.get_mut(VnetHeader::LEN..).unwrap_or_default();
+        let mut state = arrival.peer.lock();
         match (state.engine.open(datagram, room), kind) {
             (Opened::Refused(reason), _) => Err(reason),
-            (Opened::Answer(answer), Kind::Initiation) => {
-                state.unconfirmed = SessionIndex::of_response(answer);
+            (Opened::Answer(response), Kind::Initiation) => {
+                state.unconfirmed = SessionIndex::of_response(response);
                 drop(state);
-                self.transmit(&peer.id, via, answer, answer.len());
+                self.transmit(&arrival.peer.id, arrival.via, response, response.len());
                 Ok(())
             }
-            (Opened::Answer(answer), _) => {
-                self.note_authentic(peer, &mut state, via, now);
-                state.note_session();
-                // First the keepalive that proves the session to the peer, then what waited.
-                self.transmit(&peer.id, via, answer, answer.len());
-                self.send_held(peer, &mut state, out);
-                drop(state);
-                self.emit_handshake(peer, via);
+            (Opened::Answer(keepalive), _) => {
+                self.note_authentic(arrival, &mut state);
+                // First what proves the session to the peer, then what waited for it.
+                self.transmit(&arrival.peer.id, arrival.via, keepalive, keepalive.len());
+                self.begin_session(arrival, state, &mut inbox.out);
                 Ok(())
             }
             (Opened::Nothing, Kind::Data { receiver }) => {
-                let confirmed = self.note_data(peer, &mut state, receiver, via, now, out);
-                drop(state);
-                if confirmed {
-                    self.emit_handshake(peer, via);
-                }
+                self.note_data(arrival, state, receiver, &mut inbox.out);
                 Ok(())
             }
-            (Opened::Nothing, _) => Ok(()),
-            (Opened::Packet(packet), _) => {
+            (Opened::Packet(packet), Kind::Data { receiver }) => {
                 let len = packet.len();
-                let confirmed = match kind {
-                    Kind::Data { receiver } => {
-                        self.note_data(peer, &mut state, receiver, via, now, out)
-                    }
-                    _ => false,
-                };
-                let allowed = self.is_source_of(packet, peer);
+                let allowed = inbox.sources.allow(self, packet, arrival.peer);
                 if allowed {
                     state.traffic.received_packets += 1;
                     state.traffic.received_bytes += len as u64;
                 }
-                drop(state);
-                if confirmed {
-                    self.emit_handshake(peer, via);
-                }
+                self.note_data(arrival, state, receiver, &mut inbox.out);
                 if !allowed {
                     return Err(DropReason::WrongSource);
                 }
-                if !peer.external && self.is_control(packet) {
-                    self.emit(TunnelEvent::Control {
-                        peer: peer.id,
-                        via,
-                        packet: packet.to_vec(),
-                    });
-                    return Ok(());
-                }
-                *header = VnetHeader::default().to_bytes();
-                let whole = opened
-                    .get(..VnetHeader::LEN + len)
-                    .ok_or(DropReason::MalformedIn)?;
-                self.write_tun(whole)
+                self.deliver(arrival, len, inbox);
+                Ok(())
             }
+            // A cookie for our next initiation.
+            (Opened::Nothing | Opened::Packet(_), _) => Ok(()),
         }
     }
 
-    /// Notes an authentic data message. Whether it proves a session that we only offered so far.
+    /// Hands on the packet of `len` bytes that was opened.
+    fn deliver(&self, arrival: &Arrival<'_>, len: usize, inbox: &mut Inbox) {
+        let framed = inbox
+            .opened
+            .get_mut(..VnetHeader::LEN + len)
+            .unwrap_or_default();
+        let packet = framed.get(VnetHeader::LEN..).unwrap_or_default();
+        if !arrival.peer.external && self.is_control(packet) {
+            self.emit(TunnelEvent::Control {
+                peer: arrival.peer.id,
+                via: arrival.via,
+                packet: packet.to_vec(),
+            });
+            return;
+        }
+        inbox
+            .coalescer
+            .push(framed, &mut |framed| self.write_tun(framed));
+    }
+
+    /// Notes an authentic data message, which may prove a session that we only offered so far.
     fn note_data(
         &self,
-        peer: &Arc<Peer>,
-        state: &mut State,
+        arrival: &Arrival<'_>,
+        mut state: MutexGuard<'_, State>,
         session: SessionIndex,
-        via: Via,
-        now: Instant,
         out: &mut Outbox,
-    ) -> bool {
-        self.note_authentic(peer, state, via, now);
-        if state.unconfirmed != Some(session) {
-            return false;
+    ) {
+        self.note_authentic(arrival, &mut state);
+        if state.unconfirmed == Some(session) {
+            self.begin_session(arrival, state, out);
         }
+    }
+
+    fn note_authentic(&self, arrival: &Arrival<'_>, state: &mut State) {
+        state.note_received(arrival.via, arrival.now);
+        if arrival.peer.external {
+            state.primary = Some(arrival.via);
+        }
+        self.mark_for_report(arrival.peer);
+    }
+
+    /// Both sides have proven a new session.
+    fn begin_session(
+        &self,
+        arrival: &Arrival<'_>,
+        mut state: MutexGuard<'_, State>,
+        out: &mut Outbox,
+    ) {
         state.note_session();
-        self.send_held(peer, state, out);
-        true
-    }
-
-    fn note_authentic(&self, peer: &Arc<Peer>, state: &mut State, via: Via, now: Instant) {
-        state.note_received(via, now);
-        if peer.external {
-            state.primary = Some(via);
+        self.send_held(arrival.peer, &mut state, out);
+        drop(state);
+        if !arrival.peer.external {
+            self.emit(TunnelEvent::Handshake {
+                peer: arrival.peer.id,
+                via: arrival.via,
+            });
         }
-        self.mark_for_report(peer);
-    }
-
-    fn is_source_of(&self, packet: &[u8], peer: &Peer) -> bool {
-        let routes = self.routes.load();
-        route::source(packet).and_then(|ip| routes.get(ip)) == Some(&peer.id)
     }
 
     /// Whether a packet is from the peer's core, not from something behind the peer.
@@ -239,17 +304,12 @@ impl Inner {
             && from_overlay.is_some_and(|prefix| self.is_overlay(prefix))
     }
 
-    fn emit_handshake(&self, peer: &Peer, via: Via) {
-        if !peer.external {
-            self.emit(TunnelEvent::Handshake { peer: peer.id, via });
-        }
-    }
-
     /// One datagram that a relay says came from `peer`.
     pub(crate) fn inbound_relayed(&self, peer: &NodeId, datagram: &[u8], via: Via) {
-        let mut inbox = self.inboxes.take();
+        let mut inbox = self.inboxes.take(|| self.new_inbox());
         let sender = engine::relayed_source(peer);
         self.inbound(datagram, via, sender, &mut inbox, Instant::now());
+        self.finish(&mut inbox);
         self.inboxes.give_back(inbox);
     }
 }

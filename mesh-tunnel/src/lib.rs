@@ -8,6 +8,7 @@
 
 mod batch;
 mod checksum;
+mod coalesce;
 mod engine;
 mod inbound;
 mod outbound;

@@ -143,8 +143,8 @@ impl Tunnel {
             relays: ArcSwap::default(),
             drops: Drops::default(),
             held_bytes: AtomicUsize::new(0),
-            inboxes: Pool::new(Inbox::new),
-            outboxes: Pool::new(Outbox::new),
+            inboxes: Pool::default(),
+            outboxes: Pool::default(),
             peers: RwLock::default(),
             to_report: Mutex::default(),
         });
@@ -189,7 +189,7 @@ impl Tunnel {
         let Some(peer) = found.filter(|peer| !peer.external) else {
             return;
         };
-        let mut out = inner.outboxes.take();
+        let mut out = inner.outboxes.take(Outbox::new);
         let mut state = peer.lock();
         state.primary = primary;
         state.duplicate = duplicate.filter(|_| primary.is_some());
@@ -359,9 +359,18 @@ impl Inner {
     }
 
     /// Hands the kernel an offload header and a packet.
-    pub(crate) fn write_tun(&self, packet: &[u8]) -> Result<(), DropReason> {
-        let queue = self.queues.first().ok_or(DropReason::TunFull)?;
-        queue.write(packet).map_err(|_| DropReason::TunFull)
+    pub(crate) fn write_tun(&self, framed: &[u8]) {
+        let written = self
+            .queues
+            .first()
+            .is_some_and(|queue| queue.write(framed).is_ok());
+        if !written {
+            self.drops.count(DropReason::TunFull);
+        }
+    }
+
+    pub(crate) fn new_inbox(&self) -> Inbox {
+        Inbox::new(self.queues.first().is_some_and(Queue::has_udp_offload))
     }
 
     /// Whether the first 48 bits of an address are the mesh's.
@@ -420,30 +429,22 @@ impl Inner {
 
 /// Buffers for callers that are not packet threads, used again and again. It holds as many as
 /// were ever in use at once: no more than there are threads that call.
-pub(crate) struct Pool<T> {
-    free: Mutex<Vec<T>>,
-    make: fn() -> T,
+pub(crate) struct Pool<T>(Mutex<Vec<T>>);
+
+impl<T> Default for Pool<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
 }
 
 impl<T> Pool<T> {
-    fn new(make: fn() -> T) -> Self {
-        Self {
-            free: Mutex::default(),
-            make,
-        }
-    }
-
-    pub(crate) fn take(&self) -> T {
-        let free = self
-            .free
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop();
-        free.unwrap_or_else(self.make)
+    pub(crate) fn take(&self, make: impl FnOnce() -> T) -> T {
+        let free = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        free.unwrap_or_else(make)
     }
 
     pub(crate) fn give_back(&self, item: T) {
-        self.free
+        self.0
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .push(item);

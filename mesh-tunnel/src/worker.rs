@@ -16,7 +16,6 @@ use mesh_linux::{
 use mesh_wire::id::Via;
 
 use crate::{
-    inbound::Inbox,
     outbound::Outbox,
     tunnel::{Inner, TunnelEvent},
 };
@@ -138,7 +137,7 @@ fn read_tun(tunnel: &Inner, queue: &Queue, stop: &StopSignal) -> io::Result<()> 
 
 fn receive_udp(tunnel: &Inner, socket: &UdpBatch, stop: &StopSignal) -> io::Result<()> {
     let mut batch = ReceiveBatch::new();
-    let mut inbox = Inbox::new();
+    let mut inbox = tunnel.new_inbox();
     until_stopped(socket, stop, || {
         socket.receive(&mut batch)?;
         let now = Instant::now();
@@ -150,6 +149,7 @@ fn receive_udp(tunnel: &Inner, socket: &UdpBatch, stop: &StopSignal) -> io::Resu
                 tunnel.inbound(datagram, Via::Direct(from), from.ip(), &mut inbox, now);
             }
         }
+        tunnel.finish(&mut inbox);
         Ok(())
     })
 }
