@@ -39,6 +39,7 @@ pub(crate) struct Lab {
     services: Option<Services>,
     cgroup: PathBuf,
     outside: PathBuf,
+    home_cgroup: PathBuf,
     home_namespace: File,
     _turn: MutexGuard<'static, ()>,
 }
@@ -53,22 +54,26 @@ impl Lab {
         for folder in [&cgroup, &outside] {
             fs::create_dir(folder).expect("making a cgroup needs root");
         }
+        let home_cgroup = own_cgroup(&root);
         let home_namespace = File::open("/proc/thread-self/ns/net").unwrap();
+        let services = None;
         let mut lab = Self {
-            services: None,
+            services,
             cgroup,
             outside,
+            home_cgroup,
             home_namespace,
             _turn: turn,
         };
-        enter(&lab.cgroup);
+        enter(&lab.cgroup).unwrap();
         new_network_namespace();
         lab.load();
         lab
     }
 
     pub(crate) fn load(&mut self) {
-        self.services = Some(Services::load(&self.cgroup).unwrap());
+        let loaded = Services::load(&self.cgroup);
+        self.services = Some(loaded.unwrap_or_else(|error| panic!("{error}\n{error:?}")));
     }
 
     pub(crate) fn services(&mut self) -> &mut Services {
@@ -126,18 +131,31 @@ impl Lab {
 impl Drop for Lab {
     fn drop(&mut self) {
         self.services = None;
-        let root = self.cgroup.parent().unwrap();
         let back = LinkNameSpaceType::Network;
-        move_into_link_name_space(self.home_namespace.as_fd(), Some(back)).unwrap();
-        enter(root);
-        for folder in [&self.cgroup, &self.outside] {
-            fs::remove_dir(folder).unwrap();
+        let undone = [
+            move_into_link_name_space(self.home_namespace.as_fd(), Some(back)).map_err(Into::into),
+            enter(&self.home_cgroup),
+            fs::remove_dir(&self.cgroup),
+            fs::remove_dir(&self.outside),
+        ];
+        // A second panic would hide the first.
+        if !thread::panicking() {
+            undone.into_iter().for_each(Result::unwrap);
         }
     }
 }
 
-fn enter(cgroup: &Path) {
-    fs::write(cgroup.join("cgroup.procs"), process::id().to_string()).unwrap();
+fn own_cgroup(root: &Path) -> PathBuf {
+    let membership = fs::read_to_string("/proc/self/cgroup").unwrap();
+    let path = membership
+        .lines()
+        .find_map(|line| line.strip_prefix("0::/"))
+        .unwrap();
+    root.join(path)
+}
+
+fn enter(cgroup: &Path) -> io::Result<()> {
+    fs::write(cgroup.join("cgroup.procs"), process::id().to_string())
 }
 
 /// What test processes left that were killed.

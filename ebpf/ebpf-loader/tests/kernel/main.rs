@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ebpf_abi::{Counter, SocketAddress};
+use ebpf_abi::{Counter, FLOWS_MAX, SocketAddress};
 use ebpf_loader::{Frontend, LoadError, Protocol, Services};
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
@@ -336,6 +336,7 @@ fn ten_thousand_services_fill_quickly_and_change_by_difference() {
     drop(lab.take_services());
     let [without] = connect_times(&servers[0], [at[0]]);
     lab.load();
+    let empty_kib = lab::map_memory_bytes() / 1_024;
     let mut desired = BTreeMap::from([(service(0), at.clone())]);
     lab.services().apply(&desired).unwrap();
     let [direct_1, service_1] = connect_times(&servers[0], [at[0], asked]);
@@ -362,7 +363,7 @@ fn ten_thousand_services_fill_quickly_and_change_by_difference() {
     );
     println!(
         "10,000 services, 249,976 endpoints: filled in {filled:?}, one service changed in \
-         {changed:?}, maps take {memory_kib} KiB\n\
+         {changed:?}, maps take {memory_kib} KiB ({empty_kib} KiB empty)\n\
          median connect: without programs {without:?}; not a service and a service, \
          1: {direct_1:?} {service_1:?}, 10,000: {direct_many:?} {service_many:?}"
     );
@@ -407,6 +408,43 @@ fn beyond_the_limit_the_first_endpoints_are_kept() {
         lab.map_entries::<u64, SocketAddress>("hf_endpoints"),
         63 * 4_096
     );
+}
+
+#[test]
+fn a_socket_with_more_flows_than_are_remembered_is_served_all_the_same() {
+    let mut lab = Lab::new();
+    let servers = udp_servers("0.0.0.0:0", 1);
+    let port = servers[0].local_addr().unwrap().port();
+    // Each service has an endpoint of its own; one server has them all.
+    let flows = u16::try_from(FLOWS_MAX).unwrap() + 4_000;
+    let address = |net: u8, n: u16| {
+        let [high, low] = n.to_be_bytes();
+        IpAddr::from([net, 0, high, low])
+    };
+    let service = |n| Frontend {
+        address: address(10, n),
+        port: 53,
+        protocol: Protocol::Udp,
+    };
+    let endpoint = |n| SocketAddr::new(address(127, n), port);
+    let desired = (1..=flows)
+        .map(|n| (service(n), vec![endpoint(n)]))
+        .collect();
+    lab.services().apply(&desired).unwrap();
+    let client = FAMILIES[0].client();
+    for n in (1..=flows).rev().chain([1, flows]) {
+        let asked = SocketAddr::new(service(n).address, 53);
+        client.send_to(b"?", asked).unwrap();
+        let (_, from) = datagram(&servers);
+        // A server on all addresses answers a loopback client from 127.0.0.1.
+        if n == 1 {
+            servers[0].send_to(b"!", from).unwrap();
+            assert_eq!(client.recv_from(&mut [0; 8]).unwrap().1, asked);
+        }
+    }
+    let counted = lab.counted();
+    assert_eq!(counted(Counter::SendRewritten), u64::from(flows) + 2);
+    assert_eq!(counted(Counter::NotRemembered), 0);
 }
 
 #[test]
