@@ -1,5 +1,13 @@
 //! What the mesh's own zones answer, form by form.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::wildcard_enum_match_arm,
+    reason = "a test may fail loudly, and its helpers too"
+)]
+
 mod common;
 
 use std::{net::IpAddr, sync::Arc};
@@ -335,15 +343,17 @@ fn an_alias_that_leads_to_itself_ends() {
     assert_eq!(reply.answers.len(), 9);
 }
 
+type Change = fn(&mut Message);
+
 #[test]
 fn what_this_server_does_not_do_is_said_in_the_right_code() {
     let own = || query("inventory.shop.svc.cluster.local.", RecordType::A);
-    let with = |change: fn(&mut Message)| {
+    let with = |change: Change| {
         let mut message = own();
         change(&mut message);
         show(&answer(&message, Some(&view())))
     };
-    let cases: [(&str, fn(&mut Message), &str); 10] = [
+    let cases: [(&str, Change, &str); 10] = [
         ("no question", |m| m.queries.clear(), "FormErr"),
         (
             "two questions",

@@ -1,5 +1,13 @@
 //! Bytes that nobody should send.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::wildcard_enum_match_arm,
+    reason = "a test may fail loudly, and its helpers too"
+)]
+
 mod common;
 
 use common::{query, view};

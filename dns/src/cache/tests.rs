@@ -1,8 +1,3 @@
-#![expect(
-    clippy::disallowed_methods,
-    reason = "tests need one real instant to start from"
-)]
-
 use std::str::FromStr;
 
 use hickory_proto::{

@@ -1,0 +1,199 @@
+//! What can be asked.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand};
+
+/// Looks into a Holdfast mesh, and runs its controller.
+///
+/// Exit codes: 0 ok, 1 degraded, 2 down (also: the daemon cannot be reached), 64 usage.
+#[derive(Debug, Parser)]
+#[command(name = "meshctl", version, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    /// The agent's admin socket.
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        default_value = "/run/holdfast/agent.sock"
+    )]
+    pub(crate) socket: PathBuf,
+    /// The controller's admin socket.
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        default_value = "/run/holdfast/controller.sock"
+    )]
+    pub(crate) controller_socket: PathBuf,
+    /// Print one JSON document, whose fields are described in meshctl's README.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// How this node is: health, relays, NAT, snapshot, peers by state.
+    Status,
+    /// Every peer: its state, path, round trip and traffic.
+    Peers,
+    /// Sends echoes to a node through the tunnel.
+    Ping(Ping),
+    /// How packets reach a node.
+    #[command(subcommand)]
+    Path(Path),
+    /// Services, and which of their endpoints new flows go to from here.
+    Services {
+        /// Show each endpoint.
+        #[arg(long)]
+        endpoints: bool,
+    },
+    /// This node's resolver.
+    #[command(subcommand)]
+    Dns(Dns),
+    /// Join tokens (controller).
+    #[command(subcommand)]
+    Token(Token),
+    /// Nodes that the controller knows.
+    Nodes,
+    /// Relays (controller).
+    #[command(subcommand)]
+    Relay(Relay),
+    /// The controller itself.
+    #[command(subcommand)]
+    Controller(Controller),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Ping {
+    /// A node's name, or one of its overlay addresses.
+    pub(crate) node: String,
+    /// How many echoes.
+    #[arg(short = 'c', long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) count: u32,
+    /// Milliseconds between them.
+    #[arg(short = 'i', long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(10..=60_000))]
+    pub(crate) interval_ms: u32,
+    /// Milliseconds to wait for an answer.
+    #[arg(short = 'W', long, value_name = "MS", default_value_t = 2000, value_parser = clap::value_parser!(u32).range(10..=60_000))]
+    pub(crate) timeout_ms: u32,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Path {
+    /// Which path is used to a node, which were tried, and why it is not a direct one.
+    Why {
+        /// The node's name.
+        node: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Dns {
+    /// Asks this node's own listener, as an application would.
+    Query {
+        /// A full name.
+        name: String,
+        /// A, AAAA, SRV, PTR, TXT, CNAME …
+        #[arg(long = "type", short = 't', value_name = "TYPE", default_value = "A")]
+        record_type: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Token {
+    /// Makes a token with which a node may join. It is shown once, on standard output.
+    Create {
+        /// How long it holds: 90s, 30m, 1h, 7d.
+        #[arg(long, default_value = "1h", value_parser = parse_ttl)]
+        ttl: Duration,
+        /// How many nodes may join with it.
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+        uses: u32,
+        /// Only this node may use it.
+        #[arg(long)]
+        node: Option<String>,
+        /// What it is for; shown by `token list`.
+        #[arg(long, default_value = "")]
+        description: String,
+    },
+    /// Tokens that still hold. Not the secrets: nobody has them.
+    List,
+    /// Makes a token worthless. Nodes that joined with it stay.
+    Revoke {
+        /// As `token list` shows it.
+        id: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Relay {
+    /// Makes a relay's certificate and key and writes relay.pem, relay.key and ca.pem.
+    Issue {
+        /// The relay's name, as in its MeshRelay.
+        name: String,
+        /// The folder for the files; made if it is not there.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Controller {
+    /// Generation, agents, and problems with the manifests.
+    Status,
+}
+
+/// A token is for a machine that is being set up: a year is certainly a mistake.
+const TTL_MAX: Duration = Duration::from_secs(365 * 86_400);
+
+fn parse_ttl(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is not a time: a number and s, m, h or d, at most 365d");
+    let (number, unit_s) = [("s", 1), ("m", 60), ("h", 3600), ("d", 86_400)]
+        .iter()
+        .find_map(|(unit, seconds)| Some((text.strip_suffix(unit)?, *seconds)))
+        .ok_or_else(wrong)?;
+    let number: u64 = number.parse().map_err(|_| wrong())?;
+    let ttl = number.checked_mul(unit_s).map(Duration::from_secs);
+    ttl.filter(|ttl| !ttl.is_zero() && *ttl <= TTL_MAX)
+        .ok_or_else(wrong)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn times_to_live_are_read_with_their_unit() {
+        for (text, seconds) in [
+            ("90s", 90),
+            ("30m", 1800),
+            ("1h", 3600),
+            ("365d", 31_536_000),
+        ] {
+            assert_eq!(parse_ttl(text), Ok(Duration::from_secs(seconds)));
+        }
+        for wrong in [
+            "",
+            "1",
+            "h",
+            "0s",
+            "-1h",
+            "1.5h",
+            "366d",
+            "1w",
+            "99999999999999999999d",
+        ] {
+            assert!(parse_ttl(wrong).is_err(), "{wrong:?}");
+        }
+    }
+}

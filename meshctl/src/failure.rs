@@ -1,0 +1,135 @@
+//! Why there is nothing to show, and what to do about it.
+
+use std::{fmt, io, path::Path, time::Duration};
+
+use mesh_api::connect::ConnectError;
+use tonic::{Code, Status};
+
+use crate::Verdict;
+
+/// Why there is nothing to show.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// No daemon answers at its socket.
+    Unreachable(String),
+    /// The daemon did not answer in time.
+    Slow(&'static str, Duration),
+    /// The daemon says that the question is wrong.
+    Refused(String),
+    /// The daemon could not answer.
+    Failed(String),
+    /// A file could not be written.
+    File(String),
+}
+
+/// Which daemon is talked to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Daemon {
+    Agent,
+    Controller,
+}
+
+impl Daemon {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Agent => "agent",
+            Self::Controller => "controller",
+        }
+    }
+
+    fn option(self) -> &'static str {
+        match self {
+            Self::Agent => "--socket",
+            Self::Controller => "--controller-socket",
+        }
+    }
+}
+
+impl Failure {
+    pub(crate) fn connecting(daemon: Daemon, path: &Path, error: &ConnectError) -> Self {
+        let (name, option, path) = (daemon.name(), daemon.option(), path.display());
+        let kind = match error {
+            ConnectError::Socket { source, .. } => source.kind(),
+            ConnectError::Resolve { .. }
+            | ConnectError::Tcp { .. }
+            | ConnectError::Tls { .. }
+            | ConnectError::Http { .. } => io::ErrorKind::Other,
+        };
+        Self::Unreachable(if kind == io::ErrorKind::NotFound {
+            format!(
+                "no {name} here: {path} does not exist. Start it (systemctl start mesh-{name}), \
+                 or say where its admin socket is: {option} PATH"
+            )
+        } else if kind == io::ErrorKind::ConnectionRefused {
+            format!(
+                "the {name} is not running: nobody listens at {path}. Start it \
+                 (systemctl start mesh-{name}) and look at its log (journalctl -u mesh-{name})"
+            )
+        } else if kind == io::ErrorKind::PermissionDenied {
+            format!("{path} is for its owner only: try again with sudo")
+        } else {
+            format!("cannot talk to the {name}: {error}. Is {path} its admin socket? ({option})")
+        })
+    }
+
+    /// Whether the script or the mesh has to change.
+    pub(crate) fn verdict(&self) -> Verdict {
+        match self {
+            Self::Refused(_) => Verdict::Usage,
+            Self::Unreachable(_) | Self::Slow(..) | Self::Failed(_) | Self::File(_) => {
+                Verdict::Down
+            }
+        }
+    }
+
+    pub(crate) fn to_json(&self) -> serde_json::Value {
+        let kind = match self {
+            Self::Unreachable(_) => "unreachable",
+            Self::Slow(..) => "slow",
+            Self::Refused(_) => "refused",
+            Self::Failed(_) => "failed",
+            Self::File(_) => "file",
+        };
+        serde_json::json!({ "error": { "kind": kind, "message": self.to_string() } })
+    }
+}
+
+impl From<Status> for Failure {
+    fn from(status: Status) -> Self {
+        let message = crate::table::printable(status.message());
+        match status.code() {
+            Code::InvalidArgument
+            | Code::NotFound
+            | Code::AlreadyExists
+            | Code::OutOfRange
+            | Code::FailedPrecondition => Self::Refused(message),
+            Code::Ok
+            | Code::Cancelled
+            | Code::Unknown
+            | Code::DeadlineExceeded
+            | Code::PermissionDenied
+            | Code::ResourceExhausted
+            | Code::Aborted
+            | Code::Unimplemented
+            | Code::Internal
+            | Code::Unavailable
+            | Code::DataLoss
+            | Code::Unauthenticated => Self::Failed(format!("{message} ({:?})", status.code())),
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unreachable(message) | Self::Refused(message) | Self::File(message) => {
+                f.write_str(message)
+            }
+            Self::Failed(message) => write!(f, "the daemon says: {message}"),
+            Self::Slow(name, limit) => write!(
+                f,
+                "the {name} did not answer within {limit:?}: look at its log (journalctl -u mesh-{name})"
+            ),
+        }
+    }
+}

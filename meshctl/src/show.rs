@@ -1,0 +1,527 @@
+//! What a person sees, and how well things are.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+
+use crate::{
+    Verdict,
+    report::{
+        ControllerStatus, CreatedToken, DnsQuery, Endpoint, Nodes, PathWhy, Peers, Ping, PingReply,
+        RelayFiles, RevokedToken, Service, Services, Status, StatusRelay, Tokens,
+    },
+    table::{Cell, Tone, bytes, columns, duration, milliseconds, printable, table},
+};
+
+/// Something to show.
+pub(crate) trait Report: Serialize {
+    /// For a person; ends with a line break.
+    fn text(&self, colours: bool) -> String;
+
+    /// For the exit code.
+    fn verdict(&self) -> Verdict {
+        Verdict::Ok
+    }
+}
+
+impl Report for Status {
+    fn text(&self, colours: bool) -> String {
+        let health = match self.verdict() {
+            Verdict::Ok => Tone::Good,
+            Verdict::Degraded => Tone::Warning,
+            Verdict::Down | Verdict::Usage => Tone::Bad,
+        };
+        let controller = match (&self.controller.address, self.controller.connected) {
+            (None, _) => Cell::new("none configured", Tone::Faint),
+            (Some(address), true) => Cell::new(format!("{address}, connected"), Tone::Good),
+            (Some(address), false) => Cell::new(format!("{address}, not connected"), Tone::Warning),
+        };
+        let snapshot = format!(
+            "generation {}, {} old: {} nodes, {} services",
+            self.snapshot.generation,
+            duration(self.snapshot.age_s),
+            self.snapshot.nodes,
+            self.snapshot.services,
+        );
+        let site = self.site.as_deref().unwrap_or("-");
+        let peers = self
+            .peers
+            .iter()
+            .map(|(state, count)| format!("{count} {state}"));
+        let drops = self.drops.iter().filter(|(_, count)| **count > 0);
+        let drops = drops.map(|(reason, count)| format!("{count} {reason}"));
+        let mut rows = vec![
+            row("node", format!("{} ({})", self.node, self.version)),
+            vec!["health".into(), Cell::new(self.health, health)],
+        ];
+        let problems = self.problems.iter();
+        rows.extend(problems.map(|problem| vec!["".into(), Cell::new(problem, health)]));
+        rows.extend([
+            row("public key", &self.public_key),
+            row("up", duration(self.uptime_ms / 1000)),
+            row("site", site),
+            row("overlay", self.overlay_addresses.join(", ")),
+            row("interface", &self.interface),
+            row("local", self.local_addresses.join(", ")),
+            row("seen as", self.reflexive_addresses.join(", ")),
+            row("NAT", &self.nat),
+            vec!["controller".into(), controller],
+            row("snapshot", snapshot),
+            row("certificate", expires(self.certificate_expires_unix_s)),
+            row("peers", peers.collect::<Vec<_>>().join(", ")),
+            row("DNS", self.dns_listen.join(", ")),
+            row("drops", drops.collect::<Vec<_>>().join(", ")),
+        ]);
+        rows.retain(|row| row.get(1) != Some(&Cell::from("")));
+        let mut text = columns(&rows, colours);
+        if !self.relays.is_empty() {
+            text.push('\n');
+            let head = ["RELAY", "STATE", "HOME", "RTT", "PROBLEM"];
+            let rows = self.relays.iter().map(relay_row).collect();
+            text.push_str(&table(&head, rows, colours));
+        }
+        text
+    }
+
+    fn verdict(&self) -> Verdict {
+        match self.health {
+            "ok" => Verdict::Ok,
+            "down" => Verdict::Down,
+            _ => Verdict::Degraded,
+        }
+    }
+}
+
+fn row(name: &str, value: impl AsRef<str>) -> Vec<Cell> {
+    vec![name.into(), value.into()]
+}
+
+fn relay_row(relay: &StatusRelay) -> Vec<Cell> {
+    vec![
+        (&relay.name).into(),
+        match &relay.transport {
+            Some(transport) => Cell::new(transport, Tone::Good),
+            None => Cell::new("down", Tone::Bad),
+        },
+        if relay.home { "home" } else { "" }.into(),
+        milliseconds(relay.rtt_ms).into(),
+        relay.problem.as_deref().unwrap_or_default().into(),
+    ]
+}
+
+impl Report for Peers {
+    fn text(&self, colours: bool) -> String {
+        let head = [
+            "PEER",
+            "SITE",
+            "STATE",
+            "PATH",
+            "RTT",
+            "SENT",
+            "RECEIVED",
+            "LAST HEARD",
+            "REASON",
+        ];
+        let row = |peer: &crate::report::Peer| {
+            let heard = peer.last_received_ms;
+            let heard = heard.map_or("never".to_owned(), |ms| {
+                format!("{} ago", duration(ms / 1000))
+            });
+            let kind = if peer.external { " (external)" } else { "" };
+            vec![
+                format!("{}{kind}", peer.name).into(),
+                peer.site.as_deref().unwrap_or("-").into(),
+                Cell::new(&peer.state, state_tone(&peer.state)),
+                peer.path.as_deref().unwrap_or("-").into(),
+                milliseconds(peer.rtt_ms).into(),
+                bytes(peer.sent_bytes).into(),
+                bytes(peer.received_bytes).into(),
+                heard.into(),
+                peer.reason.as_deref().unwrap_or_default().into(),
+            ]
+        };
+        table(&head, self.peers.iter().map(row).collect(), colours)
+    }
+
+    /// External peers come and go as they like.
+    fn verdict(&self) -> Verdict {
+        let nodes: Vec<_> = self.peers.iter().filter(|peer| !peer.external).collect();
+        let lost = nodes
+            .iter()
+            .filter(|peer| peer.state == "unreachable")
+            .count();
+        match lost {
+            0 => Verdict::Ok,
+            lost if lost == nodes.len() => Verdict::Down,
+            _ => Verdict::Degraded,
+        }
+    }
+}
+
+fn state_tone(state: &str) -> Tone {
+    match state {
+        "direct" | "primary" => Tone::Good,
+        "relayed" | "waking" | "suspect" | "probing" => Tone::Warning,
+        "unreachable" | "dead" => Tone::Bad,
+        _ => Tone::Faint,
+    }
+}
+
+impl PingReply {
+    /// A line for a person, without its end.
+    pub(crate) fn line(&self, target: &str) -> String {
+        let path = self
+            .path
+            .as_deref()
+            .map_or(String::new(), |path| format!(" by {path}"));
+        let result = match self.rtt_ms {
+            Some(_) => format!("{}{path}", milliseconds(self.rtt_ms)),
+            None => "no answer".to_owned(),
+        };
+        printable(&format!("{target} {}: {result}", self.sequence))
+    }
+}
+
+impl Report for Ping {
+    /// The replies themselves were shown as they came.
+    fn text(&self, _colours: bool) -> String {
+        let times = match (self.min_ms, self.avg_ms, self.max_ms) {
+            (Some(_), Some(_), Some(_)) => format!(
+                ", min {}, avg {}, max {}",
+                milliseconds(self.min_ms),
+                milliseconds(self.avg_ms),
+                milliseconds(self.max_ms)
+            ),
+            _ => String::new(),
+        };
+        format!("{} of {} answered{times}\n", self.received, self.sent)
+    }
+
+    fn verdict(&self) -> Verdict {
+        match self.received {
+            0 => Verdict::Down,
+            received if received < self.sent => Verdict::Degraded,
+            _ => Verdict::Ok,
+        }
+    }
+}
+
+impl Report for PathWhy {
+    fn text(&self, colours: bool) -> String {
+        let mut rows = vec![
+            row("node", &self.node),
+            vec![
+                "state".into(),
+                Cell::new(&self.state, state_tone(&self.state)),
+            ],
+            row("reason", self.reason.as_deref().unwrap_or_default()),
+            row("", self.explanation.as_deref().unwrap_or_default()),
+            row("own NAT", self.own_nat.as_deref().unwrap_or_default()),
+            row("its NAT", self.peer_nat.as_deref().unwrap_or_default()),
+        ];
+        let next = self
+            .next_attempt_ms
+            .map(|ms| format!("in {}", duration(ms.div_ceil(1000))));
+        rows.push(row("next attempt", next.unwrap_or_default()));
+        rows.retain(|row| row.get(1) != Some(&Cell::from("")));
+        let mut text = columns(&rows, colours);
+        if !self.paths.is_empty() {
+            let head = [
+                "PATH",
+                "KIND",
+                "STATE",
+                "RTT",
+                "LOSS",
+                "PROBES",
+                "FULL SIZE",
+            ];
+            text.push('\n');
+            text.push_str(&table(
+                &head,
+                self.paths.iter().map(path_row).collect(),
+                colours,
+            ));
+        }
+        if !self.transitions.is_empty() {
+            let row = |one: &crate::report::Transition| {
+                vec![
+                    format!("{} ago", duration(one.ago_ms / 1000)).into(),
+                    format!("{} -> {}", one.from, one.to).into(),
+                    (&one.reason).into(),
+                ]
+            };
+            let rows = self.transitions.iter().map(row).collect();
+            text.push('\n');
+            text.push_str(&table(&["WHEN", "CHANGE", "REASON"], rows, colours));
+        }
+        text
+    }
+
+    /// A relayed path works as meant where NATs allow no other.
+    fn verdict(&self) -> Verdict {
+        match self.state.as_str() {
+            "unreachable" => Verdict::Down,
+            "suspect" | "waking" => Verdict::Degraded,
+            _ => Verdict::Ok,
+        }
+    }
+}
+
+fn path_row(path: &crate::report::Path) -> Vec<Cell> {
+    vec![
+        (&path.path).into(),
+        (&path.kind).into(),
+        Cell::new(&path.state, state_tone(&path.state)),
+        milliseconds(path.rtt_ms).into(),
+        format!("{:.1} %", path.loss * 100.0).into(),
+        format!("{}/{}", path.probes_answered, path.probes_sent).into(),
+        if path.full_size_ok { "yes" } else { "no" }.into(),
+    ]
+}
+
+impl Report for Services {
+    fn text(&self, colours: bool) -> String {
+        let head = [
+            "SERVICE",
+            "KIND",
+            "ADDRESSES",
+            "PORTS",
+            "ENDPOINTS",
+            "GOES TO",
+        ];
+        table(
+            &head,
+            self.services.iter().map(service_row).collect(),
+            colours,
+        )
+    }
+
+    fn verdict(&self) -> Verdict {
+        if self.services.iter().any(Service::is_cut_off) {
+            Verdict::Degraded
+        } else {
+            Verdict::Ok
+        }
+    }
+}
+
+impl Service {
+    /// It has ready endpoints, and none that this node reaches.
+    fn is_cut_off(&self) -> bool {
+        let chosen = self.endpoints.iter().any(|one| one.chosen);
+        !chosen && self.endpoints.iter().any(|one| one.ready)
+    }
+
+    fn full_name(&self) -> String {
+        format!("{}/{}", self.namespace, self.name)
+    }
+}
+
+fn service_row(service: &Service) -> Vec<Cell> {
+    let count = |of: fn(&&Endpoint) -> bool| service.endpoints.iter().filter(of).count();
+    let tone = if service.is_cut_off() {
+        Tone::Bad
+    } else {
+        Tone::Plain
+    };
+    let chosen = count(|one| one.chosen);
+    let tier = service
+        .endpoints
+        .iter()
+        .find(|one| one.chosen)
+        .map(|one| &one.tier);
+    let goes_to = tier.map_or("-".to_owned(), |tier| format!("{chosen} {tier}"));
+    vec![
+        service.full_name().into(),
+        (&service.kind).into(),
+        service.cluster_ips.join(", ").into(),
+        service.ports.join(", ").into(),
+        format!(
+            "{} ready of {}",
+            count(|one| one.ready),
+            service.endpoints.len()
+        )
+        .into(),
+        Cell::new(goes_to, tone),
+    ]
+}
+
+/// `services --endpoints`: the same for machines, a row for each endpoint for people.
+#[derive(Debug, Serialize)]
+#[serde(transparent)]
+pub(crate) struct WithEndpoints(pub(crate) Services);
+
+impl Report for WithEndpoints {
+    fn text(&self, colours: bool) -> String {
+        let head = [
+            "SERVICE", "ENDPOINT", "NODE", "TIER", "READY", "ALIVE", "CHOSEN",
+        ];
+        let rows = self.0.services.iter().flat_map(|service| {
+            let endpoints = service.endpoints.iter();
+            endpoints.map(|endpoint| endpoint_row(service, endpoint))
+        });
+        table(&head, rows.collect(), colours)
+    }
+
+    fn verdict(&self) -> Verdict {
+        self.0.verdict()
+    }
+}
+
+fn endpoint_row(service: &Service, endpoint: &Endpoint) -> Vec<Cell> {
+    let yes_or_no = |is: bool, otherwise| match is {
+        true => Cell::from("yes"),
+        false => Cell::new("no", otherwise),
+    };
+    vec![
+        service.full_name().into(),
+        (&endpoint.address).into(),
+        endpoint.node.as_deref().unwrap_or("-").into(),
+        (&endpoint.tier).into(),
+        yes_or_no(endpoint.ready, Tone::Warning),
+        yes_or_no(endpoint.alive, Tone::Bad),
+        match endpoint.chosen {
+            true => Cell::new("yes", Tone::Good),
+            false => Cell::new("no", Tone::Faint),
+        },
+    ]
+}
+
+impl Report for DnsQuery {
+    fn text(&self, colours: bool) -> String {
+        let mut rows: Vec<Vec<Cell>> = self
+            .answers
+            .iter()
+            .map(|answer| vec![answer.into()])
+            .collect();
+        let summary = format!(
+            "{} from {} in {}",
+            self.code,
+            self.server,
+            milliseconds(Some(self.ms))
+        );
+        let tone = match self.verdict() {
+            Verdict::Ok => Tone::Faint,
+            Verdict::Degraded => Tone::Warning,
+            Verdict::Down | Verdict::Usage => Tone::Bad,
+        };
+        rows.push(vec![Cell::new(summary, tone)]);
+        columns(&rows, colours)
+    }
+
+    /// "There is nothing" is an answer, though rarely the hoped-for one.
+    fn verdict(&self) -> Verdict {
+        match self.code.as_str() {
+            "NOERROR" if !self.answers.is_empty() => Verdict::Ok,
+            "NOERROR" | "NXDOMAIN" => Verdict::Degraded,
+            _ => Verdict::Down,
+        }
+    }
+}
+
+impl Report for CreatedToken {
+    /// Only the token: `TOKEN=$(meshctl token create)`.
+    fn text(&self, _colours: bool) -> String {
+        format!("{}\n", printable(&self.token))
+    }
+}
+
+impl Report for Tokens {
+    fn text(&self, colours: bool) -> String {
+        let rows = self.tokens.iter().map(|token| {
+            vec![
+                (&token.id).into(),
+                expires(Some(token.expires_unix_s)).into(),
+                token.uses_left.to_string().into(),
+                (&token.description).into(),
+            ]
+        });
+        table(
+            &["ID", "HOLDS", "USES LEFT", "DESCRIPTION"],
+            rows.collect(),
+            colours,
+        )
+    }
+}
+
+impl Report for RevokedToken {
+    fn text(&self, _colours: bool) -> String {
+        format!("token {} is worthless now\n", printable(&self.revoked))
+    }
+}
+
+impl Report for Nodes {
+    fn text(&self, colours: bool) -> String {
+        let rows = self.nodes.iter().map(|node| {
+            vec![
+                (&node.name).into(),
+                node.site.as_deref().unwrap_or("-").into(),
+                node.overlay_addresses.join(", ").into(),
+                match node.connected {
+                    true => Cell::new("yes", Tone::Good),
+                    false => Cell::new("no", Tone::Warning),
+                },
+                node.generation.to_string().into(),
+                (&node.public_key).into(),
+            ]
+        });
+        let head = [
+            "NODE",
+            "SITE",
+            "OVERLAY",
+            "CONNECTED",
+            "GENERATION",
+            "PUBLIC KEY",
+        ];
+        table(&head, rows.collect(), colours)
+    }
+}
+
+impl Report for RelayFiles {
+    fn text(&self, _colours: bool) -> String {
+        format!(
+            "wrote {}\nwrote {} (secret)\nwrote {}\n",
+            self.certificate, self.key, self.ca
+        )
+    }
+}
+
+impl Report for ControllerStatus {
+    fn text(&self, colours: bool) -> String {
+        let agents = format!(
+            "{} of {} nodes connected",
+            self.agents_connected, self.nodes
+        );
+        let mut rows = vec![
+            row("mesh", &self.trust_domain),
+            row("id", &self.mesh_id),
+            row("generation", self.generation.to_string()),
+            row("agents", agents),
+        ];
+        for (index, problem) in self.problems.iter().enumerate() {
+            let name = if index == 0 { "problems" } else { "" };
+            rows.push(vec![name.into(), Cell::new(problem, Tone::Warning)]);
+        }
+        columns(&rows, colours)
+    }
+
+    fn verdict(&self) -> Verdict {
+        match self.problems.is_empty() {
+            true => Verdict::Ok,
+            false => Verdict::Degraded,
+        }
+    }
+}
+
+/// `for 23h 12m`; by this machine's clock.
+fn expires(unix_s: Option<i64>) -> String {
+    let Some(unix_s) = unix_s else {
+        return String::new();
+    };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now_s = now.map_or(0, |now| i64::try_from(now.as_secs()).unwrap_or(i64::MAX));
+    match u64::try_from(unix_s.saturating_sub(now_s)) {
+        Ok(left_s) => format!("for {}", duration(left_s)),
+        Err(_) => "expired".to_owned(),
+    }
+}
