@@ -74,7 +74,7 @@ mod tests {
         while sum > 0xffff {
             sum = (sum >> 16) + (sum & 0xffff);
         }
-        (!(sum as u16)).to_be_bytes()
+        (!u16::try_from(sum).unwrap()).to_be_bytes()
     }
 
     proptest! {

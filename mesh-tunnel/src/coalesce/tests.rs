@@ -32,9 +32,9 @@ fn packet(piece: &Piece, sequence: u32, fill: u8) -> Vec<u8> {
     let ports = (1000 + u16::from(piece.flow), 80);
     let hops = if piece.odd == Odd::HopLimit { 9 } else { 64 };
     let payload: Vec<u8> = (0..piece.payload_len)
-        .map(|i| fill.wrapping_add(i as u8))
+        .map(|i| fill.wrapping_add(i.to_le_bytes()[0]))
         .collect();
-    let ip = if piece.flow % 2 == 0 {
+    let ip = if piece.flow.is_multiple_of(2) {
         PacketBuilder::ipv4([10, 0, 0, 1], [10, 0, 0, 2], hops)
     } else {
         PacketBuilder::ipv6([1; 16], [2; 16], hops)
@@ -60,13 +60,12 @@ fn packet(piece: &Piece, sequence: u32, fill: u8) -> Vec<u8> {
             .write(&mut packet, &payload)
             .unwrap();
     }
-    match piece.odd {
-        Odd::BadChecksum => *packet.last_mut().unwrap() ^= 1,
-        Odd::Fragment if piece.flow % 2 == 0 => {
-            packet[6] |= 0x20;
-            segment::write_ipv4_checksum(&mut packet[..20]).unwrap();
-        }
-        _ => {}
+    if piece.odd == Odd::BadChecksum {
+        *packet.last_mut().unwrap() ^= 1;
+    }
+    if piece.odd == Odd::Fragment && piece.flow.is_multiple_of(2) {
+        packet[6] |= 0x20;
+        segment::write_ipv4_checksum(&mut packet[..20]).unwrap();
     }
     packet
 }
@@ -143,7 +142,7 @@ fn packets_of(pieces: &[Piece]) -> Vec<Vec<u8>> {
             *sequence = sequence.wrapping_add(1228);
         }
         let packet = packet(piece, *sequence, fill);
-        *sequence = sequence.wrapping_add(piece.payload_len as u32);
+        *sequence = sequence.wrapping_add(len_u32(piece.payload_len));
         packet
     });
     numbered.collect()

@@ -4,7 +4,7 @@ use std::{
     io::{Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     path::PathBuf,
-    process::Command,
+    process::{Child, Command, Stdio},
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -20,24 +20,25 @@ use mesh_tunnel::{
     tunnel::{PrivateKey, RelayFull, RelaySender, Tunnel, TunnelConfig, TunnelEvent, Workers},
 };
 use mesh_wire::id::{NodeId, RelayId, Via};
+use tempfile::NamedTempFile;
 
 /// Longer than anything here takes, shorter than anybody's patience.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Two namespaces joined by a veth pair; gone when dropped, also after a panic.
-pub struct Lab {
+pub(crate) struct Lab {
     names: [String; 2],
 }
 
 /// Which side of the lab.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Side {
+pub(crate) enum Side {
     A,
     B,
 }
 
 impl Side {
-    pub fn other(self) -> Self {
+    pub(crate) fn other(self) -> Self {
         match self {
             Self::A => Self::B,
             Self::B => Self::A,
@@ -48,25 +49,25 @@ impl Side {
         self as u8 + 1
     }
 
-    pub fn underlay_v4(self) -> IpAddr {
+    pub(crate) fn underlay_v4(self) -> IpAddr {
         Ipv4Addr::new(192, 0, 2, self.number()).into()
     }
 
-    pub fn underlay_v6(self) -> IpAddr {
+    pub(crate) fn underlay_v6(self) -> IpAddr {
         Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, self.number().into()).into()
     }
 
-    pub fn overlay_v4(self) -> IpAddr {
+    pub(crate) fn overlay_v4(self) -> IpAddr {
         Ipv4Addr::new(100, 96, 0, self.number()).into()
     }
 
-    pub fn overlay_v6(self) -> Ipv6Addr {
+    pub(crate) fn overlay_v6(self) -> Ipv6Addr {
         Ipv6Addr::new(0xfd12, 0x3456, 0x789a, 0, 0, 0, 0, self.number().into())
     }
 }
 
 impl Lab {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let lab = Self {
@@ -95,31 +96,31 @@ impl Lab {
         lab
     }
 
-    pub fn name(&self, side: Side) -> &str {
+    pub(crate) fn name(&self, side: Side) -> &str {
         &self.names[side as usize]
     }
 
-    pub fn path(&self, side: Side) -> PathBuf {
+    pub(crate) fn path(&self, side: Side) -> PathBuf {
         netns::named(self.name(side))
     }
 
     /// Runs `work` in the namespace of `side`.
-    pub fn on<T: Send>(&self, side: Side, work: impl FnOnce() -> T + Send) -> T {
+    pub(crate) fn on<T: Send>(&self, side: Side, work: impl FnOnce() -> T + Send) -> T {
         netns::run_in(&self.path(side), work).expect("enter the namespace")
     }
 
-    /// Gives the interface `hf0` of `side` its overlay addresses and routes.
-    pub fn configure(&self, side: Side) {
+    /// Gives the interface `link` of `side` its overlay addresses and routes.
+    pub(crate) fn configure(&self, side: Side, link: &str) {
         let name = self.name(side);
         run(&format!(
-            "ip -n {name} addr add {}/12 dev hf0",
+            "ip -n {name} addr add {}/12 dev {link}",
             side.overlay_v4()
         ));
         run(&format!(
-            "ip -n {name} addr add {}/48 dev hf0 nodad",
+            "ip -n {name} addr add {}/48 dev {link} nodad",
             side.overlay_v6()
         ));
-        run(&format!("ip -n {name} link set hf0 mtu 1280 up"));
+        run(&format!("ip -n {name} link set {link} mtu 1280 up"));
     }
 }
 
@@ -135,7 +136,7 @@ impl Drop for Lab {
 }
 
 /// Runs a command that must succeed.
-pub fn run(command: &str) {
+pub(crate) fn run(command: &str) {
     let mut words = command.split_whitespace();
     let output = Command::new(words.next().unwrap())
         .args(words)
@@ -149,22 +150,22 @@ pub fn run(command: &str) {
 }
 
 /// A node with its tunnel.
-pub struct Node {
-    pub side: Side,
-    pub id: NodeId,
-    pub tunnel: Tunnel,
-    pub events: Receiver<TunnelEvent>,
+pub(crate) struct Node {
+    pub(crate) side: Side,
+    pub(crate) id: NodeId,
+    pub(crate) tunnel: Tunnel,
+    pub(crate) events: Receiver<TunnelEvent>,
     _workers: Workers,
 }
 
 impl Node {
-    pub fn start(lab: &Lab, side: Side) -> Self {
+    pub(crate) fn start(lab: &Lab, side: Side) -> Self {
         let private_key = key(side);
         let (sender, events) = channel();
         let (tun, sockets) = lab.on(side, || {
             (Tun::create("hf0", 1).unwrap(), UdpPair::bind(0).unwrap())
         });
-        lab.configure(side);
+        lab.configure(side, "hf0");
         let config = TunnelConfig {
             overlay_v6: side.overlay_v6(),
             private_key,
@@ -184,17 +185,17 @@ impl Node {
     }
 
     /// Where the node is reached directly.
-    pub fn direct_v4(&self) -> Via {
+    pub(crate) fn direct_v4(&self) -> Via {
         Via::Direct(SocketAddr::new(self.side.underlay_v4(), self.tunnel.port()))
     }
 
-    pub fn direct_v6(&self) -> Via {
+    pub(crate) fn direct_v6(&self) -> Via {
         Via::Direct(SocketAddr::new(self.side.underlay_v6(), self.tunnel.port()))
     }
 
     /// Waits for the event that `pick` accepts; others are thrown away.
     #[track_caller]
-    pub fn await_event<T>(&self, mut pick: impl FnMut(TunnelEvent) -> Option<T>) -> T {
+    pub(crate) fn await_event<T>(&self, mut pick: impl FnMut(TunnelEvent) -> Option<T>) -> T {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -210,7 +211,7 @@ impl Node {
 
     /// Waits for a session with `peer`; by which way.
     #[track_caller]
-    pub fn await_handshake(&self, peer: &Node) -> Via {
+    pub(crate) fn await_handshake(&self, peer: &Self) -> Via {
         self.await_event(|event| match event {
             TunnelEvent::Handshake { peer: id, via } if id == peer.id => Some(via),
             _ => None,
@@ -218,24 +219,24 @@ impl Node {
     }
 }
 
-pub fn key(side: Side) -> PrivateKey {
+pub(crate) fn key(side: Side) -> PrivateKey {
     PrivateKey::new([side.number() + 0x40; 32])
 }
 
 /// Two nodes that know each other, without paths.
-pub fn pair(lab: &Lab) -> (Node, Node) {
+pub(crate) fn pair(lab: &Lab) -> (Node, Node) {
     let nodes = (Node::start(lab, Side::A), Node::start(lab, Side::B));
     introduce(&nodes.0, &nodes.1);
     introduce(&nodes.1, &nodes.0);
     nodes
 }
 
-pub fn introduce(node: &Node, peer: &Node) {
+pub(crate) fn introduce(node: &Node, peer: &Node) {
     node.tunnel.set_known([peer.id].into());
     node.tunnel.set_routes(routes_to(peer));
 }
 
-pub fn routes_to(peer: &Node) -> RouteTable {
+pub(crate) fn routes_to(peer: &Node) -> RouteTable {
     let addresses = [peer.side.overlay_v4(), peer.side.overlay_v6().into()];
     addresses
         .into_iter()
@@ -244,7 +245,7 @@ pub fn routes_to(peer: &Node) -> RouteTable {
 }
 
 /// Makes a session from `a` by `to_b`, and sets the paths.
-pub fn connect(a: &Node, b: &Node, to_b: Via, to_a: Via) {
+pub(crate) fn connect(a: &Node, b: &Node, to_b: Via, to_a: Via) {
     a.tunnel.handshake(&b.id, &[to_b]);
     assert_eq!(a.await_handshake(b), to_b);
     assert_eq!(b.await_handshake(a), to_a);
@@ -253,15 +254,15 @@ pub fn connect(a: &Node, b: &Node, to_b: Via, to_a: Via) {
 }
 
 /// A relay inside this process: a bounded queue and a thread for each direction.
-pub struct FakeRelay {
+pub(crate) struct FakeRelay {
     queue: Mutex<SyncSender<Vec<u8>>>,
 }
 
-pub const RELAY: RelayId = RelayId(7);
+pub(crate) const RELAY: RelayId = RelayId(7);
 
 impl FakeRelay {
     /// Connects both nodes to it.
-    pub fn join(a: &Node, b: &Node) {
+    pub(crate) fn join(a: &Node, b: &Node) {
         a.tunnel.set_relay(RELAY, Some(Self::towards(b, a.id)));
         b.tunnel.set_relay(RELAY, Some(Self::towards(a, b.id)));
     }
@@ -292,7 +293,7 @@ impl RelaySender for FakeRelay {
 }
 
 /// Bytes that are the same in every run and repeat nowhere near.
-pub fn pattern(len: usize) -> Vec<u8> {
+pub(crate) fn pattern(len: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut next = || {
         state ^= state << 13;
@@ -309,7 +310,7 @@ pub fn pattern(len: usize) -> Vec<u8> {
 /// Sends `len` bytes of pattern by TCP from `from` to the other side's overlay address `to`, and
 /// checks every one. `middle` runs when half is through.
 #[track_caller]
-pub fn transfer(lab: &Lab, from: Side, to: IpAddr, len: usize, middle: impl FnOnce()) {
+pub(crate) fn transfer(lab: &Lab, from: Side, to: IpAddr, len: usize, middle: impl FnOnce()) {
     let listener = lab.on(from.other(), || TcpListener::bind((to, 0)).unwrap());
     let address = listener.local_addr().unwrap();
     let data = pattern(len);
@@ -340,15 +341,93 @@ pub fn transfer(lab: &Lab, from: Side, to: IpAddr, len: usize, middle: impl FnOn
 }
 
 /// A UDP socket of `side`, bound to its overlay address `ip`.
-pub fn udp(lab: &Lab, side: Side, ip: IpAddr) -> UdpSocket {
+pub(crate) fn udp(lab: &Lab, side: Side, ip: IpAddr) -> UdpSocket {
     let socket = lab.on(side, || UdpSocket::bind((ip, 0)).unwrap());
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     socket
 }
 
+/// A WireGuard device by `wireguard-go`; its process ends when dropped.
+pub(crate) struct StockDevice {
+    pub(crate) id: NodeId,
+    name: String,
+    namespace: String,
+    process: Child,
+    _key: NamedTempFile,
+}
+
+impl StockDevice {
+    /// Starts one on `side` that knows `peer` at `endpoint`.
+    pub(crate) fn start(lab: &Lab, side: Side, peer: &Node, endpoint: Via) -> Self {
+        let private_key = [side.number() + 0x40; 32];
+        let mut key = NamedTempFile::new().unwrap();
+        writeln!(key, "{}", NodeId(private_key)).unwrap();
+        // The control socket's directory is common to all namespaces.
+        let name = format!("wg{}", std::process::id());
+        let namespace = lab.name(side).to_owned();
+        let process = Command::new("ip")
+            .args(["netns", "exec", &namespace, "wireguard-go", "-f", &name])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let device = Self {
+            id: PrivateKey::new(private_key).node_id(),
+            name,
+            namespace,
+            process,
+            _key: key,
+        };
+        wait_until("wireguard-go answers", || device.try_wg("show", &[]));
+        lab.configure(side, &device.name);
+        let Via::Direct(endpoint) = endpoint else {
+            panic!("a stock device knows no relays");
+        };
+        let (path, endpoint) = (device._key.path().to_owned(), endpoint.to_string());
+        let (v4, v6) = (peer.side.overlay_v4(), peer.side.overlay_v6());
+        let (peer, allowed) = (peer.id.to_string(), format!("{v4}/32,{v6}/128"));
+        device.wg(&[
+            "private-key",
+            path.to_str().unwrap(),
+            "listen-port",
+            "51820",
+        ]);
+        device.wg(&[
+            "peer",
+            &peer,
+            "endpoint",
+            &endpoint,
+            "allowed-ips",
+            &allowed,
+        ]);
+        device
+    }
+
+    pub(crate) fn wg(&self, arguments: &[&str]) {
+        assert!(self.try_wg("set", arguments), "wg set {arguments:?}");
+    }
+
+    fn try_wg(&self, verb: &str, arguments: &[&str]) -> bool {
+        let fixed = ["netns", "exec", &self.namespace, "wg", verb, &self.name];
+        let output = Command::new("ip")
+            .args(fixed)
+            .args(arguments)
+            .output()
+            .unwrap();
+        output.status.success()
+    }
+}
+
+impl Drop for StockDevice {
+    fn drop(&mut self) {
+        self.process.kill().ok();
+        self.process.wait().ok();
+    }
+}
+
 /// Waits until `condition` holds. For counters, which nobody announces.
 #[track_caller]
-pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+pub(crate) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !condition() {
         assert!(Instant::now() < deadline, "never: {what}");

@@ -1,10 +1,11 @@
 //! Tunnels on real TUN devices and sockets, in namespaces that each test makes. Needs root.
 
 #![expect(
+    clippy::panic,
     clippy::unwrap_used,
-    clippy::expect_used,
     clippy::indexing_slicing,
-    reason = "tests fail loudly"
+    clippy::wildcard_enum_match_arm,
+    reason = "tests fail loudly and pick one event of many"
 )]
 
 mod harness;
@@ -254,7 +255,7 @@ fn traffic_is_reported_once_by_peer_and_way() {
     let lab = Lab::new();
     let (a, b) = pair(&lab);
     connect(&a, &b, b.direct_v4(), a.direct_v4());
-    b.tunnel.take_traffic();
+    drop(b.tunnel.take_traffic());
     let from = udp(&lab, Side::A, a.side.overlay_v4());
     let to = udp(&lab, Side::B, b.side.overlay_v4());
     from.send_to(b"x", to.local_addr().unwrap()).unwrap();
@@ -266,4 +267,41 @@ fn traffic_is_reported_once_by_peer_and_way() {
     assert_eq!(b.tunnel.take_traffic(), []);
     let sent = a.tunnel.take_traffic();
     assert!(sent.iter().any(|report| report.sent));
+}
+
+#[test]
+fn a_stock_wireguard_device_is_a_peer_and_is_followed_when_it_moves() {
+    let lab = Lab::new();
+    let a = Node::start(&lab, Side::A);
+    let device = StockDevice::start(&lab, Side::B, &a, a.direct_v4());
+    a.tunnel.set_routes(
+        [Side::B.overlay_v4(), Side::B.overlay_v6().into()]
+            .into_iter()
+            .map(|ip| (ip.into(), device.id))
+            .collect(),
+    );
+    // Where the device is, nobody told: it must call first.
+    a.tunnel.add_external(device.id, None, None);
+    transfer(&lab, Side::B, a.side.overlay_v4(), MIB, || {});
+    transfer(&lab, Side::A, Side::B.overlay_v6().into(), MIB, || {
+        // Who moves must speak; the receiver of a flow may have nothing to say.
+        device.wg(&["listen-port", "51821"]);
+        device.wg(&["peer", &a.id.to_string(), "persistent-keepalive", "1"]);
+    });
+    let moved = Via::Direct(SocketAddr::new(Side::B.underlay_v4(), 51821));
+    assert_eq!(
+        a.tunnel.peer_stats(&device.id).unwrap().primary,
+        Some(moved)
+    );
+    // And we call it, after it was described anew.
+    a.tunnel.add_external(
+        device.id,
+        Some(SocketAddr::new(Side::B.underlay_v6(), 51821)),
+        Some(25),
+    );
+    transfer(&lab, Side::A, Side::B.overlay_v4(), MIB, || {});
+    assert!(
+        a.events.try_recv().is_err(),
+        "a stock device has no core to tell of"
+    );
 }
