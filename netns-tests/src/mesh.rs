@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     path::{Path, PathBuf},
     process::Command,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -20,6 +20,7 @@ use crate::{
     node::{Node, Output, Process},
     site::Site,
     tool,
+    traffic::Hello,
 };
 
 /// The cloud node's public address.
@@ -78,6 +79,42 @@ impl Mesh {
             lab,
         };
         mesh.start_controller()?;
+        Ok(mesh)
+    }
+
+    /// The demo's manifests and `edge-a1`, `edge-b1` behind port-restricted NATs, 10 ms away each:
+    /// enough for most scenarios. Agents run and know each other.
+    ///
+    /// # Errors
+    ///
+    /// If something does not come up.
+    pub fn two_sites() -> Result<Self> {
+        let lab = tool::binary("lab")?;
+        let bins = lab.parent().context("the lab binary has no folder")?;
+        let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/demo");
+        let mut mesh = Self::start(bins, &manifests)?;
+        mesh.start_relay()?;
+        let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
+        let wan = |last| [203, 0, 113, last].into();
+        mesh.add_site(
+            "site-a",
+            NatKind::PortRestricted,
+            wan(1),
+            link,
+            &["edge-a1"],
+        )?;
+        mesh.add_site(
+            "site-b",
+            NatKind::PortRestricted,
+            wan(2),
+            link,
+            &["edge-b1"],
+        )?;
+        let nodes = ["edge-a1", "edge-b1"];
+        nodes.iter().try_for_each(|node| mesh.start_agent(node))?;
+        nodes
+            .iter()
+            .try_for_each(|node| mesh.agent_ready(node, 2))?;
         Ok(mesh)
     }
 
@@ -232,7 +269,10 @@ impl Mesh {
         let node = self.node(name)?;
         self.until_up(&node, "mesh-agent", || {
             let status = self.status(name)?;
-            let known = status.get("nodes").and_then(Value::as_u64).unwrap_or(0);
+            let known = status
+                .pointer("/snapshot/nodes")
+                .and_then(Value::as_u64)
+                .unwrap_or(0);
             ensure!(
                 known >= nodes,
                 "{name} knows {known} of {nodes} nodes: {status}"
@@ -391,6 +431,44 @@ impl Mesh {
         let processes = std::mem::take(&mut *self.lock());
         processes.into_values().for_each(Process::keep);
         self.lab.keep()
+    }
+
+    /// What an HTTP server of the lab answers, asked by `curl` on a node.
+    ///
+    /// # Errors
+    ///
+    /// If it does not answer within `limit`.
+    pub fn get(&self, from: &str, words: &[&str], limit: Duration) -> Result<Hello> {
+        let seconds = limit.as_secs_f64().to_string();
+        let curl = ["curl", "--silent", "--show-error", "--max-time", &seconds];
+        let said = self
+            .node(from)?
+            .run(&[&curl, words].concat(), limit + Duration::from_secs(2))?;
+        let said = said
+            .ok()
+            .with_context(|| format!("curl {} on {from}", words.join(" ")))?;
+        serde_json::from_str(&said).with_context(|| format!("{words:?} said {said}"))
+    }
+
+    /// The IPv4 address that a node's own resolver has for a name.
+    ///
+    /// # Errors
+    ///
+    /// If it has none, or does not answer within 1 s.
+    pub fn resolve(&self, from: &str, name: &str) -> Result<IpAddr> {
+        let words = [
+            "dig",
+            "+short",
+            "+tries=1",
+            "+time=1",
+            "@169.254.53.53",
+            name,
+            "A",
+        ];
+        let said = self.node(from)?.run(&words, COMMAND_LIMIT)?.ok()?;
+        said.trim()
+            .parse()
+            .with_context(|| format!("{name}: {said}"))
     }
 
     fn until_up(

@@ -41,7 +41,7 @@ const TWO_SECONDS: Duration = Duration::from_secs(2);
 /// By name, over both families, with the client's own address at the server.
 pub(crate) fn cross_nat(mesh: &Mesh) -> Result<Facts> {
     let start = Instant::now();
-    let hello = get(mesh, "edge-a1", &["-4", INVENTORY], REQUEST_LIMIT)?;
+    let hello = mesh.get("edge-a1", &["-4", INVENTORY], REQUEST_LIMIT)?;
     let first = start.elapsed();
     ensure!(hello.node == "edge-b1", "answered by {}", hello.node);
     ensure!(
@@ -49,7 +49,7 @@ pub(crate) fn cross_nat(mesh: &Mesh) -> Result<Facts> {
         "the server sees {}",
         hello.client
     );
-    let over_v6 = get(mesh, "edge-a1", &["-6", INVENTORY], REQUEST_LIMIT)?;
+    let over_v6 = mesh.get("edge-a1", &["-6", INVENTORY], REQUEST_LIMIT)?;
     let own = own_addresses(mesh, "edge-a1")?;
     ensure!(
         own.contains(&over_v6.client.ip()),
@@ -137,7 +137,7 @@ fn reason_for_relay(mesh: &Mesh, from: &str, to: &str) -> Result<(String, String
 
 /// 200 requests to the near copy; then the near node loses its power.
 pub(crate) fn nearest(mesh: &Mesh) -> Result<Facts> {
-    get(mesh, "edge-a1", &[CATALOG], REQUEST_LIMIT)?; // Wakes the path.
+    mesh.get("edge-a1", &[CATALOG], REQUEST_LIMIT)?; // Wakes the path.
     let counted = format!("{CATALOG}?[1-200]");
     let words = [
         "curl",
@@ -174,7 +174,7 @@ pub(crate) fn nearest(mesh: &Mesh) -> Result<Facts> {
     agent.kill()?;
     server.kill()?;
     let over = tool::eventually("the far copy answers", TWO_SECONDS * 5, || {
-        let hello = get(mesh, "edge-a1", &[CATALOG], TRY_LIMIT)?;
+        let hello = mesh.get("edge-a1", &[CATALOG], TRY_LIMIT)?;
         ensure!(hello.node == "edge-b1", "{} answers", hello.node);
         Ok(start.elapsed())
     });
@@ -183,7 +183,7 @@ pub(crate) fn nearest(mesh: &Mesh) -> Result<Facts> {
     let over = over?;
     ensure!(over <= TWO_SECONDS, "the far copy answered after {over:?}");
     tool::eventually("the near copy is back", Duration::from_secs(20), || {
-        let hello = get(mesh, "edge-a1", &[CATALOG], TRY_LIMIT)?;
+        let hello = mesh.get("edge-a1", &[CATALOG], TRY_LIMIT)?;
         ensure!(hello.node == "edge-a2", "{} answers", hello.node);
         Ok(())
     })?;
@@ -196,7 +196,7 @@ pub(crate) fn nearest(mesh: &Mesh) -> Result<Facts> {
 /// A flow from C goes on over TLS on TCP 443 when UDP dies, and new ones work.
 pub(crate) fn udp_blocked(mesh: &Mesh) -> Result<Facts> {
     let mut running = flow(mesh, "edge-c1", TELEMETRY, 600, 20)?;
-    get(mesh, "edge-c1", &[INVENTORY], REQUEST_LIMIT)?;
+    mesh.get("edge-c1", &[INVENTORY], REQUEST_LIMIT)?;
     let site = mesh.site("site-c")?;
     site.block_udp(true)?;
     let start = Instant::now();
@@ -216,7 +216,7 @@ pub(crate) fn udp_blocked(mesh: &Mesh) -> Result<Facts> {
         },
     )?;
     let switched = start.elapsed();
-    let hello = get(mesh, "edge-c1", &[INVENTORY], REQUEST_LIMIT)?;
+    let hello = mesh.get("edge-c1", &[INVENTORY], REQUEST_LIMIT)?;
     ensure!(hello.node == "edge-b1", "answered by {}", hello.node);
     let counted = report(&mut running, Duration::from_secs(30))?;
     // 12 s of packets; the outage may cost the 3 s until UDP is given up, and 1 s to switch.
@@ -249,30 +249,25 @@ pub(crate) fn cloud_gone(mesh: &Mesh) -> Result<Facts> {
     for program in ["mesh-controller", "mesh-relay", "mesh-agent"] {
         mesh.kill("cloud", program)?;
     }
-    let between = get(mesh, "edge-a1", &[INVENTORY], REQUEST_LIMIT)?;
+    let between = mesh.get("edge-a1", &[INVENTORY], REQUEST_LIMIT)?;
     ensure!(
         between.node == "edge-b1",
         "inventory answered by {}",
         between.node
     );
-    let inside = get(mesh, "edge-a1", &[CATALOG], REQUEST_LIMIT)?;
+    let inside = mesh.get("edge-a1", &[CATALOG], REQUEST_LIMIT)?;
     ensure!(
         inside.node == "edge-a2",
         "catalog answered by {}",
         inside.node
     );
-    let back = get(
-        mesh,
-        "edge-b1",
-        &["http://edge-a2.mesh:8081/"],
-        REQUEST_LIMIT,
-    )?;
+    let back = mesh.get("edge-b1", &["http://edge-a2.mesh:8081/"], REQUEST_LIMIT)?;
     ensure!(
         back.node == "edge-a2",
         "edge-a2.mesh answered by {}",
         back.node
     );
-    let name = resolve(mesh, "edge-a1", "edge-b1.mesh")?;
+    let name = mesh.resolve("edge-a1", "edge-b1.mesh")?;
     let counted = report(&mut running, Duration::from_secs(15))?;
     // Four passages with 1 % each lose 4 %; 300 packets lose 12 ± 3.4, and 30 is five deviations off.
     ensure!(
@@ -307,12 +302,12 @@ pub(crate) fn offline_boot(mesh: &Mesh) -> Result<Facts> {
     let start = Instant::now();
     mesh.start_agent("edge-a1")?;
     let names = tool::eventually("names are answered", TWO_SECONDS * 5, || {
-        let address = resolve(mesh, "edge-a1", "catalog.shop.svc.cluster.local")?;
-        ensure!(address == "10.43.0.20", "{address}");
+        let address = mesh.resolve("edge-a1", "catalog.shop.svc.cluster.local")?;
+        ensure!(address.to_string() == "10.43.0.20", "{address}");
         Ok(start.elapsed())
     })?;
     let service = tool::eventually("a local-site service answers", TWO_SECONDS * 5, || {
-        let hello = get(mesh, "edge-a1", &[CATALOG], TRY_LIMIT)?;
+        let hello = mesh.get("edge-a1", &[CATALOG], TRY_LIMIT)?;
         ensure!(hello.node == "edge-a2", "{} answers", hello.node);
         Ok(start.elapsed())
     })?;
@@ -322,37 +317,6 @@ pub(crate) fn offline_boot(mesh: &Mesh) -> Result<Facts> {
         ("first_name_ms", json!(names.as_millis())),
         ("first_service_answer_ms", json!(service.as_millis())),
     ]))
-}
-
-/// An HTTP request as a user's process would make it: by name, through the node's resolver.
-fn get(mesh: &Mesh, from: &str, words: &[&str], limit: Duration) -> Result<Hello> {
-    let seconds = limit.as_secs_f64().to_string();
-    let curl = ["curl", "--silent", "--show-error", "--max-time", &seconds];
-    let said = mesh
-        .node(from)?
-        .run(&[&curl, words].concat(), limit + Duration::from_secs(2))?;
-    let said = said
-        .ok()
-        .with_context(|| format!("curl {} on {from}", words.join(" ")))?;
-    serde_json::from_str(&said).with_context(|| format!("{words:?} said {said}"))
-}
-
-fn resolve(mesh: &Mesh, from: &str, name: &str) -> Result<String> {
-    let words = [
-        "dig",
-        "+short",
-        "+tries=1",
-        "+time=1",
-        "@169.254.53.53",
-        name,
-        "A",
-    ];
-    let said = mesh.node(from)?.run(&words, Duration::from_secs(3))?.ok()?;
-    let address: IpAddr = said
-        .trim()
-        .parse()
-        .with_context(|| format!("{name}: {said}"))?;
-    Ok(address.to_string())
 }
 
 fn own_addresses(mesh: &Mesh, node: &str) -> Result<Vec<IpAddr>> {

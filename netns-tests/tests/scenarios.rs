@@ -1,0 +1,200 @@
+//! Holdfast's main promises, with the real binaries.
+
+use std::{fs, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use netns_tests::{mesh::Mesh, node::Node, tool};
+use serde_json::Value;
+
+const INVENTORY: &str = "http://inventory.shop.svc.cluster.local/";
+
+/// One request over a path that may have to be found first.
+const REQUEST_LIMIT: Duration = Duration::from_secs(8);
+
+/// Until a path, a name or a peer is as it has to be.
+const SOON: Duration = Duration::from_secs(20);
+
+#[test]
+fn a_service_behind_two_nats_answers_by_name_and_sees_its_client() -> Result<()> {
+    let mesh = Mesh::two_sites()?;
+    mesh.serve("edge-b1", "inventory", &["http", "edge-b1", "[::]:8080"])?;
+    let hello = mesh.get("edge-a1", &["-4", INVENTORY], REQUEST_LIMIT)?;
+    assert_eq!(hello.node, "edge-b1");
+    assert_eq!(hello.client.ip().to_string(), "100.96.1.1");
+    becomes_direct(&mesh, "edge-a1", "edge-b1")?;
+    mesh.all_run()
+}
+
+#[test]
+fn a_path_goes_back_to_the_relay_when_the_direct_one_dies() -> Result<()> {
+    let mesh = Mesh::two_sites()?;
+    mesh.serve("edge-b1", "inventory", &["http", "edge-b1", "[::]:8080"])?;
+    mesh.get("edge-a1", &["-4", INVENTORY], REQUEST_LIMIT)?;
+    becomes_direct(&mesh, "edge-a1", "edge-b1")?;
+    // Site A may speak with the cloud alone: the relay is what is left.
+    let only_cloud = "table inet only\ntable inet only { chain forward { type filter hook forward priority -20; \
+                      oifname \"wan\" ip daddr != 198.51.100.10 drop; \
+                      iifname \"wan\" ip saddr != 198.51.100.10 drop; }; }\n";
+    tool::nft(mesh.site("site-a")?.router().netns(), only_cloud)?;
+    tool::eventually("the path is relayed again", SOON, || {
+        mesh.get("edge-a1", &["-4", INVENTORY], Duration::from_secs(1))
+            .ok();
+        let why = mesh.ask("edge-a1", &["path", "why", "edge-b1"])?;
+        ensure!(word(&why, "state") == "relayed", "{why}");
+        Ok(())
+    })?;
+    assert_eq!(
+        mesh.get("edge-a1", &["-4", INVENTORY], REQUEST_LIMIT)?.node,
+        "edge-b1"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_flow_survives_a_new_public_address() -> Result<()> {
+    let mesh = Mesh::two_sites()?;
+    mesh.serve("edge-b1", "inventory", &["http", "edge-b1", "[::]:8080"])?;
+    mesh.get("edge-a1", &["-4", INVENTORY], REQUEST_LIMIT)?;
+    let moved = [203, 0, 113, 77].into();
+    mesh.site("site-a")?.set_wan(mesh.lab().internet(), moved)?;
+    tool::eventually("the service answers again", SOON, || {
+        mesh.get("edge-a1", &["-4", INVENTORY], Duration::from_secs(1))
+    })?;
+    Ok(())
+}
+
+#[test]
+fn a_changed_manifest_reaches_the_nodes() -> Result<()> {
+    let mesh = Mesh::two_sites()?;
+    let before = mesh.resolve("edge-a1", "kiosk.shop.svc.cluster.local");
+    assert!(before.is_err(), "{before:?}");
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: kiosk, namespace: shop}\nspec:\n  \
+                   clusterIP: 10.43.0.99\n  ports: [{port: 80, protocol: TCP}]\n";
+    fs::write(mesh.manifests().join("kiosk.yaml"), service)?;
+    tool::eventually("the name is known", SOON, || {
+        let address = mesh.resolve("edge-a1", "kiosk.shop.svc.cluster.local")?;
+        ensure!(address.to_string() == "10.43.0.99", "{address}");
+        Ok(())
+    })?;
+    fs::remove_file(mesh.manifests().join("kiosk.yaml"))?;
+    tool::eventually("the name is gone", SOON, || {
+        let still = mesh.resolve("edge-a1", "kiosk.shop.svc.cluster.local");
+        ensure!(still.is_err(), "{still:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_stock_wireguard_peer_reaches_an_edge_node_through_its_gateway() -> Result<()> {
+    let mesh = Mesh::two_sites()?;
+    let printer = mesh.site("site-b")?.host(mesh.lab(), "printer")?;
+    let private = tool::run("wg", &["genkey"], "")?;
+    let public = tool::run("wg", &["pubkey"], &private)?;
+    let manifest = fs::read_to_string(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../examples/external-peer/printer.yaml"
+    ))?;
+    let example = manifest
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("publicKey: "));
+    let manifest = manifest.replace(example.context("no publicKey")?, public.trim());
+    fs::write(mesh.manifests().join("printer.yaml"), manifest)?;
+
+    let gateway = word(&mesh.status("edge-b1")?, "public_key");
+    let device = format!("{}-wg", mesh.lab().id()); // Control sockets of all labs are in one folder.
+    let device = device
+        .get(device.len().saturating_sub(15)..)
+        .unwrap_or(&device)
+        .to_owned();
+    let mut daemon = printer.spawn("wireguard-go", &["wireguard-go", "-f", &device])?;
+    let key = printer.write("key", &private)?;
+    let script = format!(
+        "until wg show {device} >/dev/null 2>&1; do sleep 0.05; done
+         wg set {device} private-key {} peer {gateway} endpoint 192.168.1.11:51820 \
+            allowed-ips 100.96.0.0/12 persistent-keepalive 5 &&
+         ip addr add 100.96.9.9/32 dev {device} && ip link set {device} mtu 1280 up && ip route add 100.96.0.0/12 dev {device}",
+        key.display()
+    );
+    printer.run(&["sh", "-c", &script], SOON)?.ok()?;
+    tool::eventually("the printer pings edge-a1", SOON, || {
+        daemon.running()?;
+        printer
+            .run(&["ping", "-c", "1", "-W", "1", "100.96.1.1"], SOON)?
+            .ok()
+    })?;
+    // And the other way.
+    mesh.node("edge-a1")?
+        .run(&["ping", "-c", "3", "-W", "2", "100.96.9.9"], SOON)?
+        .ok()?;
+    daemon.terminate(SOON)?;
+    Ok(())
+}
+
+#[test]
+fn sigterm_leaves_nothing_behind() -> Result<()> {
+    let mesh = Mesh::two_sites()?;
+    let node = mesh.site("site-a")?.host(mesh.lab(), "edge-a2")?;
+    let before = host_state(&node)?;
+    mesh.start_agent("edge-a2")?;
+    mesh.agent_ready("edge-a2", 3)?;
+    mesh.resolve("edge-a2", "edge-a1.mesh")?;
+    assert_ne!(
+        host_state(&node)?,
+        before,
+        "the agent changed nothing at all"
+    );
+    let mut agent = mesh.take("edge-a2", "mesh-agent")?;
+    let status = agent.terminate(Duration::from_secs(5))?;
+    assert!(status.success(), "{status}: {}", agent.log());
+    assert_eq!(host_state(&node)?, before);
+    Ok(())
+}
+
+#[test]
+fn a_killed_agent_starts_over_what_it_left() -> Result<()> {
+    let mesh = Mesh::two_sites()?;
+    for _ in 0..3 {
+        mesh.kill("edge-a1", "mesh-agent")?;
+        mesh.start_agent("edge-a1")?;
+        mesh.agent_ready("edge-a1", 2)?;
+    }
+    mesh.serve("edge-b1", "inventory", &["http", "edge-b1", "[::]:8080"])?;
+    assert_eq!(
+        mesh.get("edge-a1", &["-4", INVENTORY], REQUEST_LIMIT)?.node,
+        "edge-b1"
+    );
+    Ok(())
+}
+
+/// Interfaces, addresses, routes, rules, packet filters, and BPF programs at the node's cgroup.
+fn host_state(node: &Node) -> Result<String> {
+    let cgroup = node.cgroup().display();
+    let script = format!(
+        "ip -br link | cut -d' ' -f1; ip -br addr; ip -4 route show table all; \
+         ip -6 route show table all | grep -v '^multicast'; ip rule; ip -6 rule; nft list ruleset; \
+         bpftool cgroup show {cgroup}; bpftool net show; find /sys/fs/bpf 2>/dev/null"
+    );
+    // Times left of learned addresses and the order of routes say nothing.
+    let said = node.run(&["sh", "-c", &script], SOON)?.ok()?;
+    let mut lines: Vec<_> = said.lines().map(str::trim_end).collect();
+    lines.sort_unstable();
+    Ok(lines.join("\n"))
+}
+
+fn becomes_direct(mesh: &Mesh, from: &str, to: &str) -> Result<()> {
+    tool::eventually("the path is direct", SOON, || {
+        mesh.get(from, &["-4", INVENTORY], Duration::from_secs(2))
+            .ok(); // A path is kept up for traffic.
+        let why = mesh.ask(from, &["path", "why", to])?;
+        ensure!(word(&why, "state") == "direct", "{why}");
+        Ok(())
+    })
+}
+
+fn word(value: &Value, key: &str) -> String {
+    value
+        .get(key)
+        .and_then(Value::as_str)
+        .unwrap_or_default()
+        .to_owned()
+}
