@@ -19,10 +19,13 @@ use aya::{
     programs::{links::LinkInfo, loaded_links, loaded_programs},
 };
 use ebpf_abi::Counter;
-use ebpf_loader::{ApplyReport, Frontend, Protocol, Services, find_cgroup2};
+use ebpf_loader::{ApplyReport, Frontend, LoadError, Protocol, Services, find_cgroup2};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
-    thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe},
+    thread::{
+        CapabilitySet, CapabilitySets, LinkNameSpaceType, UnshareFlags, capabilities,
+        move_into_link_name_space, set_capabilities, unshare_unsafe,
+    },
 };
 
 /// What should happen at once on loopback has happened by then, or never will.
@@ -74,6 +77,15 @@ impl Lab {
     pub(crate) fn load(&mut self) {
         let loaded = Services::load(&self.cgroup);
         self.services = Some(loaded.unwrap_or_else(|error| panic!("{error}\n{error:?}")));
+    }
+
+    /// Capabilities belong to the thread.
+    pub(crate) fn load_with(&self, effective: CapabilitySet) -> Result<Services, LoadError> {
+        let all = capabilities(None).unwrap();
+        set_capabilities(None, CapabilitySets { effective, ..all }).unwrap();
+        let loaded = Services::load(&self.cgroup);
+        set_capabilities(None, all).unwrap();
+        loaded
     }
 
     pub(crate) fn services(&mut self) -> &mut Services {

@@ -15,7 +15,7 @@ use std::{
 
 use ebpf_abi::{Counter, FLOWS_MAX, SocketAddress};
 use ebpf_loader::{Frontend, LoadError, Protocol, Services};
-use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
+use rustix::thread::CapabilitySet;
 
 use crate::lab::{
     FAMILIES, Lab, accepted, addresses, ask, connect_times, datagram, tcp_servers, udp_servers,
@@ -518,18 +518,13 @@ fn a_folder_that_is_no_cgroup_is_said_so() {
 #[test]
 fn without_capabilities_the_error_says_so() {
     let lab = Lab::new();
-    let all = capabilities(None).unwrap();
-    // Of this thread only.
-    set_capabilities(
-        None,
-        CapabilitySets {
-            effective: CapabilitySet::empty(),
-            ..all
-        },
-    )
-    .unwrap();
-    let loaded = Services::load(lab.cgroup());
-    set_capabilities(None, all).unwrap();
-    let error = loaded.unwrap_err();
+    let error = lab.load_with(CapabilitySet::empty()).unwrap_err();
     assert!(matches!(error, LoadError::NotPermitted), "{error:?}");
+}
+
+#[test]
+fn the_capabilities_that_the_error_names_are_enough() {
+    let lab = Lab::new();
+    lab.load_with(CapabilitySet::BPF | CapabilitySet::NET_ADMIN)
+        .unwrap();
 }
