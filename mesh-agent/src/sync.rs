@@ -16,8 +16,7 @@ use mesh_api::{
         JoinRequest, JoinResponse, RenewRequest, SnapshotFile, SyncRequest, SyncResponse,
         control_client::ControlClient,
     },
-    convert,
-    resources::{self, Resources},
+    resources::{SnapshotError, State, Trust},
 };
 use mesh_core::snapshot::{Generation, Snapshot};
 use mesh_identity::{authority::new_key, credentials::Credentials, tls, token::JoinToken};
@@ -77,7 +76,7 @@ pub struct Sync {
     state: Arc<StateFolder>,
     store: Arc<Mutex<Store>>,
     credentials: Arc<ArcSwap<Credentials>>,
-    resources: Resources,
+    resources: Arc<Mutex<State>>,
     store_id: Vec<u8>,
     generation: u64,
     snapshots: watch::Sender<Option<Arc<Snapshot>>>,
@@ -108,12 +107,13 @@ impl Sync {
             tracing::warn!(path = %path.display(), %problem, "a snapshot slot is not usable");
         }
         let (snapshots, receiver) = watch::channel(None);
+        let resources = State::new(credentials.authority().clone())?;
         let mut sync = Self {
             node: settings.node_name.clone(),
             state,
             store: Arc::new(Mutex::new(opened.store)),
             credentials: Arc::new(ArcSwap::from_pointee(credentials)),
-            resources: Resources::new(),
+            resources: Arc::new(Mutex::new(resources)),
             store_id: Vec::new(),
             generation: 0,
             snapshots,
@@ -125,7 +125,7 @@ impl Sync {
             dirty: false,
         };
         if let Some(payload) = opened.payload {
-            sync.take_from_disk(&payload);
+            sync.take_from_disk(&payload).await?;
         }
         Ok((sync, receiver))
     }
@@ -238,55 +238,70 @@ impl Sync {
         let changed = response.full || response.generation != self.generation;
         self.store_id.clone_from(&response.store_id);
         self.generation = response.generation;
-        for rejected in resources::apply(&mut self.resources, response) {
-            tracing::warn!(%rejected, "a resource was left out");
-        }
+        let snapshot = self.check(response, Trust::Check).await?;
         if changed {
             self.dirty = true;
             if self.write_due().is_none_or(|due| due <= Instant::now()) {
                 self.write_if_dirty().await;
             }
-            self.publish();
+            self.publish(snapshot);
         }
         Ok(())
     }
 
-    fn publish(&self) {
-        let credentials = self.credentials.load();
-        let generation = Generation(self.generation);
-        let built = resources::snapshot_from_resources(
-            self.resources.values(),
-            generation,
-            credentials.authority(),
-        );
-        match built {
-            Ok((snapshot, rejected)) => {
-                for rejected in rejected {
-                    tracing::warn!(%rejected, "a resource was left out");
-                }
+    /// Takes a change in, on a thread where checking 100,000 signatures holds nobody up.
+    async fn check(
+        &self,
+        change: SyncResponse,
+        trust: Trust,
+    ) -> anyhow::Result<Result<Snapshot, SnapshotError>> {
+        let state = Arc::clone(&self.resources);
+        let generation = Generation(change.generation);
+        let work = move || {
+            let mut state = lock(&state);
+            let rejected = state.apply(change, trust);
+            (rejected, state.snapshot(generation))
+        };
+        let (rejected, snapshot) = task::spawn_blocking(work).await?;
+        for rejected in rejected {
+            tracing::warn!(%rejected, "a resource was left out");
+        }
+        Ok(snapshot)
+    }
+
+    fn publish(&self, snapshot: Result<Snapshot, SnapshotError>) {
+        match snapshot {
+            Ok(snapshot) => {
                 self.snapshots.send_replace(Some(Arc::new(snapshot)));
             }
             Err(error) => tracing::warn!(%error, "the state is not usable; keeping the last one"),
         }
     }
 
-    fn take_from_disk(&mut self, payload: &[u8]) {
+    async fn take_from_disk(&mut self, payload: &[u8]) -> anyhow::Result<()> {
         let file = match SnapshotFile::decode(payload) {
             Ok(file) => file,
             Err(error) => {
                 tracing::warn!(%error, "the snapshot on disk is not of this version");
-                return;
+                return Ok(());
             }
         };
         self.store_id = file.store_id;
         self.generation = file.generation;
-        let keyed = |resource| Some((convert::key(&resource).ok()?, resource));
-        self.resources = file.resources.into_iter().filter_map(keyed).collect();
         let received = u64::try_from(file.received_unix_s).unwrap_or_default();
         self.connection.send_modify(|connection| {
             connection.last_contact = UNIX_EPOCH.checked_add(Duration::from_secs(received));
         });
-        self.publish();
+        let all = SyncResponse {
+            generation: file.generation,
+            full: true,
+            set: file.resources,
+            ..SyncResponse::default()
+        };
+        // They were checked when they came, and the slot's checksum says that they are the same.
+        let snapshot = self.check(all, Trust::Checked).await?;
+        self.publish(snapshot);
+        Ok(())
     }
 
     /// When the disk should next be written; `None`: it has everything.
@@ -304,19 +319,16 @@ impl Sync {
         let received = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
-        let file = SnapshotFile {
+        let mut file = SnapshotFile {
             store_id: self.store_id.clone(),
             generation: self.generation,
             received_unix_s: i64::try_from(received.as_secs()).unwrap_or(i64::MAX),
-            resources: self.resources.values().cloned().collect(),
+            resources: Vec::new(),
         };
-        let store = Arc::clone(&self.store);
+        let (store, state) = (Arc::clone(&self.store), Arc::clone(&self.resources));
         let write = move || {
-            let payload = file.encode_to_vec();
-            store
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .write(&payload)
+            file.resources = lock(&state).resources().values().cloned().collect();
+            lock(&store).write(&file.encode_to_vec())
         };
         self.written = Some(Instant::now());
         match task::spawn_blocking(write).await {
@@ -347,6 +359,10 @@ impl Sync {
         self.credentials.store(Arc::new(renewed));
         Ok(())
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Waits until the desired state has this node.

@@ -65,23 +65,54 @@ fn settings_of_another_mesh_make_no_snapshot() {
 fn a_delta_sets_and_removes_and_a_full_answer_replaces() {
     let mesh = authority();
     let (a, b) = (relay("a"), relay("b"));
-    let mut resources = Resources::new();
-    let respond = |full, set: &[&Resource], removed: &[&Resource]| SyncResponse {
-        store_id: vec![1],
-        generation: 1,
-        full,
-        set: set.iter().map(|&resource| resource.clone()).collect(),
-        removed: removed
-            .iter()
-            .map(|resource| key(resource).unwrap())
-            .collect(),
+    let mut state = State::new(mesh.certificate_der().clone()).unwrap();
+    let mut check = |response, expected: &[&Resource], relays: usize| {
+        assert_eq!(state.apply(response, Trust::Check), []);
+        assert_eq!(state.resources().values().collect::<Vec<_>>(), expected);
+        let snapshot = state.snapshot(Generation(1));
+        assert_eq!(snapshot.map_or(0, |snapshot| snapshot.relays.len()), relays);
     };
     let all = settings(&mesh);
-    assert_eq!(apply(&mut resources, respond(true, &[&all, &a], &[])), []);
-    assert_eq!(apply(&mut resources, respond(false, &[&b], &[&a])), []);
-    assert_eq!(resources.values().collect::<Vec<_>>(), [&all, &b]);
-    assert_eq!(apply(&mut resources, respond(true, &[&a], &[])), []);
-    assert_eq!(resources.values().collect::<Vec<_>>(), [&a]);
+    check(
+        respond(true, &[all.clone(), a.clone()], &[]),
+        &[&all, &a],
+        1,
+    );
+    check(
+        respond(false, std::slice::from_ref(&b), &[key(&a).unwrap()]),
+        &[&all, &b],
+        1,
+    );
+    check(
+        respond(false, std::slice::from_ref(&a), &[]),
+        &[&all, &a, &b],
+        2,
+    );
+    check(respond(true, std::slice::from_ref(&a), &[]), &[&a], 0);
+}
+
+#[test]
+fn a_resource_that_breaks_leaves_the_snapshot_and_comes_back_when_it_is_mended() {
+    let (ours, theirs) = (authority(), authority());
+    let mut state = State::new(ours.certificate_der().clone()).unwrap();
+    let nodes = |state: &State| state.snapshot(Generation(0)).unwrap().nodes.len();
+    let good = signed(&ours, &node(&ours, "a", 1));
+    let forged = signed(&theirs, &node(&ours, "a", 1));
+    let first = respond(true, &[settings(&ours), good.clone()], &[]);
+    assert_eq!(
+        (state.apply(first, Trust::Check).len(), nodes(&state)),
+        (0, 1)
+    );
+    let broken = respond(false, &[forged], &[]);
+    assert_eq!(
+        (state.apply(broken, Trust::Check).len(), nodes(&state)),
+        (1, 0)
+    );
+    let mended = respond(false, &[good], &[]);
+    assert_eq!(
+        (state.apply(mended, Trust::Check).len(), nodes(&state)),
+        (0, 1)
+    );
 }
 
 proptest! {
@@ -245,7 +276,21 @@ fn read(
     mesh: &CertificateAuthority,
     resources: &[Resource],
 ) -> Result<(Snapshot, Vec<Rejected>), SnapshotError> {
-    snapshot_from_resources(resources, Generation(0), mesh.certificate_der())
+    let mut state = State::new(mesh.certificate_der().clone()).unwrap();
+    let rejected = state.apply(respond(true, resources, &[]), Trust::Check);
+    state
+        .snapshot(Generation(0))
+        .map(|snapshot| (snapshot, rejected))
+}
+
+fn respond(full: bool, set: &[Resource], removed: &[ResourceKey]) -> SyncResponse {
+    SyncResponse {
+        store_id: vec![1],
+        generation: 1,
+        full,
+        set: set.to_vec(),
+        removed: removed.to_vec(),
+    }
 }
 
 fn authority() -> CertificateAuthority {
