@@ -30,6 +30,9 @@ const UDP_TIMEOUT: Duration = Duration::from_millis(1200);
 /// For connecting, asking and answering over TCP.
 const TCP_TIMEOUT: Duration = Duration::from_millis(1500);
 
+/// Room for servers that send more than they were asked to.
+const UDP_ANSWER_MAX_BYTES: usize = 4096;
+
 /// What a server said.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reply {
@@ -149,7 +152,7 @@ async fn over_udp(
     let socket = UdpSocket::bind((local, 0)).await?;
     socket.connect(server).await?;
     let start = Instant::now();
-    let mut buffer = vec![0; usize::from(UDP_PAYLOAD_MAX_BYTES)];
+    let mut buffer = vec![0; UDP_ANSWER_MAX_BYTES];
     for wait in [RESEND_AFTER, UDP_TIMEOUT] {
         socket.send(&bytes).await?;
         let answered = answer_from(&socket, &mut buffer, question);

@@ -58,7 +58,8 @@ const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(50);
 /// What a server needs to know.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct DnsConfig {
-    /// UDP and TCP listeners. The addresses must be on an interface already.
+    /// UDP and TCP listeners. The addresses must be on an interface already, and be real ones:
+    /// with `0.0.0.0`, answers may come from another address than was asked.
     pub listen: Vec<SocketAddr>,
     /// Where everybody else's names are asked, in this order.
     pub upstreams: Vec<SocketAddr>,

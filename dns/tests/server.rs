@@ -483,6 +483,73 @@ async fn it_refuses_to_ask_itself() {
     assert!(matches!(started, Err(StartError::UpstreamIsListener(one)) if one == own));
 }
 
+/// Runs itself again in a network namespace with addresses that are not loopback.
+#[tokio::test]
+async fn strangers_get_no_answer() {
+    const INSIDE: &str = "HOLDFAST_DNS_TEST_INSIDE";
+    if std::env::var_os(INSIDE).is_some() {
+        return strangers_get_no_answer_inside().await;
+    }
+    let script = r#"
+        set -e
+        ip link set lo up
+        ip address add 198.51.100.77/32 dev lo
+        ip address add 198.51.100.78/32 dev lo
+        exec "$0" --exact strangers_get_no_answer
+    "#;
+    let output = Command::new("unshare")
+        .args(["--net", "sh", "-c", script])
+        .arg(std::env::current_exe().unwrap())
+        .env(INSIDE, "1")
+        .output();
+    let output = timeout(SOON, output).await.unwrap().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}\n{errors}", text(&output));
+    assert!(text(&output).contains("1 passed"), "{}", text(&output));
+}
+
+async fn strangers_get_no_answer_inside() {
+    let (own, stranger) = ([198, 51, 100, 77], [198, 51, 100, 78]);
+    for (allow_from, dropped) in [(None, 2), (Some("198.51.100.78/32"), 0)] {
+        let config = DnsConfig {
+            listen: vec![(own, 0).into()],
+            upstreams: Vec::new(),
+            allow_from: allow_from
+                .map(|one| one.parse().unwrap())
+                .into_iter()
+                .collect(),
+        };
+        let view = Arc::new(view());
+        let (view, stop) = (move || Some(Arc::clone(&view)), CancellationToken::new());
+        let server = DnsServer::start(config, view, stop).await.unwrap();
+        let bytes = query("edge-a1.mesh.", RecordType::A).to_vec().unwrap();
+        let framed = [
+            &u16::try_from(bytes.len()).unwrap().to_be_bytes()[..],
+            &bytes,
+        ]
+        .concat();
+
+        let sockets = [stranger, own].map(|source| UdpSocket::bind((IpAddr::from(source), 0)));
+        let [from_stranger, from_own] = sockets;
+        let (from_stranger, from_own) = (from_stranger.await.unwrap(), from_own.await.unwrap());
+        for socket in [&from_stranger, &from_own] {
+            socket.connect(server.local_addresses()[0]).await.unwrap();
+            socket.send(&bytes).await.unwrap();
+        }
+        receive(&from_own).await; // The stranger's came before it.
+        let tcp = tokio::net::TcpSocket::new_v4().unwrap();
+        tcp.bind((stranger, 0).into()).unwrap();
+        let mut stream = tcp.connect(server.local_addresses()[0]).await.unwrap();
+        stream.write_all(&framed).await.unwrap();
+        let answered = stream.read_u16().await.is_ok();
+        assert_eq!(answered, dropped == 0);
+        if dropped == 0 {
+            receive(&from_stranger).await;
+        }
+        assert_eq!(server.counters().dropped(DropReason::Source), dropped);
+    }
+}
+
 /// An address at which nobody listens.
 async fn refusing() -> SocketAddr {
     let socket = UdpSocket::bind((LOOPBACK, 0)).await.unwrap();

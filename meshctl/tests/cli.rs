@@ -1,0 +1,803 @@
+//! The real binary against daemons that say what the test wants.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test may fail loudly, and its helpers too"
+)]
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use mesh_api::{
+    admin::{
+        self,
+        agent_admin_server::{AgentAdmin, AgentAdminServer},
+        controller_admin_server::{ControllerAdmin, ControllerAdminServer},
+    },
+    serve::AdminSocket,
+};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::{net::UnixListener, process::Command};
+use tonic::{Request, Response, Status, transport::Server};
+
+type Stream<T> = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<T, Status>> + Send>>;
+
+/// Daemons on sockets of their own; they end with the test's runtime.
+struct Lab {
+    folder: TempDir,
+}
+
+struct Ran {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+impl Lab {
+    fn empty() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        Self { folder }
+    }
+
+    async fn start(health: admin::Health) -> Self {
+        let lab = Self::empty();
+        let agent = AdminSocket::bind(&lab.agent()).await.unwrap();
+        let controller = AdminSocket::bind(&lab.controller()).await.unwrap();
+        let agent_server = Server::builder().add_service(AgentAdminServer::new(Agent { health }));
+        let problems = match health {
+            admin::Health::Ok => Vec::new(),
+            _ => vec!["shop.yaml, document 2: spec.prots: no such field".to_owned()],
+        };
+        let controller_service = ControllerAdminServer::new(Controller { problems });
+        let controller_server = Server::builder().add_service(controller_service);
+        tokio::spawn(agent_server.serve_with_incoming(agent));
+        tokio::spawn(controller_server.serve_with_incoming(controller));
+        lab
+    }
+
+    fn agent(&self) -> PathBuf {
+        self.folder.path().join("agent.sock")
+    }
+
+    fn controller(&self) -> PathBuf {
+        self.folder.path().join("controller.sock")
+    }
+
+    async fn run(&self, arguments: &str) -> Ran {
+        let output = Command::new(env!("CARGO_BIN_EXE_meshctl"))
+            .args(arguments.split_whitespace())
+            .arg("--socket")
+            .arg(self.agent())
+            .arg("--controller-socket")
+            .arg(self.controller())
+            .output();
+        let output = output.await.unwrap();
+        Ran {
+            code: output.status.code().unwrap(),
+            out: String::from_utf8(output.stdout).unwrap(),
+            err: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+
+    async fn json(&self, arguments: &str) -> (i32, Value) {
+        let ran = self.run(&format!("{arguments} --json")).await;
+        let document = serde_json::from_str(&ran.out);
+        let document = document.unwrap_or_else(|error| panic!("{error}: {}{}", ran.out, ran.err));
+        (ran.code, document)
+    }
+}
+
+#[tokio::test]
+async fn status_is_shown_and_is_the_exit_code() {
+    for (health, name, code) in [
+        (admin::Health::Ok, "ok", 0),
+        (admin::Health::Degraded, "degraded", 1),
+        (admin::Health::Unspecified, "degraded", 1),
+        (admin::Health::Down, "down", 2),
+    ] {
+        let lab = Lab::start(health).await;
+        let (json_code, status) = lab.json("status").await;
+        assert_eq!((json_code, status["health"].as_str()), (code, Some(name)));
+        assert_eq!(lab.run("status").await.code, code);
+    }
+}
+
+#[tokio::test]
+async fn status_has_a_stable_form_for_machines() {
+    let lab = Lab::start(admin::Health::Ok).await;
+    let want = json!({
+        "node": "edge-a1",
+        "public_key": "KEY=",
+        "version": "0.1.0",
+        "health": "ok",
+        "problems": ["relay r2 is down"],
+        "site": "a",
+        "interface": "holdfast0",
+        "overlay_addresses": ["100.96.0.1", "fd00::1"],
+        "local_addresses": ["192.168.7.1:51820"],
+        "reflexive_addresses": ["203.0.113.5:40000"],
+        "nat": "port_restricted",
+        "uptime_ms": 90_061_000,
+        "controller": { "address": "cloud:7440", "connected": true },
+        "snapshot": { "generation": 42, "age_s": 3, "nodes": 5, "services": 7 },
+        "relays": [
+            { "name": "r1", "transport": "quic", "home": true, "rtt_ms": 20.5, "problem": null },
+            { "name": "r2", "transport": null, "home": false, "rtt_ms": null, "problem": "refused" },
+        ],
+        "peers": { "direct": 3, "relayed": 1 },
+        "dns_listen": ["169.254.53.53:53"],
+        "drops": { "no_route": 2, "malformed": 0 },
+        "certificate_expires_unix_s": null,
+    });
+    assert_eq!(lab.json("status").await, (0, want));
+}
+
+#[tokio::test]
+async fn status_reads_well() {
+    let lab = Lab::start(admin::Health::Ok).await;
+    let want = "\
+node        edge-a1 (0.1.0)
+health      ok
+            relay r2 is down
+public key  KEY=
+up          1d 1h
+site        a
+overlay     100.96.0.1, fd00::1
+interface   holdfast0
+local       192.168.7.1:51820
+seen as     203.0.113.5:40000
+NAT         port_restricted
+controller  cloud:7440, connected
+snapshot    generation 42, 3s old: 5 nodes, 7 services
+peers       3 direct, 1 relayed
+DNS         169.254.53.53:53
+drops       2 no_route
+
+RELAY  STATE  HOME  RTT      PROBLEM
+r1     quic   home  20.5 ms
+r2     down         -        refused
+";
+    assert_eq!(lab.run("status").await.out, want);
+}
+
+#[tokio::test]
+async fn peers_are_listed_and_a_lost_one_is_degraded() {
+    let lab = Lab::start(admin::Health::Ok).await;
+    let (code, peers) = lab.json("peers").await;
+    assert_eq!(code, 1, "edge-c1 is unreachable, edge-b1 is not");
+    let want = json!({
+        "name": "edge-b1",
+        "public_key": "B=",
+        "site": "b",
+        "overlay_addresses": ["100.96.0.3"],
+        "state": "direct",
+        "reason": null,
+        "path": "203.0.113.5:51820",
+        "rtt_ms": 41.2,
+        "sent_bytes": 1536,
+        "received_bytes": 10,
+        "last_received_ms": 1200,
+        "last_handshake_ms": 60_000,
+        "external": false,
+    });
+    assert_eq!(peers["peers"][0], want);
+    assert_eq!(peers["peers"][1]["last_received_ms"], Value::Null);
+    let want = "\
+PEER     SITE  STATE        PATH               RTT      SENT     RECEIVED  LAST HEARD  REASON
+edge-b1  b     direct       203.0.113.5:51820  41.2 ms  1.5 KiB  10 B      1s ago
+edge-c1  -     unreachable  -                  -        0 B      0 B       never       peer_offline
+";
+    assert_eq!(lab.run("peers").await.out, want);
+}
+
+#[tokio::test]
+async fn ping_counts_what_comes_back() {
+    let lab = Lab::start(admin::Health::Ok).await;
+    let (code, all) = lab.json("ping edge-b1 -c 2 -i 10").await;
+    let want = json!({
+        "target": "edge-b1",
+        "sent": 2,
+        "received": 2,
+        "min_ms": 10.0,
+        "avg_ms": 15.0,
+        "max_ms": 20.0,
+        "replies": [
+            { "sequence": 1, "rtt_ms": 10.0, "path": "relay r1 (quic)" },
+            { "sequence": 2, "rtt_ms": 20.0, "path": "203.0.113.5:51820" },
+        ],
+    });
+    assert_eq!((code, all), (0, want));
+    let (code, some) = lab.json("ping lossy -c 2").await;
+    assert_eq!((code, &some["received"]), (1, &json!(1)));
+    let (code, none) = lab.json("ping gone -c 2").await;
+    assert_eq!((code, &none["avg_ms"]), (2, &Value::Null));
+
+    let want = "\
+edge-b1 1: 10.0 ms by relay r1 (quic)
+edge-b1 2: 20.0 ms by 203.0.113.5:51820
+2 of 2 answered, min 10.0 ms, avg 15.0 ms, max 20.0 ms
+";
+    assert_eq!(lab.run("ping edge-b1 -c 2").await.out, want);
+}
+
+#[tokio::test]
+async fn path_why_gives_the_reason() {
+    let lab = Lab::start(admin::Health::Ok).await;
+    let want = json!({
+        "node": "edge-c1",
+        "state": "relayed",
+        "reason": "hard_nat_one",
+        "explanation": "its NAT maps by destination",
+        "own_nat": "port_restricted",
+        "peer_nat": "symmetric",
+        "paths": [{
+            "path": "relay r1 (quic)",
+            "kind": "relay",
+            "state": "primary",
+            "rtt_ms": 44.0,
+            "loss": 0.01,
+            "probes_sent": 100,
+            "probes_answered": 99,
+            "full_size_ok": true,
+        }],
+        "transitions": [
+            { "ago_ms": 61_000, "from": "waking", "to": "relayed", "reason": "handshake_done" },
+        ],
+        "next_attempt_ms": 4200,
+    });
+    assert_eq!(lab.json("path why edge-c1").await, (0, want));
+    let want = "\
+node          edge-c1
+state         relayed
+reason        hard_nat_one
+              its NAT maps by destination
+own NAT       port_restricted
+its NAT       symmetric
+next attempt  in 5s
+
+PATH             KIND   STATE    RTT      LOSS   PROBES  FULL SIZE
+relay r1 (quic)  relay  primary  44.0 ms  1.0 %  99/100  yes
+
+WHEN       CHANGE             REASON
+1m 1s ago  waking -> relayed  handshake_done
+";
+    assert_eq!(lab.run("path why edge-c1").await.out, want);
+}
+
+#[tokio::test]
+async fn services_show_where_flows_go() {
+    let lab = Lab::start(admin::Health::Ok).await;
+    let (code, services) = lab.json("services").await;
+    assert_eq!(
+        code, 1,
+        "shop/lost has a ready endpoint that nobody reaches"
+    );
+    let want = json!({
+        "namespace": "shop",
+        "name": "inventory",
+        "kind": "ClusterIP",
+        "cluster_ips": ["10.43.0.10"],
+        "ports": ["http 80/TCP"],
+        "endpoints": [
+            endpoint_json("10.2.3.1:8080", json!("edge-b1"), "same-site", true, true),
+            endpoint_json("10.9.9.9:8080", Value::Null, "anywhere", true, false),
+        ],
+    });
+    assert_eq!(services["services"][0], want);
+    assert_eq!(lab.json("services --endpoints").await, (1, services));
+    let want = "\
+SERVICE         KIND       ADDRESSES   PORTS        ENDPOINTS     GOES TO
+shop/inventory  ClusterIP  10.43.0.10  http 80/TCP  2 ready of 2  1 same-site
+shop/lost       Headless                            1 ready of 1  -
+";
+    assert_eq!(lab.run("services").await.out, want);
+    let want = "\
+SERVICE         ENDPOINT       NODE     TIER       READY  ALIVE  CHOSEN
+shop/inventory  10.2.3.1:8080  edge-b1  same-site  yes    yes    yes
+shop/inventory  10.9.9.9:8080  -        anywhere   yes    yes    no
+shop/lost       10.2.4.1       edge-c1  anywhere   yes    no     no
+";
+    assert_eq!(lab.run("services --endpoints").await.out, want);
+}
+
+fn endpoint_json(address: &str, node: Value, tier: &str, alive: bool, chosen: bool) -> Value {
+    json!({
+        "address": address,
+        "node": node,
+        "tier": tier,
+        "ready": true,
+        "alive": alive,
+        "chosen": chosen,
+    })
+}
+
+#[tokio::test]
+async fn dns_query_tells_answers_from_none_and_from_failure() {
+    let lab = Lab::start(admin::Health::Ok).await;
+    let want = json!({
+        "name": "edge-a1.mesh",
+        "type": "AAAA",
+        "code": "NOERROR",
+        "answers": ["edge-a1.mesh. 5 IN AAAA fd00::1"],
+        "ms": 0.4,
+        "server": "169.254.53.53:53",
+    });
+    assert_eq!(
+        lab.json("dns query edge-a1.mesh --type aaaa").await,
+        (0, want)
+    );
+    assert_eq!(lab.json("dns query nxdomain").await.0, 1);
+    assert_eq!(lab.json("dns query servfail").await.0, 2);
+    let want = "edge-a1.mesh. 5 IN A fd00::1\nNOERROR from 169.254.53.53:53 in 0.40 ms\n";
+    assert_eq!(lab.run("dns query edge-a1.mesh").await.out, want);
+}
+
+#[tokio::test]
+async fn a_token_goes_to_standard_output_alone() {
+    let lab = Lab::start(admin::Health::Ok).await;
+    let created = lab
+        .run("token create --ttl 2h --uses 3 --node edge-b1")
+        .await;
+    assert_eq!(
+        (created.code, created.out.as_str()),
+        (0, "secret-7200-3-edge-b1\n")
+    );
+    assert!(
+        created.err.contains("token t1 holds for 2h"),
+        "{}",
+        created.err
+    );
+    let want = json!({ "token": "secret-3600-1-", "id": "t1", "expires_unix_s": 99 });
+    assert_eq!(lab.json("token create").await, (0, want));
+
+    let want = json!({ "tokens": [
+        { "id": "t1", "description": "rack 4", "expires_unix_s": 99, "uses_left": 2 },
+    ]});
+    assert_eq!(lab.json("token list").await, (0, want));
+    let want = "ID  HOLDS    USES LEFT  DESCRIPTION\nt1  expired  2          rack 4\n";
+    assert_eq!(lab.run("token list").await.out, want);
+    assert_eq!(
+        lab.json("token revoke t1").await,
+        (0, json!({ "revoked": "t1" }))
+    );
+    let wrong = lab.run("token revoke t9").await;
+    assert_eq!(
+        (wrong.code, wrong.err.as_str()),
+        (64, "meshctl: no token t9\n")
+    );
+}
+
+#[tokio::test]
+async fn nodes_and_the_controller_are_shown() {
+    let lab = Lab::start(admin::Health::Ok).await;
+    let want = json!({ "nodes": [{
+        "name": "edge-a1",
+        "public_key": "KEY=",
+        "overlay_addresses": ["100.96.0.1", "fd00::1"],
+        "site": "a",
+        "connected": true,
+        "generation": 42,
+    }]});
+    assert_eq!(lab.json("nodes").await, (0, want));
+    let want = json!({
+        "trust_domain": "demo",
+        "mesh_id": "abcd",
+        "generation": 42,
+        "nodes": 5,
+        "agents_connected": 4,
+        "problems": [],
+    });
+    assert_eq!(lab.json("controller status").await, (0, want));
+
+    let troubled = Lab::start(admin::Health::Degraded).await;
+    let shown = troubled.run("controller status").await;
+    assert_eq!(shown.code, 1);
+    assert!(
+        shown
+            .out
+            .contains("problems    shop.yaml, document 2: spec.prots"),
+        "{}",
+        shown.out
+    );
+}
+
+#[tokio::test]
+async fn a_relay_gets_its_files_and_keeps_its_key_secret() {
+    let lab = Lab::start(admin::Health::Ok).await;
+    let folder = lab.folder.path().join("new").join("r1");
+    let issue = format!("relay issue r1 --out {}", folder.display());
+    let (code, files) = lab.json(&issue).await;
+    assert_eq!(code, 0);
+    for (field, name, text, mode) in [
+        ("certificate", "relay.pem", "certificate of r1\n", 0o644),
+        ("key", "relay.key", "key of r1\n", 0o600),
+        ("ca", "ca.pem", "ca\n", 0o644),
+    ] {
+        let path = folder.join(name);
+        assert_eq!(files[field], json!(path.display().to_string()));
+        assert_eq!(fs::read_to_string(&path).unwrap(), text);
+        assert_eq!(mode_of(&path) & !0o022, mode & !0o022, "{name}");
+    }
+    assert_eq!(mode_of(&folder.join("relay.key")), 0o600);
+    assert!(!files.to_string().contains("key of r1"));
+
+    // A second time would overwrite a key that may be in use.
+    let again = lab.run(&issue).await;
+    assert_eq!(again.code, 64);
+    assert!(again.err.contains("is there already"), "{}", again.err);
+    assert_eq!(
+        fs::read_to_string(folder.join("relay.key")).unwrap(),
+        "key of r1\n"
+    );
+}
+
+fn mode_of(path: &Path) -> u32 {
+    fs::metadata(path).unwrap().permissions().mode() & 0o777
+}
+
+#[tokio::test]
+async fn without_a_daemon_it_says_what_to_do() {
+    let lab = Lab::empty();
+    for (command, want) in [
+        ("status", "no agent here"),
+        ("ping edge-b1", "systemctl start mesh-agent"),
+        ("nodes", "no controller here"),
+        ("token create", "--controller-socket PATH"),
+    ] {
+        let ran = lab.run(command).await;
+        assert_eq!(ran.code, 2, "{command}");
+        assert!(
+            ran.err.contains(want) && ran.out.is_empty(),
+            "{command}: {}",
+            ran.err
+        );
+    }
+    let (code, document) = lab.json("status").await;
+    assert_eq!(
+        (code, &document["error"]["kind"]),
+        (2, &json!("unreachable"))
+    );
+
+    // A daemon that was killed leaves its socket.
+    drop(UnixListener::bind(lab.agent()).unwrap());
+    let ran = lab.run("status").await;
+    assert!(
+        ran.code == 2 && ran.err.contains("the agent is not running"),
+        "{}",
+        ran.err
+    );
+}
+
+#[tokio::test]
+async fn a_daemon_that_hangs_is_given_up() {
+    let lab = Lab::empty();
+    let _silent = UnixListener::bind(lab.agent()).unwrap();
+    let started = Instant::now();
+    let ran = lab.run("status").await;
+    assert_eq!(ran.code, 2);
+    assert!(ran.err.contains("did not answer within 5s"), "{}", ran.err);
+    assert!(started.elapsed() < Duration::from_secs(9));
+}
+
+#[tokio::test]
+async fn wrong_usage_is_64_and_help_is_0() {
+    let lab = Lab::start(admin::Health::Ok).await;
+    for (arguments, want) in [
+        ("", 64),
+        ("statsu", 64),
+        ("ping", 64),
+        ("ping edge-b1 -c 0", 64),
+        ("path", 64),
+        ("token create --ttl soon", 64),
+        ("token create --uses 0", 64),
+        ("relay issue r1", 64),
+        ("status --nosuch", 64),
+        ("path why nobody", 64),
+        ("--help", 0),
+        ("token --help", 0),
+        ("--version", 0),
+    ] {
+        assert_eq!(lab.run(arguments).await.code, want, "{arguments:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_comes_well_within_a_second() {
+    let lab = Lab::start(admin::Health::Ok).await;
+    let started = Instant::now();
+    lab.run("status").await;
+    assert!(
+        started.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        started.elapsed()
+    );
+}
+
+struct Agent {
+    health: admin::Health,
+}
+
+fn texts(texts: &[&str]) -> Vec<String> {
+    texts.iter().map(|&text| text.to_owned()).collect()
+}
+
+#[tonic::async_trait]
+impl AgentAdmin for Agent {
+    async fn status(
+        &self,
+        _: Request<admin::StatusRequest>,
+    ) -> Result<Response<admin::StatusResponse>, Status> {
+        let relay = |name: &str, transport: &str, home, rtt_ms, problem: &str| admin::RelayStatus {
+            name: name.to_owned(),
+            transport: transport.to_owned(),
+            home,
+            rtt_ms,
+            problem: problem.to_owned(),
+        };
+        Ok(Response::new(admin::StatusResponse {
+            node: "edge-a1".to_owned(),
+            public_key: "KEY=".to_owned(),
+            version: "0.1.0".to_owned(),
+            overlay_addresses: texts(&["100.96.0.1", "fd00::1"]),
+            site: "a".to_owned(),
+            health: self.health.into(),
+            problems: texts(&["relay r2 is down"]),
+            uptime_ms: 90_061_000,
+            controller_connected: true,
+            controller: "cloud:7440".to_owned(),
+            snapshot_generation: 42,
+            snapshot_age_s: 3,
+            relays: vec![
+                relay("r1", "quic", true, 20.5, ""),
+                relay("r2", "", false, 0.0, "refused"),
+            ],
+            nat: "port_restricted".to_owned(),
+            reflexive_addresses: texts(&["203.0.113.5:40000"]),
+            peers: [("direct".to_owned(), 3), ("relayed".to_owned(), 1)].into(),
+            nodes: 5,
+            services: 7,
+            dns_listen: texts(&["169.254.53.53:53"]),
+            drops: [("no_route".to_owned(), 2), ("malformed".to_owned(), 0)].into(),
+            interface: "holdfast0".to_owned(),
+            local_addresses: texts(&["192.168.7.1:51820"]),
+            certificate_expires_unix_s: 0,
+        }))
+    }
+
+    async fn peers(
+        &self,
+        _: Request<admin::PeersRequest>,
+    ) -> Result<Response<admin::PeersResponse>, Status> {
+        let direct = admin::Peer {
+            name: "edge-b1".to_owned(),
+            public_key: "B=".to_owned(),
+            site: "b".to_owned(),
+            overlay_addresses: texts(&["100.96.0.3"]),
+            state: "direct".to_owned(),
+            path: "203.0.113.5:51820".to_owned(),
+            rtt_ms: 41.2,
+            sent_bytes: 1536,
+            received_bytes: 10,
+            last_received_ms: Some(1200),
+            last_handshake_ms: Some(60_000),
+            ..admin::Peer::default()
+        };
+        let lost = admin::Peer {
+            name: "edge-c1".to_owned(),
+            state: "unreachable".to_owned(),
+            reason: "peer_offline".to_owned(),
+            ..admin::Peer::default()
+        };
+        let peers = vec![direct, lost];
+        Ok(Response::new(admin::PeersResponse { peers }))
+    }
+
+    type PingStream = Stream<admin::PingResponse>;
+
+    async fn ping(
+        &self,
+        request: Request<admin::PingRequest>,
+    ) -> Result<Response<Self::PingStream>, Status> {
+        let request = request.into_inner();
+        let answers = match request.target.as_str() {
+            "edge-b1" => request.count,
+            "lossy" => 1,
+            _ => 0,
+        };
+        let replies = (1..=request.count).map(move |sequence| {
+            let path = if sequence == 1 {
+                "relay r1 (quic)"
+            } else {
+                "203.0.113.5:51820"
+            };
+            Ok(admin::PingResponse {
+                sequence,
+                rtt_ms: (sequence <= answers).then(|| 10.0 * f64::from(sequence)),
+                path: path.to_owned(),
+            })
+        });
+        Ok(Response::new(Box::pin(tokio_stream::iter(replies))))
+    }
+
+    async fn path_why(
+        &self,
+        request: Request<admin::PathWhyRequest>,
+    ) -> Result<Response<admin::PathWhyResponse>, Status> {
+        let node = request.into_inner().node;
+        if node == "nobody" {
+            return Err(Status::not_found("no node nobody"));
+        }
+        Ok(Response::new(admin::PathWhyResponse {
+            node,
+            state: "relayed".to_owned(),
+            reason: "hard_nat_one".to_owned(),
+            explanation: "its NAT maps by destination".to_owned(),
+            own_nat: "port_restricted".to_owned(),
+            peer_nat: "symmetric".to_owned(),
+            paths: vec![admin::PathReport {
+                path: "relay r1 (quic)".to_owned(),
+                kind: "relay".to_owned(),
+                state: "primary".to_owned(),
+                rtt_ms: 44.0,
+                loss: 0.01,
+                probes_sent: 100,
+                probes_answered: 99,
+                full_size_ok: true,
+            }],
+            transitions: vec![admin::TransitionReport {
+                ago_ms: 61_000,
+                from: "waking".to_owned(),
+                to: "relayed".to_owned(),
+                reason: "handshake_done".to_owned(),
+            }],
+            next_attempt_ms: Some(4200),
+        }))
+    }
+
+    async fn services(
+        &self,
+        _: Request<admin::ServicesRequest>,
+    ) -> Result<Response<admin::ServicesResponse>, Status> {
+        let endpoint =
+            |address: &str, node: &str, tier: &str, alive, chosen| admin::EndpointReport {
+                address: address.to_owned(),
+                node: node.to_owned(),
+                tier: tier.to_owned(),
+                ready: true,
+                alive,
+                chosen,
+            };
+        let inventory = admin::ServiceReport {
+            namespace: "shop".to_owned(),
+            name: "inventory".to_owned(),
+            kind: "ClusterIP".to_owned(),
+            cluster_ips: texts(&["10.43.0.10"]),
+            ports: texts(&["http 80/TCP"]),
+            endpoints: vec![
+                endpoint("10.2.3.1:8080", "edge-b1", "same-site", true, true),
+                endpoint("10.9.9.9:8080", "", "anywhere", true, false),
+            ],
+        };
+        let lost = admin::ServiceReport {
+            namespace: "shop".to_owned(),
+            name: "lost".to_owned(),
+            kind: "Headless".to_owned(),
+            endpoints: vec![endpoint("10.2.4.1", "edge-c1", "anywhere", false, false)],
+            ..admin::ServiceReport::default()
+        };
+        let services = vec![inventory, lost];
+        Ok(Response::new(admin::ServicesResponse { services }))
+    }
+
+    async fn dns_query(
+        &self,
+        request: Request<admin::DnsQueryRequest>,
+    ) -> Result<Response<admin::DnsQueryResponse>, Status> {
+        let request = request.into_inner();
+        let (code, answers) = match request.name.as_str() {
+            "nxdomain" | "servfail" => (request.name.to_ascii_uppercase(), Vec::new()),
+            name => {
+                let answer = format!("{name}. 5 IN {} fd00::1", request.r#type);
+                ("NOERROR".to_owned(), vec![answer])
+            }
+        };
+        Ok(Response::new(admin::DnsQueryResponse {
+            code,
+            answers,
+            ms: 0.4,
+            server: "169.254.53.53:53".to_owned(),
+        }))
+    }
+}
+
+struct Controller {
+    problems: Vec<String>,
+}
+
+#[tonic::async_trait]
+impl ControllerAdmin for Controller {
+    async fn create_token(
+        &self,
+        request: Request<admin::CreateTokenRequest>,
+    ) -> Result<Response<admin::CreateTokenResponse>, Status> {
+        let request = request.into_inner();
+        Ok(Response::new(admin::CreateTokenResponse {
+            token: format!("secret-{}-{}-{}", request.ttl_s, request.uses, request.node),
+            id: "t1".to_owned(),
+            expires_unix_s: 99,
+        }))
+    }
+
+    async fn list_tokens(
+        &self,
+        _: Request<admin::ListTokensRequest>,
+    ) -> Result<Response<admin::ListTokensResponse>, Status> {
+        let token = admin::TokenReport {
+            id: "t1".to_owned(),
+            description: "rack 4".to_owned(),
+            expires_unix_s: 99,
+            uses_left: 2,
+        };
+        let tokens = vec![token];
+        Ok(Response::new(admin::ListTokensResponse { tokens }))
+    }
+
+    async fn revoke_token(
+        &self,
+        request: Request<admin::RevokeTokenRequest>,
+    ) -> Result<Response<admin::RevokeTokenResponse>, Status> {
+        match request.into_inner().id.as_str() {
+            "t1" => Ok(Response::new(admin::RevokeTokenResponse {})),
+            other => Err(Status::not_found(format!("no token {other}"))),
+        }
+    }
+
+    async fn list_nodes(
+        &self,
+        _: Request<admin::ListNodesRequest>,
+    ) -> Result<Response<admin::ListNodesResponse>, Status> {
+        let node = admin::NodeReport {
+            name: "edge-a1".to_owned(),
+            public_key: "KEY=".to_owned(),
+            overlay_addresses: texts(&["100.96.0.1", "fd00::1"]),
+            site: "a".to_owned(),
+            connected: true,
+            generation: 42,
+        };
+        let nodes = vec![node];
+        Ok(Response::new(admin::ListNodesResponse { nodes }))
+    }
+
+    async fn issue_relay(
+        &self,
+        request: Request<admin::IssueRelayRequest>,
+    ) -> Result<Response<admin::IssueRelayResponse>, Status> {
+        let name = request.into_inner().name;
+        Ok(Response::new(admin::IssueRelayResponse {
+            certificate_pem: format!("certificate of {name}\n"),
+            key_pem: format!("key of {name}\n"),
+            ca_pem: "ca\n".to_owned(),
+        }))
+    }
+
+    async fn status(
+        &self,
+        _: Request<admin::ControllerStatusRequest>,
+    ) -> Result<Response<admin::ControllerStatusResponse>, Status> {
+        Ok(Response::new(admin::ControllerStatusResponse {
+            trust_domain: "demo".to_owned(),
+            generation: 42,
+            nodes: 5,
+            agents_connected: 4,
+            problems: self.problems.clone(),
+            mesh_id: "abcd".to_owned(),
+        }))
+    }
+}
