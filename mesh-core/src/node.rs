@@ -322,6 +322,7 @@ impl Core {
 
     fn on_local_addresses(&mut self, addresses: Vec<SocketAddr>, now: Instant) {
         let addresses: Vec<SocketAddr> = addresses.into_iter().map(canonical).collect();
+        let moved = addresses != self.us.local && !self.us.local.is_empty();
         if addresses != self.us.local {
             self.gather.forget();
             self.us.local = addresses;
@@ -331,7 +332,7 @@ impl Core {
         });
         self.gather_anew(now);
         self.refresh_us(now);
-        self.for_each_peer(now, |peer, ctx| peer.on_network_change(ctx));
+        self.for_each_peer(now, |peer, ctx| peer.on_network_change(moved, ctx));
     }
 
     // The node's view of itself.

@@ -89,6 +89,8 @@ pub(crate) struct Path {
     pub(crate) small_ok: bool,
     /// A full-size packet went there and back.
     pub(crate) full_ok: bool,
+    /// A round ended with small packets answered and full-size ones not.
+    pub(crate) small_only: bool,
     /// When something authenticated last came by it.
     pub(crate) received_at: Option<Instant>,
     pub(crate) sent: u64,
@@ -111,6 +113,7 @@ impl Path {
             state: PathState::Candidate,
             small_ok: false,
             full_ok: false,
+            small_only: false,
             received_at: None,
             sent: 0,
             answered: 0,
@@ -161,6 +164,7 @@ impl Path {
             return None;
         }
         if self.probes == PROBES_MAX {
+            self.small_only = self.small_ok && !self.full_ok;
             self.die();
             return None;
         }
@@ -204,6 +208,7 @@ impl Path {
         self.sample(now.saturating_duration_since(echo.at));
         self.small_ok = true;
         self.full_ok |= echo.full_size;
+        self.small_only &= !self.full_ok;
         true
     }
 
@@ -216,11 +221,6 @@ impl Path {
             self.state = PathState::Standby;
         }
         self.next_probe = None;
-    }
-
-    /// Small packets passed, full-size ones never did.
-    pub(crate) fn is_small_only(&self) -> bool {
-        self.small_ok && !self.full_ok && self.kind != PathKind::Relay
     }
 
     /// Smoothed round-trip time (RFC 6298).
@@ -316,11 +316,11 @@ mod tests {
         assert_eq!(path.take_due_probe(at(0)), Some(false));
         path.on_echo_sent(1, false, at(0));
         assert!(path.on_echo_answered(1, at(30)));
-        assert!(path.is_small_only());
+        assert!(path.small_ok && !path.full_ok);
         assert_eq!(path.take_due_probe(at(200)), Some(true));
         path.on_echo_sent(2, true, at(200));
         assert!(path.on_echo_answered(2, at(230)));
-        assert!(path.full_ok && !path.is_small_only());
+        assert!(path.full_ok);
     }
 
     #[test]

@@ -177,6 +177,8 @@ pub(crate) struct Peer {
     sent_at: Option<Instant>,
     wanted_at: Option<Instant>,
     heartbeat_at: Instant,
+    /// When the peer's packets last came by another way than the silent one in use.
+    hint_at: Option<Instant>,
     check_at: Option<Instant>,
     transitions: VecDeque<Transition>,
     /// Under which time the node has this peer in its timer queue.
@@ -205,6 +207,7 @@ impl Peer {
             sent_at: None,
             wanted_at: None,
             heartbeat_at: now,
+            hint_at: None,
             check_at: None,
             transitions: VecDeque::new(),
             timer: None,
@@ -244,15 +247,19 @@ impl Peer {
     // Inputs.
 
     /// The node's own network is another one: every path has to prove itself again.
-    pub(crate) fn on_network_change(&mut self, ctx: &mut Context) {
+    pub(crate) fn on_network_change(&mut self, moved: bool, ctx: &mut Context) {
         match &mut self.phase {
             Phase::Idle => {}
             Phase::Waking(ladder) => (ladder.rung, ladder.next) = (0, ctx.now),
             Phase::Unreachable(retry) => retry.next = ctx.now,
             Phase::Up if self.known.plain => {}
             Phase::Up => {
-                self.probe_all(ctx);
-                self.handle_watch(WatchInput::Sent, ctx);
+                if moved && self.watch.suspect_since().is_none() {
+                    self.doubt_now(Reason::LinkDown, ctx);
+                } else {
+                    self.probe_all(ctx);
+                    self.handle_watch(WatchInput::Sent, ctx);
+                }
                 self.start_search(ctx);
             }
         }
@@ -383,7 +390,9 @@ impl Peer {
         if ctx.now >= ladder.next {
             let rung = ladder.rung;
             ladder.rung += 1;
-            let gap = LADDER.get(rung).or(LADDER.last()).copied();
+            // A stock WireGuard responder keeps one new session: it must not be hurried.
+            let step = if self.known.plain { LADDER.len() } else { rung };
+            let gap = LADDER.get(step).or(LADDER.last()).copied();
             ladder.next = ctx.now + gap.unwrap_or(WAKE_DOUBT);
             self.call(rung >= RELAY_ONLY_FROM && rung % 2 == 1, ctx);
             if rung >= RELAY_ONLY_FROM {

@@ -384,6 +384,7 @@ impl Peer {
             Phase::Up => {
                 self.add_relay_paths(ctx);
                 self.send_due_probes(ctx);
+                self.cover(ctx);
             }
         }
     }
@@ -406,7 +407,9 @@ impl Peer {
         let before = self.presence.insert(relay, present);
         match (&self.phase, present) {
             (Phase::Idle, _) => {}
-            (Phase::Waking(_) | Phase::Unreachable(_), true) if before == Some(true) => {}
+            // Otherwise the last call went there already, in the hope of this answer. Sending it
+            // again would make a second session before the first is complete.
+            (Phase::Waking(_) | Phase::Unreachable(_), true) if before != Some(false) => {}
             (Phase::Waking(_) | Phase::Unreachable(_), true) => {
                 let (peer, vias) = (self.known.id, vec![via]);
                 ctx.out.push_back(Output::Handshake { peer, vias });

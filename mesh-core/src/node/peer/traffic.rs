@@ -29,6 +29,12 @@ pub(super) const FIRST_CHECK: Duration = Duration::from_secs(1);
 /// How long the called end waits for the caller's first packet before it says anything.
 pub(super) const RESPONDER_DELAY: Duration = Duration::from_millis(300);
 
+/// A path in use that was silent for this long while the peer spoke by another one is doubted.
+const HINT_SILENCE: Duration = Duration::from_millis(300);
+
+/// Such doubt is raised no more often: two ends may well prefer different paths.
+const HINT_EVERY: Duration = Duration::from_secs(10);
+
 /// Standbys measured at a time: the other warm relay, and the best direct paths.
 const CHECKED_MAX: usize = 4;
 
@@ -63,6 +69,7 @@ impl Peer {
         }
         if path.full_ok || path.kind == PathKind::Relay {
             path.settle();
+            self.cover(ctx);
             self.on_path_proven(via, ctx);
         } else if path.state == PathState::Probing {
             self.send_echo(via, true, ctx);
@@ -140,8 +147,28 @@ impl Peer {
             self.handle_watch(WatchInput::Received, ctx);
         } else if self.is_up() && self.known.plain {
             self.set_primary(Some(via), None, ctx); // It roamed.
-        } else if self.is_up() && matches!(via, Via::Direct(_)) {
+        } else if self.is_up() {
+            self.take_hint(via, ctx);
             self.probe_new_way(via, ctx);
+        }
+    }
+
+    /// The peer's packets come by another way, and the way in use is silent: the peer may have
+    /// noticed first that it is dead. What goes out takes the peer's way, too, until that is clear.
+    fn take_hint(&mut self, via: Via, ctx: &mut Context) {
+        let Some(primary) = self.primary.filter(|primary| *primary != via) else {
+            return;
+        };
+        let at = self.paths.get(&primary).and_then(|path| path.received_at);
+        let silent = at.is_none_or(|at| ctx.now >= at + HINT_SILENCE);
+        let recent = self.hint_at.is_some_and(|at| ctx.now < at + HINT_EVERY);
+        let works = self.paths.get(&via).is_some_and(Path::usable);
+        if silent && works && !recent && self.duplicate.is_none() {
+            self.hint_at = Some(ctx.now);
+            self.set_primary(Some(primary), Some(via), ctx);
+            self.duplicate_until = Some(ctx.now + DEAD_AFTER_MIN);
+            self.echo(primary, ctx);
+            self.handle_watch(WatchInput::Sent, ctx);
         }
     }
 
@@ -149,6 +176,7 @@ impl Peer {
     fn probe_new_way(&mut self, via: Via, ctx: &mut Context) {
         if let Some(path) = self.paths.get_mut(&via)
             && path.state == PathState::Candidate
+            && path.kind != PathKind::Relay
         {
             path.start_probing(ctx.now);
             self.send_due_probes(ctx);
@@ -199,14 +227,21 @@ impl Peer {
 
     /// The path in use may be dead: its packets take another one, too.
     fn on_doubt(&mut self, reason: Reason, ctx: &mut Context) {
-        let (primary, duplicate) = (self.primary, self.alternative(ctx));
-        self.set_primary(primary, duplicate, ctx);
-        if let Some(path) = primary.and_then(|via| self.paths.get_mut(&via)) {
-            path.state = PathState::Suspect;
-        }
+        self.cover(ctx);
         self.publish(PeerState::Suspect, reason, ctx);
         self.doubt_relay(ctx);
         self.probe_all(ctx);
+    }
+
+    /// Gives a suspect path's packets a second way as soon as there is one.
+    pub(super) fn cover(&mut self, ctx: &mut Context) {
+        if self.watch.suspect_since().is_some() {
+            let (primary, duplicate) = (self.primary, self.alternative(ctx).or(self.duplicate));
+            self.set_primary(primary, duplicate, ctx);
+            if let Some(path) = primary.and_then(|via| self.paths.get_mut(&via)) {
+                path.state = PathState::Suspect;
+            }
+        }
     }
 
     /// As if the path in use had been silent for long enough already.

@@ -2,7 +2,7 @@
 
 use mesh_wire::{id::Via, peer::NatKind};
 
-use super::{Path, PathKind, PathState, Peer, PeerState, Phase, Reason};
+use super::{Path, PathKind, Peer, PeerState, Phase, Reason};
 use crate::node::{
     context::{Context, Us},
     report::{PathReport, PeerReport},
@@ -13,7 +13,12 @@ impl Peer {
         let us = ctx.us;
         let absent = |relay| self.presence.get(relay) == Some(&false);
         let relays_matter = !us.relays.is_empty() && !self.known.plain;
-        if self.session && self.paths.values().any(Path::is_small_only) {
+        if self.session
+            && self
+                .paths
+                .values()
+                .any(|path| path.small_ok && !path.full_ok)
+        {
             Reason::MtuFail
         } else if relays_matter && us.relays_up.is_empty() {
             Reason::RelayUnreachable
@@ -29,15 +34,13 @@ impl Peer {
     /// Why a relayed peer is not direct.
     fn why_relayed(&self, us: &Us) -> Reason {
         let direct = || self.paths.values().filter(|p| p.kind != PathKind::Relay);
-        let told_nothing = self.remote.generation.is_none();
-        let searching = self.search.tell_at.is_some() || told_nothing;
-        if searching || direct().any(|path| path.state == PathState::Probing) {
-            return Reason::Probing;
+        if self.search.failures == 0 {
+            return Reason::Probing; // Not one whole round so far.
         }
         match (us.nat, self.remote.nat) {
             (NatKind::UdpBlocked, _) | (_, NatKind::UdpBlocked) => Reason::UdpBlocked,
             (NatKind::Hard, NatKind::Hard) => Reason::HardNatBoth,
-            _ if direct().any(Path::is_small_only) => Reason::MtuFail,
+            _ if direct().any(|path| path.small_only) => Reason::MtuFail,
             (NatKind::Hard, _) | (_, NatKind::Hard) => Reason::HardNatOne,
             _ if direct().next().is_none() => Reason::NoCandidates,
             _ => Reason::Silent,
