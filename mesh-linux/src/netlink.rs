@@ -17,7 +17,10 @@ use netlink_packet_route::{
     RouteNetlinkMessage,
     address::{AddressAttribute, AddressHeaderFlags, AddressMessage},
     link::{LinkAttribute, LinkFlags, LinkMessage},
-    route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType},
+    route::{
+        RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
+        RouteType,
+    },
 };
 use rtnetlink::{
     Handle, LinkUnspec, MulticastGroup, RouteMessageBuilder, new_connection,
@@ -258,7 +261,10 @@ impl Netlink {
         let mut applied = Applied::default();
         let plan = plan(desired, &self.routes().await?);
         for route in plan.remove {
-            let request = self.handle.route().del(message_of(&route)?);
+            let mut message = message_of(&route)?;
+            // Whatever its scope: a predecessor may have chosen another.
+            message.header.scope = RouteScope::NoWhere;
+            let request = self.handle.route().del(message);
             let result = done_unless(libc::ESRCH, request.execute().await);
             let what = || format!("remove the route to {}", route.destination);
             applied.count(false, result.map_err(refused(what)));

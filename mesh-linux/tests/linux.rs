@@ -1,0 +1,359 @@
+//! The adapters against the real kernel, in a namespace that each test makes. Needs root.
+
+#![expect(clippy::unwrap_used, reason = "tests fail loudly")]
+
+use std::{
+    collections::BTreeSet,
+    io,
+    net::{IpAddr, SocketAddr},
+    process::Command,
+    sync::atomic::{AtomicUsize, Ordering},
+    time::{Duration, Instant},
+};
+
+use ipnet::IpNet;
+use mesh_linux::{
+    netlink::{Changes, LocalAddress, Netlink, NetlinkError, Route},
+    netns,
+    tun::{Tun, TunError, VnetHeader},
+    udp::{ReceiveBatch, UdpPair},
+    wake::{StopSignal, Woken},
+};
+
+/// Longer than anything here takes.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Longer than the kernel takes to follow one change with the next (it probes an IPv6 address for
+/// a second).
+const QUIET: Duration = Duration::from_millis(2500);
+
+/// A namespace; gone when dropped, also after a panic.
+struct Namespace(String);
+
+impl Namespace {
+    fn new() -> Self {
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("hfl{}-{number}", std::process::id());
+        run(&format!("ip netns add {name}"));
+        run(&format!("ip -n {name} link set lo up"));
+        Self(name)
+    }
+
+    fn ip(&self, arguments: &str) -> String {
+        run(&format!("ip -n {} {arguments}", self.0))
+    }
+
+    /// Adds a link, down; its other end is up, so that a carrier comes with `up`.
+    fn add_link(&self, name: &str) {
+        self.ip(&format!("link add {name} type veth peer name {name}-end"));
+        self.ip(&format!("link set {name}-end up"));
+    }
+
+    fn on<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        netns::run_in(&netns::named(&self.0), work).unwrap()
+    }
+
+    /// Runs `work` on an async runtime inside the namespace.
+    fn block_on<T: Send>(&self, work: impl AsyncFnOnce() -> T + Send) -> T {
+        self.on(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build();
+            runtime
+                .unwrap()
+                .block_on(async { tokio::time::timeout(PATIENCE, work()).await.unwrap() })
+        })
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        Command::new("ip")
+            .args(["netns", "delete", &self.0])
+            .status()
+            .ok();
+    }
+}
+
+fn run(command: &str) -> String {
+    let mut words = command.split_whitespace();
+    let output = Command::new(words.next().unwrap())
+        .args(words)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{command}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn nets(list: &[&str]) -> BTreeSet<IpNet> {
+    list.iter().map(|net| net.parse().unwrap()).collect()
+}
+
+#[test]
+fn a_link_comes_up_with_exactly_the_addresses_that_are_wanted() {
+    let namespace = Namespace::new();
+    namespace.add_link("d0");
+    namespace.ip("addr add 10.9.9.9/24 dev d0");
+    namespace.block_on(async || {
+        let netlink = Netlink::connect().unwrap();
+        let link = netlink.link_index("d0").await.unwrap();
+        netlink.set_link_up(link, 1280).await.unwrap();
+        let wanted = nets(&["100.96.0.1/32", "fd00::1/128"]);
+        let first = netlink.apply_addresses(link, &wanted).await.unwrap();
+        assert_eq!((first.added, first.removed, first.failed.len()), (2, 1, 0));
+        assert_eq!(netlink.addresses(link).await.unwrap(), wanted);
+        let again = netlink.apply_addresses(link, &wanted).await.unwrap();
+        assert_eq!((again.added, again.removed), (0, 0));
+    });
+    let shown = namespace.ip("link show d0");
+    assert!(
+        shown.contains("mtu 1280") && shown.contains(",UP"),
+        "{shown}"
+    );
+}
+
+#[test]
+fn only_our_routes_are_touched_and_a_predecessors_go() {
+    let namespace = Namespace::new();
+    namespace.add_link("d0");
+    namespace.ip("link set d0 up");
+    namespace.ip("addr add 10.1.0.1/32 dev d0");
+    namespace.ip("route add 10.50.0.0/16 dev d0 proto 72");
+    namespace.ip("-6 route add fd50::/16 dev d0 proto 72");
+    namespace.ip("route add 10.60.0.0/16 dev d0 proto static");
+    namespace.block_on(async || {
+        let netlink = Netlink::connect().unwrap();
+        let link = netlink.link_index("d0").await.unwrap();
+        let route = |net: &str, source: Option<&str>| {
+            let source = source.map(|source| source.parse().unwrap());
+            Route::new(net.parse().unwrap(), link, source)
+        };
+        let mut wanted = BTreeSet::from([
+            route("10.50.0.0/16", Some("10.1.0.1")),
+            route("10.51.7.7/16", None),
+            route("fd51::/16", None),
+        ]);
+        let first = netlink.apply_routes(&wanted).await.unwrap();
+        assert_eq!((first.added, first.removed), (3, 2), "{:?}", first.failed);
+        assert_eq!(netlink.routes().await.unwrap(), wanted);
+        let again = netlink.apply_routes(&wanted).await.unwrap();
+        assert_eq!((again.added, again.removed), (0, 0));
+
+        wanted.insert(route("10.60.0.0/16", None));
+        wanted.insert(route("10.61.0.0/16", None));
+        let conflict = netlink.apply_routes(&wanted).await.unwrap();
+        assert_eq!((conflict.added, conflict.failed.len()), (1, 1));
+        let message = conflict.failed[0].to_string();
+        assert_eq!(message, "cannot add a route to 10.60.0.0/16");
+
+        netlink.apply_routes(&BTreeSet::new()).await.unwrap();
+        assert_eq!(netlink.routes().await.unwrap(), BTreeSet::new());
+    });
+    assert_eq!(
+        namespace.ip("route show proto static").trim(),
+        "10.60.0.0/16 dev d0 scope link"
+    );
+}
+
+#[test]
+fn a_missing_interface_is_named_in_the_error() {
+    let namespace = Namespace::new();
+    namespace.block_on(async || {
+        let result = Netlink::connect().unwrap().link_index("nowhere").await;
+        assert!(matches!(result, Err(NetlinkError::NoLink(name)) if name == "nowhere"));
+    });
+}
+
+#[test]
+fn uplink_addresses_are_those_that_others_can_reach() {
+    let namespace = Namespace::new();
+    for link in ["up0", "down0", "mesh0"] {
+        namespace.add_link(link);
+    }
+    for (link, address) in [
+        ("up0", "10.0.0.1/24"),
+        ("up0", "169.254.7.7/16"),
+        ("up0", "2001:db8::1/64"),
+        ("down0", "10.0.1.1/24"),
+        ("mesh0", "100.96.0.1/32"),
+    ] {
+        let nodad = if address.contains("::") { "nodad" } else { "" };
+        namespace.ip(&format!("addr add {address} dev {link} {nodad}"));
+    }
+    namespace.ip("link set up0 up");
+    namespace.ip("link set mesh0 up");
+    let found = namespace.block_on(async || {
+        Netlink::connect()
+            .unwrap()
+            .uplink_addresses("mesh0")
+            .await
+            .unwrap()
+    });
+    let local = |address: &str| LocalAddress {
+        address: address.parse().unwrap(),
+        link: "up0".to_owned(),
+    };
+    assert_eq!(found, [local("10.0.0.1"), local("2001:db8::1")].into());
+}
+
+#[test]
+fn changes_are_told_and_our_own_routes_are_not() {
+    let namespace = Namespace::new();
+    namespace.add_link("d0");
+    namespace.ip("link set d0 up");
+    namespace.block_on(async || {
+        let mut changes = Changes::listen().unwrap();
+        namespace.ip("addr add 10.7.0.1/24 dev d0");
+        while !changes.next().await.unwrap().addresses {}
+        namespace.ip("link set d0 down");
+        while !changes.next().await.unwrap().links {}
+        namespace.ip("link set d0 up");
+        while !changes.next().await.unwrap().links {}
+        // Let the kernel finish what it does by itself for a link that comes up.
+        while let Ok(change) = tokio::time::timeout(QUIET, changes.next()).await {
+            assert!(change.is_some());
+        }
+        namespace.ip("route add 10.8.0.0/16 dev d0 proto 72");
+        namespace.ip("link set lo alias end-of-test");
+        loop {
+            let change = changes.next().await.unwrap();
+            assert!(!change.routes, "our own route was told");
+            if change.links {
+                break;
+            }
+        }
+    });
+}
+
+#[test]
+fn a_second_tun_of_the_same_name_is_refused_with_a_hint() {
+    let namespace = Namespace::new();
+    namespace.on(|| {
+        for queues in [1, 2] {
+            let first = Tun::create("hf0", queues).unwrap();
+            assert_eq!(first.name(), "hf0");
+            let error = Tun::create("hf0", queues).unwrap_err();
+            assert!(matches!(error, TunError::NameTaken(_)), "{error}");
+            assert!(error.to_string().contains("second agent"), "{error}");
+            drop(first);
+        }
+        // Nothing persists: the name is free again.
+        assert_eq!(Tun::create("hf0", 2).unwrap().into_queues().len(), 2);
+        for name in ["", "a/b", "sixteen-bytes-16", ".."] {
+            let error = Tun::create(name, 1).unwrap_err();
+            assert!(matches!(error, TunError::BadName(_)), "{name}: {error}");
+        }
+    });
+}
+
+#[test]
+fn a_packet_goes_through_a_tun_both_ways() {
+    let namespace = Namespace::new();
+    let queue = namespace.on(|| Tun::create("hf0", 1).unwrap().into_queues().remove(0));
+    namespace.ip("addr add 10.3.0.1/24 dev hf0");
+    namespace.ip("link set hf0 up");
+    let socket = namespace.on(|| std::net::UdpSocket::bind("10.3.0.1:0").unwrap());
+    socket.send_to(b"out", "10.3.0.2:7").unwrap();
+    let stop = StopSignal::new().unwrap();
+    let mut buffer = vec![0; mesh_linux::tun::READ_LEN_MAX];
+    let packet = loop {
+        assert_eq!(stop.wait_readable(&queue).unwrap(), Woken::Readable);
+        let len = queue.read(&mut buffer).unwrap();
+        let (_, packet) = VnetHeader::split(&buffer[..len]).unwrap();
+        // The kernel's own IPv6 multicast comes too.
+        if packet[0] >> 4 == 4 {
+            break packet.to_vec();
+        }
+    };
+    assert_eq!(packet[28..], *b"out");
+    // Back as an answer: addresses and ports swapped; checksums do not notice.
+    let mut answer = packet;
+    answer[12..20].rotate_left(4);
+    answer[20..24].rotate_left(2);
+    answer[26..28].fill(0);
+    queue
+        .write(&[&VnetHeader::default().to_bytes(), &answer[..]].concat())
+        .unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut received = [0; 8];
+    let (len, from) = socket.recv_from(&mut received).unwrap();
+    assert_eq!(
+        (&received[..len], from),
+        (&b"out"[..], "10.3.0.2:7".parse().unwrap())
+    );
+    stop.stop();
+    assert_eq!(stop.wait_readable(&queue).unwrap(), Woken::Stopped);
+}
+
+/// Sends `datagrams` as one batch from one pair to another at `ip`; what arrives, and from where.
+fn send_batch(ip: IpAddr, datagrams: &[u8], segment_len: usize) -> Vec<Vec<u8>> {
+    let (from, to) = (UdpPair::bind(0).unwrap(), UdpPair::bind(0).unwrap());
+    from.send(SocketAddr::new(ip, to.port()), datagrams, segment_len)
+        .unwrap();
+    let socket = to.sockets().nth(usize::from(ip.is_ipv6())).unwrap();
+    let mut batch = ReceiveBatch::new();
+    let mut received = Vec::new();
+    let deadline = Instant::now() + PATIENCE;
+    while received.len() < datagrams.len().div_ceil(segment_len) && Instant::now() < deadline {
+        match socket.receive(&mut batch) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::thread::yield_now(),
+            result => {
+                result.unwrap();
+            }
+        }
+        for (sender, bytes, each) in batch.messages() {
+            assert_eq!(sender, SocketAddr::new(ip, from.port()));
+            received.extend(bytes.chunks(each).map(<[u8]>::to_vec));
+        }
+    }
+    received
+}
+
+#[test]
+fn a_batch_arrives_as_the_datagrams_it_was_made_of() {
+    let namespace = Namespace::new();
+    let bytes: Vec<u8> = (0..20_u8).flat_map(|i| [i; 1340]).collect();
+    let bytes = &bytes[..bytes.len() - 700];
+    namespace.on(|| {
+        for ip in ["127.0.0.1", "::1"] {
+            let received = send_batch(ip.parse().unwrap(), bytes, 1340);
+            assert!(
+                received.iter().eq(bytes.chunks(1340)),
+                "{ip}: {}",
+                received.len()
+            );
+        }
+    });
+}
+
+#[test]
+fn datagrams_larger_than_the_paths_mtu_are_fragmented_not_lost() {
+    let namespace = Namespace::new();
+    namespace.ip("link set lo mtu 1300");
+    let bytes: Vec<u8> = (0..5_u8).flat_map(|i| [i; 1400]).collect();
+    namespace.on(|| {
+        for ip in ["127.0.0.1", "::1"] {
+            let received = send_batch(ip.parse().unwrap(), &bytes, 1400);
+            assert!(
+                received.iter().eq(bytes.chunks(1400)),
+                "{ip}: {}",
+                received.len()
+            );
+        }
+    });
+}
+
+#[test]
+fn a_port_that_is_taken_is_refused() {
+    let namespace = Namespace::new();
+    namespace.on(|| {
+        let first = UdpPair::bind(0).unwrap();
+        let error = UdpPair::bind(first.port()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+    });
+}
