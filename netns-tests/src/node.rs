@@ -23,6 +23,10 @@ use crate::{sys, tool};
 /// What a node's processes find in `/etc/resolv.conf` until told otherwise: nobody.
 const NO_RESOLVER: &str = "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n";
 
+/// Folder of a node's WireGuard control sockets: `/run/wireguard` to its processes, so that two
+/// nodes may have a device of one name.
+const CONTROL_SOCKETS: &str = "wireguard";
+
 /// A machine of the lab. Clones are the same machine.
 #[derive(Debug, Clone)]
 pub struct Node(Arc<Shared>);
@@ -75,6 +79,7 @@ impl Node {
             netns,
         };
         fs::create_dir_all(shared.dir.join("state"))?;
+        fs::create_dir_all(shared.dir.join(CONTROL_SOCKETS))?;
         fs::create_dir_all(&shared.cgroup)?;
         tool::run("ip", &["netns", "add", &shared.netns], "")?;
         tool::ip(&shared.netns, "link set lo up\n")?;
@@ -178,7 +183,7 @@ impl Node {
         command
             .args(["exec", self.netns()])
             .arg(self.cgroup())
-            .arg(self.dir().join("resolv.conf"));
+            .arg(self.dir());
         command
             .args(words)
             .stdin(Stdio::null())
@@ -416,7 +421,7 @@ pub fn tail(log: &str) -> String {
 /// # Errors
 ///
 /// Always when it returns: it could not become the command.
-pub fn exec(netns: &str, cgroup: &Path, resolver: &Path, words: &[String]) -> Result<()> {
+pub fn exec(netns: &str, cgroup: &Path, dir: &Path, words: &[String]) -> Result<()> {
     use std::os::unix::process::CommandExt as _;
     let procs = cgroup.join("cgroup.procs");
     fs::write(&procs, "0").with_context(|| format!("write {}", procs.display()))?;
@@ -427,7 +432,12 @@ pub fn exec(netns: &str, cgroup: &Path, resolver: &Path, words: &[String]) -> Re
         rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC,
     )
     .context("make the mounts private")?;
-    rustix::mount::mount_bind(resolver, "/etc/resolv.conf").context("bind /etc/resolv.conf")?;
+    let bind = |from: &str, to: &str| {
+        rustix::mount::mount_bind(dir.join(from), to).with_context(|| format!("bind {to}"))
+    };
+    bind("resolv.conf", "/etc/resolv.conf")?;
+    fs::create_dir_all("/run/wireguard")?;
+    bind(CONTROL_SOCKETS, "/run/wireguard")?;
     let (program, args) = words.split_first().context("no command")?;
     Err(Command::new(program).args(args).exec()).with_context(|| format!("execute {program}"))
 }

@@ -124,7 +124,9 @@ fn a_hole_punched_from_both_sides_opens() -> Result<()> {
         anyhow::bail!("two sites")
     };
     a.send_to(b"dropped at b", *b_outer)?; // Comes unasked, and must not spoil b's port.
-    server.send_to(b"settled", *b_outer)?; // Behind it on every wire they share.
+    a.send_to(b"passed", server.local_addr()?)?; // Behind it on a's wire,
+    ensure!(recv(&server)?.0 == b"passed");
+    server.send_to(b"settled", *b_outer)?; // and this on b's.
     ensure!(recv(b)?.0 == b"settled");
     b.send_to(b"through", *a_outer)?;
     ensure!(recv(a)? == (b"through".to_vec(), *b_outer));

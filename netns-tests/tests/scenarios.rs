@@ -101,12 +101,8 @@ fn a_stock_wireguard_peer_reaches_an_edge_node_through_its_gateway() -> Result<(
     fs::write(mesh.manifests().join("printer.yaml"), manifest)?;
 
     let gateway = word(&mesh.status("edge-b1")?, "public_key");
-    let device = format!("{}-wg", mesh.lab().id()); // Control sockets of all labs are in one folder.
-    let device = device
-        .get(device.len().saturating_sub(15)..)
-        .unwrap_or(&device)
-        .to_owned();
-    let mut daemon = printer.spawn("wireguard-go", &["wireguard-go", "-f", &device])?;
+    let device = "wg0";
+    let mut daemon = printer.spawn("wireguard-go", &["wireguard-go", "-f", device])?;
     let key = printer.write("key", &private)?;
     let script = format!(
         "until wg show {device} >/dev/null 2>&1; do sleep 0.05; done

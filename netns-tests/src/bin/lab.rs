@@ -16,7 +16,7 @@ use netns_tests::{
 
 const USAGE: &str = "usage: lab down ID                        takes a kept lab away
        lab sweep                          takes away what dead owners left
-       lab exec NETNS CGROUP RESOLVCONF COMMAND…
+       lab exec NETNS CGROUP DIR COMMAND…
        lab link NETNS IF NETNS IF CGROUP  orders on standard input
        lab hold                           makes a lab, and keeps it until standard input ends
        lab guard ID                       ends with its standard input
@@ -44,8 +44,8 @@ fn dispatch(words: &[String]) -> Result<()> {
         ("sweep", []) => lab::sweep(),
         ("hold", []) => hold(),
         ("guard", [id]) => lab::guard(id),
-        ("exec", [netns, cgroup, resolver, command @ ..]) => {
-            node::exec(netns, Path::new(cgroup), Path::new(resolver), command)
+        ("exec", [netns, cgroup, dir, command @ ..]) => {
+            node::exec(netns, Path::new(cgroup), Path::new(dir), command)
         }
         ("link", [a_netns, a_if, b_netns, b_if, cgroup]) => {
             link::process::run((a_netns, a_if), (b_netns, b_if), Path::new(cgroup))

@@ -199,7 +199,6 @@ fn wireguard(
     ];
     let mut daemons = Vec::new();
     for ((node, side, peer, host), index) in ends.into_iter().zip(0..) {
-        // The devices' control sockets are all in one folder: a name of its own for each.
         let device = format!("{name}{side}");
         let private = node.write(
             &format!("{device}.key"),
@@ -207,7 +206,7 @@ fn wireguard(
         )?;
         let public = tool::run("wg", &["pubkey"], keys.get(1 - index).context("two keys")?)?;
         daemons.push(node.spawn(&device, &[program, std::slice::from_ref(&device)].concat())?);
-        let socket = PathBuf::from(format!("/var/run/wireguard/{device}.sock"));
+        let socket = node.dir().join(format!("wireguard/{device}.sock"));
         tool::eventually("the device is there", UP_LIMIT, || {
             fs::metadata(&socket)
                 .map(drop)
