@@ -1,1 +1,17 @@
 //! Desired state, node registry, certificate authority, delta distribution.
+//!
+//! **Invariant:** nothing here is on the packet path, and a bad manifest takes away nothing that
+//! was good before.
+
+#![forbid(unsafe_code)]
+
+pub mod admin;
+pub mod config;
+pub mod control;
+pub mod desired;
+pub mod history;
+pub mod manifests;
+pub mod run;
+pub mod state;
+pub mod store;
+pub mod token;

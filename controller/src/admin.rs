@@ -1,0 +1,164 @@
+//! The local socket: what `meshctl` asks the controller.
+
+use std::sync::Arc;
+
+use mesh_api::admin::{
+    ControllerStatusRequest, ControllerStatusResponse, CreateTokenRequest, CreateTokenResponse,
+    IssueRelayRequest, IssueRelayResponse, ListNodesRequest, ListNodesResponse, ListTokensRequest,
+    ListTokensResponse, NodeReport, RevokeTokenRequest, RevokeTokenResponse, TokenReport,
+    controller_admin_server::ControllerAdmin,
+};
+use mesh_wire::id::RelayName;
+use tokio::task::spawn_blocking;
+use tonic::{Request, Response, Status};
+
+use crate::state::{NodeView, State, TokenError};
+
+/// Longest description of a token, in bytes.
+const DESCRIPTION_LEN_MAX: usize = 200;
+
+/// The service.
+#[derive(Debug, Clone)]
+pub struct AdminService {
+    state: Arc<State>,
+}
+
+impl AdminService {
+    /// Serves `state`.
+    #[must_use]
+    pub fn new(state: Arc<State>) -> Self {
+        Self { state }
+    }
+
+    /// Does on a blocking thread what waits for the disk.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&State) -> T + Send + 'static,
+    ) -> Result<T, Status> {
+        let state = self.state.clone();
+        let done = spawn_blocking(move || work(&state)).await;
+        done.map_err(|error| Status::internal(error.to_string()))
+    }
+}
+
+#[tonic::async_trait]
+impl ControllerAdmin for AdminService {
+    async fn create_token(
+        &self,
+        request: Request<CreateTokenRequest>,
+    ) -> Result<Response<CreateTokenResponse>, Status> {
+        let request = request.into_inner();
+        if request.description.len() > DESCRIPTION_LEN_MAX {
+            let text = format!("description: longer than {DESCRIPTION_LEN_MAX} bytes");
+            return Err(Status::invalid_argument(text));
+        }
+        let node = (!request.node.is_empty()).then(|| request.node.parse());
+        let node = node.transpose();
+        let node = node.map_err(|error| Status::invalid_argument(format!("node: {error}")))?;
+        let (ttl_s, uses, description) = (request.ttl_s, request.uses, request.description);
+        let made = self.blocking(move |state| state.create_token(ttl_s, uses, description, node));
+        let (token, expires_unix_s) = made.await?.map_err(|error| match error {
+            TokenError::TooLong | TokenError::TooManyUses => {
+                Status::invalid_argument(error.to_string())
+            }
+            TokenError::Random(_) | TokenError::Store(_) => Status::unavailable(error.to_string()),
+        })?;
+        tracing::info!(id = %token.id, "token made");
+        Ok(Response::new(CreateTokenResponse {
+            token: token.to_string(),
+            id: token.id.clone(),
+            expires_unix_s,
+        }))
+    }
+
+    async fn list_tokens(
+        &self,
+        _: Request<ListTokensRequest>,
+    ) -> Result<Response<ListTokensResponse>, Status> {
+        let tokens = self.blocking(State::tokens).await?;
+        let tokens = tokens.map_err(|error| Status::unavailable(error.to_string()))?;
+        let tokens = tokens.into_iter().map(|(id, token)| TokenReport {
+            id,
+            description: token.description,
+            expires_unix_s: token.expires_unix_s,
+            uses_left: token.uses_left,
+        });
+        let tokens = tokens.collect();
+        Ok(Response::new(ListTokensResponse { tokens }))
+    }
+
+    async fn revoke_token(
+        &self,
+        request: Request<RevokeTokenRequest>,
+    ) -> Result<Response<RevokeTokenResponse>, Status> {
+        let id = request.into_inner().id;
+        let asked = id.clone();
+        let revoked = self
+            .blocking(move |state| state.revoke_token(&asked))
+            .await?;
+        match revoked {
+            Ok(true) => {
+                tracing::info!(%id, "token revoked");
+                Ok(Response::new(RevokeTokenResponse {}))
+            }
+            Ok(false) => Err(Status::not_found(format!("there is no token {id:?}"))),
+            Err(error) => Err(Status::unavailable(error.to_string())),
+        }
+    }
+
+    async fn list_nodes(
+        &self,
+        _: Request<ListNodesRequest>,
+    ) -> Result<Response<ListNodesResponse>, Status> {
+        let nodes = self.state.nodes().into_iter().map(node_report).collect();
+        Ok(Response::new(ListNodesResponse { nodes }))
+    }
+
+    async fn issue_relay(
+        &self,
+        request: Request<IssueRelayRequest>,
+    ) -> Result<Response<IssueRelayResponse>, Status> {
+        let name: RelayName = request
+            .into_inner()
+            .name
+            .parse()
+            .map_err(|error| Status::invalid_argument(format!("name: {error}")))?;
+        let issued = self.state.relay_credentials(name.clone());
+        let credentials = issued.map_err(|error| Status::internal(error.to_string()))?;
+        tracing::info!(relay = %name, "relay certificate issued");
+        Ok(Response::new(IssueRelayResponse {
+            certificate_pem: credentials.chain_pem(),
+            key_pem: credentials.key_pem().to_string(),
+            ca_pem: credentials.authority_pem(),
+        }))
+    }
+
+    async fn status(
+        &self,
+        _: Request<ControllerStatusRequest>,
+    ) -> Result<Response<ControllerStatusResponse>, Status> {
+        let (generation, nodes, connected, problems) = self.state.summary();
+        let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        Ok(Response::new(ControllerStatusResponse {
+            trust_domain: self.state.authority().trust_domain().to_owned(),
+            generation,
+            nodes: count(nodes),
+            agents_connected: count(connected),
+            problems,
+            mesh_id: self.state.authority().mesh_id().to_string(),
+        }))
+    }
+}
+
+fn node_report(view: NodeView) -> NodeReport {
+    let NodeView { node, generation } = view;
+    let site = node.locality.site.as_ref();
+    NodeReport {
+        name: node.name.to_string(),
+        public_key: node.id.to_string(),
+        overlay_addresses: vec![node.overlay_v4.to_string(), node.overlay_v6.to_string()],
+        site: site.map(ToString::to_string).unwrap_or_default(),
+        connected: generation.is_some(),
+        generation: generation.unwrap_or(0),
+    }
+}

@@ -1,0 +1,117 @@
+//! The configuration: the file as written, then settings as checked.
+
+use std::{
+    fs, io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use mesh_identity::authority::check_trust_domain;
+use serde::Deserialize;
+
+/// Checked settings of the controller.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The mesh's name: the SPIFFE trust domain.
+    pub mesh_name: String,
+    /// Where agents connect, TCP.
+    pub listen: SocketAddr,
+    /// Where the store is.
+    pub state_dir: PathBuf,
+    /// The folder of manifests.
+    pub manifests: PathBuf,
+    /// Unix socket for `meshctl`.
+    pub admin_socket: PathBuf,
+}
+
+/// Why the configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is not what it must be.
+    #[error("cannot parse {}: {source}", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: toml::de::Error,
+    },
+    /// A value is out of range.
+    #[error("{}: {key}: {problem}", path.display())]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// What is wrong.
+        problem: String,
+    },
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ConfigFile {
+    mesh_name: String,
+    #[serde(default = "default_listen")]
+    listen: SocketAddr,
+    #[serde(default = "default_state_dir")]
+    state_dir: PathBuf,
+    manifests: PathBuf,
+    #[serde(default = "default_admin_socket")]
+    admin_socket: PathBuf,
+}
+
+fn default_listen() -> SocketAddr {
+    SocketAddr::from(([0, 0, 0, 0], 7440))
+}
+
+fn default_state_dir() -> PathBuf {
+    "/var/lib/holdfast-controller".into()
+}
+
+fn default_admin_socket() -> PathBuf {
+    "/run/holdfast/controller.sock".into()
+}
+
+impl Settings {
+    /// Reads and checks the file at `path`.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`] with the file, the line and the key.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        let file: ConfigFile = toml::from_str(&text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source,
+        })?;
+        let value = |key, problem: String| ConfigError::Value {
+            path: path.to_owned(),
+            key,
+            problem,
+        };
+        check_trust_domain(&file.mesh_name)
+            .map_err(|error| value("mesh_name", error.to_string()))?;
+        if !file.manifests.is_dir() {
+            let problem = format!("{} is not a folder", file.manifests.display());
+            return Err(value("manifests", problem));
+        }
+        Ok(Self {
+            mesh_name: file.mesh_name,
+            listen: file.listen,
+            state_dir: file.state_dir,
+            manifests: file.manifests,
+            admin_socket: file.admin_socket,
+        })
+    }
+}

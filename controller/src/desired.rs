@@ -1,0 +1,355 @@
+//! From the manifests and the registry to what the mesh is. Pure: the same in, the same out.
+//!
+//! No two nodes have the same address or overlapping prefixes. Who came first keeps what it has:
+//! registered addresses come before manifests, manifests in the order of file and document.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr},
+};
+
+use ipnet::IpNet;
+use mesh_api::{
+    control::{Resource, ResourceKey},
+    convert::{
+        external_peer_resource, key, mesh_resource, node_record_bytes, node_resource,
+        relay_resource, service_resource, slice_resource,
+    },
+};
+use mesh_core::snapshot::{
+    ExternalPeer, Locality, MeshSettings, Node, Service, ServiceKind, ServiceName,
+};
+use mesh_wire::id::{MeshId, NodeId, NodeName};
+
+use crate::{
+    history::Wanted,
+    manifests::{Loaded, NodeFacts, Object},
+    store::Nodes,
+};
+
+/// What the mesh is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Desired {
+    /// What holds for the whole mesh.
+    pub mesh: MeshSettings,
+    /// Nodes that joined.
+    pub nodes: BTreeMap<NodeName, Node>,
+    /// Everything, as resources.
+    pub wanted: BTreeMap<ResourceKey, Wanted>,
+    /// Who has which prefix.
+    pub claims: Claims,
+    /// Overlay addresses that the manifests give to nodes, whether they joined or not.
+    pub pins: BTreeMap<NodeName, Ipv4Addr>,
+    /// What was left out and why, a line each.
+    pub problems: Vec<String>,
+}
+
+/// What the mesh `id` is, by these manifests (in the order in which they count) and these nodes.
+#[must_use]
+pub fn desired(objects: &[&Loaded], nodes: &Nodes, id: MeshId, trust_domain: &str) -> Desired {
+    let mesh = MeshSettings::with_defaults(id, trust_domain);
+    let mut builder = Builder {
+        desired: Desired {
+            mesh,
+            nodes: BTreeMap::new(),
+            wanted: BTreeMap::new(),
+            claims: Claims::default(),
+            pins: BTreeMap::new(),
+            problems: Vec::new(),
+        },
+        keys: nodes.values().map(|node| node.id).collect(),
+        cluster_ips: BTreeMap::new(),
+    };
+    builder.settings(objects);
+    builder.register(nodes);
+    for loaded in objects {
+        builder.object(loaded);
+    }
+    builder.finish()
+}
+
+/// Which prefixes are whose. Prefixes of different owners never overlap.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Claims {
+    /// By their first address. None contains another.
+    prefixes: BTreeMap<IpAddr, (IpNet, String)>,
+}
+
+impl Claims {
+    /// Gives `prefix` to `owner`.
+    ///
+    /// # Errors
+    ///
+    /// The prefix of somebody else that overlaps it, and whose that is.
+    pub fn claim(&mut self, prefix: IpNet, owner: &str) -> Result<(), (IpNet, String)> {
+        let prefix = prefix.trunc();
+        if let Some(taken) = self.conflict(prefix, owner) {
+            return Err(taken);
+        }
+        if self.around(prefix).is_some() {
+            // The owner has it already, in a larger one.
+            return Ok(());
+        }
+        let inside: Vec<_> = self.inside(prefix).map(|(&first, _)| first).collect();
+        for first in inside {
+            self.prefixes.remove(&first);
+        }
+        self.prefixes
+            .insert(prefix.network(), (prefix, owner.to_owned()));
+        Ok(())
+    }
+
+    /// Somebody else's prefix that overlaps `prefix`, and whose that is.
+    #[must_use]
+    pub fn conflict(&self, prefix: IpNet, owner: &str) -> Option<(IpNet, String)> {
+        let prefix = prefix.trunc();
+        let inside = self.inside(prefix).map(|(_, claim)| claim);
+        let mut overlapping = self.around(prefix).into_iter().chain(inside);
+        let foreign = overlapping.find(|(_, other)| other != owner);
+        foreign.cloned()
+    }
+
+    fn release(&mut self, prefix: IpNet) {
+        self.prefixes.remove(&prefix.network());
+    }
+
+    /// The one that contains `prefix`: since none contains another, it is the last that begins
+    /// at or before it, or none.
+    fn around(&self, prefix: IpNet) -> Option<&(IpNet, String)> {
+        let (_, claim) = self.prefixes.range(..=prefix.network()).next_back()?;
+        claim.0.contains(&prefix).then_some(claim)
+    }
+
+    fn inside(&self, prefix: IpNet) -> impl Iterator<Item = (&IpAddr, &(IpNet, String))> {
+        self.prefixes.range(prefix.network()..=prefix.broadcast())
+    }
+}
+
+struct Builder {
+    desired: Desired,
+    /// WireGuard keys in use.
+    keys: BTreeSet<NodeId>,
+    cluster_ips: BTreeMap<IpAddr, ServiceName>,
+}
+
+impl Builder {
+    fn settings(&mut self, objects: &[&Loaded]) {
+        let configs = objects.iter().filter_map(|loaded| match &loaded.object {
+            Object::Config(config) => Some(config),
+            Object::Service(_)
+            | Object::Slice(..)
+            | Object::Node(_)
+            | Object::MeshNode(_)
+            | Object::Relay(_)
+            | Object::ExternalPeer(_) => None,
+        });
+        for config in configs {
+            let mesh = &mut self.desired.mesh;
+            mesh.overlay_v4 = config.overlay_v4.unwrap_or(mesh.overlay_v4).trunc();
+            mesh.mtu_bytes = config.mtu_bytes.unwrap_or(mesh.mtu_bytes);
+            if let Some(domain) = &config.cluster_domain {
+                mesh.cluster_domain.clone_from(domain);
+            }
+            if let Some(domain) = &config.node_domain {
+                mesh.node_domain.clone_from(domain);
+            }
+        }
+    }
+
+    fn register(&mut self, nodes: &Nodes) {
+        for (name, registered) in nodes {
+            let overlay_v6 = self.desired.mesh.id.overlay_v6(&registered.id);
+            let node = Node {
+                id: registered.id,
+                name: name.clone(),
+                locality: Locality::default(),
+                overlay_v4: registered.overlay_v4,
+                overlay_v6,
+                prefixes: Vec::new(),
+                underlay_addresses: Vec::new(),
+                static_candidates: Vec::new(),
+            };
+            for address in [IpAddr::V4(registered.overlay_v4), IpAddr::V6(overlay_v6)] {
+                let claimed = self.desired.claims.claim(address.into(), &owner(name));
+                if let Err((taken, by)) = claimed {
+                    // The registry gives each address once; only a damaged one gets here.
+                    let problem = format!("node {name}: {address} overlaps {taken} of {by}");
+                    self.desired.problems.push(problem);
+                }
+            }
+            let overlay = self.desired.mesh.overlay_v4;
+            if !overlay.contains(&registered.overlay_v4) {
+                self.desired.problems.push(format!(
+                    "node {name}: its address {} is outside spec.overlayIPv4CIDR {overlay}; it keeps it",
+                    registered.overlay_v4
+                ));
+            }
+            self.desired.nodes.insert(name.clone(), node);
+        }
+    }
+
+    fn object(&mut self, loaded: &Loaded) {
+        match &loaded.object {
+            Object::Config(_) | Object::Service(None) => {}
+            Object::Service(Some(service)) => self.service(loaded, service),
+            Object::Slice(service, slice) => self.want(slice_resource(service, slice)),
+            Object::Node(facts) => {
+                self.prefixes(loaded, facts);
+                if let Some(node) = self.desired.nodes.get_mut(&facts.name) {
+                    node.underlay_addresses
+                        .clone_from(&facts.underlay_addresses);
+                    let said = std::mem::take(&mut node.locality);
+                    node.locality = or(said, &facts.locality);
+                }
+            }
+            Object::MeshNode(facts) => {
+                self.pin(loaded, facts);
+                self.prefixes(loaded, facts);
+                if let Some(node) = self.desired.nodes.get_mut(&facts.name) {
+                    node.static_candidates.clone_from(&facts.static_candidates);
+                    // What the operator says comes before Kubernetes' labels.
+                    node.locality = or(facts.locality.clone(), &node.locality);
+                }
+            }
+            Object::Relay(relay) => self.want(relay_resource(relay)),
+            Object::ExternalPeer(peer) => self.external_peer(loaded, peer),
+        }
+    }
+
+    fn service(&mut self, loaded: &Loaded, service: &Service) {
+        let addresses = match &service.kind {
+            ServiceKind::ClusterIp(addresses) => addresses.as_slice(),
+            ServiceKind::Headless | ServiceKind::ExternalName(_) => &[],
+        };
+        for address in addresses {
+            if let Some(other) = self.cluster_ips.get(address) {
+                let text =
+                    format!("{address} is the address of {other} too; this service is left out");
+                return self.problem(loaded, "spec.clusterIP", &text);
+            }
+        }
+        for address in addresses {
+            self.cluster_ips.insert(*address, service.name.clone());
+        }
+        self.want(service_resource(service));
+    }
+
+    /// A pin never takes an address that another node has, even if that one is about to move.
+    fn pin(&mut self, loaded: &Loaded, facts: &NodeFacts) {
+        let Some(address) = facts.overlay_v4 else {
+            return;
+        };
+        let overlay = self.desired.mesh.overlay_v4;
+        if !overlay.contains(&address) {
+            let text = format!("{address} is not in the mesh's {overlay}; left out");
+            return self.problem(loaded, "spec.overlayIPv4", &text);
+        }
+        let claims = &mut self.desired.claims;
+        let claimed = claims.claim(IpAddr::V4(address).into(), &owner(&facts.name));
+        if let Err((taken, by)) = claimed {
+            let text = format!("{address} overlaps {taken} of {by}; left out");
+            return self.problem(loaded, "spec.overlayIPv4", &text);
+        }
+        self.desired.pins.insert(facts.name.clone(), address);
+        if let Some(node) = self.desired.nodes.get_mut(&facts.name)
+            && node.overlay_v4 != address
+        {
+            let before = std::mem::replace(&mut node.overlay_v4, address);
+            self.desired.claims.release(IpAddr::V4(before).into());
+        }
+    }
+
+    /// Claims also those of nodes that have not joined yet: that they do must not take anything
+    /// away from others.
+    fn prefixes(&mut self, loaded: &Loaded, facts: &NodeFacts) {
+        for prefix in facts.prefixes.iter().map(IpNet::trunc) {
+            match self.desired.claims.claim(prefix, &owner(&facts.name)) {
+                Ok(()) => {
+                    let node = self.desired.nodes.get_mut(&facts.name);
+                    if let Some(node) = node.filter(|node| !node.prefixes.contains(&prefix)) {
+                        node.prefixes.push(prefix);
+                    }
+                }
+                Err((taken, by)) => {
+                    let kubernetes = matches!(loaded.object, Object::Node(_));
+                    let field = if kubernetes {
+                        "spec.podCIDRs"
+                    } else {
+                        "spec.prefixes"
+                    };
+                    let text = format!("{prefix} overlaps {taken} of {by}; left out");
+                    self.problem(loaded, field, &text);
+                }
+            }
+        }
+    }
+
+    fn external_peer(&mut self, loaded: &Loaded, peer: &ExternalPeer) {
+        if self.keys.contains(&peer.id) {
+            let text = format!(
+                "{} is the key of another node or peer; this peer is left out",
+                peer.id
+            );
+            return self.problem(loaded, "spec.publicKey", &text);
+        }
+        let owner = format!("external peer {}", peer.name);
+        for &prefix in &peer.prefixes {
+            if let Some((taken, by)) = self.desired.claims.conflict(prefix, &owner) {
+                let text = format!("{prefix} overlaps {taken} of {by}; this peer is left out");
+                return self.problem(loaded, "spec.addresses", &text);
+            }
+        }
+        self.keys.insert(peer.id);
+        let mut peer = peer.clone();
+        for prefix in &mut peer.prefixes {
+            *prefix = prefix.trunc();
+            // Looked at just above.
+            self.desired.claims.claim(*prefix, &owner).ok();
+        }
+        if let Some(gateway) = self.desired.nodes.get_mut(&peer.gateway) {
+            gateway.prefixes.extend(&peer.prefixes);
+        }
+        self.want(external_peer_resource(&peer));
+    }
+
+    fn finish(mut self) -> Desired {
+        self.want(mesh_resource(&self.desired.mesh));
+        let records = self.desired.nodes.values().map(node_record_bytes);
+        for record in records.collect::<Vec<_>>() {
+            let unsigned = node_resource(record.clone(), Vec::new());
+            if let Ok(key) = key(&unsigned) {
+                self.desired.wanted.insert(key, Wanted::Node(record));
+            }
+        }
+        self.desired
+    }
+
+    fn want(&mut self, resource: Resource) {
+        // What was just made from checked parts has a key.
+        if let Ok(key) = key(&resource) {
+            self.desired.wanted.insert(key, Wanted::Resource(resource));
+        }
+    }
+
+    fn problem(&mut self, loaded: &Loaded, field: &str, text: &str) {
+        let Loaded { id, source, .. } = loaded;
+        let problem = format!("{source}: {id}: {field}: {text}");
+        self.desired.problems.push(problem);
+    }
+}
+
+fn owner(name: &NodeName) -> String {
+    format!("node {name}")
+}
+
+/// `first`, and what it does not say from `second`.
+fn or(first: Locality, second: &Locality) -> Locality {
+    Locality {
+        site: first.site.or_else(|| second.site.clone()),
+        zone: first.zone.or_else(|| second.zone.clone()),
+        region: first.region.or_else(|| second.region.clone()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,141 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::{manifests::parse::parse_file, store::Registered};
+
+#[test]
+fn a_node_is_what_the_registry_its_labels_and_its_operator_say() {
+    let built = build(
+        "
+apiVersion: v1
+kind: Node
+metadata:
+  name: a
+  labels: {mesh.holdfast.dev/site: lan, topology.kubernetes.io/zone: z1}
+spec: {podCIDRs: [10.244.1.0/24]}
+status: {addresses: [{type: InternalIP, address: 192.0.2.7}, {type: Hostname, address: a}]}
+---
+apiVersion: mesh.holdfast.dev/v1alpha1
+kind: MeshNode
+metadata: {name: a}
+spec: {zone: z2, prefixes: [192.168.7.1/24], staticCandidates: ['192.0.2.7:51820']}
+---
+apiVersion: mesh.holdfast.dev/v1alpha1
+kind: ExternalPeer
+metadata: {name: phone}
+spec: {publicKey: CQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQk=, addresses: [100.127.0.9/32], gateway: a}
+",
+        &["a"],
+    );
+    assert_eq!(built.problems, Vec::<String>::new());
+    let node = &built.nodes["a"];
+    let texts: Vec<_> = node.prefixes.iter().map(ToString::to_string).collect();
+    assert_eq!(texts, ["10.244.1.0/24", "192.168.7.0/24", "100.127.0.9/32"]);
+    let Locality { site, zone, region } = &node.locality;
+    assert_eq!(site.as_ref().map(|site| site.as_str()), Some("lan"));
+    assert_eq!((zone.as_deref(), region), (Some("z2"), &None));
+    assert_eq!(
+        node.underlay_addresses,
+        ["192.0.2.7".parse::<IpAddr>().unwrap()]
+    );
+    assert_eq!(node.static_candidates.len(), 1);
+}
+
+#[test]
+fn the_later_of_two_that_overlap_is_left_out_by_name() {
+    let node = |name: &str, prefix: &str| {
+        format!(
+            "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: MeshNode\nmetadata: {{name: {name}}}\nspec: {{prefixes: [{prefix}]}}\n---\n"
+        )
+    };
+    let text = node("b", "10.1.0.0/16") + &node("a", "10.0.0.0/8") + &node("c", "100.96.0.0/24");
+    let built = build(&text, &["a", "b"]);
+    assert_eq!(built.nodes["a"].prefixes, []);
+    assert_eq!(built.nodes["b"].prefixes.len(), 1);
+    assert_eq!(
+        built.problems,
+        [
+            "m.yaml:5: document 2: MeshNode a: spec.prefixes: 10.0.0.0/8 overlaps 10.1.0.0/16 of node b; left out",
+            "m.yaml:10: document 3: MeshNode c: spec.prefixes: 100.96.0.0/24 overlaps 100.96.0.1/32 of node a; left out",
+        ]
+    );
+}
+
+#[test]
+fn two_services_do_not_share_an_address() {
+    let service = |name: &str| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{clusterIP: 10.96.0.1}}\n---\n"
+        )
+    };
+    let built = build(&(service("x") + &service("w")), &[]);
+    let services = built.wanted.keys().filter(|key| key.name.contains('/'));
+    assert_eq!(
+        services.map(|key| key.name.as_str()).collect::<Vec<_>>(),
+        ["default/x"]
+    );
+    assert!(built.problems[0].contains("10.96.0.1 is the address of default/x too"));
+}
+
+#[test]
+fn an_operator_s_address_moves_the_node_but_never_onto_another() {
+    let pin = |name: &str, address: &str| {
+        format!(
+            "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: MeshNode\nmetadata: {{name: {name}}}\nspec: {{overlayIPv4: {address}}}\n---\n"
+        )
+    };
+    let built = build(
+        &(pin("a", "100.96.9.9") + &pin("b", "100.96.9.9")),
+        &["a", "b"],
+    );
+    assert_eq!(built.nodes["a"].overlay_v4, Ipv4Addr::new(100, 96, 9, 9));
+    assert_eq!(built.nodes["b"].overlay_v4, Ipv4Addr::new(100, 96, 0, 2));
+    assert_eq!(built.problems.len(), 1);
+    let outside = build(&pin("a", "10.0.0.1"), &["a"]);
+    assert!(outside.problems[0].contains("10.0.0.1 is not in the mesh's 100.96.0.0/12"));
+}
+
+#[test]
+fn a_peer_with_a_node_s_key_is_left_out() {
+    let key = NodeId([1; 32]);
+    let text = format!(
+        "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: ExternalPeer\nmetadata: {{name: phone}}\nspec: {{publicKey: {key}, addresses: [100.127.0.9/32], gateway: a}}\n"
+    );
+    let built = build(&text, &["a"]);
+    assert!(built.problems[0].contains("is the key of another node or peer"));
+    assert_eq!(built.nodes["a"].prefixes, []);
+}
+
+proptest! {
+    /// Whatever is claimed, two owners never have an address in common.
+    #[test]
+    fn claims_of_two_owners_never_overlap(asked in proptest::collection::vec((any::<[u8; 2]>(), 8_u8..=20, 0_u8..3), 0..60)) {
+        let mut claims = Claims::default();
+        let mut given: Vec<(IpNet, u8)> = Vec::new();
+        for ([b, c], length, who) in asked {
+            let prefix = IpNet::new(IpAddr::from([10, b, c, 0]), length).unwrap().trunc();
+            let overlaps = |(other, owner): &(IpNet, u8)| {
+                *owner != who && (other.contains(&prefix) || prefix.contains(other))
+            };
+            let free = !given.iter().any(overlaps);
+            prop_assert_eq!(claims.claim(prefix, &who.to_string()).is_ok(), free);
+            if free {
+                given.push((prefix, who));
+            }
+        }
+    }
+}
+
+fn build(text: &str, names: &[&str]) -> Desired {
+    let parsed = parse_file("m.yaml", text.trim_start_matches('\n'));
+    assert_eq!(parsed.problems, Vec::<String>::new());
+    let objects: Vec<_> = parsed.objects.iter().collect();
+    let nodes = names.iter().zip(1..).map(|(name, seed)| {
+        let registered = Registered {
+            id: NodeId([seed; 32]),
+            overlay_v4: Ipv4Addr::new(100, 96, 0, seed),
+        };
+        (name.parse().unwrap(), registered)
+    });
+    desired(&objects, &nodes.collect(), MeshId([3; 32]), "demo")
+}

@@ -1,0 +1,225 @@
+//! What the mesh is, and what changed since when.
+//!
+//! Every resource carries the generation in which it last changed, and a removed one leaves a
+//! tombstone with the generation of its removal. What changed since generation `g` is then what
+//! has a later one: each key once, however often it changed.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use mesh_api::control::{Resource, ResourceKey, SyncResponse, resource};
+
+/// Most removed resources that are remembered: at 100 bytes, 1 MB. An agent that missed the
+/// removal of an older one gets everything anew.
+pub const REMOVED_MAX: usize = 10_000;
+
+/// The published resources, and the generation of each one's last change.
+#[derive(Debug, Clone, Default)]
+pub struct History {
+    generation: u64,
+    /// An agent with an older generation may have missed a removal that is forgotten.
+    floor: u64,
+    entries: BTreeMap<ResourceKey, Entry>,
+    by_generation: BTreeSet<(u64, ResourceKey)>,
+    removed: BTreeSet<(u64, ResourceKey)>,
+}
+
+/// What is known of one key.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Entry {
+    /// When it last changed.
+    pub generation: u64,
+    /// `None`: it was removed then.
+    pub resource: Option<Resource>,
+}
+
+/// What a resource should be.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Wanted {
+    /// This.
+    Resource(Resource),
+    /// A node with this record. It is signed only if the record is new: signatures are random,
+    /// and another signature would be a change.
+    Node(Vec<u8>),
+}
+
+/// A step from one generation to the next.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Step {
+    /// The generation after it.
+    pub generation: u64,
+    /// Older agents get everything anew.
+    pub floor: u64,
+    /// What each changed key is now.
+    pub changed: BTreeMap<ResourceKey, Entry>,
+    /// Tombstones to forget.
+    pub forgotten: Vec<ResourceKey>,
+}
+
+impl History {
+    /// Puts together what the store held.
+    #[must_use]
+    pub fn restore(generation: u64, floor: u64, entries: BTreeMap<ResourceKey, Entry>) -> Self {
+        let mut history = Self {
+            generation,
+            floor,
+            ..Self::default()
+        };
+        for (key, entry) in entries {
+            history.set(key, entry);
+        }
+        history
+    }
+
+    /// The generation now.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// The step to `wanted`, if anything is different. `sign` is asked only for new records.
+    ///
+    /// # Errors
+    ///
+    /// What `sign` says.
+    pub fn plan<E>(
+        &self,
+        wanted: BTreeMap<ResourceKey, Wanted>,
+        sign: impl Fn(Vec<u8>) -> Result<Resource, E>,
+    ) -> Result<Option<Step>, E> {
+        let generation = self.generation + 1;
+        let mut changed = BTreeMap::new();
+        for (key, entry) in &self.entries {
+            if entry.resource.is_some() && !wanted.contains_key(key) {
+                let resource = None;
+                changed.insert(
+                    key.clone(),
+                    Entry {
+                        generation,
+                        resource,
+                    },
+                );
+            }
+        }
+        for (key, wanted) in wanted {
+            let now = self.entries.get(&key);
+            let now = now.and_then(|entry| entry.resource.as_ref());
+            let resource = match wanted {
+                Wanted::Resource(resource) if now == Some(&resource) => continue,
+                Wanted::Resource(resource) => resource,
+                Wanted::Node(record) if signed_record(now) == Some(record.as_slice()) => continue,
+                Wanted::Node(record) => sign(record)?,
+            };
+            let resource = Some(resource);
+            changed.insert(
+                key,
+                Entry {
+                    generation,
+                    resource,
+                },
+            );
+        }
+        if changed.is_empty() {
+            return Ok(None);
+        }
+        let (floor, forgotten) = self.forget(&changed);
+        Ok(Some(Step {
+            generation,
+            floor,
+            changed,
+            forgotten,
+        }))
+    }
+
+    /// Takes `step`, once it is in the store.
+    pub fn apply(&mut self, step: Step) {
+        self.generation = step.generation;
+        self.floor = step.floor;
+        for key in step.forgotten {
+            if let Some(entry) = self.entries.remove(&key) {
+                self.by_generation.remove(&(entry.generation, key.clone()));
+                self.removed.remove(&(entry.generation, key));
+            }
+        }
+        for (key, entry) in step.changed {
+            self.set(key, entry);
+        }
+    }
+
+    /// What an agent that has `generation` of this store must be told.
+    #[must_use]
+    pub fn since(&self, store_id: &[u8], generation: Option<u64>) -> SyncResponse {
+        let known = generation.filter(|&had| had >= self.floor && had <= self.generation);
+        let mut response = SyncResponse {
+            store_id: store_id.to_vec(),
+            generation: self.generation,
+            full: known.is_none(),
+            ..SyncResponse::default()
+        };
+        let Some(known) = known else {
+            let resources = self.entries.values();
+            response.set = resources
+                .filter_map(|entry| entry.resource.clone())
+                .collect();
+            return response;
+        };
+        let first = (known + 1, ResourceKey::default());
+        for (_, key) in self.by_generation.range(first..) {
+            match self
+                .entries
+                .get(key)
+                .and_then(|entry| entry.resource.clone())
+            {
+                Some(resource) => response.set.push(resource),
+                None => response.removed.push(key.clone()),
+            }
+        }
+        response
+    }
+
+    fn set(&mut self, key: ResourceKey, entry: Entry) {
+        if let Some(before) = self.entries.get(&key) {
+            let place = (before.generation, key.clone());
+            self.by_generation.remove(&place);
+            self.removed.remove(&place);
+        }
+        let place = (entry.generation, key.clone());
+        if entry.resource.is_none() {
+            self.removed.insert(place.clone());
+        }
+        self.by_generation.insert(place);
+        self.entries.insert(key, entry);
+    }
+
+    /// The oldest tombstones that are too many after `changed`, and the floor without them.
+    fn forget(&self, changed: &BTreeMap<ResourceKey, Entry>) -> (u64, Vec<ResourceKey>) {
+        let added = changed.values().filter(|entry| entry.resource.is_none());
+        let kept = self
+            .removed
+            .iter()
+            .filter(|(_, key)| !changed.contains_key(key));
+        let kept: Vec<_> = kept.collect();
+        let excess = (kept.len() + added.count()).saturating_sub(REMOVED_MAX);
+        let forgotten = kept.into_iter().take(excess);
+        let mut floor = self.floor;
+        let mut keys = Vec::new();
+        for (generation, key) in forgotten {
+            floor = floor.max(*generation);
+            keys.push(key.clone());
+        }
+        (floor, keys)
+    }
+}
+
+fn signed_record(resource: Option<&Resource>) -> Option<&[u8]> {
+    match resource?.kind.as_ref()? {
+        resource::Kind::Node(signed) => Some(&signed.record),
+        resource::Kind::Mesh(_)
+        | resource::Kind::ExternalPeer(_)
+        | resource::Kind::Relay(_)
+        | resource::Kind::Service(_)
+        | resource::Kind::Slice(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests;

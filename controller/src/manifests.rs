@@ -1,0 +1,342 @@
+//! The folder of manifests: read again when it changes, and good until it is good again.
+
+use std::{
+    collections::BTreeMap,
+    fmt, fs, io,
+    path::{Path, PathBuf},
+};
+
+use mesh_core::snapshot::{EndpointSlice, ExternalPeer, Locality, Relay, Service, ServiceName};
+use mesh_wire::id::NodeName;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use ipnet::{IpNet, Ipv4Net};
+use ring::digest::{SHA256, digest};
+
+use self::parse::parse_file;
+
+pub mod parse;
+pub mod watch;
+
+mod kinds;
+
+/// Longest manifest file: 20,000 endpoints at some 200 bytes, four times over.
+pub const FILE_BYTES_MAX: u64 = 16 << 20;
+
+/// Most manifest files.
+pub const FILES_MAX: usize = 10_000;
+
+/// Where an object stands.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Source {
+    /// The file's name in the folder.
+    pub file: String,
+    /// The document in it, from 1.
+    pub document: usize,
+    /// The item of a `kind: List`, from 0.
+    pub item: Option<usize>,
+    /// The line in the file at which the document begins, from 1.
+    pub line: usize,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            file,
+            document,
+            item,
+            line,
+        } = self;
+        write!(f, "{file}:{line}: document {document}")?;
+        match item {
+            Some(item) => write!(f, ": items[{item}]"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The kinds that the mesh knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// `v1`.
+    Service,
+    /// `discovery.k8s.io/v1`.
+    EndpointSlice,
+    /// `v1`.
+    Node,
+    /// `mesh.holdfast.dev/v1alpha1`, as those below.
+    MeshNode,
+    /// A relay.
+    MeshRelay,
+    /// A plain WireGuard device.
+    ExternalPeer,
+    /// The mesh's settings.
+    MeshConfig,
+}
+
+/// What makes an object the same object in another place.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ObjectId {
+    /// Its kind.
+    pub kind: Kind,
+    /// Its namespace; empty if the kind has none.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+}
+
+impl fmt::Display for ObjectId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            kind,
+            namespace,
+            name,
+        } = self;
+        if namespace.is_empty() {
+            write!(f, "{kind:?} {name}")
+        } else {
+            write!(f, "{kind:?} {namespace}/{name}")
+        }
+    }
+}
+
+/// An object, checked by itself. Whether it agrees with the others is `desired`'s business.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Object {
+    /// A service; `None`: another proxy's, to be left alone.
+    Service(Option<Service>),
+    /// Some of a service's endpoints.
+    Slice(ServiceName, EndpointSlice),
+    /// What Kubernetes says of a node.
+    Node(NodeFacts),
+    /// What the operator says of a node.
+    MeshNode(NodeFacts),
+    /// A relay.
+    Relay(Relay),
+    /// A plain WireGuard device.
+    ExternalPeer(ExternalPeer),
+    /// The mesh's settings.
+    Config(Config),
+}
+
+/// What a manifest says of a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeFacts {
+    /// Its name.
+    pub name: NodeName,
+    /// Its overlay IPv4 address, if the operator chose one.
+    pub overlay_v4: Option<Ipv4Addr>,
+    /// Where it is.
+    pub locality: Locality,
+    /// Prefixes behind it.
+    pub prefixes: Vec<IpNet>,
+    /// Its own addresses.
+    pub underlay_addresses: Vec<IpAddr>,
+    /// Addresses where it is reachable for sure.
+    pub static_candidates: Vec<SocketAddr>,
+}
+
+/// What a manifest says of the mesh.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Config {
+    /// Overlay IPv4 addresses come from here.
+    pub overlay_v4: Option<Ipv4Net>,
+    /// Zone of the services.
+    pub cluster_domain: Option<String>,
+    /// Zone of the node names.
+    pub node_domain: Option<String>,
+    /// MTU of the overlay.
+    pub mtu_bytes: Option<u16>,
+}
+
+/// An object and where it stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Loaded {
+    /// What it is.
+    pub id: ObjectId,
+    /// Where it stands.
+    pub source: Source,
+    /// What it says.
+    pub object: Object,
+}
+
+/// The folder as it last was good.
+#[derive(Debug, Default)]
+pub struct Folder {
+    files: BTreeMap<String, File>,
+    problem: Option<String>,
+}
+
+#[derive(Debug, Default)]
+struct File {
+    hash: [u8; 32],
+    objects: BTreeMap<ObjectId, Loaded>,
+    problems: Vec<String>,
+}
+
+/// What a scan of the folder changed.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Scanned {
+    /// Whether objects or problems may be others than before.
+    pub changed: bool,
+    /// Files that are good now, with their text, and files that are gone (`None`): to be
+    /// remembered, so that a restart with a broken file takes nothing away either.
+    pub remember: BTreeMap<String, Option<String>>,
+}
+
+impl Folder {
+    /// Begins with what was remembered.
+    #[must_use]
+    pub fn restore(remembered: &BTreeMap<String, String>) -> Self {
+        let files = remembered.iter().map(|(name, text)| {
+            let objects = by_id(parse_file(name, text).objects, &mut Vec::new());
+            let file = File {
+                hash: [0; 32],
+                objects,
+                problems: Vec::new(),
+            };
+            (name.clone(), file)
+        });
+        Self {
+            files: files.collect(),
+            problem: None,
+        }
+    }
+
+    /// Reads what changed in the folder at `path`. A file with a problem takes nothing away: its
+    /// good objects are taken, and those that it had before and that are not good in it now stay.
+    pub fn scan(&mut self, path: &Path) -> Scanned {
+        let mut scanned = Scanned::default();
+        let names = match list(path) {
+            Ok(names) => names,
+            Err(error) => {
+                let problem = format!("{}: {error}", path.display());
+                scanned.changed = self.problem.as_ref() != Some(&problem);
+                self.problem = Some(problem);
+                return scanned;
+            }
+        };
+        scanned.changed = self.problem.take().is_some();
+        let gone = self.files.keys().filter(|name| !names.contains_key(*name));
+        for name in gone.cloned().collect::<Vec<_>>() {
+            self.files.remove(&name);
+            scanned.changed = true;
+            scanned.remember.insert(name, None);
+        }
+        for (name, path) in names {
+            self.scan_file(name, &path, &mut scanned);
+        }
+        scanned
+    }
+
+    /// Every object that is in force, in the order of the files, and what is wrong.
+    #[must_use]
+    pub fn objects(&self) -> (Vec<&Loaded>, Vec<String>) {
+        let mut problems: Vec<String> = self.problem.iter().cloned().collect();
+        let mut found: BTreeMap<&ObjectId, &Loaded> = BTreeMap::new();
+        for file in self.files.values() {
+            problems.extend(file.problems.iter().cloned());
+            for (id, loaded) in &file.objects {
+                if let Some(first) = found.get(id) {
+                    problems.push(duplicate(loaded, &first.source));
+                } else {
+                    found.insert(id, loaded);
+                }
+            }
+        }
+        let mut objects: Vec<_> = found.into_values().collect();
+        objects.sort_by(|a, b| a.source.cmp(&b.source));
+        (objects, problems)
+    }
+
+    fn scan_file(&mut self, name: String, path: &Path, scanned: &mut Scanned) {
+        let file = self.files.entry(name.clone()).or_default();
+        let text = match read(path) {
+            Ok(text) => text,
+            Err(error) => {
+                let problems = vec![format!("{name}: {error}")];
+                scanned.changed |= file.problems != problems;
+                file.problems = problems;
+                // So that it is parsed when it can be read again.
+                file.hash = [0; 32];
+                return;
+            }
+        };
+        let hash = digest(&SHA256, text.as_bytes());
+        let hash = hash.as_ref().first_chunk().copied().unwrap_or_default();
+        if file.hash == hash {
+            return;
+        }
+        scanned.changed = true;
+        let parsed = parse_file(&name, &text);
+        let mut problems = parsed.problems;
+        let mut objects = by_id(parsed.objects, &mut problems);
+        if problems.is_empty() {
+            scanned.remember.insert(name, Some(text));
+        } else {
+            for (id, loaded) in std::mem::take(&mut file.objects) {
+                objects.entry(id).or_insert(loaded);
+            }
+        }
+        *file = File {
+            hash,
+            objects,
+            problems,
+        };
+    }
+}
+
+/// The first of each; the others become problems.
+fn by_id(objects: Vec<Loaded>, problems: &mut Vec<String>) -> BTreeMap<ObjectId, Loaded> {
+    let mut found: BTreeMap<ObjectId, Loaded> = BTreeMap::new();
+    for loaded in objects {
+        match found.get(&loaded.id) {
+            Some(first) => problems.push(duplicate(&loaded, &first.source)),
+            None => {
+                found.insert(loaded.id.clone(), loaded);
+            }
+        }
+    }
+    found
+}
+
+fn duplicate(loaded: &Loaded, first: &Source) -> String {
+    let Loaded { id, source, .. } = loaded;
+    format!("{source}: {id}: is already at {first}; this one is left out")
+}
+
+/// Manifest files directly in the folder, by name. Hidden ones and other endings are passed over:
+/// editors and Kubernetes' ConfigMap volumes keep such things there.
+fn list(folder: &Path) -> io::Result<BTreeMap<String, PathBuf>> {
+    let mut names = BTreeMap::new();
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        let ending = path.extension().and_then(|ending| ending.to_str());
+        let manifest = matches!(ending, Some("yaml" | "yml" | "json"));
+        if let Some(name) = name
+            && manifest
+            && !name.starts_with('.')
+            && !path.is_dir()
+        {
+            if names.len() == FILES_MAX {
+                let text = format!("has more than {FILES_MAX} manifest files");
+                return Err(io::Error::other(text));
+            }
+            names.insert(name.to_owned(), path);
+        }
+    }
+    Ok(names)
+}
+
+fn read(path: &Path) -> io::Result<String> {
+    let length = fs::metadata(path)?.len();
+    if length > FILE_BYTES_MAX {
+        let text = format!("has {length} bytes, more than {FILE_BYTES_MAX}");
+        return Err(io::Error::other(text));
+    }
+    fs::read_to_string(path)
+}
+
+#[cfg(test)]
+mod tests;

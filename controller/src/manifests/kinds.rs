@@ -1,0 +1,361 @@
+//! Each kind: from Kubernetes' types to the core's, checked field by field.
+
+use std::{collections::BTreeMap, fmt::Display, net::IpAddr, str::FromStr, time::Duration};
+
+use k8s_openapi::api::{
+    core::v1::{Node, Service as KubeService},
+    discovery::v1::{Endpoint as KubeEndpoint, EndpointSlice as KubeSlice},
+};
+use mesh_api::crd::{ExternalPeerSpec, MeshConfigSpec, MeshNodeSpec, MeshRelaySpec, SITE_LABEL};
+use mesh_core::snapshot::{
+    DEFAULT_MTU_BYTES, Endpoint, EndpointPort, EndpointSlice, ExternalPeer, Locality, Protocol,
+    Relay, Service, ServiceKind, ServiceName, ServicePort,
+};
+use mesh_identity::authority::check_trust_domain;
+
+use super::{Config, NodeFacts, Object, ObjectId, parse::FieldProblem};
+
+type Checked<T> = Result<T, FieldProblem>;
+
+/// Largest MTU of the overlay: a jumbo frame's, without WireGuard's overhead.
+const MTU_BYTES_MAX: u16 = 8920;
+
+const DEFAULT_HTTPS_PORT: u16 = 443;
+
+/// STUN's own port (RFC 8489 §18.6).
+const DEFAULT_STUN_PORT: u16 = 3478;
+
+/// Set by somebody who wants the service left to another proxy.
+const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+
+const SERVICE_LABEL: &str = "kubernetes.io/service-name";
+const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+const REGION_LABEL: &str = "topology.kubernetes.io/region";
+
+pub(super) fn service(id: &ObjectId, service: &KubeService) -> Checked<Object> {
+    let labels = service.metadata.labels.as_ref();
+    if labels.is_some_and(|labels| labels.contains_key(PROXY_NAME_LABEL)) {
+        return Ok(Object::Service(None));
+    }
+    let spec = service
+        .spec
+        .as_ref()
+        .ok_or_else(|| FieldProblem::new("spec", "missing"))?;
+    let kind = match spec.type_.as_deref().unwrap_or("ClusterIP") {
+        "ExternalName" => ServiceKind::ExternalName(external_name(spec.external_name.as_deref())?),
+        "ClusterIP" | "NodePort" | "LoadBalancer" => {
+            cluster_ips(spec.cluster_ip.as_deref(), spec.cluster_ips.as_deref())?
+        }
+        other => {
+            let text = format!(
+                "{other:?} is not one of ClusterIP, NodePort, LoadBalancer and ExternalName"
+            );
+            return Err(FieldProblem::new("spec.type", text));
+        }
+    };
+    let mut ports: Vec<ServicePort> = Vec::new();
+    for (index, raw) in spec.ports.iter().flatten().enumerate() {
+        let field = format!("spec.ports[{index}]");
+        let name = raw.name.clone().unwrap_or_default();
+        if ports.iter().any(|port| port.name == name) {
+            let text = format!("{name:?} is the name of an earlier port too");
+            return Err(FieldProblem::new(format!("{field}.name"), text));
+        }
+        ports.push(ServicePort {
+            name,
+            protocol: protocol(&field, raw.protocol.as_deref())?,
+            port: port(&format!("{field}.port"), raw.port)?,
+        });
+    }
+    Ok(Object::Service(Some(Service {
+        name: ServiceName {
+            namespace: id.namespace.clone(),
+            name: id.name.clone(),
+        },
+        kind,
+        ports,
+        publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
+    })))
+}
+
+fn external_name(name: Option<&str>) -> Checked<String> {
+    let name = name.unwrap_or_default();
+    let text = name.trim_end_matches('.').to_ascii_lowercase();
+    check_trust_domain(&text).map_err(|_| {
+        FieldProblem::new("spec.externalName", format!("{name:?} is not a host name"))
+    })?;
+    Ok(text)
+}
+
+fn cluster_ips(one: Option<&str>, all: Option<&[String]>) -> Checked<ServiceKind> {
+    let texts: Vec<(String, &str)> = match all {
+        Some(all) if !all.is_empty() => all
+            .iter()
+            .enumerate()
+            .map(|(index, text)| (format!("spec.clusterIPs[{index}]"), text.as_str()))
+            .collect(),
+        _ => one
+            .iter()
+            .map(|&text| ("spec.clusterIP".to_owned(), text))
+            .collect(),
+    };
+    if let [(_, "None")] = texts.as_slice() {
+        return Ok(ServiceKind::Headless);
+    }
+    let mut addresses: Vec<IpAddr> = Vec::new();
+    for (field, text) in texts.iter().filter(|(_, text)| !text.is_empty()) {
+        let address: IpAddr = parse(field, text)?;
+        if addresses
+            .iter()
+            .any(|other| other.is_ipv4() == address.is_ipv4())
+        {
+            return Err(FieldProblem::new(
+                field,
+                "is a second address of its family",
+            ));
+        }
+        addresses.push(address);
+    }
+    if addresses.is_empty() {
+        let text = "missing: give an address, or None (nobody here hands out addresses)";
+        return Err(FieldProblem::new("spec.clusterIP", text));
+    }
+    Ok(ServiceKind::ClusterIp(addresses))
+}
+
+pub(super) fn slice(id: &ObjectId, slice: &KubeSlice) -> Checked<Object> {
+    let labels = slice.metadata.labels.as_ref();
+    let service = labels.and_then(|labels| labels.get(SERVICE_LABEL));
+    let service = service.ok_or_else(|| {
+        FieldProblem::new("metadata.labels", format!("{SERVICE_LABEL} is missing"))
+    })?;
+    if service.is_empty() || service.contains('/') {
+        let field = format!("metadata.labels[{SERVICE_LABEL}]");
+        let text = format!("{service:?} is not the name of a service");
+        return Err(FieldProblem::new(field, text));
+    }
+    let v4 = match slice.address_type.as_str() {
+        "IPv4" => true,
+        "IPv6" => false,
+        other => {
+            let text = format!("{other:?} is not one of IPv4 and IPv6");
+            return Err(FieldProblem::new("addressType", text));
+        }
+    };
+    let mut ports = Vec::new();
+    for (index, raw) in slice.ports.iter().flatten().enumerate() {
+        let field = format!("ports[{index}]");
+        let number = raw.port.ok_or_else(|| {
+            FieldProblem::new(format!("{field}.port"), "missing: name one port each")
+        })?;
+        ports.push(EndpointPort {
+            name: raw.name.clone().unwrap_or_default(),
+            protocol: protocol(&field, raw.protocol.as_deref())?,
+            port: port(&format!("{field}.port"), number)?,
+        });
+    }
+    let endpoints = slice.endpoints.iter().enumerate();
+    let endpoints = endpoints
+        .map(|(index, raw)| endpoint(&format!("endpoints[{index}]"), raw, v4))
+        .collect::<Checked<_>>()?;
+    let service = ServiceName {
+        namespace: id.namespace.clone(),
+        name: service.clone(),
+    };
+    let slice = EndpointSlice {
+        name: id.name.clone(),
+        ports,
+        endpoints,
+    };
+    Ok(Object::Slice(service, slice))
+}
+
+/// Only the first address counts, as for kube-proxy: the others have no defined meaning.
+fn endpoint(field: &str, raw: &KubeEndpoint, v4: bool) -> Checked<Endpoint> {
+    let at = format!("{field}.addresses[0]");
+    let text = raw.addresses.first();
+    let text = text.ok_or_else(|| FieldProblem::new(&at, "missing"))?;
+    let address: IpAddr = parse(&at, text)?;
+    if address.is_ipv4() != v4 {
+        return Err(FieldProblem::new(
+            &at,
+            format!("{text} is not of the slice's addressType"),
+        ));
+    }
+    let conditions = raw.conditions.clone().unwrap_or_default();
+    // Absent means ready, and serving follows ready (the API's own rule).
+    let ready = conditions.ready.unwrap_or(true);
+    Ok(Endpoint {
+        address,
+        node: optional(&format!("{field}.nodeName"), raw.node_name.as_deref())?,
+        zone: raw.zone.clone().filter(|zone| !zone.is_empty()),
+        hostname: raw.hostname.clone().filter(|name| !name.is_empty()),
+        ready,
+        serving: conditions.serving.unwrap_or(ready),
+        terminating: conditions.terminating.unwrap_or(false),
+    })
+}
+
+pub(super) fn node(id: &ObjectId, node: &Node) -> Checked<Object> {
+    let empty = BTreeMap::new();
+    let labels = node.metadata.labels.as_ref().unwrap_or(&empty);
+    let label = |name: &str| labels.get(name).filter(|text| !text.is_empty()).cloned();
+    let site = label(SITE_LABEL);
+    let spec = node.spec.as_ref();
+    let cidrs = spec
+        .and_then(|spec| spec.pod_cidrs.clone())
+        .unwrap_or_default();
+    let single = spec.and_then(|spec| spec.pod_cidr.clone());
+    let cidrs = if cidrs.is_empty() {
+        single.into_iter().collect()
+    } else {
+        cidrs
+    };
+    let addresses = node
+        .status
+        .as_ref()
+        .and_then(|status| status.addresses.as_ref());
+    let mut underlay_addresses = Vec::new();
+    for (index, address) in addresses.into_iter().flatten().enumerate() {
+        if matches!(address.type_.as_str(), "InternalIP" | "ExternalIP") {
+            let field = format!("status.addresses[{index}].address");
+            underlay_addresses.push(parse(&field, &address.address)?);
+        }
+    }
+    Ok(Object::Node(NodeFacts {
+        name: parse("metadata.name", &id.name)?,
+        overlay_v4: None,
+        locality: Locality {
+            site: optional(&format!("metadata.labels[{SITE_LABEL}]"), site.as_deref())?,
+            zone: label(ZONE_LABEL),
+            region: label(REGION_LABEL),
+        },
+        prefixes: list("spec.podCIDRs", &cidrs)?,
+        underlay_addresses,
+        static_candidates: Vec::new(),
+    }))
+}
+
+pub(super) fn mesh_node(id: &ObjectId, spec: &MeshNodeSpec) -> Checked<Object> {
+    Ok(Object::MeshNode(NodeFacts {
+        name: parse("metadata.name", &id.name)?,
+        overlay_v4: optional("spec.overlayIPv4", spec.overlay_ipv4.as_deref())?,
+        locality: Locality {
+            site: optional("spec.site", spec.site.as_deref())?,
+            zone: spec.zone.clone(),
+            region: spec.region.clone(),
+        },
+        prefixes: list("spec.prefixes", &spec.prefixes)?,
+        underlay_addresses: Vec::new(),
+        static_candidates: list("spec.staticCandidates", &spec.static_candidates)?,
+    }))
+}
+
+pub(super) fn relay(id: &ObjectId, spec: &MeshRelaySpec) -> Checked<Object> {
+    let or_https =
+        |field: &str, given: Option<u16>| port(field, given.unwrap_or(DEFAULT_HTTPS_PORT).into());
+    let quic_port = or_https("spec.quicPort", spec.quic_port)?;
+    if spec.addresses.is_empty() {
+        return Err(FieldProblem::new(
+            "spec.addresses",
+            "empty: nobody could reach it",
+        ));
+    }
+    let stun_ports = spec.stun_ports.clone();
+    let stun_ports = stun_ports.unwrap_or_else(|| vec![quic_port, DEFAULT_STUN_PORT]);
+    for (index, &number) in stun_ports.iter().enumerate() {
+        port(&format!("spec.stunPorts[{index}]"), number.into())?;
+    }
+    Ok(Object::Relay(Relay {
+        name: parse("metadata.name", &id.name)?,
+        addresses: list("spec.addresses", &spec.addresses)?,
+        quic_port,
+        tls_port: or_https("spec.tlsPort", spec.tls_port)?,
+        stun_ports,
+    }))
+}
+
+pub(super) fn external_peer(id: &ObjectId, spec: &ExternalPeerSpec) -> Checked<Object> {
+    let keepalive = spec.keepalive_seconds.filter(|&seconds| seconds != 0);
+    if spec.addresses.is_empty() {
+        return Err(FieldProblem::new(
+            "spec.addresses",
+            "empty: nothing would lead to it",
+        ));
+    }
+    Ok(Object::ExternalPeer(ExternalPeer {
+        id: parse("spec.publicKey", &spec.public_key)?,
+        name: parse("metadata.name", &id.name)?,
+        prefixes: list("spec.addresses", &spec.addresses)?,
+        gateway: parse("spec.gateway", &spec.gateway)?,
+        endpoint: optional("spec.endpoint", spec.endpoint.as_deref())?,
+        keepalive: keepalive.map(|seconds| Duration::from_secs(seconds.into())),
+    }))
+}
+
+pub(super) fn config(id: &ObjectId, spec: &MeshConfigSpec) -> Checked<Object> {
+    if id.name != "default" {
+        return Err(FieldProblem::new(
+            "metadata.name",
+            "the only MeshConfig is named default",
+        ));
+    }
+    let domain = |field: &str, text: &Option<String>| match text {
+        None => Ok(None),
+        Some(text) => match check_trust_domain(text) {
+            Ok(()) => Ok(Some(text.clone())),
+            Err(_) => Err(FieldProblem::new(
+                field,
+                format!("{text:?} is not a DNS zone"),
+            )),
+        },
+    };
+    let mtu = DEFAULT_MTU_BYTES..=MTU_BYTES_MAX;
+    if let Some(bytes) = spec.mtu_bytes.filter(|bytes| !mtu.contains(bytes)) {
+        let text = format!("{bytes} is not in {DEFAULT_MTU_BYTES} to {MTU_BYTES_MAX}");
+        return Err(FieldProblem::new("spec.mtuBytes", text));
+    }
+    Ok(Object::Config(Config {
+        overlay_v4: optional("spec.overlayIPv4CIDR", spec.overlay_ipv4_cidr.as_deref())?,
+        cluster_domain: domain("spec.clusterDomain", &spec.cluster_domain)?,
+        node_domain: domain("spec.nodeDomain", &spec.node_domain)?,
+        mtu_bytes: spec.mtu_bytes,
+    }))
+}
+
+fn protocol(field: &str, text: Option<&str>) -> Checked<Protocol> {
+    match text.unwrap_or("TCP") {
+        "TCP" => Ok(Protocol::Tcp),
+        "UDP" => Ok(Protocol::Udp),
+        other => {
+            let text = format!("{other:?} is not one of TCP and UDP");
+            Err(FieldProblem::new(format!("{field}.protocol"), text))
+        }
+    }
+}
+
+fn port(field: &str, number: i32) -> Checked<u16> {
+    match u16::try_from(number) {
+        Ok(number) if number != 0 => Ok(number),
+        _ => Err(FieldProblem::new(
+            field,
+            format!("{number} is not a port (1 to 65535)"),
+        )),
+    }
+}
+
+fn parse<T: FromStr<Err: Display>>(field: &str, text: &str) -> Checked<T> {
+    text.parse()
+        .map_err(|error| FieldProblem::new(field, format!("{text:?}: {error}")))
+}
+
+fn optional<T: FromStr<Err: Display>>(field: &str, text: Option<&str>) -> Checked<Option<T>> {
+    text.map(|text| parse(field, text)).transpose()
+}
+
+fn list<T: FromStr<Err: Display>>(field: &str, texts: &[String]) -> Checked<Vec<T>> {
+    let texts = texts.iter().enumerate();
+    texts
+        .map(|(index, text)| parse(&format!("{field}[{index}]"), text))
+        .collect()
+}

@@ -1,0 +1,220 @@
+//! The life of the process: open, listen, serve, stop.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use mesh_api::{
+    admin::controller_admin_server::ControllerAdminServer,
+    connect::{ALPN, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT},
+    control::control_server::ControlServer,
+    serve::{AdminSocket, tls_incoming},
+};
+use mesh_identity::{
+    credentials::Credentials,
+    tls::{ClientAuth, server_config},
+};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use sd_notify::NotifyState;
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    task::JoinSet,
+    time::timeout,
+};
+use tokio_rustls::rustls::ServerConfig;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+
+use crate::{
+    admin::AdminService,
+    config::Settings,
+    control::{ControlService, REQUEST_BYTES_MAX},
+    manifests::watch::Watch,
+    state::State,
+};
+
+/// How long open streams may take to end.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
+
+/// Streams that one connection may have: an agent has one Sync and now and then a Renew.
+const STREAMS_MAX: u32 = 8;
+
+/// Serves until `stop`, SIGTERM or SIGINT.
+///
+/// # Errors
+///
+/// When something that it needs cannot be had, or a task ends before its time.
+pub async fn run(settings: Settings, stop: CancellationToken) -> Result<()> {
+    raise_file_limit();
+    let listener = TcpListener::bind(settings.listen).await;
+    let listener = listener.with_context(|| format!("cannot listen on {}", settings.listen))?;
+    let opened = tokio::task::spawn_blocking(move || State::open(settings)).await?;
+    let state = Arc::new(opened.context("mesh-controller cannot start")?);
+    let socket = AdminSocket::bind(&state.settings().admin_socket).await?;
+    let certificate = OwnCertificate::new(&state)?;
+    let address = listener
+        .local_addr()
+        .context("the listener has no address")?;
+    tracing::info!(
+        %address,
+        mesh = state.authority().trust_domain(),
+        id = %state.authority().mesh_id(),
+        "mesh-controller serves"
+    );
+
+    let mut tasks = JoinSet::new();
+    tasks.spawn(named(
+        "control",
+        control(state.clone(), listener, certificate.clone(), stop.clone()),
+    ));
+    tasks.spawn(named("admin", admin(state.clone(), socket, stop.clone())));
+    tasks.spawn(named(
+        "manifests",
+        manifests(state, certificate, stop.clone()),
+    ));
+    notify(NotifyState::Ready);
+    supervise(tasks, stop).await
+}
+
+async fn supervise(
+    mut tasks: JoinSet<(&'static str, Result<()>)>,
+    stop: CancellationToken,
+) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+    let early = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        () = stop.cancelled() => None,
+        ended = tasks.join_next() => ended,
+    };
+    notify(NotifyState::Stopping);
+    stop.cancel();
+    if timeout(SHUTDOWN_GRACE, async {
+        while tasks.join_next().await.is_some() {}
+    })
+    .await
+    .is_err()
+    {
+        tracing::warn!(grace = ?SHUTDOWN_GRACE, "some streams did not end in time");
+    }
+    if let Some(ended) = early {
+        let (name, result) = ended.context("a task panicked")?;
+        result.with_context(|| format!("task {name} failed"))?;
+        bail!("task {name} ended early");
+    }
+    tracing::info!("mesh-controller stopped");
+    Ok(())
+}
+
+async fn named(
+    name: &'static str,
+    work: impl Future<Output = Result<()>>,
+) -> (&'static str, Result<()>) {
+    (name, work.await)
+}
+
+async fn control(
+    state: Arc<State>,
+    listener: TcpListener,
+    certificate: OwnCertificate,
+    stop: CancellationToken,
+) -> Result<()> {
+    let service = ControlService::new(state, stop.clone());
+    let service = ControlServer::new(service).max_decoding_message_size(REQUEST_BYTES_MAX);
+    let refused = |peer: SocketAddr, problem: &str| {
+        tracing::debug!(%peer, problem, "connection refused");
+    };
+    let incoming = tls_incoming(listener, move || certificate.config(), refused);
+    Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .max_concurrent_streams(STREAMS_MAX)
+        .add_service(service)
+        .serve_with_incoming_shutdown(incoming, stop.cancelled_owned())
+        .await
+        .context("serving agents")
+}
+
+async fn admin(state: Arc<State>, socket: AdminSocket, stop: CancellationToken) -> Result<()> {
+    Server::builder()
+        .add_service(ControllerAdminServer::new(AdminService::new(state)))
+        .serve_with_incoming_shutdown(socket, stop.cancelled_owned())
+        .await
+        .context("serving the admin socket")
+}
+
+async fn manifests(
+    state: Arc<State>,
+    certificate: OwnCertificate,
+    stop: CancellationToken,
+) -> Result<()> {
+    let mut watch = Watch::new(state.settings().manifests.clone());
+    loop {
+        // Something may have changed between the first reading and the watch.
+        let scanning = state.clone();
+        tokio::task::spawn_blocking(move || scanning.scan()).await?;
+        certificate.renew(&state)?;
+        tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            () = watch.changed() => {}
+        }
+    }
+}
+
+/// The controller's own certificate: made at each start, and anew once it is half over.
+#[derive(Debug, Clone)]
+struct OwnCertificate {
+    current: Arc<Mutex<(Credentials, Arc<ServerConfig>)>>,
+}
+
+impl OwnCertificate {
+    fn new(state: &State) -> Result<Self> {
+        let current = Arc::new(Mutex::new(make_certificate(state)?));
+        Ok(Self { current })
+    }
+
+    fn config(&self) -> Arc<ServerConfig> {
+        let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        current.1.clone()
+    }
+
+    fn renew(&self, state: &State) -> Result<()> {
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.now() >= current.0.validity().renew_at() {
+            *current = make_certificate(state)?;
+        }
+        Ok(())
+    }
+}
+
+fn make_certificate(state: &State) -> Result<(Credentials, Arc<ServerConfig>)> {
+    let credentials = state
+        .own_credentials()
+        .context("the controller's own certificate")?;
+    let config = server_config(&credentials, ClientAuth::Optional, ALPN);
+    let config = config.context("the controller's TLS settings")?;
+    Ok((credentials, Arc::new(config)))
+}
+
+/// A connection needs a descriptor; the usual soft limit of 1024 would be fewer than we allow.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}
+
+fn notify(state: NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::warn!(%error, "cannot tell systemd");
+    }
+}
