@@ -351,6 +351,28 @@ async fn a_silent_upstream_gives_servfail_soon_and_own_names_do_not_wait() {
 }
 
 #[tokio::test]
+async fn a_source_with_too_many_open_questions_is_told_at_once() {
+    let silent = UdpSocket::bind((LOOPBACK, 0)).await.unwrap();
+    let running = start(&[silent.local_addr().unwrap()], Some(view())).await;
+    let socket = UdpSocket::bind((LOOPBACK, 0)).await.unwrap();
+    socket.connect(running.address).await.unwrap();
+    let started = Instant::now();
+    for id in 0..=256 {
+        let mut message = query("www.example.org.", RecordType::A);
+        message.metadata.id = id;
+        socket.send(&message.to_vec().unwrap()).await.unwrap();
+    }
+    let told = timeout(SOON, receive(&socket)).await.unwrap();
+    assert_eq!((told.id, told.response_code), (256, ResponseCode::ServFail));
+    assert!(
+        started.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        started.elapsed()
+    );
+    assert_eq!(running.server.counters().busy.get(), 1);
+}
+
+#[tokio::test]
 async fn a_forged_answer_is_passed_over() {
     let upstream = UdpSocket::bind((LOOPBACK, 0)).await.unwrap();
     let running = start(&[upstream.local_addr().unwrap()], Some(view())).await;

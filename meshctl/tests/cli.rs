@@ -51,10 +51,9 @@ impl Lab {
         let agent = AdminSocket::bind(&lab.agent()).await.unwrap();
         let controller = AdminSocket::bind(&lab.controller()).await.unwrap();
         let agent_server = Server::builder().add_service(AgentAdminServer::new(Agent { health }));
-        let problems = match health {
-            admin::Health::Ok => Vec::new(),
-            _ => vec!["shop.yaml, document 2: spec.prots: no such field".to_owned()],
-        };
+        let problem = "shop.yaml, document 2: spec.prots: no such field";
+        let mut problems = texts(&[problem]);
+        problems.retain(|_| health != admin::Health::Ok);
         let controller_service = ControllerAdminServer::new(Controller { problems });
         let controller_server = Server::builder().add_service(controller_service);
         tokio::spawn(agent_server.serve_with_incoming(agent));
