@@ -48,6 +48,9 @@ const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 /// connections are gone. A reset is shorter than what provoked it.
 const RESET_INTERVAL_MIN: Duration = Duration::from_millis(1);
 
+/// What nodes are told when the relay stops.
+const STOPPING: &str = "the relay is stopping";
+
 /// How often counters are looked at, and written down if something was refused or dropped.
 const REPORT_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -188,7 +191,7 @@ impl Relay {
         shared.links.close();
         time::timeout(STOP_GRACE, shared.links.wait()).await.ok(); // Who stays is closed next.
         shared.close.cancel();
-        endpoint.close(CLOSE_CODE, b"the relay is stopping");
+        endpoint.close(CLOSE_CODE, STOPPING.as_bytes());
         let goodbyes = async { tokio::join!(shared.links.wait(), endpoint.wait_idle()) };
         time::timeout(GOODBYE_TIMEOUT, goodbyes).await.ok();
         shared.hub.log_totals();

@@ -8,7 +8,7 @@ use quinn::{Connection, Endpoint, Incoming, RecvStream, SendStream};
 use rustls::pki_types::CertificateDer;
 use tokio::{sync::mpsc, time};
 
-use super::{HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, Shared};
+use super::{HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, STOPPING, Shared};
 use crate::{
     outlet::{CLOSE_CODE, CONTROL_QUEUE_MAX, Outlet},
     quic,
@@ -107,13 +107,13 @@ async fn serve(link: Opened, shared: &Shared) {
             shared.hub.control(link, message);
         }
     };
-    tokio::select! {
-        _ = quic::receive_frames(&connection, |frame| shared.hub.data(link, frame)) => {}
-        () = reading => {}
-        () = quic::write_controls(&mut send, &mut outgoing) => {}
-        () = shared.close.cancelled() => {}
-    }
+    let reason: &[u8] = tokio::select! {
+        _ = quic::receive_frames(&connection, |frame| shared.hub.data(link, frame)) => b"closed",
+        () = reading => b"closed",
+        () = quic::write_controls(&mut send, &mut outgoing) => b"closed",
+        () = shared.close.cancelled() => STOPPING.as_bytes(),
+    };
     shared.hub.disconnected(link);
-    connection.close(CLOSE_CODE, b"closed");
+    connection.close(CLOSE_CODE, reason); // Unless it is closed already, with another reason.
     tracing::debug!(?node, %from, "QUIC link down");
 }

@@ -26,7 +26,7 @@ use tokio_tungstenite::{
     },
 };
 
-use super::{HANDSHAKE_TIMEOUT, Shared};
+use super::{HANDSHAKE_TIMEOUT, STOPPING, Shared};
 use crate::{
     outlet::Outlet,
     websocket::{self, Queue, Received},
@@ -184,7 +184,7 @@ async fn serve(link: Opened, from: IpAddr, shared: &Shared) {
     };
     shared.hub.disconnected(link);
     if !writer_ended {
-        queue.close("the relay is stopping");
+        queue.close(STOPPING);
         say_goodbye(&queue, writing).await;
     }
     tracing::debug!(?node, %from, "TLS link down");

@@ -211,6 +211,10 @@ mod tests {
         let asker = UdpSocket::bind("127.0.0.1:0").unwrap();
         let asker_address = asker.local_addr().unwrap();
         let shared = socket();
+        let mut writable = shared.inner.clone().create_io_poller();
+        std::future::poll_fn(|cx| writable.as_mut().poll_writable(cx))
+            .await
+            .unwrap();
         let stun = reflexive::request([9; 12]);
         let quic = |n: u8| vec![QUIC_BIT | n; stun.len()];
         let mut batch = [quic(1), stun.clone(), quic(2), vec![0; stun.len()], quic(3)].concat();

@@ -65,8 +65,7 @@ async fn a_link_that_the_node_closes_is_not_lost() {
     let mesh = Mesh::new();
     let relay = mesh.relay();
     for transport in [Quic, Tls] {
-        let mut node = Node::connect(&mesh, &relay, 1, transport).await;
-        node.link.close();
-        assert_eq!(node.no_more_events().await, None);
+        let node = Node::connect(&mesh, &relay, 1, transport).await;
+        assert_eq!(node.close().await, None);
     }
 }

@@ -101,9 +101,16 @@ impl Mesh {
     }
 }
 
+/// The relay, which does not outlive the test, however that ends.
 pub(crate) fn command(config: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_mesh-relay"));
-    command.arg("--config").arg(config);
+    let mut command = Command::new("setpriv");
+    command.args([
+        "--pdeathsig",
+        "KILL",
+        env!("CARGO_BIN_EXE_mesh-relay"),
+        "--config",
+    ]);
+    command.arg(config);
     command
 }
 
@@ -119,7 +126,11 @@ pub(crate) struct Relay {
 
 impl Relay {
     pub(crate) fn start(mut command: Command) -> Self {
-        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = command
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let listening = loop {
             match lines.next() {
@@ -201,13 +212,8 @@ impl Drop for Relay {
 
 fn field(line: &str, key: &str) -> SocketAddr {
     let (_, rest) = line.split_once(key).unwrap();
-    let end = rest.find([' ', ']', ',']).unwrap_or(rest.len());
-    let end = if rest.starts_with('[') {
-        rest.find(' ').unwrap_or(rest.len())
-    } else {
-        end
-    };
-    rest[..end].parse().unwrap()
+    let word = rest.split([' ', ',']).next().unwrap();
+    word.trim_end_matches(']').parse().unwrap() // The end of the list.
 }
 
 /// The number behind `key=` in the relay's last words.
@@ -293,9 +299,14 @@ impl Node {
             .expect("a link with packets")
     }
 
-    /// The next event, or `None` when the link's task has ended without one.
-    pub(crate) async fn no_more_events(&mut self) -> Option<LinkEvent> {
-        let event = time::timeout(PATIENCE, self.events.recv()).await;
+    /// Closes the link and waits for its task to end. Returns an event that came nevertheless.
+    pub(crate) async fn close(self) -> Option<LinkEvent> {
+        let Self {
+            link, mut events, ..
+        } = self;
+        link.close();
+        drop(link);
+        let event = time::timeout(PATIENCE, events.recv()).await;
         event.expect("the end of the link's task")
     }
 
