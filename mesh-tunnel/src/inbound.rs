@@ -88,6 +88,15 @@ impl LastSource {
     }
 }
 
+/// Who sent a datagram, as far as the way itself tells.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Sender {
+    /// Whoever is at this address.
+    Address(IpAddr),
+    /// This client of a relay.
+    Client(NodeId),
+}
+
 /// A datagram's peer, way and time.
 struct Arrival<'a> {
     peer: &'a Arc<Peer>,
@@ -99,13 +108,12 @@ struct Arrival<'a> {
 const STUN_COOKIE: [u8; 4] = [0x21, 0x12, 0xa4, 0x42];
 
 impl Inner {
-    /// Takes one datagram that came by `via`; `sender` is who sent it, as far as the way itself
-    /// tells: an address, or what stands for a relay's client.
+    /// Takes one datagram that came by `via`.
     pub(crate) fn inbound(
         &self,
         datagram: &[u8],
         via: Via,
-        sender: IpAddr,
+        sender: Sender,
         inbox: &mut Inbox,
         now: Instant,
     ) {
@@ -125,7 +133,7 @@ impl Inner {
         &self,
         datagram: &[u8],
         via: Via,
-        sender: IpAddr,
+        sender: Sender,
         inbox: &mut Inbox,
         now: Instant,
     ) -> Result<(), DropReason> {
@@ -176,14 +184,16 @@ impl Inner {
         peer.cloned().ok_or(DropReason::UnknownSession)
     }
 
-    fn admit(&self, datagram: &[u8], via: Via, sender: IpAddr) -> Result<(), DropReason> {
-        match self.keys.admit(datagram, sender) {
+    fn admit(&self, datagram: &[u8], via: Via, sender: Sender) -> Result<(), DropReason> {
+        let (source, to) = match sender {
+            Sender::Address(ip) => (ip, self.keys.id()),
+            Sender::Client(id) => (engine::relayed_source(&id), id),
+        };
+        match self.keys.admit(datagram, source) {
             Admission::Admitted => Ok(()),
             Admission::Cookie(reply) => {
-                // Not longer than the question, so nobody can be flooded with our answers.
-                if let Via::Direct(_) = via {
-                    self.transmit(&NodeId([0; 32]), via, &reply, reply.len());
-                }
+                // Shorter than the question, so nobody can be flooded with our answers.
+                self.transmit(&to, via, &reply, reply.len());
                 Err(DropReason::UnderLoad)
             }
             Admission::Refused => Err(DropReason::BadHandshake),
@@ -244,7 +254,7 @@ impl Inner {
             .get_mut(..VnetHeader::LEN + len)
             .unwrap_or_default();
         let packet = framed.get(VnetHeader::LEN..).unwrap_or_default();
-        if !arrival.peer.external && self.is_control(packet) {
+        if !arrival.peer.is_external() && self.is_control(packet) {
             self.emit(TunnelEvent::Control {
                 peer: arrival.peer.id,
                 via: arrival.via,
@@ -273,7 +283,7 @@ impl Inner {
 
     fn note_authentic(&self, arrival: &Arrival<'_>, state: &mut State) {
         state.note_received(arrival.via, arrival.now);
-        if arrival.peer.external {
+        if arrival.peer.is_external() {
             state.primary = Some(arrival.via);
         }
         self.mark_for_report(arrival.peer);
@@ -289,7 +299,7 @@ impl Inner {
         state.note_session();
         self.send_held(arrival.peer, &mut state, out);
         drop(state);
-        if !arrival.peer.external {
+        if !arrival.peer.is_external() {
             self.emit(TunnelEvent::Handshake {
                 peer: arrival.peer.id,
                 via: arrival.via,
@@ -302,15 +312,6 @@ impl Inner {
         let from_overlay = packet.get(8..14).and_then(<[u8]>::first_chunk).copied();
         PeerMessage::is_control(packet, self.overlay_v6)
             && from_overlay.is_some_and(|prefix| self.is_overlay(prefix))
-    }
-
-    /// One datagram that a relay says came from `peer`.
-    pub(crate) fn inbound_relayed(&self, peer: &NodeId, datagram: &[u8], via: Via) {
-        let mut inbox = self.inboxes.take(|| self.new_inbox());
-        let sender = engine::relayed_source(peer);
-        self.inbound(datagram, via, sender, &mut inbox, Instant::now());
-        self.finish(&mut inbox);
-        self.inboxes.give_back(inbox);
     }
 }
 

@@ -83,7 +83,7 @@ impl Inner {
         if let (Some(via), true) = (via, begun) {
             self.transmit(&peer.id, via, &initiation, initiation.len());
         }
-        Ok((!peer.external).then_some(TunnelEvent::Wanted(peer.id)))
+        Ok((!peer.is_external()).then_some(TunnelEvent::Wanted(peer.id)))
     }
 
     /// Sends what waited, in order and before anything else can be sealed.

@@ -42,14 +42,24 @@ const INITIATION_REUSE: Duration = Duration::from_millis(250);
 #[derive(Debug)]
 pub(crate) struct Peer {
     pub(crate) id: NodeId,
-    /// A stock WireGuard device: its path follows its packets, and it has no core to talk to.
-    pub(crate) external: bool,
+    /// Set for a stock WireGuard device: its path follows its packets, and it has no core to talk to.
+    pub(crate) external: Option<External>,
     index: u32,
     reported: AtomicBool,
     state: Mutex<State>,
 }
 
 impl Peer {
+    pub(crate) fn is_external(&self) -> bool {
+        self.external.is_some()
+    }
+
+    /// Whether to call again when a call was not answered, though nothing waits to be sent.
+    pub(crate) fn is_kept_alive(&self) -> bool {
+        self.external
+            .is_some_and(|external| external.keepalive_s.is_some())
+    }
+
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -259,7 +269,7 @@ impl Peers {
         let external = self.external.get(id).copied();
         let peer = Arc::new(Peer {
             id: *id,
-            external: external.is_some(),
+            external,
             index,
             reported: AtomicBool::new(false),
             state: Mutex::new(State {

@@ -21,7 +21,7 @@ use zeroize::Zeroizing;
 pub use crate::worker::Workers;
 use crate::{
     engine::{Due, HANDSHAKE_LEN_MAX, Keys},
-    inbound::Inbox,
+    inbound::{Inbox, Sender},
     outbound::Outbox,
     peer::{External, Peer, Peers},
     route::RouteTable,
@@ -186,7 +186,7 @@ impl Tunnel {
         } else {
             inner.wake(peer)
         };
-        let Some(peer) = found.filter(|peer| !peer.external) else {
+        let Some(peer) = found.filter(|peer| !peer.is_external()) else {
             return;
         };
         let mut out = inner.outboxes.take(Outbox::new);
@@ -239,7 +239,24 @@ impl Tunnel {
     /// to the kernel. Does not wait; may be called by many threads. Keep the datagrams of one
     /// link in order.
     pub fn receive_from_relay(&self, relay: RelayId, peer: NodeId, datagram: &[u8]) {
-        self.0.inbound_relayed(&peer, datagram, Via::Relay(relay));
+        self.receive_batch_from_relay(relay, [(peer, datagram)]);
+    }
+
+    /// Like [`Self::receive_from_relay`], for all that has arrived: packets of one flow that follow
+    /// one another cost the kernel as little as one.
+    pub fn receive_batch_from_relay<D: AsRef<[u8]>>(
+        &self,
+        relay: RelayId,
+        datagrams: impl IntoIterator<Item = (NodeId, D)>,
+    ) {
+        let (inner, via, now) = (&self.0, Via::Relay(relay), Instant::now());
+        let mut inbox = inner.inboxes.take(|| inner.new_inbox());
+        for (peer, datagram) in datagrams {
+            let sender = Sender::Client(peer);
+            inner.inbound(datagram.as_ref(), via, sender, &mut inbox, now);
+        }
+        inner.finish(&mut inbox);
+        inner.inboxes.give_back(inbox);
     }
 
     /// Sends a datagram as it is from the node's own port: STUN requests.
@@ -258,7 +275,7 @@ impl Tunnel {
     #[must_use]
     pub fn take_traffic(&self) -> Vec<PeerTraffic> {
         let peers = std::mem::take(&mut *self.0.to_report());
-        let reports = peers.iter().filter(|peer| !peer.external).map(|peer| {
+        let reports = peers.iter().filter(|peer| !peer.is_external()).map(|peer| {
             let (sent, received) = peer.take_report();
             PeerTraffic {
                 peer: peer.id,
@@ -412,7 +429,7 @@ impl Inner {
         self.drops.count_many(DropReason::HeldTooLong, late);
         let due = state.engine.tick(&mut message);
         let via = state.primary;
-        let idle = via.is_none() && !state.has_held() && !peer.external;
+        let idle = via.is_none() && !state.has_held() && !peer.is_external();
         drop(state);
         match (due, via) {
             (Due::Send(len), Some(via)) => {
@@ -422,7 +439,12 @@ impl Inner {
             (Due::Expired, _) if idle => {
                 self.peers_mut().forget(&peer.id, &self.held_bytes);
             }
-            _ => {}
+            (Due::Expired, Some(via)) if peer.is_kept_alive() => {
+                if peer.lock().engine.initiate(false, &mut message) {
+                    self.transmit(&peer.id, via, &message, message.len());
+                }
+            }
+            (Due::Expired | Due::Nothing | Due::Send(_), _) => {}
         }
     }
 }

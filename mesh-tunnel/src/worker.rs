@@ -16,6 +16,7 @@ use mesh_linux::{
 use mesh_wire::id::Via;
 
 use crate::{
+    inbound::Sender,
     outbound::Outbox,
     tunnel::{Inner, TunnelEvent},
 };
@@ -142,11 +143,12 @@ fn receive_udp(tunnel: &Inner, socket: &UdpBatch, stop: &StopSignal) -> io::Resu
         socket.receive(&mut batch)?;
         let now = Instant::now();
         for (from, bytes, segment_len) in batch.messages() {
+            let sender = Sender::Address(from.ip());
             // An empty datagram is one too.
             let first_len = segment_len.min(bytes.len());
             let (first, rest) = bytes.split_at(first_len);
             for datagram in std::iter::once(first).chain(rest.chunks(segment_len)) {
-                tunnel.inbound(datagram, Via::Direct(from), from.ip(), &mut inbox, now);
+                tunnel.inbound(datagram, Via::Direct(from), sender, &mut inbox, now);
             }
         }
         tunnel.finish(&mut inbox);
