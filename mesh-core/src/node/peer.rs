@@ -250,8 +250,7 @@ impl Peer {
     pub(crate) fn on_network_change(&mut self, moved: bool, ctx: &mut Context) {
         match &mut self.phase {
             Phase::Idle => {}
-            Phase::Waking(ladder) => (ladder.rung, ladder.next) = (0, ctx.now),
-            Phase::Unreachable(retry) => retry.next = ctx.now,
+            Phase::Waking(_) | Phase::Unreachable(_) => self.call_anew(ctx),
             Phase::Up if self.known.plain => {}
             Phase::Up => {
                 if moved && self.watch.suspect_since().is_none() {
@@ -401,6 +400,21 @@ impl Peer {
         }
         if ctx.now >= since + WAKE_DOUBT {
             self.set_alive(false, ctx);
+        }
+    }
+
+    /// There is a new way to the peer: calls as eagerly as at first.
+    fn call_anew(&mut self, ctx: &mut Context) {
+        match &mut self.phase {
+            Phase::Waking(ladder) => {
+                (ladder.rung, ladder.next) = (0, ctx.now);
+                self.climb(ctx);
+            }
+            Phase::Unreachable(retry) => {
+                (retry.sent, retry.next) = (0, ctx.now);
+                self.retry(ctx);
+            }
+            Phase::Idle | Phase::Up => {}
         }
     }
 

@@ -1,6 +1,12 @@
 //! The whole mesh in virtual time: every node runs the real core, the network around it is a
 //! model. `scenarios` are single stories, `mass` is many nodes and chance.
 
+#![expect(
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    reason = "a model may fail loudly; clippy.toml's exceptions reach only functions under #[test]"
+)]
+
 mod mass;
 mod nat;
 mod scenarios;

@@ -24,7 +24,7 @@ const CALLS_PER_NODE: usize = 5;
 const TALKS_WITHIN_MS: u64 = 5_000;
 /// Calls begin in this time; the run ends when the last of them, and every outage, had its time.
 const CALLS_MS: u64 = 15_000;
-const RUN_MS: u64 = 40_000;
+const RUN_MS: u64 = 32_000;
 
 struct Outage {
     from: u64,

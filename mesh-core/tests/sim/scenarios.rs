@@ -359,16 +359,3 @@ fn a_network_change_is_survived_at_once() {
     let gap = longest_gap(&world, flow, moved.saturating_sub(100));
     assert!(gap < 1_000, "{gap} ms without an answer");
 }
-
-#[test]
-fn debug_story() {
-    let (mut world, a, b, flow) = pair(NatSort::PortRestricted, NatSort::PortRestricted);
-    world.verbose = true;
-    world.run_for(2_000);
-    for of in [a, b] {
-        println!("{:#?}", world.nodes[of].events);
-        println!("{:#?}", world.nodes[of].moves);
-    }
-    println!("{:?}", world.flows[flow].answered);
-    println!("{:#?}", world.report(a, b));
-}

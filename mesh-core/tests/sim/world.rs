@@ -28,6 +28,8 @@ const PORT: u16 = 51_820;
 const LAN_US: u64 = 300;
 /// After this long a connection to a relay is noticed to be dead.
 const RELAY_IDLE_US: u64 = 3_000_000;
+/// A connection attempt without an answer is repeated after this (RFC 6298 §2, RFC 9002 §6.2.2).
+const CONNECT_RETRY_US: u64 = 1_000_000;
 /// Packets held for a peer without a path (`paths.md`).
 const HELD_MAX: usize = 64;
 /// Timeouts of one node at one instant; more would be a core that spins.
@@ -40,7 +42,6 @@ pub(crate) struct Site {
     pub(crate) loss: f64,
     pub(crate) down: bool,
     pub(crate) small_only: bool,
-    named: bool,
 }
 
 pub(crate) struct SimNode {
@@ -178,13 +179,16 @@ pub(crate) struct World {
     pub(crate) relays: Vec<SimRelay>,
     pub(crate) flows: Vec<Flow>,
     ids: BTreeMap<NodeId, usize>,
+    /// Which node of a site has an address.
+    hosts: BTreeMap<(usize, SocketAddr), usize>,
     /// Pairs of sites between which nothing passes directly.
     pub(crate) severed: BTreeSet<(usize, usize)>,
     snapshot: Option<Arc<Snapshot>>,
+    /// Connections to relays that are being made: node, relay, by what.
+    attempts: BTreeSet<(usize, usize, RelayTransport)>,
     initiations: u64,
     trace: DefaultHasher,
     pub(crate) steps: u64,
-    pub(crate) verbose: bool,
 }
 
 #[expect(
@@ -218,12 +222,13 @@ impl World {
             relays: Vec::new(),
             flows: Vec::new(),
             ids: BTreeMap::new(),
+            hosts: BTreeMap::new(),
             severed: BTreeSet::new(),
             snapshot: None,
+            attempts: BTreeSet::new(),
             initiations: 0,
             trace: DefaultHasher::new(),
             steps: 0,
-            verbose: false,
         }
     }
 
@@ -262,7 +267,6 @@ impl World {
             loss: 0.0,
             down: false,
             small_only: false,
-            named: true,
         });
         self.outages.push(0);
         index
@@ -273,9 +277,11 @@ impl World {
         let index = self.nodes.len();
         let [high, low] = u16::try_from(site).unwrap().to_be_bytes();
         let here = self.nodes.iter().filter(|node| node.site == site).count();
-        let host = match self.sites[site].nat.sort {
-            NatSort::Open => self.sites[site].nat.public,
-            _ => [10, high, low, u8::try_from(here + 2).unwrap()].into(),
+        let router = &self.sites[site].nat;
+        let host = if router.sort == NatSort::Open {
+            router.public
+        } else {
+            [10, high, low, u8::try_from(here + 2).unwrap()].into()
         };
         let mut key = [0; 32];
         key[..8].copy_from_slice(
@@ -286,6 +292,8 @@ impl World {
         key[31] = 1;
         let id = NodeId(key);
         self.ids.insert(id, index);
+        self.hosts
+            .insert((site, SocketAddr::new(host, PORT)), index);
         self.nodes.push(SimNode {
             id,
             name: name.parse().unwrap(),
@@ -317,14 +325,12 @@ impl World {
         let mesh = MeshId([7; 32]);
         let mut snapshot = Snapshot::empty(MeshSettings::with_defaults(mesh, "sim"));
         for node in &self.nodes {
-            let site = self.sites[node.site]
-                .named
-                .then(|| format!("site-{}", node.site));
+            let site = format!("site-{}", node.site);
             let described = Node {
                 id: node.id,
                 name: node.name.clone(),
                 locality: Locality {
-                    site: site.map(|site| SiteName::try_from(site).unwrap()),
+                    site: Some(SiteName::try_from(site).unwrap()),
                     ..Locality::default()
                 },
                 overlay_v4: Ipv4Addr::new(100, 96, 0, 1),
@@ -372,6 +378,7 @@ impl World {
         node.paths.clear();
         node.held.clear();
         node.traffic.clear();
+        self.attempts.retain(|(node, _, _)| *node != index);
         for relay in 0..self.relays.len() {
             self.disconnect(relay, index, None);
         }
@@ -499,6 +506,8 @@ impl World {
         let site = self.add_site(sort);
         self.nodes[index].site = site;
         self.nodes[index].host = SocketAddr::new([10, 99, 0, 2].into(), PORT);
+        self.hosts.retain(|_, node| *node != index);
+        self.hosts.insert((site, self.nodes[index].host), index);
         for relay in 0..self.relays.len() {
             self.disconnect(relay, index, Some("the address is gone"));
         }
@@ -596,18 +605,8 @@ impl World {
         let Some(core) = &mut node.core else {
             return;
         };
-        if self.verbose {
-            println!("{} {} <- {input:?}", self.now / 1000 - 1000, node.name);
-        }
         core.handle_input(input, now);
         while let Some(output) = self.nodes[index].core.as_mut().and_then(Core::poll_output) {
-            if self.verbose {
-                println!(
-                    "{} {} -> {output:?}",
-                    self.now / 1000 - 1000,
-                    self.nodes[index].name
-                );
-            }
             self.perform(index, output);
         }
         let node = &mut self.nodes[index];
@@ -655,6 +654,7 @@ impl World {
                     RelayTransport::Quic => rtt * 3 / 2,
                     RelayTransport::Tls => rtt * 3,
                 };
+                self.attempts.insert((index, relay, transport));
                 let boot = self.nodes[index].boot;
                 let connect = Happening::Connect {
                     node: index,
@@ -666,6 +666,7 @@ impl World {
             }
             Output::DisconnectRelay { relay, transport } => {
                 let relay = self.relay_index(relay);
+                self.attempts.remove(&(index, relay, transport));
                 self.drop_leg(relay, index, transport);
             }
             Output::UseRelayTransport { relay, transport } => {
@@ -840,8 +841,7 @@ impl World {
 
     fn send_udp(&mut self, index: usize, to: SocketAddr, packet: Packet) {
         let (site, host) = (self.nodes[index].site, self.nodes[index].host);
-        let here = |node: &SimNode| node.site == site && node.host == to;
-        if let Some(node) = self.nodes.iter().position(here) {
+        if let Some(&node) = self.hosts.get(&(site, to)) {
             let via = Via::Direct(host);
             let deliver = Happening::Deliver {
                 node,
@@ -895,8 +895,7 @@ impl World {
         let Some(inside) = self.sites[site].nat.inbound(source, to, self.now) else {
             return;
         };
-        let there = |node: &SimNode| node.site == site && node.host == inside;
-        if let Some(node) = self.nodes.iter().position(there) {
+        if let Some(&node) = self.hosts.get(&(site, inside)) {
             (self.now, from, node).hash(&mut self.trace);
             self.deliver(node, from, Via::Direct(source), packet);
         }
@@ -934,9 +933,22 @@ impl World {
     fn connect(&mut self, node: usize, relay: usize, transport: RelayTransport) {
         let site = &self.sites[self.nodes[node].site];
         let blocked = transport == RelayTransport::Quic && site.nat.sort == NatSort::UdpBlocked;
-        if site.down || blocked {
-            return; // No answer: the core's own patience ends it.
+        let attempt = (node, relay, transport);
+        if !self.attempts.contains(&attempt) {
+            return; // Given up meanwhile.
         }
+        if site.down || blocked {
+            // Both TCP and QUIC ask again; the core's own patience ends it.
+            let boot = self.nodes[node].boot;
+            let again = Happening::Connect {
+                node,
+                boot,
+                relay,
+                transport,
+            };
+            return self.push(self.now + CONNECT_RETRY_US, again);
+        }
+        self.attempts.remove(&attempt);
         let id = self.relays[relay].id;
         if !self.relays[relay].up {
             let reason = "connection refused".to_owned();

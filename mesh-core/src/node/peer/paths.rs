@@ -377,8 +377,7 @@ impl Peer {
             Phase::Idle => {}
             Phase::Waking(_) | Phase::Unreachable(_) => {
                 ctx.out.push_back(Output::FindPeer { relay, peer });
-                let vias = vec![Via::Relay(relay)];
-                ctx.out.push_back(Output::Handshake { peer, vias });
+                self.call_anew(ctx);
             }
             Phase::Up if self.known.plain => {}
             Phase::Up => {
@@ -410,10 +409,7 @@ impl Peer {
             // Otherwise the last call went there already, in the hope of this answer. Sending it
             // again would make a second session before the first is complete.
             (Phase::Waking(_) | Phase::Unreachable(_), true) if before != Some(false) => {}
-            (Phase::Waking(_) | Phase::Unreachable(_), true) => {
-                let (peer, vias) = (self.known.id, vec![via]);
-                ctx.out.push_back(Output::Handshake { peer, vias });
-            }
+            (Phase::Waking(_) | Phase::Unreachable(_), true) => self.call_anew(ctx),
             (Phase::Waking(_) | Phase::Unreachable(_), false) => self.visit_relays(ctx),
             (Phase::Up, true) => {
                 self.add_relay_paths(ctx);
