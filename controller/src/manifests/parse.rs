@@ -219,7 +219,11 @@ fn typed<'de, T: Deserialize<'de>>(
     let mut track = serde_path_to_error::Track::new();
     let document = serde_path_to_error::Deserializer::new(document, &mut track);
     let read = serde_ignored::deserialize(document, |path| {
-        unknown.get_or_insert_with(|| path.to_string());
+        let path = path.to_string();
+        // Our own kinds' types do not read these two, and `kind` above did.
+        if path != "apiVersion" && path != "kind" {
+            unknown.get_or_insert(path);
+        }
     });
     match (read, unknown) {
         (Ok(value), None) => Ok(value),
@@ -262,10 +266,10 @@ fn message(error: &serde_yaml_ng::Error) -> String {
     format!("{text} (line {line}, column {column})")
 }
 
-/// The parser says the path too; once is enough.
+/// The parser says the path too, or the path of what the field stands in; once is enough.
 fn without_path(text: &str, field: &str) -> String {
-    let rest = text
-        .strip_prefix(field)
-        .and_then(|rest| rest.strip_prefix(": "));
-    rest.unwrap_or(text).to_owned()
+    match text.split_once(": ") {
+        Some((path, rest)) if !path.is_empty() && field.starts_with(path) => rest.to_owned(),
+        _ => text.to_owned(),
+    }
 }

@@ -16,7 +16,7 @@ fn each_problem_names_file_line_document_object_and_field() {
         (
             "port: 80}]",
             "port: http}]",
-            "shop.yaml:1: document 1: Service shop/inventory: spec.ports[0].port: invalid type: string \"http\", expected i32 (line 6, column 31)",
+            "shop.yaml:1: document 1: Service shop/inventory: spec.ports[0].port: invalid type: string \"http\", expected i32 (line 6, column 30)",
         ),
         (
             "port: 80}]",
