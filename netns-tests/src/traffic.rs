@@ -177,7 +177,7 @@ pub fn flow(
     let start = Instant::now();
     let end = start + interval * u32::try_from(count)? + linger;
     let (seen, longest_gap) = thread::scope(|scope| -> Result<_> {
-        let counting = scope.spawn(|| collect(&receiver, count, end));
+        let counting = scope.spawn(|| collect(&receiver, count, end, linger));
         for (number, turn) in (0..count).zip(0_u32..) {
             let mut datagram = number.to_be_bytes().to_vec();
             datagram.resize(size_bytes, 0);
@@ -198,7 +198,12 @@ pub fn flow(
     })
 }
 
-fn collect(socket: &UdpSocket, count: u64, end: Instant) -> Result<(Vec<bool>, Duration)> {
+fn collect(
+    socket: &UdpSocket,
+    count: u64,
+    end: Instant,
+    linger: Duration,
+) -> Result<(Vec<bool>, Duration)> {
     let mut seen = vec![false; usize::try_from(count)?];
     let mut buffer = [0; 2048];
     let mut last = Instant::now();
@@ -207,7 +212,8 @@ fn collect(socket: &UdpSocket, count: u64, end: Instant) -> Result<(Vec<bool>, D
     while left > 0 {
         let rest = end.saturating_duration_since(Instant::now());
         if rest.is_zero() {
-            longest = longest.max(last.elapsed());
+            // The time in which nothing was sent any more is no gap.
+            longest = longest.max(end.duration_since(last).saturating_sub(linger));
             break;
         }
         socket.set_read_timeout(Some(rest))?;
