@@ -3,6 +3,7 @@
 
 use std::{
     collections::BTreeSet,
+    error::Error as _,
     fs,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
@@ -14,7 +15,7 @@ use ipnet::IpNet;
 use mesh_core::{io::Input, services::View, snapshot::Snapshot};
 use mesh_linux::{
     IfIndex,
-    netlink::{Changes, Netlink, Route},
+    netlink::{Changes, Netlink, NetlinkError, Route},
 };
 use mesh_wire::id::NodeName;
 use tokio::{
@@ -138,7 +139,7 @@ pub async fn apply(
         .failed
         .iter()
         .chain(&routes.failed)
-        .map(|error| error.to_string())
+        .map(|error| chain(error))
         .collect();
     if wanted.forwarding
         && let Err(problem) = forward(name)
@@ -146,6 +147,12 @@ pub async fn apply(
         problems.push(problem);
     }
     Ok(problems.join("; "))
+}
+
+/// An error with what caused it.
+fn chain(error: &NetlinkError) -> String {
+    let cause = error.source().map(|cause| format!(": {cause}"));
+    format!("{error}{}", cause.unwrap_or_default())
 }
 
 /// Lets packets from the TUN device be forwarded. The settings vanish with the device, but for

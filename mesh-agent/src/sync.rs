@@ -192,14 +192,15 @@ impl Sync {
         requests.send(self.request()).await.ok(); // There is room for the first.
         let mut responses = client
             .sync(ReceiverStream::new(outgoing))
-            .await?
+            .await
+            .map_err(said)?
             .into_inner();
         let mut renew = time::interval(RENEW_CHECK);
         loop {
             let write_at = self.write_due();
             tokio::select! {
                 response = responses.message() => {
-                    let response = response?.context("the controller closed the stream")?;
+                    let response = response.map_err(said)?.context("the controller closed the stream")?;
                     self.take(response).await?;
                     requests.send(self.request()).await.context("the stream is closed")?;
                 }
@@ -359,6 +360,14 @@ impl Sync {
         self.credentials.store(Arc::new(renewed));
         Ok(())
     }
+}
+
+/// A status in words; its own `Display` is for programmers.
+#[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]
+fn said(status: Status) -> anyhow::Error {
+    let message = status.message();
+    let first = message.split(": https://").next().unwrap_or(message);
+    anyhow::anyhow!("{}: {first}", status.code().description())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

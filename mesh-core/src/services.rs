@@ -72,7 +72,8 @@ pub struct Ranked<'a> {
     /// Whether its node has a live path. An endpoint outside every node counts as alive.
     pub alive: bool,
     /// Whether new flows from this node go to it now: it is usable, alive, and no endpoint of
-    /// its address family is so in a nearer tier.
+    /// its address family is so in a nearer tier. When nothing is alive, liveness does not
+    /// count: the next packet is what may bring a path back, and a refusal would not.
     pub chosen: bool,
 }
 
@@ -216,7 +217,9 @@ fn drain_when_nothing_is_ready(ranked: &mut [Ranked<'_>]) {
 
 fn choose(ranked: &mut [Ranked<'_>]) {
     for v4 in [true, false] {
-        let candidate = |one: &Ranked<'_>| one.usable && one.alive && one.address.is_ipv4() == v4;
+        let usable = |one: &Ranked<'_>| one.usable && one.address.is_ipv4() == v4;
+        let any_alive = ranked.iter().any(|one| usable(one) && one.alive);
+        let candidate = |one: &Ranked<'_>| usable(one) && (one.alive || !any_alive);
         let nearest = ranked
             .iter()
             .filter(|one| candidate(one))

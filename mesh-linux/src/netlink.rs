@@ -200,10 +200,13 @@ impl Netlink {
             applied.count(false, self.remove_address(link, net).await);
         }
         for net in plan.add {
-            let request = self
+            let mut request = self
                 .handle
                 .address()
                 .add(link.get(), net.addr(), net.prefix_len());
+            // Nobody else is on a point-to-point link, and an address that is still being
+            // checked cannot be the source of a route yet (IPv6; IPv4 ignores the flag).
+            request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
             let result = done_unless(libc::EEXIST, request.execute().await);
             let what = || format!("add address {net} to interface {link}");
             applied.count(true, result.map_err(refused(what)));
