@@ -175,6 +175,7 @@ async fn a_full_disk_changes_nothing_and_is_got_over() {
     assert!(lab.is_running());
     assert_eq!(lab.status().await.nodes, 1);
 
+    drop(file);
     fs::remove_file(&filler).unwrap();
     lab.write_manifest("a.yaml", SERVICE);
     let delta = agent.next().await.unwrap();
