@@ -3,7 +3,8 @@
 //!
 //! A **link** is one connection of a node; a node may have one a transport (QUIC and TLS during a
 //! race), and a new one replaces the old one of the same transport. A node's frames are delivered
-//! to the link by which it last spoke; a new link counts as having spoken.
+//! to the link by which it last sent data; a new link counts as if it had. Control messages do not
+//! count: a link that only stays warm pings too.
 //!
 //! A **session** is a pair of connected nodes, one number for both directions. It begins when one
 //! of them looks for the other and ends when either has no link left.
@@ -368,7 +369,6 @@ impl RelayServer {
         let Some(&Link { node, .. }) = self.links.get(&link) else {
             return;
         };
-        self.spoke(node, link);
         match message {
             Control::FindPeer { node: peer } => self.find_peer(node, link, peer),
             Control::Ping { txid } => self.send(link, Control::Pong { txid }),
@@ -393,7 +393,7 @@ impl RelayServer {
         let Some(&Link { node: sender, .. }) = self.links.get(&link) else {
             return self.no_session(link, session, now); // Replaced a moment ago.
         };
-        self.spoke(sender, link);
+        self.sent_data(sender, link);
         let Some(receiver) = self.other_node(session, sender) else {
             return self.no_session(link, session, now);
         };
@@ -625,7 +625,7 @@ impl RelayServer {
         Some(state)
     }
 
-    fn spoke(&mut self, node: NodeId, link: LinkId) {
+    fn sent_data(&mut self, node: NodeId, link: LinkId) {
         if let Some(node) = self.nodes.get_mut(&node) {
             node.current = link;
         }

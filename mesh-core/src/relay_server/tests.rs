@@ -141,7 +141,7 @@ fn nobody_sends_into_the_session_of_others() {
 }
 
 #[test]
-fn frames_go_to_the_link_by_which_the_node_last_spoke() {
+fn frames_go_to_the_link_by_which_the_node_last_sent_data() {
     let mut server = server(Limits::default());
     let (a, quic, session) = pair(&mut server);
     let tls = connect(&mut server, 2, TLS);
@@ -160,6 +160,12 @@ fn frames_go_to_the_link_by_which_the_node_last_spoke() {
         server.handle_data(a, session, 1, start()),
         Verdict::Forward(quic),
         "the one it uses"
+    );
+    server.handle_control(tls, Control::Ping { txid: 1 });
+    assert_eq!(
+        server.handle_data(a, session, 1, start()),
+        Verdict::Forward(quic),
+        "a ping keeps warm and no more"
     );
     server.handle_disconnected(quic);
     assert_eq!(

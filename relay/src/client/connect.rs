@@ -25,7 +25,7 @@ use tokio_tungstenite::{WebSocketStream, client_async_with_config, tungstenite};
 
 use super::{ConnectError, Link, LinkConfig, LinkEvent, OnData, Shared};
 use crate::{
-    outlet::{CONTROL_QUEUE_MAX, Outlet},
+    outlet::{CLOSE_CODE, CONTROL_QUEUE_MAX, Outlet},
     quic::{self, KEEP_ALIVE},
     sockets,
     websocket::{self, Queue, Received},
@@ -100,10 +100,17 @@ pub(super) async fn quic(
     Ok(link)
 }
 
-/// The control stream ended; a connection without it is of no use.
+/// The control stream ended; a connection without it is of no use. Mostly it ends because the
+/// connection does, which has the better reason and may say it a moment later.
 async fn end_of_stream(connection: &quinn::Connection) -> ConnectionError {
-    connection.close(crate::outlet::CLOSE_CODE, b"no control stream");
-    connection.closed().await
+    let closed = time::timeout(GOODBYE_TIMEOUT, connection.closed()).await;
+    match closed {
+        Ok(reason) => reason,
+        Err(_) => {
+            connection.close(CLOSE_CODE, b"no control stream");
+            connection.closed().await
+        }
+    }
 }
 
 pub(super) async fn tls(
