@@ -591,3 +591,6 @@ impl Relays {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

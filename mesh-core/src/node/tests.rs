@@ -1,14 +1,16 @@
 //! Helpers of the tests, and tests of one core by itself. Many cores together are tested in
 //! `tests/sim`.
 
-use std::{
-    sync::OnceLock,
-    time::{Duration, Instant},
+use std::sync::OnceLock;
+
+use mesh_wire::id::MeshId;
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    io::{Event, PeerState, Reason, RelayTransport},
+    snapshot::{MeshSettings, Relay},
 };
-
-use mesh_wire::id::RelayId;
-
-use crate::snapshot::Relay;
 
 /// The moment from which tests count.
 #[expect(
@@ -36,4 +38,426 @@ pub(crate) fn relay(name: &str, host: u8) -> (RelayId, Relay) {
         name,
     };
     (RelayId::from(&relay.name), relay)
+}
+
+fn id(number: u32) -> NodeId {
+    let mut key = [0; 32];
+    key[..4].copy_from_slice(&number.to_be_bytes());
+    NodeId(key)
+}
+
+fn node(number: u32) -> Node {
+    Node {
+        id: id(number),
+        name: format!("n{number}").parse().unwrap(),
+        locality: Locality::default(),
+        overlay_v4: [100, 96, 0, 1].into(),
+        overlay_v6: MeshId([0; 32]).overlay_v6(&id(number)),
+        prefixes: Vec::new(),
+        underlay_addresses: Vec::new(),
+        static_candidates: Vec::new(),
+    }
+}
+
+/// A mesh of nodes 0 to `nodes` - 1 and one relay, seen by node 0.
+fn mesh(nodes: u32) -> Snapshot {
+    let mut snapshot = Snapshot::empty(MeshSettings::with_defaults(MeshId([0; 32]), "m"));
+    let named = (0..nodes).map(node).map(|node| (node.name.clone(), node));
+    snapshot.nodes = named.collect();
+    snapshot.relays.extend([relay("r1", 1)]);
+    snapshot
+}
+
+fn core(snapshot: Snapshot) -> Core {
+    let config = CoreConfig {
+        node: "n0".parse().unwrap(),
+        id: id(0),
+        remembered: BTreeMap::new(),
+    };
+    let mut core = Core::new(config, 1, at(0));
+    let local = vec!["10.0.0.1:51820".parse().unwrap()];
+    core.handle_input(Input::LocalAddresses(local), at(0));
+    core.handle_input(Input::Snapshot(Arc::new(snapshot)), at(0));
+    drain(&mut core);
+    core
+}
+
+fn drain(core: &mut Core) -> Vec<Output> {
+    std::iter::from_fn(|| core.poll_output()).collect()
+}
+
+fn r1() -> RelayId {
+    relay("r1", 1).0
+}
+
+/// A core whose peer 1 is up through the relay at 100 ms.
+fn relayed() -> Core {
+    let mut core = core(mesh(3));
+    let (relay, transport, peer) = (r1(), RelayTransport::Quic, id(1));
+    core.handle_input(Input::RelayConnected { relay, transport }, at(10));
+    core.handle_input(Input::Wanted { peer }, at(50));
+    let via = Via::Relay(relay);
+    core.handle_input(Input::Handshake { peer, via }, at(100));
+    assert_eq!(core.peer_report(&peer).unwrap().state, PeerState::Relayed);
+    drain(&mut core);
+    core
+}
+
+#[test]
+fn nodes_that_nobody_talks_to_cost_nothing() {
+    let mut core = core(mesh(20_000));
+    assert_eq!(core.peers().count(), 0);
+    core.handle_input(Input::Wanted { peer: id(19_999) }, at(10));
+    assert_eq!(core.peers().count(), 1);
+    assert!(
+        core.is_alive(&"n5".parse().unwrap()),
+        "no bad news is good news"
+    );
+}
+
+#[test]
+fn who_is_not_in_the_snapshot_is_nobody() {
+    let mut core = core(mesh(3));
+    for peer in [id(77), id(0)] {
+        core.handle_input(Input::Wanted { peer }, at(10));
+        let via = Via::Relay(r1());
+        core.handle_input(Input::Handshake { peer, via }, at(10));
+    }
+    assert_eq!(core.peers().count(), 0);
+}
+
+#[test]
+fn a_peer_that_leaves_the_mesh_loses_its_path() {
+    let mut core = relayed();
+    core.handle_input(Input::Snapshot(Arc::new(mesh(1))), at(200));
+    let (peer, primary, duplicate) = (id(1), None, None);
+    assert!(drain(&mut core).contains(&Output::SetPath {
+        peer,
+        primary,
+        duplicate
+    }));
+    assert_eq!(core.peers().count(), 0);
+}
+
+#[test]
+fn goodbye_moves_traffic_away_at_once_and_a_handshake_brings_it_back() {
+    let mut core = relayed();
+    let (peer, via, message) = (id(1), Via::Relay(r1()), PeerMessage::Goodbye);
+    core.handle_input(Input::Message { peer, via, message }, at(200));
+    let alive = |alive| Output::Event(Event::Liveness { peer, alive });
+    assert!(drain(&mut core).contains(&alive(false)));
+    let report = core.peer_report(&peer).unwrap();
+    assert_eq!(
+        (report.state, report.reason),
+        (PeerState::Unreachable, Reason::Goodbye)
+    );
+    let received = vec![via];
+    core.handle_input(
+        Input::Traffic {
+            peer,
+            sent: false,
+            received,
+        },
+        at(300),
+    );
+    assert_eq!(
+        core.peer_report(&peer).unwrap().state,
+        PeerState::Unreachable,
+        "a straggler"
+    );
+    core.handle_input(Input::Handshake { peer, via }, at(400));
+    assert!(drain(&mut core).contains(&alive(true)));
+}
+
+#[test]
+fn a_node_that_stops_says_goodbye_to_those_it_talks_to() {
+    let mut core = relayed();
+    core.shut_down();
+    let (peer, via, message) = (id(1), Via::Relay(r1()), PeerMessage::Goodbye);
+    assert_eq!(drain(&mut core), [Output::Send { peer, via, message }]);
+}
+
+#[test]
+fn every_echo_request_is_answered_by_the_way_it_came() {
+    let mut core = relayed();
+    let via = Via::Direct("198.51.100.7:4000".parse().unwrap());
+    let (peer, txid, full_size) = (id(1), 5, true);
+    let message = PeerMessage::EchoRequest { txid, full_size };
+    core.handle_input(Input::Message { peer, via, message }, at(200));
+    let observed = Some("198.51.100.7:4000".parse().unwrap());
+    let message = PeerMessage::EchoReply {
+        txid,
+        full_size,
+        observed,
+    };
+    assert!(drain(&mut core).contains(&Output::Send { peer, via, message }));
+}
+
+#[test]
+fn strange_source_addresses_are_learned_up_to_a_limit() {
+    let mut core = relayed();
+    for port in 1..200 {
+        let via = Via::Direct(SocketAddr::new([198, 51, 100, 7].into(), port));
+        let (peer, message) = (
+            id(1),
+            PeerMessage::EchoRequest {
+                txid: 1,
+                full_size: false,
+            },
+        );
+        core.handle_input(Input::Message { peer, via, message }, at(200));
+    }
+    let report = core.peer_report(&id(1)).unwrap();
+    assert_eq!(report.paths.len(), 4 + 1, "four learned ones and the relay");
+}
+
+#[test]
+fn told_candidates_are_probed_up_to_a_limit_and_never_at_ourselves() {
+    let mut core = relayed();
+    let told = (1..20).map(|host| Candidate {
+        kind: CandidateKind::Host,
+        address: SocketAddr::new([10, 0, 0, host].into(), 51_820),
+    });
+    let message = PeerMessage::Candidates {
+        generation: 1,
+        candidates: told.collect(),
+        nat: NatKind::Easy,
+    };
+    let (peer, via) = (id(1), Via::Relay(r1()));
+    core.handle_input(Input::Message { peer, via, message }, at(200));
+    let probed = drain(&mut core)
+        .into_iter()
+        .filter_map(|output| match output {
+            Output::Send {
+                via: Via::Direct(to),
+                ..
+            } => Some(to),
+            _ => None,
+        });
+    let probed: Vec<SocketAddr> = probed.collect();
+    assert_eq!(probed.len(), 6, "{probed:?}");
+    assert!(
+        !probed.contains(&"10.0.0.1:51820".parse().unwrap()),
+        "that is this node"
+    );
+}
+
+#[test]
+fn a_plain_wireguard_device_is_up_when_it_shook_hands_and_may_roam() {
+    let mut snapshot = mesh(2);
+    let name: NodeName = "phone".parse().unwrap();
+    let phone = ExternalPeer {
+        id: id(9),
+        name: name.clone(),
+        prefixes: Vec::new(),
+        gateway: "n0".parse().unwrap(),
+        endpoint: None,
+        keepalive: None,
+    };
+    snapshot.external_peers.insert(name, phone);
+    let mut core = core(snapshot);
+    let peer = id(9);
+    for (ms, address) in [(100, "198.51.100.7:1"), (200, "203.0.113.8:2")] {
+        let via = Via::Direct(address.parse().unwrap());
+        let received = vec![via];
+        match ms {
+            100 => core.handle_input(Input::Handshake { peer, via }, at(ms)),
+            _ => core.handle_input(
+                Input::Traffic {
+                    peer,
+                    sent: true,
+                    received,
+                },
+                at(ms),
+            ),
+        }
+        let (primary, duplicate) = (Some(via), None);
+        let outputs = drain(&mut core);
+        assert!(
+            outputs.contains(&Output::SetPath {
+                peer,
+                primary,
+                duplicate
+            }),
+            "{outputs:?}"
+        );
+        assert!(
+            !outputs
+                .iter()
+                .any(|output| matches!(output, Output::Send { .. }))
+        );
+    }
+}
+
+#[test]
+fn an_overtaken_list_of_candidates_is_ignored() {
+    let mut core = relayed();
+    let tell = |core: &mut Core, generation, nat| {
+        let candidates = Vec::new();
+        let message = PeerMessage::Candidates {
+            generation,
+            candidates,
+            nat,
+        };
+        let (peer, via) = (id(1), Via::Relay(r1()));
+        core.handle_input(Input::Message { peer, via, message }, at(200));
+        core.peer_report(&id(1)).unwrap().nat
+    };
+    assert_eq!(tell(&mut core, 5, NatKind::Hard), NatKind::Hard);
+    assert_eq!(tell(&mut core, 4, NatKind::Easy), NatKind::Hard);
+    assert_eq!(tell(&mut core, 6, NatKind::Easy), NatKind::Easy);
+}
+
+#[test]
+fn a_peer_that_no_relay_knows_is_offline_after_twenty_seconds() {
+    let mut core = core(mesh(3));
+    let (relay, transport, peer) = (r1(), RelayTransport::Quic, id(1));
+    core.handle_input(Input::RelayConnected { relay, transport }, at(10));
+    core.handle_input(Input::Wanted { peer }, at(50));
+    core.handle_input(
+        Input::RelayPeer {
+            relay,
+            peer,
+            present: false,
+        },
+        at(60),
+    );
+    let name = "n1".parse().unwrap();
+    for (until, state, alive) in [
+        (3_000, PeerState::Waking, true),
+        (3_100, PeerState::Waking, false),
+        (20_000, PeerState::Waking, false),
+        (20_100, PeerState::Unreachable, false),
+    ] {
+        while let Some(now) = core.poll_timeout().filter(|now| *now <= at(until)) {
+            core.handle_input(Input::Timeout, now);
+        }
+        let got = core.peer_report(&peer).unwrap().state;
+        assert_eq!((got, core.is_alive(&name)), (state, alive), "at {until} ms");
+    }
+    assert_eq!(core.peer_report(&peer).unwrap().reason, Reason::PeerOffline);
+}
+
+fn any_via() -> impl Strategy<Value = Via> {
+    prop_oneof![
+        Just(Via::Relay(r1())),
+        Just(Via::Relay(RelayId(99))),
+        (1..6u16).prop_map(|port| Via::Direct(SocketAddr::new([198, 51, 100, 7].into(), port))),
+    ]
+}
+
+fn any_message() -> impl Strategy<Value = PeerMessage> {
+    let txid = any::<u64>();
+    prop_oneof![
+        (txid, any::<bool>())
+            .prop_map(|(txid, full_size)| PeerMessage::EchoRequest { txid, full_size }),
+        // Stands for "the answer to the last question": see below.
+        Just(PeerMessage::EchoReply {
+            txid: 0,
+            full_size: false,
+            observed: None
+        }),
+        (0..4u64, any::<u16>()).prop_map(|(generation, port)| PeerMessage::Candidates {
+            generation,
+            candidates: vec![Candidate {
+                kind: CandidateKind::Reflexive,
+                address: SocketAddr::new([203, 0, 113, 5].into(), port),
+            }],
+            nat: NatKind::Easy,
+        }),
+        Just(PeerMessage::Goodbye),
+    ]
+}
+
+fn any_input() -> impl Strategy<Value = Input> {
+    let transport = prop_oneof![Just(RelayTransport::Quic), Just(RelayTransport::Tls)];
+    let peer = (0..3u32).prop_map(id);
+    let relay = r1();
+    prop_oneof![
+        4 => Just(Input::Timeout),
+        2 => peer.clone().prop_map(|peer| Input::Wanted { peer }),
+        2 => (peer.clone(), any_via()).prop_map(|(peer, via)| Input::Handshake { peer, via }),
+        6 => (peer.clone(), any_via(), any_message())
+            .prop_map(|(peer, via, message)| Input::Message { peer, via, message }),
+        4 => (peer.clone(), any::<bool>(), prop::collection::vec(any_via(), 0..2))
+            .prop_map(|(peer, sent, received)| Input::Traffic { peer, sent, received }),
+        2 => transport.clone()
+            .prop_map(move |transport| Input::RelayConnected { relay, transport }),
+        1 => transport.prop_map(move |transport| Input::RelayLost {
+            relay,
+            transport,
+            reason: "x".to_owned(),
+        }),
+        1 => (peer, any::<bool>())
+            .prop_map(move |(peer, present)| Input::RelayPeer { relay, peer, present }),
+        1 => Just(Input::RelayGoAway { relay }),
+        1 => (1..3u8).prop_map(|host| {
+            Input::LocalAddresses(vec![SocketAddr::new([10, 0, 0, host].into(), 51_820)])
+        }),
+        1 => (1..3u32).prop_map(|nodes| Input::Snapshot(Arc::new(mesh(nodes)))),
+    ]
+}
+
+/// What must hold after every input.
+fn check(core: &Core) -> Result<(), TestCaseError> {
+    for report in core.peers() {
+        let in_use = |path: &&report::PathReport| {
+            matches!(
+                path.state,
+                path::PathState::Primary | path::PathState::Suspect
+            )
+        };
+        let in_use: Vec<Via> = report.paths.iter().filter(in_use).map(|p| p.via).collect();
+        let expected: Vec<Via> = report.via.into_iter().collect();
+        prop_assert_eq!(in_use, expected, "{:#?}", report);
+        let has_path = matches!(
+            report.state,
+            PeerState::Relayed | PeerState::Direct | PeerState::Suspect
+        );
+        prop_assert_eq!(report.via.is_some(), has_path, "{:#?}", report);
+        if report.state == PeerState::Direct {
+            let path = report
+                .paths
+                .iter()
+                .find(|path| Some(path.via) == report.via);
+            prop_assert!(path.is_some_and(|path| path.full_size_ok), "{:#?}", report);
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #[test]
+    fn no_sequence_of_inputs_breaks_a_rule(
+        steps in prop::collection::vec((any_input(), 0..2_000u64, any::<bool>()), 0..120),
+    ) {
+        let mut core = core(mesh(3));
+        let (mut now, mut asked) = (at(0), Vec::new());
+        for (mut input, ms, on_time) in steps {
+            let until = now + Duration::from_millis(ms);
+            let mut turns = 0;
+            while let Some(next) = core.poll_timeout().filter(|next| on_time && *next <= until) {
+                now = now.max(next);
+                core.handle_input(Input::Timeout, now);
+                turns += 1;
+                prop_assert!(turns < 2_000, "spins");
+            }
+            now = until;
+            if let Input::Message { peer, via, message: PeerMessage::EchoReply { txid, .. } } =
+                &mut input
+                && let Some((asked_peer, asked_via, asked_txid)) = asked.pop()
+            {
+                (*peer, *via, *txid) = (asked_peer, asked_via, asked_txid);
+            }
+            core.handle_input(input, now);
+            for output in drain(&mut core) {
+                if let Output::Send { peer, via, message: PeerMessage::EchoRequest { txid, .. } } =
+                    output
+                {
+                    asked.push((peer, via, txid));
+                }
+            }
+            check(&core)?;
+        }
+    }
 }

@@ -1,0 +1,252 @@
+use rand::SeedableRng;
+
+use super::*;
+use crate::node::tests::at;
+
+use RelayTransport::{Quic, Tls};
+
+const R: RelayId = RelayId(1);
+
+/// Links, and what they did, as short words.
+struct Bench {
+    relays: Relays,
+    dice: Dice,
+    said: Vec<String>,
+}
+
+fn word(output: Output) -> String {
+    match output {
+        Output::ConnectRelay { relay, transport } => format!("connect {} {transport:?}", relay.0),
+        Output::DisconnectRelay { relay, transport } => {
+            format!("disconnect {} {transport:?}", relay.0)
+        }
+        Output::UseRelayTransport { relay, transport } => format!("use {} {transport:?}", relay.0),
+        other => panic!("{other:?}"),
+    }
+}
+
+impl Bench {
+    fn new(relays: &[u64]) -> Self {
+        let mut bench = Self {
+            relays: Relays::default(),
+            dice: Dice::seed_from_u64(1),
+            said: Vec::new(),
+        };
+        let known = relays.iter().map(|&id| RelayId(id));
+        bench.relays.set_known(&NodeId([0; 32]), known);
+        bench.act(|relays, dice, out| relays.keep(at(0), dice, out));
+        bench
+    }
+
+    fn act(&mut self, act: impl FnOnce(&mut Relays, &mut Dice, &mut dyn FnMut(Output))) {
+        let said = &mut self.said;
+        act(&mut self.relays, &mut self.dice, &mut |output| {
+            said.push(word(output))
+        });
+    }
+
+    fn connected(&mut self, transport: RelayTransport, ms: u64) {
+        self.act(|relays, dice, out| relays.on_connected(R, transport, at(ms), dice, out));
+    }
+
+    fn lost(&mut self, transport: RelayTransport, ms: u64) {
+        self.act(|relays, dice, out| relays.on_lost(R, transport, "why", at(ms), dice, out));
+    }
+
+    /// Lets every deadline up to `ms` come.
+    fn run_to(&mut self, ms: u64) {
+        let mut turns = 0;
+        while let Some(now) = self.relays.deadline().filter(|now| *now <= at(ms)) {
+            self.act(|relays, dice, out| relays.on_timeout(now, dice, out));
+            turns += 1;
+            assert!(turns < 1000, "the links spin");
+        }
+    }
+
+    fn said(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.said)
+    }
+}
+
+#[test]
+fn quic_goes_first_and_tls_follows_after_300_ms() {
+    let mut bench = Bench::new(&[1]);
+    bench.run_to(299);
+    assert_eq!(bench.said(), ["connect 1 Quic"]);
+    bench.run_to(300);
+    assert_eq!(bench.said(), ["connect 1 Tls"]);
+    bench.connected(Quic, 350);
+    assert_eq!(bench.said(), ["disconnect 1 Tls"]);
+    assert_eq!(bench.relays.transport(&R), Some(Quic));
+    assert_eq!(
+        bench.relays.deadline(),
+        None,
+        "a link that works needs nothing"
+    );
+}
+
+#[test]
+fn quic_that_comes_up_late_is_still_preferred() {
+    let mut bench = Bench::new(&[1]);
+    bench.run_to(300);
+    bench.connected(Tls, 400);
+    assert_eq!(bench.relays.transport(&R), Some(Tls));
+    bench.said();
+    bench.connected(Quic, 900);
+    assert_eq!(bench.said(), ["use 1 Quic", "disconnect 1 Tls"]);
+}
+
+#[test]
+fn udp_that_gives_nothing_in_3_s_is_blocked_and_tried_again_ever_more_rarely() {
+    let mut bench = Bench::new(&[1]);
+    bench.run_to(300);
+    bench.connected(Tls, 400);
+    bench.said();
+    bench.run_to(3_000);
+    assert_eq!(bench.said(), ["disconnect 1 Quic"]);
+    assert_eq!(bench.relays.transport(&R), Some(Tls));
+    assert!(bench.relays.report(&R).problem.unwrap().contains("QUIC"));
+    bench.run_to(62_999);
+    assert_eq!(bench.said(), Vec::<String>::new());
+    bench.run_to(66_000);
+    assert_eq!(bench.said(), ["connect 1 Quic", "disconnect 1 Quic"]);
+    bench.run_to(665_999);
+    assert_eq!(bench.said(), Vec::<String>::new());
+    bench.run_to(666_000);
+    assert_eq!(bench.said(), ["connect 1 Quic"]);
+}
+
+#[test]
+fn a_network_change_tries_quic_at_once() {
+    let mut bench = Bench::new(&[1]);
+    bench.run_to(300);
+    bench.connected(Tls, 400);
+    bench.run_to(10_000);
+    bench.said();
+    bench.act(|relays, dice, out| relays.on_network_change(at(10_000), dice, out));
+    assert_eq!(bench.said(), ["connect 1 Quic"]);
+}
+
+#[test]
+fn a_refused_quic_starts_tls_without_waiting() {
+    let mut bench = Bench::new(&[1]);
+    bench.lost(Quic, 20);
+    assert_eq!(bench.said(), ["connect 1 Quic", "connect 1 Tls"]);
+}
+
+#[test]
+fn a_link_that_breaks_is_made_again_at_once_and_then_with_longer_pauses() {
+    let mut bench = Bench::new(&[1]);
+    bench.connected(Quic, 20);
+    bench.said();
+    bench.lost(Quic, 1_000);
+    assert_eq!(bench.said(), ["connect 1 Quic"]);
+    let mut starts = vec![1_000];
+    for ms in 1_000..60_000 {
+        bench.run_to(ms);
+        for said in bench.said() {
+            match said.as_str() {
+                "connect 1 Quic" => starts.push(ms),
+                "connect 1 Tls" => {}
+                other => panic!("{other} at {ms}"),
+            }
+            bench.lost(if said.ends_with("Quic") { Quic } else { Tls }, ms);
+        }
+        if starts.len() == 1 {
+            bench.lost(Quic, ms);
+        }
+    }
+    let pauses: Vec<u64> = starts.windows(2).map(|two| two[1] - two[0]).collect();
+    assert!(pauses.len() > 15, "{pauses:?}");
+    assert!(pauses.iter().all(|pause| *pause <= 3_001), "{pauses:?}");
+    assert!(pauses[3] > pauses[1], "{pauses:?}");
+}
+
+#[test]
+fn a_doubted_link_moves_to_tls_if_nothing_comes_through_it() {
+    let mut bench = Bench::new(&[1]);
+    bench.connected(Quic, 20);
+    bench.said();
+    bench.act(|relays, dice, _| relays.doubt(R, at(5_000), dice));
+    bench.run_to(5_300);
+    assert_eq!(bench.said(), ["connect 1 Tls"]);
+    bench.connected(Tls, 5_400);
+    assert_eq!(bench.said(), ["use 1 Tls", "disconnect 1 Quic"]);
+    assert_eq!(bench.relays.transport(&R), Some(Tls));
+}
+
+#[test]
+fn a_doubted_link_through_which_something_comes_stays() {
+    let mut bench = Bench::new(&[1]);
+    bench.connected(Quic, 20);
+    bench.said();
+    bench.act(|relays, dice, _| relays.doubt(R, at(5_000), dice));
+    bench.act(|relays, dice, out| relays.heard(R, at(5_050), dice, out));
+    bench.run_to(60_000);
+    assert_eq!(bench.said(), Vec::<String>::new());
+    assert_eq!(bench.relays.transport(&R), Some(Quic));
+}
+
+#[test]
+fn two_links_are_kept_and_a_third_relay_steps_in_for_one_that_fails() {
+    let mut bench = Bench::new(&[1, 2, 3]);
+    let order = bench.relays.order().to_vec();
+    assert_eq!(bench.said().len(), 2, "two of three");
+    let (first, third) = (order[0], order[2]);
+    bench.act(|relays, dice, out| relays.on_connected(order[1], Quic, at(5), dice, out));
+    bench.act(|relays, dice, out| relays.on_lost(first, Quic, "no", at(10), dice, out));
+    bench.act(|relays, dice, out| relays.on_lost(first, Tls, "no", at(20), dice, out));
+    assert!(bench.said().contains(&format!("connect {} Quic", third.0)));
+    // It comes back; the third is let go of after a while.
+    bench.act(|relays, dice, out| relays.on_connected(third, Quic, at(30), dice, out));
+    bench.run_to(1_000);
+    bench.act(|relays, dice, out| relays.on_connected(first, Quic, at(1_000), dice, out));
+    bench.said();
+    bench.run_to(70_000);
+    assert!(
+        bench
+            .said()
+            .contains(&format!("disconnect {} Quic", third.0))
+    );
+}
+
+#[test]
+fn a_relay_that_goes_away_is_replaced_before_it_does() {
+    let mut bench = Bench::new(&[1, 2, 3]);
+    let order = bench.relays.order().to_vec();
+    for &relay in &order[..2] {
+        bench.act(|relays, dice, out| relays.on_connected(relay, Quic, at(10), dice, out));
+    }
+    bench.said();
+    bench.act(|relays, dice, out| relays.on_go_away(order[0], at(20), dice, out));
+    assert_eq!(bench.said(), [format!("connect {} Quic", order[2].0)]);
+    assert_eq!(
+        bench.relays.up(),
+        [order[1], order[0]],
+        "the one that stays first"
+    );
+}
+
+#[test]
+fn an_answer_that_nobody_waits_for_is_closed_again() {
+    let mut bench = Bench::new(&[1]);
+    bench.connected(Quic, 20);
+    bench.said();
+    bench.connected(Tls, 30);
+    assert_eq!(bench.said(), ["disconnect 1 Tls"]);
+}
+
+#[test]
+fn nodes_spread_over_the_relays_and_agree_on_each_others_order() {
+    let relays = || (1..=4).map(RelayId);
+    let mut firsts = BTreeMap::new();
+    for node in 0..=255 {
+        let order = rank(&NodeId([node; 32]), relays());
+        assert_eq!(order, rank(&NodeId([node; 32]), relays().rev()));
+        *firsts.entry(order[0]).or_insert(0) += 1;
+    }
+    assert!(
+        firsts.len() == 4 && firsts.values().all(|n| *n > 40),
+        "{firsts:?}"
+    );
+}
