@@ -74,6 +74,8 @@ pub struct Core {
     /// Peers are told of changed candidates then.
     tell_at: Option<Instant>,
     calls: Calls,
+    /// Peers that are up.
+    sessions: usize,
     dice: Dice,
     out: VecDeque<Output>,
 }
@@ -103,6 +105,7 @@ impl Core {
             gather: Gather::default(),
             tell_at: None,
             calls: Calls::new(now),
+            sessions: 0,
             dice: Dice::seed_from_u64(rng_seed),
             out: VecDeque::new(),
         }
@@ -308,6 +311,7 @@ impl Core {
         let Some(peer) = self.peers.remove(&id) else {
             return;
         };
+        self.sessions -= usize::from(peer.is_up());
         if let Some(at) = peer.timer {
             self.timers.remove(&(at, id));
         }
@@ -338,7 +342,7 @@ impl Core {
     // The node's view of itself.
 
     fn is_active(&self) -> bool {
-        !self.timers.is_empty()
+        self.sessions > 0
     }
 
     fn gather_anew(&mut self, now: Instant) {
@@ -370,8 +374,9 @@ impl Core {
 
     /// Sees to it that what peers are told is true.
     fn refresh_us(&mut self, now: Instant) {
-        let relay_up = !self.us.relays_up.is_empty();
-        let nat = self.gather.nat(&self.us.local, relay_up);
+        let nat = self
+            .gather
+            .nat(&self.us.local, self.relays.are_by_tls_only());
         let candidates = self.candidates();
         if (&candidates, nat) != (&self.us.candidates, self.us.nat) {
             self.us.candidates = candidates;
@@ -417,6 +422,7 @@ impl Core {
         now: Instant,
         act: impl FnOnce(&mut Relays, &mut Dice, &mut dyn FnMut(Output)),
     ) {
+        let by_tls_before = self.relays.are_by_tls_only();
         let out = &mut self.out;
         act(&mut self.relays, &mut self.dice, &mut |output| {
             out.push_back(output)
@@ -434,7 +440,7 @@ impl Core {
         for &relay in up.iter().filter(|relay| !before.contains(relay)) {
             self.for_each_peer(now, |peer, ctx| peer.on_relay_up(relay, ctx));
         }
-        if before.is_empty() != up.is_empty() {
+        if by_tls_before != self.relays.are_by_tls_only() {
             self.refresh_us(now);
         }
     }
@@ -459,7 +465,9 @@ impl Core {
             out: &mut self.out,
             wishes: &mut wishes,
         };
+        let was_up = peer.is_up();
         act(peer, &mut ctx);
+        self.sessions = self.sessions + usize::from(peer.is_up()) - usize::from(was_up);
         let deadline = peer.deadline();
         if peer.timer != deadline {
             if let Some(old) = std::mem::replace(&mut peer.timer, deadline) {

@@ -182,7 +182,7 @@ impl Gather {
     }
 
     /// The kind of NAT, by IPv4 if that answered: IPv6 is rarely translated.
-    pub(crate) fn nat(&self, local: &[SocketAddr], relay_up: bool) -> NatKind {
+    pub(crate) fn nat(&self, local: &[SocketAddr], by_tls_only: bool) -> NatKind {
         let of_family = |v4: bool| self.seen.values().filter(move |seen| seen.is_ipv4() == v4);
         let v4 = of_family(true).count() > 0;
         let mut seen: Vec<&SocketAddr> = of_family(v4).collect();
@@ -190,8 +190,7 @@ impl Gather {
         seen.sort_unstable();
         seen.dedup();
         match (seen.as_slice(), vantage_points) {
-            ([], _) if self.silent && relay_up => NatKind::UdpBlocked,
-            _ if self.silent && relay_up => NatKind::UdpBlocked,
+            _ if self.silent && by_tls_only => NatKind::UdpBlocked,
             ([], _) => NatKind::Unknown,
             ([one], _) if local.contains(one) => NatKind::None,
             ([_], 1) => NatKind::Unknown,
@@ -300,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn silence_means_blocked_only_if_a_relay_is_up() {
+    fn silence_means_blocked_only_if_relays_answer_by_tls() {
         let mut gather = started();
         let mut sent = 0;
         let mut now = at(0);

@@ -381,6 +381,12 @@ impl Relays {
         self.links.get(relay).and_then(Link::up)
     }
 
+    /// Whether there are links, and not one of them runs over UDP.
+    pub(crate) fn are_by_tls_only(&self) -> bool {
+        let by = |transport| self.links.values().any(|link| link.up() == Some(transport));
+        by(RelayTransport::Tls) && !by(RelayTransport::Quic)
+    }
+
     /// Whether there is, or may soon be, a link.
     pub(crate) fn is_hopeful(&self, relay: &RelayId) -> bool {
         self.links.get(relay).is_none_or(Link::is_hopeful)
