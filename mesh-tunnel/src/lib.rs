@@ -10,6 +10,7 @@ mod batch;
 mod checksum;
 mod coalesce;
 mod engine;
+mod icmp;
 mod inbound;
 mod outbound;
 mod peer;

@@ -1,6 +1,9 @@
 //! From the TUN device to a path.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Instant,
+};
 
 use mesh_linux::tun::{READ_LEN_MAX, VnetHeader};
 use mesh_linux::udp::{SEGMENTS_MAX, SEND_BYTES_MAX};
@@ -12,6 +15,7 @@ use mesh_wire::{
 use crate::{
     batch::{Batch, Target},
     engine::HANDSHAKE_LEN_MAX,
+    icmp,
     peer::{HELD_DROP, Peer, State},
     route, segment,
     stats::DropReason,
@@ -62,9 +66,10 @@ impl Inner {
             return Err(DropReason::ForgedControl);
         }
         let id = self.routes.load().get(destination).copied();
-        let peer = id
-            .and_then(|id| self.wake(&id))
-            .ok_or(DropReason::NoRoute)?;
+        let Some(peer) = id.and_then(|id| self.wake(&id)) else {
+            self.answer_no_route(packet);
+            return Err(DropReason::NoRoute);
+        };
         let mut state = peer.lock();
         if state.is_ready() {
             self.send_held(&peer, &mut state, out);
@@ -84,6 +89,24 @@ impl Inner {
             self.transmit(&peer.id, via, &initiation, initiation.len());
         }
         Ok((!peer.is_external()).then_some(TunnelEvent::Wanted(peer.id)))
+    }
+
+    /// Tells the sender, unless many others were just told.
+    fn answer_no_route(&self, packet: &[u8]) {
+        let mut answer = [0; icmp::LEN_MAX];
+        let Some(len) = icmp::no_route(packet, &mut answer) else {
+            return;
+        };
+        let allowance = &self.errors_allowed;
+        let take = allowance.try_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+            left.checked_sub(1)
+        });
+        if take.is_ok() {
+            let mut framed = [0; VnetHeader::LEN + icmp::LEN_MAX];
+            let whole = framed.get_mut(VnetHeader::LEN..).unwrap_or_default();
+            whole.copy_from_slice(&answer);
+            self.write_tun(framed.get(..VnetHeader::LEN + len).unwrap_or_default());
+        }
     }
 
     /// Sends what waited, in order and before anything else can be sealed.

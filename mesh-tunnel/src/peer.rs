@@ -338,3 +338,34 @@ impl Peers {
 
 /// Why a packet that [`State::hold`] gave up was dropped.
 pub(crate) const HELD_DROP: DropReason = DropReason::HeldTooMany;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scan_of_the_mesh_cannot_take_the_memory() {
+        let keys = Keys::new([1; 32]);
+        let (total, now) = (AtomicUsize::new(0), Instant::now());
+        let mut peers = Peers::default();
+        let ids: Vec<_> = (0..100).map(|n| NodeId([n; 32])).collect();
+        peers.set_known(ids.iter().copied().collect(), &total);
+        let mut refused = 0;
+        for id in &ids {
+            let peer = peers.wake(id, &keys).unwrap();
+            refused += (0..2)
+                .map(|_| peer.lock().hold(&[0; 65_536], now, &total))
+                .sum::<usize>();
+        }
+        assert_eq!(total.load(Ordering::Relaxed), HELD_TOTAL_BYTES_MAX);
+        assert_eq!(refused, 200 - 128);
+        // Of one peer the oldest go first, and the sum does not drift.
+        let first = peers.wake(&ids[0], &keys).unwrap();
+        assert_eq!(first.lock().hold(&[1; 65_536], now, &total), 1);
+        assert_eq!(first.lock().take_held(&total).unwrap()[0], 0);
+        assert_eq!(first.lock().take_held(&total).unwrap()[0], 1);
+        assert_eq!(peers.set_known(HashSet::new(), &total), 126);
+        assert_eq!(total.load(Ordering::Relaxed), 0);
+        assert_eq!(peers.awake_len(), 0);
+    }
+}

@@ -5,7 +5,8 @@ use std::{
     fmt, io,
     net::{Ipv6Addr, SocketAddr},
     sync::{
-        Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, atomic::AtomicUsize,
+        Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        atomic::{AtomicUsize, Ordering},
     },
     time::Instant,
 };
@@ -143,6 +144,7 @@ impl Tunnel {
             relays: ArcSwap::default(),
             drops: Drops::default(),
             held_bytes: AtomicUsize::new(0),
+            errors_allowed: AtomicUsize::new(0),
             inboxes: Pool::default(),
             outboxes: Pool::default(),
             peers: RwLock::default(),
@@ -330,6 +332,10 @@ impl Tunnel {
     }
 }
 
+/// Most ICMP errors in a tick of 200 ms: 100 a second, a tenth of what Linux allows itself
+/// (`net.ipv4.icmp_msgs_per_sec`).
+const ERRORS_PER_TICK: usize = 20;
+
 /// What all threads share. A peer's lock is never held while the peers' lock is asked for, and
 /// no lock while an event is told.
 pub(crate) struct Inner {
@@ -342,6 +348,8 @@ pub(crate) struct Inner {
     pub(crate) drops: Drops,
     /// Bytes that wait for paths, of all peers.
     pub(crate) held_bytes: AtomicUsize,
+    /// ICMP errors that may still be made until the next tick.
+    pub(crate) errors_allowed: AtomicUsize,
     pub(crate) inboxes: Pool<Inbox>,
     outboxes: Pool<Outbox>,
     events: Box<dyn Fn(TunnelEvent) + Send + Sync>,
@@ -416,6 +424,8 @@ impl Inner {
     /// What time demands of all peers that are awake.
     pub(crate) fn tick(&self, now: Instant) {
         self.keys.tick();
+        self.errors_allowed
+            .store(ERRORS_PER_TICK, Ordering::Relaxed);
         let peers: Vec<_> = self.peers().awake().cloned().collect();
         for peer in peers {
             self.tick_peer(&peer, now);

@@ -10,7 +10,11 @@
 
 mod harness;
 
-use std::{net::SocketAddr, thread};
+use std::{
+    io::ErrorKind,
+    net::{SocketAddr, TcpStream, UdpSocket},
+    thread,
+};
 
 use harness::*;
 use mesh_tunnel::{stats::DropReason, tunnel::TunnelEvent};
@@ -173,9 +177,7 @@ fn garbage_is_counted_and_stun_is_told() {
     let lab = Lab::new();
     let (a, b) = pair(&lab);
     connect(&a, &b, b.direct_v4(), a.direct_v4());
-    let outside = lab.on(Side::B, || {
-        std::net::UdpSocket::bind("192.0.2.2:0").unwrap()
-    });
+    let outside = lab.on(Side::B, || UdpSocket::bind("192.0.2.2:0").unwrap());
     let target = SocketAddr::new(Side::A.underlay_v4(), a.tunnel.port());
     let mut data = vec![4, 0, 0, 0];
     data.extend([0xee; 60]);
@@ -304,4 +306,77 @@ fn a_stock_wireguard_device_is_a_peer_and_is_followed_when_it_moves() {
         a.events.try_recv().is_err(),
         "a stock device has no core to tell of"
     );
+}
+
+/// An initiation of `a` to `b` that never reached it, and the socket that caught it.
+fn record_initiation(lab: &Lab, a: &Node, b: &Node) -> (Vec<u8>, UdpSocket) {
+    let recorder = lab.on(Side::B, || UdpSocket::bind("192.0.2.2:0").unwrap());
+    recorder.set_read_timeout(Some(PATIENCE)).unwrap();
+    a.tunnel
+        .handshake(&b.id, &[Via::Direct(recorder.local_addr().unwrap())]);
+    let mut bytes = [0; 200];
+    let len = recorder.recv(&mut bytes).unwrap();
+    (bytes[..len].to_vec(), recorder)
+}
+
+#[test]
+fn a_recorded_initiation_opens_no_session_and_works_once() {
+    let lab = Lab::new();
+    let (a, b) = pair(&lab);
+    let (initiation, recorder) = record_initiation(&lab, &a, &b);
+    let target = SocketAddr::new(Side::B.underlay_v4(), b.tunnel.port());
+    recorder.send_to(&initiation, target).unwrap();
+    assert_eq!(recorder.recv(&mut [0; 200]).unwrap(), 92, "a response");
+    recorder.send_to(&initiation, target).unwrap();
+    wait_until("the copy is counted", || {
+        b.tunnel.stats().dropped(DropReason::Replayed) == 1
+    });
+    assert!(!b.tunnel.peer_stats(&a.id).unwrap().has_session);
+    assert!(b.events.try_recv().is_err(), "nobody has proven anything");
+    wait_until("a fresh initiation works", || {
+        a.tunnel.handshake(&b.id, &[b.direct_v4()]);
+        a.tunnel
+            .peer_stats(&b.id)
+            .is_some_and(|stats| stats.has_session)
+    });
+    assert_eq!(b.await_handshake(&a), a.direct_v4());
+}
+
+#[test]
+fn a_flood_of_handshakes_is_asked_for_cookies_and_peers_still_get_through() {
+    let lab = Lab::new();
+    let (a, b) = pair(&lab);
+    let (initiation, recorder) = record_initiation(&lab, &a, &b);
+    let target = SocketAddr::new(Side::B.underlay_v4(), b.tunnel.port());
+    let mut bytes = [0; 200];
+    let flood = || (0..400).for_each(|_| drop(recorder.send_to(&initiation, target)));
+    flood();
+    while recorder.recv(&mut bytes).unwrap() != 64 {}
+    wait_until("it is counted", || {
+        b.tunnel.stats().dropped(DropReason::UnderLoad) > 0
+    });
+    // The first attempt under load earns a cookie, a later one shows it.
+    let connected = || {
+        a.tunnel
+            .peer_stats(&b.id)
+            .is_some_and(|stats| stats.has_session)
+    };
+    wait_until("a session in spite of the flood", || {
+        flood();
+        a.tunnel.handshake(&b.id, &[b.direct_v4()]);
+        connected()
+    });
+}
+
+#[test]
+fn who_wants_an_address_that_nobody_has_is_told() {
+    let lab = Lab::new();
+    let (a, _b) = pair(&lab);
+    for nobody in ["100.96.7.7", "fd12:3456:789a::77"] {
+        let address = SocketAddr::new(nobody.parse().unwrap(), 9);
+        let error = lab.on(a.side, || {
+            TcpStream::connect_timeout(&address, PATIENCE).unwrap_err()
+        });
+        assert_eq!(error.kind(), ErrorKind::NetworkUnreachable, "{error}");
+    }
 }
