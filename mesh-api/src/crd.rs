@@ -128,3 +128,35 @@ pub struct MeshConfigSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu_bytes: Option<u16>,
 }
+
+#[cfg(test)]
+mod tests {
+    use kube::CustomResourceExt as _;
+
+    use super::*;
+
+    #[test]
+    fn each_kind_has_a_definition_with_the_field_names_that_users_write() {
+        let definitions = [
+            (MeshNode::crd(), "meshnodes", "overlayIPv4"),
+            (MeshRelay::crd(), "meshrelays", "quicPort"),
+            (ExternalPeer::crd(), "externalpeers", "keepaliveSeconds"),
+            (MeshConfig::crd(), "meshconfigs", "overlayIPv4CIDR"),
+        ];
+        for (definition, plural, field) in definitions {
+            assert_eq!(definition.spec.names.plural, plural);
+            assert_eq!(definition.spec.scope, "Cluster");
+            let version = serde_json::to_value(&definition.spec.versions[0]).unwrap();
+            let schema = &version["schema"]["openAPIV3Schema"]["properties"]["spec"];
+            assert!(
+                schema["properties"][field].is_object(),
+                "{plural}: {version}"
+            );
+            let named = format!(
+                "{}/{}",
+                definition.spec.group, definition.spec.versions[0].name
+            );
+            assert_eq!(named, API_VERSION);
+        }
+    }
+}
