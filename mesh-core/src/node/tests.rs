@@ -225,15 +225,17 @@ fn told_candidates_are_probed_up_to_a_limit_and_never_at_ourselves() {
     };
     let (peer, via) = (id(1), Via::Relay(r1()));
     core.handle_input(Input::Message { peer, via, message }, at(200));
-    let probed = drain(&mut core)
-        .into_iter()
-        .filter_map(|output| match output {
-            Output::Send {
-                via: Via::Direct(to),
-                ..
-            } => Some(to),
-            _ => None,
-        });
+    let probed = drain(&mut core).into_iter().filter_map(|output| {
+        if let Output::Send {
+            via: Via::Direct(to),
+            ..
+        } = output
+        {
+            Some(to)
+        } else {
+            None
+        }
+    });
     let probed: Vec<SocketAddr> = probed.collect();
     assert_eq!(probed.len(), 6, "{probed:?}");
     assert!(

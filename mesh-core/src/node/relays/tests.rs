@@ -21,7 +21,12 @@ fn word(output: Output) -> String {
             format!("disconnect {} {transport:?}", relay.0)
         }
         Output::UseRelayTransport { relay, transport } => format!("use {} {transport:?}", relay.0),
-        other => panic!("{other:?}"),
+        other @ (Output::Handshake { .. }
+        | Output::Send { .. }
+        | Output::SetPath { .. }
+        | Output::FindPeer { .. }
+        | Output::AskReflexive { .. }
+        | Output::Event(_)) => panic!("{other:?}"),
     }
 }
 
