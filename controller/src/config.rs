@@ -115,3 +115,15 @@ impl Settings {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shipped_example_has_only_keys_that_are_known() {
+        let text = include_str!("../../examples/controller.toml");
+        let file: ConfigFile = toml::from_str(text).unwrap();
+        check_trust_domain(&file.mesh_name).unwrap();
+    }
+}

@@ -1,4 +1,6 @@
 //! `mesh-controller --config FILE`.
+//!
+//! **Invariant:** arguments, log and exit code; everything else is in the library.
 
 #![forbid(unsafe_code)]
 

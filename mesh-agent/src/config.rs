@@ -261,6 +261,18 @@ mod tests {
     }
 
     #[test]
+    fn the_shipped_example_is_what_the_defaults_are() {
+        let example = parse(include_str!("../../examples/agent.toml")).unwrap();
+        let defaults = parse("node_name = 'edge-a1'").unwrap();
+        assert_eq!(example.state_dir, defaults.state_dir);
+        assert_eq!(example.interface, defaults.interface);
+        assert_eq!(example.listen_port, defaults.listen_port);
+        assert_eq!(example.admin_socket, defaults.admin_socket);
+        assert_eq!(example.dns.listen, defaults.dns.listen);
+        assert!(example.services);
+    }
+
+    #[test]
     fn a_typo_names_file_line_key_and_accepted_keys() {
         let error = parse("node_name = 'edge-a1'\nlisten_prot = 1").unwrap_err();
         for part in [

@@ -1,4 +1,6 @@
-//! The Holdfast node daemon.
+//! The Holdfast node daemon: arguments, log, exit code.
+//!
+//! **Invariant:** everything else is in the library.
 
 use std::{path::PathBuf, process::ExitCode};
 

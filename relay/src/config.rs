@@ -196,3 +196,14 @@ fn limits(file: &ConfigFile, path: &Path) -> Result<Limits, ConfigError> {
     limits.links_per_source_max = count("clients_per_network_max", per_network, default)?;
     Ok(limits)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shipped_example_has_only_keys_that_are_known() {
+        let file: ConfigFile = toml::from_str(include_str!("../../examples/relay.toml")).unwrap();
+        assert_eq!(file.stun_listen.len(), 1);
+    }
+}

@@ -1,4 +1,6 @@
 //! `mesh-relay`: carries encrypted packets between nodes that cannot reach each other.
+//!
+//! **Invariant:** arguments, log and exit code; everything else is in the library.
 
 #![forbid(unsafe_code)]
 

@@ -32,7 +32,6 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         "mesh-controller",
         &["mesh-api", "mesh-core", "mesh-wire", "mesh-identity"],
     ),
-    ("mesh-cni", &["mesh-api", "mesh-linux"]),
     (
         "mesh-agent",
         &[
@@ -50,7 +49,6 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ),
     ("meshctl", &["mesh-api"]),
     ("netns-tests", &["mesh-linux"]),
-    ("integration", &["mesh-api"]),
     ("xtask", &["netns-tests"]),
 ];
 
@@ -114,6 +112,13 @@ pub(crate) fn check_all() -> Vec<Outcome> {
         (
             "an invariant in every crate root",
             packages.iter().flat_map(invariants).collect(),
+        ),
+        (
+            "every dependency is used",
+            packages
+                .iter()
+                .flat_map(|package| unused(package, &sources))
+                .collect(),
         ),
         ("unsafe stays at home", of(unsafe_code)),
         ("nothing is left to do", of(left_to_do)),
@@ -189,12 +194,49 @@ fn import(from: &str, to: &str, kind: Option<&str>) -> Option<String> {
     })
 }
 
+/// Crates that are used without being named in code: their derive or generated code names them.
+const USED_UNNAMED: &[&str] = &["k8s-openapi", "tonic-prost"];
+
+/// Dependencies of `package` that none of its sources names.
+fn unused(package: &Package, sources: &[(String, String)]) -> Vec<String> {
+    let folder = package.manifest_path.parent().map(show).unwrap_or_default();
+    let own: Vec<_> = sources
+        .iter()
+        .filter(|(path, _)| path.starts_with(&format!("{folder}/")))
+        .map(|(_, text)| text.as_str())
+        .collect();
+    let idle = package.dependencies.iter().filter(|dependency| {
+        !USED_UNNAMED.contains(&dependency.name.as_str()) && !names(&own, &dependency.name)
+    });
+    idle.map(|dependency| {
+        format!(
+            "{folder}: nothing uses {}: take it out of Cargo.toml",
+            dependency.name
+        )
+    })
+    .collect()
+}
+
+fn names(sources: &[&str], dependency: &str) -> bool {
+    let name = dependency.replace('-', "_");
+    let word = |c: char| c.is_alphanumeric() || c == '_';
+    sources.iter().any(|text| {
+        text.match_indices(&name).any(|(at, _)| {
+            let before = text.get(..at).and_then(|head| head.chars().next_back());
+            let after = text
+                .get(at + name.len()..)
+                .and_then(|tail| tail.chars().next());
+            !before.is_some_and(word) && !after.is_some_and(word)
+        })
+    })
+}
+
 fn readme(package: &Package) -> Option<String> {
     missing_readme(package.manifest_path.parent()?)
 }
 
 fn other_readmes() -> impl Iterator<Item = String> {
-    ["", "examples", "ebpf"]
+    ["", "cni", "deploy", "ebpf", "examples", "integration"]
         .iter()
         .filter_map(|folder| missing_readme(&root().join(folder)))
 }
@@ -432,6 +474,15 @@ mod tests {
     fn a_root_without_an_invariant_is_told() {
         assert!(no_invariant("//! A crate.\nfn main() {}"));
         assert!(!no_invariant("//! A crate.\n//!\n//! **Invariant:** none."));
+    }
+
+    #[test]
+    fn a_dependency_counts_as_used_only_by_its_whole_name() {
+        assert!(names(&["use serde_json::Value;"], "serde-json"));
+        assert!(!names(
+            &["use serde_json::Value;", "my_serde::x()"],
+            "serde"
+        ));
     }
 
     #[test]

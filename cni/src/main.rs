@@ -1,3 +1,0 @@
-//! CNI plug-in.
-
-fn main() {}
