@@ -61,8 +61,21 @@ pub(crate) fn run(nightly: bool) -> Result<bool> {
         ],
     ));
     add(tidy_row());
-    build(false)?;
-    for program in test_programs()? {
+    let built = Instant::now();
+    let programs = match build(false).and_then(|_| test_programs()) {
+        Ok(programs) => programs,
+        Err(error) => {
+            add(Row {
+                what: "build".to_owned(),
+                passed: 0,
+                failed: 1,
+                time: built.elapsed(),
+                said: format!("{error:#}: its messages are above"),
+            });
+            return Ok(finish(&rows));
+        }
+    };
+    for program in programs {
         let rounds = if nightly && program.scenario { 3 } else { 1 };
         for _ in 0..rounds {
             add(run_tests(&program, nightly));

@@ -18,6 +18,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("mesh-linux", &[]),
     ("mesh-core", &["mesh-wire"]),
     ("mesh-identity", &["mesh-wire"]),
+    ("mesh-daemon", &[]),
     ("mesh-api", &["mesh-core", "mesh-wire", "mesh-identity"]),
     ("mesh-tunnel", &["mesh-wire", "mesh-linux"]),
     ("ebpf-abi", &[]),
@@ -26,11 +27,11 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("mesh-dns", &["mesh-core", "mesh-wire"]),
     (
         "mesh-relay",
-        &["mesh-core", "mesh-wire", "mesh-identity", "mesh-linux"],
+        &["mesh-core", "mesh-wire", "mesh-identity", "mesh-daemon"],
     ),
     (
         "mesh-controller",
-        &["mesh-api", "mesh-core", "mesh-wire", "mesh-identity"],
+        &["mesh-api", "mesh-core", "mesh-wire", "mesh-identity", "mesh-daemon"],
     ),
     (
         "mesh-agent",
@@ -39,6 +40,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "mesh-linux",
             "mesh-core",
             "mesh-identity",
+            "mesh-daemon",
             "mesh-api",
             "mesh-tunnel",
             "ebpf-abi",
