@@ -31,7 +31,13 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ),
     (
         "mesh-controller",
-        &["mesh-api", "mesh-core", "mesh-wire", "mesh-identity", "mesh-daemon"],
+        &[
+            "mesh-api",
+            "mesh-core",
+            "mesh-wire",
+            "mesh-identity",
+            "mesh-daemon",
+        ],
     ),
     (
         "mesh-agent",
