@@ -1,11 +1,11 @@
 //! The configuration: the file as written, then settings as checked.
 
 use std::{
-    fs, io,
     net::SocketAddr,
     path::{Path, PathBuf},
 };
 
+use mesh_daemon::FileError;
 use mesh_identity::authority::check_trust_domain;
 use serde::Deserialize;
 
@@ -27,22 +27,9 @@ pub struct Settings {
 /// Why the configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("cannot read {}: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// It is not what it must be.
-    #[error("cannot parse {}: {source}", path.display())]
-    Parse {
-        /// The file.
-        path: PathBuf,
-        /// Where and why.
-        source: toml::de::Error,
-    },
+    /// The file itself.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// A value is out of range.
     #[error("{}: {key}: {problem}", path.display())]
     Value {
@@ -87,14 +74,7 @@ impl Settings {
     ///
     /// [`ConfigError`] with the file, the line and the key.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
-        let file: ConfigFile = toml::from_str(&text).map_err(|source| ConfigError::Parse {
-            path: path.to_owned(),
-            source,
-        })?;
+        let file: ConfigFile = mesh_daemon::read_toml(path)?;
         let value = |key, problem: String| ConfigError::Value {
             path: path.to_owned(),
             key,

@@ -3,28 +3,22 @@
 use std::{
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use mesh_api::{
     admin::controller_admin_server::ControllerAdminServer,
     connect::{ALPN, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT},
     control::control_server::ControlServer,
     serve::{AdminSocket, tls_incoming},
 };
+use mesh_daemon::{NotifyState, notify, supervisor::Supervisor};
 use mesh_identity::{
     credentials::Credentials,
     tls::{ClientAuth, server_config},
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use sd_notify::NotifyState;
-use tokio::{
-    net::TcpListener,
-    signal::unix::{SignalKind, signal},
-    task::JoinSet,
-    time::timeout,
-};
+use tokio::net::TcpListener;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
@@ -36,9 +30,6 @@ use crate::{
     manifests::watch::Watch,
     state::State,
 };
-
-/// How long open streams may take to end.
-const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 
 /// Streams that one connection may have: an agent has one Sync and now and then a Renew.
 const STREAMS_MAX: u32 = 8;
@@ -66,56 +57,14 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> Result<()> {
         "mesh-controller serves"
     );
 
-    let mut tasks = JoinSet::new();
-    tasks.spawn(named(
-        "control",
-        control(state.clone(), listener, certificate.clone(), stop.clone()),
-    ));
-    tasks.spawn(named("admin", admin(state.clone(), socket, stop.clone())));
-    tasks.spawn(named(
-        "manifests",
-        manifests(state, certificate, stop.clone()),
-    ));
+    let mut supervisor = Supervisor::new(stop.clone());
+    supervisor.stop_on_signal()?;
+    let agents = control(state.clone(), listener, certificate.clone(), stop.clone());
+    supervisor.spawn("control", agents);
+    supervisor.spawn("admin", admin(state.clone(), socket, stop.clone()));
+    supervisor.spawn("manifests", manifests(state, certificate, stop));
     notify(NotifyState::Ready);
-    supervise(tasks, stop).await
-}
-
-async fn supervise(
-    mut tasks: JoinSet<(&'static str, Result<()>)>,
-    stop: CancellationToken,
-) -> Result<()> {
-    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
-    let early = tokio::select! {
-        _ = terminate.recv() => None,
-        _ = interrupt.recv() => None,
-        () = stop.cancelled() => None,
-        ended = tasks.join_next() => ended,
-    };
-    notify(NotifyState::Stopping);
-    stop.cancel();
-    if timeout(SHUTDOWN_GRACE, async {
-        while tasks.join_next().await.is_some() {}
-    })
-    .await
-    .is_err()
-    {
-        tracing::warn!(grace = ?SHUTDOWN_GRACE, "some streams did not end in time");
-    }
-    if let Some(ended) = early {
-        let (name, result) = ended.context("a task panicked")?;
-        result.with_context(|| format!("task {name} failed"))?;
-        bail!("task {name} ended early");
-    }
-    tracing::info!("mesh-controller stopped");
-    Ok(())
-}
-
-async fn named(
-    name: &'static str,
-    work: impl Future<Output = Result<()>>,
-) -> (&'static str, Result<()>) {
-    (name, work.await)
+    supervisor.run().await
 }
 
 async fn control(
@@ -210,11 +159,5 @@ fn raise_file_limit() {
     };
     if let Err(error) = setrlimit(Resource::Nofile, raised) {
         tracing::warn!(%error, "cannot raise the limit of open files");
-    }
-}
-
-fn notify(state: NotifyState<'_>) {
-    if let Err(error) = sd_notify::notify(&[state]) {
-        tracing::warn!(%error, "cannot tell systemd");
     }
 }

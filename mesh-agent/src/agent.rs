@@ -13,6 +13,7 @@ use mesh_core::{
     node::{Core, CoreConfig},
     snapshot::Snapshot,
 };
+use mesh_daemon::{NotifyState, supervisor::Supervisor};
 use mesh_dns::server::DnsServer;
 use mesh_linux::{
     IfIndex,
@@ -23,10 +24,8 @@ use mesh_linux::{
 use mesh_tunnel::tunnel::{PrivateKey, Tunnel, TunnelConfig, Workers};
 use mesh_wire::id::NodeId;
 use ring::rand::{SecureRandom as _, SystemRandom};
-use sd_notify::NotifyState;
 use tokio::{
     runtime,
-    signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
     time,
 };
@@ -40,7 +39,6 @@ use crate::{
     links::Links,
     network, publish,
     state::StateFolder,
-    supervisor::Supervisor,
     sync::{self, Sync},
 };
 
@@ -60,36 +58,19 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
     let result = runtime.block_on(async {
         let stop = CancellationToken::new();
         let mut supervisor = Supervisor::new(stop.clone());
-        supervisor.spawn("signals", stop_on_signal(stop.clone())?);
+        supervisor.stop_on_signal()?;
         let started = tokio::select! {
             started = start(settings, state, &mut supervisor, stop.clone()) => started,
             () = stop.cancelled() => return Ok(()),
         };
         let running = started?;
-        sd_notify::notify(&[NotifyState::Ready]).ok(); // No NOTIFY_SOCKET: nobody asked.
+        mesh_daemon::notify(NotifyState::Ready);
         let result = supervisor.run().await;
-        sd_notify::notify(&[NotifyState::Stopping]).ok();
         running.end().await;
         result
     });
     runtime.shutdown_timeout(RUNTIME_GRACE);
     result
-}
-
-fn stop_on_signal(
-    stop: CancellationToken,
-) -> anyhow::Result<impl Future<Output = anyhow::Result<()>> + Send> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => tracing::info!("told to stop"),
-            _ = interrupt.recv() => tracing::info!("interrupted"),
-            () = stop.cancelled() => {}
-        }
-        stop.cancel();
-        Ok(())
-    })
 }
 
 /// What must be ended in order once the tasks are gone.

@@ -1,11 +1,11 @@
 //! The configuration: the file as written, then settings as checked.
 
 use std::{
-    fs, io,
     net::SocketAddr,
     path::{Path, PathBuf},
 };
 
+use mesh_daemon::FileError;
 use mesh_wire::id::NodeName;
 use serde::Deserialize;
 
@@ -135,22 +135,9 @@ const INTERFACE_NAME_LEN_MAX: usize = 15;
 /// Why the configuration cannot be used. Exit code 64.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("cannot read {path}: {source}")]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The file is not what it should be; the source names line, key and accepted keys.
-    #[error("cannot parse {path}: {source}")]
-    Parse {
-        /// The file.
-        path: PathBuf,
-        /// Where and why.
-        source: Box<toml::de::Error>,
-    },
+    /// The file itself.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// A value is out of its range.
     #[error("{path}: `{key}`: {problem}")]
     Value {
@@ -170,18 +157,10 @@ impl Settings {
     ///
     /// [`ConfigError`], which names the file and the key.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
-        Self::parse(path, &text)
+        Self::check(path, mesh_daemon::read_toml(path)?)
     }
 
-    fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
-        let file: ConfigFile = toml::from_str(text).map_err(|source| ConfigError::Parse {
-            path: path.to_owned(),
-            source: Box::new(source),
-        })?;
+    fn check(path: &Path, file: ConfigFile) -> Result<Self, ConfigError> {
         let bad = |key, problem: String| ConfigError::Value {
             path: path.to_owned(),
             key,
@@ -250,7 +229,9 @@ mod tests {
     use super::*;
 
     fn parse(text: &str) -> Result<Settings, String> {
-        Settings::parse(Path::new("/etc/holdfast/agent.toml"), text).map_err(|e| e.to_string())
+        let file = toml::from_str(text).map_err(|error| error.to_string())?;
+        let checked = Settings::check(Path::new("/etc/holdfast/agent.toml"), file);
+        checked.map_err(|error| error.to_string())
     }
 
     #[test]
@@ -273,14 +254,9 @@ mod tests {
     }
 
     #[test]
-    fn a_typo_names_file_line_key_and_accepted_keys() {
+    fn a_typo_names_line_key_and_accepted_keys() {
         let error = parse("node_name = 'edge-a1'\nlisten_prot = 1").unwrap_err();
-        for part in [
-            "/etc/holdfast/agent.toml",
-            "line 2",
-            "listen_prot",
-            "listen_port",
-        ] {
+        for part in ["line 2", "listen_prot", "listen_port"] {
             assert!(error.contains(part), "{part} is not in: {error}");
         }
     }

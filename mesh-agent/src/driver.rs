@@ -296,8 +296,14 @@ impl Driver {
     }
 
     fn handle_message(&mut self, peer: NodeId, via: Via, packet: &[u8]) {
+        let own_address = self.snapshot.mesh.id.overlay_v6(&peer);
         let message = match PeerMessage::from_packet(packet) {
-            Ok((_, message)) => message,
+            Ok((source, message)) if source == own_address => message,
+            Ok((source, _)) => {
+                // From a device behind the peer: only the peer itself speaks for itself.
+                tracing::debug!(%peer, %source, "a control message that is not the peer's own");
+                return;
+            }
             Err(error) => {
                 tracing::debug!(%peer, %error, "a peer's message was not understood");
                 return;

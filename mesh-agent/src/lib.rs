@@ -16,5 +16,4 @@ pub mod publish;
 pub mod report;
 pub mod state;
 pub mod store;
-pub mod supervisor;
 pub mod sync;

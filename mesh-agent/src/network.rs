@@ -139,7 +139,7 @@ pub async fn apply(
         .failed
         .iter()
         .chain(&routes.failed)
-        .map(|error| chain(error))
+        .map(chain)
         .collect();
     if wanted.forwarding
         && let Err(problem) = forward(name)

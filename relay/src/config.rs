@@ -1,12 +1,12 @@
 //! `relay.toml`: the file as written, and the settings as checked.
 
 use std::{
-    io,
     net::SocketAddr,
     path::{Path, PathBuf},
 };
 
 use mesh_core::relay_server::Limits;
+use mesh_daemon::FileError;
 use mesh_identity::credentials::{Credentials, CredentialsError};
 use mesh_wire::id::{Identity, RelayName};
 use serde::Deserialize;
@@ -67,22 +67,9 @@ pub struct Settings {
 /// What is wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("cannot read {path}: {source}")]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The file is not what it should be; the text names line, key and accepted keys.
-    #[error("cannot parse {path}: {source}")]
-    Parse {
-        /// The file.
-        path: PathBuf,
-        /// Where and why.
-        source: toml::de::Error,
-    },
+    /// The file itself.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// `certificate`, `key` and `ca` do not go together.
     #[error("{path}: `certificate`, `key`, `ca`: {source}")]
     Credentials {
@@ -122,14 +109,7 @@ impl Settings {
     ///
     /// [`ConfigError`] for the person who wrote the file.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
-        let file: ConfigFile = toml::from_str(&text).map_err(|source| ConfigError::Parse {
-            path: path.to_owned(),
-            source,
-        })?;
+        let file: ConfigFile = mesh_daemon::read_toml(path)?;
         let folder = path.parent().unwrap_or(Path::new(""));
         let credentials = Credentials::from_files(
             &folder.join(&file.certificate),

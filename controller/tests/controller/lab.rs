@@ -234,7 +234,7 @@ fn spawn(folder: &Path, wrapper: &[&str]) -> Child {
         .args(&words[1..])
         .env("NOTIFY_SOCKET", folder.join("notify"))
         .env("NO_COLOR", "1")
-        .env("RUST_LOG", "debug,h2=info")
+        .env("HOLDFAST_LOG", "debug,h2=info")
         .stdin(Stdio::null())
         .stderr(log)
         .spawn()

@@ -1,14 +1,17 @@
 //! Named tasks that live and die together: one that ends early takes the process down, because
 //! half a daemon is worse than none.
 
-use std::{future::Future, time::Duration};
+use std::{future::Future, io, time::Duration};
 
 use anyhow::{Context as _, bail};
 use tokio::{task::JoinSet, time};
 use tokio_util::sync::CancellationToken;
 
-/// How long tasks may take to end once they are told.
-const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
+use crate::{NotifyState, notify, stop_signal};
+
+/// How long tasks may take to end once they are told: streams are closed and a snapshot is
+/// written, and systemd waits 90 s.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(3);
 
 /// The tasks of this process.
 #[derive(Debug)]
@@ -36,6 +39,23 @@ impl Supervisor {
         self.tasks.spawn(async move { (name, task.await) });
     }
 
+    /// Stops all tasks on SIGTERM or SIGINT.
+    ///
+    /// # Errors
+    ///
+    /// If the system does not let a handler be set.
+    pub fn stop_on_signal(&mut self) -> io::Result<()> {
+        let (told, stop) = (stop_signal()?, self.stop.clone());
+        self.spawn("signals", async move {
+            tokio::select! {
+                () = told => stop.cancel(),
+                () = stop.cancelled() => {}
+            }
+            Ok(())
+        });
+        Ok(())
+    }
+
     /// Waits until the process is told to stop or a task ends early; then ends all of them.
     ///
     /// # Errors
@@ -47,6 +67,7 @@ impl Supervisor {
             ended = self.tasks.join_next() => ended,
         };
         let stopping = self.stop.is_cancelled();
+        notify(NotifyState::Stopping);
         self.stop.cancel();
         let mut tasks = self.tasks;
         let drain = async { while tasks.join_next().await.is_some() {} };
