@@ -1,0 +1,337 @@
+//! The network between the nodes: lines and routers of sites, and relays with their connections.
+
+use std::{
+    hash::Hash,
+    net::{IpAddr, SocketAddr},
+};
+
+use mesh_core::io::{Input, RelayTransport};
+use mesh_wire::id::{NodeId, RelayId, Via};
+use rand::RngExt;
+
+use super::{World, queue::Happening};
+use crate::{nat::NatSort, session::Packet};
+
+/// A packet's way inside a site.
+const LAN_US: u64 = 300;
+/// A connection attempt without an answer is repeated after this (RFC 6298 §2, RFC 9002 §6.2.2).
+const CONNECT_RETRY_US: u64 = 1_000_000;
+
+impl World {
+    // The internet.
+
+    fn lost(&mut self, site: usize) -> bool {
+        let loss = self.sites[site].loss;
+        self.sites[site].down || (loss > 0.0 && self.dice.random_bool(loss))
+    }
+
+    pub(super) fn send(&mut self, index: usize, peer: NodeId, via: Via, packet: Packet) {
+        let to = self.ids[&peer];
+        match via {
+            Via::Direct(address) => self.send_udp(index, address, packet),
+            Via::Relay(relay) => self.send_by_relay(index, self.relay_index(relay), to, packet),
+        }
+    }
+
+    fn send_udp(&mut self, index: usize, to: SocketAddr, packet: Packet) {
+        let (site, host) = (self.nodes[index].site, self.nodes[index].host);
+        if let Some(&node) = self.hosts.get(&(site, to)) {
+            let via = Via::Direct(host);
+            let deliver = Happening::Deliver {
+                node,
+                from: index,
+                via,
+                packet,
+            };
+            return self.push(self.now + LAN_US, deliver);
+        }
+        let private = matches!(to.ip(), IpAddr::V4(ip) if ip.is_private());
+        if private || self.lost(site) || self.sites[site].small_only && packet.is_large() {
+            return;
+        }
+        let Some(source) = self.sites[site].nat.outbound(host, to, self.now) else {
+            return;
+        };
+        let Some(target) = self.site_of(to.ip()) else {
+            return;
+        };
+        let delay = self.sites[site].delay_us + self.sites[target].delay_us;
+        let jitter = self.dice.random_range(0..500);
+        let arrive = Happening::Arrive {
+            from: index,
+            source,
+            to,
+            packet,
+        };
+        self.push(self.now + delay + jitter, arrive);
+    }
+
+    fn site_of(&self, ip: IpAddr) -> Option<usize> {
+        let IpAddr::V4(v4) = ip else {
+            return None;
+        };
+        let [203, 1, high, low] = v4.octets() else {
+            return None;
+        };
+        Some(usize::from(u16::from_be_bytes([high, low]))).filter(|site| *site < self.sites.len())
+    }
+
+    pub(super) fn arrive(
+        &mut self,
+        from: usize,
+        source: SocketAddr,
+        to: SocketAddr,
+        packet: Packet,
+    ) {
+        let Some(site) = self.site_of(to.ip()) else {
+            return;
+        };
+        let between = [site, self.nodes[from].site];
+        let severed = self.severed.contains(&(between[0], between[1]))
+            || self.severed.contains(&(between[1], between[0]));
+        if severed || self.lost(site) || self.sites[site].small_only && packet.is_large() {
+            return;
+        }
+        let Some(inside) = self.sites[site].nat.inbound(source, to, self.now) else {
+            return;
+        };
+        if let Some(&node) = self.hosts.get(&(site, inside)) {
+            (self.now, from, node).hash(&mut self.trace);
+            self.deliver(node, from, Via::Direct(source), packet);
+        }
+    }
+
+    pub(super) fn ask_reflexive(&mut self, index: usize, id: RelayId, asked: SocketAddr) {
+        let relay = self.relay_index(id);
+        let (site, host, boot) = {
+            let node = &self.nodes[index];
+            (node.site, node.host, node.boot)
+        };
+        if self.lost(site) || self.lost(site) || !self.relays[relay].up {
+            return;
+        }
+        if let Some(observed) = self.sites[site].nat.outbound(host, asked, self.now) {
+            let input = Input::Reflexive {
+                relay: id,
+                asked,
+                observed,
+            };
+            let at = self.now + 2 * self.sites[site].delay_us;
+            self.push(
+                at,
+                Happening::Tell {
+                    node: index,
+                    boot,
+                    input,
+                },
+            );
+        }
+    }
+
+    // Relays.
+
+    pub(super) fn relay_index(&self, id: RelayId) -> usize {
+        self.relays.iter().position(|relay| relay.id == id).unwrap()
+    }
+
+    pub(super) fn connect(&mut self, node: usize, relay: usize, transport: RelayTransport) {
+        let site = &self.sites[self.nodes[node].site];
+        let blocked = transport == RelayTransport::Quic && site.nat.sort == NatSort::UdpBlocked;
+        let attempt = (node, relay, transport);
+        if !self.attempts.contains(&attempt) {
+            return; // Given up meanwhile.
+        }
+        if site.down || blocked {
+            // Both TCP and QUIC ask again; the core's own patience ends it.
+            let boot = self.nodes[node].boot;
+            let again = Happening::Connect {
+                node,
+                boot,
+                relay,
+                transport,
+            };
+            return self.push(self.now + CONNECT_RETRY_US, again);
+        }
+        self.attempts.remove(&attempt);
+        let id = self.relays[relay].id;
+        if !self.relays[relay].up {
+            let reason = "connection refused".to_owned();
+            return self.input(
+                node,
+                Input::RelayLost {
+                    relay: id,
+                    transport,
+                    reason,
+                },
+            );
+        }
+        let first = !self.relays[relay].clients.contains_key(&node);
+        self.relays[relay]
+            .clients
+            .entry(node)
+            .or_default()
+            .insert(transport);
+        self.relays[relay].using.entry(node).or_insert(transport);
+        self.input(
+            node,
+            Input::RelayConnected {
+                relay: id,
+                transport,
+            },
+        );
+        if first {
+            self.tell_presence(relay, node, true);
+        }
+    }
+
+    /// A client's connections are gone; `reason`: it notices.
+    pub(super) fn disconnect(&mut self, relay: usize, node: usize, reason: Option<&str>) {
+        let id = self.relays[relay].id;
+        let Some(legs) = self.relays[relay].clients.remove(&node) else {
+            return;
+        };
+        self.relays[relay].using.remove(&node);
+        for transport in legs {
+            if let Some(reason) = reason {
+                let reason = reason.to_owned();
+                self.input(
+                    node,
+                    Input::RelayLost {
+                        relay: id,
+                        transport,
+                        reason,
+                    },
+                );
+            }
+        }
+        self.tell_presence(relay, node, false);
+    }
+
+    pub(super) fn drop_leg(&mut self, relay: usize, node: usize, transport: RelayTransport) {
+        let Some(legs) = self.relays[relay].clients.get_mut(&node) else {
+            return;
+        };
+        if !legs.remove(&transport) {
+            return;
+        }
+        match legs.first().copied() {
+            Some(other) => {
+                self.relays[relay].using.insert(node, other);
+            }
+            None => {
+                self.relays[relay].clients.remove(&node);
+                self.relays[relay].using.remove(&node);
+                self.tell_presence(relay, node, false);
+            }
+        }
+    }
+
+    fn tell_presence(&mut self, relay: usize, node: usize, present: bool) {
+        let peer = self.nodes[node].id;
+        let id = self.relays[relay].id;
+        let askers: Vec<usize> = self.relays[relay]
+            .asked
+            .iter()
+            .filter(|(asked, asker)| {
+                *asked == peer && self.relays[relay].clients.contains_key(asker)
+            })
+            .map(|(_, asker)| *asker)
+            .collect();
+        for asker in askers {
+            self.tell_later(
+                asker,
+                Input::RelayPeer {
+                    relay: id,
+                    peer,
+                    present,
+                },
+            );
+        }
+    }
+
+    /// Half a round trip later, if the line is up then as now.
+    fn tell_later(&mut self, node: usize, input: Input) {
+        let site = &self.sites[self.nodes[node].site];
+        if !site.down {
+            let (at, boot) = (self.now + site.delay_us, self.nodes[node].boot);
+            self.push(at, Happening::Tell { node, boot, input });
+        }
+    }
+
+    pub(super) fn find(&mut self, node: usize, id: RelayId, peer: NodeId) {
+        let relay = self.relay_index(id);
+        let site = self.nodes[node].site;
+        if !self.leg_works(relay, node) {
+            return;
+        }
+        self.relays[relay].asked.insert((peer, node));
+        let present = self.relays[relay].clients.contains_key(&self.ids[&peer]);
+        let at = self.now + 2 * self.sites[site].delay_us;
+        let boot = self.nodes[node].boot;
+        let input = Input::RelayPeer {
+            relay: id,
+            peer,
+            present,
+        };
+        self.push(at, Happening::Tell { node, boot, input });
+    }
+
+    /// Whether a client's connection carries anything now.
+    fn leg_works(&self, relay: usize, node: usize) -> bool {
+        let site = &self.sites[self.nodes[node].site];
+        let blocked = site.nat.sort == NatSort::UdpBlocked;
+        match self.relays[relay].using.get(&node) {
+            None => false,
+            Some(RelayTransport::Quic) if blocked => false,
+            Some(_) => self.relays[relay].up && !site.down,
+        }
+    }
+
+    /// How long one line of a relayed packet takes; `None`: lost. TCP does not lose, it waits.
+    fn leg_delay(&mut self, relay: usize, node: usize) -> Option<u64> {
+        if !self.leg_works(relay, node) {
+            return None;
+        }
+        let site = self.nodes[node].site;
+        let delay = self.sites[site].delay_us;
+        match (self.lost(site), self.relays[relay].using.get(&node)) {
+            (false, _) => Some(delay),
+            (true, Some(RelayTransport::Tls)) => Some(delay * 3 + 200_000),
+            (true, Some(RelayTransport::Quic) | None) => None,
+        }
+    }
+
+    fn send_by_relay(&mut self, index: usize, relay: usize, to: usize, packet: Packet) {
+        if let Some(delay) = self.leg_delay(relay, index) {
+            let from = index;
+            self.push(
+                self.now + delay,
+                Happening::Forward {
+                    relay,
+                    from,
+                    to,
+                    packet,
+                },
+            );
+        }
+    }
+
+    pub(super) fn forward(&mut self, relay: usize, from: usize, to: usize, packet: Packet) {
+        if !self.relays[relay].clients.contains_key(&from) {
+            return;
+        }
+        if let Some(delay) = self.leg_delay(relay, to) {
+            (self.now, from, to, relay).hash(&mut self.trace);
+            let via = Via::Relay(self.relays[relay].id);
+            self.push(
+                self.now + delay,
+                Happening::Deliver {
+                    node: to,
+                    from,
+                    via,
+                    packet,
+                },
+            );
+        }
+    }
+}

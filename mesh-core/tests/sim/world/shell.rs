@@ -1,0 +1,249 @@
+//! The shell of one node: it feeds the core its inputs, does what the core puts out, and keeps
+//! the WireGuard sessions, the held packets and the streams of pings.
+
+use std::hash::Hash;
+
+use mesh_core::{
+    io::{Event, Input, Output, RelayTransport, TRAFFIC_TICK_MS},
+    node::Core,
+};
+use mesh_wire::id::{NodeId, Via};
+
+use super::{
+    World,
+    queue::{Happening, instant, micros},
+};
+use crate::session::{Body, Packet, message_input};
+
+/// Packets held for a peer without a path (`paths.md`).
+const HELD_MAX: usize = 64;
+/// Timeouts of one node at one instant; more would be a core that spins.
+const WAKES_AT_ONCE_MAX: u32 = 200;
+
+impl World {
+    pub(super) fn input(&mut self, index: usize, input: Input) {
+        let now = instant(self.now);
+        let node = &mut self.nodes[index];
+        let Some(core) = &mut node.core else {
+            return;
+        };
+        core.handle_input(input, now);
+        while let Some(output) = self.nodes[index].core.as_mut().and_then(Core::poll_output) {
+            self.perform(index, output);
+        }
+        let node = &mut self.nodes[index];
+        let Some(at) = node.core.as_ref().and_then(Core::poll_timeout).map(micros) else {
+            return;
+        };
+        node.wakes = if at <= self.now { node.wakes + 1 } else { 0 };
+        assert!(node.wakes < WAKES_AT_ONCE_MAX, "{} spins", node.name);
+        let at = at.max(self.now);
+        if node.wake_at.is_none_or(|known| at < known) {
+            node.wake_at = Some(at);
+            self.push(at, Happening::Wake { node: index });
+        }
+    }
+
+    fn perform(&mut self, index: usize, output: Output) {
+        let now_ms = self.now_ms();
+        match output {
+            Output::Handshake { peer, vias } => {
+                self.initiations += 1;
+                let number = self.initiations;
+                let session = self.nodes[index].sessions.entry(peer).or_default();
+                let packet = session.initiate(number);
+                for via in vias {
+                    self.send(index, peer, via, packet.clone());
+                }
+            }
+            Output::Send { peer, via, message } => {
+                self.seal(index, peer, via, Body::Control(message));
+            }
+            Output::SetPath {
+                peer,
+                primary,
+                duplicate,
+            } => {
+                (now_ms, index, format!("{primary:?} {duplicate:?}")).hash(&mut self.trace);
+                self.nodes[index].paths.insert(peer, (primary, duplicate));
+                self.nodes[index].moves.push((now_ms, peer, primary));
+                self.flush(index, peer);
+            }
+            Output::ConnectRelay { relay, transport } => {
+                let relay = self.relay_index(relay);
+                let rtt = 2 * self.sites[self.nodes[index].site].delay_us;
+                let delay = match transport {
+                    RelayTransport::Quic => rtt * 3 / 2,
+                    RelayTransport::Tls => rtt * 3,
+                };
+                self.attempts.insert((index, relay, transport));
+                let boot = self.nodes[index].boot;
+                let connect = Happening::Connect {
+                    node: index,
+                    boot,
+                    relay,
+                    transport,
+                };
+                self.push(self.now + delay, connect);
+            }
+            Output::DisconnectRelay { relay, transport } => {
+                let relay = self.relay_index(relay);
+                self.attempts.remove(&(index, relay, transport));
+                self.drop_leg(relay, index, transport);
+            }
+            Output::UseRelayTransport { relay, transport } => {
+                let relay = self.relay_index(relay);
+                self.relays[relay].using.insert(index, transport);
+            }
+            Output::FindPeer { relay, peer } => self.find(index, relay, peer),
+            Output::AskReflexive { relay, target } => self.ask_reflexive(index, relay, target),
+            Output::Event(event) => {
+                (now_ms, index, format!("{event:?}")).hash(&mut self.trace);
+                if let Event::Remember { peer, addresses } = &event {
+                    self.nodes[index]
+                        .remembered
+                        .insert(*peer, addresses.clone());
+                }
+                self.nodes[index].events.push((now_ms, event));
+            }
+        }
+    }
+
+    fn seal(&mut self, index: usize, peer: NodeId, via: Via, body: Body) {
+        let session = self.nodes[index].sessions.entry(peer).or_default();
+        if let Some(key) = session.current {
+            self.send(index, peer, via, Packet::Sealed { key, body });
+        }
+    }
+
+    /// A packet of an application.
+    fn send_data(&mut self, index: usize, peer: NodeId, body: Body) {
+        let node = &mut self.nodes[index];
+        if node.core.is_none() {
+            return;
+        }
+        let held = node.held.entry(peer).or_default();
+        if held.len() == HELD_MAX {
+            held.pop_front();
+        }
+        held.push_back(body);
+        self.flush(index, peer);
+        let node = &self.nodes[index];
+        let has_path = node
+            .paths
+            .get(&peer)
+            .is_some_and(|(primary, _)| primary.is_some());
+        if !has_path {
+            self.input(index, Input::Wanted { peer });
+        }
+    }
+
+    fn flush(&mut self, index: usize, peer: NodeId) {
+        let node = &mut self.nodes[index];
+        let ready = node
+            .sessions
+            .get(&peer)
+            .is_some_and(|session| session.current.is_some());
+        let Some(&(Some(primary), duplicate)) = node.paths.get(&peer) else {
+            return;
+        };
+        let Some(held) = node
+            .held
+            .get_mut(&peer)
+            .filter(|held| ready && !held.is_empty())
+        else {
+            return;
+        };
+        let bodies: Vec<Body> = held.drain(..).collect();
+        self.note(index, peer, true, None);
+        for body in bodies {
+            for via in duplicate.into_iter().chain([primary]) {
+                self.seal(index, peer, via, body.clone());
+            }
+        }
+    }
+
+    fn note(&mut self, index: usize, peer: NodeId, sent: bool, received: Option<Via>) {
+        let tick = TRAFFIC_TICK_MS * 1000;
+        let node = &mut self.nodes[index];
+        if node.traffic.is_empty() {
+            let at = (self.now / tick + 1) * tick;
+            self.push(at, Happening::Tick { node: index });
+        }
+        let seen = self.nodes[index].traffic.entry(peer).or_default();
+        seen.0 |= sent;
+        seen.1.extend(received);
+    }
+
+    pub(super) fn tick(&mut self, index: usize) {
+        for (peer, (sent, received)) in std::mem::take(&mut self.nodes[index].traffic) {
+            let received = received.into_iter().collect();
+            self.input(
+                index,
+                Input::Traffic {
+                    peer,
+                    sent,
+                    received,
+                },
+            );
+        }
+    }
+
+    pub(super) fn ping(&mut self, flow: usize) {
+        let now_ms = self.now_ms();
+        let stream = &mut self.flows[flow];
+        if !stream.running || stream.until_answered && !stream.answered.is_empty() {
+            return;
+        }
+        let id = stream.next_id;
+        stream.next_id += 1;
+        stream.sent.insert(id, now_ms);
+        let (from, to, at) = (stream.from, stream.to, self.now + stream.every_us);
+        let peer = self.nodes[to].id;
+        self.send_data(from, peer, Body::Ping { flow, id });
+        self.push(at, Happening::Ping { flow });
+    }
+
+    pub(super) fn deliver(&mut self, index: usize, from: usize, via: Via, packet: Packet) {
+        let peer = self.nodes[from].id;
+        let node = &mut self.nodes[index];
+        if node.core.is_none() {
+            return;
+        }
+        let session = node.sessions.entry(peer).or_default();
+        match packet {
+            Packet::Initiation { number } => {
+                if let Some(response) = session.respond(from, number) {
+                    self.send(index, peer, via, response);
+                    self.input(index, Input::Handshake { peer, via });
+                }
+            }
+            Packet::Response { number } => {
+                if session.complete(index, number) {
+                    self.seal(index, peer, via, Body::Keepalive);
+                    self.input(index, Input::Handshake { peer, via });
+                    self.flush(index, peer);
+                }
+            }
+            Packet::Sealed { key, body } => {
+                if session.open(key) {
+                    self.note(index, peer, false, Some(via));
+                    self.open(index, peer, via, body);
+                    self.flush(index, peer);
+                }
+            }
+        }
+    }
+
+    fn open(&mut self, index: usize, peer: NodeId, via: Via, body: Body) {
+        match body {
+            Body::Keepalive => {}
+            Body::Control(message) => self.input(index, message_input(peer, via, message)),
+            Body::Ping { flow, id } => self.send_data(index, peer, Body::Pong { flow, id }),
+            Body::Pong { flow, id } => {
+                let now_ms = self.now_ms();
+                self.flows[flow].answered.entry(id).or_insert(now_ms);
+            }
+        }
+    }
+}
