@@ -378,7 +378,7 @@ mod tests {
 
         #[test]
         fn no_bytes_make_decode_panic(bytes: Vec<u8>) {
-            let _ = PeerMessage::is_control(&bytes, B);
+            std::hint::black_box(PeerMessage::is_control(&bytes, B));
             PeerMessage::from_packet(&bytes).ok();
             PeerMessage::decode(&bytes).ok();
         }
