@@ -16,7 +16,7 @@ use ipnet::IpNet;
 use netlink_packet_route::{
     RouteNetlinkMessage,
     address::{AddressAttribute, AddressHeaderFlags, AddressMessage},
-    link::{LinkAttribute, LinkFlags, LinkMessage},
+    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
     route::{
         RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
         RouteType,
@@ -549,7 +549,28 @@ fn link_name(message: &LinkMessage) -> Option<String> {
 
 fn is_uplink(link: &LinkMessage) -> bool {
     let flags = link.header.flags;
-    flags.contains(LinkFlags::Up | LinkFlags::Running) && !flags.contains(LinkFlags::Loopback)
+    flags.contains(LinkFlags::Up | LinkFlags::Running)
+        && !flags.contains(LinkFlags::Loopback)
+        && !is_layer_3_tunnel(link)
+}
+
+/// Another program's tunnel (a VPN of TUN or WireGuard kind, not a TAP device or a modem): packets
+/// inside packets would go there, and its address says nothing about where this machine is.
+fn is_layer_3_tunnel(link: &LinkMessage) -> bool {
+    let tunnel = |info: &LinkInfo| {
+        let LinkInfo::Kind(kind) = info else {
+            return false;
+        };
+        matches!(kind, InfoKind::Tun | InfoKind::Wireguard)
+    };
+    let has_tunnel = |attribute: &LinkAttribute| {
+        let LinkAttribute::LinkInfo(infos) = attribute else {
+            return false;
+        };
+        infos.iter().any(tunnel)
+    };
+    let no_link_layer = link.header.link_layer_type == LinkLayerType::None;
+    no_link_layer && link.attributes.iter().any(has_tunnel)
 }
 
 /// Neither waiting for duplicate address detection, nor failed, nor on its way out.

@@ -185,8 +185,11 @@ fn uplink_addresses_are_those_that_others_can_reach() {
         let nodad = if address.contains("::") { "nodad" } else { "" };
         namespace.ip(&format!("addr add {address} dev {link} {nodad}"));
     }
-    namespace.ip("link set up0 up");
-    namespace.ip("link set mesh0 up");
+    let _vpn = namespace.on(|| Tun::create("vpn0", 1).unwrap());
+    namespace.ip("addr add 10.8.0.1/24 dev vpn0");
+    for link in ["up0", "mesh0", "vpn0"] {
+        namespace.ip(&format!("link set {link} up"));
+    }
     let found = namespace.block_on(async || {
         Netlink::connect()
             .unwrap()

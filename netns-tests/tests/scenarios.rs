@@ -1,6 +1,6 @@
 //! Holdfast's main promises, with the real binaries.
 
-use std::{fs, time::Duration};
+use std::{fs, os::unix::net::UnixDatagram, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use netns_tests::{mesh::Mesh, node::Node, tool};
@@ -147,6 +147,25 @@ fn sigterm_leaves_nothing_behind() -> Result<()> {
 }
 
 #[test]
+fn systemd_is_told_when_the_agent_serves_and_when_it_stops() -> Result<()> {
+    let mesh = Mesh::two_sites()?;
+    mesh.kill("edge-a1", "mesh-agent")?;
+    let node = mesh.node("edge-a1")?;
+    let path = node.dir().join("notify");
+    let socket = UnixDatagram::bind(&path)?;
+    socket.set_read_timeout(Some(SOON))?;
+    let notify = format!("NOTIFY_SOCKET={}", path.display());
+    let config = node.dir().join("agent.toml").display().to_string();
+    let command = ["env", &notify, &mesh.bin("mesh-agent"), "--config", &config];
+    let mut agent = node.spawn("notified", &command)?;
+    assert_eq!(told(&socket)?, "READY=1");
+    mesh.resolve("edge-a1", "edge-b1.mesh")?;
+    assert!(agent.terminate(SOON)?.success());
+    assert_eq!(told(&socket)?, "STOPPING=1");
+    Ok(())
+}
+
+#[test]
 fn a_killed_agent_starts_over_what_it_left() -> Result<()> {
     let mesh = Mesh::two_sites()?;
     for _ in 0..3 {
@@ -160,6 +179,16 @@ fn a_killed_agent_starts_over_what_it_left() -> Result<()> {
         "edge-b1"
     );
     Ok(())
+}
+
+/// The next line that came over systemd's socket.
+fn told(socket: &UnixDatagram) -> Result<String> {
+    let mut buffer = [0; 256];
+    let length = socket
+        .recv(&mut buffer)
+        .context("systemd was told nothing")?;
+    let text = std::str::from_utf8(buffer.get(..length).unwrap_or_default())?;
+    Ok(text.trim_end().to_owned())
 }
 
 /// Interfaces, addresses, routes, rules, packet filters, and BPF programs at the node's cgroup.
