@@ -244,9 +244,17 @@ fn readme(package: &Package) -> Option<String> {
 }
 
 fn other_readmes() -> impl Iterator<Item = String> {
-    ["", "cni", "deploy", "ebpf", "examples", "integration"]
-        .iter()
-        .filter_map(|folder| missing_readme(&root().join(folder)))
+    [
+        "",
+        "cni",
+        "deploy",
+        "docs",
+        "ebpf",
+        "examples",
+        "integration",
+    ]
+    .iter()
+    .filter_map(|folder| missing_readme(&root().join(folder)))
 }
 
 fn missing_readme(folder: &Path) -> Option<String> {
