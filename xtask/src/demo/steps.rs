@@ -128,6 +128,10 @@ pub(crate) fn upgrade(mesh: &Mesh) -> Result<Facts> {
         ("packets", json!(counted.sent)),
         ("lost", json!(counted.sent - counted.answered)),
         ("longest_gap_ms", json!(counted.longest_gap_ms)),
+        (
+            "link_loss",
+            json!("off while packets are counted: each one missing would be ours"),
+        ),
         ("a_to_c", json!("relayed")),
         ("reason", json!(reason)),
         ("explanation", json!(explanation)),
