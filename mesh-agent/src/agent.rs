@@ -181,7 +181,7 @@ async fn start(
     let dns_config = mesh_dns::server::DnsConfig {
         listen: settings.dns.listen.clone(),
         upstreams: settings.dns.upstreams.clone(),
-        allow_from: Vec::new(),
+        allow_from: settings.dns.allow_from.clone(),
     };
     let dns_view = view.clone();
     let dns = DnsServer::start(dns_config, move || dns_view.borrow().clone(), stop.clone()).await?;

@@ -5,6 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use ipnet::IpNet;
 use mesh_daemon::FileError;
 use mesh_wire::id::NodeName;
 use serde::Deserialize;
@@ -68,6 +69,9 @@ pub struct DnsConfig {
     /// Resolvers for all other names.
     #[serde(default)]
     pub upstreams: Vec<SocketAddr>,
+    /// Who may ask beyond this node and what is behind it, as prefixes.
+    #[serde(default)]
+    pub allow_from: Vec<IpNet>,
 }
 
 impl Default for DnsConfig {
@@ -75,6 +79,7 @@ impl Default for DnsConfig {
         Self {
             listen: default_dns_listen(),
             upstreams: Vec::new(),
+            allow_from: Vec::new(),
         }
     }
 }
