@@ -3,10 +3,12 @@
 use std::{
     net::{IpAddr, SocketAddr},
     path::PathBuf,
-    time::{Duration, Instant, SystemTime},
+    sync::{Arc, atomic::AtomicU64},
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
+use arc_swap::ArcSwap;
 use futures_util::{Stream, stream};
 use mesh_api::{
     admin::{
@@ -18,6 +20,7 @@ use mesh_api::{
     serve::AdminSocket,
 };
 use mesh_dns::client;
+use mesh_identity::credentials::Credentials;
 use mesh_wire::id::NodeId;
 use tokio::{sync::watch, time};
 use tokio_util::sync::CancellationToken;
@@ -57,8 +60,10 @@ pub struct Facts {
     pub interface: String,
     /// Where names are answered.
     pub dns_listen: Vec<SocketAddr>,
-    /// When the certificate ends, by the wall clock.
-    pub certificate_ends: SystemTime,
+    /// The credentials in force.
+    pub credentials: Arc<ArcSwap<Credentials>>,
+    /// Events of the packet path that found the driver's queue full.
+    pub events_dropped: Arc<AtomicU64>,
 }
 
 impl Admin {

@@ -3,7 +3,10 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -100,7 +103,6 @@ async fn start(
     let id = key.node_id();
     let (sync, snapshots) = Sync::open(&settings, Arc::clone(&state), id).await?;
     let credentials = sync.credentials();
-    let certificate_ends = credentials.load().validity().not_after;
     let connection = sync.connection();
     supervisor.spawn("sync", sync.run(stop.clone()));
     let snapshot = sync::wait_for_node(snapshots.clone(), &settings.node_name).await?;
@@ -127,13 +129,24 @@ async fn start(
         overlay_v6: own.overlay_v6,
     };
     let to_driver = events.clone();
-    // A full queue drops the event: whoever sent the packet sends it again.
-    let on_event = move |event| drop(to_driver.try_send(Event::Tunnel(event)));
+    let events_dropped = Arc::new(AtomicU64::new(0));
+    let dropped = Arc::clone(&events_dropped);
+    let on_event = move |event| {
+        // Whoever sent the packet behind a dropped event sends it again.
+        if to_driver.try_send(Event::Tunnel(event)).is_err() {
+            dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    };
     let (tunnel, workers) = Tunnel::start(tun, sockets, config, on_event)?;
 
     let (views, view) = watch::channel(None);
     let (remembered, to_remember) = watch::channel(state.remembered());
-    let links = Links::start(events.clone(), tunnel.clone(), credentials, stop.clone())?;
+    let links = Links::start(
+        events.clone(),
+        tunnel.clone(),
+        Arc::clone(&credentials),
+        stop.clone(),
+    )?;
     let core = Core::new(
         CoreConfig {
             node: settings.node_name.clone(),
@@ -189,7 +202,8 @@ async fn start(
         started,
         interface: settings.interface,
         dns_listen: dns.local_addresses().to_vec(),
-        certificate_ends,
+        credentials,
+        events_dropped,
     };
     let admin = Admin::new(
         DriverHandle(events),

@@ -53,6 +53,15 @@ struct Hub {
     tls: Option<AbortHandle>,
 }
 
+impl Hub {
+    fn task(&mut self, transport: RelayTransport) -> &mut Option<AbortHandle> {
+        match transport {
+            RelayTransport::Quic => &mut self.quic,
+            RelayTransport::Tls => &mut self.tls,
+        }
+    }
+}
+
 /// What the packet threads see of a relay.
 #[derive(Debug, Default)]
 struct HubLinks {
@@ -168,11 +177,7 @@ impl Links {
             credentials: Arc::clone(&self.credentials),
         };
         let abort = self.runtime.spawn(task.run()).abort_handle();
-        let slot = match transport {
-            RelayTransport::Quic => &mut hub.quic,
-            RelayTransport::Tls => &mut hub.tls,
-        };
-        if let Some(before) = slot.replace(abort) {
+        if let Some(before) = hub.task(transport).replace(abort) {
             before.abort();
         }
     }
@@ -182,11 +187,7 @@ impl Links {
         let Some(hub) = self.hubs.get_mut(&id) else {
             return;
         };
-        let slot = match transport {
-            RelayTransport::Quic => &mut hub.quic,
-            RelayTransport::Tls => &mut hub.tls,
-        };
-        if let Some(task) = slot.take() {
+        if let Some(task) = hub.task(transport).take() {
             task.abort();
         }
         if let Some(link) = hub.links.slot(transport).swap(None) {

@@ -3,6 +3,7 @@
 
 use std::{
     collections::BTreeMap,
+    sync::atomic::Ordering,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -74,14 +75,14 @@ pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> Status
         nodes: count(snapshot.nodes.len()),
         services: count(snapshot.services.len()),
         dns_listen: facts.dns_listen.iter().map(ToString::to_string).collect(),
-        drops: drops(driver),
+        drops: drops(driver, facts),
         interface: facts.interface.clone(),
         local_addresses: driver
             .local_addresses()
             .iter()
             .map(ToString::to_string)
             .collect(),
-        certificate_expires_unix_s: unix_s(facts.certificate_ends),
+        certificate_expires_unix_s: unix_s(facts.credentials.load().validity().not_after),
     }
 }
 
@@ -358,15 +359,12 @@ pub fn path(driver: &Driver, via: Via) -> String {
     }
 }
 
-fn drops(driver: &Driver) -> BTreeMap<String, u64> {
-    let drops = driver
-        .tunnel
-        .stats()
-        .drops
-        .into_iter()
-        .filter(|(_, count)| *count > 0);
-    drops
-        .map(|(reason, count)| (reason.as_str().to_owned(), count))
+fn drops(driver: &Driver, facts: &Facts) -> BTreeMap<String, u64> {
+    let packets = driver.tunnel.stats().drops.into_iter();
+    let packets = packets.map(|(reason, count)| (reason.as_str(), count));
+    let events = ("events_full", facts.events_dropped.load(Ordering::Relaxed));
+    let all = packets.chain([events]).filter(|(_, count)| *count > 0);
+    all.map(|(reason, count)| (reason.to_owned(), count))
         .collect()
 }
 

@@ -187,7 +187,6 @@ impl Sync {
     /// One connection's life.
     async fn follow(&mut self, controller: &str) -> anyhow::Result<()> {
         let mut client = self.connect(controller).await?;
-        self.renew_if_due(&mut client).await?;
         let (requests, outgoing) = mpsc::channel(REQUESTS_MAX);
         requests.send(self.request()).await.ok(); // There is room for the first.
         let mut responses = client
@@ -195,7 +194,7 @@ impl Sync {
             .await
             .map_err(said)?
             .into_inner();
-        let mut renew = time::interval(RENEW_CHECK);
+        let mut renew = time::interval(RENEW_CHECK); // The first tick comes at once.
         loop {
             let write_at = self.write_due();
             tokio::select! {
