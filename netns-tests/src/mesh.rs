@@ -500,3 +500,13 @@ impl Mesh {
             .unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+/// The text at `key` of what a command said in JSON; empty if there is none.
+#[must_use]
+pub fn word(value: &Value, key: &str) -> String {
+    value
+        .get(key)
+        .and_then(Value::as_str)
+        .unwrap_or_default()
+        .to_owned()
+}

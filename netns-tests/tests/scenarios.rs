@@ -3,8 +3,11 @@
 use std::{fs, os::unix::net::UnixDatagram, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use netns_tests::{mesh::Mesh, node::Node, tool};
-use serde_json::Value;
+use netns_tests::{
+    mesh::{Mesh, word},
+    node::Node,
+    tool,
+};
 
 const INVENTORY: &str = "http://inventory.shop.svc.cluster.local/";
 
@@ -214,12 +217,4 @@ fn becomes_direct(mesh: &Mesh, from: &str, to: &str) -> Result<()> {
         ensure!(word(&why, "state") == "direct", "{why}");
         Ok(())
     })
-}
-
-fn word(value: &Value, key: &str) -> String {
-    value
-        .get(key)
-        .and_then(Value::as_str)
-        .unwrap_or_default()
-        .to_owned()
 }

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use netns_tests::{
     link::Impairment,
-    mesh::Mesh,
+    mesh::{Mesh, word},
     node::Process,
     tool,
     traffic::{FlowReport, Hello},
@@ -400,14 +400,6 @@ fn report(flow: &mut Process, limit: Duration) -> Result<FlowReport> {
     ensure!(status.success(), "the flow ended with {status}: {said}");
     let line = said.lines().last().unwrap_or_default();
     serde_json::from_str(line).with_context(|| format!("the flow said {said}"))
-}
-
-fn word(value: &Value, key: &str) -> String {
-    value
-        .get(key)
-        .and_then(Value::as_str)
-        .unwrap_or_default()
-        .to_owned()
 }
 
 fn facts<const N: usize>(list: [(&str, Value); N]) -> Facts {
