@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use mesh_api::{
@@ -106,6 +106,15 @@ impl Lab {
 
     pub(crate) fn log(&self) -> String {
         log(self.folder.path())
+    }
+
+    /// Waits until the log has `text`: the controller answers first and writes its log after that.
+    pub(crate) async fn logged(&self, text: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.log().contains(text) {
+            assert!(Instant::now() < deadline, "no {text:?} in {}", self.log());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 
     pub(crate) async fn admin(&self) -> ControllerAdminClient<Channel> {
