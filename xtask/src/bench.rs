@@ -1,40 +1,66 @@
 //! `cargo xtask bench NAME`: the harness, and what a figure looks like.
 
+mod plot;
 mod start;
 mod tunnel;
+mod verdict;
 
 use std::{
     collections::BTreeMap,
     fs,
-    path::Path,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
     process::Command,
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Context as _, Result, bail};
-use netns_tests::{lab::Lab, mesh::Mesh};
+use anyhow::{Context as _, Result, bail, ensure};
+use netns_tests::mesh::Mesh;
 use serde::Serialize;
+use serde_json::json;
 
+use self::verdict::Verdict;
 use crate::{build, report, root, setup};
 
-/// What a bench is called, what it measures, and the bench: rounds into samples.
-type Bench = (
-    &'static str,
-    &'static str,
-    fn(&Path, u32, &mut Samples) -> Result<()>,
-);
+/// What to measure, and how.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Options {
+    /// Where the binaries are; empty: build them.
+    pub(crate) bins: PathBuf,
+    /// Interleaved rounds.
+    pub(crate) rounds: u32,
+    /// Other programs; empty: all.
+    pub(crate) peers: Vec<String>,
+    /// Nothing but these cases, if there are any.
+    pub(crate) only: Vec<String>,
+}
+
+/// A bench.
+struct Bench {
+    name: &'static str,
+    what: &'static str,
+    /// Rounds into samples. `false`: something of our own could not be measured.
+    run: fn(&Options, &mut Samples) -> Result<bool>,
+    table: fn(&[Figure]) -> String,
+    /// Whether it has peers and a picture.
+    peers: bool,
+}
 
 const BENCHES: &[Bench] = &[
-    (
-        "tunnel",
-        "throughput, latency, processor time and memory beside raw veth, wireguard-go, boringtun",
-        tunnel::run,
-    ),
-    (
-        "start",
-        "agent start to the first name and the first service answer, and memory",
-        start::run,
-    ),
+    Bench {
+        name: "tunnel",
+        what: "throughput, latency, processor time and memory of every path, beside the wire and other programs",
+        run: tunnel::run,
+        table: tunnel::overview,
+        peers: true,
+    },
+    Bench {
+        name: "start",
+        what: "agent start to the first name and the first service answer, and memory",
+        run: start::run,
+        table: figure_table,
+        peers: false,
+    },
 ];
 
 /// Every measured value by case and metric, in the order of their first appearance.
@@ -42,6 +68,8 @@ const BENCHES: &[Bench] = &[
 pub(crate) struct Samples {
     order: Vec<(String, &'static str)>,
     values: BTreeMap<(String, &'static str), (&'static str, Vec<f64>)>,
+    versions: Vec<(String, String)>,
+    errors: Vec<(String, String)>,
 }
 
 impl Samples {
@@ -56,6 +84,24 @@ impl Samples {
             .or_insert_with(|| (unit, Vec::new()))
             .1
             .push(value);
+    }
+
+    /// Notes what a case's program says of itself.
+    pub(crate) fn version(&mut self, case: &str, version: &str) {
+        self.versions.push((case.to_owned(), version.to_owned()));
+    }
+
+    /// Notes why a case could not be measured.
+    pub(crate) fn error(&mut self, case: &str, error: &anyhow::Error) {
+        eprintln!("{case}: {error:#}");
+        self.errors.push((case.to_owned(), format!("{error:#}")));
+    }
+
+    /// Cases that could not be measured, and why.
+    pub(crate) fn errors(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.errors
+            .iter()
+            .map(|(case, error)| (case.as_str(), error.as_str()))
     }
 
     fn figures(&self, bench: &'static str) -> Vec<Figure> {
@@ -77,14 +123,12 @@ impl Samples {
                 ok: None,
             })
         };
-        let mut figures: Vec<_> = self.order.iter().filter_map(figure).collect();
-        judge(&mut figures);
-        figures
+        self.order.iter().filter_map(figure).collect()
     }
 }
 
 /// One line of the output.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 struct Figure {
     bench: &'static str,
     case: String,
@@ -96,7 +140,7 @@ struct Figure {
     runs: usize,
     /// What an issue asks for, in words.
     #[serde(skip_serializing_if = "Option::is_none")]
-    must: Option<&'static str>,
+    must: Option<String>,
     /// The median over what it is compared with.
     #[serde(skip_serializing_if = "Option::is_none")]
     ratio: Option<f64>,
@@ -104,95 +148,146 @@ struct Figure {
     ok: Option<bool>,
 }
 
-/// The numbers that issues set. Issue 1 sets one: names and services within 2 s of a start.
-fn judge(figures: &mut [Figure]) {
-    for figure in figures.iter_mut() {
-        if figure.bench == "start" && figure.metric.starts_with("first_") {
-            figure.must = Some("<= 2000 ms");
-            figure.ratio = Some(figure.median / 2_000.0);
-            figure.ok = Some(figure.median <= 2_000.0);
-        }
-    }
-}
-
 /// Runs a bench with release builds. What it measures does not decide its success.
 ///
 /// # Errors
 ///
 /// If it could not measure.
-pub(crate) fn run(name: Option<&str>, json: bool, save: bool, rounds: u32) -> Result<bool> {
-    let found = BENCHES.iter().find(|(known, _, _)| Some(*known) == name);
-    let Some((name, _, bench)) = found else {
+pub(crate) fn run(
+    name: Option<&str>,
+    json: bool,
+    save: bool,
+    mut options: Options,
+) -> Result<bool> {
+    let Some(bench) = BENCHES.iter().find(|bench| Some(bench.name) == name) else {
         let list: Vec<_> = BENCHES
             .iter()
-            .map(|(name, what, _)| format!("\n  {name}: {what}"))
+            .map(|bench| format!("\n  {}: {}", bench.name, bench.what))
             .collect();
         bail!(
             "cargo xtask bench NAME, where NAME is one of:{}",
             list.concat()
         );
     };
+    let chosen = !options.peers.is_empty() || !options.only.is_empty();
+    ensure!(
+        bench.peers || !chosen,
+        "bench {} has nothing to choose: leave --peers and --only out",
+        bench.name
+    );
     setup::ready()?;
-    let bins = build(true)?;
+    if options.bins.as_os_str().is_empty() {
+        options.bins = build(true)?;
+    }
     let mut samples = Samples::default();
-    bench(&bins, rounds, &mut samples)?;
-    let figures = samples.figures(name);
-    let mut lines = figures
+    let complete = (bench.run)(&options, &mut samples)?;
+    let verdict = verdict::judge(bench.name, &samples.figures(bench.name));
+    let lines = lines(bench.name, &samples, &verdict)?;
+    let text = text(bench, &samples, &verdict);
+    println!("{}", if json { &lines } else { &text });
+    if save {
+        save_run(bench, &verdict, &lines, &text)?;
+    }
+    Ok(complete)
+}
+
+/// The JSON lines: figures, what the programs are, what could not be measured, the summary.
+fn lines(bench: &str, samples: &Samples, verdict: &Verdict) -> Result<String> {
+    let mut lines = verdict
+        .figures
         .iter()
         .map(serde_json::to_string)
         .collect::<Result<Vec<_>, _>>()?;
-    let missed = figures.iter().filter(|figure| figure.ok == Some(false));
+    for (case, version) in &samples.versions {
+        lines.push(json!({"bench": bench, "case": case, "version": version}).to_string());
+    }
+    for (case, error) in samples.errors() {
+        lines.push(json!({"bench": bench, "case": case, "error": error}).to_string());
+    }
+    let missed = verdict
+        .figures
+        .iter()
+        .filter(|figure| figure.ok == Some(false));
     let missed: Vec<_> = missed
-        .map(|figure| format!("{}/{}/{}", figure.bench, figure.case, figure.metric))
+        .map(|figure| format!("{bench}/{}/{}", figure.case, figure.metric))
         .collect();
-    lines.push(serde_json::json!({"summary": true, "missed": missed}).to_string());
-    if json {
-        println!("{}", lines.join("\n"));
-    } else {
-        println!("{}", figure_table(&figures));
+    let summary = json!({"summary": true, "missed": missed, "unjudged": verdict.unjudged});
+    lines.push(summary.to_string());
+    Ok(lines.join("\n"))
+}
+
+/// The tables for people, and the rest in sentences.
+fn text(bench: &Bench, samples: &Samples, verdict: &Verdict) -> String {
+    let mut parts = vec![(bench.table)(&verdict.figures)];
+    let judged: Vec<_> = verdict.figures.iter().filter_map(judged_row).collect();
+    if !judged.is_empty() {
+        let header = ["case", "metric", "median", "must", "ratio", ""];
+        parts.push(report::table(&header, &judged));
     }
-    if save {
-        save_figures(name, &figures, &lines)?;
-    }
-    Ok(true)
+    let unjudged = verdict.unjudged.iter();
+    parts.extend(unjudged.map(|rule| format!("not judged, for want of a figure: {rule}")));
+    let errors = samples.errors();
+    parts.extend(errors.map(|(case, error)| format!("NOT MEASURED: {case}: {error}")));
+    let versions = samples.versions.iter();
+    parts.extend(versions.map(|(case, version)| format!("{case}: {version}")));
+    parts.join("\n")
+}
+
+fn judged_row(figure: &Figure) -> Option<Vec<String>> {
+    let held = if figure.ok? { "held" } else { "MISSED" };
+    Some(vec![
+        figure.case.clone(),
+        figure.metric.to_owned(),
+        format!("{} {}", report::three_digits(figure.median), figure.unit),
+        figure.must.clone()?,
+        report::three_digits(figure.ratio?),
+        held.to_owned(),
+    ])
 }
 
 fn figure_table(figures: &[Figure]) -> String {
     let rows = figures.iter().map(|figure| {
-        let range = format!("{:.2} – {:.2}", figure.min, figure.max);
-        let must = match (figure.must, figure.ok) {
-            (Some(must), Some(true)) => format!("{must}: held"),
-            (Some(must), _) => format!("{must}: MISSED"),
-            (None, _) => String::new(),
-        };
         vec![
             figure.case.clone(),
             figure.metric.to_owned(),
-            format!("{:.2}", figure.median),
+            report::three_digits(figure.median),
             figure.unit.to_owned(),
-            range,
-            must,
+            format!("{:.2} – {:.2}", figure.min, figure.max),
         ]
     });
     report::table(
-        &["case", "metric", "median", "unit", "range", "must"],
+        &["case", "metric", "median", "unit", "range"],
         &rows.collect::<Vec<_>>(),
     )
 }
 
-fn save_figures(name: &str, figures: &[Figure], lines: &[String]) -> Result<()> {
+fn save_run(bench: &Bench, verdict: &Verdict, lines: &str, text: &str) -> Result<()> {
     let folder = root().join("docs/bench");
     fs::create_dir_all(&folder)?;
-    let commit = said(
-        "git",
-        &[
-            "-C",
-            &root().display().to_string(),
-            "describe",
-            "--always",
-            "--dirty",
-        ],
+    let write = |extension: &str, content: &str| {
+        let path = folder.join(format!("{}.{extension}", bench.name));
+        fs::write(&path, content).with_context(|| format!("write {}", path.display()))
+    };
+    let machine = machine()?;
+    let name = bench.name;
+    let text = format!(
+        "# bench {name}\n\n{machine}\n\
+         Made by `cargo xtask bench {name} --save`. Compare within one run only.\n\n```text\n{text}\n```\n"
     );
+    write("md", &text)?;
+    write("jsonl", &format!("{lines}\n"))?;
+    if bench.peers {
+        let subtitle =
+            format!("cargo xtask bench {name}: medians, ranges; lengths are logarithms. {machine}");
+        write("svg", &plot::svg(&verdict.figures, &subtitle))?;
+    }
+    Ok(())
+}
+
+/// What was measured, on what, when.
+fn machine() -> Result<String> {
+    let folder = root().display().to_string();
+    let commit = said("git", &["-C", &folder, "describe", "--always", "--dirty"]);
     let kernel = said("uname", &["-sr"]);
     let cpu = fs::read_to_string("/proc/cpuinfo")?;
     let cpu = cpu
@@ -200,22 +295,11 @@ fn save_figures(name: &str, figures: &[Figure], lines: &[String]) -> Result<()> 
         .find_map(|line| line.strip_prefix("model name\t: "))
         .unwrap_or("unknown processor");
     let cores = std::thread::available_parallelism()?;
-    let day = SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)?
-        .as_secs()
-        / 86_400;
-    let text = format!(
-        "# bench {name}\n\nCommit {commit}; {cores} cores of {cpu}; {kernel}; day {day} since 1970.\n\
-         Made by `cargo xtask bench {name} --save`. Compare within one run only.\n\n```text\n{}\n```\n",
-        figure_table(figures)
-    );
-    fs::write(folder.join(format!("{name}.md")), text)?;
-    fs::write(
-        folder.join(format!("{name}.jsonl")),
-        lines.join("\n") + "\n",
-    )
-    .context("write docs/bench")?;
-    Ok(())
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+    let day = now.as_secs() / 86_400;
+    Ok(format!(
+        "Commit {commit}; {cores} cores of {cpu}; {kernel}; day {day} since 1970."
+    ))
 }
 
 fn said(program: &str, words: &[&str]) -> String {
@@ -225,34 +309,42 @@ fn said(program: &str, words: &[&str]) -> String {
         .unwrap_or_default()
 }
 
-/// The second node of a bench's mesh.
-pub(crate) const PEER: &str = "peer";
+/// The two nodes of a bench's mesh.
+pub(crate) const LEFT: &str = "left";
+/// The one with the service's endpoint.
+pub(crate) const RIGHT: &str = "right";
 
-/// A mesh of two public nodes, `cloud` and [`PEER`], and a service with its endpoint on `PEER`.
+/// Their names and addresses.
+pub(crate) const NODES: [(&str, Ipv4Addr); 2] = [
+    (LEFT, Ipv4Addr::new(198, 51, 100, 11)),
+    (RIGHT, Ipv4Addr::new(198, 51, 100, 20)),
+];
+
+/// A mesh of [`NODES`], with controller and relay on a third one, and more lines for the relay's
+/// configuration.
 ///
 /// # Errors
 ///
 /// If something does not come up.
-pub(crate) fn two_nodes(bins: &Path) -> Result<Mesh> {
+pub(crate) fn two_nodes(bins: &Path, relay: &str) -> Result<Mesh> {
     let manifests = tempfile::tempdir()?;
     fs::write(
         manifests.path().join("bench.yaml"),
         include_str!("bench/mesh.yaml"),
     )?;
     let mesh = Mesh::start(bins, manifests.path())?;
-    let lab: &Lab = mesh.lab();
-    lab.public_node(PEER, [198, 51, 100, 20].into())?;
-    mesh.start_relay()?;
-    for node in ["cloud", PEER] {
+    mesh.start_relay_with(relay)?;
+    for (node, address) in NODES {
+        mesh.lab().public_node(node, address)?;
         mesh.start_agent(node)?;
     }
-    for node in ["cloud", PEER] {
+    for (node, _) in NODES {
         mesh.agent_ready(node, 2)?;
     }
     Ok(mesh)
 }
 
-/// Until a daemon is up or a path is direct.
+/// Until a daemon is up or a path is as wanted.
 pub(crate) const UP_LIMIT: Duration = Duration::from_secs(20);
 
 #[cfg(test)]
@@ -266,9 +358,9 @@ mod tests {
             samples.add("agent", "first_name", "ms", value * 1_000.0);
             samples.add("agent", "memory", "KiB", value);
         }
-        let figures = samples.figures("start");
-        let [name, memory] = figures.as_slice() else {
-            panic!("{figures:?}")
+        let verdict = verdict::judge("start", &samples.figures("start"));
+        let [name, memory] = verdict.figures.as_slice() else {
+            panic!("{verdict:?}")
         };
         assert_eq!(
             (name.median, name.min, name.max, name.runs),
@@ -278,9 +370,23 @@ mod tests {
     }
 
     #[test]
-    fn a_missed_number_is_told() {
+    fn a_missed_number_and_a_case_that_was_not_measured_are_told() {
         let mut samples = Samples::default();
         samples.add("agent", "first_name", "ms", 2_001.0);
-        assert_eq!(samples.figures("start")[0].ok, Some(false));
+        samples.error("other", &anyhow::anyhow!("no such program"));
+        let verdict = verdict::judge("start", &samples.figures("start"));
+        let said = lines("start", &samples, &verdict).unwrap();
+        assert!(
+            said.contains(r#""missed":["start/agent/first_name"]"#),
+            "{said}"
+        );
+        assert!(said.contains(r#""error":"no such program""#), "{said}");
+        assert!(
+            said.contains(r#""unjudged":["start/agent/first_service_answer <= 2 s"]"#),
+            "{said}"
+        );
+        let [_, start] = BENCHES else { panic!() };
+        let said = text(start, &samples, &verdict);
+        assert!(said.contains("MISSED") && said.contains("NOT MEASURED: other: no such program"));
     }
 }

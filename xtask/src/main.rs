@@ -59,8 +59,17 @@ enum Verb {
         #[arg(long)]
         save: bool,
         /// Interleaved rounds.
-        #[arg(long, default_value_t = 3)]
+        #[arg(long, default_value_t = 5)]
         rounds: u32,
+        /// Other programs to measure beside ours, by name, with commas between; all if left out.
+        #[arg(long, value_delimiter = ',')]
+        peers: Vec<String>,
+        /// Measure these cases and nothing else.
+        #[arg(long, value_delimiter = ',', conflicts_with = "peers")]
+        only: Vec<String>,
+        /// Measure the binaries in this folder instead of building them.
+        #[arg(long)]
+        bins: Option<PathBuf>,
     },
     /// Checks the rules that no compiler knows.
     Tidy,
@@ -75,7 +84,18 @@ fn main() -> ExitCode {
             json,
             save,
             rounds,
-        } => bench::run(name.as_deref(), json, save, rounds),
+            peers,
+            only,
+            bins,
+        } => {
+            let options = bench::Options {
+                bins: bins.unwrap_or_default(),
+                rounds,
+                peers,
+                only,
+            };
+            bench::run(name.as_deref(), json, save, options)
+        }
         Verb::Tidy => tidy::run(),
     };
     match held {

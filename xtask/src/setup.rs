@@ -16,6 +16,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("curl", "curl"),
     ("dig", "dnsutils"),
     ("iperf3", "iperf3"),
+    ("openssl", "openssl"),
     ("wireguard-go", "wireguard-go"),
     ("wg", "wireguard-tools"),
     ("faketime", "faketime"),
@@ -41,7 +42,7 @@ pub(crate) fn ready() -> Result<()> {
         root,
         "not root: the lab makes network namespaces, TUN devices and BPF programs; run it with sudo"
     );
-    install_missing()?;
+    install(PACKAGES)?;
     let problems: Vec<_> = CHECKS.iter().filter_map(|check| check().err()).collect();
     let lines: Vec<_> = problems
         .iter()
@@ -125,30 +126,32 @@ fn bpf() -> Result<()> {
         .context("the bpf system call: CONFIG_BPF_SYSCALL, CAP_BPF; in a container, --privileged")
 }
 
-fn install_missing() -> Result<()> {
-    let missing: Vec<_> = PACKAGES
-        .iter()
-        .filter(|(what, _)| !is_there(what))
-        .map(|(_, package)| *package)
-        .collect();
-    if missing.is_empty() {
+/// Installs the packages of what is missing: a program's name or a path, and its package.
+///
+/// # Errors
+///
+/// If something is still missing then.
+pub(crate) fn install(wanted: &[(&str, &str)]) -> Result<()> {
+    let missing = |wanted: &[(&str, &str)]| -> Vec<String> {
+        let missing = wanted.iter().filter(|(what, _)| !is_there(what));
+        missing.map(|(_, package)| (*package).to_owned()).collect()
+    };
+    let packages = missing(wanted);
+    if packages.is_empty() {
         return Ok(());
     }
-    eprintln!("installing {} …", missing.join(" "));
+    eprintln!("installing {} …", packages.join(" "));
     if !is_there("apt-get") {
         bail!(
             "{} missing, and this is no Debian: install them by hand",
-            missing.join(", ")
+            packages.join(", ")
         );
     }
     apt(&["update", "-q"])?;
     let mut words = vec!["install", "-q", "-y", "--no-install-recommends"];
-    words.extend(&missing);
+    words.extend(packages.iter().map(String::as_str));
     apt(&words)?;
-    let left: Vec<_> = PACKAGES
-        .iter()
-        .filter(|(what, _)| !is_there(what))
-        .collect();
+    let left = missing(wanted);
     ensure!(left.is_empty(), "still missing after apt-get: {left:?}");
     Ok(())
 }

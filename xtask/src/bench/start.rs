@@ -1,14 +1,11 @@
 //! How long a node is without names and services when its agent starts, and what the agent takes.
 
-use std::{
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use netns_tests::tool;
 
-use super::{PEER, Samples, UP_LIMIT, two_nodes};
+use super::{Options, RIGHT, Samples, UP_LIMIT, two_nodes};
 
 /// Starts a round: many, as each takes a fraction of a second.
 const STARTS: u32 = 5;
@@ -18,18 +15,19 @@ const STARTS: u32 = 5;
 /// # Errors
 ///
 /// If it does not come up.
-pub(super) fn run(bins: &Path, rounds: u32, samples: &mut Samples) -> Result<()> {
-    let mesh = two_nodes(bins)?;
-    mesh.serve(PEER, "local", &["http", PEER, "0.0.0.0:8080"])?;
-    let node = mesh.node(PEER)?;
+pub(super) fn run(options: &Options, samples: &mut Samples) -> Result<bool> {
+    let rounds = options.rounds;
+    let mesh = two_nodes(&options.bins, "")?;
+    mesh.serve(RIGHT, "local", &["http", RIGHT, "0.0.0.0:8080"])?;
+    let node = mesh.node(RIGHT)?;
     let lab = tool::binary("lab")?.display().to_string();
     for round in 1..=rounds * STARTS {
         eprintln!("start {round} of {}", rounds * STARTS);
-        let mut agent = mesh.take(PEER, "mesh-agent")?;
+        let mut agent = mesh.take(RIGHT, "mesh-agent")?;
         let status = agent.terminate(UP_LIMIT)?;
         ensure!(status.success(), "the agent ended with {status}");
         let start = Instant::now();
-        mesh.start_agent(PEER)?;
+        mesh.start_agent(RIGHT)?;
         let mut name = node.spawn(
             "await-name",
             &[&lab, "await-name", "local.bench.svc.cluster.local"],
@@ -39,17 +37,17 @@ pub(super) fn run(bins: &Path, rounds: u32, samples: &mut Samples) -> Result<()>
         samples.add("agent", "first_name", "ms", ms(start.elapsed()));
         ensure!(service.wait(UP_LIMIT)?.success(), "{}", service.log());
         samples.add("agent", "first_service_answer", "ms", ms(start.elapsed()));
-        mesh.agent_ready(PEER, 2)?;
-        let agent = mesh.take(PEER, "mesh-agent")?;
+        mesh.agent_ready(RIGHT, 2)?;
+        let agent = mesh.take(RIGHT, "mesh-agent")?;
         samples.add(
             "agent",
             "resident_peak",
             "KiB",
             agent.resident_peak_kib()? as f64,
         );
-        mesh.put(PEER, "mesh-agent", agent);
+        mesh.put(RIGHT, "mesh-agent", agent);
     }
-    Ok(())
+    Ok(true)
 }
 
 fn ms(time: Duration) -> f64 {
