@@ -349,23 +349,24 @@ impl Process {
     ///
     /// If it ended.
     pub fn resident_peak_kib(&self) -> Result<u64> {
-        self.memory_kib("VmHWM:")
+        self.memory_kib("status", "VmHWM:")
     }
 
-    /// Its resident memory now, in KiB.
+    /// Its resident memory now, in KiB: page by page, as the counter behind `VmRSS` lags by up to 64 pages
+    /// a processor.
     ///
     /// # Errors
     ///
     /// If it ended.
     pub fn resident_kib(&self) -> Result<u64> {
-        self.memory_kib("VmRSS:")
+        self.memory_kib("smaps_rollup", "Rss:")
     }
 
-    fn memory_kib(&self, key: &str) -> Result<u64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix(key));
+    fn memory_kib(&self, file: &str, key: &str) -> Result<u64> {
+        let text = fs::read_to_string(format!("/proc/{}/{file}", self.id()))?;
+        let line = text.lines().find_map(|line| line.strip_prefix(key));
         let value = line.and_then(|line| line.split_whitespace().next());
-        let value = value.with_context(|| format!("no {key} in the status of {}", self.name))?;
+        let value = value.with_context(|| format!("no {key} in the {file} of {}", self.name))?;
         Ok(value.parse()?)
     }
 

@@ -100,20 +100,24 @@ pub(super) fn wireguard_device(node: &Node, tool: &Tool, words: &[&str]) -> Resu
 /// `vpncloud`: its own handshake, and the cipher that it finds fastest.
 pub(super) fn vpncloud(ends: &Ends, tool: &Tool) -> Result<Vec<Process>> {
     each_end(ends, |end| {
-        let words = [
+        let mut words = vec![
             tool.path(),
             format!("--device={DEVICE}"),
             "--type=tun".to_owned(),
             "--mode=router".to_owned(),
-            format!("--ip={}/24", end.inner),
+            "--no-auto-claim".to_owned(),
+            format!("--claim={}/32", end.inner),
             format!("--listen={PORT}"),
-            format!("--peer={}:{PORT}", end.peer_outer),
             "--password=bench".to_owned(),
             "--no-port-forwarding".to_owned(),
         ];
+        if end.inner < end.peer_inner {
+            // If both called, their handshakes would meet and both be given up.
+            words.push(format!("--peer={}:{PORT}", end.peer_outer));
+        }
         let daemon = end.node.spawn("tunnel", &words)?;
         until_device(end.node)?;
-        shell(end.node, &format!("ip link set {DEVICE} mtu {MTU_BYTES}"))?;
+        give_address(end)?; // Its own `--ip` sets another address (2.3.0).
         Ok(daemon)
     })
 }

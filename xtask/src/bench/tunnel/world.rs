@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use netns_tests::{
     load::Way,
     mesh::{CLOUD, Mesh, word},
-    node::{Node, Process},
+    node::{Node, Process, tail},
     tool,
 };
 use serde_json::Value;
@@ -164,10 +164,12 @@ impl World {
             relayed,
         };
         let ping = format!("ping -q -c 1 -W 1 {address}");
-        tool::eventually("an answer through the tunnel", UP_LIMIT, || {
+        let answered = tool::eventually("an answer through the tunnel", UP_LIMIT, || {
             up.daemons.iter_mut().try_for_each(Process::running)?;
             peers::shell(&self.ends.left, &ping)
-        })?;
+        });
+        let logs = up.daemons.iter().map(|daemon| tail(&daemon.log()));
+        answered.with_context(|| format!("logs end:\n{}", logs.collect::<Vec<_>>().join("\n")))?;
         Ok(up)
     }
 
