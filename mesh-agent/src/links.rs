@@ -14,12 +14,13 @@ use std::{
 };
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use bytes::Bytes;
 use mesh_core::{
     io::{Input, RelayTransport},
     snapshot::{Relay, Snapshot},
 };
 use mesh_identity::credentials::Credentials;
-use mesh_relay::client::{self, Link, LinkConfig, LinkEvent};
+use mesh_relay::client::{self, Link, LinkConfig, LinkEvent, OnData};
 use mesh_tunnel::tunnel::{RelaySender, Tunnel};
 use mesh_wire::id::{NodeId, RelayId};
 use tokio::{
@@ -91,10 +92,9 @@ impl HubLinks {
 
 impl RelaySender for HubLinks {
     fn send(&self, peer: &NodeId, datagrams: &[u8], segment_len: usize) -> usize {
-        let each = datagrams.chunks(segment_len);
         match self.best() {
-            Some((_, link)) => each.filter(|one| link.send(peer, one).is_err()).count(),
-            None => each.count(),
+            Some((_, link)) => link.send_batch(peer, datagrams, segment_len),
+            None => datagrams.len().div_ceil(segment_len),
         }
     }
 }
@@ -300,10 +300,12 @@ impl LinkTask {
             relay: self.relay.name.clone(),
             address,
             credentials: Credentials::clone(&self.credentials.load()),
+            udp: None,
         };
         let (id, tunnel) = (self.id, self.tunnel.clone());
-        let on_data =
-            Arc::new(move |peer: NodeId, data: &[u8]| tunnel.receive_from_relay(id, peer, data));
+        let on_data: OnData = Arc::new(move |packets: &[(NodeId, Bytes)]| {
+            tunnel.receive_batch_from_relay(id, packets.iter().map(|(peer, data)| (*peer, data)));
+        });
         match self.transport {
             RelayTransport::Quic => client::connect_quic(config, events, on_data).await,
             RelayTransport::Tls => client::connect_tls(config, events, on_data).await,
@@ -322,6 +324,7 @@ impl LinkTask {
                     })
                     .await;
                 }
+                LinkEvent::Udp { .. } => {}
                 LinkEvent::GoAway => self.tell(Input::RelayGoAway { relay }).await,
                 LinkEvent::Lost { reason } => return reason,
             }

@@ -6,71 +6,38 @@
 //! to the link by which it last sent data; a new link counts as if it had. Control messages do not
 //! count: a link that only stays warm pings too.
 //!
+//! A QUIC link may have an **address** beside it, from which the node sends frames as plain UDP
+//! datagrams, and to which the relay sends the node's frames while the node does so. It is bound by
+//! a cookie and a key ([`mesh_wire::relay::udp`]), and lives no longer than its link. Nothing is
+//! kept for who has not proven both: cookies and keys are computed from one secret.
+//!
 //! A **session** is a pair of connected nodes, one number for both directions. It begins when one
 //! of them looks for the other and ends when either has no link left.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    hash::{DefaultHasher, Hash as _, Hasher as _},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
 use mesh_wire::{
-    id::{NodeId, canonical_ip},
-    relay::{Control, PROTOCOL_VERSION, Session},
+    id::NodeId,
+    relay::{
+        BadFrame, Control, PROTOCOL_VERSION, Session,
+        udp::{Bind, Tag, UdpFrame, cookie_frame, pong_frame, unbound_frame},
+    },
 };
 
+use self::{
+    limits::{Bucket, BucketBySource, Source},
+    udp::{Address, BindSecrets},
+};
 use crate::io::RelayTransport;
 
-/// How much is too much. The defaults fit a relay with 1 GiB of memory.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Limits {
-    /// Links at once. Each may hold 256 KiB of queue when its receiver is slow, and for a QUIC
-    /// receiver that is gone 320 KiB of books about 2 MiB in flight: 1,024 such links need 590 MiB.
-    pub links_max: usize,
-    /// Links at once from one source prefix: a site of 500 nodes behind one NAT, twice.
-    pub links_per_source_max: usize,
-    /// Peers that one node may ask to be told about.
-    pub interests_per_node_max: usize,
-    /// Sessions at once: about 200 bytes each, 13 MiB.
-    pub sessions_max: usize,
-    /// Sessions of one node at once.
-    pub sessions_per_node_max: usize,
-    /// Payload that one node may send on, in bytes a second.
-    pub bytes_per_s: u64,
-    /// Payload that one node may send on at once, in bytes.
-    pub burst_bytes: u64,
-    /// Handshakes that one source prefix may begin, a second.
-    pub handshakes_per_s: u64,
-    /// Handshakes that one source prefix may begin at once: a site that comes back.
-    pub handshakes_burst: u64,
-}
+pub use self::limits::{Limits, Rate};
 
-impl Default for Limits {
-    fn default() -> Self {
-        Self::with_rate(125_000_000) // 1 Gb/s
-    }
-}
-
-impl Limits {
-    /// The defaults, but for the rate of one node.
-    #[must_use]
-    pub fn with_rate(bytes_per_s: u64) -> Self {
-        Self {
-            links_max: 1024,
-            links_per_source_max: 1000,
-            interests_per_node_max: 1024,
-            sessions_max: 65_536,
-            sessions_per_node_max: 1024,
-            bytes_per_s,
-            // A quarter of a second, and never less than 40 full-size packets.
-            burst_bytes: (bytes_per_s / 4).max(65_536),
-            handshakes_per_s: 64,
-            handshakes_burst: 256,
-        }
-    }
-}
+mod limits;
+mod udp;
 
 /// One connection of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -113,22 +80,61 @@ pub enum Refusal {
     Stopping,
 }
 
-/// What becomes of a data frame.
+/// The two ends of plain UDP with a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct UdpPath {
+    /// The node's address, as the relay sees it.
+    pub remote: SocketAddr,
+    /// The relay's address, where it has several.
+    pub local: Option<IpAddr>,
+}
+
+/// How frames come or go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Way {
+    /// By a link.
+    Link(LinkId),
+    /// As plain UDP datagrams.
+    Udp(UdpPath),
+}
+
+/// Data frames of one session that came together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Batch {
+    /// Their session.
+    pub session: Session,
+    /// How many there are.
+    pub frames: usize,
+    /// Their payload together, in bytes.
+    pub bytes: usize,
+}
+
+/// What becomes of data frames.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// Send it on, unchanged, by this link.
-    Forward(LinkId),
-    /// Drop it. It is counted already.
+    /// Send them on, unchanged.
+    Forward {
+        /// By this.
+        way: Way,
+        /// Only so many of them, the first ones; the rest are over the sender's rate, and counted.
+        frames: usize,
+    },
+    /// Drop them. They are counted already.
     Drop(DropReason),
 }
 
-/// Why a data frame goes nowhere.
+/// Why data frames go nowhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum DropReason {
     /// No such session, or not one of the sender's. The sender is told.
     NoSession,
     /// The sender is over its rate.
     Rate,
+    /// Nobody is bound to the address from which they came.
+    Unbound {
+        /// Tell it so ([`unbound_frame`]). Not always said: whose address it is, is not proven.
+        tell: bool,
+    },
 }
 
 /// What happened since the start.
@@ -142,6 +148,12 @@ pub struct Counters {
     pub no_session_frames: u64,
     /// Data frames above a node's rate.
     pub rate_limited_frames: u64,
+    /// Data frames from addresses that are not bound.
+    pub unbound_frames: u64,
+    /// Addresses bound, again or for the first time.
+    pub binds: u64,
+    /// Requests to bind with a cookie, but without a live link's key, or older than the last.
+    pub binds_refused: u64,
     /// Handshakes refused by rate.
     pub handshakes_limited: u64,
     /// Connections refused for want of room.
@@ -156,15 +168,23 @@ pub struct Counters {
 /// to be a flood back.
 const SESSION_GONE_GAP: Duration = Duration::from_millis(100);
 
-/// Buckets of the handshake limiter. Prefixes share a bucket by a keyed hash, so that no number
-/// of forged sources makes the table grow: 4,096 × 24 bytes.
-const HANDSHAKE_BUCKETS: usize = 4096;
+/// An address from which nothing came for so long is not sent to any more; its node pings every
+/// 15 s, and would have lost two pings.
+const ADDRESS_SILENCE_MAX: Duration = Duration::from_secs(35);
+
+/// Answers a second, and at once, to frames of unbound addresses of one source prefix: as many as
+/// it may begin handshakes.
+const UNBOUND_ANSWERS_PER_S: u64 = 64;
+const UNBOUND_ANSWERS_BURST: u64 = 256;
 
 /// The decisions of one relay.
 #[derive(Debug)]
 pub struct RelayServer {
     limits: Limits,
-    seed: u64,
+    secrets: BindSecrets,
+    /// With which epoch a place begins: so that a session of the relay's life before is not
+    /// mistaken for one of this.
+    first_epoch: u16,
     stopping: bool,
     next_link: u64,
     links: BTreeMap<LinkId, Link>,
@@ -174,7 +194,10 @@ pub struct RelayServer {
     places: Vec<Place>,
     free_places: VecDeque<u32>,
     sources: BTreeMap<Source, usize>,
-    handshakes: Vec<Option<Bucket>>,
+    /// Bound addresses: at most one a link.
+    addresses: BTreeMap<SocketAddr, LinkId>,
+    handshakes: BucketBySource,
+    unbound_answers: BucketBySource,
     outputs: VecDeque<Output>,
     counters: Counters,
 }
@@ -185,6 +208,9 @@ struct Link {
     transport: RelayTransport,
     source: Source,
     told_session_gone: Option<Instant>,
+    address: Option<Address>,
+    /// The last bind's: an older one is a replay.
+    bind_sequence: u64,
 }
 
 #[derive(Debug)]
@@ -205,32 +231,22 @@ struct Place {
     pair: Option<[NodeId; 2]>,
 }
 
-/// The prefix that stands for one network: /24, or /48.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-struct Source([u8; 6]);
-
-impl From<IpAddr> for Source {
-    fn from(address: IpAddr) -> Self {
-        match canonical_ip(address) {
-            IpAddr::V4(v4) => {
-                let [a, b, c, _] = v4.octets();
-                Self([0xff, 0xff, a, b, c, 0]) // ffff::/16 is no unicast prefix (RFC 4291 §2.4).
-            }
-            IpAddr::V6(v6) => {
-                let [a, b, c, d, e, f, ..] = v6.octets();
-                Self([a, b, c, d, e, f])
-            }
-        }
-    }
-}
-
 impl RelayServer {
-    /// A relay without links. `seed` is random, and spreads the handshake limiter's buckets.
+    /// A relay without links. `secret` is random and stays in the process.
     #[must_use]
-    pub fn new(limits: Limits, seed: u64) -> Self {
+    pub fn new(limits: Limits, secret: &Tag, now: Instant) -> Self {
+        let secrets = BindSecrets::new(secret, now);
+        let (seed, first_epoch) = secrets.numbers();
         Self {
+            handshakes: BucketBySource::new(seed, limits.handshakes_per_s, limits.handshakes_burst),
+            unbound_answers: BucketBySource::new(
+                seed,
+                UNBOUND_ANSWERS_PER_S,
+                UNBOUND_ANSWERS_BURST,
+            ),
             limits,
-            seed,
+            secrets,
+            first_epoch,
             stopping: false,
             next_link: 0,
             links: BTreeMap::new(),
@@ -239,7 +255,7 @@ impl RelayServer {
             places: Vec::new(),
             free_places: VecDeque::new(),
             sources: BTreeMap::new(),
-            handshakes: vec![None; HANDSHAKE_BUCKETS],
+            addresses: BTreeMap::new(),
             outputs: VecDeque::new(),
             counters: Counters::default(),
         }
@@ -252,17 +268,7 @@ impl RelayServer {
     ///
     /// [`Refusal`]: close it without an answer.
     pub fn handle_handshake(&mut self, from: IpAddr, now: Instant) -> Result<(), Refusal> {
-        let source = Source::from(from);
-        let mut hasher = DefaultHasher::new();
-        (self.seed, source).hash(&mut hasher);
-        let buckets = u64::try_from(HANDSHAKE_BUCKETS).unwrap_or(1);
-        let index = usize::try_from(hasher.finish() % buckets).unwrap_or(0);
-        let (rate, burst) = (self.limits.handshakes_per_s, self.limits.handshakes_burst);
-        let Some(bucket) = self.handshakes.get_mut(index) else {
-            return Ok(());
-        };
-        let bucket = bucket.get_or_insert_with(|| Bucket::full(burst, now));
-        if bucket.take(1, rate, burst, now) {
+        if self.handshakes.take(from.into(), now) {
             return Ok(());
         }
         self.counters.handshakes_limited += 1;
@@ -296,16 +302,17 @@ impl RelayServer {
 
         let link = LinkId(self.next_link);
         self.next_link += 1;
-        let told_session_gone = None;
         let state = Link {
             node,
             transport,
             source,
-            told_session_gone,
+            told_session_gone: None,
+            address: None,
+            bind_sequence: 0,
         };
         self.links.insert(link, state);
         *self.sources.entry(source).or_default() += 1;
-        let burst_bytes = self.limits.burst_bytes;
+        let burst_bytes = self.limits.rate.map_or(0, |rate| rate.burst_bytes);
         let is_new = !self.nodes.contains_key(&node);
         let entry = self.nodes.entry(node).or_insert_with(|| Node {
             links: BTreeMap::new(),
@@ -366,10 +373,17 @@ impl RelayServer {
 
     /// A control message came by a link.
     pub fn handle_control(&mut self, link: LinkId, message: Control) {
-        let Some(&Link { node, .. }) = self.links.get(&link) else {
+        let Some(&Link {
+            node, transport, ..
+        }) = self.links.get(&link)
+        else {
             return;
         };
         match message {
+            Control::AskBindKey if transport == RelayTransport::Quic => {
+                self.send(link, Control::BindKey(self.secrets.key(link)));
+            }
+            Control::Unbind => self.unbind(link),
             Control::FindPeer { node: peer } => self.find_peer(node, link, peer),
             Control::Ping { txid } => self.send(link, Control::Pong { txid }),
             // What only relays say, what is said once, and answers to what was not asked.
@@ -378,38 +392,73 @@ impl RelayServer {
             | Control::Peer { .. }
             | Control::SessionGone { .. }
             | Control::GoAway { .. }
-            | Control::Pong { .. } => {}
+            | Control::Pong { .. }
+            // A network that carries TLS only would not carry this either.
+            | Control::AskBindKey
+            | Control::BindKey(_) => {}
         }
     }
 
-    /// A data frame with `len` bytes of payload came by a link.
-    pub fn handle_data(
+    /// A datagram of the UDP framing came that is no data. Returns the answer, if it has one: never
+    /// longer than the datagram.
+    ///
+    /// # Errors
+    ///
+    /// [`BadFrame`]: count it and drop it.
+    pub fn handle_udp(
         &mut self,
-        link: LinkId,
-        session: Session,
-        len: usize,
+        path: UdpPath,
+        datagram: &[u8],
         now: Instant,
-    ) -> Verdict {
+    ) -> Result<Option<Vec<u8>>, BadFrame> {
+        Ok(match UdpFrame::decode(datagram)? {
+            UdpFrame::Bind(bind) => self.bind(path, &bind, now),
+            UdpFrame::Ping { txid } => match self.heard_from(path.remote, now) {
+                Some(_) => Some(pong_frame(txid)),
+                None => unbound_frame(datagram)
+                    .filter(|_| self.may_tell_unbound(path.remote.ip(), now))
+                    .map(Vec::from),
+            },
+            // What only relays say; and data, which comes in batches.
+            UdpFrame::Data(_)
+            | UdpFrame::Cookie { .. }
+            | UdpFrame::Bound(_)
+            | UdpFrame::Pong { .. }
+            | UdpFrame::Unbound { .. } => None,
+        })
+    }
+
+    /// Data frames came.
+    pub fn handle_data(&mut self, from: Way, batch: Batch, now: Instant) -> Verdict {
+        let link = match from {
+            Way::Link(link) => link,
+            Way::Udp(path) => match self.heard_from(path.remote, now) {
+                Some(link) => link,
+                None => return self.unbound(path.remote.ip(), batch, now),
+            },
+        };
         let Some(&Link { node: sender, .. }) = self.links.get(&link) else {
-            return self.no_session(link, session, now); // Replaced a moment ago.
+            return self.no_session(link, batch, now); // Replaced a moment ago.
         };
-        self.sent_data(sender, link);
-        let Some(receiver) = self.other_node(session, sender) else {
-            return self.no_session(link, session, now);
+        self.sent_data(sender, link, matches!(from, Way::Udp(_)));
+        let receiver = self.other_node(batch.session, sender);
+        let Some(way) = receiver.and_then(|receiver| self.way_to(receiver, now)) else {
+            return self.no_session(link, batch, now);
         };
-        let Some(to) = self.nodes.get(&receiver).map(|node| node.current) else {
-            return self.no_session(link, session, now);
-        };
-        let bytes = u64::try_from(len).unwrap_or(u64::MAX);
-        let (rate, burst) = (self.limits.bytes_per_s, self.limits.burst_bytes);
-        let bucket = self.nodes.get_mut(&sender).map(|node| &mut node.rate);
-        if bucket.is_some_and(|bucket| !bucket.take(bytes, rate, burst, now)) {
-            self.counters.rate_limited_frames += 1;
+        let frames = self.affordable(sender, batch, now);
+        self.counters.rate_limited_frames += (batch.frames - frames) as u64;
+        if frames == 0 {
             return Verdict::Drop(DropReason::Rate);
         }
-        self.counters.forwarded_frames += 1;
-        self.counters.forwarded_bytes += bytes;
-        Verdict::Forward(to)
+        self.counters.forwarded_frames += frames as u64;
+        let bytes = batch.bytes / batch.frames.max(1) * frames;
+        let bytes = if frames == batch.frames {
+            batch.bytes
+        } else {
+            bytes
+        };
+        self.counters.forwarded_bytes += bytes as u64;
+        Verdict::Forward { way, frames }
     }
 
     /// The relay stops within `grace`: nobody is let in any more, and everybody is told.
@@ -536,8 +585,7 @@ impl RelayServer {
         // A new place while there is room: an old number rests as long as possible.
         if self.places.len() < self.limits.sessions_max {
             let number = u32::try_from(self.places.len()).ok()?;
-            // So that a session of the relay's life before is not mistaken for one of this.
-            let epoch = u16::try_from(self.seed & 0xffff).ok()?;
+            let epoch = self.first_epoch;
             self.places.push(Place { epoch, pair: None });
             return Some(number);
         }
@@ -565,16 +613,98 @@ impl RelayServer {
         }
     }
 
-    fn no_session(&mut self, link: LinkId, session: Session, now: Instant) -> Verdict {
-        self.counters.no_session_frames += 1;
+    fn no_session(&mut self, link: LinkId, batch: Batch, now: Instant) -> Verdict {
+        self.counters.no_session_frames += batch.frames as u64;
         if let Some(state) = self.links.get_mut(&link) {
             let told = state.told_session_gone;
             if told.is_none_or(|at| now.saturating_duration_since(at) >= SESSION_GONE_GAP) {
                 state.told_session_gone = Some(now);
+                let session = batch.session;
                 self.send(link, Control::SessionGone { session });
             }
         }
         Verdict::Drop(DropReason::NoSession)
+    }
+
+    fn unbound(&mut self, from: IpAddr, batch: Batch, now: Instant) -> Verdict {
+        self.counters.unbound_frames += batch.frames as u64;
+        let tell = self.may_tell_unbound(from, now);
+        Verdict::Drop(DropReason::Unbound { tell })
+    }
+
+    fn may_tell_unbound(&mut self, from: IpAddr, now: Instant) -> bool {
+        self.unbound_answers.take(from.into(), now)
+    }
+
+    /// The link of a bound address, from which something came just now.
+    fn heard_from(&mut self, remote: SocketAddr, now: Instant) -> Option<LinkId> {
+        let link = *self.addresses.get(&remote)?;
+        let address = self.links.get_mut(&link)?.address.as_mut()?;
+        address.heard = now;
+        Some(link)
+    }
+
+    fn bind(&mut self, path: UdpPath, bind: &Bind, now: Instant) -> Option<Vec<u8>> {
+        let remote = path.remote;
+        if !self.secrets.is_cookie_good(remote, bind, now) {
+            let cookie = self.secrets.cookie(remote, bind, now);
+            return Some(cookie_frame(bind.sequence, &cookie));
+        }
+        let link = LinkId(bind.id);
+        let key = self.secrets.key(link);
+        let state = self.links.get(&link).filter(|_| key.proves(bind));
+        let is_new = |state: &Link| {
+            let again = state
+                .address
+                .as_ref()
+                .is_some_and(|it| it.path.remote == remote);
+            // The same once more: the answer was lost.
+            bind.sequence > state.bind_sequence || (bind.sequence == state.bind_sequence && again)
+        };
+        let Some(node) = state.filter(|state| is_new(state)).map(|state| state.node) else {
+            self.counters.binds_refused += 1;
+            return None;
+        };
+        if self.addresses.get(&remote) != Some(&link) {
+            self.unbind(link);
+            if let Some(before) = self.addresses.get(&remote).copied() {
+                self.unbind(before); // A NAT gave the address to another node.
+            }
+            self.addresses.insert(remote, link);
+        }
+        let state = self.links.get_mut(&link)?;
+        state.bind_sequence = bind.sequence;
+        state.address = Some(Address {
+            path,
+            heard: now,
+            in_use: true,
+        });
+        self.sent_data(node, link, true); // As with a new link.
+        self.counters.binds += 1;
+        Some(key.bound(bind))
+    }
+
+    fn unbind(&mut self, link: LinkId) {
+        let state = self.links.get_mut(&link);
+        if let Some(address) = state.and_then(|state| state.address.take()) {
+            self.addresses.remove(&address.path.remote);
+        }
+    }
+
+    /// How frames reach a node.
+    fn way_to(&self, node: NodeId, now: Instant) -> Option<Way> {
+        let link = self.nodes.get(&node)?.current;
+        let address = self.links.get(&link)?.address.as_ref();
+        let address = address.filter(|address| address.in_use && address.is_alive(now));
+        Some(address.map_or(Way::Link(link), |address| Way::Udp(address.path)))
+    }
+
+    /// How many frames of the batch the sender's rate allows.
+    fn affordable(&mut self, sender: NodeId, batch: Batch, now: Instant) -> usize {
+        match (self.limits.rate, self.nodes.get_mut(&sender)) {
+            (Some(rate), Some(node)) => node.rate.take_frames(rate, batch.frames, batch.bytes, now),
+            (None, _) | (_, None) => batch.frames,
+        }
     }
 
     fn tell_watchers_that_came(&mut self, node: NodeId) {
@@ -615,6 +745,7 @@ impl RelayServer {
     }
 
     fn forget_link(&mut self, link: LinkId) -> Option<Link> {
+        self.unbind(link);
         let state = self.links.remove(&link)?;
         if let Some(count) = self.sources.get_mut(&state.source) {
             *count -= 1;
@@ -625,9 +756,13 @@ impl RelayServer {
         Some(state)
     }
 
-    fn sent_data(&mut self, node: NodeId, link: LinkId) {
+    fn sent_data(&mut self, node: NodeId, link: LinkId, by_udp: bool) {
         if let Some(node) = self.nodes.get_mut(&node) {
             node.current = link;
+        }
+        let state = self.links.get_mut(&link);
+        if let Some(address) = state.and_then(|state| state.address.as_mut()) {
+            address.in_use = by_udp;
         }
     }
 
@@ -641,41 +776,6 @@ impl RelayServer {
 
     fn send(&mut self, link: LinkId, message: Control) {
         self.outputs.push_back(Output::Send { link, message });
-    }
-}
-
-/// A token bucket. Tokens are kept in billionths, so that a slow rate loses nothing to rounding.
-#[derive(Debug, Clone, Copy)]
-struct Bucket {
-    billionths: u128,
-    at: Instant,
-}
-
-const BILLION: u128 = 1_000_000_000;
-
-impl Bucket {
-    fn full(burst: u64, now: Instant) -> Self {
-        Self {
-            billionths: u128::from(burst) * BILLION,
-            at: now,
-        }
-    }
-
-    /// Takes `tokens`, if they are there.
-    fn take(&mut self, tokens: u64, per_s: u64, burst: u64, now: Instant) -> bool {
-        let elapsed = now.saturating_duration_since(self.at).as_nanos();
-        let refilled = self
-            .billionths
-            .saturating_add(elapsed.saturating_mul(per_s.into()));
-        self.billionths = refilled.min(u128::from(burst) * BILLION);
-        self.at = self.at.max(now);
-        match self.billionths.checked_sub(u128::from(tokens) * BILLION) {
-            Some(left) => {
-                self.billionths = left;
-                true
-            }
-            None => false,
-        }
     }
 }
 

@@ -9,15 +9,19 @@
 //!  +-------+-------+---------------+-------------------------------+
 //! ```
 //!
-//! A data frame carries one WireGuard packet and travels as one QUIC datagram, as one
-//! unidirectional QUIC stream (where the path's datagrams are too small for it), or as one binary
-//! WebSocket message. The relay passes it on unchanged: session and epoch mean the same pair of
-//! nodes at both ends. Control messages travel on one bidirectional QUIC stream, each after its
-//! length (16 bits), or as binary WebSocket messages with the same header in front.
+//! A data frame carries one WireGuard packet and travels as one plain UDP datagram ([`udp`]), as
+//! one QUIC datagram, as one unidirectional QUIC stream (where the path's datagrams are too small
+//! for it), or as one binary WebSocket message. The relay passes it on unchanged: session and epoch
+//! mean the same pair of nodes at both ends. Control messages travel on one bidirectional QUIC
+//! stream, each after its length (16 bits), or as binary WebSocket messages with the same header
+//! in front.
 
 use prost::Message as _;
 
+use self::udp::BindKey;
 use crate::id::NodeId;
+
+pub mod udp;
 
 /// Bytes in front of every payload.
 pub const HEADER_LEN: usize = 8;
@@ -44,8 +48,8 @@ pub const ALPN_TLS: &[u8] = b"http/1.1";
 /// Path that the WebSocket upgrade asks for.
 pub const WEBSOCKET_PATH: &str = "/holdfast/relay/1";
 
-/// The frame types lie between 0x20 and 0x3f, so that raw UDP can share a port some day: QUIC sets
-/// the bit 0x40 (RFC 9000 §17), STUN begins with 0x00 or 0x01, WireGuard with 0x01 to 0x04.
+/// The frame types lie between 0x20 and 0x3f, so that raw UDP can share QUIC's port: QUIC sets the
+/// bit 0x40 (RFC 9000 §17), STUN begins with 0x00 or 0x01, WireGuard with 0x01 to 0x04.
 const TYPE_DATA: u8 = 0x20;
 const TYPE_CONTROL: u8 = 0x21;
 
@@ -76,8 +80,8 @@ pub enum Frame<'a> {
 /// Why bytes are not a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BadFrame {
-    /// Shorter than a header.
-    #[error("a frame needs {HEADER_LEN} bytes, got {0}")]
+    /// Shorter than a header, or than its type demands.
+    #[error("a frame needs {HEADER_LEN} bytes or more, got {0}")]
     Truncated(usize),
     /// Longer than [`FRAME_LEN_MAX`].
     #[error("a frame has {FRAME_LEN_MAX} bytes at most, got {0}")]
@@ -97,20 +101,26 @@ impl<'a> Frame<'a> {
         if bytes.len() > FRAME_LEN_MAX {
             return Err(BadFrame::TooLong(bytes.len()));
         }
-        let Some((&[kind, _flags, e0, e1, n0, n1, n2, n3], payload)) = bytes.split_first_chunk()
-        else {
-            return Err(BadFrame::Truncated(bytes.len()));
-        };
-        let session = Session {
-            number: u32::from_be_bytes([n0, n1, n2, n3]),
-            epoch: u16::from_be_bytes([e0, e1]),
-        };
+        let (kind, session) = header(bytes)?;
+        let payload = bytes.get(HEADER_LEN..).unwrap_or_default();
         match kind {
             TYPE_DATA => Ok(Self::Data { session, payload }),
             TYPE_CONTROL => Ok(Self::Control(payload)),
             unknown => Err(BadFrame::UnknownType(unknown)),
         }
     }
+}
+
+/// Type and session; flags are ignored.
+fn header(bytes: &[u8]) -> Result<(u8, Session), BadFrame> {
+    let Some(&[kind, _flags, e0, e1, n0, n1, n2, n3]) = bytes.first_chunk() else {
+        return Err(BadFrame::Truncated(bytes.len()));
+    };
+    let session = Session {
+        number: u32::from_be_bytes([n0, n1, n2, n3]),
+        epoch: u16::from_be_bytes([e0, e1]),
+    };
+    Ok((kind, session))
 }
 
 /// The bytes in front of a packet for the other node of `session`.
@@ -177,6 +187,12 @@ pub enum Control {
         /// From the question.
         txid: u64,
     },
+    /// Node: I want to send data by plain UDP too. Answered by `BindKey`, on a QUIC link.
+    AskBindKey,
+    /// Relay: prove with this that an address is yours.
+    BindKey(BindKey),
+    /// Node: plain UDP does not work any more. Use this link.
+    Unbind,
 }
 
 /// Why bytes are not a [`Control`] message.
@@ -215,11 +231,11 @@ impl Control {
 }
 
 mod proto {
-    use super::{BadControl, Control, NodeId, Session};
+    use super::{BadControl, BindKey, Control, NodeId, Session};
 
     #[derive(Clone, PartialEq, prost::Message)]
     pub(super) struct Envelope {
-        #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+        #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
         pub(super) body: Option<Body>,
     }
 
@@ -241,6 +257,12 @@ mod proto {
         Ping(Txid),
         #[prost(message, tag = "8")]
         Pong(Txid),
+        #[prost(message, tag = "9")]
+        AskBindKey(Nothing),
+        #[prost(message, tag = "10")]
+        BindKey(WireBindKey),
+        #[prost(message, tag = "11")]
+        Unbind(Nothing),
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -276,6 +298,15 @@ mod proto {
         epoch: u32,
     }
 
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub(super) struct WireBindKey {
+        #[prost(fixed64, tag = "1")]
+        id: u64,
+        /// 32 bytes.
+        #[prost(bytes = "vec", tag = "2")]
+        key: Vec<u8>,
+    }
+
     impl From<Control> for Body {
         fn from(message: Control) -> Self {
             match message {
@@ -293,6 +324,12 @@ mod proto {
                 Control::GoAway { grace_ms } => Self::GoAway(Number { value: grace_ms }),
                 Control::Ping { txid } => Self::Ping(Txid { value: txid }),
                 Control::Pong { txid } => Self::Pong(Txid { value: txid }),
+                Control::AskBindKey => Self::AskBindKey(Nothing {}),
+                Control::BindKey(BindKey { id, key }) => Self::BindKey(WireBindKey {
+                    id,
+                    key: key.to_vec(),
+                }),
+                Control::Unbind => Self::Unbind(Nothing {}),
             }
         }
     }
@@ -315,6 +352,12 @@ mod proto {
                 Body::GoAway(Number { value }) => Self::GoAway { grace_ms: value },
                 Body::Ping(Txid { value }) => Self::Ping { txid: value },
                 Body::Pong(Txid { value }) => Self::Pong { txid: value },
+                Body::AskBindKey(Nothing {}) => Self::AskBindKey,
+                Body::BindKey(WireBindKey { id, key }) => Self::BindKey(BindKey {
+                    id,
+                    key: key.try_into().map_err(|_| BadControl::Malformed)?,
+                }),
+                Body::Unbind(Nothing {}) => Self::Unbind,
             })
         }
     }
@@ -371,6 +414,9 @@ mod tests {
             any::<u32>().prop_map(|grace_ms| Control::GoAway { grace_ms }),
             any::<u64>().prop_map(|txid| Control::Ping { txid }),
             any::<u64>().prop_map(|txid| Control::Pong { txid }),
+            Just(Control::AskBindKey),
+            any::<(u64, [u8; 32])>().prop_map(|(id, key)| Control::BindKey(BindKey { id, key })),
+            Just(Control::Unbind),
         ]
     }
 

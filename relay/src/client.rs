@@ -5,6 +5,7 @@
 //! made it; [`Link::send`] may be called from any thread and never waits.
 
 use std::{
+    collections::HashMap,
     fmt,
     net::SocketAddr,
     sync::{
@@ -14,20 +15,28 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
+use bytes::{BufMut as _, Bytes, BytesMut};
 use mesh_identity::credentials::Credentials;
 use mesh_wire::{
     id::{NodeId, RelayName},
-    relay::{Control, Frame, PAYLOAD_LEN_MAX, data_frame},
+    relay::{
+        Control, Frame, HEADER_LEN, PAYLOAD_LEN_MAX, Session, data_frame, data_header,
+        udp::data_session,
+    },
 };
 use tokio::{sync::mpsc, time};
 use tokio_util::sync::CancellationToken;
 
-use self::peers::{Next, Peers};
-use crate::{outlet::Outlet, quic::Sent};
+use self::{
+    peers::{Next, Peers},
+    udp::Udp,
+};
+use crate::outlet::Outlet;
 
+mod bind;
 mod connect;
 mod peers;
+mod udp;
 
 /// Time for a QUIC link to come up; after that UDP is taken to be blocked (`paths.md`).
 pub const QUIC_CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -44,6 +53,30 @@ pub struct LinkConfig {
     pub address: SocketAddr,
     /// The node's certificate, its key and the mesh's authority.
     pub credentials: Credentials,
+    /// The node's own port, where plain UDP should be tried beside QUIC.
+    pub udp: Option<UdpPort>,
+}
+
+/// Sends one datagram to the relay.
+pub type SendDatagram = Arc<dyn Fn(&[u8]) + Send + Sync>;
+
+/// The node's own UDP port. The link only binds it at the relay and watches whether it works; data
+/// goes from and to it without the link.
+#[derive(Clone)]
+pub struct UdpPort {
+    /// Sends one datagram from that port to the relay's QUIC port. Must not wait.
+    pub send: SendDatagram,
+    /// Length of the largest data frame that it will send, in bytes: `HEADER_LEN`, WireGuard's 32,
+    /// and the overlay's MTU. Where such a datagram does not pass, plain UDP is not used.
+    pub frame_len: usize,
+}
+
+impl fmt::Debug for UdpPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("UdpPort")
+            .field("frame_len", &self.frame_len)
+            .finish_non_exhaustive()
+    }
 }
 
 /// What a link tells whoever made it.
@@ -57,6 +90,11 @@ pub enum LinkEvent {
         /// Whether it is there, and can be sent to.
         present: bool,
     },
+    /// Plain UDP works from now on, or does not any more: see [`Link::udp_sessions`].
+    Udp {
+        /// Whether it works.
+        bound: bool,
+    },
     /// The relay stops soon: use another.
     GoAway,
     /// The link is down. Nothing comes after this.
@@ -66,9 +104,9 @@ pub enum LinkEvent {
     },
 }
 
-/// What is called for each packet that comes: whose it is, and the packet. On a tokio thread; it
-/// must not wait.
-pub type OnData = Arc<dyn Fn(NodeId, &[u8]) + Send + Sync>;
+/// What is called for the packets that have come: whose each is, and the packet. On a tokio thread;
+/// it must not wait.
+pub type OnData = Arc<dyn Fn(&[(NodeId, Bytes)]) + Send + Sync>;
 
 /// Why there is no link.
 #[derive(Debug, thiserror::Error)]
@@ -168,6 +206,37 @@ impl Link {
         self.shared.send(peer, datagram)
     }
 
+    /// Sends packets to `peer` that stand one behind the other, each of `segment_len` bytes (the
+    /// last may be shorter). Never waits. Returns how many were dropped: of these, or older ones in
+    /// front of them.
+    #[must_use]
+    pub fn send_batch(&self, peer: &NodeId, datagrams: &[u8], segment_len: usize) -> usize {
+        self.shared.send_batch(peer, datagrams, segment_len.max(1))
+    }
+
+    /// The peers to which data can be sent as plain UDP, and the sessions for that; `None` while
+    /// plain UDP does not work. Ask again after each [`LinkEvent`].
+    #[must_use]
+    pub fn udp_sessions(&self) -> Option<HashMap<NodeId, Session>> {
+        let bound = self.shared.udp.as_ref().is_some_and(Udp::is_bound);
+        bound.then(|| self.shared.read(Peers::sessions))
+    }
+
+    /// Takes a datagram that came to the node's port from the relay's QUIC port and is no data.
+    /// Never waits.
+    pub fn handle_datagram(&self, datagram: Vec<u8>) {
+        if let Some(udp) = &self.shared.udp {
+            udp.datagram(datagram);
+        }
+    }
+
+    /// Packets go by this relay, or should: watch plain UDP closely for a while.
+    pub fn note_used(&self) {
+        if let Some(udp) = &self.shared.udp {
+            udp.used();
+        }
+    }
+
     /// Asks the relay for `peer`. Answered by [`LinkEvent::Peer`].
     pub fn find_peer(&self, peer: NodeId) {
         self.shared.find_peer(peer);
@@ -223,6 +292,7 @@ struct Shared {
     ping: Mutex<Option<(u64, Instant)>>,
     /// 0: not known.
     rtt_us: AtomicU64,
+    udp: Option<Udp>,
 }
 
 impl Shared {
@@ -231,6 +301,7 @@ impl Shared {
         outlet: Outlet,
         events: mpsc::Sender<LinkEvent>,
         on_data: OnData,
+        udp: Option<Udp>,
     ) -> Arc<Self> {
         Arc::new(Self {
             relay,
@@ -241,6 +312,7 @@ impl Shared {
             stop: CancellationToken::new(),
             ping: Mutex::default(),
             rtt_us: AtomicU64::new(0),
+            udp,
         })
     }
 
@@ -271,11 +343,29 @@ impl Shared {
         }
     }
 
+    fn send_batch(&self, peer: &NodeId, datagrams: &[u8], segment_len: usize) -> usize {
+        let each = datagrams.chunks(segment_len);
+        let session = self.read(|peers| peers.session(peer));
+        let Some(session) = session.filter(|_| segment_len <= PAYLOAD_LEN_MAX) else {
+            return each.filter(|one| self.send(peer, one).is_err()).count();
+        };
+        let header = data_header(session);
+        let mut frames = BytesMut::with_capacity(datagrams.len() + each.len() * HEADER_LEN);
+        for datagram in each.clone() {
+            frames.put_slice(&header);
+            frames.put_slice(datagram);
+        }
+        let mut frames = frames.freeze();
+        let each = each.map(|datagram| frames.split_to(HEADER_LEN + datagram.len()));
+        self.outlet.send_data(each).dropped()
+    }
+
     fn send_frame(&self, frame: Bytes) -> Result<(), SendError> {
-        match self.outlet.send_data(frame) {
-            Sent::Yes | Sent::InPlaceOfOlder => Ok(()),
-            Sent::Full => Err(SendError::Full),
-            Sent::Closed => Err(SendError::Closed),
+        let sent = self.outlet.send_data(std::iter::once(frame));
+        match (sent.closed, sent.refused) {
+            (true, _) => Err(SendError::Closed),
+            (false, 0) => Ok(()),
+            (false, _) => Err(SendError::Full),
         }
     }
 
@@ -283,13 +373,43 @@ impl Shared {
         self.outlet.send_control(Control::FindPeer { node });
     }
 
-    fn on_frame(&self, frame: Bytes) {
-        let Ok(Frame::Data { session, payload }) = Frame::decode(&frame) else {
-            return; // Only a broken relay sends that.
-        };
-        match self.read(|peers| peers.node(session)) {
-            Some(node) => (self.on_data)(node, payload),
-            None => self.write(|peers| peers.receive_later(session, &frame)),
+    fn on_frames(&self, frames: &[Bytes]) {
+        let known: Vec<_> = self.read(|peers| {
+            let mut last = None; // Mostly, all of a batch are of one session.
+            let node = |frame: &Bytes| {
+                let session = data_session(frame)?;
+                if let Some((of, node)) = last
+                    && of == session
+                {
+                    return Some(node);
+                }
+                let node = peers.node(session)?;
+                last = Some((session, node));
+                Some(node)
+            };
+            frames.iter().map(node).collect()
+        });
+        let packets: Vec<_> = frames
+            .iter()
+            .zip(known)
+            .filter_map(|(frame, node)| match node {
+                Some(node) => Some((node, frame.slice(HEADER_LEN..))),
+                None => {
+                    self.on_early_frame(frame);
+                    None
+                }
+            })
+            .collect();
+        if !packets.is_empty() {
+            (self.on_data)(&packets);
+        }
+    }
+
+    /// A frame of an unknown session, perhaps only not known yet. Other than data only a broken
+    /// relay sends.
+    fn on_early_frame(&self, frame: &Bytes) {
+        if let Ok(Frame::Data { session, .. }) = Frame::decode(frame) {
+            self.write(|peers| peers.receive_later(session, frame));
         }
     }
 
@@ -297,9 +417,7 @@ impl Shared {
         match message {
             Control::Peer { node, session } => {
                 let released = self.write(|peers| peers.set(node, session, Instant::now()));
-                for frame in released.received {
-                    self.on_frame(frame);
-                }
+                self.on_frames(&released.received);
                 for datagram in released.to_send {
                     self.send(&node, &datagram).ok(); // Lost, as on any path.
                 }
@@ -315,7 +433,16 @@ impl Shared {
             Control::Ping { txid } => self.outlet.send_control(Control::Pong { txid }),
             Control::Pong { txid } => self.on_pong(txid, Instant::now()),
             // What only nodes say, or is said once.
-            Control::Hello { .. } | Control::Welcome | Control::FindPeer { .. } => {}
+            Control::Hello { .. }
+            | Control::Welcome
+            | Control::FindPeer { .. }
+            | Control::AskBindKey
+            | Control::Unbind => {}
+            Control::BindKey(key) => {
+                if let Some(udp) = &self.udp {
+                    udp.key(key);
+                }
+            }
         }
     }
 

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use mesh_core::relay_server::Limits;
+use mesh_core::relay_server::{Limits, Rate};
 use mesh_daemon::FileError;
 use mesh_identity::credentials::{Credentials, CredentialsError};
 use mesh_wire::id::{Identity, RelayName};
@@ -166,7 +166,10 @@ fn limits(file: &ConfigFile, path: &Path) -> Result<Limits, ConfigError> {
     let mut limits = match file.client_rate_mbit_per_s {
         Some(rate) => {
             check("client_rate_mbit_per_s", rate, CLIENT_RATE_MAX_MBIT_PER_S)?;
-            Limits::with_rate(rate * 125_000)
+            Limits {
+                rate: Some(Rate::new(rate * 125_000)),
+                ..Limits::default()
+            }
         }
         None => Limits::default(),
     };

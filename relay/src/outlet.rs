@@ -32,10 +32,10 @@ pub(crate) enum Outlet {
 }
 
 impl Outlet {
-    pub(crate) fn send_data(&self, frame: Bytes) -> Sent {
+    pub(crate) fn send_data(&self, frames: impl Iterator<Item = Bytes>) -> Sent {
         match self {
-            Self::Quic { connection, .. } => quic::send_frame(connection, frame),
-            Self::Tls(queue) => queue.push_data(frame, Instant::now()),
+            Self::Quic { connection, .. } => quic::send_frames(connection, frames),
+            Self::Tls(queue) => queue.push_data(frames, Instant::now()),
         }
     }
 

@@ -46,6 +46,9 @@ const MTU_SEARCH_END: u16 = 1520;
 /// Bytes in flight per connection: 1 Gb/s at 16 ms, 100 Mb/s at 160 ms. See [`FixedWindow`].
 const WINDOW_BYTES: u64 = 2 * 1024 * 1024;
 
+/// Frames handed on at once: what one UDP send takes.
+pub(crate) const BATCH_FRAMES: usize = 64;
+
 /// A congestion controller that does not control.
 ///
 /// What travels in the datagrams is, in the main, TCP and QUIC of the nodes' users, which adapt to
@@ -120,72 +123,106 @@ pub(crate) fn without_grease(mut config: EndpointConfig) -> EndpointConfig {
     config
 }
 
-/// What became of a frame.
+/// What became of frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Sent {
+    /// Older frames that were dropped to make room for these.
+    pub(crate) replaced: usize,
+    /// Frames for which there was no room.
+    pub(crate) refused: usize,
+    /// The link is closed; what was not sent is refused.
+    pub(crate) closed: bool,
+}
+
+impl Sent {
+    pub(crate) fn dropped(self) -> usize {
+        self.replaced + self.refused
+    }
+}
+
+/// Sends data frames: as datagrams if the path takes them, otherwise each as a stream of its own.
+/// Never waits; may be called from any thread.
+pub(crate) fn send_frames(connection: &Connection, frames: impl Iterator<Item = Bytes>) -> Sent {
+    let mut sent = Sent::default();
+    let Some(max) = connection.max_datagram_size() else {
+        sent.closed = true; // The other side takes no datagrams: not one of ours.
+        sent.refused = frames.count();
+        return sent;
+    };
+    let mut room = connection.datagram_send_buffer_space();
+    for frame in frames {
+        let outcome = if frame.len() > max {
+            send_as_stream(connection, &frame)
+        } else {
+            sent.replaced += usize::from(room < frame.len());
+            room = room.saturating_sub(frame.len());
+            send_as_datagram(connection, frame)
+        };
+        sent.refused += usize::from(outcome.is_err());
+        sent.closed |= outcome == Err(NotSent::Closed);
+    }
+    sent
+}
+
+/// Why a frame was not sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Sent {
-    /// It is in the queue, or out.
-    Yes,
-    /// It is in the queue, and an older one was dropped for it.
-    InPlaceOfOlder,
-    /// There is no room.
+enum NotSent {
     Full,
-    /// The link is closed.
     Closed,
 }
 
-/// Sends a data frame: as a datagram if the path takes it, otherwise as a stream of its own. Never
-/// waits; may be called from any thread.
-pub(crate) fn send_frame(connection: &Connection, frame: Bytes) -> Sent {
-    let Some(max) = connection.max_datagram_size() else {
-        return Sent::Closed; // The other side takes no datagrams: not one of ours.
-    };
-    if frame.len() > max {
-        return send_as_stream(connection, &frame);
-    }
-    let full = connection.datagram_send_buffer_space() < frame.len();
-    match connection.send_datagram(frame) {
-        Ok(()) if full => Sent::InPlaceOfOlder,
-        Ok(()) => Sent::Yes,
-        Err(SendDatagramError::TooLarge) => Sent::Full, // The MTU shrank just now.
-        Err(
+fn send_as_datagram(connection: &Connection, frame: Bytes) -> Result<(), NotSent> {
+    connection
+        .send_datagram(frame)
+        .map_err(|error| match error {
+            SendDatagramError::TooLarge => NotSent::Full, // The MTU shrank just now.
             SendDatagramError::UnsupportedByPeer
             | SendDatagramError::Disabled
-            | SendDatagramError::ConnectionLost(_),
-        ) => Sent::Closed,
-    }
+            | SendDatagramError::ConnectionLost(_) => NotSent::Closed,
+        })
 }
 
 /// One stream a frame, so that a lost packet holds up one frame and not all behind it. Polled once
 /// and no more: where there is no credit, the frame is dropped.
-fn send_as_stream(connection: &Connection, frame: &[u8]) -> Sent {
+fn send_as_stream(connection: &Connection, frame: &[u8]) -> Result<(), NotSent> {
     let mut stream = match connection.open_uni().now_or_never() {
         Some(Ok(stream)) => stream,
-        Some(Err(_)) => return Sent::Closed,
-        None => return Sent::Full,
+        Some(Err(_)) => return Err(NotSent::Closed),
+        None => return Err(NotSent::Full),
     };
     match stream.write_all(frame).now_or_never() {
         Some(Ok(())) => {
             stream.finish().ok(); // Fails only on a stream that is finished already.
-            Sent::Yes
+            Ok(())
         }
-        Some(Err(_)) => Sent::Closed,
+        Some(Err(_)) => Err(NotSent::Closed),
         None => {
             stream.reset(VarInt::from_u32(0)).ok(); // Half a frame is none.
-            Sent::Full
+            Err(NotSent::Full)
         }
     }
 }
 
-/// Hands every data frame to `on_frame`, until the connection ends.
+/// Hands all data frames to `on_frames`, as many at once as are there, until the connection ends.
 pub(crate) async fn receive_frames(
     connection: &Connection,
-    mut on_frame: impl FnMut(Bytes),
+    mut on_frames: impl FnMut(&[Bytes]),
 ) -> ConnectionError {
+    let mut batch = Vec::with_capacity(BATCH_FRAMES);
     let mut streams = FuturesUnordered::new(); // Bounded by STREAM_FRAMES_MAX of the transport.
     loop {
         tokio::select! {
             datagram = connection.read_datagram() => match datagram {
-                Ok(frame) => on_frame(frame),
+                Ok(frame) => {
+                    batch.push(frame);
+                    while batch.len() < BATCH_FRAMES
+                        && let Some(Ok(frame)) = connection.read_datagram().now_or_never()
+                    {
+                        batch.push(frame);
+                    }
+                    on_frames(&batch);
+                    batch.clear();
+                }
                 Err(error) => return error,
             },
             stream = connection.accept_uni() => match stream {
@@ -194,7 +231,7 @@ pub(crate) async fn receive_frames(
             },
             Some(frame) = streams.next(), if !streams.is_empty() => {
                 if let Some(frame) = frame {
-                    on_frame(frame);
+                    on_frames(&[frame]);
                 }
             }
         }

@@ -72,7 +72,7 @@ impl fmt::Debug for Relay {
 /// What every task of the relay needs.
 #[derive(Debug)]
 struct Shared {
-    hub: Hub,
+    hub: Arc<Hub>,
     trust_domain: String,
     handshakes: Arc<Semaphore>,
     links: TaskTracker,
@@ -123,7 +123,9 @@ impl Relay {
     ///
     /// [`BindError`] that names the port and its key.
     pub fn bind(settings: &Settings) -> Result<Self, BindError> {
-        let hub = Hub::new(settings.limits.clone(), rand::rng().next_u64());
+        let mut secret = [0; 32];
+        rand::rng().fill_bytes(&mut secret);
+        let hub = Arc::new(Hub::new(settings.limits.clone(), &secret));
         let quic_socket = udp_socket(settings.quic_listen, "quic_listen", true, &hub)?;
         let stun = settings.stun_listen.iter();
         let stun = stun.map(|&address| udp_socket(address, "stun_listen", false, &hub));
@@ -210,7 +212,7 @@ fn udp_socket(
     address: SocketAddr,
     key: &'static str,
     has_quic: bool,
-    hub: &Hub,
+    hub: &Arc<Hub>,
 ) -> Result<Arc<SharedSocket>, BindError> {
     let bound = sockets::udp(address).and_then(|socket| TokioRuntime.wrap_udp_socket(socket));
     let socket = bound.map_err(|source| BindError::Listen {
@@ -219,11 +221,7 @@ fn udp_socket(
         key,
         source,
     })?;
-    Ok(Arc::new(SharedSocket::new(
-        socket,
-        has_quic,
-        hub.udp_counters(),
-    )))
+    Ok(Arc::new(SharedSocket::new(socket, has_quic, hub.clone())))
 }
 
 fn tcp_listener(address: SocketAddr) -> Result<TcpListener, BindError> {

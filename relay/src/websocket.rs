@@ -7,7 +7,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures_util::{Sink, SinkExt as _, Stream, StreamExt as _};
+use futures_util::{FutureExt as _, Sink, SinkExt as _, Stream, StreamExt as _};
 use mesh_wire::relay::{Control, FRAME_LEN_MAX, Frame, control_frame};
 use socket2::SockRef;
 use tokio::{net::TcpStream, sync::Notify, time};
@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     outlet::CONTROL_QUEUE_MAX,
-    quic::{IDLE_TIMEOUT, Sent},
+    quic::{BATCH_FRAMES, IDLE_TIMEOUT, Sent},
 };
 
 /// Frames that wait for a slow receiver, in bytes (`paths.md`).
@@ -79,19 +79,23 @@ struct State {
 }
 
 impl Queue {
-    /// Appends a data frame; drops the oldest if there is no room for it.
-    pub(crate) fn push_data(&self, frame: Bytes, now: Instant) -> Sent {
+    /// Appends data frames; drops the oldest if there is no room for them.
+    pub(crate) fn push_data(&self, frames: impl Iterator<Item = Bytes>, now: Instant) -> Sent {
+        let mut sent = Sent::default();
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if state.closed.is_some() {
-            return Sent::Closed;
+            sent.closed = true;
+            sent.refused = frames.count();
+            return sent;
         }
-        let mut sent = Sent::Yes;
-        while state.data_bytes + frame.len() > QUEUE_BYTES_MAX || state.is_stale(now) {
-            state.pop_data();
-            sent = Sent::InPlaceOfOlder;
+        for frame in frames {
+            while state.data_bytes + frame.len() > QUEUE_BYTES_MAX || state.is_stale(now) {
+                state.pop_data();
+                sent.replaced += 1;
+            }
+            state.data_bytes += frame.len();
+            state.data.push_back((now, frame));
         }
-        state.data_bytes += frame.len();
-        state.data.push_back((now, frame));
         self.changed.notify_one();
         sent
     }
@@ -234,6 +238,25 @@ pub(crate) async fn receive(
     }
 }
 
+/// Waits for a frame, and takes what else has arrived: data frames into `batch`, a whole one at
+/// most. Returns what is no data and came behind them.
+pub(crate) async fn receive_batch(
+    stream: &mut (impl Stream<Item = Result<Message, WebSocketError>> + Unpin),
+    batch: &mut Vec<Bytes>,
+) -> Option<Received> {
+    let mut received = Some(receive(stream).await);
+    loop {
+        match received {
+            Some(Received::Data(frame)) => batch.push(frame),
+            other => return other,
+        }
+        if batch.len() >= BATCH_FRAMES {
+            return None;
+        }
+        received = receive(stream).now_or_never();
+    }
+}
+
 fn read_frame(bytes: Bytes) -> Received {
     match Frame::decode(&bytes) {
         Ok(Frame::Data { .. }) => Received::Data(bytes),
@@ -254,12 +277,16 @@ mod tests {
         Instant::now()
     }
 
+    fn push(queue: &Queue, n: u8, now: Instant) -> Sent {
+        queue.push_data(std::iter::once(frame(n)), now)
+    }
+
     #[test]
     fn a_full_queue_drops_the_oldest() {
         let (queue, now) = (Queue::default(), start());
-        let sent: Vec<_> = (0..=255).map(|n| queue.push_data(frame(n), now)).collect();
-        assert!(sent.iter().all(|sent| *sent == Sent::Yes));
-        assert_eq!(queue.push_data(frame(7), now), Sent::InPlaceOfOlder);
+        let sent = queue.push_data((0..=255).map(frame), now);
+        assert_eq!(sent, Sent::default());
+        assert_eq!(push(&queue, 7, now).replaced, 1);
         let mut state = queue.state.lock().unwrap();
         assert_eq!(state.data_bytes, QUEUE_BYTES_MAX);
         assert_eq!(state.take_batch(now).first(), Some(&frame(1)));
@@ -268,10 +295,10 @@ mod tests {
     #[test]
     fn an_old_frame_is_dropped_and_a_control_message_is_not() {
         let (queue, now) = (Queue::default(), start());
-        queue.push_data(frame(1), now);
+        push(&queue, 1, now);
         queue.push_control(&Control::Welcome);
         let later = now + QUEUE_AGE_MAX + Duration::from_millis(1);
-        queue.push_data(frame(2), later);
+        assert_eq!(push(&queue, 2, later).replaced, 1);
         let batch = queue.state.lock().unwrap().take_batch(later);
         assert_eq!(batch, [control_frame(&Control::Welcome).into(), frame(2)]);
     }
@@ -286,11 +313,12 @@ mod tests {
     #[tokio::test]
     async fn closing_lets_control_out_and_then_says_why() {
         let queue = Queue::default();
-        queue.push_data(frame(1), start());
+        push(&queue, 1, start());
         queue.push_control(&Control::GoAway { grace_ms: 1 });
         queue.close("stopping");
         assert_eq!(queue.pop().await.map(|batch| batch.len()), Ok(1));
         assert_eq!(queue.pop().await, Err("stopping".to_owned()));
-        assert_eq!(queue.push_data(frame(1), start()), Sent::Closed);
+        let sent = push(&queue, 1, start());
+        assert!(sent.closed && sent.refused == 1);
     }
 }

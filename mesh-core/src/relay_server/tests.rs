@@ -1,8 +1,11 @@
 use std::net::Ipv4Addr;
 
+use mesh_wire::relay::udp::{BindKey, UdpFrame, ping_frame};
 use proptest::prelude::*;
 
 use super::*;
+
+mod addresses;
 
 const HERE: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
 const QUIC: RelayTransport = RelayTransport::Quic;
@@ -21,13 +24,48 @@ fn start() -> Instant {
 }
 
 fn server(limits: Limits) -> RelayServer {
-    RelayServer::new(limits, 7)
+    RelayServer::new(limits, &[7; 32], start())
 }
 
 #[track_caller]
 fn connect(server: &mut RelayServer, n: u8, transport: RelayTransport) -> LinkId {
     let link = server.handle_connected(node(n), transport, HERE, PROTOCOL_VERSION, start());
     link.unwrap()
+}
+
+/// One frame.
+fn one(
+    server: &mut RelayServer,
+    link: LinkId,
+    session: Session,
+    bytes: usize,
+    now: Instant,
+) -> Verdict {
+    many(server, Way::Link(link), session, 1, bytes, now)
+}
+
+fn many(
+    server: &mut RelayServer,
+    from: Way,
+    session: Session,
+    frames: usize,
+    bytes: usize,
+    now: Instant,
+) -> Verdict {
+    let batch = Batch {
+        session,
+        frames,
+        bytes,
+    };
+    server.handle_data(from, batch, now)
+}
+
+fn by(link: LinkId) -> Verdict {
+    forward(Way::Link(link), 1)
+}
+
+fn forward(way: Way, frames: usize) -> Verdict {
+    Verdict::Forward { way, frames }
 }
 
 fn find(server: &mut RelayServer, link: LinkId, n: u8) {
@@ -75,14 +113,8 @@ fn a_pair_has_one_session_and_both_are_told() {
     assert_eq!(told(&outputs, b, 1), Some(Some(session)));
     find(&mut server, b, 1);
     assert_eq!(told(&drain(&mut server), b, 1), Some(Some(session)));
-    assert_eq!(
-        server.handle_data(a, session, 100, start()),
-        Verdict::Forward(b)
-    );
-    assert_eq!(
-        server.handle_data(b, session, 100, start()),
-        Verdict::Forward(a)
-    );
+    assert_eq!(one(&mut server, a, session, 100, start()), by(b));
+    assert_eq!(one(&mut server, b, session, 100, start()), by(a));
     assert_eq!(server.counters().forwarded_bytes, 200);
 }
 
@@ -109,7 +141,7 @@ fn a_session_ends_with_its_node_and_its_number_is_not_confused_with_its_successo
     server.handle_disconnected(b);
     assert_eq!(told(&drain(&mut server), a, 2), Some(None));
     assert_eq!(
-        server.handle_data(a, old, 1, start()),
+        one(&mut server, a, old, 1, start()),
         Verdict::Drop(DropReason::NoSession)
     );
     let gone = Output::Send {
@@ -123,10 +155,10 @@ fn a_session_ends_with_its_node_and_its_number_is_not_confused_with_its_successo
     let new = told(&drain(&mut server), c, 1).unwrap().unwrap();
     assert_eq!(new.number, old.number);
     assert_eq!(
-        server.handle_data(a, old, 1, start()),
+        one(&mut server, a, old, 1, start()),
         Verdict::Drop(DropReason::NoSession)
     );
-    assert_eq!(server.handle_data(a, new, 1, start()), Verdict::Forward(c));
+    assert_eq!(one(&mut server, a, new, 1, start()), by(c));
 }
 
 #[test]
@@ -135,7 +167,7 @@ fn nobody_sends_into_the_session_of_others() {
     let (_, _, session) = pair(&mut server);
     let c = connect(&mut server, 3, QUIC);
     assert_eq!(
-        server.handle_data(c, session, 1, start()),
+        one(&mut server, c, session, 1, start()),
         Verdict::Drop(DropReason::NoSession)
     );
 }
@@ -151,26 +183,26 @@ fn frames_go_to_the_link_by_which_the_node_last_sent_data() {
         "a new link knows the sessions"
     );
     assert_eq!(
-        server.handle_data(a, session, 1, start()),
-        Verdict::Forward(tls),
+        one(&mut server, a, session, 1, start()),
+        by(tls),
         "the newest"
     );
-    server.handle_data(quic, session, 1, start());
+    one(&mut server, quic, session, 1, start());
     assert_eq!(
-        server.handle_data(a, session, 1, start()),
-        Verdict::Forward(quic),
+        one(&mut server, a, session, 1, start()),
+        by(quic),
         "the one it uses"
     );
     server.handle_control(tls, Control::Ping { txid: 1 });
     assert_eq!(
-        server.handle_data(a, session, 1, start()),
-        Verdict::Forward(quic),
+        one(&mut server, a, session, 1, start()),
+        by(quic),
         "a ping keeps warm and no more"
     );
     server.handle_disconnected(quic);
     assert_eq!(
-        server.handle_data(a, session, 1, start()),
-        Verdict::Forward(tls),
+        one(&mut server, a, session, 1, start()),
+        by(tls),
         "the one left"
     );
 }
@@ -184,12 +216,9 @@ fn a_reconnect_replaces_the_old_link_and_keeps_the_sessions() {
     assert!(outputs.contains(&Output::Close { link: old }));
     assert_eq!(told(&outputs, new, 1), Some(Some(session)));
     server.handle_disconnected(old); // Comes late, and must not harm the new one.
+    assert_eq!(one(&mut server, a, session, 1, start()), by(new));
     assert_eq!(
-        server.handle_data(a, session, 1, start()),
-        Verdict::Forward(new)
-    );
-    assert_eq!(
-        server.handle_data(old, session, 1, start()),
+        one(&mut server, old, session, 1, start()),
         Verdict::Drop(DropReason::NoSession)
     );
 }
@@ -246,31 +275,27 @@ fn handshakes_of_one_network_are_limited_and_others_are_not() {
 #[test]
 fn a_node_over_its_rate_loses_frames_and_recovers() {
     let limits = Limits {
-        bytes_per_s: 1000,
-        burst_bytes: 1000,
+        rate: Some(Rate {
+            bytes_per_s: 1000,
+            burst_bytes: 1000,
+        }),
         ..Limits::default()
     };
     let mut server = server(limits);
     let (a, b, session) = pair(&mut server);
     let now = start();
+    assert_eq!(one(&mut server, a, session, 1000, now), by(b));
     assert_eq!(
-        server.handle_data(a, session, 1000, now),
-        Verdict::Forward(b)
-    );
-    assert_eq!(
-        server.handle_data(a, session, 1, now),
+        one(&mut server, a, session, 1, now),
         Verdict::Drop(DropReason::Rate)
     );
     assert_eq!(
-        server.handle_data(b, session, 1000, now),
-        Verdict::Forward(a),
+        one(&mut server, b, session, 1000, now),
+        by(a),
         "its own bucket"
     );
     let later = now + Duration::from_millis(500);
-    assert_eq!(
-        server.handle_data(a, session, 500, later),
-        Verdict::Forward(b)
-    );
+    assert_eq!(one(&mut server, a, session, 500, later), by(b));
     assert_eq!(server.counters().rate_limited_frames, 1);
 }
 
@@ -306,6 +331,34 @@ fn stopping_says_go_away_to_all_and_lets_nobody_in() {
     assert_eq!(drain(&mut server), expected);
     let late = server.handle_connected(node(3), QUIC, HERE, PROTOCOL_VERSION, start());
     assert_eq!(late, Err(Refusal::Stopping));
+}
+
+#[test]
+fn a_batch_over_the_rate_is_cut_short() {
+    let rate = Some(Rate {
+        bytes_per_s: 1000,
+        burst_bytes: 1000,
+    });
+    let mut server = server(Limits {
+        rate,
+        ..Limits::default()
+    });
+    let (a, b, session) = pair(&mut server);
+    let (from, to, now) = (Way::Link(a), Way::Link(b), start());
+    let batch = |server: &mut RelayServer, frames, bytes, ms| {
+        let now = now + Duration::from_millis(ms);
+        many(server, from, session, frames, bytes, now)
+    };
+    // 290 bytes each; the last is shorter.
+    assert_eq!(batch(&mut server, 10, 2801, 0), forward(to, 3));
+    let none = Verdict::Drop(DropReason::Rate);
+    assert_eq!(batch(&mut server, 10, 2801, 0), none);
+    assert_eq!(batch(&mut server, 2, 500, 500), forward(to, 2));
+    let counters = server.counters();
+    assert_eq!(
+        (counters.forwarded_frames, counters.rate_limited_frames),
+        (5, 17)
+    );
 }
 
 #[derive(Debug, Clone)]
@@ -362,12 +415,13 @@ proptest! {
                     };
                     let knows = live.contains(&link).then(|| told.get(&link)).flatten();
                     let peer = knows.and_then(|told| told.iter().find(|(_, s)| **s == session));
-                    match server.handle_data(link, session, 1, start()) {
-                        Verdict::Forward(to) => {
+                    match one(&mut server, link, session, 1, start()) {
+                        Verdict::Forward { way: Way::Link(to), .. } => {
                             let receiver = links.iter().find(|(link, _)| *link == to).unwrap().1;
                             prop_assert_eq!(peer.map(|(peer, _)| *peer), Some(node(receiver)));
                             prop_assert!(live.contains(&to));
                         }
+                        Verdict::Forward { way: Way::Udp(_), .. } => prop_assert!(false),
                         Verdict::Drop(_) => prop_assert_eq!(peer, None),
                     }
                 }

@@ -23,7 +23,10 @@ use tokio::{net::TcpStream, sync::mpsc, time};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tokio_tungstenite::{WebSocketStream, client_async_with_config, tungstenite};
 
-use super::{ConnectError, Link, LinkConfig, LinkEvent, OnData, Shared};
+use super::{
+    ConnectError, Link, LinkConfig, LinkEvent, OnData, Shared,
+    udp::{self, Udp},
+};
 use crate::{
     outlet::{CLOSE_CODE, CONTROL_QUEUE_MAX, Outlet},
     quic::{self, KEEP_ALIVE},
@@ -66,13 +69,15 @@ pub(super) async fn quic(
         connection: connection.clone(),
         control,
     };
-    let shared = Shared::new(config.relay, outlet, events, on_data);
+    let (udp, udp_inputs) = config.udp.map(Udp::new).unzip();
+    let shared = Shared::new(config.relay, outlet, events, on_data, udp);
     let link = Link {
         shared: shared.clone(),
     };
     // Ends with the link: when it is lost, closed or dropped.
     tokio::spawn(async move {
-        let frames = quic::receive_frames(&connection, |frame| shared.on_frame(frame));
+        let frames = quic::receive_frames(&connection, |frames| shared.on_frames(frames));
+        let binding = udp::bind(&shared, udp_inputs);
         let reading = async {
             while let Ok(message) = quic::read_control(&mut receive).await {
                 shared.on_control(message).await;
@@ -87,6 +92,7 @@ pub(super) async fn quic(
             reason = frames => Some(reason),
             reason = reading => Some(reason),
             reason = writing => Some(reason),
+            () = binding => None, // It does not end.
             () = shared.stop.cancelled() => None,
         };
         match reason {
@@ -134,19 +140,22 @@ pub(super) async fn tls(
         Received::Data(_) | Received::Control(_) | Received::Bad => return Err(not_a_relay()),
     }
 
-    let shared = Shared::new(config.relay, outlet, events, on_data);
+    let shared = Shared::new(config.relay, outlet, events, on_data, None);
     let link = Link {
         shared: shared.clone(),
     };
     // Ends with the link: when it is lost, closed or dropped.
     tokio::spawn(async move {
         let reading = async {
+            let mut batch = Vec::with_capacity(quic::BATCH_FRAMES);
             loop {
-                match websocket::receive(&mut stream).await {
-                    Received::Data(frame) => shared.on_frame(frame),
-                    Received::Control(message) => shared.on_control(message).await,
-                    Received::Bad => {}
-                    Received::Closed(reason) => return reason,
+                let other = websocket::receive_batch(&mut stream, &mut batch).await;
+                shared.on_frames(&batch);
+                batch.clear();
+                match other {
+                    Some(Received::Control(message)) => shared.on_control(message).await,
+                    Some(Received::Closed(reason)) => return reason,
+                    None | Some(Received::Data(_) | Received::Bad) => {}
                 }
             }
         };

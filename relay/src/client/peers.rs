@@ -84,6 +84,12 @@ impl Peers {
         }
     }
 
+    /// All peers that are there.
+    pub(super) fn sessions(&self) -> HashMap<NodeId, Session> {
+        let sessions = self.sessions.iter();
+        sessions.map(|(&session, &node)| (node, session)).collect()
+    }
+
     pub(super) fn node(&self, session: Session) -> Option<NodeId> {
         self.sessions.get(&session).copied()
     }

@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     net::IpAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -13,22 +13,38 @@ use std::{
 use bytes::Bytes;
 use mesh_core::{
     io::RelayTransport,
-    relay_server::{Counters, Limits, LinkId, Output, Refusal, RelayServer, Verdict},
+    relay_server::{
+        Batch, Counters, DropReason, Limits, LinkId, Output, Refusal, RelayServer, UdpPath,
+        Verdict, Way,
+    },
 };
 use mesh_wire::{
     id::NodeId,
-    relay::{Control, Frame},
+    relay::{
+        Control, FRAME_LEN_MAX, Frame, HEADER_LEN, Session,
+        udp::{Tag, data_session, unbound_frame},
+    },
+};
+use quinn::{
+    AsyncUdpSocket,
+    udp::{EcnCodepoint, Transmit},
 };
 
-use crate::{outlet::Outlet, quic::Sent};
+use crate::{outlet::Outlet, quic::BATCH_FRAMES};
 
-/// One lock for all links: it is held for some map look-ups a packet, about a tenth of what the
-/// packet's decryption takes, and never while something is sent.
+/// Most bytes in one send: what fits the length field of an IPv4 packet besides its headers
+/// (65,535 − 20 − 8).
+const SEND_BYTES_MAX: usize = 65_507;
+
+/// One lock for all links: it is held for some map look-ups a batch of packets, a small part of
+/// what one packet's way through the kernel takes, and never while something is sent.
 #[derive(Debug)]
 pub(super) struct Hub {
     state: Mutex<State>,
+    /// Sends plain UDP: the port that QUIC has too.
+    udp: OnceLock<Arc<dyn AsyncUdpSocket>>,
     shell: ShellCounters,
-    udp: Arc<UdpCounters>,
+    pub(super) udp_counters: UdpCounters,
 }
 
 #[derive(Debug)]
@@ -47,13 +63,23 @@ struct ShellCounters {
     plain_http_requests: AtomicU64,
 }
 
+/// Where frames go, and how many of them.
+enum Route {
+    Outlet(Outlet, usize),
+    Udp(UdpPath, usize),
+    /// Counted by the core.
+    Nowhere,
+    /// Likewise; and the sender should hear it.
+    TellUnbound,
+}
+
 /// What the UDP sockets count.
 #[derive(Debug, Default)]
 pub(super) struct UdpCounters {
     pub(super) stun_answers: AtomicU64,
     /// STUN that is not answered: not a binding request, shorter than its answer, or too many.
     pub(super) stun_ignored: AtomicU64,
-    /// Neither STUN nor QUIC.
+    /// Neither STUN nor QUIC nor a frame.
     pub(super) garbage_datagrams: AtomicU64,
 }
 
@@ -76,6 +102,8 @@ impl Totals {
         let core = &self.core;
         core.no_session_frames
             + core.rate_limited_frames
+            + core.unbound_frames
+            + core.binds_refused
             + core.handshakes_limited
             + core.links_refused
             + core.finds_refused
@@ -95,6 +123,9 @@ impl Totals {
             forwarded_bytes = core.forwarded_bytes,
             no_session_frames = core.no_session_frames,
             rate_limited_frames = core.rate_limited_frames,
+            binds = core.binds,
+            binds_refused = core.binds_refused,
+            unbound_frames = core.unbound_frames,
             handshakes_limited = core.handshakes_limited,
             links_refused = core.links_refused,
             links_replaced = core.links_replaced,
@@ -112,21 +143,24 @@ impl Totals {
 }
 
 impl Hub {
-    pub(super) fn new(limits: Limits, seed: u64) -> Self {
+    /// `secret` is random.
+    pub(super) fn new(limits: Limits, secret: &Tag) -> Self {
         let state = State {
-            server: RelayServer::new(limits, seed),
+            server: RelayServer::new(limits, secret, Instant::now()),
             outlets: HashMap::new(),
             reported: Totals::default(),
         };
         Self {
             state: Mutex::new(state),
+            udp: OnceLock::new(),
             shell: ShellCounters::default(),
-            udp: Arc::default(),
+            udp_counters: UdpCounters::default(),
         }
     }
 
-    pub(super) fn udp_counters(&self) -> Arc<UdpCounters> {
-        self.udp.clone()
+    /// Says by what plain UDP goes out. Only the first counts: a relay has one such port.
+    pub(super) fn set_udp(&self, socket: Arc<dyn AsyncUdpSocket>) {
+        self.udp.get_or_init(|| socket);
     }
 
     pub(super) fn handshake(&self, from: IpAddr) -> Result<(), Refusal> {
@@ -176,33 +210,159 @@ impl Hub {
         state.perform();
     }
 
-    /// Sends a data frame on, as it is.
-    pub(super) fn data(&self, link: LinkId, frame: Bytes) {
-        let Ok(Frame::Data { session, payload }) = Frame::decode(&frame) else {
-            return self.bad_frame();
-        };
-        let outlet = {
-            let mut state = self.lock();
-            match state
-                .server
-                .handle_data(link, session, payload.len(), Instant::now())
-            {
-                Verdict::Forward(to) => state.outlets.get(&to).cloned(),
-                Verdict::Drop(_) => {
-                    state.perform();
-                    None
+    /// Sends data frames of a link on, as they are.
+    pub(super) fn frames(&self, link: LinkId, mut frames: &[Bytes]) {
+        while let Some(first) = frames.first() {
+            let run = match Frame::decode(first) {
+                Ok(Frame::Data { session, .. }) => {
+                    let same = |frame: &&Bytes| {
+                        frame.len() <= FRAME_LEN_MAX && data_session(frame) == Some(session)
+                    };
+                    let run = frames.iter().take_while(same).count();
+                    let (run, _) = frames.split_at(run);
+                    self.run_of_link(link, session, run);
+                    run.len()
                 }
+                Ok(Frame::Control(_)) | Err(_) => {
+                    self.bad_frame();
+                    1
+                }
+            };
+            frames = frames.get(run..).unwrap_or_default();
+        }
+    }
+
+    fn run_of_link(&self, link: LinkId, session: Session, run: &[Bytes]) {
+        let bytes: usize = run.iter().map(Bytes::len).sum();
+        match self.route(Way::Link(link), session, run.len(), bytes) {
+            Route::Outlet(outlet, frames) => {
+                self.count_dropped(outlet.send_data(run.iter().take(frames).cloned()).dropped());
             }
+            Route::Udp(path, frames) => {
+                self.gather_to_udp(path, run.get(..frames).unwrap_or_default());
+            }
+            Route::Nowhere | Route::TellUnbound => {}
+        }
+    }
+
+    /// Sends data frames on that came as plain UDP: `run` is datagrams of `stride` bytes (the last
+    /// may be shorter) of one session. Returns an answer.
+    pub(super) fn datagrams(
+        &self,
+        from: UdpPath,
+        session: Session,
+        run: &[u8],
+        stride: usize,
+        ecn: Option<EcnCodepoint>,
+    ) -> Option<Vec<u8>> {
+        let each = run.chunks(stride.max(1));
+        if stride > FRAME_LEN_MAX {
+            self.shell.bad_frames.fetch_add(each.len() as u64, Relaxed);
+            return None;
+        }
+        match self.route(Way::Udp(from), session, each.len(), run.len()) {
+            Route::Udp(path, frames) => {
+                let allowed = run.get(..frames * stride).unwrap_or(run);
+                self.send_udp(path, allowed, stride, ecn);
+                None
+            }
+            Route::Outlet(outlet, frames) => {
+                let all = Bytes::copy_from_slice(run); // One allocation for all of them.
+                let starts = (0..all.len()).step_by(stride).take(frames);
+                let each = starts.map(|at| all.slice(at..all.len().min(at + stride)));
+                self.count_dropped(outlet.send_data(each).dropped());
+                None
+            }
+            Route::TellUnbound => unbound_frame(run).map(Vec::from),
+            Route::Nowhere => None,
+        }
+    }
+
+    /// A datagram of the UDP framing that is no data. Returns an answer.
+    pub(super) fn datagram(&self, from: UdpPath, datagram: &[u8]) -> Option<Vec<u8>> {
+        let mut state = self.lock();
+        let answer = state.server.handle_udp(from, datagram, Instant::now());
+        drop(state);
+        answer.unwrap_or_else(|_| {
+            self.bad_frame();
+            None
+        })
+    }
+
+    /// Where frames go; `bytes` with their headers.
+    fn route(&self, from: Way, session: Session, frames: usize, bytes: usize) -> Route {
+        let batch = Batch {
+            session,
+            frames,
+            bytes: bytes.saturating_sub(frames * HEADER_LEN),
         };
-        let Some(outlet) = outlet else {
-            return; // Counted by the core.
-        };
-        match outlet.send_data(frame) {
-            Sent::Yes => {}
-            Sent::InPlaceOfOlder | Sent::Full | Sent::Closed => {
-                self.shell.queue_dropped_frames.fetch_add(1, Relaxed);
+        let mut state = self.lock();
+        match state.server.handle_data(from, batch, Instant::now()) {
+            Verdict::Forward {
+                way: Way::Udp(path),
+                frames,
+            } => Route::Udp(path, frames),
+            Verdict::Forward {
+                way: Way::Link(to),
+                frames,
+            } => match state.outlets.get(&to) {
+                Some(outlet) => Route::Outlet(outlet.clone(), frames),
+                None => Route::Nowhere,
+            },
+            Verdict::Drop(DropReason::Unbound { tell: true }) => Route::TellUnbound,
+            Verdict::Drop(
+                DropReason::NoSession | DropReason::Rate | DropReason::Unbound { tell: false },
+            ) => {
+                state.perform();
+                Route::Nowhere
             }
         }
+    }
+
+    /// Frames of a link as plain UDP: those of one length leave together.
+    fn gather_to_udp(&self, path: UdpPath, mut frames: &[Bytes]) {
+        let mut gathered = Vec::new();
+        while let Some((first, others)) = frames.split_first() {
+            let stride = first.len();
+            let same = others.iter().take_while(|frame| frame.len() == stride);
+            let count = 1 + same.take(BATCH_FRAMES - 1).count();
+            let (run, rest) = frames.split_at(count);
+            if count == 1 {
+                self.send_udp(path, first, stride, None);
+            } else {
+                gathered.clear();
+                run.iter()
+                    .for_each(|frame| gathered.extend_from_slice(frame));
+                self.send_udp(path, &gathered, stride, None);
+            }
+            frames = rest;
+        }
+    }
+
+    /// Sends datagrams of `stride` bytes (the last may be shorter), by as few calls as may be.
+    fn send_udp(&self, to: UdpPath, run: &[u8], stride: usize, ecn: Option<EcnCodepoint>) {
+        let Some(socket) = self.udp.get() else {
+            return;
+        };
+        let at_once = (SEND_BYTES_MAX / stride.max(1)).clamp(1, socket.max_transmit_segments());
+        for part in run.chunks(at_once * stride.max(1)) {
+            let transmit = Transmit {
+                destination: to.remote,
+                ecn,
+                contents: part,
+                segment_size: (part.len() > stride).then_some(stride),
+                src_ip: to.local, // The address to which it was bound.
+            };
+            if socket.try_send(&transmit).is_err() {
+                self.count_dropped(part.len().div_ceil(stride));
+            }
+        }
+    }
+
+    fn count_dropped(&self, frames: usize) {
+        self.shell
+            .queue_dropped_frames
+            .fetch_add(frames as u64, Relaxed);
     }
 
     pub(super) fn stop(&self, grace: Duration) {
@@ -227,7 +387,7 @@ impl Hub {
     }
 
     fn totals(&self, state: &State) -> Totals {
-        let (shell, udp) = (&self.shell, &self.udp);
+        let (shell, udp) = (&self.shell, &self.udp_counters);
         Totals {
             core: state.server.counters(),
             links: state.server.links(),

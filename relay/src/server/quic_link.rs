@@ -108,7 +108,7 @@ async fn serve(link: Opened, shared: &Shared) {
         }
     };
     let reason: &[u8] = tokio::select! {
-        _ = quic::receive_frames(&connection, |frame| shared.hub.data(link, frame)) => b"closed",
+        _ = quic::receive_frames(&connection, |frames| shared.hub.frames(link, frames)) => b"closed",
         () = reading => b"closed",
         () = quic::write_controls(&mut send, &mut outgoing) => b"closed",
         () = shared.close.cancelled() => STOPPING.as_bytes(),

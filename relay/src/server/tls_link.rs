@@ -29,6 +29,7 @@ use tokio_tungstenite::{
 use super::{HANDSHAKE_TIMEOUT, STOPPING, Shared};
 use crate::{
     outlet::Outlet,
+    quic::BATCH_FRAMES,
     websocket::{self, Queue, Received},
 };
 
@@ -167,12 +168,18 @@ async fn serve(link: Opened, from: IpAddr, shared: &Shared) {
     };
     tracing::debug!(?node, %from, "TLS link up");
     let reading = async {
+        let mut batch = Vec::with_capacity(BATCH_FRAMES);
         loop {
-            match websocket::receive(&mut stream).await {
-                Received::Data(frame) => shared.hub.data(link, frame),
-                Received::Control(message) => shared.hub.control(link, message),
-                Received::Bad => shared.hub.bad_frame(),
-                Received::Closed(reason) => return tracing::debug!(?node, %from, reason, "closed"),
+            let other = websocket::receive_batch(&mut stream, &mut batch).await;
+            shared.hub.frames(link, &batch);
+            batch.clear();
+            match other {
+                None | Some(Received::Data(_)) => {}
+                Some(Received::Control(message)) => shared.hub.control(link, message),
+                Some(Received::Bad) => shared.hub.bad_frame(),
+                Some(Received::Closed(reason)) => {
+                    return tracing::debug!(?node, %from, reason, "closed");
+                }
             }
         }
     };

@@ -1,4 +1,4 @@
-//! A UDP socket that answers STUN by itself, and shows quinn nothing but QUIC.
+//! A UDP socket that answers STUN and takes relay frames by itself, and shows quinn nothing but QUIC.
 
 use std::{
     io::{self, IoSliceMut},
@@ -12,17 +12,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mesh_wire::reflexive;
+use mesh_core::relay_server::UdpPath;
+use mesh_wire::{
+    reflexive,
+    relay::udp::{data_session, looks_like_frame, run_len},
+};
 use quinn::{
     AsyncUdpSocket, UdpPoller,
     udp::{RecvMeta, Transmit},
 };
 
-use super::hub::UdpCounters;
+use super::hub::Hub;
 
-/// STUN answers a second and socket. A node asks about twice in 20 s: enough for 200,000 nodes,
-/// and one core at 10 %.
-const STUN_ANSWERS_PER_S_MAX: u32 = 20_000;
+/// Answers a second and socket, to STUN and to who wants to bind or pings. A node asks about twice in
+/// 20 s: enough for 200,000 nodes, and one core at 10 %.
+const ANSWERS_PER_S_MAX: u32 = 20_000;
 
 /// The bit that every QUIC packet has set (RFC 9000 §17.2, §17.3).
 const QUIC_BIT: u8 = 0x40;
@@ -31,12 +35,12 @@ const QUIC_BIT: u8 = 0x40;
 const STUN_BATCH: usize = 8;
 const STUN_BUFFER_BYTES: usize = 65_536;
 
-/// A UDP socket for STUN, and for QUIC too if it has that.
+/// A UDP socket for STUN, and for QUIC and relay frames too if it has those.
 #[derive(Debug)]
 pub(super) struct SharedSocket {
     inner: Arc<dyn AsyncUdpSocket>,
     has_quic: bool,
-    counters: Arc<UdpCounters>,
+    hub: Arc<Hub>,
     answers: Mutex<AnswersOfThisSecond>,
 }
 
@@ -47,11 +51,10 @@ struct AnswersOfThisSecond {
 }
 
 impl SharedSocket {
-    pub(super) fn new(
-        inner: Arc<dyn AsyncUdpSocket>,
-        has_quic: bool,
-        counters: Arc<UdpCounters>,
-    ) -> Self {
+    pub(super) fn new(inner: Arc<dyn AsyncUdpSocket>, has_quic: bool, hub: Arc<Hub>) -> Self {
+        if has_quic {
+            hub.set_udp(inner.clone());
+        }
         let answers = Mutex::new(AnswersOfThisSecond {
             since: None,
             answers: 0,
@@ -59,7 +62,7 @@ impl SharedSocket {
         Self {
             inner,
             has_quic,
-            counters,
+            hub,
             answers,
         }
     }
@@ -82,8 +85,8 @@ impl SharedSocket {
         }
     }
 
-    /// Answers or drops what is not QUIC, and closes the gaps that leaves in `buffer`. Returns the
-    /// bytes that are left.
+    /// Answers, sends on or drops what is not QUIC, and closes the gaps that leaves in `buffer`.
+    /// Returns the bytes that are left.
     fn take_out(&self, buffer: &mut [u8], meta: &RecvMeta) -> usize {
         let (mut read, mut kept) = (0, 0);
         while read < meta.len {
@@ -91,6 +94,11 @@ impl SharedSocket {
             let Some(datagram) = buffer.get(read..end) else {
                 break;
             };
+            if self.has_quic && looks_like_frame(datagram) {
+                let rest = buffer.get(read..meta.len).unwrap_or(datagram);
+                read += self.take_frames(rest, meta);
+                continue;
+            }
             if self.is_for_quic(datagram, meta) {
                 buffer.copy_within(read..end, kept);
                 kept += end - read;
@@ -100,6 +108,30 @@ impl SharedSocket {
         kept
     }
 
+    /// Takes the frames at the start of `datagrams`: all data of one session, or one of another
+    /// kind. Returns how many bytes that are.
+    fn take_frames(&self, datagrams: &[u8], meta: &RecvMeta) -> usize {
+        let stride = meta.stride.max(1);
+        let from = UdpPath {
+            remote: meta.addr,
+            local: meta.dst_ip,
+        };
+        let (first, _) = datagrams.split_at(stride.min(datagrams.len()));
+        let (taken, answer) = match data_session(first) {
+            Some(session) => {
+                let len = run_len(datagrams, stride, session).saturating_mul(stride);
+                let run = datagrams.get(..len).unwrap_or(datagrams);
+                let answer = self.hub.datagrams(from, session, run, stride, meta.ecn);
+                (run, answer)
+            }
+            None => (first, self.hub.datagram(from, first)),
+        };
+        if let Some(answer) = answer.filter(|_| self.may_answer()) {
+            self.send(&answer, meta);
+        }
+        taken.len().max(1)
+    }
+
     fn is_for_quic(&self, datagram: &[u8], meta: &RecvMeta) -> bool {
         if reflexive::looks_like_stun(datagram) {
             self.answer(datagram, meta);
@@ -107,28 +139,31 @@ impl SharedSocket {
         }
         let is_quic = self.has_quic && datagram.first().is_some_and(|first| first & QUIC_BIT != 0);
         if !is_quic {
-            count(&self.counters.garbage_datagrams);
+            count(&self.hub.udp_counters.garbage_datagrams);
         }
         is_quic
     }
 
     fn answer(&self, request: &[u8], meta: &RecvMeta) {
         let answer = reflexive::answer(request, meta.addr).filter(|_| self.may_answer());
-        let sent = answer.is_some_and(|answer| {
-            let transmit = Transmit {
-                destination: meta.addr,
-                ecn: None,
-                contents: &answer,
-                segment_size: None,
-                src_ip: meta.dst_ip, // From the address that was asked.
-            };
-            self.inner.try_send(&transmit).is_ok() // A full socket: the node asks again.
-        });
+        let sent = answer.is_some_and(|answer| self.send(&answer, meta));
         count(if sent {
-            &self.counters.stun_answers
+            &self.hub.udp_counters.stun_answers
         } else {
-            &self.counters.stun_ignored
+            &self.hub.udp_counters.stun_ignored
         });
+    }
+
+    /// Whether an answer went out; where the socket is full, the node asks again.
+    fn send(&self, answer: &[u8], meta: &RecvMeta) -> bool {
+        let transmit = Transmit {
+            destination: meta.addr,
+            ecn: None,
+            contents: answer,
+            segment_size: None,
+            src_ip: meta.dst_ip, // From the address that was asked.
+        };
+        self.inner.try_send(&transmit).is_ok()
     }
 
     fn may_answer(&self) -> bool {
@@ -144,7 +179,7 @@ impl SharedSocket {
             };
         }
         window.answers += 1;
-        window.answers <= STUN_ANSWERS_PER_S_MAX
+        window.answers <= ANSWERS_PER_S_MAX
     }
 }
 
@@ -196,6 +231,7 @@ impl AsyncUdpSocket for SharedSocket {
 mod tests {
     use std::net::UdpSocket;
 
+    use mesh_core::relay_server::Limits;
     use quinn::{Runtime as _, TokioRuntime};
 
     use super::*;
@@ -203,7 +239,8 @@ mod tests {
     fn socket() -> SharedSocket {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         let inner = TokioRuntime.wrap_udp_socket(socket).unwrap();
-        SharedSocket::new(inner, true, Arc::default())
+        let hub = Hub::new(Limits::default(), &[7; 32]);
+        SharedSocket::new(inner, true, Arc::new(hub))
     }
 
     #[tokio::test]
@@ -230,8 +267,9 @@ mod tests {
         let mut expected = [quic(1), quic(2), quic(3)].concat();
         expected.truncate(expected.len() - 4);
         assert_eq!(batch[..kept], expected);
-        assert_eq!(shared.counters.stun_answers.load(Relaxed), 1);
-        assert_eq!(shared.counters.garbage_datagrams.load(Relaxed), 1);
+        let counters = &shared.hub.udp_counters;
+        assert_eq!(counters.stun_answers.load(Relaxed), 1);
+        assert_eq!(counters.garbage_datagrams.load(Relaxed), 1);
         let mut answer = [0; 100];
         let length = asker.recv(&mut answer).unwrap();
         let expected = Some(([9; 12], asker_address));
@@ -241,7 +279,7 @@ mod tests {
     #[tokio::test]
     async fn answers_are_bounded() {
         let shared = socket();
-        let asked = STUN_ANSWERS_PER_S_MAX * 2;
+        let asked = ANSWERS_PER_S_MAX * 2;
         // More than a second would allow more: the machine would have to be very slow.
         let answered = (0..asked).filter(|_| shared.may_answer()).count();
         assert!((20_000..40_000).contains(&answered), "{answered}");
@@ -259,6 +297,7 @@ mod tests {
                 dst_ip: None,
             };
             assert!(shared.take_out(&mut [0x45; 20], &meta) <= 20);
+            assert_eq!(shared.take_out(&mut [0x20; 20], &meta), 0);
         }
     }
 }

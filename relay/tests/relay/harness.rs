@@ -11,6 +11,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use bytes::Bytes;
 use mesh_identity::{
     authority::{CertificateAuthority, new_key},
     certificate::Validity,
@@ -257,13 +258,16 @@ impl Node {
     ) -> Result<Self, ConnectError> {
         let (to_events, events) = mpsc::channel(64);
         let (to_data, data) = mpsc::unbounded_channel();
-        let on_data: OnData = Arc::new(move |node, bytes: &[u8]| {
-            to_data.send((node, bytes.to_vec())).ok(); // The test is over.
+        let on_data: OnData = Arc::new(move |packets: &[(NodeId, Bytes)]| {
+            for (node, bytes) in packets {
+                to_data.send((*node, bytes.to_vec())).ok(); // The test is over.
+            }
         });
         let config = |address| LinkConfig {
             relay: "r1".parse().unwrap(),
             address,
             credentials,
+            udp: None,
         };
         let link = match transport {
             Quic => connect_quic(config(quic), to_events, on_data).await?,
