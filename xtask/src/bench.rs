@@ -15,7 +15,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use netns_tests::mesh::Mesh;
+use netns_tests::{load::ROUND_TRIP_MAX, mesh::Mesh};
 use serde::Serialize;
 use serde_json::json;
 
@@ -148,6 +148,19 @@ struct Figure {
     ok: Option<bool>,
 }
 
+/// A round trip of this many µs stands for a lost packet.
+const LOST_US: f64 = ROUND_TRIP_MAX.as_micros() as f64;
+
+impl Figure {
+    /// The median for people, in a larger unit.
+    fn median_text(&self, divisor: f64) -> String {
+        match self.unit {
+            "µs" if self.median >= LOST_US => "lost".to_owned(),
+            _ => report::three_digits(self.median / divisor),
+        }
+    }
+}
+
 /// Runs a bench with release builds. What it measures does not decide its success.
 ///
 /// # Errors
@@ -238,7 +251,7 @@ fn judged_row(figure: &Figure) -> Option<Vec<String>> {
     Some(vec![
         figure.case.clone(),
         figure.metric.to_owned(),
-        format!("{} {}", report::three_digits(figure.median), figure.unit),
+        format!("{} {}", figure.median_text(1.0), figure.unit),
         figure.must.clone()?,
         report::three_digits(figure.ratio?),
         held.to_owned(),
@@ -250,7 +263,7 @@ fn figure_table(figures: &[Figure]) -> String {
         vec![
             figure.case.clone(),
             figure.metric.to_owned(),
-            report::three_digits(figure.median),
+            figure.median_text(1.0),
             figure.unit.to_owned(),
             format!("{:.2} – {:.2}", figure.min, figure.max),
         ]

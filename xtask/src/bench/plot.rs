@@ -3,7 +3,6 @@
 use std::fmt::Write as _;
 
 use super::Figure;
-use crate::report;
 
 /// What is drawn: metric, title, and what the figures are divided by.
 const PANELS: &[(&str, &str, f64)] = &[
@@ -102,7 +101,7 @@ fn panel(svg: &mut String, rows: &[&Figure], divisor: f64) {
         let [bar, from, to] = [figure.median, figure.min, figure.max].map(length);
         let (from, to) = (BARS_X + from, BARS_X + to);
         let (label, value) = (BARS_X - 6.0, to + 5.0);
-        let said = report::three_digits(figure.median / divisor);
+        let said = figure.median_text(divisor);
         let case = escape(&figure.case);
         writeln!(
             svg,

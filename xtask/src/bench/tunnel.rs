@@ -54,7 +54,8 @@ pub(super) fn run(options: &Options, samples: &mut Samples) -> Result<bool> {
         }
     }
     for (case, tool) in &ready {
-        if let (Kind::WireGuard { words, .. }, Some(tool)) = (&case.kind, tool) {
+        let own = !is_peer(case.name);
+        if let (true, Kind::WireGuard { words, .. }, Some(tool)) = (own, &case.kind, tool) {
             eprintln!("memory of peers: {}", case.name);
             match memory::per_peer_kib(&world.ends, tool, words) {
                 Ok(kib) => samples.add(case.name, "resident_per_peer", "KiB", kib),
@@ -73,24 +74,20 @@ fn measure(world: &World, case: &Case, tool: Option<&Tool>, samples: &mut Sample
 
 /// The columns of [`overview`]: a heading, the metrics in it, and what their figures are divided by.
 const COLUMNS: &[(&str, &[&str], f64)] = &[
-    ("TCP 1 / 4 / 16, Gb/s", &["tcp_1", "tcp_4", "tcp_16"], 1e3),
-    ("CPU s per GB", &["cpu_per_gb"], 1.0),
-    ("UDP 64 / 1200 B, kpps", &["udp_64", "udp_1200"], 1.0),
+    ("TCP 1/4/16, Gb/s", &["tcp_1", "tcp_4", "tcp_16"], 1e3),
+    ("CPU s/GB", &["cpu_per_gb"], 1.0),
+    ("UDP 64/1200 B, kpps", &["udp_64", "udp_1200"], 1.0),
     (
-        "RTT p50 / p99 / p99.9, µs",
+        "RTT p50/p99/p99.9, µs",
         &["rtt_p50", "rtt_p99", "rtt_p999"],
         1.0,
     ),
     (
-        "beside bulk, µs",
+        "the same beside bulk",
         &["loaded_rtt_p50", "loaded_rtt_p99", "loaded_rtt_p999"],
         1.0,
     ),
-    (
-        "MiB idle / peak",
-        &["resident_idle", "resident_peak"],
-        1024.0,
-    ),
+    ("MiB idle/peak", &["resident_idle", "resident_peak"], 1024.0),
 ];
 
 /// Medians, a case a line.
@@ -106,10 +103,8 @@ pub(super) fn overview(figures: &[Figure]) -> String {
             let mut of = figures.iter().filter(|figure| figure.case == case);
             of.find(|figure| figure.metric == *metric)
         });
-        let texts: Vec<_> = medians
-            .map(|figure| report::three_digits(figure.median / divisor))
-            .collect();
-        texts.join(" / ")
+        let texts = medians.map(|figure| figure.median_text(divisor));
+        texts.collect::<Vec<_>>().join("/")
     };
     let rows = names.iter().map(|name| {
         let cells = COLUMNS
