@@ -383,7 +383,12 @@ impl RelayServer {
             Control::AskBindKey if transport == RelayTransport::Quic => {
                 self.send(link, Control::BindKey(self.secrets.key(link)));
             }
-            Control::Unbind => self.unbind(link),
+            Control::Unbind { sequence } => {
+                let bound = self.links.get(&link).map(|link| link.bind_sequence);
+                if bound.is_some_and(|bound| bound <= sequence) {
+                    self.unbind(link);
+                }
+            }
             Control::FindPeer { node: peer } => self.find_peer(node, link, peer),
             Control::Ping { txid } => self.send(link, Control::Pong { txid }),
             // What only relays say, what is said once, and answers to what was not asked.

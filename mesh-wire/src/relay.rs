@@ -192,7 +192,10 @@ pub enum Control {
     /// Relay: prove with this that an address is yours.
     BindKey(BindKey),
     /// Node: plain UDP does not work any more. Use this link.
-    Unbind,
+    Unbind {
+        /// Of the bind that is over: the next may overtake this message.
+        sequence: u64,
+    },
 }
 
 /// Why bytes are not a [`Control`] message.
@@ -262,7 +265,7 @@ mod proto {
         #[prost(message, tag = "10")]
         BindKey(WireBindKey),
         #[prost(message, tag = "11")]
-        Unbind(Nothing),
+        Unbind(Txid),
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -329,7 +332,7 @@ mod proto {
                     id,
                     key: key.to_vec(),
                 }),
-                Control::Unbind => Self::Unbind(Nothing {}),
+                Control::Unbind { sequence } => Self::Unbind(Txid { value: sequence }),
             }
         }
     }
@@ -357,7 +360,7 @@ mod proto {
                     id,
                     key: key.try_into().map_err(|_| BadControl::Malformed)?,
                 }),
-                Body::Unbind(Nothing {}) => Self::Unbind,
+                Body::Unbind(Txid { value }) => Self::Unbind { sequence: value },
             })
         }
     }
@@ -416,7 +419,7 @@ mod tests {
             any::<u64>().prop_map(|txid| Control::Pong { txid }),
             Just(Control::AskBindKey),
             any::<(u64, [u8; 32])>().prop_map(|(id, key)| Control::BindKey(BindKey { id, key })),
-            Just(Control::Unbind),
+            any::<u64>().prop_map(|sequence| Control::Unbind { sequence }),
         ]
     }
 

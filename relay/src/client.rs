@@ -437,7 +437,7 @@ impl Shared {
             | Control::Welcome
             | Control::FindPeer { .. }
             | Control::AskBindKey
-            | Control::Unbind => {}
+            | Control::Unbind { .. } => {}
             Control::BindKey(key) => {
                 if let Some(udp) = &self.udp {
                     udp.key(key);

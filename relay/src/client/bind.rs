@@ -56,8 +56,13 @@ pub(super) enum Output {
     Send(Vec<u8>),
     /// Send data by plain UDP from now on.
     Bound,
-    /// Send data by the link from now on, and tell the relay.
-    Unbound,
+    /// Send data by the link from now on, and tell the relay: [`Control::Unbind`].
+    ///
+    /// [`Control::Unbind`]: mesh_wire::relay::Control::Unbind
+    Unbound {
+        /// Of the bind that is over.
+        sequence: u64,
+    },
 }
 
 /// The decisions for one link.
@@ -324,7 +329,8 @@ impl<R: Rng> Binder<R> {
 
     /// Plain UDP stopped working. If that is news, the reason may be a NAT that maps us anew.
     fn fall_back(&mut self, now: Instant) {
-        self.outputs.push_back(Output::Unbound);
+        let sequence = self.sequence;
+        self.outputs.push_back(Output::Unbound { sequence });
         if let State::Bound { since, .. } = self.state
             && now.saturating_duration_since(since) >= GOOD_AFTER
         {
@@ -424,9 +430,10 @@ mod tests {
                 match output {
                     Output::Send(datagram) => self.send(&datagram),
                     Output::Bound => self.bound.push((true, elapsed)),
-                    Output::Unbound => {
+                    Output::Unbound { sequence } => {
                         self.bound.push((false, elapsed));
-                        self.relay.handle_control(self.link, Control::Unbind);
+                        let unbind = Control::Unbind { sequence };
+                        self.relay.handle_control(self.link, unbind);
                     }
                 }
             }

@@ -127,8 +127,8 @@ async fn perform(shared: &Shared, udp: &Udp, binder: &mut Binder<StdRng>) {
                 continue;
             }
             Output::Bound => true,
-            Output::Unbound => {
-                shared.outlet.send_control(Control::Unbind);
+            Output::Unbound { sequence } => {
+                shared.outlet.send_control(Control::Unbind { sequence });
                 false
             }
         };

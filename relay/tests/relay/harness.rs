@@ -18,7 +18,8 @@ use mesh_identity::{
     credentials::Credentials,
 };
 use mesh_relay::client::{
-    ConnectError, Link, LinkConfig, LinkEvent, OnData, SendError, connect_quic, connect_tls,
+    ConnectError, Link, LinkConfig, LinkEvent, OnData, SendError, UdpPort, connect_quic,
+    connect_tls,
 };
 use mesh_wire::id::{Identity, NodeId};
 use tempfile::TempDir;
@@ -229,7 +230,7 @@ pub(crate) fn counter(log: &str, key: &str) -> u64 {
 /// A node with one link.
 pub(crate) struct Node {
     pub(crate) id: NodeId,
-    pub(crate) link: Link,
+    pub(crate) link: Arc<Link>,
     events: mpsc::Receiver<LinkEvent>,
     data: mpsc::UnboundedReceiver<(NodeId, Vec<u8>)>,
 }
@@ -253,8 +254,17 @@ impl Node {
 
     pub(crate) async fn try_connect_to(
         credentials: Credentials,
+        addresses: [SocketAddr; 3],
+        transport: Transport,
+    ) -> Result<Self, ConnectError> {
+        Self::try_connect_with(credentials, addresses, transport, None).await
+    }
+
+    pub(crate) async fn try_connect_with(
+        credentials: Credentials,
         [quic, tls, _]: [SocketAddr; 3],
         transport: Transport,
+        udp: Option<UdpPort>,
     ) -> Result<Self, ConnectError> {
         let (to_events, events) = mpsc::channel(64);
         let (to_data, data) = mpsc::unbounded_channel();
@@ -267,7 +277,7 @@ impl Node {
             relay: "r1".parse().unwrap(),
             address,
             credentials,
-            udp: None,
+            udp,
         };
         let link = match transport {
             Quic => connect_quic(config(quic), to_events, on_data).await?,
@@ -275,7 +285,7 @@ impl Node {
         };
         Ok(Self {
             id: id(0),
-            link,
+            link: Arc::new(link),
             events,
             data,
         })

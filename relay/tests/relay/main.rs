@@ -13,3 +13,4 @@ mod harness;
 mod links;
 mod reflexive;
 mod small_mtu;
+mod udp;

@@ -229,7 +229,9 @@ fn an_address_goes_with_its_link_or_when_its_node_says_so_or_is_silent() {
     assert!(ask(&mut server, address(2), &ping_frame(1), 35_000).is_some());
     assert_eq!(from(&mut server, Way::Link(a), session, 35_001), there);
 
-    server.handle_control(b, Control::Unbind);
+    server.handle_control(b, Control::Unbind { sequence: 0 }); // Of a bind before.
+    assert_eq!(from(&mut server, Way::Link(a), session, 35_001), there);
+    server.handle_control(b, Control::Unbind { sequence: 1 });
     assert_eq!(from(&mut server, Way::Link(a), session, 35_002), by(b));
     assert_eq!(
         from(&mut server, Way::Udp(address(2)), session, 35_002),
