@@ -20,7 +20,7 @@ use mesh_core::{
 };
 use mesh_identity::credentials::Credentials;
 use mesh_relay::client::{self, Link, LinkConfig, LinkEvent};
-use mesh_tunnel::tunnel::{RelayFull, RelaySender, Tunnel};
+use mesh_tunnel::tunnel::{RelaySender, Tunnel};
 use mesh_wire::id::{NodeId, RelayId};
 use tokio::{
     runtime::{self, Handle},
@@ -90,9 +90,12 @@ impl HubLinks {
 }
 
 impl RelaySender for HubLinks {
-    fn send(&self, peer: &NodeId, datagram: &[u8]) -> Result<(), RelayFull> {
-        let (_, link) = self.best().ok_or(RelayFull)?;
-        link.send(peer, datagram).map_err(|_| RelayFull)
+    fn send(&self, peer: &NodeId, datagrams: &[u8], segment_len: usize) -> usize {
+        let each = datagrams.chunks(segment_len);
+        match self.best() {
+            Some((_, link)) => each.filter(|one| link.send(peer, one).is_err()).count(),
+            None => each.count(),
+        }
     }
 }
 

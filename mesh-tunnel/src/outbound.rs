@@ -185,17 +185,14 @@ impl Inner {
             }
             Via::Relay(id) => {
                 let relays = self.relays.load();
-                let relay = relays.get(&id);
-                for datagram in datagrams.chunks(segment_len) {
-                    let sent = relay.ok_or(DropReason::RelayGone).and_then(|relay| {
-                        relay
-                            .send(peer, datagram)
-                            .map_err(|_| DropReason::RelayFull)
-                    });
-                    if let Err(reason) = sent {
-                        self.drops.count(reason);
+                let (reason, dropped) = match relays.get(&id) {
+                    Some(relay) => {
+                        let dropped = relay.send(peer, datagrams, segment_len);
+                        (DropReason::RelayFull, dropped)
                     }
-                }
+                    None => (DropReason::RelayGone, datagrams.len().div_ceil(segment_len)),
+                };
+                self.drops.count_many(reason, dropped);
             }
         }
     }

@@ -97,18 +97,11 @@ pub enum TunnelEvent {
 
 /// The way to a relay, behind which a link of some kind moves datagrams.
 pub trait RelaySender: Send + Sync {
-    /// Queues one datagram for `peer`. Must not block: it is called by packet threads.
-    ///
-    /// # Errors
-    ///
-    /// [`RelayFull`] if there is no room; the datagram is dropped and counted.
-    fn send(&self, peer: &NodeId, datagram: &[u8]) -> Result<(), RelayFull>;
+    /// Queues datagrams for `peer` that stand one behind the other, each of `segment_len` bytes
+    /// (the last may be shorter). Returns how many found no room and are dropped. Must not block:
+    /// it is called by packet threads.
+    fn send(&self, peer: &NodeId, datagrams: &[u8], segment_len: usize) -> usize;
 }
-
-/// A relay link has no room.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the relay link's queue is full")]
-pub struct RelayFull;
 
 /// Handle to the packet path. Cheap to clone; the threads belong to [`Workers`].
 #[derive(Clone)]

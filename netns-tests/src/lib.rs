@@ -9,6 +9,7 @@
 
 pub mod lab;
 pub mod link;
+pub mod load;
 pub mod mesh;
 pub mod nat;
 pub mod node;

@@ -206,6 +206,15 @@ impl Mesh {
     ///
     /// If it does not come up.
     pub fn start_relay(&self) -> Result<()> {
+        self.start_relay_with("")
+    }
+
+    /// Like [`Self::start_relay`], with more lines of configuration.
+    ///
+    /// # Errors
+    ///
+    /// If it does not come up.
+    pub fn start_relay_with(&self, lines: &str) -> Result<()> {
         let out = self.cloud.dir().join("relay");
         if !out.exists() {
             let path = out.display().to_string();
@@ -213,7 +222,12 @@ impl Mesh {
         }
         let config = "name = \"cloud-relay\"\ncertificate = \"relay/relay.pem\"\nkey = \"relay/relay.key\"\n\
                       ca = \"relay/ca.pem\"\n";
-        self.daemon(&self.cloud, "mesh-relay", "relay", config)
+        self.daemon(
+            &self.cloud,
+            "mesh-relay",
+            "relay",
+            &format!("{config}{lines}"),
+        )
     }
 
     /// A fresh join token.

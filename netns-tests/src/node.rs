@@ -349,10 +349,24 @@ impl Process {
     ///
     /// If it ended.
     pub fn resident_peak_kib(&self) -> Result<u64> {
+        self.memory_kib("VmHWM:")
+    }
+
+    /// Its resident memory now, in KiB.
+    ///
+    /// # Errors
+    ///
+    /// If it ended.
+    pub fn resident_kib(&self) -> Result<u64> {
+        self.memory_kib("VmRSS:")
+    }
+
+    fn memory_kib(&self, key: &str) -> Result<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let line = status.lines().find_map(|line| line.strip_prefix(key));
         let value = line.and_then(|line| line.split_whitespace().next());
-        Ok(value.context("no VmHWM in /proc/PID/status")?.parse()?)
+        let value = value.with_context(|| format!("no {key} in the status of {}", self.name))?;
+        Ok(value.parse()?)
     }
 
     /// Processor time so far, of all its threads.

@@ -1,10 +1,11 @@
-//! The two system calls of the lab that have no safe wrapper.
+//! The system calls of the lab that have no safe wrapper.
 
 use std::{
     fs::{File, OpenOptions},
     io,
     os::fd::{AsFd, AsRawFd},
     path::Path,
+    ptr,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -73,4 +74,44 @@ pub(crate) fn open_tap(name: &str) -> Result<File> {
         io::Error::last_os_error()
     );
     Ok(tun)
+}
+
+/// Datagrams that [`discard_batch`] takes at once.
+const DISCARD_BATCH: usize = 64;
+
+/// Waits for a datagram, and takes it and what else is there, without the payloads. Returns their
+/// number.
+///
+/// # Errors
+///
+/// [`io::ErrorKind::WouldBlock`] if none came within the socket's read time-out.
+#[expect(unsafe_code, reason = "recvmmsg has no safe wrapper")]
+pub(crate) fn discard_batch(socket: &impl AsFd) -> io::Result<usize> {
+    // No buffers: the kernel drops the payloads (`MSG_TRUNC`), the datagrams count all the same.
+    let empty = libc::mmsghdr {
+        msg_hdr: libc::msghdr {
+            msg_name: ptr::null_mut(),
+            msg_namelen: 0,
+            msg_iov: ptr::null_mut(),
+            msg_iovlen: 0,
+            msg_control: ptr::null_mut(),
+            msg_controllen: 0,
+            msg_flags: 0,
+        },
+        msg_len: 0,
+    };
+    let mut messages = [empty; DISCARD_BATCH];
+    let length = libc::c_uint::try_from(messages.len()).map_err(io::Error::other)?;
+    // SAFETY: the descriptor is open; `messages` is an array of `length` headers that lives until
+    // the call returns, each without any buffer, so the kernel writes to the headers alone.
+    let taken = unsafe {
+        libc::recvmmsg(
+            socket.as_fd().as_raw_fd(),
+            messages.as_mut_ptr(),
+            length,
+            libc::MSG_WAITFORONE,
+            ptr::null_mut(),
+        )
+    };
+    usize::try_from(taken).map_err(|_| io::Error::last_os_error())
 }

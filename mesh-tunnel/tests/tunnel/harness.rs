@@ -17,7 +17,7 @@ use std::{
 use mesh_linux::{netns, tun::Tun, udp::UdpPair};
 use mesh_tunnel::{
     route::RouteTable,
-    tunnel::{PrivateKey, RelayFull, RelaySender, Tunnel, TunnelConfig, TunnelEvent, Workers},
+    tunnel::{PrivateKey, RelaySender, Tunnel, TunnelConfig, TunnelEvent, Workers},
 };
 use mesh_wire::id::{NodeId, RelayId, Via};
 use tempfile::NamedTempFile;
@@ -283,12 +283,11 @@ impl FakeRelay {
 }
 
 impl RelaySender for FakeRelay {
-    fn send(&self, _peer: &NodeId, datagram: &[u8]) -> Result<(), RelayFull> {
-        self.queue
-            .lock()
-            .unwrap()
-            .try_send(datagram.to_vec())
-            .map_err(|_| RelayFull)
+    fn send(&self, _peer: &NodeId, datagrams: &[u8], segment_len: usize) -> usize {
+        let queue = self.queue.lock().unwrap();
+        let each = datagrams.chunks(segment_len);
+        each.filter(|datagram| queue.try_send(datagram.to_vec()).is_err())
+            .count()
     }
 }
 
