@@ -113,11 +113,12 @@ async fn start(
 
     let netlink = Netlink::connect().context("cannot talk to the kernel by netlink")?;
     let changes = Changes::listen().context("cannot listen for changes of the network")?;
-    let tun = Tun::create(&settings.interface, 1)?;
+    let tun = Tun::create(&settings.interface, settings.packet_threads)?;
     let interface = (tun.index(), settings.interface.clone());
     let dns_addresses = link_local(&settings.dns.listen);
     prepare_device(&netlink, &interface, &snapshot, &settings, &dns_addresses).await?;
-    let sockets = UdpPair::bind(settings.listen_port).with_context(|| {
+    let sockets = UdpPair::bind_many(settings.listen_port, settings.packet_threads);
+    let sockets = sockets.with_context(|| {
         format!(
             "cannot bind UDP port {} (`listen_port`)",
             settings.listen_port
@@ -138,6 +139,7 @@ async fn start(
         }
     };
     let (tunnel, workers) = Tunnel::start(tun, sockets, config, on_event)?;
+    tunnel.set_mtu(snapshot.mesh.mtu_bytes);
 
     let (views, view) = watch::channel(None);
     let (remembered, to_remember) = watch::channel(state.remembered());

@@ -2,6 +2,7 @@
 
 use std::{
     net::SocketAddr,
+    num::NonZeroUsize,
     path::{Path, PathBuf},
 };
 
@@ -25,6 +26,8 @@ pub struct Settings {
     pub interface: String,
     /// UDP port of WireGuard and STUN.
     pub listen_port: u16,
+    /// Threads that move packets, each with a queue of the TUN device and sockets of its own.
+    pub packet_threads: usize,
     /// Unix socket for `meshctl`.
     pub admin_socket: PathBuf,
     /// The cgroup whose processes see services; `None`: the cgroup2 root.
@@ -97,6 +100,8 @@ struct ConfigFile {
     interface: String,
     #[serde(default = "default_listen_port")]
     listen_port: u16,
+    #[serde(default = "default_packet_threads")]
+    packet_threads: NonZeroUsize,
     #[serde(default = "default_admin_socket")]
     admin_socket: PathBuf,
     cgroup: Option<PathBuf>,
@@ -124,6 +129,16 @@ fn default_interface() -> String {
 /// WireGuard's customary port.
 fn default_listen_port() -> u16 {
     51_820
+}
+
+/// Most packet threads unless more are asked for: four fill a link of 10 Gb/s, and the rest of a
+/// large machine belongs to its users.
+const DEFAULT_PACKET_THREADS_MAX: usize = 4;
+
+/// One for each core.
+fn default_packet_threads() -> NonZeroUsize {
+    let most = NonZeroUsize::new(DEFAULT_PACKET_THREADS_MAX).unwrap_or(NonZeroUsize::MIN);
+    std::thread::available_parallelism().map_or(NonZeroUsize::MIN, |cores| cores.min(most))
 }
 
 fn default_admin_socket() -> PathBuf {
@@ -210,6 +225,7 @@ impl Settings {
             state_dir: file.state_dir,
             interface: file.interface,
             listen_port: file.listen_port,
+            packet_threads: file.packet_threads.get(),
             admin_socket: file.admin_socket,
             cgroup: file.cgroup,
             services: file.services,

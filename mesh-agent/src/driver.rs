@@ -15,7 +15,7 @@ use mesh_core::{
     services::View,
     snapshot::{ExternalPeer, Node, Snapshot},
 };
-use mesh_tunnel::tunnel::{Tunnel, TunnelEvent};
+use mesh_tunnel::tunnel::{External, Tunnel, TunnelEvent};
 use mesh_wire::{
     id::{NodeId, NodeName, RelayId, Via},
     peer::PeerMessage,
@@ -291,6 +291,8 @@ impl Driver {
             Event::Tunnel(TunnelEvent::Stun { from, datagram }) => {
                 self.handle_stun(from, &datagram)
             }
+            // The links say how a relay is reached by plain UDP; until they do, nobody waits for it.
+            Event::Tunnel(TunnelEvent::RelayFrame { .. }) => {}
             Event::Tunnel(TunnelEvent::Broken(problem)) => self.broken = Some(problem),
         }
     }
@@ -404,7 +406,12 @@ impl Driver {
                 let keepalive_s = peer
                     .keepalive
                     .and_then(|every| every.as_secs().try_into().ok());
-                self.tunnel.add_external(*id, peer.endpoint, keepalive_s);
+                let external = External {
+                    endpoint: peer.endpoint,
+                    keepalive_s,
+                    ..External::default()
+                };
+                self.tunnel.add_external(*id, external);
             }
         }
         self.externals = externals;

@@ -6,6 +6,11 @@
 
 #![forbid(unsafe_code)]
 
+#[cfg(holdfast_bench_no_cipher)]
+compile_error!(
+    "a product without its cipher: holdfast_bench_no_cipher is for benches of mesh-tunnel"
+);
+
 pub mod admin;
 pub mod agent;
 pub mod config;

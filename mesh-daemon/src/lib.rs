@@ -23,9 +23,8 @@ use tracing_subscriber::EnvFilter;
 /// Bad arguments or configuration: the operator must change them (`EX_USAGE`, sysexits.h).
 pub const EXIT_CONFIG: u8 = 64;
 
-/// What is logged unless somebody says otherwise. `boringtun` calls a session that ended an
-/// error; the tunnel counts what matters of it.
-const DEFAULT_LOG: &str = "info,boringtun=off";
+/// What is logged unless somebody says otherwise.
+const DEFAULT_LOG: &str = "info";
 
 /// Who a daemon is.
 #[derive(Debug, Clone, Copy)]

@@ -5,6 +5,7 @@ use std::{
     fs::File,
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    sync::Arc,
 };
 
 use crate::IfIndex;
@@ -18,12 +19,13 @@ pub const NAME_LEN_MAX: usize = libc::IFNAMSIZ - 1;
 /// Room that any one read needs: the header, and the largest IP packet there is.
 pub const READ_LEN_MAX: usize = VnetHeader::LEN + 65_535;
 
-/// A TUN device of this process. It disappears with the last of its queues: nothing persists.
-#[derive(Debug)]
+/// A TUN device of this process, shared by its clones. It disappears with the last of them: nothing
+/// persists.
+#[derive(Debug, Clone)]
 pub struct Tun {
     name: String,
     index: IfIndex,
-    queues: Vec<Queue>,
+    queues: Arc<[Queue]>,
 }
 
 /// Why there is no TUN device.
@@ -77,7 +79,7 @@ impl Tun {
         Ok(Self {
             name: name.to_owned(),
             index,
-            queues: opened,
+            queues: opened.into(),
         })
     }
 
@@ -93,14 +95,15 @@ impl Tun {
         self.index
     }
 
-    /// The device's queues, for one reader each. The kernel keeps a flow on one queue.
+    /// The device's queues, for one reader each. The kernel keeps a flow on one queue: the one by
+    /// which the flow's last packet was written, if there was one.
     #[must_use]
-    pub fn into_queues(self) -> Vec<Queue> {
-        self.queues
+    pub fn queues(&self) -> &[Queue] {
+        &self.queues
     }
 }
 
-/// One queue of a TUN device. Never blocks: see [`crate::wake::StopSignal::wait_readable`].
+/// One queue of a TUN device. Never blocks: see [`crate::wake::Waiter`].
 #[derive(Debug)]
 pub struct Queue {
     fd: OwnedFd,

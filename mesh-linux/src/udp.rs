@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use rustix::net::sockopt::{self, Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    net::sockopt::{self, Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery},
+};
 use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
 
 /// Bytes the kernel may hold for us on receive: 1 Gb/s for the 30 ms that a busy machine may
@@ -17,13 +20,10 @@ use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
 /// the socket capped another relay at 95 Mb/s (netbird#6021).
 pub const RECEIVE_BUFFER_BYTES: usize = 4 << 20;
 
-/// Bytes the kernel may hold for us on send: 16 batches of 64 KiB. More would only add delay
-/// in front of the interface's own queue.
-pub const SEND_BUFFER_BYTES: usize = 1 << 20;
-
-/// How long a send waits for room in that buffer before the datagrams are given up: longer
-/// than one batch takes at 100 Mb/s (64 KiB in 5 ms), shorter than anyone notices.
-pub const SEND_WAIT: Duration = Duration::from_millis(10);
+/// Bytes the kernel may hold for us on send: four batches of 64 KiB with its own books (the kernel
+/// doubles the number for these). More would only add delay in front of the interface's own queue:
+/// what finds no room here waits in a queue that is fair among flows.
+pub const SEND_BUFFER_BYTES: usize = 256 << 10;
 
 /// Most datagrams in one send: the kernel's `UDP_MAX_SEGMENTS` until 6.8 (128 since).
 pub const SEGMENTS_MAX: usize = 64;
@@ -32,9 +32,10 @@ pub const SEGMENTS_MAX: usize = 64;
 /// (65,535 − 20 − 8).
 pub const SEND_BYTES_MAX: usize = 65_507;
 
-/// Messages of one receive. Each may be up to 64 KiB of glued datagrams, so 16 are 1 MiB of
+/// Messages of one receive. Each may be up to 64 KiB of glued datagrams, so eight are what a
+/// thread deciphers in half a millisecond: the other direction waits no longer. They take 512 KiB of
 /// address space; pages that no datagram ever touched cost nothing.
-pub const RECEIVE_MESSAGES: usize = 16;
+pub const RECEIVE_MESSAGES: usize = 8;
 
 /// Tries to find a port that is free for both families before giving up.
 const BIND_ATTEMPTS: usize = 16;
@@ -57,7 +58,7 @@ impl UdpPair {
         let mut attempt = 0;
         loop {
             attempt += 1;
-            match Self::bind_both(port) {
+            match Self::bind_both(port, false) {
                 Err(error)
                     if port == 0
                         && error.kind() == io::ErrorKind::AddrInUse
@@ -67,10 +68,43 @@ impl UdpPair {
         }
     }
 
-    fn bind_both(port: u16) -> io::Result<Self> {
-        let v4 = UdpBatch::bind(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)))?;
+    /// Binds `count` pairs (at least one) to the same port. The kernel hands what one sender sends
+    /// to one of them, always the same while their number does not change (`SO_REUSEPORT`).
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::bind`]: the first pair shares the port with nobody, so a second agent is noticed.
+    pub fn bind_many(port: u16, count: usize) -> io::Result<Vec<Self>> {
+        let first = Self::bind(port)?;
+        let port = first.port;
+        let mut pairs = vec![first];
+        if count > 1 {
+            for socket in pairs.iter().flat_map(Self::sockets) {
+                sockopt::set_socket_reuseport(&socket.socket, true)?;
+            }
+        }
+        for _ in 1..count {
+            pairs.push(Self::bind_both(port, true)?);
+        }
+        Ok(pairs)
+    }
+
+    /// Marks what is sent (`SO_MARK`), for rules and filters; 0 for no mark. Needs CAP_NET_ADMIN.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn set_mark(&self, mark: u32) -> io::Result<()> {
+        self.sockets().try_for_each(|socket| {
+            let socket = socket2::SockRef::from(&socket.socket);
+            socket.set_mark(mark)
+        })
+    }
+
+    fn bind_both(port: u16, shared: bool) -> io::Result<Self> {
+        let v4 = UdpBatch::bind(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)), shared)?;
         let port = v4.socket.local_addr()?.port();
-        let v6 = match UdpBatch::bind(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))) {
+        let v6 = match UdpBatch::bind(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)), shared) {
             Ok(socket) => Some(socket),
             Err(error)
                 if matches!(
@@ -96,22 +130,69 @@ impl UdpPair {
         std::iter::once(&self.v4).chain(&self.v6)
     }
 
+    /// Waits until the socket of `to`'s family has room, at most for `time`.
+    pub fn wait_writable(&self, to: SocketAddr, time: Duration) {
+        if let Some((socket, _)) = self.socket_for(to) {
+            let mut fds = [PollFd::new(&socket.socket, PollFlags::OUT)];
+            // An interrupted or failed wait is a short one.
+            poll(&mut fds, Timespec::try_from(time).ok().as_ref()).ok();
+        }
+    }
+
+    /// The socket of an address's family, and the address as that family writes it.
+    fn socket_for(&self, to: SocketAddr) -> Option<(&UdpBatch, SocketAddr)> {
+        match (to, to.ip()) {
+            (_, IpAddr::V6(ip)) if ip.to_ipv4_mapped().is_some() => {
+                let ip = ip.to_ipv4_mapped()?;
+                Some((&self.v4, SocketAddr::from((ip, to.port()))))
+            }
+            (SocketAddr::V4(_), _) => Some((&self.v4, to)),
+            (SocketAddr::V6(_), _) => Some((self.v6.as_ref()?, to)),
+        }
+    }
+
     /// Sends by the socket of `to`'s family; see [`UdpBatch::send`].
     ///
     /// # Errors
     ///
     /// Those of [`UdpBatch::send`]; `Unsupported` for an IPv6 address on a machine without.
-    pub fn send(&self, to: SocketAddr, datagrams: &[u8], segment_len: usize) -> io::Result<()> {
-        let (socket, to) = match (to, to.ip()) {
-            (_, IpAddr::V6(ip)) if ip.to_ipv4_mapped().is_some() => {
-                let ip = ip.to_ipv4_mapped().unwrap_or(Ipv4Addr::UNSPECIFIED);
-                (Some(&self.v4), SocketAddr::from((ip, to.port())))
-            }
-            (SocketAddr::V4(_), _) => (Some(&self.v4), to),
-            (SocketAddr::V6(_), _) => (self.v6.as_ref(), to),
-        };
-        let socket = socket.ok_or(io::ErrorKind::Unsupported)?;
-        socket.send(to, datagrams, segment_len)
+    pub fn send(
+        &self,
+        to: SocketAddr,
+        datagrams: &[u8],
+        segment_len: usize,
+        ecn: Ecn,
+    ) -> io::Result<()> {
+        let (socket, to) = self.socket_for(to).ok_or(io::ErrorKind::Unsupported)?;
+        socket.send(to, datagrams, segment_len, ecn)
+    }
+}
+
+/// The two bits of explicit congestion notification in an IP header (RFC 3168 §5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(u8)]
+pub enum Ecn {
+    /// The flow knows nothing of it.
+    #[default]
+    NotCapable = 0b00,
+    /// ECT(1).
+    Capable1 = 0b01,
+    /// ECT(0).
+    Capable0 = 0b10,
+    /// CE: a router on the way was congested.
+    Congested = 0b11,
+}
+
+impl Ecn {
+    /// The lower two bits of an IPv4 type of service or an IPv6 traffic class.
+    #[must_use]
+    pub fn of(traffic_class: u8) -> Self {
+        match traffic_class & 0b11 {
+            0b00 => Self::NotCapable,
+            0b01 => Self::Capable1,
+            0b10 => Self::Capable0,
+            _ => Self::Congested,
+        }
     }
 }
 
@@ -131,16 +212,19 @@ impl UdpBatch {
     /// # Errors
     ///
     /// What the kernel says of the address.
-    pub fn bind(address: SocketAddr) -> io::Result<Self> {
+    fn bind(address: SocketAddr, shared: bool) -> io::Result<Self> {
         let socket = Socket::new(
             Domain::for_address(address),
             Type::DGRAM,
             Some(Protocol::UDP),
         )?;
+        socket.set_reuse_port(shared)?;
         if address.is_ipv6() {
             socket.set_only_v6(true)?;
+            socket.set_recv_tclass_v6(true)?;
             sockopt::set_ipv6_mtu_discover(&socket, Ipv6PathMtuDiscovery::DONT)?;
         } else {
+            socket.set_recv_tos_v4(true)?;
             sockopt::set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::DONT)?;
         }
         // Only CAP_NET_ADMIN may exceed net.core.rmem_max; without it the kernel gives what it may.
@@ -150,7 +234,7 @@ impl UdpBatch {
         if sockopt::set_socket_send_buffer_size_force(&socket, SEND_BUFFER_BYTES).is_err() {
             socket.set_send_buffer_size(SEND_BUFFER_BYTES)?;
         }
-        socket.set_write_timeout(Some(SEND_WAIT))?;
+        socket.set_nonblocking(true)?;
         socket.bind(&SockAddr::from(address))?;
         // A kernel before 5.0 hands over one datagram at a time; nothing else changes.
         enable_receive_offload(&socket).ok();
@@ -171,21 +255,27 @@ impl UdpBatch {
 
     /// Sends the datagrams that stand one behind the other in `datagrams`, each of `segment_len`
     /// bytes except that the last may be shorter. At most [`SEGMENTS_MAX`] and
-    /// [`SEND_BYTES_MAX`] go out in one call. Waits [`SEND_WAIT`] for room.
+    /// [`SEND_BYTES_MAX`] go out in one call.
     ///
     /// # Errors
     ///
     /// `WouldBlock` if there was no room; what the kernel says of the address. Some of the
     /// datagrams may have been sent.
-    pub fn send(&self, to: SocketAddr, datagrams: &[u8], segment_len: usize) -> io::Result<()> {
+    pub fn send(
+        &self,
+        to: SocketAddr,
+        datagrams: &[u8],
+        segment_len: usize,
+        ecn: Ecn,
+    ) -> io::Result<()> {
         if segment_len == 0 || datagrams.len() <= segment_len {
-            return self.send_message(to, datagrams, None);
+            return self.send_message(to, datagrams, None, ecn);
         }
         if let (true, Ok(size)) = (
             self.segment_offload.load(Ordering::Relaxed),
             u16::try_from(segment_len),
         ) {
-            match self.send_message(to, datagrams, Some(size)) {
+            match self.send_message(to, datagrams, Some(size), ecn) {
                 // The device below cannot do checksums (udp(7), UDP_SEGMENT): it never will.
                 Err(error) if error.raw_os_error() == Some(libc::EIO) => {
                     self.segment_offload.store(false, Ordering::Relaxed);
@@ -197,14 +287,25 @@ impl UdpBatch {
             }
         }
         let each = datagrams.chunks(segment_len);
-        each.map(|datagram| self.send_message(to, datagram, None))
+        each.map(|datagram| self.send_message(to, datagram, None, ecn))
             .fold(Ok(()), Result::and)
     }
 
     #[expect(unsafe_code, reason = "std has no sendmsg with control messages")]
-    fn send_message(&self, to: SocketAddr, bytes: &[u8], segment: Option<u16>) -> io::Result<()> {
-        let Some(segment) = segment else {
+    fn send_message(
+        &self,
+        to: SocketAddr,
+        bytes: &[u8],
+        segment: Option<u16>,
+        ecn: Ecn,
+    ) -> io::Result<()> {
+        if segment.is_none() && ecn == Ecn::NotCapable {
             return self.socket.send_to(bytes, to).map(drop);
+        }
+        let class = if to.is_ipv6() {
+            (libc::IPPROTO_IPV6, libc::IPV6_TCLASS)
+        } else {
+            (libc::IPPROTO_IP, libc::IP_TOS)
         };
         let to = SockAddr::from(to);
         let mut vector = libc::iovec {
@@ -219,19 +320,20 @@ impl UdpBatch {
         message.msg_iov = &raw mut vector;
         message.msg_iovlen = 1;
         message.msg_control = control.0.as_mut_ptr().cast();
-        message.msg_controllen = control_space(SEGMENT_DATA_LEN);
-        // SAFETY: `message` describes a control buffer of `msg_controllen` bytes that is alive.
-        let header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
-        // SAFETY: `CMSG_FIRSTHDR` returned a header inside `control`, which is aligned for it and
-        // has room for a `u16` behind it: `msg_controllen` was computed for exactly that.
-        unsafe {
-            (*header).cmsg_level = libc::SOL_UDP;
-            (*header).cmsg_type = libc::UDP_SEGMENT;
-            (*header).cmsg_len = control_len(SEGMENT_DATA_LEN);
-            libc::CMSG_DATA(header)
-                .cast::<u16>()
-                .write_unaligned(segment);
+        let mut used = 0;
+        if let Some(segment) = segment {
+            used += control.put(
+                used,
+                libc::SOL_UDP,
+                libc::UDP_SEGMENT,
+                &segment.to_ne_bytes(),
+            );
         }
+        if ecn != Ecn::NotCapable {
+            let value = libc::c_int::from(ecn as u8).to_ne_bytes();
+            used += control.put(used, class.0, class.1, &value);
+        }
+        message.msg_controllen = used as _;
         loop {
             // SAFETY: address, vector and control buffer are alive and of the lengths stated; the
             // kernel only reads them.
@@ -293,9 +395,11 @@ impl UdpBatch {
         let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
         for (message, meta) in messages.iter().zip(&mut batch.metas).take(count) {
             let len = (message.msg_len as usize).min(MESSAGE_BYTES);
+            let control = received_control(&message.msg_hdr);
             *meta = Meta {
                 len,
-                segment_len: received_segment_len(&message.msg_hdr).unwrap_or(len),
+                segment_len: control.segment_len.unwrap_or(len),
+                ecn: control.ecn,
                 name_len: message.msg_hdr.msg_namelen,
             };
         }
@@ -326,6 +430,7 @@ const MESSAGE_BYTES: usize = 1 << 16;
 struct Meta {
     len: usize,
     segment_len: usize,
+    ecn: Ecn,
     name_len: libc::socklen_t,
 }
 
@@ -346,19 +451,35 @@ impl ReceiveBatch {
         }
     }
 
-    /// The messages of the last receive: who sent them, the bytes, and the length of each
-    /// datagram in those bytes (the last may be shorter).
-    pub fn messages(&mut self) -> impl Iterator<Item = (SocketAddr, &mut [u8], usize)> {
+    /// The messages of the last receive.
+    pub fn messages(&mut self) -> impl Iterator<Item = Message<'_>> {
         let buffers = self.bytes.chunks_exact_mut(MESSAGE_BYTES);
         buffers
             .zip(&self.names)
             .zip(&self.metas)
             .take(self.filled)
             .filter_map(|((buffer, name), meta)| {
-                let from = sender(name, meta.name_len)?;
-                Some((from, buffer.get_mut(..meta.len)?, meta.segment_len.max(1)))
+                Some(Message {
+                    from: sender(name, meta.name_len)?,
+                    bytes: buffer.get_mut(..meta.len)?,
+                    segment_len: meta.segment_len.max(1),
+                    ecn: meta.ecn,
+                })
             })
     }
+}
+
+/// Datagrams of one sender that arrived together.
+#[derive(Debug)]
+pub struct Message<'a> {
+    /// Who sent them.
+    pub from: SocketAddr,
+    /// Their bytes, one behind the other.
+    pub bytes: &'a mut [u8],
+    /// The length of each; the last may be shorter.
+    pub segment_len: usize,
+    /// What their IP headers say of congestion.
+    pub ecn: Ecn,
 }
 
 impl Default for ReceiveBatch {
@@ -375,16 +496,13 @@ impl std::fmt::Debug for ReceiveBatch {
     }
 }
 
-/// Room for one control message of an `int` or smaller, on all Linux architectures.
+/// Room for two control messages of an `int` or smaller each, on all Linux architectures.
 const CONTROL_LEN: usize = 64;
-
-/// Bytes behind the header of a `UDP_SEGMENT` control message: one `u16`.
-const SEGMENT_DATA_LEN: libc::c_uint = 2;
 
 const INT_LEN: libc::socklen_t = 4;
 const _: () = assert!(size_of::<libc::c_int>() == 4);
 
-const MESSAGE_COUNT: libc::c_uint = 16;
+const MESSAGE_COUNT: libc::c_uint = 8;
 const _: () = assert!(MESSAGE_COUNT as usize == RECEIVE_MESSAGES);
 
 /// Aligned as `cmsghdr` must be: its largest field is a `size_t`.
@@ -393,38 +511,74 @@ struct ControlBuffer([u8; CONTROL_LEN]);
 
 const _: () = assert!(align_of::<ControlBuffer>() >= align_of::<libc::cmsghdr>());
 
-#[expect(unsafe_code, reason = "the C macro is an unsafe function in libc")]
-fn control_space(data_len: libc::c_uint) -> usize {
-    // SAFETY: pure arithmetic.
-    (unsafe { libc::CMSG_SPACE(data_len) }) as usize
+impl ControlBuffer {
+    /// Writes a control message at `at`, where the one before it ended; its length with padding.
+    #[expect(unsafe_code, reason = "the C macros are unsafe functions in libc")]
+    fn put(&mut self, at: usize, level: libc::c_int, kind: libc::c_int, data: &[u8]) -> usize {
+        let data_len = libc::c_uint::try_from(data.len()).unwrap_or(0);
+        // SAFETY: pure arithmetic.
+        let (len, space) = unsafe { (libc::CMSG_LEN(data_len), libc::CMSG_SPACE(data_len)) };
+        let (len, space) = (len as usize, space as usize);
+        let Some(room) = self.0.get_mut(at..at + space) else {
+            return 0;
+        };
+        // SAFETY: `cmsghdr` is plain data for which all zeros is a value.
+        let mut header: libc::cmsghdr = unsafe { std::mem::zeroed() };
+        header.cmsg_len = len as _;
+        header.cmsg_level = level;
+        header.cmsg_type = kind;
+        // SAFETY: `room` has `CMSG_SPACE` bytes, more than a header.
+        unsafe {
+            room.as_mut_ptr()
+                .cast::<libc::cmsghdr>()
+                .write_unaligned(header)
+        };
+        if let Some(place) = room.get_mut(len - data.len()..len) {
+            place.copy_from_slice(data);
+        }
+        space
+    }
 }
 
-#[expect(unsafe_code, reason = "the C macro is an unsafe function in libc")]
-fn control_len(data_len: libc::c_uint) -> usize {
-    // SAFETY: pure arithmetic.
-    (unsafe { libc::CMSG_LEN(data_len) }) as usize
+/// What the kernel says beside a datagram.
+#[derive(Default)]
+struct Control {
+    segment_len: Option<usize>,
+    ecn: Ecn,
 }
 
 #[expect(unsafe_code, reason = "control messages are a chain of C structures")]
-fn received_segment_len(message: &libc::msghdr) -> Option<usize> {
+fn received_control(message: &libc::msghdr) -> Control {
+    let mut control = Control::default();
     // SAFETY: the kernel filled the control buffer of `message` and set its length.
     let mut header = unsafe { libc::CMSG_FIRSTHDR(message) };
     while !header.is_null() {
         // SAFETY: not null, so it is a whole header inside the control buffer.
         let (level, kind) = unsafe { ((*header).cmsg_level, (*header).cmsg_type) };
-        if level == libc::SOL_UDP && kind == libc::UDP_GRO {
-            // SAFETY: the kernel puts an `int` behind a header of this type (udp(7), UDP_GRO).
-            let size = unsafe {
-                libc::CMSG_DATA(header)
-                    .cast::<libc::c_int>()
-                    .read_unaligned()
-            };
-            return usize::try_from(size).ok();
+        // SAFETY: as above; only the address is computed.
+        let data = unsafe { libc::CMSG_DATA(header) };
+        match (level, kind) {
+            (libc::SOL_UDP, libc::UDP_GRO) => {
+                // SAFETY: the kernel puts an `int` behind a header of this type (udp(7), UDP_GRO).
+                let size = unsafe { data.cast::<libc::c_int>().read_unaligned() };
+                control.segment_len = usize::try_from(size).ok();
+            }
+            (libc::IPPROTO_IP, libc::IP_TOS) => {
+                // SAFETY: the kernel puts one byte behind a header of this type (ip(7), IP_RECVTOS).
+                control.ecn = Ecn::of(unsafe { data.read() });
+            }
+            (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => {
+                // SAFETY: the kernel puts an `int` behind a header of this type (RFC 3542 §6.5).
+                let class = unsafe { data.cast::<libc::c_int>().read_unaligned() };
+                let [.., low] = class.to_be_bytes();
+                control.ecn = Ecn::of(low);
+            }
+            _ => {}
         }
         // SAFETY: `header` is a header of this message.
         header = unsafe { libc::CMSG_NXTHDR(message, header) };
     }
-    None
+    control
 }
 
 #[expect(unsafe_code, reason = "socket2 cannot know what the kernel filled in")]

@@ -1,8 +1,8 @@
-//! Waiting for a file descriptor or for the word to stop.
+//! Waiting for file descriptors or for the word to stop.
 
 use std::{
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
     time::Duration,
 };
@@ -12,15 +12,6 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 /// Says "stop" to every thread that waits with it, once and for good.
 #[derive(Debug, Clone)]
 pub struct StopSignal(Arc<OwnedFd>);
-
-/// Why [`StopSignal::wait_readable`] returned.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Woken {
-    /// The descriptor can be read, or has an error to tell.
-    Readable,
-    /// [`StopSignal::stop`] was called.
-    Stopped,
-}
 
 impl StopSignal {
     /// Makes a signal that has not been given.
@@ -48,25 +39,68 @@ impl StopSignal {
         poll(&mut fds, timeout.as_ref()).is_ok_and(|ready| ready > 0)
     }
 
-    /// Blocks until `fd` can be read or the signal is given.
+    /// Somebody who waits for descriptors and for this signal.
+    #[must_use]
+    pub fn waiter<'fd>(&'fd self, fds: impl IntoIterator<Item = BorrowedFd<'fd>>) -> Waiter<'fd> {
+        let fds: Vec<_> = fds.into_iter().collect();
+        let polls = |flags| {
+            let stop = PollFd::from_borrowed_fd(self.0.as_fd(), PollFlags::IN);
+            let fds = fds.iter().map(|fd| PollFd::from_borrowed_fd(*fd, flags));
+            std::iter::once(stop).chain(fds).collect()
+        };
+        Waiter {
+            readable: polls(PollFlags::IN),
+            both: polls(PollFlags::IN | PollFlags::OUT),
+            waited_for_both: false,
+        }
+    }
+}
+
+/// Waits again and again for the same descriptors.
+#[derive(Debug)]
+pub struct Waiter<'fd> {
+    readable: Vec<PollFd<'fd>>,
+    both: Vec<PollFd<'fd>>,
+    waited_for_both: bool,
+}
+
+impl Waiter<'_> {
+    /// Blocks until a descriptor can be read, has an error to tell, or (with `writable`) can be
+    /// written; until `patience` is over; or until the signal is given. Whether it was not the signal.
     ///
     /// # Errors
     ///
-    /// What `poll` says, except that an interrupted call is begun again.
-    pub fn wait_readable(&self, fd: impl AsFd) -> io::Result<Woken> {
-        let mut fds = [
-            PollFd::new(&self.0, PollFlags::IN),
-            PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN),
-        ];
-        loop {
-            match poll(&mut fds, None) {
-                Ok(_) if fds.first().is_some_and(|stop| !stop.revents().is_empty()) => {
-                    return Ok(Woken::Stopped);
+    /// What `poll` says; an interrupted call is a short one.
+    pub fn wait(&mut self, patience: Option<Duration>, writable: bool) -> io::Result<bool> {
+        self.waited_for_both = writable;
+        let polls = if writable {
+            &mut self.both
+        } else {
+            &mut self.readable
+        };
+        let timeout = patience.and_then(|time| Timespec::try_from(time).ok());
+        match poll(polls, timeout.as_ref()) {
+            Ok(_) => Ok(polls.first().is_some_and(|stop| stop.revents().is_empty())),
+            // Nothing was found out.
+            Err(rustix::io::Errno::INTR) => {
+                for fd in polls {
+                    fd.clear_revents();
                 }
-                Ok(_) => return Ok(Woken::Readable),
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
+                Ok(true)
             }
+            Err(error) => Err(error.into()),
         }
+    }
+
+    /// Whether descriptor `number` could be read when [`Self::wait`] returned.
+    #[must_use]
+    pub fn is_readable(&self, number: usize) -> bool {
+        let polls = if self.waited_for_both {
+            &self.both
+        } else {
+            &self.readable
+        };
+        let found = polls.get(number + 1);
+        found.is_some_and(|fd| !(fd.revents() - PollFlags::OUT).is_empty())
     }
 }

@@ -6,6 +6,7 @@ use std::{
     collections::BTreeSet,
     io,
     net::{IpAddr, SocketAddr},
+    os::fd::AsFd as _,
     process::Command,
     sync::atomic::{AtomicUsize, Ordering},
     time::{Duration, Instant},
@@ -16,8 +17,8 @@ use mesh_linux::{
     netlink::{Changes, LocalAddress, Netlink, NetlinkError, Route},
     netns,
     tun::{Tun, TunError, VnetHeader},
-    udp::{ReceiveBatch, UdpPair},
-    wake::{StopSignal, Woken},
+    udp::{Ecn, ReceiveBatch, UdpPair},
+    wake::StopSignal,
 };
 
 /// Longer than anything here takes.
@@ -246,7 +247,7 @@ fn a_second_tun_of_the_same_name_is_refused_with_a_hint() {
             drop(first);
         }
         // Nothing persists: the name is free again.
-        assert_eq!(create_when_free("hf0", 2).into_queues().len(), 2);
+        assert_eq!(create_when_free("hf0", 2).queues().len(), 2);
         for name in ["", "a/b", "sixteen-bytes-16", ".."] {
             let error = Tun::create(name, 1).unwrap_err();
             assert!(matches!(error, TunError::BadName(_)), "{name}: {error}");
@@ -269,15 +270,17 @@ fn create_when_free(name: &str, queues: usize) -> Tun {
 #[test]
 fn a_packet_goes_through_a_tun_both_ways() {
     let namespace = Namespace::new();
-    let queue = namespace.on(|| Tun::create("hf0", 1).unwrap().into_queues().remove(0));
+    let tun = namespace.on(|| Tun::create("hf0", 1).unwrap());
+    let queue = &tun.queues()[0];
     namespace.ip("addr add 10.3.0.1/24 dev hf0");
     namespace.ip("link set hf0 up");
     let socket = namespace.on(|| std::net::UdpSocket::bind("10.3.0.1:0").unwrap());
     socket.send_to(b"out", "10.3.0.2:7").unwrap();
     let stop = StopSignal::new().unwrap();
+    let mut waiter = stop.waiter([queue.as_fd()]);
     let mut buffer = vec![0; mesh_linux::tun::READ_LEN_MAX];
     let packet = loop {
-        assert_eq!(stop.wait_readable(&queue).unwrap(), Woken::Readable);
+        assert!(waiter.wait(None, false).unwrap() && waiter.is_readable(0));
         let len = queue.read(&mut buffer).unwrap();
         let (_, packet) = VnetHeader::split(&buffer[..len]).unwrap();
         // The kernel's own IPv6 multicast comes too.
@@ -302,13 +305,14 @@ fn a_packet_goes_through_a_tun_both_ways() {
         (&b"out"[..], "10.3.0.2:7".parse().unwrap())
     );
     stop.stop();
-    assert_eq!(stop.wait_readable(&queue).unwrap(), Woken::Stopped);
+    assert!(!waiter.wait(None, false).unwrap());
 }
 
 /// Sends `datagrams` as one batch from one pair to another at `ip`; what arrives, and from where.
 fn send_batch(ip: IpAddr, datagrams: &[u8], segment_len: usize) -> Vec<Vec<u8>> {
     let (from, to) = (UdpPair::bind(0).unwrap(), UdpPair::bind(0).unwrap());
-    from.send(SocketAddr::new(ip, to.port()), datagrams, segment_len)
+    let target = SocketAddr::new(ip, to.port());
+    from.send(target, datagrams, segment_len, Ecn::Capable0)
         .unwrap();
     let socket = to.sockets().nth(usize::from(ip.is_ipv6())).unwrap();
     let mut batch = ReceiveBatch::new();
@@ -321,9 +325,11 @@ fn send_batch(ip: IpAddr, datagrams: &[u8], segment_len: usize) -> Vec<Vec<u8>> 
                 result.unwrap();
             }
         }
-        for (sender, bytes, each) in batch.messages() {
-            assert_eq!(sender, SocketAddr::new(ip, from.port()));
-            received.extend(bytes.chunks(each).map(<[u8]>::to_vec));
+        for message in batch.messages() {
+            assert_eq!(message.from, SocketAddr::new(ip, from.port()));
+            assert_eq!(message.ecn, Ecn::Capable0);
+            let each = message.bytes.chunks(message.segment_len);
+            received.extend(each.map(<[u8]>::to_vec));
         }
     }
     received
@@ -359,6 +365,42 @@ fn datagrams_larger_than_the_paths_mtu_are_fragmented_not_lost() {
                 "{ip}: {}",
                 received.len()
             );
+        }
+    });
+}
+
+#[test]
+fn pairs_that_share_a_port_share_its_senders_and_let_nobody_else_in() {
+    let namespace = Namespace::new();
+    namespace.on(|| {
+        let pairs = UdpPair::bind_many(0, 4).unwrap();
+        let port = pairs[0].port();
+        assert!(pairs.iter().all(|pair| pair.port() == port));
+        let error = UdpPair::bind_many(port, 4).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+        let senders: Vec<_> = (0..64).map(|_| UdpPair::bind(0).unwrap()).collect();
+        let to = SocketAddr::new("127.0.0.1".parse().unwrap(), port);
+        for sender in &senders {
+            for _ in 0..2 {
+                sender.send(to, b"x", 1, Ecn::NotCapable).unwrap();
+            }
+        }
+        let mut batch = ReceiveBatch::new();
+        let mut received = Vec::new();
+        for pair in &pairs {
+            let mut own = Vec::new();
+            while pair.sockets().next().unwrap().receive(&mut batch).is_ok() {
+                own.extend(batch.messages().map(|message| message.from));
+            }
+            received.push(own);
+        }
+        let all: usize = received.iter().map(Vec::len).sum();
+        assert_eq!(all, 128);
+        for own in &received {
+            // One of 4 gets none of 64 senders once in 10⁷ runs.
+            assert!(!own.is_empty(), "{received:?}");
+            let both = |from| own.iter().filter(|other| *other == from).count() == 2;
+            assert!(own.iter().all(both), "a sender's datagrams stay together");
         }
     });
 }

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Keys are base64 as `wg` writes them. Addresses, MTU and routes of the interface are the
-//! caller's to set (`ip`). Runs until standard input ends; then prints what was counted.
+//! caller's to set (`ip`). `WORKERS=2` in the environment makes two packet threads. Runs until standard input ends; then prints what was counted.
 
 use std::{
     env,
@@ -48,8 +48,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         (TunnelEvent::Broken(reason), _) => eprintln!("broken: {reason}"),
         _ => {}
     };
-    let tun = Tun::create(&interface, 1)?;
-    let (tunnel, workers) = Tunnel::start(tun, UdpPair::bind(port)?, config, on_event)?;
+    let count = env::var("WORKERS").map_or(Ok(1), |count| count.parse())?;
+    let tun = Tun::create(&interface, count)?;
+    let sockets = UdpPair::bind_many(port, count)?;
+    let (tunnel, workers) = Tunnel::start(tun, sockets, config, on_event)?;
     let tunnel = TUNNEL.get_or_init(|| tunnel);
     tunnel.set_known([peer].into());
     tunnel.set_routes(prefixes.into_iter().map(|prefix| (prefix, peer)).collect());

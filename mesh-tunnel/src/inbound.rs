@@ -1,22 +1,33 @@
 //! From a path to the TUN device.
 
 use std::{
-    net::IpAddr,
-    sync::{Arc, MutexGuard},
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    ops::Range,
+    sync::Arc,
     time::Instant,
 };
 
-use mesh_linux::tun::VnetHeader;
+use mesh_linux::{
+    tun::VnetHeader,
+    udp::{Ecn, Message},
+};
 use mesh_wire::{
     id::{NodeId, Via},
     peer::PeerMessage,
+    relay::{self, Frame, Session as RelaySession},
+};
+use mesh_wireguard::{
+    message::{DATA_HEADER_LEN, Kind},
+    session::{OpenError, Session},
 };
 
 use crate::{
     coalesce::Coalescer,
-    engine::{self, Admission, HANDSHAKE_LEN_MAX, Kind, Opened, SessionIndex},
+    control::Handshake,
+    ecn,
     outbound::Outbox,
-    peer::{Peer, State},
+    peer::{Peer, State, peer_index},
     route,
     stats::DropReason,
     tunnel::{Inner, TunnelEvent},
@@ -28,43 +39,43 @@ const DATAGRAM_LEN_MAX: usize = 1 << 16;
 /// What one thread needs to receive. [`Inner::finish`] must follow the last datagram of a batch.
 #[derive(Debug)]
 pub(crate) struct Inbox {
-    /// Room for an offload header and the packet that came out of a datagram.
-    opened: Box<[u8]>,
+    /// By which queue packets reach the kernel.
+    queue: usize,
     coalescer: Coalescer,
-    sessions: LastSession,
+    last: Option<LastSession>,
     sources: LastSource,
     /// For packets that had to wait for a handshake.
-    out: Outbox,
+    pub(crate) out: Outbox,
+    /// A copy of a datagram that may not be opened where it lies. Made when first needed.
+    copy: Vec<u8>,
 }
 
 impl Inbox {
-    pub(crate) fn new(udp_offload: bool) -> Self {
+    pub(crate) fn new(queue: usize, udp_offload: bool, out: Outbox) -> Self {
         Self {
-            opened: vec![0; VnetHeader::LEN + DATAGRAM_LEN_MAX].into(),
+            queue,
             coalescer: Coalescer::new(udp_offload),
-            sessions: LastSession::default(),
+            last: None,
             sources: LastSource::default(),
-            out: Outbox::new(),
+            out,
+            copy: Vec::new(),
         }
     }
 }
 
-/// The session of the last datagram, so that a batch of one session looks it up once. Forgotten
-/// after each batch, so that a peer which is cut off stays no longer than that.
-#[derive(Debug, Default)]
-struct LastSession(Option<(SessionIndex, Arc<Peer>)>);
-
-impl LastSession {
-    fn get(&mut self, tunnel: &Inner, session: SessionIndex) -> Result<Arc<Peer>, DropReason> {
-        if let Some((last, peer)) = &self.0
-            && *last == session
-        {
-            return Ok(Arc::clone(peer));
-        }
-        let peer = tunnel.by_session(session)?;
-        self.0 = Some((session, Arc::clone(&peer)));
-        Ok(peer)
-    }
+/// The session and way of the last datagram, so that a batch of one session looks it up once and
+/// notes it once. Forgotten after each batch, so that a peer which is cut off stays no longer.
+#[derive(Debug)]
+struct LastSession {
+    number: u32,
+    via: Via,
+    peer: Arc<Peer>,
+    session: Arc<Session>,
+    /// Whether something authentic came, and was noted.
+    noted: bool,
+    packets: usize,
+    bytes: usize,
+    wire: usize,
 }
 
 /// The last source address that was found to be a peer's, likewise for one batch.
@@ -73,16 +84,13 @@ struct LastSource(Option<(IpAddr, NodeId)>);
 
 impl LastSource {
     /// Whether the peer may send a packet with this source.
-    fn allow(&mut self, tunnel: &Inner, packet: &[u8], peer: &Peer) -> bool {
-        let Some(source) = route::source(packet) else {
-            return false;
-        };
-        if self.0 == Some((source, peer.id)) {
+    fn allow(&mut self, tunnel: &Inner, source: IpAddr, peer: &NodeId) -> bool {
+        if self.0 == Some((source, *peer)) {
             return true;
         }
-        let allowed = tunnel.routes.load().get(source) == Some(&peer.id);
+        let allowed = tunnel.routes.load().get(source) == Some(peer);
         if allowed {
-            self.0 = Some((source, peer.id));
+            self.0 = Some((source, *peer));
         }
         allowed
     }
@@ -92,77 +100,119 @@ impl LastSource {
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Sender {
     /// Whoever is at this address.
-    Address(IpAddr),
+    Address(SocketAddr),
     /// This client of a relay.
     Client(NodeId),
 }
 
-/// A datagram's peer, way and time.
-struct Arrival<'a> {
-    peer: &'a Arc<Peer>,
-    via: Via,
-    now: Instant,
+/// How a datagram came.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Arrival {
+    pub(crate) via: Via,
+    pub(crate) sender: Sender,
+    /// What the outer IP header says of congestion.
+    pub(crate) ecn: Ecn,
+    pub(crate) now: Instant,
 }
 
 /// Marks STUN (RFC 8489 §5): bytes 4 to 8 of every message.
 const STUN_COOKIE: [u8; 4] = [0x21, 0x12, 0xa4, 0x42];
 
 impl Inner {
-    /// Takes one datagram that came by `via`.
-    pub(crate) fn inbound(
-        &self,
-        datagram: &[u8],
-        via: Via,
-        sender: Sender,
-        inbox: &mut Inbox,
-        now: Instant,
-    ) {
-        if let Err(reason) = self.try_inbound(datagram, via, sender, inbox, now) {
-            self.drops.count(reason);
+    /// Takes what one sender sent to the node's port.
+    pub(crate) fn receive(&self, message: Message<'_>, inbox: &mut Inbox, now: Instant) {
+        let Message {
+            from,
+            bytes,
+            segment_len,
+            ecn,
+        } = message;
+        let table = self.relay_udp.load();
+        let relay = table.at(&from);
+        let arrival = Arrival {
+            via: Via::Direct(from),
+            sender: Sender::Address(from),
+            ecn,
+            now,
+        };
+        // An empty datagram is one too.
+        let (first, rest) = bytes.split_at_mut(segment_len.min(bytes.len()));
+        for datagram in std::iter::once(first).chain(rest.chunks_mut(segment_len)) {
+            let result = match relay {
+                Some((id, sessions)) if relay::is_frame(datagram) => {
+                    let via = Via::Relay(*id);
+                    let arrival = Arrival { via, ..arrival };
+                    self.relay_frame(datagram, from, sessions, arrival, inbox)
+                }
+                _ => self.inbound(datagram, arrival, inbox),
+            };
+            if let Err(reason) = result {
+                self.drops.count(reason);
+            }
         }
     }
 
-    /// Writes what [`Self::inbound`] kept back to join it with more.
+    /// Takes a frame that came from a relay's address.
+    fn relay_frame(
+        &self,
+        frame: &mut [u8],
+        from: SocketAddr,
+        sessions: &HashMap<RelaySession, NodeId>,
+        arrival: Arrival,
+        inbox: &mut Inbox,
+    ) -> Result<(), DropReason> {
+        let Ok(Frame::Data { session, .. }) = Frame::decode(frame) else {
+            self.emit(TunnelEvent::RelayFrame {
+                from,
+                datagram: frame.to_vec(),
+            });
+            return Ok(());
+        };
+        let peer = sessions.get(&session).ok_or(DropReason::UnknownSession)?;
+        let arrival = Arrival {
+            sender: Sender::Client(*peer),
+            ..arrival
+        };
+        let payload = frame.get_mut(relay::HEADER_LEN..).unwrap_or_default();
+        self.inbound(payload, arrival, inbox)
+    }
+
+    /// Takes a datagram that may not be changed where it lies.
+    pub(crate) fn inbound_copy(&self, datagram: &[u8], arrival: Arrival, inbox: &mut Inbox) {
+        let mut copy = std::mem::take(&mut inbox.copy);
+        copy.clear();
+        copy.extend(datagram.iter().take(DATAGRAM_LEN_MAX));
+        if let Err(reason) = self.inbound(&mut copy, arrival, inbox) {
+            self.drops.count(reason);
+        }
+        inbox.copy = copy;
+    }
+
+    /// Writes what was kept back to join it with more, and notes what came.
     pub(crate) fn finish(&self, inbox: &mut Inbox) {
-        inbox.coalescer.flush(&mut |framed| self.write_tun(framed));
-        inbox.sessions = LastSession::default();
+        let queue = inbox.queue;
+        inbox
+            .coalescer
+            .flush(&mut |framed| self.write_tun(queue, framed));
+        self.note_last(inbox);
         inbox.sources = LastSource::default();
     }
 
-    fn try_inbound(
+    fn inbound(
         &self,
-        datagram: &[u8],
-        via: Via,
-        sender: Sender,
+        datagram: &mut [u8],
+        arrival: Arrival,
         inbox: &mut Inbox,
-        now: Instant,
     ) -> Result<(), DropReason> {
-        let Some(kind) = Kind::of(datagram) else {
-            return self.stun(datagram, via);
-        };
-        let peer = match kind {
-            Kind::Initiation => {
-                self.admit(datagram, via, sender)?;
-                let id = self
-                    .keys
-                    .initiator(datagram)
-                    .ok_or(DropReason::BadHandshake)?;
-                self.wake(&id).ok_or(DropReason::UnknownKey)?
+        match Kind::of(datagram) {
+            Some(Kind::Data { receiver }) => self.open(receiver, datagram, arrival, inbox),
+            Some(Kind::Initiation | Kind::Response { .. } | Kind::CookieReply { .. }) => {
+                let handshake = Handshake::new(datagram, arrival);
+                let queued = self.handshakes.try_send(handshake);
+                queued.map_err(|_| DropReason::UnderLoad)
             }
-            Kind::Response { receiver } => {
-                let peer = self.by_session(receiver)?;
-                self.admit(datagram, via, sender)?;
-                peer
-            }
-            Kind::CookieReply { receiver } => self.by_session(receiver)?,
-            Kind::Data { receiver } => inbox.sessions.get(self, receiver)?,
-        };
-        let arrival = Arrival {
-            peer: &peer,
-            via,
-            now,
-        };
-        self.open(&arrival, kind, datagram, inbox)
+            None => self.stun(datagram, arrival.via),
+        }
     }
 
     fn stun(&self, datagram: &[u8], via: Via) -> Result<(), DropReason> {
@@ -178,132 +228,155 @@ impl Inner {
         }
     }
 
-    fn by_session(&self, session: SessionIndex) -> Result<Arc<Peer>, DropReason> {
+    /// The peer of a session.
+    pub(crate) fn by_session(&self, session: u32) -> Result<Arc<Peer>, DropReason> {
         let peers = self.peers();
-        let peer = peers.by_index(session.peer());
+        let peer = peers.by_index(peer_index(session));
         peer.cloned().ok_or(DropReason::UnknownSession)
     }
 
-    fn admit(&self, datagram: &[u8], via: Via, sender: Sender) -> Result<(), DropReason> {
-        let (source, to) = match sender {
-            Sender::Address(ip) => (ip, self.keys.id()),
-            Sender::Client(id) => (engine::relayed_source(&id), id),
-        };
-        match self.keys.admit(datagram, source) {
-            Admission::Admitted => Ok(()),
-            Admission::Cookie(reply) => {
-                // Shorter than the question, so nobody can be flooded with our answers.
-                self.transmit(&to, via, &reply, reply.len());
-                Err(DropReason::UnderLoad)
-            }
-            Admission::Refused => Err(DropReason::BadHandshake),
+    /// Looks up the session of a datagram, unless it was the last one's.
+    fn look_up<'a>(
+        &self,
+        number: u32,
+        via: Via,
+        inbox: &'a mut Inbox,
+    ) -> Result<&'a mut LastSession, DropReason> {
+        let same = |last: &LastSession| last.number == number && last.via == via;
+        if !inbox.last.as_ref().is_some_and(same) {
+            self.note_last(inbox);
+            let peer = self.by_session(number)?;
+            let session = peer.session(number).ok_or(DropReason::UnknownSession)?;
+            inbox.last = Some(LastSession {
+                number,
+                via,
+                peer,
+                session,
+                noted: false,
+                packets: 0,
+                bytes: 0,
+                wire: 0,
+            });
+        }
+        inbox.last.as_mut().ok_or(DropReason::UnknownSession)
+    }
+
+    /// Counts what came by the last session.
+    fn note_last(&self, inbox: &mut Inbox) {
+        if let Some(last) = inbox.last.take() {
+            last.peer.counts.received(last.packets, last.bytes);
+            last.peer.counts.wire_received(last.wire);
         }
     }
 
     fn open(
         &self,
-        arrival: &Arrival<'_>,
-        kind: Kind,
-        datagram: &[u8],
+        number: u32,
+        datagram: &mut [u8],
+        arrival: Arrival,
         inbox: &mut Inbox,
     ) -> Result<(), DropReason> {
-        let room = inbox.opened.get_mut(VnetHeader::LEN..).unwrap_or_default();
-        let mut state = arrival.peer.lock();
-        match (state.engine.open(datagram, room), kind) {
-            (Opened::Refused(reason), _) => Err(reason),
-            (Opened::Answer(response), Kind::Initiation) => {
-                state.unconfirmed = SessionIndex::of_response(response);
-                drop(state);
-                self.transmit(&arrival.peer.id, arrival.via, response, response.len());
-                Ok(())
-            }
-            (Opened::Answer(keepalive), _) => {
-                self.note_authentic(arrival, &mut state);
-                // First what proves the session to the peer, then what waited for it.
-                self.transmit(&arrival.peer.id, arrival.via, keepalive, keepalive.len());
-                self.begin_session(arrival, state, &mut inbox.out);
-                Ok(())
-            }
-            (Opened::Nothing, Kind::Data { receiver }) => {
-                self.note_data(arrival, state, receiver, &mut inbox.out);
-                Ok(())
-            }
-            (Opened::Packet(packet), Kind::Data { receiver }) => {
-                let len = packet.len();
-                let allowed = inbox.sources.allow(self, packet, arrival.peer);
-                if allowed {
-                    state.traffic.received_packets += 1;
-                    state.traffic.received_bytes += len as u64;
-                }
-                self.note_data(arrival, state, receiver, &mut inbox.out);
-                if !allowed {
-                    return Err(DropReason::WrongSource);
-                }
-                self.deliver(arrival, len, inbox);
-                Ok(())
-            }
-            // A cookie for our next initiation.
-            (Opened::Nothing | Opened::Packet(_), _) => Ok(()),
+        let last = self.look_up(number, arrival.via, inbox)?;
+        let wire_len = datagram.len();
+        let (counter, plain) = last.session.open(datagram, arrival.now).map_err(reason)?;
+        last.session.window().accept(counter).map_err(reason)?;
+        last.wire += wire_len;
+        let peer = Arc::clone(&last.peer);
+        if !std::mem::replace(&mut last.noted, true) {
+            self.note_authentic(&peer, arrival);
         }
+        if peer.is_offered(number) {
+            self.confirm(&peer, number, arrival, &mut inbox.out);
+        }
+        if plain.is_empty() {
+            peer.activity.received_other(arrival.now);
+            return Ok(());
+        }
+        peer.activity.received_data(arrival.now);
+        self.deliver(&peer, datagram, plain, arrival, inbox)
     }
 
-    /// Hands on the packet of `len` bytes that was opened.
-    fn deliver(&self, arrival: &Arrival<'_>, len: usize, inbox: &mut Inbox) {
-        let framed = inbox
-            .opened
-            .get_mut(..VnetHeader::LEN + len)
-            .unwrap_or_default();
-        let packet = framed.get(VnetHeader::LEN..).unwrap_or_default();
-        if !arrival.peer.is_external() && self.is_control(packet) {
+    /// Hands on the packet that was opened to `plain`, whose padding is still there.
+    fn deliver(
+        &self,
+        peer: &Arc<Peer>,
+        datagram: &mut [u8],
+        plain: Range<usize>,
+        arrival: Arrival,
+        inbox: &mut Inbox,
+    ) -> Result<(), DropReason> {
+        let padded = datagram.get(plain).unwrap_or_default();
+        let len = route::packet_len(padded).ok_or(DropReason::MalformedIn)?;
+        let end = DATA_HEADER_LEN + len;
+        let packet = datagram
+            .get_mut(DATA_HEADER_LEN..end)
+            .ok_or(DropReason::MalformedIn)?;
+        let source = route::source(packet).ok_or(DropReason::MalformedIn)?;
+        if !inbox.sources.allow(self, source, &peer.id) {
+            return Err(DropReason::WrongSource);
+        }
+        ecn::merge(arrival.ecn, packet).map_err(|ecn::MustDrop| DropReason::CongestionMarked)?;
+        if let Some(last) = &mut inbox.last {
+            last.packets += 1;
+            last.bytes += len;
+        }
+        if !peer.is_external && self.is_control(packet) {
             self.emit(TunnelEvent::Control {
-                peer: arrival.peer.id,
+                peer: peer.id,
                 via: arrival.via,
                 packet: packet.to_vec(),
             });
-            return;
+            return Ok(());
         }
+        // The offload header takes the place of the end of WireGuard's.
+        let framed = datagram.get_mut(DATA_HEADER_LEN - VnetHeader::LEN..end);
+        let queue = inbox.queue;
         inbox
             .coalescer
-            .push(framed, &mut |framed| self.write_tun(framed));
-    }
-
-    /// Notes an authentic data message, which may prove a session that we only offered so far.
-    fn note_data(
-        &self,
-        arrival: &Arrival<'_>,
-        mut state: MutexGuard<'_, State>,
-        session: SessionIndex,
-        out: &mut Outbox,
-    ) {
-        self.note_authentic(arrival, &mut state);
-        if state.unconfirmed == Some(session) {
-            self.begin_session(arrival, state, out);
-        }
-    }
-
-    fn note_authentic(&self, arrival: &Arrival<'_>, state: &mut State) {
-        state.note_received(arrival.via, arrival.now);
-        if arrival.peer.is_external() {
-            state.primary = Some(arrival.via);
-        }
-        self.mark_for_report(arrival.peer);
-    }
-
-    /// Both sides have proven a new session.
-    fn begin_session(
-        &self,
-        arrival: &Arrival<'_>,
-        mut state: MutexGuard<'_, State>,
-        out: &mut Outbox,
-    ) {
-        state.note_session();
-        self.send_held(arrival.peer, &mut state, out);
-        drop(state);
-        if !arrival.peer.is_external() {
-            self.emit(TunnelEvent::Handshake {
-                peer: arrival.peer.id,
-                via: arrival.via,
+            .push(framed.unwrap_or_default(), &mut |framed| {
+                self.write_tun(queue, framed);
             });
+        Ok(())
+    }
+
+    /// Notes that something authentic came.
+    pub(crate) fn note_authentic(&self, peer: &Arc<Peer>, arrival: Arrival) {
+        let mut state = peer.lock();
+        state.note_received(arrival.via, arrival.now);
+        if peer.is_external && state.primary != Some(arrival.via) {
+            state.primary = Some(arrival.via);
+            peer.publish(&state);
+        }
+        drop(state);
+        self.mark_for_report(peer);
+    }
+
+    /// The peer has proven the session that our answer offered.
+    fn confirm(&self, peer: &Arc<Peer>, session: u32, arrival: Arrival, out: &mut Outbox) {
+        let mut state = peer.lock();
+        if state.protocol.confirm(session, arrival.now) {
+            self.begin_session(peer, &mut state, out, arrival.now);
+            drop(state);
+            self.tell_session(peer, arrival.via);
+        }
+    }
+
+    /// Both sides have proven a new session: what waited for it goes first.
+    pub(crate) fn begin_session(
+        &self,
+        peer: &Arc<Peer>,
+        state: &mut State,
+        out: &mut Outbox,
+        now: Instant,
+    ) {
+        peer.offer(None);
+        state.note_session();
+        self.send_held(peer, state, out, now);
+    }
+
+    pub(crate) fn tell_session(&self, peer: &Peer, via: Via) {
+        if !peer.is_external {
+            self.emit(TunnelEvent::Handshake { peer: peer.id, via });
         }
     }
 
@@ -315,4 +388,12 @@ impl Inner {
     }
 }
 
-const _: () = assert!(DATAGRAM_LEN_MAX >= HANDSHAKE_LEN_MAX);
+fn reason(error: OpenError) -> DropReason {
+    match error {
+        OpenError::Unauthentic => DropReason::Unauthentic,
+        OpenError::Replayed => DropReason::Replayed,
+        OpenError::Expired => DropReason::UnknownSession,
+    }
+}
+
+const _: () = assert!(DATA_HEADER_LEN >= VnetHeader::LEN);

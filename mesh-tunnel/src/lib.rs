@@ -9,13 +9,16 @@
 mod batch;
 mod checksum;
 mod coalesce;
-mod engine;
+mod control;
+mod ecn;
 mod icmp;
 mod inbound;
 mod outbound;
 mod peer;
+mod queue;
 pub mod route;
 mod segment;
 pub mod stats;
+mod transmit;
 pub mod tunnel;
 mod worker;

@@ -1,94 +1,210 @@
 //! From the TUN device to a path.
 
 use std::{
-    sync::{Arc, atomic::Ordering},
+    hash::{BuildHasher as _, RandomState},
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::Ordering::{Acquire, Relaxed},
+    },
     time::Instant,
 };
 
-use mesh_linux::tun::{READ_LEN_MAX, VnetHeader};
-use mesh_linux::udp::{SEGMENTS_MAX, SEND_BYTES_MAX};
-use mesh_wire::{
-    id::{NodeId, Via},
-    peer::CONTROL_PORT,
-};
+use mesh_linux::{tun::VnetHeader, udp::Ecn};
+use mesh_wire::{id::Via, peer::CONTROL_PORT};
+use mesh_wireguard::{message::DATA_HEADER_LEN, session::padded_len};
 
 use crate::{
     batch::{Batch, Target},
-    engine::HANDSHAKE_LEN_MAX,
-    icmp,
-    peer::{HELD_DROP, Peer, State},
-    route, segment,
+    ecn, icmp,
+    peer::{HELD_DROP, Peer, Sending, State},
+    route,
+    segment::{self, Cut},
     stats::DropReason,
-    tunnel::{Inner, TunnelEvent},
+    transmit::Leave,
+    tunnel::{Inner, TunnelEvent, since_1970},
 };
 
 /// What one thread needs to send.
 #[derive(Debug)]
 pub(crate) struct Outbox {
-    batch: Batch,
-    /// The segment being cut.
-    scratch: Box<[u8]>,
+    pub(crate) batch: Batch,
+    pub(crate) leave: Leave,
+    lookups: Lookups,
 }
 
 impl Outbox {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(leave: Leave) -> Self {
         Self {
             batch: Batch::new(),
-            scratch: vec![0; READ_LEN_MAX].into(),
+            leave,
+            lookups: Lookups::new(),
         }
     }
 
-    pub(crate) fn flush(&mut self, tunnel: &Inner) {
-        self.batch.flush(tunnel);
+    /// Sends what is there; see [`Batch::flush`].
+    pub(crate) fn flush(&mut self, tunnel: &Inner) -> bool {
+        self.batch.flush(tunnel, &mut self.leave)
+    }
+
+    /// Sends what is there, or drops it if there is no room.
+    fn flush_now(&mut self, tunnel: &Inner) {
+        if !self.flush(tunnel) {
+            let unsent = self.batch.abandon();
+            tunnel.drops.count_many(DropReason::SendFailed, unsent);
+        }
     }
 }
+
+/// Destinations whose peers a thread remembers: flows of 256 destinations meet in one place
+/// rarely, and whoever does is looked up again.
+const LOOKUPS: usize = 256;
+
+/// The peers of recent destinations, so that no lock is shared for each packet.
+#[derive(Debug)]
+struct Lookups {
+    generation: u64,
+    hasher: RandomState,
+    entries: Vec<Option<(IpAddr, Arc<Peer>)>>,
+}
+
+impl Lookups {
+    fn new() -> Self {
+        Self {
+            generation: 0,
+            hasher: RandomState::new(),
+            entries: Vec::new(),
+        }
+    }
+
+    fn get(&mut self, tunnel: &Inner, destination: IpAddr) -> Option<&Arc<Peer>> {
+        let generation = tunnel.generation.load(Acquire);
+        if generation != self.generation || self.entries.is_empty() {
+            self.entries.clear();
+            self.entries.resize(LOOKUPS, None);
+            self.generation = generation;
+        }
+        let hash = self.hasher.hash_one(destination);
+        let number = usize::try_from(hash % LOOKUPS as u64).unwrap_or_default();
+        let entry = self.entries.get_mut(number)?;
+        if entry
+            .as_ref()
+            .is_none_or(|(known, _)| *known != destination)
+        {
+            let id = tunnel.routes.load().get(destination).copied()?;
+            *entry = Some((destination, tunnel.wake(&id)?));
+        }
+        entry.as_ref().map(|(_, peer)| peer)
+    }
+}
+
+/// There is no room in the socket now: come again with the same packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Blocked;
 
 impl Inner {
     /// Takes what was read from the TUN device, offload header first. What it seals may stay in
     /// `out` until that is flushed.
-    pub(crate) fn outbound(&self, raw: &[u8], out: &mut Outbox, now: Instant) {
-        match self.try_outbound(raw, out, now) {
-            Ok(Some(event)) => self.emit(event),
-            Ok(None) => {}
-            Err(reason) => self.drops.count(reason),
-        }
-    }
-
-    fn try_outbound(
+    pub(crate) fn outbound(
         &self,
         raw: &[u8],
         out: &mut Outbox,
         now: Instant,
-    ) -> Result<Option<TunnelEvent>, DropReason> {
+    ) -> Result<(), Blocked> {
+        let Outbox {
+            batch,
+            leave,
+            lookups,
+        } = out;
+        let checked = self.check_outbound(raw);
+        let found = checked.and_then(|(packet, destination)| {
+            let peer = lookups.get(self, destination).ok_or_else(|| {
+                self.answer_no_route(packet);
+                DropReason::NoRoute
+            })?;
+            Ok((packet, peer))
+        });
+        let (packet, peer) = match found {
+            Ok(found) => found,
+            Err(reason) => {
+                self.drops.count(reason);
+                return Ok(());
+            }
+        };
+        let sending = peer.sending.load();
+        if let Some(sending) = sending
+            .as_deref()
+            .filter(|sending| sending.session.is_alive(now))
+        {
+            let target = target(peer, sending, ecn::of(packet));
+            // Nothing can stand before a super-packet, which is longer than any datagram.
+            let padded = padded_len(packet.len(), self.mtu.load(Relaxed));
+            if !batch.fits(&target, padded) && !batch.flush(self, leave) {
+                return Err(Blocked);
+            }
+            self.seal(peer, sending, raw, batch, leave, now);
+            return Ok(());
+        }
+        drop(sending);
+        let peer = Arc::clone(peer);
+        self.outbound_later(&peer, raw, out, now);
+        Ok(())
+    }
+
+    fn check_outbound<'a>(&self, raw: &'a [u8]) -> Result<(&'a [u8], IpAddr), DropReason> {
         let (_, packet) = VnetHeader::split(raw).ok_or(DropReason::MalformedOut)?;
         let destination = route::destination(packet).ok_or(DropReason::MalformedOut)?;
         if self.is_forged_control(packet) {
             return Err(DropReason::ForgedControl);
         }
-        let id = self.routes.load().get(destination).copied();
-        let Some(peer) = id.and_then(|id| self.wake(&id)) else {
-            self.answer_no_route(packet);
-            return Err(DropReason::NoRoute);
-        };
+        Ok((packet, destination))
+    }
+
+    /// A packet for a peer without session or way.
+    fn outbound_later(&self, peer: &Arc<Peer>, raw: &[u8], out: &mut Outbox, now: Instant) {
         let mut state = peer.lock();
-        if state.is_ready() {
-            self.send_held(&peer, &mut state, out);
-            self.seal(&peer, &mut state, raw, out);
-            return Ok(None);
-        }
         let dropped = state.hold(raw, now, &self.held_bytes);
         self.drops.count_many(HELD_DROP, dropped);
-        if !state.is_wanted(now) {
-            return Ok(None);
+        // Another thread may have made a session meanwhile.
+        self.send_held(peer, &mut state, out, now);
+        if !state.has_held() || !state.is_wanted(now) {
+            return;
         }
         let via = state.primary;
-        let mut initiation = [0; HANDSHAKE_LEN_MAX];
-        let begun = via.is_some() && state.engine.initiate(false, &mut initiation);
+        let initiation = match via {
+            Some(_) if !state.protocol.is_initiating() => {
+                state.initiate(&self.key, now, since_1970())
+            }
+            _ => None,
+        };
         drop(state);
-        if let (Some(via), true) = (via, begun) {
-            self.transmit(&peer.id, via, &initiation, initiation.len());
+        if let (Some(via), Some(initiation)) = (via, initiation) {
+            self.send_handshake(peer, via, &initiation, &mut out.leave, now);
         }
-        Ok((!peer.is_external()).then_some(TunnelEvent::Wanted(peer.id)))
+        if !peer.is_external {
+            self.emit(TunnelEvent::Wanted(peer.id));
+        }
+    }
+
+    /// Sends a handshake message.
+    pub(crate) fn send_handshake(
+        &self,
+        peer: &Peer,
+        via: Via,
+        message: &[u8],
+        leave: &mut Leave,
+        now: Instant,
+    ) {
+        peer.activity.sent_other(now);
+        peer.counts.wire_sent(message.len());
+        self.transmit(
+            &peer.id,
+            via,
+            message,
+            message.len(),
+            Ecn::NotCapable,
+            leave,
+        );
     }
 
     /// Tells the sender, unless many others were just told.
@@ -98,57 +214,92 @@ impl Inner {
             return;
         };
         let allowance = &self.errors_allowed;
-        let take = allowance.try_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
-            left.checked_sub(1)
-        });
+        let take = allowance.try_update(Relaxed, Relaxed, |left| left.checked_sub(1));
         if take.is_ok() {
             let mut framed = [0; VnetHeader::LEN + icmp::LEN_MAX];
             let whole = framed.get_mut(VnetHeader::LEN..).unwrap_or_default();
             whole.copy_from_slice(&answer);
-            self.write_tun(framed.get(..VnetHeader::LEN + len).unwrap_or_default());
+            self.write_tun(0, framed.get(..VnetHeader::LEN + len).unwrap_or_default());
         }
     }
 
-    /// Sends what waited, in order and before anything else can be sealed.
-    pub(crate) fn send_held(&self, peer: &Arc<Peer>, state: &mut State, out: &mut Outbox) {
-        if !state.has_held() || !state.is_ready() {
-            return;
+    /// Sends what waited, in order and before anything else can be sealed, if there are a session
+    /// and a way now; publishes what the state has come to.
+    pub(crate) fn send_held(
+        &self,
+        peer: &Arc<Peer>,
+        state: &mut State,
+        out: &mut Outbox,
+        now: Instant,
+    ) {
+        let alive = |sending: &Sending| sending.session.is_alive(now);
+        if let Some(sending) = state.sending().filter(alive) {
+            while let Some(raw) = state.take_held(&self.held_bytes) {
+                out.flush_now(self);
+                let Outbox { batch, leave, .. } = out;
+                self.seal(peer, &sending, &raw, batch, leave, now);
+            }
+            out.flush_now(self);
         }
-        while let Some(raw) = state.take_held(&self.held_bytes) {
-            self.seal(peer, state, &raw, out);
-        }
-        out.flush(self);
+        peer.publish(state);
     }
 
-    fn seal(&self, peer: &Arc<Peer>, state: &mut State, raw: &[u8], out: &mut Outbox) {
-        let Some(primary) = state.primary else {
-            return;
-        };
-        let target = Target {
-            peer: peer.id,
-            primary,
-            duplicate: state.duplicate,
-        };
+    /// Seals a super-packet into `batch`, which fits its first packet.
+    fn seal(
+        &self,
+        peer: &Arc<Peer>,
+        sending: &Sending,
+        raw: &[u8],
+        batch: &mut Batch,
+        leave: &mut Leave,
+        now: Instant,
+    ) {
         let Some((header, packet)) = VnetHeader::split(raw) else {
             return;
         };
-        let Outbox { batch, scratch } = out;
-        let (engine, traffic) = (&mut state.engine, &mut state.traffic);
-        let mut unsealed = 0;
-        let cut = segment::for_each(header, packet, scratch, |segment| {
-            if batch.push(self, target, engine, segment) {
-                traffic.sent_packets += 1;
-                traffic.sent_bytes += segment.len() as u64;
-            } else {
-                unsealed += 1;
-            }
-        });
-        self.drops.count_many(DropReason::NoSession, unsealed);
-        if cut.is_err() {
+        let Ok(cut) = Cut::new(header, packet) else {
             self.drops.count(DropReason::MalformedOut);
+            return;
+        };
+        let count = cut.count();
+        let Some(first) = sending.session.reserve(count) else {
+            self.drops.count_many(DropReason::NoSession, count);
+            return;
+        };
+        let target = target(peer, sending, ecn::of(packet));
+        let mtu = self.padding_limit(&cut);
+        let (mut sealed, mut bytes, mut wire) = (0, 0, 0);
+        for (index, counter) in (0..count).zip(first..) {
+            let len = cut.len(index);
+            let padded = padded_len(len, mtu);
+            if !batch.fits(&target, padded) && !batch.flush(self, leave) {
+                let unsent = batch.abandon();
+                self.drops.count_many(DropReason::SendFailed, unsent);
+            }
+            let place = batch.place(target, padded);
+            let wire_len = place.len();
+            let room = place.get_mut(DATA_HEADER_LEN..DATA_HEADER_LEN + padded);
+            let (plain, padding) = room.unwrap_or_default().split_at_mut(len);
+            padding.fill(0);
+            if cut.write(index, plain).is_err() || !sending.session.seal(counter, place) {
+                batch.unplace(padded);
+                self.drops.count(DropReason::MalformedOut);
+                continue;
+            }
+            sealed += 1;
+            bytes += len;
+            wire += wire_len;
         }
-        state.sent = true;
+        peer.counts.sent(sealed, bytes);
+        peer.counts.wire_sent(wire);
+        peer.note_sent(now);
         self.mark_for_report(peer);
+    }
+
+    /// What padding must not exceed: the device's MTU, as far as it is known; packets prove that it is
+    /// no less than they are.
+    fn padding_limit(&self, cut: &Cut<'_>) -> usize {
+        self.mtu.load(Relaxed).max(cut.len(0))
     }
 
     /// Whether a local process tries to pass for this node's core. The receiving core could not
@@ -169,31 +320,13 @@ impl Inner {
             ])
             && headers[42..44] == CONTROL_PORT.to_be_bytes()
     }
+}
 
-    /// Sends datagrams of `segment_len` bytes (the last may be shorter) by `via`.
-    pub(crate) fn transmit(&self, peer: &NodeId, via: Via, datagrams: &[u8], segment_len: usize) {
-        let segment_len = segment_len.max(1);
-        match via {
-            Via::Direct(to) => {
-                let at_once = (SEND_BYTES_MAX / segment_len).clamp(1, SEGMENTS_MAX);
-                for part in datagrams.chunks(at_once * segment_len) {
-                    if self.sockets.send(to, part, segment_len).is_err() {
-                        let count = part.len().div_ceil(segment_len);
-                        self.drops.count_many(DropReason::SendFailed, count);
-                    }
-                }
-            }
-            Via::Relay(id) => {
-                let relays = self.relays.load();
-                let (reason, dropped) = match relays.get(&id) {
-                    Some(relay) => {
-                        let dropped = relay.send(peer, datagrams, segment_len);
-                        (DropReason::RelayFull, dropped)
-                    }
-                    None => (DropReason::RelayGone, datagrams.len().div_ceil(segment_len)),
-                };
-                self.drops.count_many(reason, dropped);
-            }
-        }
+fn target(peer: &Peer, sending: &Sending, ecn: Ecn) -> Target {
+    Target {
+        peer: peer.id,
+        primary: sending.primary,
+        duplicate: sending.duplicate,
+        ecn,
     }
 }

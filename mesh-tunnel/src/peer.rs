@@ -5,17 +5,22 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
 
+use arc_swap::{ArcSwap, ArcSwapOption};
 use mesh_wire::id::{NodeId, Via};
-
-use crate::{
-    engine::{Engine, HANDSHAKE_LEN_MAX, INDEX_MAX, Keys, SessionIndex},
-    stats::{DropReason, PeerStats, RECEIVED_VIAS_MAX, Traffic},
+use mesh_wireguard::{
+    keys::{LocalKey, PresharedKey},
+    message::INITIATION_LEN,
+    peer::Peer as Protocol,
+    session::Session,
+    timers::Activity,
 };
+
+use crate::stats::{DropReason, PeerStats, RECEIVED_VIAS_MAX, Traffic};
 
 /// Packets or super-packets that wait for a peer's path (`paths.md`, wake).
 const HELD_MAX: usize = 64;
@@ -38,65 +43,171 @@ const WANTED_INTERVAL: Duration = Duration::from_millis(500);
 /// their question on paths of up to twice this round-trip time.
 const INITIATION_REUSE: Duration = Duration::from_millis(250);
 
+/// Bits of a session's number that count the sessions of one peer: five at most at a time.
+const SESSION_BITS: u32 = 8;
+
+/// Most peers with state: what is left of the 32-bit number.
+const INDEX_MAX: u32 = (1 << (u32::BITS - SESSION_BITS)) - 1;
+
+/// The number of the peer that a session belongs to.
+pub(crate) fn peer_index(session: u32) -> u32 {
+    session >> SESSION_BITS
+}
+
 /// A peer that is awake.
 #[derive(Debug)]
 pub(crate) struct Peer {
     pub(crate) id: NodeId,
-    /// Set for a stock WireGuard device: its path follows its packets, and it has no core to talk to.
-    pub(crate) external: Option<External>,
+    /// A stock WireGuard device: its path follows its packets, and it has no core to talk to.
+    pub(crate) is_external: bool,
     index: u32,
+    /// By what packets leave without a lock; nothing while something must be done first.
+    pub(crate) sending: ArcSwapOption<Sending>,
+    /// The sessions by which packets may come.
+    sessions: ArcSwap<Vec<Arc<Session>>>,
+    /// One more than the number of the session that our answer offered and that no packet has proven
+    /// yet: until one does, the initiation may have been somebody's recording.
+    offered: AtomicU64,
+    pub(crate) activity: Activity,
+    pub(crate) counts: Counts,
+    /// Whether data was sent since the last report.
+    sent: AtomicBool,
     reported: AtomicBool,
     state: Mutex<State>,
 }
 
+/// By what a peer's packets leave.
+#[derive(Debug)]
+pub(crate) struct Sending {
+    pub(crate) session: Arc<Session>,
+    pub(crate) primary: Via,
+    pub(crate) duplicate: Option<Via>,
+}
+
+/// Packets and bytes of one peer.
+#[derive(Debug, Default)]
+pub(crate) struct Counts {
+    sent_packets: AtomicU64,
+    sent_bytes: AtomicU64,
+    received_packets: AtomicU64,
+    received_bytes: AtomicU64,
+    wire_sent: AtomicU64,
+    wire_received: AtomicU64,
+}
+
+impl Counts {
+    pub(crate) fn sent(&self, packets: usize, bytes: usize) {
+        self.sent_packets.fetch_add(packets as u64, Relaxed);
+        self.sent_bytes.fetch_add(bytes as u64, Relaxed);
+    }
+
+    pub(crate) fn received(&self, packets: usize, bytes: usize) {
+        self.received_packets.fetch_add(packets as u64, Relaxed);
+        self.received_bytes.fetch_add(bytes as u64, Relaxed);
+    }
+
+    pub(crate) fn wire_sent(&self, bytes: usize) {
+        self.wire_sent.fetch_add(bytes as u64, Relaxed);
+    }
+
+    pub(crate) fn wire_received(&self, bytes: usize) {
+        self.wire_received.fetch_add(bytes as u64, Relaxed);
+    }
+
+    pub(crate) fn traffic(&self) -> Traffic {
+        Traffic {
+            sent_packets: self.sent_packets.load(Relaxed),
+            sent_bytes: self.sent_bytes.load(Relaxed),
+            received_packets: self.received_packets.load(Relaxed),
+            received_bytes: self.received_bytes.load(Relaxed),
+        }
+    }
+}
+
 impl Peer {
-    pub(crate) fn is_external(&self) -> bool {
-        self.external.is_some()
-    }
-
-    /// Whether to call again when a call was not answered, though nothing waits to be sent.
-    pub(crate) fn is_kept_alive(&self) -> bool {
-        self.external
-            .is_some_and(|external| external.keepalive_s.is_some())
-    }
-
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The session of that number.
+    pub(crate) fn session(&self, number: u32) -> Option<Arc<Session>> {
+        let sessions = self.sessions.load();
+        let found = sessions.iter().find(|session| session.local() == number);
+        found.cloned()
+    }
+
+    /// Whether a session is one that only we have proven so far.
+    pub(crate) fn is_offered(&self, session: u32) -> bool {
+        self.offered.load(Relaxed) == u64::from(session) + 1
+    }
+
+    pub(crate) fn offer(&self, session: Option<u32>) {
+        let mark = session.map_or(0, |number| u64::from(number) + 1);
+        self.offered.store(mark, Relaxed);
+    }
+
+    /// Publishes what the state has come to. Packets leave without a lock as long as there are a
+    /// session and a way, and nothing waits that must go first.
+    pub(crate) fn publish(&self, state: &State) {
+        let sessions: Vec<_> = state.protocol.sessions().cloned().collect();
+        self.sessions.store(Arc::new(sessions));
+        let sending = state.sending().filter(|_| !state.has_held());
+        self.sending.store(sending.map(Arc::new));
+    }
+
+    /// Notes that data went out.
+    pub(crate) fn note_sent(&self, now: Instant) {
+        self.activity.sent_data(now);
+        if !self.sent.load(Relaxed) {
+            self.sent.store(true, Relaxed);
+        }
+    }
+
     /// Whether this is the first call since [`Self::take_report`].
     pub(crate) fn mark_for_report(&self) -> bool {
-        !self.reported.load(Ordering::Relaxed) && !self.reported.swap(true, Ordering::Relaxed)
+        !self.reported.load(Relaxed) && !self.reported.swap(true, Relaxed)
     }
 
     /// What was sent and received since the last call.
     pub(crate) fn take_report(&self) -> (bool, Vec<Via>) {
-        self.reported.store(false, Ordering::Relaxed);
-        let mut state = self.lock();
-        (
-            std::mem::take(&mut state.sent),
-            std::mem::take(&mut state.received),
-        )
+        self.reported.store(false, Relaxed);
+        let sent = self.sent.swap(false, Relaxed);
+        (sent, std::mem::take(&mut self.lock().received))
+    }
+
+    pub(crate) fn stats(&self, now: Instant) -> PeerStats {
+        let state = self.lock();
+        let since = |at: Instant| now.saturating_duration_since(at);
+        PeerStats {
+            traffic: self.counts.traffic(),
+            wire_sent_bytes: self.counts.wire_sent.load(Relaxed),
+            wire_received_bytes: self.counts.wire_received.load(Relaxed),
+            last_handshake: state.protocol.last_handshake().map(since),
+            last_received: state.last_received.map(since),
+            has_session: state.has_session(now),
+            held: state.held.len(),
+            primary: state.primary,
+            duplicate: state.duplicate,
+        }
     }
 }
 
-/// What changes with a peer's packets.
+/// What changes with a peer's handshakes and paths.
 #[derive(Debug)]
 pub(crate) struct State {
-    pub(crate) engine: Engine,
+    pub(crate) protocol: Protocol,
     pub(crate) primary: Option<Via>,
     pub(crate) duplicate: Option<Via>,
-    /// The session that our answer offered and that no packet has proven yet: until one does,
-    /// the initiation may have been somebody's recording.
-    pub(crate) unconfirmed: Option<SessionIndex>,
-    pub(crate) traffic: Traffic,
-    pub(crate) sent: bool,
+    index: u32,
+    sessions_made: u8,
     received: Vec<Via>,
     last_received: Option<Instant>,
     wanted_at: Option<Instant>,
-    initiation: Option<(Instant, [u8; HANDSHAKE_LEN_MAX])>,
+    initiation: Option<(Instant, [u8; INITIATION_LEN])>,
     held: VecDeque<Held>,
     held_bytes: usize,
+    /// Nobody looks after it any more, though a thread may still have it in hand.
+    forgotten: bool,
 }
 
 /// A packet, with its offload header, that waits for a path.
@@ -107,12 +218,27 @@ struct Held {
 }
 
 impl State {
-    /// Whether packets can go out now.
-    pub(crate) fn is_ready(&self) -> bool {
-        self.primary.is_some() && self.engine.has_session()
+    /// By what packets can go out now.
+    pub(crate) fn sending(&self) -> Option<Sending> {
+        Some(Sending {
+            session: Arc::clone(self.protocol.current()?),
+            primary: self.primary?,
+            duplicate: self.duplicate,
+        })
     }
 
-    /// Notes an authenticated packet.
+    pub(crate) fn has_session(&self, now: Instant) -> bool {
+        let current = self.protocol.current();
+        current.is_some_and(|session| session.is_alive(now))
+    }
+
+    /// A number for a new session.
+    pub(crate) fn next_session(&mut self) -> u32 {
+        self.sessions_made = self.sessions_made.wrapping_add(1);
+        self.index << SESSION_BITS | u32::from(self.sessions_made)
+    }
+
+    /// Notes that authentic packets came by `via`.
     pub(crate) fn note_received(&mut self, via: Via, now: Instant) {
         self.last_received = Some(now);
         // A ring of more ways than these: the rest is not worth knowing.
@@ -132,30 +258,49 @@ impl State {
         due
     }
 
+    /// A fresh initiation.
+    pub(crate) fn initiate(
+        &mut self,
+        key: &LocalKey,
+        now: Instant,
+        since_1970: Duration,
+    ) -> Option<[u8; INITIATION_LEN]> {
+        let number = self.next_session();
+        let bytes = self.protocol.initiate(key, number, now, since_1970)?;
+        self.initiation = Some((now, bytes));
+        Some(bytes)
+    }
+
     /// An initiation to send: a fresh one, or the last one again if it is young and unanswered.
-    pub(crate) fn initiation(&mut self, now: Instant) -> Option<[u8; HANDSHAKE_LEN_MAX]> {
-        if let Some((at, bytes)) = &self.initiation
-            && now.duration_since(*at) < INITIATION_REUSE
-        {
-            return Some(*bytes);
+    pub(crate) fn initiation(
+        &mut self,
+        key: &LocalKey,
+        now: Instant,
+        since_1970: Duration,
+    ) -> Option<[u8; INITIATION_LEN]> {
+        match &self.initiation {
+            Some((at, bytes)) if now.duration_since(*at) < INITIATION_REUSE => Some(*bytes),
+            _ => self.initiate(key, now, since_1970),
         }
-        let mut bytes = [0; HANDSHAKE_LEN_MAX];
-        self.engine.initiate(true, &mut bytes).then(|| {
-            self.initiation = Some((now, bytes));
-            bytes
-        })
+    }
+
+    /// The next initiation must be a fresh one.
+    pub(crate) fn forget_initiation(&mut self) {
+        self.initiation = None;
     }
 
     /// A handshake is complete.
     pub(crate) fn note_session(&mut self) {
         self.initiation = None;
-        self.unconfirmed = None;
         self.wanted_at = None;
     }
 
     /// Keeps a packet for later. At a limit of the peer's own its oldest packets go; at the
     /// common limit the new one does. How many were dropped.
     pub(crate) fn hold(&mut self, raw: &[u8], now: Instant, total: &AtomicUsize) -> usize {
+        if self.forgotten {
+            return 1;
+        }
         let mut dropped = 0;
         while self.held.len() >= HELD_MAX || self.held_bytes + raw.len() > HELD_BYTES_MAX {
             if self.take_held(total).is_none() {
@@ -163,10 +308,10 @@ impl State {
             }
             dropped += 1;
         }
-        if total.load(Ordering::Relaxed) + raw.len() > HELD_TOTAL_BYTES_MAX {
+        if total.load(Relaxed) + raw.len() > HELD_TOTAL_BYTES_MAX {
             return dropped + 1;
         }
-        total.fetch_add(raw.len(), Ordering::Relaxed);
+        total.fetch_add(raw.len(), Relaxed);
         self.held_bytes += raw.len();
         self.held.push_back(Held {
             since: now,
@@ -179,7 +324,7 @@ impl State {
     pub(crate) fn take_held(&mut self, total: &AtomicUsize) -> Option<Box<[u8]>> {
         let held = self.held.pop_front()?;
         self.held_bytes -= held.raw.len();
-        total.fetch_sub(held.raw.len(), Ordering::Relaxed);
+        total.fetch_sub(held.raw.len(), Relaxed);
         Some(held.raw)
     }
 
@@ -198,25 +343,24 @@ impl State {
     pub(crate) fn has_held(&self) -> bool {
         !self.held.is_empty()
     }
-
-    pub(crate) fn stats(&self, now: Instant) -> PeerStats {
-        PeerStats {
-            traffic: self.traffic,
-            last_handshake: self.engine.session_age(),
-            last_received: self.last_received.map(|at| now.duration_since(at)),
-            has_session: self.engine.has_session(),
-            held: self.held.len(),
-            primary: self.primary,
-            duplicate: self.duplicate,
-        }
-    }
 }
 
-/// How a stock WireGuard peer was described.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct External {
-    pub(crate) endpoint: Option<SocketAddr>,
-    pub(crate) keepalive_s: Option<u16>,
+/// How a stock WireGuard peer is described.
+#[derive(Debug, Clone, Default)]
+pub struct External {
+    /// Where it is; `None`: it must call first.
+    pub endpoint: Option<SocketAddr>,
+    /// Seconds of silence after which a keepalive is sent; `None`: never.
+    pub keepalive_s: Option<u16>,
+    /// A key that both sides share besides their own; zeros for none.
+    pub preshared_key: PresharedKey,
+}
+
+impl External {
+    fn keepalive(&self) -> Option<Duration> {
+        let seconds = self.keepalive_s.filter(|seconds| *seconds > 0)?;
+        Some(Duration::from_secs(seconds.into()))
+    }
 }
 
 /// Everyone who is known, and those who are awake.
@@ -239,7 +383,7 @@ impl Peers {
         self.by_index.get(&index)
     }
 
-    pub(crate) fn is_known(&self, id: &NodeId) -> bool {
+    fn is_known(&self, id: &NodeId) -> bool {
         self.known.contains(id) || self.external.contains_key(id)
     }
 
@@ -252,7 +396,7 @@ impl Peers {
     }
 
     /// The peer, made now if it is known and was asleep.
-    pub(crate) fn wake(&mut self, id: &NodeId, keys: &Keys) -> Option<Arc<Peer>> {
+    pub(crate) fn wake(&mut self, id: &NodeId, now: Instant) -> Option<Arc<Peer>> {
         if let Some(peer) = self.by_id.get(id) {
             return Some(Arc::clone(peer));
         }
@@ -266,25 +410,33 @@ impl Peers {
                 break index;
             }
         };
-        let external = self.external.get(id).copied();
+        let external = self.external.get(id);
+        let described = external.cloned().unwrap_or_default();
+        let keepalive = described.keepalive();
         let peer = Arc::new(Peer {
             id: *id,
-            external,
+            is_external: external.is_some(),
             index,
+            sending: ArcSwapOption::empty(),
+            sessions: ArcSwap::default(),
+            offered: AtomicU64::new(0),
+            activity: Activity::new(now),
+            counts: Counts::default(),
+            sent: AtomicBool::new(false),
             reported: AtomicBool::new(false),
             state: Mutex::new(State {
-                engine: Engine::new(keys, *id, index, external.and_then(|e| e.keepalive_s)),
-                primary: external.and_then(|e| e.endpoint).map(Via::Direct),
+                protocol: Protocol::new(id.0, described.preshared_key, keepalive),
+                primary: described.endpoint.map(Via::Direct),
                 duplicate: None,
-                unconfirmed: None,
-                traffic: Traffic::default(),
-                sent: false,
+                index,
+                sessions_made: 0,
                 received: Vec::new(),
                 last_received: None,
                 wanted_at: None,
                 initiation: None,
                 held: VecDeque::new(),
                 held_bytes: 0,
+                forgotten: false,
             }),
         });
         self.by_id.insert(*id, Arc::clone(&peer));
@@ -304,16 +456,36 @@ impl Peers {
         gone.iter().map(|id| self.forget(id, total)).sum()
     }
 
-    /// Describes a stock WireGuard peer, from scratch if it is described already.
-    pub(crate) fn add_external(&mut self, id: NodeId, external: External, total: &AtomicUsize) {
-        self.forget(&id, total);
-        self.external.insert(id, external);
+    /// Describes a stock WireGuard peer, which keeps its sessions if it had any.
+    pub(crate) fn set_external(
+        &mut self,
+        id: NodeId,
+        external: External,
+        total: &AtomicUsize,
+        now: Instant,
+    ) {
+        if self.by_id.get(&id).is_some_and(|peer| !peer.is_external) {
+            self.forget(&id, total);
+        }
+        let before = self.external.insert(id, external.clone());
+        let Some(peer) = self.wake(&id, now) else {
+            return;
+        };
+        let mut state = peer.lock();
+        state.protocol.set_keepalive(external.keepalive());
+        state.protocol.set_preshared_key(external.preshared_key);
+        // An endpoint that was learned stays until another one is given.
+        let given = external.endpoint.map(Via::Direct);
+        let given_before = before.and_then(|before| before.endpoint).map(Via::Direct);
+        if given.is_some() && (given != given_before || state.primary.is_none()) {
+            state.primary = given;
+        }
+        peer.publish(&state);
     }
 
-    pub(crate) fn remove_external(&mut self, id: &NodeId, total: &AtomicUsize) {
-        if self.external.remove(id).is_some() {
-            self.forget(id, total);
-        }
+    pub(crate) fn remove_external(&mut self, id: &NodeId, total: &AtomicUsize) -> usize {
+        let known = self.external.remove(id).is_some();
+        if known { self.forget(id, total) } else { 0 }
     }
 
     /// Puts a peer to sleep: its sessions and what waited for it are gone. How many packets waited.
@@ -323,14 +495,19 @@ impl Peers {
         };
         self.by_index.remove(&peer.index);
         let mut state = peer.lock();
-        self.past_traffic.add(state.traffic);
+        // Threads that still hold the peer must not use it any more.
+        peer.sending.store(None);
+        peer.sessions.store(Arc::default());
+        state.primary = None;
+        state.forgotten = true;
+        self.past_traffic.add(peer.counts.traffic());
         std::iter::from_fn(|| state.take_held(total)).count()
     }
 
     pub(crate) fn traffic(&self) -> Traffic {
         let mut sum = self.past_traffic;
         for peer in self.awake() {
-            sum.add(peer.lock().traffic);
+            sum.add(peer.counts.traffic());
         }
         sum
     }
@@ -345,27 +522,26 @@ mod tests {
 
     #[test]
     fn a_scan_of_the_mesh_cannot_take_the_memory() {
-        let keys = Keys::new([1; 32]);
         let (total, now) = (AtomicUsize::new(0), Instant::now());
         let mut peers = Peers::default();
         let ids: Vec<_> = (0..100).map(|n| NodeId([n; 32])).collect();
         peers.set_known(ids.iter().copied().collect(), &total);
         let mut refused = 0;
         for id in &ids {
-            let peer = peers.wake(id, &keys).unwrap();
+            let peer = peers.wake(id, now).unwrap();
             refused += (0..2)
                 .map(|_| peer.lock().hold(&[0; 65_536], now, &total))
                 .sum::<usize>();
         }
-        assert_eq!(total.load(Ordering::Relaxed), HELD_TOTAL_BYTES_MAX);
+        assert_eq!(total.load(Relaxed), HELD_TOTAL_BYTES_MAX);
         assert_eq!(refused, 200 - 128);
         // Of one peer the oldest go first, and the sum does not drift.
-        let first = peers.wake(&ids[0], &keys).unwrap();
+        let first = peers.wake(&ids[0], now).unwrap();
         assert_eq!(first.lock().hold(&[1; 65_536], now, &total), 1);
         assert_eq!(first.lock().take_held(&total).unwrap()[0], 0);
         assert_eq!(first.lock().take_held(&total).unwrap()[0], 1);
         assert_eq!(peers.set_known(HashSet::new(), &total), 126);
-        assert_eq!(total.load(Ordering::Relaxed), 0);
+        assert_eq!(total.load(Relaxed), 0);
         assert_eq!(peers.awake_len(), 0);
     }
 }

@@ -81,6 +81,21 @@ impl fmt::Debug for RouteTable {
     }
 }
 
+/// The length of the IP packet at the front of `padded`, by its own header. `None` if that is not
+/// there, or shorter than the header.
+pub(crate) fn packet_len(padded: &[u8]) -> Option<usize> {
+    let number = |at: usize| {
+        let bytes = padded.get(at..)?.first_chunk::<2>()?;
+        Some(usize::from(u16::from_be_bytes(*bytes)))
+    };
+    let (len, least) = match padded.first()? >> 4 {
+        4 => (number(2)?, 20),
+        6 => (number(4)? + 40, 40),
+        _ => return None,
+    };
+    (least..=padded.len()).contains(&len).then_some(len)
+}
+
 /// The destination of an IP packet.
 pub(crate) fn destination(packet: &[u8]) -> Option<IpAddr> {
     match packet.first()? >> 4 {

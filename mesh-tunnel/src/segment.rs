@@ -18,50 +18,139 @@ const TCP_CWR: u8 = 0x80;
 /// Set in [`VnetHeader::gso_type`] when the first segment carries CWR (`VIRTIO_NET_HDR_GSO_ECN`).
 const GSO_ECN: u8 = 0x80;
 
-/// Calls `each` with every packet that `packet` stands for, in order, with all lengths and
-/// checksums right. `scratch` must be as long as `packet`.
-pub(crate) fn for_each(
+/// A super-packet, and the packets it stands for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Cut<'a> {
     header: VnetHeader,
-    packet: &[u8],
-    scratch: &mut [u8],
-    each: impl FnMut(&[u8]),
-) -> Result<(), Malformed> {
-    cut(header, packet, scratch, each).ok_or(Malformed)
+    packet: &'a [u8],
+    parts: Parts,
 }
 
-fn cut(
-    header: VnetHeader,
-    packet: &[u8],
-    scratch: &mut [u8],
-    mut each: impl FnMut(&[u8]),
-) -> Option<()> {
-    match header.gso_type & !GSO_ECN {
-        VnetHeader::GSO_NONE if header.flags & VnetHeader::NEEDS_CHECKSUM == 0 => {
-            each(packet);
-            Some(())
+#[derive(Debug, Clone, Copy)]
+enum Parts {
+    /// An ordinary packet.
+    One,
+    /// Packets of up to `payload_len` bytes of payload behind `headers_len` of headers.
+    Many {
+        protocol: u8,
+        headers_len: usize,
+        payload_len: usize,
+        count: usize,
+    },
+}
+
+impl<'a> Cut<'a> {
+    /// Reads the offload header; checks what it says against the packet.
+    pub(crate) fn new(header: VnetHeader, packet: &'a [u8]) -> Result<Self, Malformed> {
+        let protocol = match header.gso_type & !GSO_ECN {
+            VnetHeader::GSO_NONE => None,
+            VnetHeader::GSO_TCPV4 | VnetHeader::GSO_TCPV6 => Some(TCP),
+            VnetHeader::GSO_UDP_L4 => Some(UDP),
+            _ => return Err(Malformed),
+        };
+        let parts = match protocol {
+            None => Parts::One,
+            Some(protocol) => many(protocol, header, packet).ok_or(Malformed)?,
+        };
+        Ok(Self {
+            header,
+            packet,
+            parts,
+        })
+    }
+
+    /// How many packets there are.
+    pub(crate) fn count(&self) -> usize {
+        match self.parts {
+            Parts::One => 1,
+            Parts::Many { count, .. } => count,
         }
-        VnetHeader::GSO_NONE => {
-            let packet = complete_checksum(header, packet, scratch)?;
-            each(packet);
-            Some(())
+    }
+
+    /// The length of packet `index`; all have the same but the last, which may be shorter.
+    pub(crate) fn len(&self, index: usize) -> usize {
+        match self.parts {
+            Parts::One => self.packet.len(),
+            Parts::Many {
+                headers_len,
+                payload_len,
+                ..
+            } => {
+                let payload = self.packet.len() - headers_len;
+                headers_len + payload.saturating_sub(index * payload_len).min(payload_len)
+            }
         }
-        VnetHeader::GSO_TCPV4 | VnetHeader::GSO_TCPV6 => {
-            cut_transport(TCP, header, packet, scratch, each)
+    }
+
+    /// Writes packet `index` to `to`, which has its length, with all lengths and checksums right.
+    pub(crate) fn write(&self, index: usize, to: &mut [u8]) -> Result<(), Malformed> {
+        match self.parts {
+            Parts::One => {
+                to.get_mut(..self.packet.len())
+                    .ok_or(Malformed)?
+                    .copy_from_slice(self.packet);
+                if self.header.flags & VnetHeader::NEEDS_CHECKSUM != 0 {
+                    complete_checksum(self.header, to).ok_or(Malformed)?;
+                }
+                Ok(())
+            }
+            Parts::Many {
+                protocol,
+                headers_len,
+                payload_len,
+                count,
+            } => self
+                .write_segment(protocol, headers_len, payload_len, count, index, to)
+                .ok_or(Malformed),
         }
-        VnetHeader::GSO_UDP_L4 => cut_transport(UDP, header, packet, scratch, each),
-        _ => None,
+    }
+
+    fn write_segment(
+        &self,
+        protocol: u8,
+        headers_len: usize,
+        payload_len: usize,
+        count: usize,
+        index: usize,
+        segment: &mut [u8],
+    ) -> Option<()> {
+        let transport_at = usize::from(self.header.checksum_start);
+        let (headers, payload) = self.packet.split_at_checked(headers_len)?;
+        let offset = index * payload_len;
+        let (to_headers, to_payload) = segment.split_at_mut_checked(headers_len)?;
+        to_headers.copy_from_slice(headers);
+        to_payload.copy_from_slice(payload.get(offset..offset + to_payload.len())?);
+        fix_ip(segment, transport_at, u16::try_from(index).ok()?)?;
+        let (ip, transport) = segment.split_at_mut_checked(transport_at)?;
+        if protocol == TCP {
+            let offset = u32::try_from(offset).ok()?;
+            fix_tcp(transport, offset, index == 0, index + 1 == count)?;
+        } else {
+            fix_udp(transport)?;
+        }
+        write_checksum(protocol, ip, transport)
     }
 }
 
+fn many(protocol: u8, header: VnetHeader, packet: &[u8]) -> Option<Parts> {
+    let transport_at = usize::from(header.checksum_start);
+    let headers_len = transport_at + transport_header_len(protocol, packet.get(transport_at..)?)?;
+    let payload_len = usize::from(header.gso_size);
+    let payload = packet.get(headers_len..)?;
+    if payload_len == 0 || payload.is_empty() {
+        return None;
+    }
+    Some(Parts::Many {
+        protocol,
+        headers_len,
+        payload_len,
+        count: payload.len().div_ceil(payload_len),
+    })
+}
+
 /// The checksum field holds the pseudo header's sum; the rest is left to us.
-fn complete_checksum<'a>(
-    header: VnetHeader,
-    packet: &[u8],
-    scratch: &'a mut [u8],
-) -> Option<&'a [u8]> {
-    let copy = scratch.get_mut(..packet.len())?;
-    copy.copy_from_slice(packet);
-    let covered = copy.get_mut(usize::from(header.checksum_start)..)?;
+fn complete_checksum(header: VnetHeader, packet: &mut [u8]) -> Option<()> {
+    let covered = packet.get_mut(usize::from(header.checksum_start)..)?;
     let checksum = Sum::default().add(covered).checksum();
     let at = usize::from(header.checksum_offset);
     let field = covered.get_mut(at..at + 2)?;
@@ -72,46 +161,11 @@ fn complete_checksum<'a>(
     } else {
         &checksum
     });
-    Some(copy)
+    Some(())
 }
 
 pub(crate) const UDP_CHECKSUM_AT: usize = 6;
 pub(crate) const TCP_CHECKSUM_AT: usize = 16;
-
-fn cut_transport(
-    protocol: u8,
-    header: VnetHeader,
-    packet: &[u8],
-    scratch: &mut [u8],
-    mut each: impl FnMut(&[u8]),
-) -> Option<()> {
-    let transport_at = usize::from(header.checksum_start);
-    let headers_len = transport_at + transport_header_len(protocol, packet.get(transport_at..)?)?;
-    let segment_len = usize::from(header.gso_size);
-    let (headers, payload) = packet.split_at_checked(headers_len)?;
-    if segment_len == 0 || payload.is_empty() {
-        return None;
-    }
-    let count = payload.len().div_ceil(segment_len);
-    for (index, part) in payload.chunks(segment_len).enumerate() {
-        let segment = scratch.get_mut(..headers_len + part.len())?;
-        let (to_headers, to_payload) = segment.split_at_mut_checked(headers_len)?;
-        to_headers.copy_from_slice(headers);
-        to_payload.copy_from_slice(part);
-        fix_ip(segment, transport_at, u16::try_from(index).ok()?)?;
-        let (ip, transport) = segment.split_at_mut_checked(transport_at)?;
-        match protocol {
-            TCP => {
-                let offset = u32::try_from(index * segment_len).ok()?;
-                fix_tcp(transport, offset, index == 0, index + 1 == count)?;
-            }
-            _ => fix_udp(transport)?,
-        }
-        write_checksum(protocol, ip, transport)?;
-        each(segment);
-    }
-    Some(())
-}
 
 fn transport_header_len(protocol: u8, transport: &[u8]) -> Option<usize> {
     match protocol {

@@ -39,6 +39,10 @@ drop_reasons! {
     ForgedControl => "forged_control",
     /// Out: too many packets wait for this peer, or for all peers together.
     HeldTooMany => "held_too_many",
+    /// Out: the queue in front of the cipher had no room; the flow with most in it pays.
+    QueueFull => "queue_full",
+    /// Out: waited there too long.
+    QueueLate => "queue_late",
     /// Out: no path came up in time.
     HeldTooLong => "held_too_long",
     /// Out: a control message to a peer without session.
@@ -67,6 +71,8 @@ drop_reasons! {
     MalformedIn => "malformed_in",
     /// In: authentic, but its source address is not the sending peer's.
     WrongSource => "wrong_source",
+    /// In: a router was congested and marked a packet whose sender would not understand (RFC 6040).
+    CongestionMarked => "congestion_marked",
     /// In: the kernel took no more from the TUN device.
     TunFull => "tun_full",
 }
@@ -145,6 +151,10 @@ impl Traffic {
 pub struct PeerStats {
     /// Packets and bytes since the peer became active.
     pub traffic: Traffic,
+    /// Bytes of UDP payload sent, as `wg show` counts them: handshakes, keepalives, headers, padding.
+    pub wire_sent_bytes: u64,
+    /// Bytes of authentic UDP payload received, likewise.
+    pub wire_received_bytes: u64,
     /// Since the last completed handshake.
     pub last_handshake: Option<Duration>,
     /// Since the last authenticated packet of any kind.

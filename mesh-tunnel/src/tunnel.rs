@@ -6,28 +6,39 @@ use std::{
     net::{Ipv6Addr, SocketAddr},
     sync::{
         Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{
+            AtomicU64, AtomicUsize,
+            Ordering::{AcqRel, Relaxed},
+        },
+        mpsc::SyncSender,
     },
-    time::Instant,
+    time::{Duration, Instant, SystemTime},
 };
 
 use arc_swap::ArcSwap;
 use mesh_linux::{
     tun::{Queue, Tun},
-    udp::UdpPair,
+    udp::{Ecn, UdpPair},
 };
 use mesh_wire::id::{NodeId, RelayId, Via};
+pub use mesh_wireguard::keys::PresharedKey;
+use mesh_wireguard::{
+    keys::LocalKey,
+    message::{DATA_HEADER_LEN, OVERHEAD},
+    session::padded_len,
+};
 use zeroize::Zeroizing;
 
-pub use crate::worker::Workers;
 use crate::{
-    engine::{Due, HANDSHAKE_LEN_MAX, Keys},
-    inbound::{Inbox, Sender},
+    control::{self, Handshake},
+    inbound::{Arrival, Inbox, Sender},
     outbound::Outbox,
-    peer::{External, Peer, Peers},
+    peer::{Peer, Peers},
     route::RouteTable,
     stats::{DropReason, Drops, PeerStats, PeerTraffic, TunnelStats},
+    transmit::{Leave, RelayUdpTable},
 };
+pub use crate::{peer::External, transmit::RelayUdp, worker::Workers};
 
 /// This node's private WireGuard key. Wiped from memory when dropped, never shown.
 #[derive(Clone)]
@@ -43,7 +54,7 @@ impl PrivateKey {
     /// The node that has this key.
     #[must_use]
     pub fn node_id(&self) -> NodeId {
-        Keys::new(*self.0).id()
+        NodeId(LocalKey::new(*self.0).public())
     }
 }
 
@@ -59,6 +70,7 @@ pub struct TunnelConfig {
     /// Its key.
     pub private_key: PrivateKey,
     /// Its overlay IPv6 address, to which control messages come. Its first 48 bits are the mesh's.
+    /// Unspecified (`::`) for a plain WireGuard device, which has no mesh.
     pub overlay_v6: Ipv6Addr,
 }
 
@@ -83,6 +95,13 @@ pub enum TunnelEvent {
         via: Via,
         /// The packet, for `PeerMessage::from_packet`.
         packet: Vec<u8>,
+    },
+    /// A frame that carries no data came from a relay that is reached by plain UDP.
+    RelayFrame {
+        /// The relay's address and port.
+        from: SocketAddr,
+        /// The frame.
+        datagram: Vec<u8>,
     },
     /// A datagram with STUN's magic cookie arrived at the node's port.
     Stun {
@@ -110,58 +129,88 @@ pub struct Tunnel(Arc<Inner>);
 impl fmt::Debug for Tunnel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Tunnel")
-            .field("node", &self.0.keys.id())
+            .field("node", &self.0.node_id())
             .finish_non_exhaustive()
     }
 }
 
 impl Tunnel {
-    /// Starts the packet path. It knows nobody yet.
+    /// Starts the packet path, with a thread for each of `sockets`, which share a port
+    /// ([`UdpPair::bind_many`]); `tun` must have a queue for each. It knows nobody yet.
     ///
     /// # Errors
     ///
-    /// If the system gives no thread or descriptor.
+    /// If the system gives no thread or descriptor, or there are fewer queues than sockets.
     pub fn start(
         tun: Tun,
-        sockets: UdpPair,
+        sockets: Vec<UdpPair>,
         config: TunnelConfig,
         events: impl Fn(TunnelEvent) + Send + Sync + 'static,
     ) -> io::Result<(Self, Workers)> {
+        if sockets.is_empty() || tun.queues().len() < sockets.len() {
+            let (queues, pairs) = (tun.queues().len(), sockets.len());
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{pairs} pairs of sockets need as many TUN queues, and there are {queues}"),
+            ));
+        }
+        let (handshakes, waiting) = control::queue();
         let inner = Arc::new(Inner {
-            keys: Keys::new(*config.private_key.0),
+            key: LocalKey::new(*config.private_key.0),
             overlay_v6: config.overlay_v6,
-            queues: tun.into_queues(),
+            tun,
             sockets,
             events: Box::new(events),
             routes: ArcSwap::default(),
             relays: ArcSwap::default(),
+            relay_udp: ArcSwap::default(),
+            generation: AtomicU64::new(0),
+            mtu: AtomicUsize::new(0),
             drops: Drops::default(),
             held_bytes: AtomicUsize::new(0),
             errors_allowed: AtomicUsize::new(0),
+            handshakes,
             inboxes: Pool::default(),
             outboxes: Pool::default(),
             peers: RwLock::default(),
             to_report: Mutex::default(),
         });
-        let workers = Workers::start(&inner)?;
+        let workers = Workers::start(&inner, waiting)?;
         Ok((Self(inner), workers))
     }
 
     /// This node.
     #[must_use]
     pub fn node_id(&self) -> NodeId {
-        self.0.keys.id()
+        self.0.node_id()
     }
 
-    /// The UDP port of both sockets.
+    /// The UDP port of all sockets.
     #[must_use]
     pub fn port(&self) -> u16 {
-        self.0.sockets.port()
+        self.0.sockets.first().map_or(0, UdpPair::port)
+    }
+
+    /// Marks what leaves by the sockets (`SO_MARK`); 0 for no mark.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says; it needs CAP_NET_ADMIN.
+    pub fn set_mark(&self, mark: u32) -> io::Result<()> {
+        let mut sockets = self.0.sockets.iter();
+        sockets.try_for_each(|pair| pair.set_mark(mark))
+    }
+
+    /// Says what the device's MTU is: packets are padded to multiples of 16 bytes, but never beyond
+    /// it. Without it they are not padded.
+    pub fn set_mtu(&self, mtu: u16) {
+        self.0.mtu.store(mtu.into(), Relaxed);
     }
 
     /// Replaces the table of prefixes as a whole. Packets in flight see the old or the new one.
     pub fn set_routes(&self, routes: RouteTable) {
         self.0.routes.store(Arc::new(routes));
+        self.0.forget_lookups();
     }
 
     /// Replaces the set of mesh peers whose handshakes are accepted. Whoever is not in it any more
@@ -169,6 +218,7 @@ impl Tunnel {
     pub fn set_known(&self, known: HashSet<NodeId>) {
         let inner = &self.0;
         let dropped = inner.peers_mut().set_known(known, &inner.held_bytes);
+        inner.forget_lookups();
         inner.drops.count_many(DropReason::HeldTooLong, dropped);
     }
 
@@ -181,14 +231,14 @@ impl Tunnel {
         } else {
             inner.wake(peer)
         };
-        let Some(peer) = found.filter(|peer| !peer.is_external()) else {
+        let Some(peer) = found.filter(|peer| !peer.is_external) else {
             return;
         };
-        let mut out = inner.outboxes.take(Outbox::new);
+        let mut out = inner.outboxes.take(|| Outbox::new(Leave::other()));
         let mut state = peer.lock();
         state.primary = primary;
         state.duplicate = duplicate.filter(|_| primary.is_some());
-        inner.send_held(&peer, &mut state, &mut out);
+        inner.send_held(&peer, &mut state, &mut out, Instant::now());
         drop(state);
         inner.outboxes.give_back(out);
     }
@@ -200,12 +250,14 @@ impl Tunnel {
         let Some(peer) = inner.wake(peer) else {
             return;
         };
-        let initiation = peer.lock().initiation(Instant::now());
+        let now = Instant::now();
+        let initiation = peer.lock().initiation(&inner.key, now, since_1970());
         let Some(initiation) = initiation else {
             return;
         };
+        let mut leave = Leave::other();
         for via in vias {
-            inner.transmit(&peer.id, *via, &initiation, initiation.len());
+            inner.send_handshake(&peer, *via, &initiation, &mut leave, now);
         }
     }
 
@@ -230,6 +282,13 @@ impl Tunnel {
         });
     }
 
+    /// Says how a relay is reached by plain UDP; `None`: not any more. Peers that are not in its
+    /// sessions are reached by its [`RelaySender`].
+    pub fn set_relay_udp(&self, relay: RelayId, udp: Option<RelayUdp>) {
+        let table = &self.0.relay_udp;
+        table.rcu(|table| table.with(relay, udp.clone()));
+    }
+
     /// Takes a datagram that `relay` says is from `peer`: opens it, checks it, and hands the packet
     /// to the kernel. Does not wait; may be called by many threads. Keep the datagrams of one
     /// link in order.
@@ -244,11 +303,17 @@ impl Tunnel {
         relay: RelayId,
         datagrams: impl IntoIterator<Item = (NodeId, D)>,
     ) {
-        let (inner, via, now) = (&self.0, Via::Relay(relay), Instant::now());
-        let mut inbox = inner.inboxes.take(|| inner.new_inbox());
+        let inner = &self.0;
+        let mut inbox = inner.inboxes.take(|| inner.new_inbox(0));
+        let now = Instant::now();
         for (peer, datagram) in datagrams {
-            let sender = Sender::Client(peer);
-            inner.inbound(datagram.as_ref(), via, sender, &mut inbox, now);
+            let arrival = Arrival {
+                via: Via::Relay(relay),
+                sender: Sender::Client(peer),
+                ecn: Ecn::NotCapable,
+                now,
+            };
+            inner.inbound_copy(datagram.as_ref(), arrival, &mut inbox);
         }
         inner.finish(&mut inbox);
         inner.inboxes.give_back(inbox);
@@ -256,21 +321,23 @@ impl Tunnel {
 
     /// Sends a datagram as it is from the node's own port: STUN requests.
     pub fn send_raw(&self, target: SocketAddr, datagram: &[u8]) {
-        if self
-            .0
-            .sockets
-            .send(target, datagram, datagram.len())
-            .is_err()
-        {
-            self.0.drops.count(DropReason::SendFailed);
-        }
+        let (inner, via, len) = (&self.0, Via::Direct(target), datagram.len());
+        let mut leave = Leave::other();
+        inner.transmit(
+            &inner.node_id(),
+            via,
+            datagram,
+            len,
+            Ecn::NotCapable,
+            &mut leave,
+        );
     }
 
     /// What moved since the last call, by peer. External peers are not in it.
     #[must_use]
     pub fn take_traffic(&self) -> Vec<PeerTraffic> {
         let peers = std::mem::take(&mut *self.0.to_report());
-        let reports = peers.iter().filter(|peer| !peer.is_external()).map(|peer| {
+        let reports = peers.iter().filter(|peer| !peer.is_external).map(|peer| {
             let (sent, received) = peer.take_report();
             PeerTraffic {
                 peer: peer.id,
@@ -285,8 +352,7 @@ impl Tunnel {
     #[must_use]
     pub fn peer_stats(&self, peer: &NodeId) -> Option<PeerStats> {
         let peer = self.0.peers().by_id(peer).cloned()?;
-        let stats = peer.lock().stats(Instant::now());
-        Some(stats)
+        Some(peer.stats(Instant::now()))
     }
 
     /// Counts of the whole tunnel.
@@ -300,28 +366,22 @@ impl Tunnel {
         }
     }
 
-    /// Adds a stock WireGuard device as a peer, or describes it anew (its session starts again).
-    /// Its path is `endpoint` until it is heard from, and then always where it was heard from last.
-    pub fn add_external(
-        &self,
-        peer: NodeId,
-        endpoint: Option<SocketAddr>,
-        keepalive_s: Option<u16>,
-    ) {
-        let external = External {
-            endpoint,
-            keepalive_s,
-        };
-        let inner = &self.0;
+    /// Adds a stock WireGuard device as a peer, or describes it anew; its sessions stay. Its path is
+    /// the endpoint until it is heard from, and then always where it was heard from last.
+    pub fn add_external(&self, peer: NodeId, external: External) {
+        let (inner, now) = (&self.0, Instant::now());
         let mut peers = inner.peers_mut();
-        peers.add_external(peer, external, &inner.held_bytes);
-        // Awake from the start: its keepalives are ours to send.
-        peers.wake(&peer, &inner.keys);
+        peers.set_external(peer, external, &inner.held_bytes, now);
+        drop(peers);
+        inner.forget_lookups();
     }
 
     /// Cuts a stock WireGuard device off.
     pub fn remove_external(&self, peer: &NodeId) {
-        self.0.peers_mut().remove_external(peer, &self.0.held_bytes);
+        let inner = &self.0;
+        let dropped = inner.peers_mut().remove_external(peer, &inner.held_bytes);
+        inner.forget_lookups();
+        inner.drops.count_many(DropReason::HeldTooLong, dropped);
     }
 }
 
@@ -332,18 +392,24 @@ const ERRORS_PER_TICK: usize = 20;
 /// What all threads share. A peer's lock is never held while the peers' lock is asked for, and
 /// no lock while an event is told.
 pub(crate) struct Inner {
-    pub(crate) keys: Keys,
+    pub(crate) key: LocalKey,
     pub(crate) overlay_v6: Ipv6Addr,
-    pub(crate) queues: Vec<Queue>,
-    pub(crate) sockets: UdpPair,
+    pub(crate) tun: Tun,
+    pub(crate) sockets: Vec<UdpPair>,
     pub(crate) routes: ArcSwap<RouteTable>,
     pub(crate) relays: ArcSwap<HashMap<RelayId, Arc<dyn RelaySender>>>,
+    pub(crate) relay_udp: ArcSwap<RelayUdpTable>,
+    /// Counts changes of routes and peers: what threads remember of them holds for one value.
+    pub(crate) generation: AtomicU64,
+    /// The device's MTU in bytes; 0 while it is not known.
+    pub(crate) mtu: AtomicUsize,
     pub(crate) drops: Drops,
     /// Bytes that wait for paths, of all peers.
     pub(crate) held_bytes: AtomicUsize,
     /// ICMP errors that may still be made until the next tick.
     pub(crate) errors_allowed: AtomicUsize,
-    pub(crate) inboxes: Pool<Inbox>,
+    pub(crate) handshakes: SyncSender<Handshake>,
+    inboxes: Pool<Inbox>,
     outboxes: Pool<Outbox>,
     events: Box<dyn Fn(TunnelEvent) + Send + Sync>,
     peers: RwLock<Peers>,
@@ -352,6 +418,10 @@ pub(crate) struct Inner {
 }
 
 impl Inner {
+    pub(crate) fn node_id(&self) -> NodeId {
+        NodeId(self.key.public())
+    }
+
     pub(crate) fn emit(&self, event: TunnelEvent) {
         (self.events)(event);
     }
@@ -373,22 +443,38 @@ impl Inner {
     /// The peer, if it is known.
     pub(crate) fn wake(&self, id: &NodeId) -> Option<Arc<Peer>> {
         let awake = self.peers().by_id(id).cloned();
-        awake.or_else(|| self.peers_mut().wake(id, &self.keys))
+        awake.or_else(|| self.peers_mut().wake(id, Instant::now()))
     }
 
-    /// Hands the kernel an offload header and a packet.
-    pub(crate) fn write_tun(&self, framed: &[u8]) {
-        let written = self
-            .queues
-            .first()
-            .is_some_and(|queue| queue.write(framed).is_ok());
-        if !written {
+    /// Puts a peer to sleep.
+    pub(crate) fn forget(&self, id: &NodeId) {
+        self.peers_mut().forget(id, &self.held_bytes);
+        self.forget_lookups();
+    }
+
+    fn forget_lookups(&self) {
+        self.generation.fetch_add(1, AcqRel);
+    }
+
+    pub(crate) fn allow_errors(&self) {
+        self.errors_allowed.store(ERRORS_PER_TICK, Relaxed);
+    }
+
+    /// Hands the kernel an offload header and a packet, by a queue of the device.
+    pub(crate) fn write_tun(&self, queue: usize, framed: &[u8]) {
+        let queue = self.tun.queues().get(queue);
+        if queue.is_none_or(|queue| queue.write(framed).is_err()) {
             self.drops.count(DropReason::TunFull);
         }
     }
 
-    pub(crate) fn new_inbox(&self) -> Inbox {
-        Inbox::new(self.queues.first().is_some_and(Queue::has_udp_offload))
+    pub(crate) fn new_inbox(&self, number: usize) -> Inbox {
+        let udp_offload = self
+            .tun
+            .queues()
+            .first()
+            .is_some_and(Queue::has_udp_offload);
+        Inbox::new(number, udp_offload, Outbox::new(Leave::other()))
     }
 
     /// Whether the first 48 bits of an address are the mesh's.
@@ -403,53 +489,30 @@ impl Inner {
     }
 
     fn send_inner(&self, peer: &NodeId, via: Via, packet: &[u8]) -> Option<()> {
+        let now = Instant::now();
         let peer = self.peers().by_id(peer).cloned()?;
-        let mut sealed = vec![0; packet.len() + HANDSHAKE_LEN_MAX];
-        let mut state = peer.lock();
-        let len = state.engine.seal(packet, &mut sealed)?;
-        state.traffic.sent_packets += 1;
-        state.traffic.sent_bytes += packet.len() as u64;
-        drop(state);
-        self.transmit(&peer.id, via, sealed.get(..len)?, len);
+        let session = peer.lock().protocol.current().cloned();
+        let session = session.filter(|session| session.is_alive(now))?;
+        let padded = padded_len(packet.len(), self.mtu.load(Relaxed));
+        let mut sealed = vec![0; padded + OVERHEAD];
+        sealed
+            .get_mut(DATA_HEADER_LEN..DATA_HEADER_LEN + packet.len())?
+            .copy_from_slice(packet);
+        let counter = session.reserve(1)?;
+        session.seal(counter, &mut sealed).then_some(())?;
+        peer.activity.sent_data(now);
+        peer.counts.sent(1, packet.len());
+        peer.counts.wire_sent(sealed.len());
+        let (len, mut leave) = (sealed.len(), Leave::other());
+        self.transmit(&peer.id, via, &sealed, len, Ecn::NotCapable, &mut leave);
         Some(())
     }
+}
 
-    /// What time demands of all peers that are awake.
-    pub(crate) fn tick(&self, now: Instant) {
-        self.keys.tick();
-        self.errors_allowed
-            .store(ERRORS_PER_TICK, Ordering::Relaxed);
-        let peers: Vec<_> = self.peers().awake().cloned().collect();
-        for peer in peers {
-            self.tick_peer(&peer, now);
-        }
-    }
-
-    fn tick_peer(&self, peer: &Peer, now: Instant) {
-        let mut message = [0; HANDSHAKE_LEN_MAX];
-        let mut state = peer.lock();
-        let late = state.expire_held(now, &self.held_bytes);
-        self.drops.count_many(DropReason::HeldTooLong, late);
-        let due = state.engine.tick(&mut message);
-        let via = state.primary;
-        let idle = via.is_none() && !state.has_held() && !peer.is_external();
-        drop(state);
-        match (due, via) {
-            (Due::Send(len), Some(via)) => {
-                let message = message.get(..len).unwrap_or_default();
-                self.transmit(&peer.id, via, message, len);
-            }
-            (Due::Expired, _) if idle => {
-                self.peers_mut().forget(&peer.id, &self.held_bytes);
-            }
-            (Due::Expired, Some(via)) if peer.is_kept_alive() => {
-                if peer.lock().engine.initiate(false, &mut message) {
-                    self.transmit(&peer.id, via, &message, message.len());
-                }
-            }
-            (Due::Expired | Due::Nothing | Due::Send(_), _) => {}
-        }
-    }
+/// The wall clock, which may be wrong: only the order of a node's own readings matters.
+pub(crate) fn since_1970() -> Duration {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    now.unwrap_or_default()
 }
 
 /// Buffers for callers that are not packet threads, used again and again. It holds as many as

@@ -1,32 +1,35 @@
-//! The threads: one for each TUN queue, one for each socket, one for timers.
+//! The threads: one for each TUN queue and its pair of sockets, which moves packets both ways, and one
+//! for handshakes and timers.
 
 use std::{
     fmt, io,
-    os::fd::AsFd,
-    sync::Arc,
+    os::fd::AsFd as _,
+    sync::{Arc, mpsc::Receiver},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
 use mesh_linux::{
-    tun::{Queue, READ_LEN_MAX},
+    tun::Queue,
     udp::{ReceiveBatch, UdpBatch},
-    wake::{StopSignal, Woken},
+    wake::StopSignal,
 };
-use mesh_wire::id::Via;
 
 use crate::{
-    inbound::Sender,
-    outbound::Outbox,
+    control::{self, Handshake},
+    inbound::Inbox,
+    outbound::{Blocked, Outbox},
+    queue::{AGE_MAX, FairQueue, Taken},
+    stats::DropReason,
+    transmit::Leave,
     tunnel::{Inner, TunnelEvent},
 };
 
-/// How often timers are looked at: a fraction of the shortest of WireGuard's (5 s), and fine
-/// enough for [`crate::peer::HELD_AGE_MAX`].
-const TICK: Duration = Duration::from_millis(200);
-
-/// Packets read from a queue before what they filled is sent, should they not fill a batch.
+/// Packets read from a queue before the next look at the sockets: a batch of `UDP_SEGMENT`.
 const READS_MAX: usize = 64;
+
+/// Bytes sealed before the next look at the sockets: two super-packets, about 150 µs.
+const SEAL_BYTES: usize = 128 << 10;
 
 /// Errors in a row after which a descriptor is given up.
 const ERRORS_MAX: usize = 16;
@@ -38,31 +41,18 @@ pub struct Workers {
 }
 
 impl Workers {
-    pub(crate) fn start(tunnel: &Arc<Inner>) -> io::Result<Self> {
+    pub(crate) fn start(tunnel: &Arc<Inner>, handshakes: Receiver<Handshake>) -> io::Result<Self> {
         let mut workers = Self {
             stop: StopSignal::new()?,
             threads: Vec::new(),
         };
-        for number in 0..tunnel.queues.len() {
-            workers.spawn(format!("tun-{number}"), tunnel, move |tunnel, stop| {
-                let Some(queue) = tunnel.queues.get(number) else {
-                    return Ok(());
-                };
-                read_tun(tunnel, queue, stop)
+        for number in 0..tunnel.sockets.len() {
+            workers.spawn(format!("packets-{number}"), tunnel, move |tunnel, stop| {
+                Worker::new(tunnel, number).map_or(Ok(()), |mut worker| worker.run(stop))
             })?;
         }
-        for number in 0..tunnel.sockets.sockets().count() {
-            workers.spawn(format!("udp-{number}"), tunnel, move |tunnel, stop| {
-                let Some(socket) = tunnel.sockets.sockets().nth(number) else {
-                    return Ok(());
-                };
-                receive_udp(tunnel, socket, stop)
-            })?;
-        }
-        workers.spawn("timers".to_owned(), tunnel, |tunnel, stop| {
-            while !stop.wait(TICK) {
-                tunnel.tick(Instant::now());
-            }
+        workers.spawn("handshakes".to_owned(), tunnel, move |tunnel, stop| {
+            control::run(tunnel, &handshakes, stop);
             Ok(())
         })?;
         Ok(workers)
@@ -84,7 +74,7 @@ impl Workers {
         Ok(())
     }
 
-    /// Stops all threads and waits until they are gone.
+    /// Stops all threads and waits until they are gone: a fifth of a second at most.
     pub fn stop(mut self) {
         self.stop_all();
     }
@@ -113,64 +103,139 @@ impl fmt::Debug for Workers {
     }
 }
 
-fn read_tun(tunnel: &Inner, queue: &Queue, stop: &StopSignal) -> io::Result<()> {
-    let mut buffer = vec![0; READ_LEN_MAX];
-    let mut out = Outbox::new();
-    until_stopped(queue, stop, || {
-        let now = Instant::now();
-        let mut result = Ok(());
-        for _ in 0..READS_MAX {
-            match queue.read(&mut buffer) {
-                Ok(len) => {
-                    let raw = buffer.get(..len).unwrap_or_default();
-                    tunnel.outbound(raw, &mut out, now);
-                }
-                Err(error) => {
-                    result = Err(error);
-                    break;
-                }
-            }
-        }
-        out.flush(tunnel);
-        result
-    })
+/// One packet thread.
+struct Worker<'a> {
+    tunnel: &'a Inner,
+    queue: &'a Queue,
+    sockets: Vec<&'a UdpBatch>,
+    received: ReceiveBatch,
+    inbox: Inbox,
+    waiting: FairQueue,
+    out: Outbox,
+    /// A packet that found no room in the socket, and since when there is none.
+    stuck: Option<Taken>,
+    blocked_since: Option<Instant>,
 }
 
-fn receive_udp(tunnel: &Inner, socket: &UdpBatch, stop: &StopSignal) -> io::Result<()> {
-    let mut batch = ReceiveBatch::new();
-    let mut inbox = tunnel.new_inbox();
-    until_stopped(socket, stop, || {
-        socket.receive(&mut batch)?;
-        let now = Instant::now();
-        for (from, bytes, segment_len) in batch.messages() {
-            let sender = Sender::Address(from.ip());
-            // An empty datagram is one too.
-            let first_len = segment_len.min(bytes.len());
-            let (first, rest) = bytes.split_at(first_len);
-            for datagram in std::iter::once(first).chain(rest.chunks(segment_len)) {
-                tunnel.inbound(datagram, Via::Direct(from), sender, &mut inbox, now);
+impl<'a> Worker<'a> {
+    fn new(tunnel: &'a Inner, number: usize) -> Option<Self> {
+        Some(Self {
+            tunnel,
+            queue: tunnel.tun.queues().get(number)?,
+            sockets: tunnel.sockets.get(number)?.sockets().collect(),
+            received: ReceiveBatch::new(),
+            inbox: tunnel.new_inbox(number),
+            waiting: FairQueue::new(tunnel.sockets.len()),
+            out: Outbox::new(Leave::worker(number)),
+            stuck: None,
+            blocked_since: None,
+        })
+    }
+
+    /// Moves packets until the signal is given, or a descriptor is broken.
+    fn run(&mut self, stop: &StopSignal) -> io::Result<()> {
+        let (queue, sockets) = (self.queue, self.sockets.clone());
+        let sockets = sockets.iter().map(|socket| socket.as_fd());
+        let mut waiter = stop.waiter(std::iter::once(queue.as_fd()).chain(sockets));
+        let (mut tun_errors, mut socket_errors) = (0, [0; 2]);
+        loop {
+            let blocked = self.blocked_since;
+            let patience = match blocked {
+                Some(since) => Some(AGE_MAX.saturating_sub(since.elapsed())),
+                None if !self.waiting.is_empty() => Some(Duration::ZERO),
+                None => None,
+            };
+            if !waiter.wait(patience, blocked.is_some())? {
+                return Ok(());
             }
+            let now = Instant::now();
+            for (number, errors) in (0..self.sockets.len()).zip(&mut socket_errors) {
+                if waiter.is_readable(number + 1) {
+                    tolerate(self.receive(number, now), errors)?;
+                }
+            }
+            if waiter.is_readable(0) {
+                tolerate(self.read(now), &mut tun_errors)?;
+            }
+            self.send(now);
         }
-        tunnel.finish(&mut inbox);
+    }
+
+    fn receive(&mut self, number: usize, now: Instant) -> io::Result<()> {
+        let Some(socket) = self.sockets.get(number) else {
+            return Ok(());
+        };
+        socket.receive(&mut self.received)?;
+        for message in self.received.messages() {
+            self.tunnel.receive(message, &mut self.inbox, now);
+        }
+        self.tunnel.finish(&mut self.inbox);
         Ok(())
-    })
+    }
+
+    /// Takes in what the kernel has for us.
+    fn read(&mut self, now: Instant) -> io::Result<()> {
+        for _ in 0..READS_MAX {
+            let len = self.queue.read(self.waiting.staging())?;
+            let dropped = self.waiting.push(len, now);
+            self.tunnel.drops.count_many(DropReason::QueueFull, dropped);
+        }
+        Ok(())
+    }
+
+    /// Seals and sends what waits, up to [`SEAL_BYTES`].
+    fn send(&mut self, now: Instant) {
+        let blocked = self.try_send(now) == Err(Blocked);
+        self.blocked_since = blocked.then(|| self.blocked_since.unwrap_or(now));
+        let gave_up = self
+            .blocked_since
+            .is_some_and(|since| now.saturating_duration_since(since) >= AGE_MAX);
+        if gave_up {
+            let unsent = self.out.batch.abandon();
+            self.tunnel.drops.count_many(DropReason::SendFailed, unsent);
+            self.blocked_since = None;
+        }
+    }
+
+    fn try_send(&mut self, now: Instant) -> Result<(), Blocked> {
+        if self.blocked_since.is_some() && !self.out.flush(self.tunnel) {
+            return Err(Blocked);
+        }
+        let mut sealed = 0;
+        while sealed < SEAL_BYTES {
+            let mut late = 0;
+            let stuck = self.stuck.take();
+            let next = stuck.or_else(|| self.waiting.pop(now, &mut late));
+            self.tunnel.drops.count_many(DropReason::QueueLate, late);
+            let Some(taken) = next else {
+                break;
+            };
+            let raw = self.waiting.bytes(&taken);
+            sealed += raw.len();
+            if self.tunnel.outbound(raw, &mut self.out, now).is_err() {
+                self.stuck = Some(taken);
+                return Err(Blocked);
+            }
+            self.waiting.free(taken);
+        }
+        if self.out.flush(self.tunnel) {
+            Ok(())
+        } else {
+            Err(Blocked)
+        }
+    }
 }
 
-/// Calls `work` whenever `fd` can be read. Ends with the signal, or with the last of
-/// [`ERRORS_MAX`] errors in a row.
-fn until_stopped(
-    fd: impl AsFd,
-    stop: &StopSignal,
-    mut work: impl FnMut() -> io::Result<()>,
-) -> io::Result<()> {
-    let mut errors = 0;
-    while stop.wait_readable(&fd)? == Woken::Readable {
-        match work() {
-            Ok(()) => errors = 0,
-            Err(error) if is_empty(&error) => errors = 0,
-            Err(error) if errors == ERRORS_MAX => return Err(error),
-            Err(_) => errors += 1,
+/// Passes on the last of [`ERRORS_MAX`] errors in a row.
+fn tolerate(result: io::Result<()>, errors: &mut usize) -> io::Result<()> {
+    match result {
+        Err(error) if !is_empty(&error) => {
+            *errors += 1;
+            if *errors > ERRORS_MAX {
+                return Err(error);
+            }
         }
+        _ => *errors = 0,
     }
     Ok(())
 }

@@ -20,7 +20,11 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("mesh-identity", &["mesh-wire"]),
     ("mesh-daemon", &[]),
     ("mesh-api", &["mesh-core", "mesh-wire", "mesh-identity"]),
-    ("mesh-tunnel", &["mesh-wire", "mesh-linux"]),
+    ("mesh-wireguard", &[]),
+    (
+        "mesh-tunnel",
+        &["mesh-wire", "mesh-linux", "mesh-wireguard"],
+    ),
     ("ebpf-abi", &[]),
     ("ebpf-programs", &["ebpf-abi"]),
     ("ebpf-loader", &["ebpf-abi", "ebpf-programs"]),

@@ -1,6 +1,6 @@
 //! A model of the WireGuard session: what of it decisions depend on.
 //!
-//! As boringtun does it: an initiation is answered once, however many copies arrive; only the
+//! As `mesh-wireguard` does it: an initiation is answered once, however many copies arrive; only the
 //! last two initiations can be completed; a node sends with the newest session that a packet has
 //! come in by, or that it began itself; so the called end cannot send before the caller has.
 

@@ -86,12 +86,13 @@ fn coalesce(packets: &[Vec<u8>]) -> Vec<Vec<u8>> {
 /// What the kernel makes of it.
 fn cut(framed: &[u8]) -> Vec<Vec<u8>> {
     let (header, packet) = VnetHeader::split(framed).unwrap();
-    let mut packets = Vec::new();
-    segment::for_each(header, packet, &mut vec![0; packet.len()], |p| {
-        packets.push(p.to_vec())
-    })
-    .unwrap();
-    packets
+    let cut = segment::Cut::new(header, packet).unwrap();
+    let packets = (0..cut.count()).map(|index| {
+        let mut packet = vec![0; cut.len(index)];
+        cut.write(index, &mut packet).unwrap();
+        packet
+    });
+    packets.collect()
 }
 
 /// The packets of each flow in order, without IPv4's identification, which cutting renews.
@@ -179,7 +180,11 @@ proptest! {
             checksum_start: lengths.2 % 64,
             checksum_offset: lengths.3 % 32,
         };
-        segment::for_each(header, &packet, &mut vec![0; packet.len()], |_| {}).ok();
+        if let Ok(cut) = segment::Cut::new(header, &packet) {
+            for index in 0..cut.count() {
+                cut.write(index, &mut vec![0; cut.len(index)]).ok();
+            }
+        }
     }
 }
 

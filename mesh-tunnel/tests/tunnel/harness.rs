@@ -25,6 +25,9 @@ use tempfile::NamedTempFile;
 /// Longer than anything here takes, shorter than anybody's patience.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
+/// Packet threads of a tunnel: more than one, so that tests meet what comes of it.
+const WORKERS: usize = 2;
+
 /// Two namespaces joined by a veth pair; gone when dropped, also after a panic.
 pub(crate) struct Lab {
     names: [String; 2],
@@ -163,7 +166,8 @@ impl Node {
         let private_key = key(side);
         let (sender, events) = channel();
         let (tun, sockets) = lab.on(side, || {
-            (Tun::create("hf0", 1).unwrap(), UdpPair::bind(0).unwrap())
+            let sockets = UdpPair::bind_many(0, WORKERS).unwrap();
+            (Tun::create("hf0", WORKERS).unwrap(), sockets)
         });
         lab.configure(side, "hf0");
         let config = TunnelConfig {

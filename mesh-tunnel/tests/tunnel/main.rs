@@ -17,7 +17,10 @@ use std::{
 };
 
 use harness::*;
-use mesh_tunnel::{stats::DropReason, tunnel::TunnelEvent};
+use mesh_tunnel::{
+    stats::DropReason,
+    tunnel::{External, TunnelEvent},
+};
 use mesh_wire::{
     id::{NodeId, Via},
     peer::PeerMessage,
@@ -283,7 +286,7 @@ fn a_stock_wireguard_device_is_a_peer_and_is_followed_when_it_moves() {
             .collect(),
     );
     // Where the device is, nobody told: it must call first.
-    a.tunnel.add_external(device.id, None, None);
+    a.tunnel.add_external(device.id, External::default());
     transfer(&lab, Side::B, a.side.overlay_v4(), MIB, || {});
     transfer(&lab, Side::A, Side::B.overlay_v6().into(), MIB, || {
         // Who moves must speak; the receiver of a flow may have nothing to say.
@@ -296,10 +299,14 @@ fn a_stock_wireguard_device_is_a_peer_and_is_followed_when_it_moves() {
         Some(moved)
     );
     // And we call it, after it was described anew.
+    a.tunnel.remove_external(&device.id);
     a.tunnel.add_external(
         device.id,
-        Some(SocketAddr::new(Side::B.underlay_v6(), 51821)),
-        Some(25),
+        External {
+            endpoint: Some(SocketAddr::new(Side::B.underlay_v6(), 51821)),
+            keepalive_s: Some(25),
+            ..External::default()
+        },
     );
     transfer(&lab, Side::A, Side::B.overlay_v4(), MIB, || {});
     assert!(

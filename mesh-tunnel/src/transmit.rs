@@ -1,0 +1,198 @@
+//! The last step of everything that leaves: by which socket or relay, in which frame.
+
+use std::{collections::HashMap, io, net::SocketAddr, sync::Arc, time::Duration};
+
+use mesh_linux::udp::{Ecn, SEGMENTS_MAX, SEND_BYTES_MAX};
+use mesh_wire::{
+    id::{NodeId, RelayId, Via},
+    relay::{self, HEADER_LEN, Session},
+};
+
+use crate::{stats::DropReason, tunnel::Inner};
+
+/// How long control threads wait for room in a socket before they give datagrams up: longer than
+/// a batch takes at 100 Mb/s (64 KiB in 5 ms), shorter than anyone notices. Packet threads do not
+/// wait here.
+const SEND_WAIT: Duration = Duration::from_millis(10);
+
+/// What a thread needs to send.
+#[derive(Debug)]
+pub(crate) struct Leave {
+    /// Which pair of sockets is its own.
+    pair: usize,
+    /// Whether it may wait for room.
+    may_wait: bool,
+    /// Datagrams with a relay's header in front.
+    frames: Vec<u8>,
+}
+
+impl Leave {
+    /// For packet thread `number`.
+    pub(crate) fn worker(number: usize) -> Self {
+        Self {
+            pair: number,
+            may_wait: false,
+            frames: Vec::new(),
+        }
+    }
+
+    /// For all other threads.
+    pub(crate) fn other() -> Self {
+        Self {
+            pair: 0,
+            may_wait: true,
+            frames: Vec::new(),
+        }
+    }
+}
+
+/// How a relay is reached by plain UDP from the node's own port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RelayUdp {
+    /// The relay's address and port.
+    pub address: SocketAddr,
+    /// The peers that it has sessions to.
+    pub sessions: HashMap<NodeId, Session>,
+}
+
+/// All relays that are reached so.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct RelayUdpTable {
+    by_id: HashMap<RelayId, Arc<RelayUdp>>,
+    by_address: HashMap<SocketAddr, (RelayId, HashMap<Session, NodeId>)>,
+}
+
+impl RelayUdpTable {
+    pub(crate) fn with(&self, relay: RelayId, udp: Option<RelayUdp>) -> Self {
+        let mut table = self.clone();
+        if let Some(before) = table.by_id.remove(&relay) {
+            table.by_address.remove(&before.address);
+        }
+        if let Some(udp) = udp {
+            let sessions = udp.sessions.iter().map(|(peer, session)| (*session, *peer));
+            table
+                .by_address
+                .insert(udp.address, (relay, sessions.collect()));
+            table.by_id.insert(relay, Arc::new(udp));
+        }
+        table
+    }
+
+    /// The relay at an address, and whose its sessions are.
+    pub(crate) fn at(&self, address: &SocketAddr) -> Option<&(RelayId, HashMap<Session, NodeId>)> {
+        self.by_address.get(address)
+    }
+
+    fn session(&self, relay: RelayId, peer: &NodeId) -> Option<(SocketAddr, Session)> {
+        let udp = self.by_id.get(&relay)?;
+        Some((udp.address, *udp.sessions.get(peer)?))
+    }
+}
+
+impl Inner {
+    /// Sends datagrams of `segment_len` bytes (the last may be shorter) by `via`. Returns the bytes
+    /// that are gone, sent or dropped and counted; fewer than there are only if the socket has no room
+    /// now and `leave` may not wait.
+    pub(crate) fn transmit(
+        &self,
+        peer: &NodeId,
+        via: Via,
+        datagrams: &[u8],
+        segment_len: usize,
+        ecn: Ecn,
+        leave: &mut Leave,
+    ) -> usize {
+        let segment_len = segment_len.max(1);
+        match via {
+            Via::Direct(to) => self.send_udp(to, datagrams, segment_len, ecn, leave),
+            Via::Relay(id) => {
+                if let Some((to, session)) = self.relay_udp.load().session(id, peer) {
+                    let mut frames = std::mem::take(&mut leave.frames);
+                    frames.clear();
+                    for datagram in datagrams.chunks(segment_len) {
+                        frames.extend(relay::data_header(session));
+                        frames.extend(datagram);
+                    }
+                    let framed_len = segment_len + HEADER_LEN;
+                    let sent = self.send_udp(to, &frames, framed_len, ecn, leave);
+                    let sent = sent - sent.div_ceil(framed_len) * HEADER_LEN;
+                    leave.frames = frames;
+                    return sent;
+                }
+                let relays = self.relays.load();
+                let count = datagrams.len().div_ceil(segment_len);
+                let (dropped, reason) = match relays.get(&id) {
+                    Some(relay) => (
+                        relay.send(peer, datagrams, segment_len),
+                        DropReason::RelayFull,
+                    ),
+                    None => (count, DropReason::RelayGone),
+                };
+                self.drops.count_many(reason, dropped);
+                datagrams.len()
+            }
+        }
+    }
+
+    fn send_udp(
+        &self,
+        to: SocketAddr,
+        datagrams: &[u8],
+        segment_len: usize,
+        ecn: Ecn,
+        leave: &Leave,
+    ) -> usize {
+        let Some(sockets) = self.sockets.get(leave.pair) else {
+            return datagrams.len();
+        };
+        let at_once = (SEND_BYTES_MAX / segment_len).clamp(1, SEGMENTS_MAX);
+        let mut gone = 0;
+        for part in datagrams.chunks(at_once * segment_len) {
+            let mut sent = sockets.send(to, part, segment_len, ecn);
+            if is_full(&sent) {
+                if !leave.may_wait {
+                    return gone;
+                }
+                sockets.wait_writable(to, SEND_WAIT);
+                sent = sockets.send(to, part, segment_len, ecn);
+            }
+            if sent.is_err() {
+                let count = part.len().div_ceil(segment_len);
+                self.drops.count_many(DropReason::SendFailed, count);
+            }
+            gone += part.len();
+        }
+        gone
+    }
+}
+
+fn is_full(sent: &io::Result<()>) -> bool {
+    matches!(sent, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_relay_that_moves_is_not_found_at_its_old_address() {
+        let (relay, peer) = (RelayId(1), NodeId([1; 32]));
+        let session = Session {
+            number: 7,
+            epoch: 1,
+        };
+        let udp = |port| RelayUdp {
+            address: SocketAddr::from(([192, 0, 2, 1], port)),
+            sessions: [(peer, session)].into(),
+        };
+        let table = RelayUdpTable::default().with(relay, Some(udp(1)));
+        assert_eq!(table.session(relay, &peer), Some((udp(1).address, session)));
+        let table = table.with(relay, Some(udp(2)));
+        assert!(table.at(&udp(1).address).is_none());
+        let (found, sessions) = table.at(&udp(2).address).unwrap();
+        assert_eq!((*found, sessions[&session]), (relay, peer));
+        let table = table.with(relay, None);
+        assert_eq!(table.session(relay, &peer), None);
+        assert!(table.at(&udp(2).address).is_none());
+    }
+}
