@@ -7,7 +7,8 @@
 //! count: a link that only stays warm pings too.
 //!
 //! A QUIC link may have an **address** beside it, from which the node sends frames as plain UDP
-//! datagrams, and to which the relay sends the node's frames while the node does so. It is bound by
+//! datagrams, and to which the relay sends the node's frames while the node does so, or pings from
+//! there. It is bound by
 //! a cookie and a key ([`mesh_wire::relay::udp`]), and lives no longer than its link. Nothing is
 //! kept for who has not proven both: cookies and keys are computed from one secret.
 //!
@@ -419,7 +420,10 @@ impl RelayServer {
         Ok(match UdpFrame::decode(datagram)? {
             UdpFrame::Bind(bind) => self.bind(path, &bind, now),
             UdpFrame::Ping { txid } => match self.heard_from(path.remote, now) {
-                Some(_) => Some(pong_frame(txid)),
+                Some(link) => {
+                    self.use_address(link);
+                    Some(pong_frame(txid))
+                }
                 None => unbound_frame(datagram)
                     .filter(|_| self.may_tell_unbound(path.remote.ip(), now))
                     .map(Vec::from),
@@ -666,10 +670,10 @@ impl RelayServer {
             // The same once more: the answer was lost.
             bind.sequence > state.bind_sequence || (bind.sequence == state.bind_sequence && again)
         };
-        let Some(node) = state.filter(|state| is_new(state)).map(|state| state.node) else {
+        if !state.is_some_and(is_new) {
             self.counters.binds_refused += 1;
             return None;
-        };
+        }
         if self.addresses.get(&remote) != Some(&link) {
             self.unbind(link);
             if let Some(before) = self.addresses.get(&remote).copied() {
@@ -682,11 +686,17 @@ impl RelayServer {
         state.address = Some(Address {
             path,
             heard: now,
-            in_use: true,
+            in_use: false,
         });
-        self.sent_data(node, link, true); // As with a new link.
         self.counters.binds += 1;
         Some(key.bound(bind))
+    }
+
+    /// A node that pings from its address is ready to receive there, and wants to.
+    fn use_address(&mut self, link: LinkId) {
+        if let Some(&Link { node, .. }) = self.links.get(&link) {
+            self.sent_data(node, link, true);
+        }
     }
 
     fn unbind(&mut self, link: LinkId) {

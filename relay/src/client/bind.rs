@@ -21,6 +21,10 @@ const ASK_GAPS: [Duration; 3] = [
     Duration::from_millis(800),
 ];
 
+/// Time from the bind to the first ping, which makes the relay send the node's data by plain UDP:
+/// by then the node's packet path knows what to do with it.
+const FIRST_PING: Duration = Duration::from_millis(50);
+
 /// Time between pings while packets go by the relay: with what follows, a dead path is left after
 /// 1.7 s at most.
 const PING_USED: Duration = Duration::from_secs(1);
@@ -94,7 +98,7 @@ enum State {
     },
     Bound {
         since: Instant,
-        last_ping: Instant,
+        last_ping: Option<Instant>,
         ping: Option<Ping>,
     },
 }
@@ -182,7 +186,7 @@ impl<R: Rng> Binder<R> {
                 self.sample(first, now);
                 self.state = State::Bound {
                     since: now,
-                    last_ping: now,
+                    last_ping: None,
                     ping: None,
                 };
                 self.outputs.push_back(Output::Bound);
@@ -259,7 +263,7 @@ impl<R: Rng> Binder<R> {
                 let tries = tries + 1;
                 self.state = State::Bound {
                     since,
-                    last_ping: now,
+                    last_ping: Some(now),
                     ping: Some(Ping {
                         txid,
                         first,
@@ -282,10 +286,19 @@ impl<R: Rng> Binder<R> {
             State::Bound {
                 ping: Some(ping), ..
             } => ping.late,
-            State::Bound { last_ping, .. } if *last_ping + PING_USED <= self.used_until => {
-                *last_ping + PING_USED
-            }
-            State::Bound { last_ping, .. } => *last_ping + PING_IDLE,
+            State::Bound {
+                since,
+                last_ping: None,
+                ..
+            } => *since + FIRST_PING,
+            State::Bound {
+                last_ping: Some(last),
+                ..
+            } if *last + PING_USED <= self.used_until => *last + PING_USED,
+            State::Bound {
+                last_ping: Some(last),
+                ..
+            } => *last + PING_IDLE,
         }
     }
 
@@ -494,7 +507,7 @@ mod tests {
     #[test]
     fn binding_takes_two_round_trips() {
         let mut world = World::new(40 * MS, 1500);
-        world.run_for(S);
+        world.run_for(100 * MS);
         world.expect_bound(&[(true, 80)]);
         assert_eq!(world.sent, 2);
     }
@@ -542,12 +555,12 @@ mod tests {
         world.run_for(100 * MS);
         world.mtu = 0;
         world.run_for(4 * S);
-        // The ping of 1.02 s, 400, 100 and 200 ms.
-        world.expect_bound(&[(true, 20), (false, 1720)]);
+        // The ping of 1.07 s, 400, 100 and 200 ms.
+        world.expect_bound(&[(true, 20), (false, 1770)]);
         world.mtu = 1500;
         world.run_for(12 * S);
-        // Asked at once, until 3.12 s; then 10 s later.
-        world.expect_bound(&[(true, 20), (false, 1720), (true, 13_140)]);
+        // Asked at once, until 3.17 s; then 10 s later.
+        world.expect_bound(&[(true, 20), (false, 1770), (true, 13_190)]);
     }
 
     #[test]
@@ -567,10 +580,10 @@ mod tests {
         world.run_for(S);
         world.port = 5000;
         world.run_for(S);
-        world.expect_bound(&[(true, 20), (false, 1030), (true, 1050)]);
+        world.expect_bound(&[(true, 20), (false, 1080), (true, 1100)]);
         world.port = 6000; // A NAT that does that all the time is not worth it.
         world.run_for(5 * S);
-        world.expect_bound(&[(true, 20), (false, 1030), (true, 1050), (false, 2060)]);
+        world.expect_bound(&[(true, 20), (false, 1080), (true, 1100), (false, 2160)]);
     }
 
     #[test]

@@ -163,6 +163,10 @@ impl UdpNode {
             if let LinkEvent::Udp { bound } = self.node.event().await {
                 assert_eq!(bound, expected);
                 assert_eq!(self.node.link.udp_sessions().is_some(), expected);
+                if expected {
+                    let ping = ping_frame(0); // Sooner than the link's own.
+                    self.port().send(&ping, ping.len());
+                }
                 return;
             }
         }

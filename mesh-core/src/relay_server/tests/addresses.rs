@@ -77,6 +77,7 @@ fn bind(server: &mut RelayServer, path: UdpPath, key: BindKey, sequence: u64, ms
     let cookie = cookie(server, path, key, sequence, ms);
     let request = key.bind(sequence, cookie, FULL);
     assert!(finish(server, path, key, &request, ms));
+    assert!(ask(server, path, &ping_frame(1), ms).is_some());
 }
 
 fn from(server: &mut RelayServer, way: Way, session: Session, ms: u64) -> Verdict {
@@ -105,6 +106,19 @@ fn a_bound_address_sends_and_receives() {
     assert_eq!(from(&mut server, there, session, 1), by(a));
     let all = many(&mut server, Way::Link(a), session, 40, 40 * 1312, at(2));
     assert_eq!(all, forward(there, 40));
+}
+
+#[test]
+fn nothing_is_sent_to_an_address_before_its_node_says_that_it_listens() {
+    let mut server = RelayServer::new(Limits::default(), &[7; 32], at(0));
+    let (a, b, session) = pair(&mut server);
+    let key = key(&mut server, b);
+    let request = key.bind(1, cookie(&mut server, address(2), key, 1, 0), FULL);
+    assert!(finish(&mut server, address(2), key, &request, 0));
+    assert_eq!(from(&mut server, Way::Link(a), session, 1), by(b));
+    ask(&mut server, address(2), &ping_frame(1), 1);
+    let there = forward(Way::Udp(address(2)), 1);
+    assert_eq!(from(&mut server, Way::Link(a), session, 1), there);
 }
 
 #[test]
