@@ -218,8 +218,20 @@ impl Link {
     /// plain UDP does not work. Ask again after each [`LinkEvent`].
     #[must_use]
     pub fn udp_sessions(&self) -> Option<HashMap<NodeId, Session>> {
-        let bound = self.shared.udp.as_ref().is_some_and(Udp::is_bound);
-        bound.then(|| self.shared.read(Peers::sessions))
+        self.is_udp_bound()
+            .then(|| self.shared.read(Peers::sessions))
+    }
+
+    /// Whether plain UDP works.
+    #[must_use]
+    pub fn is_udp_bound(&self) -> bool {
+        self.shared.udp.as_ref().is_some_and(Udp::is_bound)
+    }
+
+    /// The relay's address, with the port of the transport.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.shared.address
     }
 
     /// Takes a datagram that came to the node's port from the relay's QUIC port and is no data.
@@ -282,6 +294,7 @@ async fn within<T>(
 /// What the link's tasks and its users share.
 struct Shared {
     relay: RelayName,
+    address: SocketAddr,
     outlet: Outlet,
     /// Written when a peer comes or goes; read for every packet.
     peers: RwLock<Peers>,
@@ -298,6 +311,7 @@ struct Shared {
 impl Shared {
     fn new(
         relay: RelayName,
+        address: SocketAddr,
         outlet: Outlet,
         events: mpsc::Sender<LinkEvent>,
         on_data: OnData,
@@ -305,6 +319,7 @@ impl Shared {
     ) -> Arc<Self> {
         Arc::new(Self {
             relay,
+            address,
             outlet,
             peers: RwLock::default(),
             events,

@@ -70,7 +70,7 @@ pub(super) async fn quic(
         control,
     };
     let (udp, udp_inputs) = config.udp.map(Udp::new).unzip();
-    let shared = Shared::new(config.relay, outlet, events, on_data, udp);
+    let shared = Shared::new(config.relay, config.address, outlet, events, on_data, udp);
     let link = Link {
         shared: shared.clone(),
     };
@@ -140,7 +140,7 @@ pub(super) async fn tls(
         Received::Data(_) | Received::Control(_) | Received::Bad => return Err(not_a_relay()),
     }
 
-    let shared = Shared::new(config.relay, outlet, events, on_data, None);
+    let shared = Shared::new(config.relay, config.address, outlet, events, on_data, None);
     let link = Link {
         shared: shared.clone(),
     };
