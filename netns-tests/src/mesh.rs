@@ -266,12 +266,21 @@ impl Mesh {
     ///
     /// If it ends at once.
     pub fn start_agent(&self, name: &str) -> Result<()> {
+        self.start_agent_with(name, "")
+    }
+
+    /// Like [`Self::start_agent`], with more lines of configuration.
+    ///
+    /// # Errors
+    ///
+    /// If it ends at once.
+    pub fn start_agent_with(&self, name: &str, lines: &str) -> Result<()> {
         let node = self.node(name)?;
         node.set_resolver(RESOLVER)?;
         let known = node.dir().join("agent.toml").exists();
         let token = if known { None } else { Some(self.token()?) };
         let config = self.agent_config(&node, token.as_deref());
-        self.daemon(&node, "mesh-agent", "agent", &config)
+        self.daemon(&node, "mesh-agent", "agent", &format!("{config}{lines}"))
     }
 
     /// Waits until an agent has a snapshot with all of `nodes` nodes and serves it.

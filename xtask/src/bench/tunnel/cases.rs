@@ -26,8 +26,8 @@ type Get = fn(&Path) -> Result<Tool>;
 pub(super) enum Kind {
     /// Nothing: the wire.
     Raw,
-    /// `mesh-agent`, by one of its paths.
-    Agents(Route),
+    /// `mesh-agent`, by one of its paths, and more lines for its configuration.
+    Agents(Route, &'static str),
     /// A program that `wg` configures.
     WireGuard {
         get: Get,
@@ -44,7 +44,7 @@ impl Case {
     /// The program, where it is another than the agent: installed or built if need be.
     pub(super) fn get(&self, bins: &Path) -> Result<Option<Tool>> {
         match self.kind {
-            Kind::Raw | Kind::Agents(_) => Ok(None),
+            Kind::Raw | Kind::Agents(..) => Ok(None),
             Kind::WireGuard { get, .. } | Kind::Other { get, .. } => get(bins).map(Some),
         }
     }
@@ -58,19 +58,23 @@ pub(super) const OWN: &[Case] = &[
     },
     Case {
         name: "holdfast",
-        kind: Kind::Agents(Route::Direct),
+        kind: Kind::Agents(Route::Direct, ""),
+    },
+    Case {
+        name: "holdfast-1-thread",
+        kind: Kind::Agents(Route::Direct, "packet_threads = 1\n"),
     },
     Case {
         name: "holdfast-relay-udp",
-        kind: Kind::Agents(Route::RelayUdp),
+        kind: Kind::Agents(Route::RelayUdp, ""),
     },
     Case {
         name: "holdfast-relay-quic",
-        kind: Kind::Agents(Route::RelayQuic),
+        kind: Kind::Agents(Route::RelayQuic, ""),
     },
     Case {
         name: "holdfast-relay-tls",
-        kind: Kind::Agents(Route::RelayTls),
+        kind: Kind::Agents(Route::RelayTls, ""),
     },
     Case {
         name: "mesh-tunnel",

@@ -175,9 +175,14 @@ fn mirror() -> Result<String> {
     let mut ask = Command::new("apt-get");
     ask.args(["indextargets", "--format", "$(REPO_URI)"]);
     ask.args(["Created-By: Packages", "Label: Debian"]);
-    let said = succeed(&mut ask)?;
+    let mut said = succeed(&mut ask)?;
+    if said.is_empty() {
+        // Container images come without lists.
+        succeed(Command::new("apt-get").args(["--quiet", "update"]))?;
+        said = succeed(&mut ask)?;
+    }
     let first = said.lines().next().map(str::to_owned);
-    first.context("apt-get knows no Debian repository: run `apt-get update`")
+    first.context("no repository of Debian's is configured in /etc/apt")
 }
 
 fn succeed(command: &mut Command) -> Result<String> {

@@ -151,7 +151,7 @@ impl World {
                 let [_, outer] = Ends::OUTER;
                 (outer, Vec::new())
             }
-            Kind::Agents(route) => self.agents(route)?,
+            Kind::Agents(route, lines) => self.agents(route, lines)?,
             Kind::WireGuard { words, .. } => {
                 self.allow(Route::Direct)?;
                 (inner, peers::wireguard(&self.ends, tool()?, words)?)
@@ -161,7 +161,7 @@ impl World {
                 (inner, start(&self.ends, tool()?)?)
             }
         };
-        let relayed = matches!(case.kind, Kind::Agents(route) if route != Route::Direct);
+        let relayed = matches!(case.kind, Kind::Agents(route, _) if route != Route::Direct);
         let mut up = Up {
             address,
             daemons,
@@ -189,12 +189,12 @@ impl World {
         tool::nft(self.mesh.lab().internet().netns(), &route.rules())
     }
 
-    fn agents(&self, route: Route) -> Result<(Ipv4Addr, Vec<Process>)> {
+    fn agents(&self, route: Route, lines: &str) -> Result<(Ipv4Addr, Vec<Process>)> {
         self.allow(route)?;
         let nodes = [LEFT, RIGHT];
         nodes
             .iter()
-            .try_for_each(|node| self.mesh.start_agent(node))?;
+            .try_for_each(|node| self.mesh.start_agent_with(node, lines))?;
         nodes
             .iter()
             .try_for_each(|node| self.mesh.agent_ready(node, 2))?;
