@@ -291,8 +291,9 @@ impl Driver {
             Event::Tunnel(TunnelEvent::Stun { from, datagram }) => {
                 self.handle_stun(from, &datagram)
             }
-            // The links say how a relay is reached by plain UDP; until they do, nobody waits for it.
-            Event::Tunnel(TunnelEvent::RelayFrame { .. }) => {}
+            Event::Tunnel(TunnelEvent::RelayFrame { from, datagram }) => {
+                self.links.handle_datagram(from, datagram);
+            }
             Event::Tunnel(TunnelEvent::Broken(problem)) => self.broken = Some(problem),
         }
     }
@@ -343,11 +344,22 @@ impl Driver {
             if self.externals.contains_key(&traffic.peer) {
                 continue;
             }
+            self.note_used(&traffic.received);
             self.input(Input::Traffic {
                 peer: traffic.peer,
                 sent: traffic.sent,
                 received: traffic.received,
             });
+        }
+    }
+
+    /// Packets come by these ways, or should.
+    fn note_used<'a>(&self, vias: impl IntoIterator<Item = &'a Via>) {
+        for via in vias {
+            match via {
+                Via::Relay(relay) => self.links.note_used(*relay),
+                Via::Direct(_) => {}
+            }
         }
     }
 
@@ -434,13 +446,20 @@ impl Driver {
 
     fn perform_one(&mut self, output: Output) {
         match output {
-            Output::Handshake { peer, vias } => self.tunnel.handshake(&peer, &vias),
-            Output::Send { peer, via, message } => self.send(&peer, via, &message),
+            Output::Handshake { peer, vias } => {
+                self.note_used(&vias);
+                self.tunnel.handshake(&peer, &vias);
+            }
+            Output::Send { peer, via, message } => {
+                self.note_used([&via]);
+                self.send(&peer, via, &message);
+            }
             Output::SetPath {
                 peer,
                 primary,
                 duplicate,
             } => {
+                self.note_used(&primary);
                 self.tunnel.set_path(&peer, primary, duplicate);
             }
             Output::ConnectRelay { relay, transport } => self.links.connect(relay, transport),

@@ -6,7 +6,7 @@ use std::{
     io,
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -17,12 +17,15 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use bytes::Bytes;
 use mesh_core::{
     io::{Input, RelayTransport},
-    snapshot::{Relay, Snapshot},
+    snapshot::{DEFAULT_MTU_BYTES, Relay, Snapshot},
 };
 use mesh_identity::credentials::Credentials;
-use mesh_relay::client::{self, Link, LinkConfig, LinkEvent, OnData};
-use mesh_tunnel::tunnel::{RelaySender, Tunnel};
-use mesh_wire::id::{NodeId, RelayId};
+use mesh_relay::client::{self, Link, LinkConfig, LinkEvent, OnData, UdpPort};
+use mesh_tunnel::tunnel::{RelaySender, RelayUdp, Tunnel};
+use mesh_wire::{
+    id::{NodeId, RelayId},
+    relay::HEADER_LEN,
+};
 use tokio::{
     runtime::{self, Handle},
     sync::mpsc,
@@ -31,6 +34,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::driver::Event;
+
+/// What WireGuard puts around an inner packet, in bytes.
+const WIREGUARD_OVERHEAD: usize = 32;
 
 /// Events of one link that wait: answers about 100 peers, twice over.
 const LINK_EVENTS_MAX: usize = 256;
@@ -42,6 +48,8 @@ pub struct Links {
     events: mpsc::Sender<Event>,
     tunnel: Tunnel,
     credentials: Arc<ArcSwap<Credentials>>,
+    /// Of the overlay; links that come up later use it.
+    mtu_bytes: u16,
     hubs: BTreeMap<RelayId, Hub>,
 }
 
@@ -69,6 +77,8 @@ struct HubLinks {
     quic: ArcSwapOption<Link>,
     tls: ArcSwapOption<Link>,
     prefer_tls: AtomicBool,
+    /// Held while the tunnel is told of plain UDP, so that it hears the latest last.
+    telling: Mutex<()>,
 }
 
 impl HubLinks {
@@ -87,6 +97,23 @@ impl HubLinks {
         };
         let up = |transport: RelayTransport| Some((transport, self.slot(transport).load_full()?));
         order.into_iter().find_map(up)
+    }
+}
+
+impl HubLinks {
+    /// Tells the packet path how the relay is reached by plain UDP: while there is a QUIC link its
+    /// frames are taken, and while it is bound, and TLS not preferred, they are sent too.
+    fn tell_udp(&self, id: RelayId, tunnel: &Tunnel) {
+        let _telling = self.telling.lock().unwrap_or_else(PoisonError::into_inner);
+        let prefer_tls = self.prefer_tls.load(Ordering::Relaxed);
+        let udp = self.quic.load_full().map(|link| RelayUdp {
+            address: link.address(),
+            sessions: link
+                .udp_sessions()
+                .filter(|_| !prefer_tls)
+                .unwrap_or_default(),
+        });
+        tunnel.set_relay_udp(id, udp);
     }
 }
 
@@ -129,12 +156,14 @@ impl Links {
             events,
             tunnel,
             credentials,
+            mtu_bytes: DEFAULT_MTU_BYTES,
             hubs,
         })
     }
 
     /// Takes over the relays of a snapshot. Links to relays that are gone or have moved close.
     pub fn set_relays(&mut self, snapshot: &Snapshot) {
+        self.mtu_bytes = snapshot.mesh.mtu_bytes;
         let keep = |id: &RelayId, hub: &Hub| snapshot.relays.get(id) == Some(&hub.relay);
         let gone: Vec<_> = self
             .hubs
@@ -178,6 +207,7 @@ impl Links {
             events: self.events.clone(),
             tunnel: self.tunnel.clone(),
             credentials: Arc::clone(&self.credentials),
+            frame_len: HEADER_LEN + WIREGUARD_OVERHEAD + usize::from(self.mtu_bytes),
         };
         let abort = self.runtime.spawn(task.run()).abort_handle();
         if let Some(before) = hub.task(transport).replace(abort) {
@@ -196,6 +226,7 @@ impl Links {
         if let Some(link) = hub.links.slot(transport).swap(None) {
             link.close();
         }
+        hub.links.tell_udp(id, &self.tunnel);
     }
 
     /// Sends by this transport while both are up.
@@ -204,6 +235,7 @@ impl Links {
             hub.links
                 .prefer_tls
                 .store(transport == RelayTransport::Tls, Ordering::Relaxed);
+            hub.links.tell_udp(id, &self.tunnel);
         }
     }
 
@@ -215,10 +247,37 @@ impl Links {
         }
     }
 
-    /// The transport in use and its round trip, for reports.
+    /// Packets go by this relay, or should.
+    pub fn note_used(&self, id: RelayId) {
+        let link = self
+            .hubs
+            .get(&id)
+            .and_then(|hub| hub.links.quic.load_full());
+        if let Some(link) = link {
+            link.note_used();
+        }
+    }
+
+    /// Takes a datagram that came from a relay's QUIC port and carries no packet.
+    pub fn handle_datagram(&self, from: SocketAddr, datagram: Vec<u8>) {
+        let mut links = self
+            .hubs
+            .values()
+            .filter_map(|hub| hub.links.quic.load_full());
+        if let Some(link) = links.find(|link| link.address() == from) {
+            link.handle_datagram(datagram);
+        }
+    }
+
+    /// How data goes to a relay, `udp`, `quic` or `tls`, and its round trip, for reports.
     #[must_use]
-    pub fn status(&self, id: RelayId) -> Option<(RelayTransport, Option<Duration>)> {
+    pub fn status(&self, id: RelayId) -> Option<(&'static str, Option<Duration>)> {
         let (transport, link) = self.hubs.get(&id)?.links.best()?;
+        let transport = match transport {
+            RelayTransport::Quic if link.is_udp_bound() => "udp",
+            RelayTransport::Quic => "quic",
+            RelayTransport::Tls => "tls",
+        };
         Some((transport, link.rtt()))
     }
 
@@ -241,6 +300,8 @@ struct LinkTask {
     events: mpsc::Sender<Event>,
     tunnel: Tunnel,
     credentials: Arc<ArcSwap<Credentials>>,
+    /// Length of a full-size data frame.
+    frame_len: usize,
 }
 
 impl LinkTask {
@@ -252,6 +313,7 @@ impl LinkTask {
                 self.links
                     .slot(self.transport)
                     .store(Some(Arc::clone(&link)));
+                self.links.tell_udp(self.id, &self.tunnel);
                 self.tell(Input::RelayConnected {
                     relay: self.id,
                     transport: self.transport,
@@ -259,6 +321,7 @@ impl LinkTask {
                 .await;
                 let reason = self.follow(&mut events).await;
                 self.links.slot(self.transport).store(None);
+                self.links.tell_udp(self.id, &self.tunnel);
                 link.close();
                 reason
             }
@@ -296,11 +359,15 @@ impl LinkTask {
         address: SocketAddr,
         events: mpsc::Sender<LinkEvent>,
     ) -> Result<Link, client::ConnectError> {
+        let port = self.tunnel.clone();
         let config = LinkConfig {
             relay: self.relay.name.clone(),
             address,
             credentials: Credentials::clone(&self.credentials.load()),
-            udp: None,
+            udp: Some(UdpPort {
+                send: Arc::new(move |datagram| port.send_raw(address, datagram)),
+                frame_len: self.frame_len,
+            }),
         };
         let (id, tunnel) = (self.id, self.tunnel.clone());
         let on_data: OnData = Arc::new(move |packets: &[(NodeId, Bytes)]| {
@@ -317,6 +384,7 @@ impl LinkTask {
         while let Some(event) = events.recv().await {
             match event {
                 LinkEvent::Peer { node, present } => {
+                    self.links.tell_udp(relay, &self.tunnel);
                     self.tell(Input::RelayPeer {
                         relay,
                         peer: node,
@@ -324,7 +392,10 @@ impl LinkTask {
                     })
                     .await;
                 }
-                LinkEvent::Udp { .. } => {}
+                LinkEvent::Udp { bound } => {
+                    self.links.tell_udp(relay, &self.tunnel);
+                    tracing::debug!(relay = %self.relay.name, bound, "plain UDP to the relay");
+                }
                 LinkEvent::GoAway => self.tell(Input::RelayGoAway { relay }).await,
                 LinkEvent::Lost { reason } => return reason,
             }

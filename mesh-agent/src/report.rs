@@ -12,7 +12,7 @@ use mesh_api::admin::{
     StatusResponse, TransitionReport,
 };
 use mesh_core::{
-    io::{PeerState, Reason, RelayTransport},
+    io::{PeerState, Reason},
     node::{path, report},
     services::{self, View},
     snapshot::{Protocol, Service, ServiceKind},
@@ -144,12 +144,17 @@ fn problems(driver: &Driver, connection: &Connection, relays: &[RelayStatus]) ->
 }
 
 fn relay_status(driver: &Driver, relay: report::RelayReport) -> RelayStatus {
-    let rtt = driver.links().status(relay.id).and_then(|(_, rtt)| rtt);
+    let link = driver.links().status(relay.id);
     RelayStatus {
         name: relay.name.to_string(),
-        transport: relay.up.map(transport_text).unwrap_or_default().to_owned(),
+        transport: relay
+            .up
+            .and(link)
+            .map(|(transport, _)| transport)
+            .unwrap_or_default()
+            .to_owned(),
         home: relay.home,
-        rtt_ms: rtt.map_or(0.0, ms),
+        rtt_ms: link.and_then(|(_, rtt)| rtt).map_or(0.0, ms),
         problem: relay.problem.unwrap_or_default(),
     }
 }
@@ -350,10 +355,7 @@ pub fn path(driver: &Driver, via: Via) -> String {
         Via::Relay(id) => {
             let relay = driver.snapshot().relays.get(&id);
             let name = relay.map_or("?", |relay| relay.name.as_str());
-            let transport = driver
-                .links()
-                .status(id)
-                .map(|(transport, _)| transport_text(transport));
+            let transport = driver.links().status(id).map(|(transport, _)| transport);
             format!("relay {name} ({})", transport.unwrap_or("down"))
         }
     }
@@ -366,13 +368,6 @@ fn drops(driver: &Driver, facts: &Facts) -> BTreeMap<String, u64> {
     let all = packets.chain([events]).filter(|(_, count)| *count > 0);
     all.map(|(reason, count)| (reason.to_owned(), count))
         .collect()
-}
-
-fn transport_text(transport: RelayTransport) -> &'static str {
-    match transport {
-        RelayTransport::Quic => "quic",
-        RelayTransport::Tls => "tls",
-    }
 }
 
 fn state_text(state: PeerState) -> &'static str {
