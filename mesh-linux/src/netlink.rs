@@ -127,6 +127,15 @@ pub struct LocalAddress {
     pub link: String,
 }
 
+/// How an interface is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinkState {
+    /// Somebody has taken it up.
+    pub up: bool,
+    /// Its MTU, if it has one.
+    pub mtu_bytes: Option<u32>,
+}
+
 impl Netlink {
     /// Connects. The connection is served by a task on the current tokio runtime and ends with
     /// the last clone.
@@ -180,6 +189,45 @@ impl Netlink {
         let result = self.handle.link().set(message).execute().await;
         result.map_err(refused(|| {
             format!("take interface {link} up with MTU {mtu_bytes}")
+        }))
+    }
+
+    /// How the interface is; `None` if there is none with this index in this network namespace.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel does not answer.
+    pub async fn link_state(&self, link: IfIndex) -> Result<Option<LinkState>, NetlinkError> {
+        let request = self.handle.link().get().match_index(link.get());
+        let what = || format!("look at interface {link}");
+        let links = match collect(what, request.execute()).await {
+            Err(NetlinkError::Refused { source, .. }) if is(&source, libc::ENODEV) => vec![],
+            links => links?,
+        };
+        Ok(links.first().map(|link| LinkState {
+            up: link.header.flags.contains(LinkFlags::Up),
+            mtu_bytes: link.attributes.iter().find_map(|attribute| {
+                if let LinkAttribute::Mtu(bytes) = attribute {
+                    return Some(*bytes);
+                }
+                None
+            }),
+        }))
+    }
+
+    /// Sets the interface's MTU.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses the MTU, or the caller lacks `CAP_NET_ADMIN`.
+    pub async fn set_link_mtu(&self, link: IfIndex, mtu_bytes: u32) -> Result<(), NetlinkError> {
+        let message = rtnetlink::LinkMessageBuilder::<LinkUnspec>::new()
+            .index(link.get())
+            .mtu(mtu_bytes)
+            .build();
+        let result = self.handle.link().set(message).execute().await;
+        result.map_err(refused(|| {
+            format!("give interface {link} the MTU {mtu_bytes}")
         }))
     }
 

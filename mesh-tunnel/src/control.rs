@@ -183,6 +183,8 @@ impl Control<'_> {
         self.admit(bytes, arrival)?;
         let mut state = peer.lock();
         state.protocol.finish(bytes, arrival.now).map_err(reason)?;
+        // The peer's first packet may be here before ours has left this thread.
+        peer.publish(&state);
         drop(state);
         peer.counts.wire_received(bytes.len());
         peer.activity.received_other(arrival.now);
