@@ -159,7 +159,6 @@ impl Control<'_> {
         let number = state.next_session();
         let answer = state.protocol.respond(received, number, arrival.now);
         let (response, _) = answer.map_err(reason)?;
-        peer.offer(Some(number));
         if peer.is_external {
             state.primary = Some(arrival.via);
         }
@@ -182,7 +181,10 @@ impl Control<'_> {
         let peer = tunnel.by_session(receiver)?;
         self.admit(bytes, arrival)?;
         let mut state = peer.lock();
-        state.protocol.finish(bytes, arrival.now).map_err(reason)?;
+        let finished = state.protocol.finish(bytes, arrival.now);
+        finished.map_err(reason)?;
+        // Before the peer can know of the session, and use it.
+        peer.publish(&state);
         drop(state);
         peer.counts.wire_received(bytes.len());
         peer.activity.received_other(arrival.now);
@@ -254,7 +256,7 @@ fn reason(refused: Refused) -> DropReason {
     match refused {
         Refused::Replayed => DropReason::Replayed,
         Refused::TooMany => DropReason::UnderLoad,
-        Refused::Unasked => DropReason::UnknownSession,
+        Refused::Unasked => DropReason::Unasked,
         Refused::Forged => DropReason::BadHandshake,
     }
 }
