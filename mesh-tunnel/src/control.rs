@@ -159,7 +159,6 @@ impl Control<'_> {
         let number = state.next_session();
         let answer = state.protocol.respond(received, number, arrival.now);
         let (response, _) = answer.map_err(reason)?;
-        peer.offer(Some(number));
         if peer.is_external {
             state.primary = Some(arrival.via);
         }
@@ -256,7 +255,7 @@ fn reason(refused: Refused) -> DropReason {
     match refused {
         Refused::Replayed => DropReason::Replayed,
         Refused::TooMany => DropReason::UnderLoad,
-        Refused::Unasked => DropReason::UnknownSession,
+        Refused::Unasked => DropReason::Unasked,
         Refused::Forged => DropReason::BadHandshake,
     }
 }

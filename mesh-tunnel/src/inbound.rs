@@ -281,11 +281,11 @@ impl Inner {
         let (counter, plain) = last.session.open(datagram, arrival.now).map_err(reason)?;
         last.session.window().accept(counter).map_err(reason)?;
         last.wire += wire_len;
-        let peer = Arc::clone(&last.peer);
+        let (peer, proven) = (Arc::clone(&last.peer), last.session.is_proven());
         if !std::mem::replace(&mut last.noted, true) {
             self.note_authentic(&peer, arrival);
         }
-        if peer.is_offered(number) {
+        if !proven {
             self.confirm(&peer, number, arrival, &mut inbox.out);
         }
         if plain.is_empty() {
@@ -369,7 +369,6 @@ impl Inner {
         out: &mut Outbox,
         now: Instant,
     ) {
-        peer.offer(None);
         state.note_session();
         self.send_held(peer, state, out, now);
     }

@@ -65,9 +65,6 @@ pub(crate) struct Peer {
     pub(crate) sending: ArcSwapOption<Sending>,
     /// The sessions by which packets may come.
     sessions: ArcSwap<Vec<Arc<Session>>>,
-    /// One more than the number of the session that our answer offered and that no packet has proven
-    /// yet: until one does, the initiation may have been somebody's recording.
-    offered: AtomicU64,
     pub(crate) activity: Activity,
     pub(crate) counts: Counts,
     /// Whether data was sent since the last report.
@@ -134,16 +131,6 @@ impl Peer {
         let sessions = self.sessions.load();
         let found = sessions.iter().find(|session| session.local() == number);
         found.cloned()
-    }
-
-    /// Whether a session is one that only we have proven so far.
-    pub(crate) fn is_offered(&self, session: u32) -> bool {
-        self.offered.load(Relaxed) == u64::from(session) + 1
-    }
-
-    pub(crate) fn offer(&self, session: Option<u32>) {
-        let mark = session.map_or(0, |number| u64::from(number) + 1);
-        self.offered.store(mark, Relaxed);
     }
 
     /// Publishes what the state has come to. Packets leave without a lock as long as there are a
@@ -419,7 +406,6 @@ impl Peers {
             index,
             sending: ArcSwapOption::empty(),
             sessions: ArcSwap::default(),
-            offered: AtomicU64::new(0),
             activity: Activity::new(now),
             counts: Counts::default(),
             sent: AtomicBool::new(false),

@@ -61,6 +61,8 @@ drop_reasons! {
     UnknownSession => "unknown_session",
     /// In: a handshake that does not prove what it must.
     BadHandshake => "bad_handshake",
+    /// In: an answer to a handshake message that we did not send, or whose handshake is over.
+    Unasked => "unasked",
     /// In: too many handshakes at once; the sender got a cookie if it can be answered.
     UnderLoad => "under_load",
     /// In: the authentication tag is wrong.

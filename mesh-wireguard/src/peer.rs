@@ -24,6 +24,11 @@ use crate::{
 /// before it, whose answer may be slow.
 const INITIATIONS_MAX: usize = 2;
 
+/// Sessions of one peer at a time. Two would do if handshakes came one after the other; but both
+/// sides may begin at once, and answers to several initiations may be on the way, and what was
+/// sealed by any of them must still be opened.
+const SESSIONS_MAX: usize = 6;
+
 /// Most spread of [`REKEY_TIMEOUT`] (the paper, §6.1).
 const JITTER_MAX_MS: u64 = 333;
 
@@ -88,10 +93,10 @@ pub struct Peer {
     initiations: VecDeque<Initiation>,
     /// When the series of initiations began, and when the next is due.
     series: Option<(Instant, Instant)>,
+    /// By which the peer may send, the newest last.
+    sessions: VecDeque<Arc<Session>>,
+    /// By which we send: one of them.
     current: Option<Arc<Session>>,
-    previous: Option<Arc<Session>>,
-    /// Our response offered it; the peer's first packet will prove it.
-    next: Option<Arc<Session>>,
     renewed_for: Option<u32>,
     last_handshake: Option<Instant>,
 }
@@ -121,9 +126,8 @@ impl Peer {
             answered_at: None,
             initiations: VecDeque::new(),
             series: None,
+            sessions: VecDeque::new(),
             current: None,
-            previous: None,
-            next: None,
             renewed_for: None,
             last_handshake: None,
         }
@@ -145,10 +149,9 @@ impl Peer {
         self.current.as_ref()
     }
 
-    /// All sessions by which the peer may send: three at most.
+    /// All sessions by which the peer may send, the newest last: [`SESSIONS_MAX`] at most.
     pub fn sessions(&self) -> impl Iterator<Item = &Arc<Session>> {
-        let all = [&self.current, &self.next, &self.previous];
-        all.into_iter().flatten()
+        self.sessions.iter()
     }
 
     /// When the last handshake was complete.
@@ -212,7 +215,7 @@ impl Peer {
         let response = self.with_macs(&body, index, now).ok_or(Refused::Forged)?;
         self.timestamp_seen = timestamp;
         self.answered_at = Some(now);
-        self.next = Some(Arc::clone(&session));
+        self.add(Arc::clone(&session));
         Ok((response, session))
     }
 
@@ -233,8 +236,7 @@ impl Peer {
             handshake::finish(&mut initiation.noise, response).ok_or(Refused::Forged)?;
         let session = Session::new(&keys, Role::Initiator, receiver, remote, now);
         let session = Arc::new(session.ok_or(Refused::Forged)?);
-        // What the peer may have begun to use meanwhile stays readable.
-        self.previous = self.next.take().or_else(|| self.current.take());
+        self.add(Arc::clone(&session));
         self.establish(Arc::clone(&session), now);
         Ok(session)
     }
@@ -242,14 +244,27 @@ impl Peer {
     /// Something authentic came by the session `index`. Whether that proved a session that our
     /// response had offered, which is the current one from now on.
     pub fn confirm(&mut self, index: u32, now: Instant) -> bool {
-        match self.next.take_if(|next| next.local() == index) {
-            Some(next) => {
-                self.previous = self.current.take();
-                self.establish(next, now);
+        let mut all = self.sessions.iter();
+        let found = all.find(|session| session.local() == index).cloned();
+        match found.filter(|session| session.prove()) {
+            Some(session) => {
+                self.establish(session, now);
                 true
             }
             None => false,
         }
+    }
+
+    /// Adds a session; the oldest that is not in use makes room.
+    fn add(&mut self, session: Arc<Session>) {
+        if self.sessions.len() >= SESSIONS_MAX {
+            let current = self.current.as_ref().map(|session| session.local());
+            let unused = |session: &Arc<Session>| Some(session.local()) != current;
+            if let Some(oldest) = self.sessions.iter().position(unused) {
+                self.sessions.remove(oldest);
+            }
+        }
+        self.sessions.push_back(session);
     }
 
     fn establish(&mut self, session: Arc<Session>, now: Instant) {
@@ -302,7 +317,7 @@ impl Peer {
         } else if quiet && self.series.is_none() {
             due.initiate = true;
         }
-        due.idle = self.sessions().next().is_none() && self.series.is_none() && !due.initiate;
+        due.idle = self.sessions.is_empty() && self.series.is_none() && !due.initiate;
         due
     }
 
@@ -337,12 +352,10 @@ impl Peer {
 
     /// Forgets the keys that nothing can be done with any more; whether there were any.
     fn drop_dead_sessions(&mut self, now: Instant) -> bool {
-        let slots = [&mut self.current, &mut self.next, &mut self.previous];
-        let mut dropped = false;
-        for slot in slots {
-            dropped |= slot.take_if(|session| !session.is_alive(now)).is_some();
-        }
-        dropped
+        let before = self.sessions.len();
+        self.sessions.retain(|session| session.is_alive(now));
+        self.current.take_if(|session| !session.is_alive(now));
+        self.sessions.len() != before
     }
 
     /// `body` with mac1, and with mac2 if the peer gave us a cookie.

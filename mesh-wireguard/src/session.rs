@@ -6,7 +6,7 @@ use std::{
     ops::Range,
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -49,6 +49,7 @@ pub struct Session {
     remote: u32,
     role: Role,
     begun: Instant,
+    proven: AtomicBool,
     sealing: LessSafeKey,
     opening: LessSafeKey,
     next: AtomicU64,
@@ -96,6 +97,7 @@ impl Session {
             remote,
             role,
             begun: now,
+            proven: AtomicBool::new(role == Role::Initiator),
             sealing: key(sealing)?,
             opening: key(opening)?,
             next: AtomicU64::new(0),
@@ -119,6 +121,18 @@ impl Session {
     #[must_use]
     pub fn begun(&self) -> Instant {
         self.begun
+    }
+
+    /// Whether something authentic has come by it. Until then a session that our response offered may
+    /// be the answer to somebody's recording, and nothing is sent by it.
+    #[must_use]
+    pub fn is_proven(&self) -> bool {
+        self.proven.load(Relaxed)
+    }
+
+    /// Something authentic came by it; whether that was the first.
+    pub(crate) fn prove(&self) -> bool {
+        !self.proven.swap(true, Relaxed)
     }
 
     /// Whether it may still seal and open.

@@ -112,6 +112,13 @@ impl Lab {
         netns::run_in(&self.path(side), work).expect("enter the namespace")
     }
 
+    /// Applies rules of `nft` on `side`.
+    pub(crate) fn nft(&self, side: Side, rules: &str) {
+        let arguments = ["netns", "exec", self.name(side), "nft", rules];
+        let status = Command::new("ip").args(arguments).status().unwrap();
+        assert!(status.success(), "nft {rules}");
+    }
+
     /// Gives the interface `link` of `side` its overlay addresses and routes.
     pub(crate) fn configure(&self, side: Side, link: &str) {
         let name = self.name(side);

@@ -8,6 +8,7 @@
     reason = "tests fail loudly and pick one event of many"
 )]
 
+mod edges;
 mod harness;
 
 use std::{

@@ -124,6 +124,41 @@ fn a_handshake_gives_both_a_session_and_the_answering_side_waits_for_proof() {
 }
 
 #[test]
+fn both_may_begin_at_once_and_answers_may_come_late_and_nothing_is_lost() {
+    let now = Instant::now();
+    let [mut one, mut other] = End::pair(zeros(), now);
+    connect(&mut one, &mut other, now);
+    let then = now + REKEY_TIMEOUT;
+    let old = [one.seal(b"old", then), other.seal(b"old", then)];
+    let clock = |seconds| CLOCK + Duration::from_secs(seconds);
+    let first = one.initiate(then, clock(5));
+    let second = one.initiate(then + TICK, clock(6));
+    let theirs = other.initiate(then, clock(5));
+    let answers = [
+        other.answer(&first, then).unwrap(),
+        other.answer(&second, then + TICK).unwrap(),
+    ];
+    let answer = one.answer(&theirs, then).unwrap();
+    // The answer to the first initiation is taken; the second one's comes too late for anything.
+    one.peer.finish(&answers[0], then).unwrap();
+    assert_eq!(
+        one.peer.finish(&answers[1], then).err(),
+        Some(Refused::Unasked)
+    );
+    other.peer.finish(&answer, then).unwrap();
+    let new = [one.seal(b"new", then), other.seal(b"new", then)];
+    for ([to_other, to_one], expected) in [(new, b"new"), (old, b"old")] {
+        assert_eq!(other.open(to_other, then).unwrap(), expected);
+        assert_eq!(one.open(to_one, then).unwrap(), expected);
+    }
+    for (from, to) in [(0, 1), (1, 0)] {
+        let ends = [&mut one, &mut other];
+        let packet = ends[from].seal(b"later", then);
+        assert_eq!(ends[to].open(packet, then).unwrap(), b"later");
+    }
+}
+
+#[test]
 fn another_preshared_key_proves_nothing() {
     let now = Instant::now();
     let keys = [PresharedKey::new([5; 32]), PresharedKey::new([6; 32])];
