@@ -5,6 +5,8 @@ use std::{env, fs, path::Path, process::Command};
 use anyhow::{Context as _, Result, bail, ensure};
 use netns_tests::{lab, tool};
 
+use crate::{cargo, root};
+
 /// A program or a file, and the Debian package that brings it.
 const PACKAGES: &[(&str, &str)] = &[
     ("ip", "iproute2"),
@@ -24,6 +26,12 @@ const PACKAGES: &[(&str, &str)] = &[
     ("ps", "procps"),
     ("nsenter", "util-linux"),
     ("bpftool", "bpftool"),
+];
+
+/// WireGuard programs that tests talk to, and the packages of crates.io that bring them.
+const WIREGUARD_PEERS: &[(&str, &str)] = &[
+    ("boringtun-cli", "boringtun-cli"),
+    ("gotatun", "gotatun-cli"),
 ];
 
 /// tcx links came with Linux 6.6.
@@ -166,6 +174,29 @@ fn apt(words: &[&str]) -> Result<()> {
         "apt-get {}: {said}",
         words.join(" ")
     );
+    Ok(())
+}
+
+/// Installs what is missing of [`WIREGUARD_PEERS`]: unoptimised, which builds faster, and so in a
+/// folder where no bench looks.
+///
+/// # Errors
+///
+/// If one cannot be built.
+pub(crate) fn wireguard_peers() -> Result<()> {
+    let target = root().join("target");
+    for (program, package) in WIREGUARD_PEERS {
+        let folders = ["bench-tools", "test-tools"].map(|folder| target.join(folder));
+        if folders.iter().any(|folder| folder.join("bin").join(program).is_file()) {
+            continue;
+        }
+        eprintln!("installing {package} …");
+        let mut install = cargo(&["install", "--quiet", "--locked", "--debug", "--root"]);
+        install.arg(target.join("test-tools")).arg(package);
+        let output = install.output().context("start cargo")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "cargo install {package}: {said}");
+    }
     Ok(())
 }
 

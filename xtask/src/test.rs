@@ -41,6 +41,7 @@ struct Row {
 /// If the machine is not fit for it, or the tests do not build.
 pub(crate) fn run(nightly: bool) -> Result<bool> {
     setup::ready()?;
+    setup::wireguard_peers()?;
     let mut rows = Vec::new();
     let mut add = |row: Row| {
         let mark = if row.failed == 0 { "ok" } else { "FAILED" };

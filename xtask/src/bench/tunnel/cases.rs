@@ -80,14 +80,14 @@ pub(super) const OWN: &[Case] = &[
         name: "mesh-tunnel",
         kind: Kind::WireGuard {
             get: install::own,
-            words: &[],
+            words: &["--foreground"],
         },
     },
     Case {
         name: "mesh-tunnel-no-cipher",
         kind: Kind::WireGuard {
             get: |_| install::own_without_cipher(),
-            words: &[],
+            words: &["--foreground"],
         },
     },
 ];

@@ -51,9 +51,7 @@ fn folder() -> PathBuf {
 /// `mesh-tunnel` of the build that is measured.
 pub(super) fn own(bins: &Path) -> Result<Tool> {
     let program = bins.join("mesh-tunnel");
-    ensure!(program.is_file(), "{} is not there", program.display());
-    let version = "with its cipher".to_owned();
-    Ok(Tool { program, version })
+    Tool::ask(program, "--version")
 }
 
 /// `mesh-tunnel` built without its cipher, in a target folder of its own: no such binary ever lies where
@@ -69,9 +67,9 @@ pub(super) fn own_without_cipher() -> Result<Tool> {
     let output = build.output().context("start cargo")?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "build it: {}", said.trim());
-    let program = target.join("release/mesh-tunnel");
-    let version = format!("built with {NO_CIPHER}");
-    Ok(Tool { program, version })
+    let tool = Tool::ask(target.join("release/mesh-tunnel"), "--version")?;
+    let version = format!("{}, built with {NO_CIPHER}", tool.version);
+    Ok(Tool { version, ..tool })
 }
 
 /// A program of crates.io, installed once.
