@@ -24,7 +24,7 @@ use mesh_linux::{
     tun::Tun,
     udp::UdpPair,
 };
-use mesh_tunnel::tunnel::{PrivateKey, Tunnel, TunnelConfig, Workers};
+use mesh_tunnel::tunnel::{PrivateKey, Tunnel, TunnelConfig, Workers, super_packet_len_max};
 use mesh_wire::id::NodeId;
 use ring::rand::{SecureRandom as _, SystemRandom};
 use tokio::{
@@ -242,8 +242,10 @@ async fn prepare_device(
     settings: &Settings,
     dns: &[IpAddr],
 ) -> anyhow::Result<()> {
+    let mtu = snapshot.mesh.mtu_bytes;
+    let limit = super_packet_len_max(mtu);
     netlink
-        .set_link_up(interface.0, snapshot.mesh.mtu_bytes.into())
+        .set_link_up(interface.0, mtu.into(), Some(limit))
         .await?;
     let desired = network::desired(snapshot, &settings.node_name, dns)
         .context("the snapshot lost this node while it was read")?;

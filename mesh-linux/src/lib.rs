@@ -8,6 +8,7 @@ use std::{fmt, num::NonZeroU32};
 
 pub mod netlink;
 pub mod netns;
+pub mod thread;
 pub mod tun;
 pub mod udp;
 pub mod wake;

@@ -175,17 +175,25 @@ impl Netlink {
         index.ok_or_else(|| NetlinkError::NoLink(name.to_owned()))
     }
 
-    /// Sets the interface's MTU and takes it up.
+    /// Sets the interface's MTU, and the longest super-packet that it is given (`gso_max_size`), and
+    /// takes it up.
     ///
     /// # Errors
     ///
     /// If the kernel refuses the MTU, or the caller lacks `CAP_NET_ADMIN`.
-    pub async fn set_link_up(&self, link: IfIndex, mtu_bytes: u32) -> Result<(), NetlinkError> {
-        let message = rtnetlink::LinkMessageBuilder::<LinkUnspec>::new()
+    pub async fn set_link_up(
+        &self,
+        link: IfIndex,
+        mtu_bytes: u32,
+        super_packet_bytes: Option<u32>,
+    ) -> Result<(), NetlinkError> {
+        let mut message = rtnetlink::LinkMessageBuilder::<LinkUnspec>::new()
             .index(link.get())
             .mtu(mtu_bytes)
             .up()
             .build();
+        let limit = super_packet_bytes.map(LinkAttribute::GsoMaxSize);
+        message.attributes.extend(limit);
         let result = self.handle.link().set(message).execute().await;
         result.map_err(refused(|| {
             format!("take interface {link} up with MTU {mtu_bytes}")

@@ -103,7 +103,7 @@ fn a_link_comes_up_with_exactly_the_addresses_that_are_wanted() {
     namespace.block_on(async || {
         let netlink = Netlink::connect().unwrap();
         let link = netlink.link_index("d0").await.unwrap();
-        netlink.set_link_up(link, 1280).await.unwrap();
+        netlink.set_link_up(link, 1280, Some(59_000)).await.unwrap();
         let wanted = nets(&["100.96.0.1/32", "fd00::1/128"]);
         let first = netlink.apply_addresses(link, &wanted).await.unwrap();
         assert_eq!((first.added, first.removed, first.failed.len()), (2, 1, 0));
@@ -111,11 +111,15 @@ fn a_link_comes_up_with_exactly_the_addresses_that_are_wanted() {
         let again = netlink.apply_addresses(link, &wanted).await.unwrap();
         assert_eq!((again.added, again.removed), (0, 0));
     });
-    let shown = namespace.ip("link show d0");
-    assert!(
-        shown.contains("mtu 1280") && shown.contains(",UP"),
-        "{shown}"
-    );
+    let shown = namespace.ip("-d link show d0");
+    for part in [
+        "mtu 1280",
+        ",UP",
+        "gso_max_size 59000",
+        "gso_ipv4_max_size 59000",
+    ] {
+        assert!(shown.contains(part), "{shown}");
+    }
 }
 
 #[test]

@@ -18,9 +18,12 @@ use std::{
 use arc_swap::ArcSwap;
 use mesh_linux::{
     tun::{Queue, Tun},
-    udp::{Ecn, UdpPair},
+    udp::{Ecn, SEGMENTS_MAX, SEND_BYTES_MAX, UdpPair},
 };
-use mesh_wire::id::{NodeId, RelayId, Via};
+use mesh_wire::{
+    id::{NodeId, RelayId, Via},
+    relay::HEADER_LEN,
+};
 pub use mesh_wireguard::keys::PresharedKey;
 use mesh_wireguard::{
     keys::LocalKey,
@@ -385,6 +388,22 @@ impl Tunnel {
     }
 }
 
+/// The longest super-packet that leaves in one piece: as many segments of the device's MTU as one
+/// `UDP_SEGMENT` send takes, each with WireGuard's 32 bytes and a relay's 8 around it. Set it as
+/// the device's `gso_max_size`; a longer one leaves in two pieces, the second of them small.
+#[must_use]
+pub fn super_packet_len_max(mtu: u16) -> u32 {
+    let mtu = usize::from(mtu);
+    let segments = (SEND_BYTES_MAX / (mtu + OVERHEAD + HEADER_LEN)).min(SEGMENTS_MAX);
+    // The kernel counts the headers once: a segment carries at most the MTU without an IPv4 and a TCP
+    // header, and fewer with options.
+    let payload = mtu.saturating_sub(IPV6_AND_TCP_LEN);
+    u32::try_from(segments * payload + IPV6_AND_TCP_LEN).unwrap_or(u32::MAX)
+}
+
+/// An IPv6 header, and one of TCP with timestamps.
+const IPV6_AND_TCP_LEN: usize = 40 + 32;
+
 /// Most ICMP errors in a tick of 200 ms: 100 a second, a tenth of what Linux allows itself
 /// (`net.ipv4.icmp_msgs_per_sec`).
 const ERRORS_PER_TICK: usize = 20;
@@ -536,5 +555,29 @@ impl<T> Pool<T> {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .push(item);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_super_packet_fits_one_send() {
+        for mtu in [1280, 1360, 1420, 8920, 1500] {
+            let len = usize::try_from(super_packet_len_max(mtu)).unwrap();
+            let mtu = usize::from(mtu);
+            // Over IPv4 without options segments carry most.
+            for headers in [40, 52, 60, 72] {
+                let payload = mtu - headers;
+                let segments = (len - headers).div_ceil(payload);
+                let sealed = segments * (mtu + OVERHEAD + HEADER_LEN);
+                assert!(
+                    sealed <= SEND_BYTES_MAX && segments <= SEGMENTS_MAX,
+                    "{mtu} {headers}"
+                );
+            }
+            assert!(len > 50_000, "{len} at {mtu}");
+        }
     }
 }
