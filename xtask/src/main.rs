@@ -1,4 +1,4 @@
-//! What developers and CI call: `demo`, `test`, `bench`, `tidy`.
+//! What developers and CI call: `demo`, `test`, `bench`, `instructions`, `soak`, `tidy`.
 //!
 //! **Invariant:** nothing here is needed to build or to run the product, and nothing is skipped in
 //! silence: what cannot run is a failure that says what is missing.
@@ -7,8 +7,10 @@
 
 mod bench;
 mod demo;
+mod instructions;
 mod report;
 mod setup;
+mod soak;
 mod test;
 mod tidy;
 
@@ -71,6 +73,21 @@ enum Verb {
         #[arg(long)]
         bins: Option<PathBuf>,
     },
+    /// Counts the instructions of the packet path's inner loops, for each packet.
+    Instructions {
+        /// Write the counts to `docs/bench/`.
+        #[arg(long)]
+        save: bool,
+    },
+    /// Two tunnels under traffic while sessions, paths and addresses change: ten minutes.
+    Soak {
+        /// So long instead.
+        #[arg(long)]
+        seconds: Option<u64>,
+        /// Two hours.
+        #[arg(long)]
+        nightly: bool,
+    },
     /// Checks the rules that no compiler knows.
     Tidy,
 }
@@ -96,6 +113,8 @@ fn main() -> ExitCode {
             };
             bench::run(name.as_deref(), json, save, options)
         }
+        Verb::Instructions { save } => instructions::run(save),
+        Verb::Soak { seconds, nightly } => soak::run(seconds, nightly),
         Verb::Tidy => tidy::run(),
     };
     match held {

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use comfy_table::{ContentArrangement, Table, presets::UTF8_HORIZONTAL_ONLY};
 
-/// Columns of a table at most: it fits a terminal of half a screen, and a CI log.
-const WIDTH: u16 = 124;
+/// Columns of a table at most: it fits a wide terminal, and a CI log.
+const WIDTH: u16 = 134;
 
 /// A table with plain horizontal lines.
 pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {

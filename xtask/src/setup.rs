@@ -187,7 +187,10 @@ pub(crate) fn wireguard_peers() -> Result<()> {
     let target = root().join("target");
     for (program, package) in WIREGUARD_PEERS {
         let folders = ["bench-tools", "test-tools"].map(|folder| target.join(folder));
-        if folders.iter().any(|folder| folder.join("bin").join(program).is_file()) {
+        if folders
+            .iter()
+            .any(|folder| folder.join("bin").join(program).is_file())
+        {
             continue;
         }
         eprintln!("installing {package} …");
