@@ -400,4 +400,4 @@ fn len_u32(len: usize) -> u32 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

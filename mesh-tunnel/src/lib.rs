@@ -13,9 +13,13 @@ mod control;
 mod ecn;
 mod icmp;
 mod inbound;
+#[doc(hidden)]
+pub mod internals;
 mod outbound;
 mod peer;
 mod queue;
+#[cfg(test)]
+mod roundtrip_tests;
 pub mod route;
 mod segment;
 pub mod stats;

@@ -7,67 +7,149 @@ use super::*;
 
 /// A packet with what may differ from one to the next.
 #[derive(Debug, Clone)]
-struct Piece {
-    flow: u8,
-    payload_len: usize,
-    psh: bool,
-    fin: bool,
-    odd: Odd,
+pub(crate) struct Piece {
+    pub(crate) flow: u8,
+    pub(crate) payload_len: usize,
+    pub(crate) psh: bool,
+    pub(crate) fin: bool,
+    /// DSCP and congestion.
+    pub(crate) traffic_class: u8,
+    pub(crate) odd: Odd,
 }
 
-/// Something that keeps a packet from joining.
+/// Something that is rare, and mostly keeps a packet from joining.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Odd {
+pub(crate) enum Odd {
     No,
     Lost,
     Syn,
+    Rst,
+    Urg,
+    Ece,
+    Cwr,
     Window,
+    Timestamps,
     HopLimit,
     BadChecksum,
-    Fragment,
+    /// UDP without checksum.
+    NoChecksum,
+    /// A packet whose checksum comes out as zero, which UDP writes as 0xffff.
+    SumOfZero,
+    FirstFragment,
+    LaterFragment,
+    /// IPv4 options, or an IPv6 extension header.
+    Extension,
 }
 
-/// Flows 0 and 1 are TCP over IPv4 and IPv6, 2 and 3 UDP; more by other ports.
-fn packet(piece: &Piece, sequence: u32, fill: u8) -> Vec<u8> {
-    let ports = (1000 + u16::from(piece.flow), 80);
-    let hops = if piece.odd == Odd::HopLimit { 9 } else { 64 };
-    let payload: Vec<u8> = (0..piece.payload_len)
-        .map(|i| fill.wrapping_add(i.to_le_bytes()[0]))
-        .collect();
-    let ip = if piece.flow.is_multiple_of(2) {
-        PacketBuilder::ipv4([10, 0, 0, 1], [10, 0, 0, 2], hops)
-    } else {
-        PacketBuilder::ipv6([1; 16], [2; 16], hops)
-    };
-    let mut packet = Vec::new();
-    if piece.flow % 4 < 2 {
-        let window = if piece.odd == Odd::Window { 7 } else { 500 };
-        let mut tcp = ip.tcp(ports.0, ports.1, sequence, window).ack(77);
-        tcp = if piece.psh { tcp.psh() } else { tcp };
-        tcp = if piece.fin { tcp.fin() } else { tcp };
-        tcp = if piece.odd == Odd::Syn {
-            tcp.syn()
+impl Piece {
+    pub(crate) fn is_tcp(&self) -> bool {
+        self.flow % 4 < 2
+    }
+
+    pub(crate) fn is_fragment(&self) -> bool {
+        matches!(self.odd, Odd::FirstFragment | Odd::LaterFragment)
+    }
+
+    fn is_v4(&self) -> bool {
+        self.flow.is_multiple_of(2)
+    }
+
+    /// The packet with its payload. Flows 0 and 1 are TCP over IPv4 and IPv6, 2 and 3 UDP; more by
+    /// other ports.
+    pub(crate) fn packet(&self, sequence: u32, payload: &[u8]) -> Vec<u8> {
+        let mut packet = self.plain(sequence, payload);
+        let (transport_at, udp) = (if self.is_v4() { 20 } else { 40 }, !self.is_tcp());
+        if self.odd == Odd::SumOfZero && payload.len() >= 2 {
+            // With its own checksum in place of two bytes that were zero, all sums up to zero.
+            let mut payload = payload.to_vec();
+            payload[..2].fill(0);
+            packet = self.plain(sequence, &payload);
+            let at = transport_at + if udp { 6 } else { 16 };
+            let word = [packet[at], packet[at + 1]];
+            payload[..2].copy_from_slice(&word);
+            packet = self.plain(sequence, &payload);
+            assert_eq!(packet[at..at + 2], if udp { [0xff; 2] } else { [0; 2] });
+        }
+        if self.odd == Odd::BadChecksum {
+            *packet.last_mut().unwrap() ^= 1;
+        }
+        if self.odd == Odd::NoChecksum && udp {
+            packet[transport_at + 6..transport_at + 8].fill(0);
+        }
+        if self.is_fragment() || self.odd == Odd::Extension {
+            self.extend(&mut packet);
+        }
+        if self.is_v4() {
+            packet[1] = self.traffic_class;
+            let header_len = usize::from(packet[0] & 0xf) * 4;
+            segment::write_ipv4_checksum(&mut packet[..header_len]).unwrap();
         } else {
-            tcp
+            packet[0] |= self.traffic_class >> 4;
+            packet[1] |= self.traffic_class << 4;
+        }
+        packet
+    }
+
+    fn plain(&self, sequence: u32, payload: &[u8]) -> Vec<u8> {
+        let ports = (1000 + u16::from(self.flow), 80);
+        let hops = if self.odd == Odd::HopLimit { 9 } else { 64 };
+        let ip = if self.is_v4() {
+            PacketBuilder::ipv4([10, 0, 0, 1], [10, 0, 0, 2], hops)
+        } else {
+            PacketBuilder::ipv6([1; 16], [2; 16], hops)
         };
-        let options = [1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2];
-        tcp.options_raw(&options)
-            .unwrap()
-            .write(&mut packet, &payload)
-            .unwrap();
-    } else {
-        ip.udp(ports.0, ports.1)
-            .write(&mut packet, &payload)
-            .unwrap();
+        let mut packet = Vec::new();
+        if !self.is_tcp() {
+            let udp = ip.udp(ports.0, ports.1);
+            udp.write(&mut packet, payload).unwrap();
+            return packet;
+        }
+        let window = if self.odd == Odd::Window { 7 } else { 500 };
+        let mut tcp = ip.tcp(ports.0, ports.1, sequence, window).ack(77);
+        tcp = if self.psh { tcp.psh() } else { tcp };
+        tcp = if self.fin { tcp.fin() } else { tcp };
+        let is = |odd: Odd| self.odd == odd;
+        tcp = if is(Odd::Syn) { tcp.syn() } else { tcp };
+        tcp = if is(Odd::Rst) { tcp.rst() } else { tcp };
+        tcp = if is(Odd::Urg) { tcp.urg(5) } else { tcp };
+        tcp = if is(Odd::Ece) { tcp.ece() } else { tcp };
+        tcp = if is(Odd::Cwr) { tcp.cwr() } else { tcp };
+        let clock = u8::from(self.odd == Odd::Timestamps);
+        let options = [1, 1, 8, 10, 0, 0, 0, 1 + clock, 0, 0, 0, 2];
+        let tcp = tcp.options_raw(&options).unwrap();
+        tcp.write(&mut packet, payload).unwrap();
+        packet
     }
-    if piece.odd == Odd::BadChecksum {
-        *packet.last_mut().unwrap() ^= 1;
+
+    /// Puts in what makes it a fragment, or an IP header longer.
+    fn extend(&self, packet: &mut Vec<u8>) {
+        let offset = u8::from(self.odd == Odd::LaterFragment);
+        if self.odd != Odd::Extension && self.is_v4() {
+            packet[6..8].copy_from_slice(&[0x20, offset]);
+            return;
+        }
+        let (at, bytes, length_at): (_, &[u8], _) = if self.is_v4() {
+            packet[0] = 0x46;
+            (20, &[1, 1, 1, 0], 2)
+        } else {
+            let kind = if self.odd == Odd::Extension { 0 } else { 44 };
+            let next = std::mem::replace(&mut packet[6], kind);
+            // A pad of six bytes, or offset, "more" and identification.
+            let pad = [next, 0, 1, 4, 0, 0, 0, 0];
+            let fragment = [next, 0, 0, offset << 3 | 1, 0, 0, 0, 7];
+            (40, &if kind == 0 { pad } else { fragment }, 4)
+        };
+        packet.splice(at..at, bytes.iter().copied());
+        let len = &mut packet[length_at..length_at + 2];
+        let longer = u16::from_be_bytes([len[0], len[1]]) + u16::try_from(bytes.len()).unwrap();
+        len.copy_from_slice(&longer.to_be_bytes());
     }
-    if piece.odd == Odd::Fragment && piece.flow.is_multiple_of(2) {
-        packet[6] |= 0x20;
-        segment::write_ipv4_checksum(&mut packet[..20]).unwrap();
-    }
-    packet
+}
+
+/// Payload that differs from packet to packet.
+pub(crate) fn payload(len: usize, fill: u8) -> Vec<u8> {
+    let bytes = (0..len).map(|i| fill.wrapping_add(i.to_le_bytes()[0]));
+    bytes.collect()
 }
 
 /// What the kernel is given for `packets`, offload header first.
@@ -84,7 +166,7 @@ fn coalesce(packets: &[Vec<u8>]) -> Vec<Vec<u8>> {
 }
 
 /// What the kernel makes of it.
-fn cut(framed: &[u8]) -> Vec<Vec<u8>> {
+pub(crate) fn cut(framed: &[u8]) -> Vec<Vec<u8>> {
     let (header, packet) = VnetHeader::split(framed).unwrap();
     let cut = segment::Cut::new(header, packet).unwrap();
     let packets = (0..cut.count()).map(|index| {
@@ -96,43 +178,64 @@ fn cut(framed: &[u8]) -> Vec<Vec<u8>> {
 }
 
 /// The packets of each flow in order, without IPv4's identification, which cutting renews.
-fn by_flow(packets: impl IntoIterator<Item = Vec<u8>>) -> BTreeMap<Vec<u8>, Vec<Vec<u8>>> {
+pub(crate) fn by_flow(
+    packets: impl IntoIterator<Item = Vec<u8>>,
+) -> BTreeMap<[u8; 2], Vec<Vec<u8>>> {
     let mut flows = BTreeMap::<_, Vec<_>>::new();
     for mut packet in packets {
-        let at = if packet[0] >> 4 == 4 { 20 } else { 40 };
-        if at == 20 {
+        let at = match packet[0] >> 4 {
+            4 => usize::from(packet[0] & 0xf) * 4,
+            _ if [6, 17].contains(&packet[6]) => 40,
+            _ => 48,
+        };
+        if packet[0] >> 4 == 4 {
             packet[4..6].fill(0);
             packet[10..12].fill(0);
         }
-        flows
-            .entry(packet[at..at + 2].to_vec())
-            .or_default()
-            .push(packet);
+        let port = [packet[at], packet[at + 1]];
+        flows.entry(port).or_default().push(packet);
     }
     flows
 }
 
-fn piece() -> impl Strategy<Value = Piece> {
+pub(crate) fn piece() -> impl Strategy<Value = Piece> {
     let odd = prop_oneof![
-        20 => Just(Odd::No),
+        30 => Just(Odd::No),
         1 => Just(Odd::Lost),
         1 => Just(Odd::Syn),
+        1 => Just(Odd::Rst),
+        1 => Just(Odd::Urg),
+        1 => Just(Odd::Ece),
+        1 => Just(Odd::Cwr),
         1 => Just(Odd::Window),
+        1 => Just(Odd::Timestamps),
         1 => Just(Odd::HopLimit),
         1 => Just(Odd::BadChecksum),
-        1 => Just(Odd::Fragment),
+        1 => Just(Odd::NoChecksum),
+        1 => Just(Odd::SumOfZero),
+        1 => Just(Odd::FirstFragment),
+        1 => Just(Odd::LaterFragment),
+        1 => Just(Odd::Extension),
     ];
     let len = prop_oneof![6 => Just(1228_usize), 1 => 1_usize..1300, 1 => Just(0)];
+    let class = prop_oneof![8 => Just(0_u8), 1 => Just(0b10), 1 => any::<u8>()];
     let rarely = || prop::bool::weighted(0.1);
-    (0_u8..12, len, rarely(), prop::bool::weighted(0.03), odd).prop_map(
-        |(flow, payload_len, psh, fin, odd)| Piece {
+    (
+        0_u8..12,
+        len,
+        rarely(),
+        prop::bool::weighted(0.03),
+        class,
+        odd,
+    )
+        .prop_map(|(flow, payload_len, psh, fin, traffic_class, odd)| Piece {
             flow,
             payload_len,
             psh,
             fin,
+            traffic_class,
             odd,
-        },
-    )
+        })
 }
 
 fn packets_of(pieces: &[Piece]) -> Vec<Vec<u8>> {
@@ -142,7 +245,7 @@ fn packets_of(pieces: &[Piece]) -> Vec<Vec<u8>> {
         if piece.odd == Odd::Lost {
             *sequence = sequence.wrapping_add(1228);
         }
-        let packet = packet(piece, *sequence, fill);
+        let packet = piece.packet(*sequence, &payload(piece.payload_len, fill));
         *sequence = sequence.wrapping_add(len_u32(piece.payload_len));
         packet
     });
@@ -194,6 +297,7 @@ fn plain(flow: u8) -> Piece {
         payload_len: 1228,
         psh: false,
         fin: false,
+        traffic_class: 0,
         odd: Odd::No,
     }
 }
