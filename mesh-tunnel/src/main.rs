@@ -9,7 +9,6 @@
 mod device;
 
 use std::{
-    cell::RefCell,
     env, fs,
     io::{self, Read as _, Write as _},
     process::{Command, ExitCode, Stdio},
@@ -18,13 +17,11 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use device::{
+    Device,
     control::ControlSocket,
     running::{MTU_BYTES, Running},
 };
-use mesh_linux::{
-    IfIndex,
-    netlink::{Changes, Netlink, NetlinkError},
-};
+use mesh_linux::netlink::{Changes, Netlink};
 use rustix::{process::setsid, stdio};
 use tokio::{
     runtime,
@@ -154,10 +151,10 @@ async fn live(interface: &str, ready: impl FnOnce() -> io::Result<()>) -> Result
     let (broken, mut is_broken) = mpsc::channel(1);
     let changes = Changes::listen().context("cannot listen to the kernel (netlink)")?;
     let netlink = Netlink::connect().context("cannot talk to the kernel (netlink)")?;
-    let device = Running::start(interface, broken)?;
-    let link = device.tun().index();
+    let running = Running::start(interface, broken)?;
+    let link = running.tun().index();
     netlink.set_link_mtu(link, MTU_BYTES.into()).await?;
-    let device = Rc::new(RefCell::new(device));
+    let device = Rc::new(Device::new(running, netlink));
     let socket = ControlSocket::bind(interface)?;
     ready().context("cannot go to the background")?;
     tracing::info!("{interface} can be configured");
@@ -167,32 +164,12 @@ async fn live(interface: &str, ready: impl FnOnce() -> io::Result<()>) -> Result
         reason = is_broken.recv() => reason.unwrap_or_default(),
         () = socket.removed() => "the control socket was removed".to_owned(),
         () = socket.serve(&device) => String::new(),
-        failed = follow(changes, &netlink, link, &device) => {
+        failed = device.follow(changes) => {
             failed.context("cannot see whether the interface is up")?;
             "the kernel tells nothing any more".to_owned()
         }
     };
     tracing::info!("{interface} ends: {why}");
-    device.borrow_mut().stop();
+    device.stop();
     Ok(())
-}
-
-/// Tells the device how its interface is, whenever that may have changed.
-async fn follow(
-    mut changes: Changes,
-    netlink: &Netlink,
-    link: IfIndex,
-    device: &RefCell<Running>,
-) -> Result<(), NetlinkError> {
-    loop {
-        let state = netlink.link_state(link).await?;
-        device.borrow_mut().set_link(state);
-        loop {
-            match changes.next().await {
-                Some(change) if change.links => break,
-                Some(_) => {}
-                None => return Ok(()),
-            }
-        }
-    }
 }

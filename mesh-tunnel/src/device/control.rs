@@ -1,7 +1,6 @@
 //! The control socket, to which `wg` talks.
 
 use std::{
-    cell::RefCell,
     collections::VecDeque,
     fs::{self, DirBuilder},
     io,
@@ -25,7 +24,7 @@ use tokio::{
 use zeroize::Zeroizing;
 
 use super::{
-    running::Running,
+    Device,
     uapi::{self, REQUEST_BYTES_MAX},
 };
 
@@ -103,7 +102,7 @@ impl ControlSocket {
     }
 
     /// Answers clients, for ever. None waits for another.
-    pub(crate) async fn serve(&self, device: &Rc<RefCell<Running>>) {
+    pub(crate) async fn serve(&self, device: &Rc<Device>) {
         let mut clients: VecDeque<AbortHandle> = VecDeque::new();
         loop {
             let stream = match self.listener.accept().await {
@@ -151,14 +150,14 @@ fn inode(path: &Path) -> io::Result<(u64, u64)> {
     Ok((metadata.dev(), metadata.ino()))
 }
 
-async fn serve_client(mut stream: UnixStream, device: &RefCell<Running>) -> io::Result<()> {
+async fn serve_client(mut stream: UnixStream, device: &Device) -> io::Result<()> {
     let (reader, mut writer) = stream.split();
     let mut reader = BufReader::new(reader);
     loop {
         let mut request = Zeroizing::new(Vec::new());
         match read_request(&mut reader, &mut request).await? {
             Read::Whole => {
-                let reply = device.borrow_mut().answer(&request);
+                let reply = device.answer(&request).await;
                 writer.write_all(reply.as_bytes()).await?;
             }
             Read::TooLong => {

@@ -1,7 +1,7 @@
 //! Network namespaces, and WireGuard programs that run in them.
 
 use std::{
-    env, fs,
+    fs,
     io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
     os::unix::net::UnixStream,
@@ -253,7 +253,10 @@ impl Program {
                 let stay_root = "--disable-drop-privileges".to_owned();
                 vec![tool("boringtun-cli"), "-f".to_owned(), stay_root]
             }
-            Self::Gotatun => vec![tool("gotatun"), "-f".to_owned()],
+            Self::Gotatun => {
+                let stay_root = "--disable-drop-privileges".to_owned();
+                vec![tool("gotatun"), "-f".to_owned(), stay_root]
+            }
         };
         words.into_iter().chain([interface.to_owned()]).collect()
     }
@@ -262,14 +265,11 @@ impl Program {
 /// A program of crates.io that `cargo xtask` installs.
 fn tool(name: &str) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
-    let path = target.join("bench-tools/bin").join(name);
-    assert!(
-        path.exists(),
-        "{} is missing: `cargo xtask test` installs it",
-        path.display()
-    );
-    path
+    // Where the benches have theirs, and where the tests have what no bench has installed.
+    let folders = ["target/bench-tools/bin", "target/test-tools/bin"];
+    let mut paths = folders.iter().map(|folder| root.join(folder).join(name));
+    let found = paths.find(|path| path.exists());
+    found.unwrap_or_else(|| panic!("{name} is missing: `cargo xtask test` installs it"))
 }
 
 /// A WireGuard device; its process ends when dropped.

@@ -9,6 +9,8 @@
 )]
 
 mod harness;
+mod interop;
 mod netns;
 mod process;
+mod quick;
 mod socket;
