@@ -15,7 +15,7 @@ use mesh_linux::{
 use mesh_wire::{
     id::{NodeId, Via},
     peer::PeerMessage,
-    relay::{self, Frame, Session as RelaySession},
+    relay::{self, Frame, Session as RelaySession, udp::looks_like_frame},
 };
 use mesh_wireguard::{
     message::{DATA_HEADER_LEN, Kind},
@@ -139,7 +139,7 @@ impl Inner {
         let (first, rest) = bytes.split_at_mut(segment_len.min(bytes.len()));
         for datagram in std::iter::once(first).chain(rest.chunks_mut(segment_len)) {
             let result = match relay {
-                Some((id, sessions)) if relay::is_frame(datagram) => {
+                Some((id, sessions)) if looks_like_frame(datagram) => {
                     let via = Via::Relay(*id);
                     let arrival = Arrival { via, ..arrival };
                     self.relay_frame(datagram, from, sessions, arrival, inbox)

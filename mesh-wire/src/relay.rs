@@ -123,12 +123,6 @@ fn header(bytes: &[u8]) -> Result<(u8, Session), BadFrame> {
     Ok((kind, session))
 }
 
-/// Whether a datagram is a frame of some type, known or not, when it comes by plain UDP.
-#[must_use]
-pub fn is_frame(datagram: &[u8]) -> bool {
-    datagram.first().is_some_and(|kind| kind & 0xe0 == 0x20)
-}
-
 /// The bytes in front of a packet for the other node of `session`.
 #[must_use]
 pub fn data_header(session: Session) -> [u8; HEADER_LEN] {
