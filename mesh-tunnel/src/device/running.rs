@@ -30,6 +30,10 @@ use super::{
 /// passed between asking the kernel twice. Handshakes are 5 s apart (the paper, §6.1).
 const SAME_HANDSHAKE: Duration = Duration::from_secs(1);
 
+/// Most peers that are called at once when their sessions were given up: a tenth of a second at
+/// 100 µs for each.
+const CALLS_MAX: usize = 1_000;
+
 /// Most packet threads: four fill a link of 10 Gb/s, and the rest of a large machine belongs to
 /// its users.
 const PACKET_THREADS_MAX: usize = 4;
@@ -176,7 +180,6 @@ impl Running {
     }
 
     /// Begins again with another key or port. The device stays as it was if the port is taken.
-    /// Sessions end; at another port nobody would find them before we send something anyway.
     fn restart(&mut self, mut new: Config) -> Result<(), Refused> {
         let same_port = new.listen_port == self.config.listen_port;
         let (port, threads) = (new.listen_port, self.tun.queues().len());
@@ -186,6 +189,7 @@ impl Running {
         };
         // One's own port is free only when the old packet path is gone.
         let early = if same_port { None } else { Some(bind()?) };
+        let had_session = self.peers_with_session();
         self.stop();
         let opened = early.map_or_else(bind, Ok).and_then(|sockets| {
             new.listen_port = port_of(&sockets);
@@ -196,9 +200,27 @@ impl Running {
             // The channel is full only if the program ends already.
             self.broken.try_send(refused.to_string()).ok();
         })?;
+        if new.private_key() == self.config.private_key() {
+            // What they send is for sessions that are gone, and they would notice only after 15 s.
+            for (id, via) in had_session.into_iter().take(CALLS_MAX) {
+                path.tunnel.handshake(&id, &[via]);
+            }
+        }
         self.path = Some(path);
         self.config = new;
         Ok(())
+    }
+
+    /// The peers with a session, and the way to each.
+    fn peers_with_session(&self) -> Vec<(NodeId, Via)> {
+        let Some(PacketPath { tunnel, .. }) = &self.path else {
+            return Vec::new();
+        };
+        let peers = self.config.peers().into_iter().filter_map(|(id, _)| {
+            let stats = tunnel.peer_stats(id)?;
+            Some((*id, stats.primary.filter(|_| stats.has_session)?))
+        });
+        peers.collect()
     }
 
     /// Starts a packet path that is as `config` says.

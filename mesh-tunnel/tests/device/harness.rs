@@ -373,6 +373,15 @@ impl Drop for Device {
     }
 }
 
+/// A device in the background, which ends when its socket is removed: also after a panic.
+pub(crate) struct Background(pub(crate) String);
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        fs::remove_file(socket_path(&self.0)).ok();
+    }
+}
+
 /// Sends a request by a connection; the answer, until an empty line or the end.
 pub(crate) fn ask(stream: &mut UnixStream, request: &str) -> String {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();

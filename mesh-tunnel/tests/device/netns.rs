@@ -192,6 +192,16 @@ fn peers_are_followed_where_they_go() {
     lab.ping(1, "fd00::2");
     assert_eq!(pair.knows(1), "127.212.121.99:9999");
     device.set("listen-port 9998");
+    // Sessions are made again at once; what comes of that must not meet the next change.
+    wait_until("it is found at its new port", || {
+        pair.knows(1).ends_with(":9998")
+    });
+    // The other one is called again too when it moves, and stays where it was sent to.
+    pair.devices[1].set("listen-port 3");
+    wait_until("the peer is found", || pair.knows(0).ends_with(":3"));
+    lab.ping(1, "192.168.241.2");
+    pair.devices[1].set("listen-port 2");
+    wait_until("the peer is found", || pair.knows(0).ends_with(":2"));
     pair.endpoint(0, "[::1]:2");
     lab.ping(1, "192.168.241.2");
     assert_eq!(pair.knows(1), "[::1]:9998");

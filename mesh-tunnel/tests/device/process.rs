@@ -8,13 +8,15 @@ use std::{
 };
 
 use crate::harness::{
-    Device, Keys, Lab, MESH_TUNNEL, Program, new_name, output, run, socket_path, wait_until, wg,
+    Background, Device, Keys, Lab, MESH_TUNNEL, Program, new_name, output, run, socket_path,
+    wait_until, wg,
 };
 
 #[test]
 fn it_goes_to_the_background_when_it_answers() {
     let lab = Lab::new();
     let name = new_name();
+    let _device = Background(name.clone());
     let start = format!("ip netns exec {} {MESH_TUNNEL} {name}", lab.name(0));
     // This also waits until nobody can write to our pipes any more.
     assert_eq!(run(&start), "");
@@ -107,6 +109,7 @@ fn it_ends_when_it_is_told_and_leaves_nothing() {
 fn a_socket_that_a_dead_one_left_is_replaced() {
     let lab = Lab::new();
     let name = new_name();
+    let _device = Background(name.clone());
     fs::create_dir_all("/var/run/wireguard").unwrap();
     drop(UnixListener::bind(socket_path(&name)).unwrap());
     assert!(socket_path(&name).exists());

@@ -6,7 +6,7 @@ use std::{
     process::Command,
 };
 
-use crate::harness::{Keys, Lab, MESH_TUNNEL, new_name, socket_path, wait_until};
+use crate::harness::{Background, Keys, Lab, MESH_TUNNEL, new_name, socket_path, wait_until};
 
 #[test]
 fn wg_quick_takes_it_up_and_down() {
@@ -25,6 +25,7 @@ fn wg_quick_takes_it_up_and_down() {
     fs::write(&program, script).unwrap();
     fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
     let (names, keys) = ([new_name(), new_name()], [Keys::new(), Keys::new()]);
+    let _devices = names.clone().map(Background);
     let quick = |n: usize, verb: &str| {
         let conf = folder.path().join(format!("{}.conf", names[n]));
         let output = Command::new("ip")
