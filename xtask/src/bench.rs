@@ -14,7 +14,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, bail};
 use netns_tests::{load::ROUND_TRIP_MAX, mesh::Mesh};
 use serde::Serialize;
 use serde_json::json;
@@ -41,9 +41,11 @@ struct Bench {
     what: &'static str,
     /// Rounds into samples. `false`: something of our own could not be measured.
     run: fn(&Options, &mut Samples) -> Result<bool>,
+    /// Whether the options fit it, before anything is built.
+    check: fn(&Options) -> Result<()>,
     table: fn(&[Figure]) -> String,
-    /// Whether it has peers and a picture.
-    peers: bool,
+    /// Whether there is a picture of it.
+    plot: bool,
 }
 
 const BENCHES: &[Bench] = &[
@@ -51,15 +53,17 @@ const BENCHES: &[Bench] = &[
         name: "tunnel",
         what: "throughput, latency, processor time and memory of every path, beside the wire and other programs",
         run: tunnel::run,
+        check: tunnel::check,
         table: tunnel::overview,
-        peers: true,
+        plot: true,
     },
     Bench {
         name: "start",
         what: "agent start to the first name and the first service answer, and memory",
         run: start::run,
+        check: start::check,
         table: figure_table,
-        peers: false,
+        plot: false,
     },
 ];
 
@@ -182,12 +186,7 @@ pub(crate) fn run(
             list.concat()
         );
     };
-    let chosen = !options.peers.is_empty() || !options.only.is_empty();
-    ensure!(
-        bench.peers || !chosen,
-        "bench {} has nothing to choose: leave --peers and --only out",
-        bench.name
-    );
+    (bench.check)(&options)?;
     setup::ready()?;
     if options.bins.as_os_str().is_empty() {
         options.bins = build(true)?;
@@ -289,7 +288,7 @@ fn save_run(bench: &Bench, verdict: &Verdict, lines: &str, text: &str) -> Result
     );
     write("md", &text)?;
     write("jsonl", &format!("{lines}\n"))?;
-    if bench.peers {
+    if bench.plot {
         let subtitle =
             format!("cargo xtask bench {name}: medians, ranges; lengths are logarithms. {machine}");
         write("svg", &plot::svg(&verdict.figures, &subtitle))?;

@@ -10,6 +10,19 @@ use super::{Options, RIGHT, Samples, UP_LIMIT, two_nodes};
 /// Starts a round: many, as each takes a fraction of a second.
 const STARTS: u32 = 5;
 
+/// Refuses a choice: there is one case.
+///
+/// # Errors
+///
+/// If there is one.
+pub(super) fn check(options: &Options) -> Result<()> {
+    ensure!(
+        options.peers.is_empty() && options.only.is_empty(),
+        "bench start has nothing to choose: leave --peers and --only out"
+    );
+    Ok(())
+}
+
 /// Starts an agent again and again, from the snapshot on its disk.
 ///
 /// # Errors

@@ -21,6 +21,15 @@ use self::{
 use super::{Figure, Options, Samples};
 use crate::report;
 
+/// Refuses names of cases that there are not.
+///
+/// # Errors
+///
+/// With the names that there are.
+pub(super) fn check(options: &Options) -> Result<()> {
+    cases::choose(options).map(drop)
+}
+
 /// Measures every case in each round: 16 cases × 5 rounds × some 18 s = 24 minutes.
 ///
 /// A case that cannot be measured is told by name. That another program cannot be had is no failure of the
