@@ -81,6 +81,7 @@ fn every_byte_arrives_while_everything_changes() {
         nodes: [&a, &b],
         middlebox: &middlebox,
         random: StdRng::seed_from_u64(seed),
+        deck: Vec::new(),
         ways: [(Way::V4, None); 2],
         a_v4: Side::A.underlay_v4(),
         counts: Counts::default(),
@@ -110,6 +111,33 @@ enum Way {
     Middlebox,
 }
 
+/// Something that happens to the tunnels.
+#[derive(Debug, Clone, Copy)]
+enum Change {
+    Handshake,
+    BothHandshake,
+    Path,
+    Address,
+    Port,
+}
+
+/// How often each happens, of ten times; one every 0.6 s.
+const DECK: [Change; 10] = {
+    use Change::{Address, BothHandshake, Handshake, Path, Port};
+    [
+        Handshake,
+        Handshake,
+        Handshake,
+        BothHandshake,
+        Path,
+        Path,
+        Path,
+        Path,
+        Address,
+        Port,
+    ]
+};
+
 /// What was done.
 #[derive(Debug, Default)]
 struct Counts {
@@ -127,6 +155,7 @@ struct Driver<'a> {
     nodes: [&'a Node; 2],
     middlebox: &'a Middlebox,
     random: StdRng,
+    deck: Vec<Change>,
     /// Primary and duplicate of each side.
     ways: [(Way, Option<Way>); 2],
     a_v4: IpAddr,
@@ -140,15 +169,15 @@ impl Driver<'_> {
         let mut reported = start;
         while start.elapsed() < time && !stop.load(Relaxed) {
             thread::sleep(Duration::from_millis(self.random.random_range(200..1000)));
-            match self.random.random_range(0..100) {
-                0..30 => {
+            match self.draw() {
+                Change::Handshake => {
                     let side = self.random_side();
                     self.handshake(&[side]);
                 }
-                30..40 => self.handshake(&[Side::A, Side::B]),
-                40..80 => self.change_path(),
-                80..90 => self.change_address(),
-                _ => self.rebind(),
+                Change::BothHandshake => self.handshake(&[Side::A, Side::B]),
+                Change::Path => self.change_path(),
+                Change::Address => self.change_address(),
+                Change::Port => self.rebind(),
             }
             self.listen();
             self.memory_kib.push(resident_kib());
@@ -158,6 +187,15 @@ impl Driver<'_> {
                 println!("{done} s: {totals}, {memory} KiB resident");
             }
         }
+    }
+
+    /// Cards from a deck, so that every kind of change comes in every run.
+    fn draw(&mut self) -> Change {
+        if self.deck.is_empty() {
+            self.deck.extend(DECK);
+        }
+        let at = self.random.random_range(0..self.deck.len());
+        self.deck.swap_remove(at)
     }
 
     fn random_side(&mut self) -> Side {
