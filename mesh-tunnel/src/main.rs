@@ -170,6 +170,8 @@ async fn live(interface: &str, ready: impl FnOnce() -> io::Result<()>) -> Result
         }
     };
     tracing::info!("{interface} ends: {why}");
+    // A successor may begin.
+    drop(socket);
     device.stop();
     Ok(())
 }

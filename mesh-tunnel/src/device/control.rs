@@ -10,6 +10,7 @@ use std::{
     },
     path::{Path, PathBuf},
     rc::Rc,
+    thread,
     time::Duration,
 };
 
@@ -42,6 +43,11 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How often to look whether the socket is still there: as nobody waits for our end, seldom.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
+/// How often, and how far apart, to ask a program that answers: one whose interface was just
+/// deleted ends within a fifth of a second.
+const ENDING_LOOKS: usize = 25;
+const ENDING_PAUSE: Duration = Duration::from_millis(20);
+
 /// A socket that exists until it is dropped or somebody removes it.
 pub(crate) struct ControlSocket {
     path: PathBuf,
@@ -55,7 +61,15 @@ impl ControlSocket {
     /// removed.
     pub(crate) fn clear_place(interface: &str) -> Result<()> {
         let path = socket_path(interface);
-        match std_unix::UnixStream::connect(&path) {
+        let mut answer = std_unix::UnixStream::connect(&path);
+        for _ in 0..ENDING_LOOKS {
+            if answer.is_err() {
+                break;
+            }
+            thread::sleep(ENDING_PAUSE);
+            answer = std_unix::UnixStream::connect(&path);
+        }
+        match answer {
             Ok(_) => bail!(
                 "a program answers at {}: stop it, or choose another name than {interface}",
                 path.display()

@@ -94,6 +94,14 @@ fn it_ends_when_it_is_told_and_leaves_nothing() {
     fs::remove_file(socket_path(&device.name)).unwrap();
     device.await_end();
     gone(&device);
+    // A successor at once.
+    let mut first = Device::start(&lab, 0, Program::MeshTunnel);
+    let start = format!("ip netns exec {} {MESH_TUNNEL} {}", lab.name(0), first.name);
+    let _second = Background(first.name.clone());
+    lab.ip(0, &format!("link delete {}", first.name));
+    run(&start);
+    first.await_end();
+    assert!(wg(&format!("show {}", first.name), "").is_ok());
     // The namespace to which the interface was moved.
     let mut device = Device::start(&lab, 0, Program::MeshTunnel);
     lab.ip(
