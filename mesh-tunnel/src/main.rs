@@ -170,8 +170,8 @@ async fn live(interface: &str, ready: impl FnOnce() -> io::Result<()>) -> Result
         }
     };
     tracing::info!("{interface} ends: {why}");
-    // A successor may begin.
-    drop(socket);
+    // A successor waits for the socket to go, and then finds the port free too.
     device.stop();
+    drop(socket);
     Ok(())
 }
