@@ -34,7 +34,7 @@ fuzz_target!(|bytes: &[u8]| {
     let now = Instant::now();
     let framed = &bytes[..bytes.len().min(READ_LEN_MAX)];
     QUEUE.with_borrow_mut(|queue| {
-        assert_eq!(queue.push(framed, now), 0);
+        assert_eq!(queue.push(framed, framed.len(), now), 0);
         assert_eq!(queue.pop(now), Some(framed.len()));
         assert_eq!(queue.pop(now), None);
     });

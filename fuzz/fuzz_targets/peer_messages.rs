@@ -28,7 +28,7 @@ fn packet(payload: &[u8]) -> Vec<u8> {
 }
 
 fuzz_target!(|bytes: &[u8]| {
-    PeerMessage::is_control(bytes, OTHER);
+    assert!(!PeerMessage::is_control(bytes, OTHER) || bytes.len() >= 48);
     let headed = packet(bytes);
     assert!(PeerMessage::is_control(&headed, OTHER));
     for packet in [bytes, &headed] {

@@ -7,8 +7,8 @@ use mesh_wire::reflexive;
 
 fuzz_target!(|input: (bool, u16, &[u8])| {
     let (v6, port, bytes) = input;
-    reflexive::looks_like_stun(bytes);
-    reflexive::parse_response(bytes);
+    let is_response = reflexive::parse_response(bytes).is_some();
+    assert!(!is_response || reflexive::looks_like_stun(bytes));
     let from = if v6 {
         ([0x2001, 0xdb8, 0, 0, 0, 0, 0, 1], port).into()
     } else {

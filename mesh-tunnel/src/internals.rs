@@ -63,13 +63,14 @@ impl FairQueue {
         Self(queue::FairQueue::new(workers))
     }
 
-    /// Takes a packet, offload header first; how many were dropped for it.
-    pub fn push(&mut self, framed: &[u8], now: Instant) -> usize {
-        let Some(staging) = self.0.staging().get_mut(..framed.len()) else {
+    /// Takes a packet of `len` bytes that begins, offload header first, with `head`; behind that stands
+    /// whatever stood there. How many were dropped for it.
+    pub fn push(&mut self, head: &[u8], len: usize, now: Instant) -> usize {
+        let Some(staging) = self.0.staging().get_mut(..head.len()) else {
             return 1;
         };
-        staging.copy_from_slice(framed);
-        self.0.push(framed.len(), now)
+        staging.copy_from_slice(head);
+        self.0.push(len, now)
     }
 
     /// Gives out the packet whose turn it is; its length.

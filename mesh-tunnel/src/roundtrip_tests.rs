@@ -180,13 +180,14 @@ fn seal(session: &Session, packet: &[u8], mtu: usize) -> Vec<u8> {
 proptest! {
     #[test]
     fn every_flow_arrives_in_order_byte_for_byte(
-        reads in prop::collection::vec(read(), 0..60),
+        runs in prop::collection::vec((read(), 1_usize..4), 0..40),
         mtu in prop_oneof![Just(1280_usize), Just(1420), Just(8920), Just(0)],
         udp: bool,
     ) {
         let mut sequences = BTreeMap::<u8, u32>::new();
         let (mut framed, mut expected) = (Vec::new(), Vec::new());
-        for (fill, read) in (0_u8..).zip(reads) {
+        let each = runs.into_iter().flat_map(|(read, count)| std::iter::repeat_n(read, count));
+        for (fill, read) in (0_u8..).zip(each) {
             let sequence = sequences.entry(read.piece.flow).or_insert(u32::MAX - 100_000);
             if read.piece.odd == Odd::Lost {
                 *sequence = sequence.wrapping_add(1228);
