@@ -161,11 +161,21 @@ impl UdpPair {
         to: SocketAddr,
         datagrams: &[u8],
         segment_len: usize,
-        ecn: Ecn,
+        fields: IpFields,
     ) -> io::Result<()> {
         let (socket, to) = self.socket_for(to).ok_or(io::ErrorKind::Unsupported)?;
-        socket.send(to, datagrams, segment_len, ecn)
+        socket.send(to, datagrams, segment_len, fields)
     }
+}
+
+/// What may be chosen of the IP header of datagrams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct IpFields {
+    /// Explicit congestion notification.
+    pub ecn: Ecn,
+    /// From which address of this machine; `None`, or one that is not there any more: the kernel
+    /// chooses by its routes.
+    pub source: Option<IpAddr>,
 }
 
 /// The two bits of explicit congestion notification in an IP header (RFC 3168 §5).
@@ -222,9 +232,11 @@ impl UdpBatch {
         if address.is_ipv6() {
             socket.set_only_v6(true)?;
             socket.set_recv_tclass_v6(true)?;
+            switch_on(&socket, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO)?;
             sockopt::set_ipv6_mtu_discover(&socket, Ipv6PathMtuDiscovery::DONT)?;
         } else {
             socket.set_recv_tos_v4(true)?;
+            switch_on(&socket, libc::IPPROTO_IP, libc::IP_PKTINFO)?;
             sockopt::set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::DONT)?;
         }
         // Only CAP_NET_ADMIN may exceed net.core.rmem_max; without it the kernel gives what it may.
@@ -237,7 +249,7 @@ impl UdpBatch {
         socket.set_nonblocking(true)?;
         socket.bind(&SockAddr::from(address))?;
         // A kernel before 5.0 hands over one datagram at a time; nothing else changes.
-        enable_receive_offload(&socket).ok();
+        switch_on(&socket, libc::SOL_UDP, libc::UDP_GRO).ok();
         Ok(Self {
             socket: socket.into(),
             segment_offload: AtomicBool::new(true),
@@ -266,16 +278,40 @@ impl UdpBatch {
         to: SocketAddr,
         datagrams: &[u8],
         segment_len: usize,
-        ecn: Ecn,
+        fields: IpFields,
+    ) -> io::Result<()> {
+        let sent = self.send_from(to, datagrams, segment_len, fields);
+        match &sent {
+            // The address has left this machine, or never was its.
+            Err(error)
+                if fields.source.is_some()
+                    && matches!(
+                        error.raw_os_error(),
+                        Some(libc::EINVAL | libc::EADDRNOTAVAIL | libc::ENETUNREACH)
+                    ) =>
+            {
+                let source = None;
+                self.send_from(to, datagrams, segment_len, IpFields { source, ..fields })
+            }
+            _ => sent,
+        }
+    }
+
+    fn send_from(
+        &self,
+        to: SocketAddr,
+        datagrams: &[u8],
+        segment_len: usize,
+        fields: IpFields,
     ) -> io::Result<()> {
         if segment_len == 0 || datagrams.len() <= segment_len {
-            return self.send_message(to, datagrams, None, ecn);
+            return self.send_message(to, datagrams, None, fields);
         }
         if let (true, Ok(size)) = (
             self.segment_offload.load(Ordering::Relaxed),
             u16::try_from(segment_len),
         ) {
-            match self.send_message(to, datagrams, Some(size), ecn) {
+            match self.send_message(to, datagrams, Some(size), fields) {
                 // The device below cannot do checksums (udp(7), UDP_SEGMENT): it never will.
                 Err(error) if error.raw_os_error() == Some(libc::EIO) => {
                     self.segment_offload.store(false, Ordering::Relaxed);
@@ -287,7 +323,7 @@ impl UdpBatch {
             }
         }
         let each = datagrams.chunks(segment_len);
-        each.map(|datagram| self.send_message(to, datagram, None, ecn))
+        each.map(|datagram| self.send_message(to, datagram, None, fields))
             .fold(Ok(()), Result::and)
     }
 
@@ -297,9 +333,10 @@ impl UdpBatch {
         to: SocketAddr,
         bytes: &[u8],
         segment: Option<u16>,
-        ecn: Ecn,
+        fields: IpFields,
     ) -> io::Result<()> {
-        if segment.is_none() && ecn == Ecn::NotCapable {
+        let IpFields { ecn, source } = fields;
+        if segment.is_none() && fields == IpFields::default() {
             return self.socket.send_to(bytes, to).map(drop);
         }
         let class = if to.is_ipv6() {
@@ -307,6 +344,7 @@ impl UdpBatch {
         } else {
             (libc::IPPROTO_IP, libc::IP_TOS)
         };
+        let to_v4 = to.is_ipv4();
         let to = SockAddr::from(to);
         let mut vector = libc::iovec {
             iov_base: bytes.as_ptr().cast_mut().cast(),
@@ -333,6 +371,25 @@ impl UdpBatch {
             let value = libc::c_int::from(ecn as u8).to_ne_bytes();
             used += control.put(used, class.0, class.1, &value);
         }
+        used += match source {
+            // `struct in_pktinfo` (ip(7)): interface 0 for any, source, and a field that is not read.
+            Some(IpAddr::V4(ip)) if to_v4 => {
+                let mut info = [0; IN_PKTINFO_LEN];
+                if let Some(source) = info.get_mut(4..8) {
+                    source.copy_from_slice(&ip.octets());
+                }
+                control.put(used, libc::IPPROTO_IP, libc::IP_PKTINFO, &info)
+            }
+            // `struct in6_pktinfo` (RFC 3542 §6.2): source, and interface 0 for any.
+            Some(IpAddr::V6(ip)) if !to_v4 => {
+                let mut info = [0; IN6_PKTINFO_LEN];
+                if let Some(source) = info.first_chunk_mut() {
+                    *source = ip.octets();
+                }
+                control.put(used, libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, &info)
+            }
+            _ => 0,
+        };
         message.msg_controllen = used as _;
         loop {
             // SAFETY: address, vector and control buffer are alive and of the lengths stated; the
@@ -400,6 +457,7 @@ impl UdpBatch {
                 len,
                 segment_len: control.segment_len.unwrap_or(len),
                 ecn: control.ecn,
+                to: control.to,
                 name_len: message.msg_hdr.msg_namelen,
             };
         }
@@ -431,6 +489,7 @@ struct Meta {
     len: usize,
     segment_len: usize,
     ecn: Ecn,
+    to: Option<IpAddr>,
     name_len: libc::socklen_t,
 }
 
@@ -461,6 +520,7 @@ impl ReceiveBatch {
             .filter_map(|((buffer, name), meta)| {
                 Some(Message {
                     from: sender(name, meta.name_len)?,
+                    to: meta.to,
                     bytes: buffer.get_mut(..meta.len)?,
                     segment_len: meta.segment_len.max(1),
                     ecn: meta.ecn,
@@ -474,6 +534,8 @@ impl ReceiveBatch {
 pub struct Message<'a> {
     /// Who sent them.
     pub from: SocketAddr,
+    /// To which address of this machine; `None` if the kernel did not say, or it is link-local.
+    pub to: Option<IpAddr>,
     /// Their bytes, one behind the other.
     pub bytes: &'a mut [u8],
     /// The length of each; the last may be shorter.
@@ -496,8 +558,14 @@ impl std::fmt::Debug for ReceiveBatch {
     }
 }
 
-/// Room for two control messages of an `int` or smaller each, on all Linux architectures.
-const CONTROL_LEN: usize = 64;
+/// Room for two control messages of an `int` or smaller each and one of 20 bytes, on all Linux
+/// architectures: 24 + 24 + 40 bytes with 64-bit headers.
+const CONTROL_LEN: usize = 96;
+
+const IN_PKTINFO_LEN: usize = 12;
+const _: () = assert!(size_of::<libc::in_pktinfo>() == IN_PKTINFO_LEN);
+const IN6_PKTINFO_LEN: usize = 20;
+const _: () = assert!(size_of::<libc::in6_pktinfo>() == IN6_PKTINFO_LEN);
 
 const INT_LEN: libc::socklen_t = 4;
 const _: () = assert!(size_of::<libc::c_int>() == 4);
@@ -545,6 +613,7 @@ impl ControlBuffer {
 struct Control {
     segment_len: Option<usize>,
     ecn: Ecn,
+    to: Option<IpAddr>,
 }
 
 #[expect(unsafe_code, reason = "control messages are a chain of C structures")]
@@ -573,6 +642,19 @@ fn received_control(message: &libc::msghdr) -> Control {
                 let [.., low] = class.to_be_bytes();
                 control.ecn = Ecn::of(low);
             }
+            (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
+                // SAFETY: the kernel puts an `in_pktinfo` behind a header of this type (ip(7)).
+                let info = unsafe { data.cast::<libc::in_pktinfo>().read_unaligned() };
+                let ip = Ipv4Addr::from(info.ipi_spec_dst.s_addr.to_ne_bytes());
+                control.to = Some(ip.into());
+            }
+            (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
+                // SAFETY: the kernel puts an `in6_pktinfo` behind a header of this type (RFC 3542 §6.2).
+                let info = unsafe { data.cast::<libc::in6_pktinfo>().read_unaligned() };
+                let ip = Ipv6Addr::from(info.ipi6_addr.s6_addr);
+                // A link-local one would need its interface, too; the kernel finds it by the target.
+                control.to = (!ip.is_unicast_link_local()).then_some(ip.into());
+            }
             _ => {}
         }
         // SAFETY: `header` is a header of this message.
@@ -589,15 +671,18 @@ fn sender(name: &SockAddrStorage, len: libc::socklen_t) -> Option<SocketAddr> {
     unsafe { SockAddr::new(name, len) }.as_socket()
 }
 
-#[expect(unsafe_code, reason = "no safe wrapper of UDP_GRO is in the tree")]
-fn enable_receive_offload(socket: &Socket) -> io::Result<()> {
+#[expect(
+    unsafe_code,
+    reason = "no safe wrapper of these options is in the tree"
+)]
+fn switch_on(socket: &Socket, level: libc::c_int, option: libc::c_int) -> io::Result<()> {
     let on: libc::c_int = 1;
     // SAFETY: the option is an `int`, which outlives the call.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
-            libc::SOL_UDP,
-            libc::UDP_GRO,
+            level,
+            option,
             (&raw const on).cast(),
             INT_LEN,
         )

@@ -17,7 +17,7 @@ use mesh_linux::{
     netlink::{Changes, LocalAddress, Netlink, NetlinkError, Route},
     netns,
     tun::{Tun, TunError, VnetHeader},
-    udp::{Ecn, ReceiveBatch, UdpPair},
+    udp::{Ecn, IpFields, ReceiveBatch, UdpPair},
     wake::StopSignal,
 };
 
@@ -311,8 +311,11 @@ fn a_packet_goes_through_a_tun_both_ways() {
 fn send_batch(ip: IpAddr, datagrams: &[u8], segment_len: usize) -> Vec<Vec<u8>> {
     let (from, to) = (UdpPair::bind(0).unwrap(), UdpPair::bind(0).unwrap());
     let target = SocketAddr::new(ip, to.port());
-    from.send(target, datagrams, segment_len, Ecn::Capable0)
-        .unwrap();
+    let fields = IpFields {
+        ecn: Ecn::Capable0,
+        source: None,
+    };
+    from.send(target, datagrams, segment_len, fields).unwrap();
     let socket = to.sockets().nth(usize::from(ip.is_ipv6())).unwrap();
     let mut batch = ReceiveBatch::new();
     let mut received = Vec::new();
@@ -326,7 +329,7 @@ fn send_batch(ip: IpAddr, datagrams: &[u8], segment_len: usize) -> Vec<Vec<u8>> 
         }
         for message in batch.messages() {
             assert_eq!(message.from, SocketAddr::new(ip, from.port()));
-            assert_eq!(message.ecn, Ecn::Capable0);
+            assert_eq!((message.ecn, message.to), (Ecn::Capable0, Some(ip)));
             let each = message.bytes.chunks(message.segment_len);
             received.extend(each.map(<[u8]>::to_vec));
         }
@@ -381,7 +384,7 @@ fn pairs_that_share_a_port_share_its_senders_and_let_nobody_else_in() {
         let to = SocketAddr::new("127.0.0.1".parse().unwrap(), port);
         for sender in &senders {
             for _ in 0..2 {
-                sender.send(to, b"x", 1, Ecn::NotCapable).unwrap();
+                sender.send(to, b"x", 1, IpFields::default()).unwrap();
             }
         }
         let mut batch = ReceiveBatch::new();
@@ -400,6 +403,38 @@ fn pairs_that_share_a_port_share_its_senders_and_let_nobody_else_in() {
             assert!(!own.is_empty(), "{received:?}");
             let both = |from| own.iter().filter(|other| *other == from).count() == 2;
             assert!(own.iter().all(both), "a sender's datagrams stay together");
+        }
+    });
+}
+
+#[test]
+fn an_answer_comes_from_the_address_that_was_asked_while_the_machine_has_it() {
+    let namespace = Namespace::new();
+    namespace.ip("addr add 127.0.0.7/8 dev lo");
+    namespace.ip("addr add fd07::7/128 dev lo nodad");
+    namespace.on(|| {
+        let (from, to) = (UdpPair::bind(0).unwrap(), UdpPair::bind(0).unwrap());
+        let mut batch = ReceiveBatch::new();
+        for (own, gone, target) in [
+            ("127.0.0.7", "192.0.2.9", "127.0.0.1"),
+            ("fd07::7", "2001:db8::9", "::1"),
+        ] {
+            let target = SocketAddr::new(target.parse().unwrap(), to.port());
+            let socket = to.sockets().nth(usize::from(target.is_ipv6())).unwrap();
+            for (source, expected) in [(own, own.parse().unwrap()), (gone, target.ip())] {
+                let fields = IpFields {
+                    ecn: Ecn::NotCapable,
+                    source: source.parse().ok(),
+                };
+                for datagrams in [&b"x"[..], &[b'x'; 3000]] {
+                    from.send(target, datagrams, 1000, fields).unwrap();
+                    socket.receive(&mut batch).unwrap();
+                    for message in batch.messages() {
+                        assert_eq!(message.from, SocketAddr::new(expected, from.port()));
+                        assert_eq!(message.to, Some(target.ip()));
+                    }
+                }
+            }
         }
     });
 }

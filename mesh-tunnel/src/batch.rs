@@ -4,7 +4,11 @@ use mesh_linux::udp::Ecn;
 use mesh_wire::id::{NodeId, Via};
 use mesh_wireguard::message::{DATA_HEADER_LEN, OVERHEAD};
 
-use crate::{stats::DropReason, transmit::Leave, tunnel::Inner};
+use crate::{
+    stats::DropReason,
+    transmit::{Leave, Way},
+    tunnel::Inner,
+};
 
 /// Room for the largest super-packet with the overhead of its segments: 64 KiB in segments of
 /// 128 bytes grow by a quarter to a half. More segments than that are sent in two parts.
@@ -14,7 +18,7 @@ const BATCH_BYTES: usize = 128 << 10;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Target {
     pub(crate) peer: NodeId,
-    pub(crate) primary: Via,
+    pub(crate) primary: Way,
     pub(crate) duplicate: Option<Via>,
     pub(crate) ecn: Ecn,
 }
@@ -90,7 +94,8 @@ impl Batch {
         }
         if let Some(duplicate) = target.duplicate {
             // A copy: what finds no room is not waited for.
-            let sent = tunnel.transmit(&peer, duplicate, bytes, self.segment_len, ecn, leave);
+            let sent =
+                tunnel.transmit(&peer, duplicate.into(), bytes, self.segment_len, ecn, leave);
             let unsent = (bytes.len() - sent).div_ceil(self.segment_len.max(1));
             tunnel.drops.count_many(DropReason::SendFailed, unsent);
         }

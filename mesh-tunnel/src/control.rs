@@ -10,7 +10,6 @@ use std::{
 };
 
 use mesh_linux::{udp::Ecn, wake::StopSignal};
-use mesh_wire::id::Via;
 use mesh_wireguard::{
     gate::{Admission, Gate},
     message::{INITIATION_LEN, Kind, OVERHEAD},
@@ -22,7 +21,7 @@ use crate::{
     outbound::Outbox,
     peer::Peer,
     stats::DropReason,
-    transmit::Leave,
+    transmit::{Leave, Way},
     tunnel::{Inner, since_1970},
 };
 
@@ -136,7 +135,7 @@ impl Control<'_> {
                 // Shorter than the question, so nobody can be flooded with our answers.
                 tunnel.transmit(
                     &to,
-                    arrival.via,
+                    arrival.way_back(),
                     &reply,
                     reply.len(),
                     Ecn::NotCapable,
@@ -160,14 +159,14 @@ impl Control<'_> {
         let answer = state.protocol.respond(received, number, arrival.now);
         let (response, _) = answer.map_err(reason)?;
         if peer.is_external {
-            state.primary = Some(arrival.via);
+            state.primary = Some(arrival.way_back());
         }
         peer.publish(&state);
         drop(state);
         peer.counts.wire_received(bytes.len());
         peer.activity.received_other(arrival.now);
         let leave = &mut self.out.leave;
-        tunnel.send_handshake(&peer, arrival.via, &response, leave, arrival.now);
+        tunnel.send_handshake(&peer, arrival.way_back(), &response, leave, arrival.now);
         Ok(())
     }
 
@@ -189,7 +188,7 @@ impl Control<'_> {
         peer.activity.received_other(arrival.now);
         tunnel.note_authentic(&peer, arrival);
         // First what proves the session to the peer, then what waited for it.
-        self.keepalive(&peer, arrival.via, arrival.now);
+        self.keepalive(&peer, arrival.way_back(), arrival.now);
         let mut state = peer.lock();
         tunnel.begin_session(&peer, &mut state, &mut self.out, arrival.now);
         drop(state);
@@ -197,7 +196,7 @@ impl Control<'_> {
         Ok(())
     }
 
-    fn keepalive(&mut self, peer: &Peer, via: Via, now: Instant) {
+    fn keepalive(&mut self, peer: &Peer, way: Way, now: Instant) {
         let mut sealed = [0; OVERHEAD];
         let session = peer.lock().protocol.current().cloned();
         let made = session.is_some_and(|session| {
@@ -207,7 +206,7 @@ impl Control<'_> {
         });
         if made {
             let leave = &mut self.out.leave;
-            self.tunnel.send_handshake(peer, via, &sealed, leave, now);
+            self.tunnel.send_handshake(peer, way, &sealed, leave, now);
         }
     }
 
@@ -223,29 +222,29 @@ impl Control<'_> {
     fn tick_peer(&mut self, peer: &Arc<Peer>, now: Instant) {
         let tunnel = self.tunnel;
         let mut state = peer.lock();
-        let late = state.expire_held(now, &tunnel.held_bytes);
+        let late = state.expire_held(peer.is_external, now, &tunnel.held_bytes);
         tunnel.drops.count_many(DropReason::HeldTooLong, late);
         let due = state.protocol.tick(&peer.activity, now);
         if due.sessions_changed || late > 0 {
             peer.publish(&state);
         }
-        let via = state.primary;
-        let initiation = match via {
+        let way = state.primary;
+        let initiation = match way {
             Some(_) if due.initiate => state.initiate(&tunnel.key, now, since_1970()),
             _ => None,
         };
-        let asleep = due.idle && via.is_none() && !state.has_held() && !peer.is_external;
+        let asleep = due.idle && way.is_none() && !state.has_held() && !peer.is_external;
         drop(state);
         if asleep {
             tunnel.forget(&peer.id);
         }
-        if let Some(via) = via {
+        if let Some(way) = way {
             if let Some(initiation) = initiation {
                 let leave = &mut self.out.leave;
-                tunnel.send_handshake(peer, via, &initiation, leave, now);
+                tunnel.send_handshake(peer, way, &initiation, leave, now);
             }
             if due.keepalive {
-                self.keepalive(peer, via, now);
+                self.keepalive(peer, way, now);
             }
         }
     }

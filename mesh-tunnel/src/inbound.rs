@@ -30,6 +30,7 @@ use crate::{
     peer::{Peer, State, peer_index},
     route,
     stats::DropReason,
+    transmit::Way,
     tunnel::{Inner, TunnelEvent},
 };
 
@@ -110,9 +111,20 @@ pub(crate) enum Sender {
 pub(crate) struct Arrival {
     pub(crate) via: Via,
     pub(crate) sender: Sender,
+    /// This machine's address to which it came, if the kernel said.
+    pub(crate) to: Option<IpAddr>,
     /// What the outer IP header says of congestion.
     pub(crate) ecn: Ecn,
     pub(crate) now: Instant,
+}
+
+impl Arrival {
+    /// How an answer goes back.
+    pub(crate) fn way_back(&self) -> Way {
+        let source = self.to;
+        let via = self.via;
+        Way { via, source }
+    }
 }
 
 /// Marks STUN (RFC 8489 §5): bytes 4 to 8 of every message.
@@ -123,6 +135,7 @@ impl Inner {
     pub(crate) fn receive(&self, message: Message<'_>, inbox: &mut Inbox, now: Instant) {
         let Message {
             from,
+            to,
             bytes,
             segment_len,
             ecn,
@@ -132,6 +145,7 @@ impl Inner {
         let arrival = Arrival {
             via: Via::Direct(from),
             sender: Sender::Address(from),
+            to,
             ecn,
             now,
         };
@@ -343,8 +357,9 @@ impl Inner {
     pub(crate) fn note_authentic(&self, peer: &Arc<Peer>, arrival: Arrival) {
         let mut state = peer.lock();
         state.note_received(arrival.via, arrival.now);
-        if peer.is_external && state.primary != Some(arrival.via) {
-            state.primary = Some(arrival.via);
+        let way = arrival.way_back();
+        if peer.is_external && state.primary != Some(way) {
+            state.primary = Some(way);
             peer.publish(&state);
         }
         drop(state);

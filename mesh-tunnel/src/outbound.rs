@@ -11,7 +11,7 @@ use std::{
 };
 
 use mesh_linux::{tun::VnetHeader, udp::Ecn};
-use mesh_wire::{id::Via, peer::CONTROL_PORT};
+use mesh_wire::peer::CONTROL_PORT;
 use mesh_wireguard::{message::DATA_HEADER_LEN, session::padded_len};
 
 use crate::{
@@ -21,7 +21,7 @@ use crate::{
     route,
     segment::{self, Cut},
     stats::DropReason,
-    transmit::Leave,
+    transmit::{Leave, Way},
     tunnel::{Inner, TunnelEvent, since_1970},
 };
 
@@ -170,16 +170,16 @@ impl Inner {
         if !state.has_held() || !state.is_wanted(now) {
             return;
         }
-        let via = state.primary;
-        let initiation = match via {
+        let way = state.primary;
+        let initiation = match way {
             Some(_) if !state.protocol.is_initiating() => {
                 state.initiate(&self.key, now, since_1970())
             }
             _ => None,
         };
         drop(state);
-        if let (Some(via), Some(initiation)) = (via, initiation) {
-            self.send_handshake(peer, via, &initiation, &mut out.leave, now);
+        if let (Some(way), Some(initiation)) = (way, initiation) {
+            self.send_handshake(peer, way, &initiation, &mut out.leave, now);
         }
         if !peer.is_external {
             self.emit(TunnelEvent::Wanted(peer.id));
@@ -190,7 +190,7 @@ impl Inner {
     pub(crate) fn send_handshake(
         &self,
         peer: &Peer,
-        via: Via,
+        way: Way,
         message: &[u8],
         leave: &mut Leave,
         now: Instant,
@@ -199,7 +199,7 @@ impl Inner {
         peer.counts.wire_sent(message.len());
         self.transmit(
             &peer.id,
-            via,
+            way,
             message,
             message.len(),
             Ecn::NotCapable,

@@ -20,7 +20,10 @@ use mesh_wireguard::{
     timers::Activity,
 };
 
-use crate::stats::{DropReason, PeerStats, RECEIVED_VIAS_MAX, Traffic};
+use crate::{
+    stats::{DropReason, PeerStats, RECEIVED_VIAS_MAX, Traffic},
+    transmit::Way,
+};
 
 /// Packets or super-packets that wait for a peer's path (`paths.md`, wake).
 const HELD_MAX: usize = 64;
@@ -33,7 +36,11 @@ const HELD_BYTES_MAX: usize = 128 << 10;
 const HELD_TOTAL_BYTES_MAX: usize = 8 << 20;
 
 /// How long a packet waits. By then its sender has sent another.
-pub(crate) const HELD_AGE_MAX: Duration = Duration::from_secs(2);
+const HELD_AGE_MAX: Duration = Duration::from_secs(2);
+
+/// How long it waits for a stock device, which may be called once in 5 s only: for the second call's
+/// answer. (The kernel holds packets until it gives up calling, after 90 s.)
+const HELD_AGE_MAX_EXTERNAL: Duration = Duration::from_secs(12);
 
 /// How often a peer's need for a path is told.
 const WANTED_INTERVAL: Duration = Duration::from_millis(500);
@@ -77,7 +84,7 @@ pub(crate) struct Peer {
 #[derive(Debug)]
 pub(crate) struct Sending {
     pub(crate) session: Arc<Session>,
-    pub(crate) primary: Via,
+    pub(crate) primary: Way,
     pub(crate) duplicate: Option<Via>,
 }
 
@@ -173,7 +180,7 @@ impl Peer {
             last_received: state.last_received.map(since),
             has_session: state.has_session(now),
             held: state.held.len(),
-            primary: state.primary,
+            primary: state.primary.map(|way| way.via),
             duplicate: state.duplicate,
         }
     }
@@ -183,7 +190,7 @@ impl Peer {
 #[derive(Debug)]
 pub(crate) struct State {
     pub(crate) protocol: Protocol,
-    pub(crate) primary: Option<Via>,
+    pub(crate) primary: Option<Way>,
     pub(crate) duplicate: Option<Via>,
     index: u32,
     sessions_made: u8,
@@ -316,10 +323,20 @@ impl State {
     }
 
     /// Drops what has waited too long; how many that were.
-    pub(crate) fn expire_held(&mut self, now: Instant, total: &AtomicUsize) -> usize {
+    pub(crate) fn expire_held(
+        &mut self,
+        is_external: bool,
+        now: Instant,
+        total: &AtomicUsize,
+    ) -> usize {
+        let age_max = if is_external {
+            HELD_AGE_MAX_EXTERNAL
+        } else {
+            HELD_AGE_MAX
+        };
         let mut dropped = 0;
         while let Some(first) = self.held.front()
-            && now.duration_since(first.since) >= HELD_AGE_MAX
+            && now.duration_since(first.since) >= age_max
         {
             self.take_held(total);
             dropped += 1;
@@ -412,7 +429,7 @@ impl Peers {
             reported: AtomicBool::new(false),
             state: Mutex::new(State {
                 protocol: Protocol::new(id.0, described.preshared_key, keepalive),
-                primary: described.endpoint.map(Via::Direct),
+                primary: described.endpoint.map(|to| Via::Direct(to).into()),
                 duplicate: None,
                 index,
                 sessions_made: 0,
@@ -464,7 +481,7 @@ impl Peers {
         let given = external.endpoint.map(Via::Direct);
         let given_before = before.and_then(|before| before.endpoint).map(Via::Direct);
         if given.is_some() && (given != given_before || state.primary.is_none()) {
-            state.primary = given;
+            state.primary = given.map(Way::from);
         }
         peer.publish(&state);
     }

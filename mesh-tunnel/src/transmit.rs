@@ -1,8 +1,14 @@
 //! The last step of everything that leaves: by which socket or relay, in which frame.
 
-use std::{collections::HashMap, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
-use mesh_linux::udp::{Ecn, SEGMENTS_MAX, SEND_BYTES_MAX};
+use mesh_linux::udp::{Ecn, IpFields, SEGMENTS_MAX, SEND_BYTES_MAX};
 use mesh_wire::{
     id::{NodeId, RelayId, Via},
     relay::{self, HEADER_LEN, Session},
@@ -43,6 +49,21 @@ impl Leave {
             may_wait: true,
             frames: Vec::new(),
         }
+    }
+}
+
+/// A way, and the address of this machine from which it is to be gone; `None`: the kernel chooses.
+/// Who answers a stock device must do it from the address that was asked, as the kernel's
+/// WireGuard does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Way {
+    pub(crate) via: Via,
+    pub(crate) source: Option<IpAddr>,
+}
+
+impl From<Via> for Way {
+    fn from(via: Via) -> Self {
+        Self { via, source: None }
     }
 }
 
@@ -90,21 +111,23 @@ impl RelayUdpTable {
 }
 
 impl Inner {
-    /// Sends datagrams of `segment_len` bytes (the last may be shorter) by `via`. Returns the bytes
+    /// Sends datagrams of `segment_len` bytes (the last may be shorter) by `way`. Returns the bytes
     /// that are gone, sent or dropped and counted; fewer than there are only if the socket has no room
     /// now and `leave` may not wait.
     pub(crate) fn transmit(
         &self,
         peer: &NodeId,
-        via: Via,
+        way: Way,
         datagrams: &[u8],
         segment_len: usize,
         ecn: Ecn,
         leave: &mut Leave,
     ) -> usize {
         let segment_len = segment_len.max(1);
-        match via {
-            Via::Direct(to) => self.send_udp(to, datagrams, segment_len, ecn, leave),
+        let source = way.source;
+        let fields = IpFields { ecn, source };
+        match way.via {
+            Via::Direct(to) => self.send_udp(to, datagrams, segment_len, fields, leave),
             Via::Relay(id) => {
                 if let Some((to, session)) = self.relay_udp.load().session(id, peer) {
                     let mut frames = std::mem::take(&mut leave.frames);
@@ -114,7 +137,7 @@ impl Inner {
                         frames.extend(datagram);
                     }
                     let framed_len = segment_len + HEADER_LEN;
-                    let sent = self.send_udp(to, &frames, framed_len, ecn, leave);
+                    let sent = self.send_udp(to, &frames, framed_len, fields, leave);
                     let sent = sent - sent.div_ceil(framed_len) * HEADER_LEN;
                     leave.frames = frames;
                     return sent;
@@ -139,7 +162,7 @@ impl Inner {
         to: SocketAddr,
         datagrams: &[u8],
         segment_len: usize,
-        ecn: Ecn,
+        fields: IpFields,
         leave: &Leave,
     ) -> usize {
         let Some(sockets) = self.sockets.get(leave.pair) else {
@@ -148,13 +171,13 @@ impl Inner {
         let at_once = (SEND_BYTES_MAX / segment_len).clamp(1, SEGMENTS_MAX);
         let mut gone = 0;
         for part in datagrams.chunks(at_once * segment_len) {
-            let mut sent = sockets.send(to, part, segment_len, ecn);
+            let mut sent = sockets.send(to, part, segment_len, fields);
             if is_full(&sent) {
                 if !leave.may_wait {
                     return gone;
                 }
                 sockets.wait_writable(to, SEND_WAIT);
-                sent = sockets.send(to, part, segment_len, ecn);
+                sent = sockets.send(to, part, segment_len, fields);
             }
             if sent.is_err() {
                 let count = part.len().div_ceil(segment_len);

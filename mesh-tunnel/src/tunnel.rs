@@ -239,7 +239,7 @@ impl Tunnel {
         };
         let mut out = inner.outboxes.take(|| Outbox::new(Leave::other()));
         let mut state = peer.lock();
-        state.primary = primary;
+        state.primary = primary.map(Into::into);
         state.duplicate = duplicate.filter(|_| primary.is_some());
         inner.send_held(&peer, &mut state, &mut out, Instant::now());
         drop(state);
@@ -260,7 +260,7 @@ impl Tunnel {
         };
         let mut leave = Leave::other();
         for via in vias {
-            inner.send_handshake(&peer, *via, &initiation, &mut leave, now);
+            inner.send_handshake(&peer, (*via).into(), &initiation, &mut leave, now);
         }
     }
 
@@ -313,6 +313,7 @@ impl Tunnel {
             let arrival = Arrival {
                 via: Via::Relay(relay),
                 sender: Sender::Client(peer),
+                to: None,
                 ecn: Ecn::NotCapable,
                 now,
             };
@@ -324,11 +325,11 @@ impl Tunnel {
 
     /// Sends a datagram as it is from the node's own port: STUN requests.
     pub fn send_raw(&self, target: SocketAddr, datagram: &[u8]) {
-        let (inner, via, len) = (&self.0, Via::Direct(target), datagram.len());
+        let (inner, way, len) = (&self.0, Via::Direct(target).into(), datagram.len());
         let mut leave = Leave::other();
         inner.transmit(
             &inner.node_id(),
-            via,
+            way,
             datagram,
             len,
             Ecn::NotCapable,
@@ -523,7 +524,8 @@ impl Inner {
         peer.counts.sent(1, packet.len());
         peer.counts.wire_sent(sealed.len());
         let (len, mut leave) = (sealed.len(), Leave::other());
-        self.transmit(&peer.id, via, &sealed, len, Ecn::NotCapable, &mut leave);
+        let way = via.into();
+        self.transmit(&peer.id, way, &sealed, len, Ecn::NotCapable, &mut leave);
         Some(())
     }
 }

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mesh_linux::udp::{Ecn, UdpPair};
+use mesh_linux::udp::{Ecn, IpFields, UdpPair};
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
 use crate::harness::{Lab, PATIENCE, Side};
@@ -278,7 +278,11 @@ fn send_datagrams(to: SocketAddr, seed: u64, totals: &Totals, stop: &AtomicBool)
         next += count as u64;
         totals.udp_sent.fetch_add(count as u64, Relaxed);
         // What the kernel has no room for is lost like anything else.
-        socket.send(to, burst, len, Ecn::Capable0).ok();
+        let fields = IpFields {
+            ecn: Ecn::Capable0,
+            source: None,
+        };
+        socket.send(to, burst, len, fields).ok();
         thread::sleep(BURST_EVERY);
     }
 }

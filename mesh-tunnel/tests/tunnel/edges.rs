@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mesh_linux::udp::{Ecn, ReceiveBatch, UdpPair};
+use mesh_linux::udp::{Ecn, IpFields, ReceiveBatch, UdpPair};
 use mesh_tunnel::{
     stats::DropReason,
     tunnel::{RelayUdp, TunnelEvent},
@@ -19,6 +19,10 @@ use mesh_wire::{
 };
 
 use crate::harness::*;
+
+fn marked(ecn: Ecn) -> IpFields {
+    IpFields { ecn, source: None }
+}
 
 /// The next datagram's congestion bits; `None` if nothing comes for a while.
 fn next_ecn(pair: &UdpPair, v6: bool) -> Option<Ecn> {
@@ -54,7 +58,7 @@ fn congestion_marks_cross_the_tunnel_both_ways_of_marking() {
                 Ecn::Capable1,
                 Ecn::Congested,
             ] {
-                from.send(target, b"x", 1, ecn).unwrap();
+                from.send(target, b"x", 1, marked(ecn)).unwrap();
                 assert_eq!(
                     next_ecn(&to, inner_v6),
                     Some(ecn),
@@ -75,10 +79,10 @@ fn congestion_marks_cross_the_tunnel_both_ways_of_marking() {
         "add table ip ecn_test; add chain ip ecn_test out { type filter hook output priority 0; };
          add rule ip ecn_test out oifname eth0 udp dport != 0 ip ecn set ce",
     );
-    from.send(target, b"x", 1, Ecn::Capable0).unwrap();
+    from.send(target, b"x", 1, marked(Ecn::Capable0)).unwrap();
     assert_eq!(next_ecn(&to, false), Some(Ecn::Congested));
     // Here it marks what does not, which RFC 6040 wants dropped.
-    from.send(target, b"x", 1, Ecn::NotCapable).unwrap();
+    from.send(target, b"x", 1, marked(Ecn::NotCapable)).unwrap();
     wait_until("it is counted", || {
         b.tunnel.stats().dropped(DropReason::CongestionMarked) > 0
     });
