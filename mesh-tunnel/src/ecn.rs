@@ -7,7 +7,7 @@
 
 use mesh_linux::udp::Ecn;
 
-use crate::segment;
+use crate::checksum::Sum;
 
 /// The inner packet's bits, which the outer header gets (RFC 6040 §4.1, normal mode).
 pub(crate) fn of(packet: &[u8]) -> Ecn {
@@ -43,18 +43,17 @@ fn traffic_class(packet: &[u8]) -> Option<u8> {
 }
 
 fn set(packet: &mut [u8], ecn: Ecn) {
-    let Some([first, second]) = packet.first_chunk_mut::<2>() else {
+    let Some([first, second, .., high, low]) = packet.first_chunk_mut::<12>() else {
         return;
     };
     if *first >> 4 == 6 {
         *second = *second & !0x30 | (ecn as u8) << 4;
         return;
     }
-    *second = *second & !0b11 | ecn as u8;
-    let header_len = usize::from(*first & 0xf) * 4;
-    if let Some(header) = packet.get_mut(..header_len) {
-        segment::write_ipv4_checksum(header);
-    }
+    let before = std::mem::replace(second, *second & !0b11 | ecn as u8);
+    // As routers do it (RFC 1624 §3, equation 3), so that a wrong checksum stays wrong.
+    let change = [!*high, !*low, !*first, !before, *first, *second];
+    [*high, *low] = Sum::default().add(&change).checksum();
 }
 
 #[cfg(test)]
@@ -62,6 +61,7 @@ mod tests {
     use etherparse::{Ipv4HeaderSlice, PacketBuilder};
 
     use super::*;
+    use crate::segment;
 
     const ALL: [Ecn; 4] = [
         Ecn::NotCapable,
@@ -83,6 +83,7 @@ mod tests {
             packet[..2].copy_from_slice(&[0x6b, 0x8f]);
         } else {
             packet[1] = 0xb8;
+            segment::write_ipv4_checksum(&mut packet[..20]).unwrap();
         }
         set(&mut packet, ecn);
         packet
@@ -113,6 +114,15 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_wrong_checksum_is_not_made_right() {
+        let mut packet = packet(false, Ecn::Capable0);
+        packet[11] ^= 1;
+        merge(Ecn::Congested, &mut packet).unwrap();
+        let header = Ipv4HeaderSlice::from_slice(&packet).unwrap().to_header();
+        assert_ne!(header.calc_header_checksum(), header.header_checksum);
     }
 
     #[test]

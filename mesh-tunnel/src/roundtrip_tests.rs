@@ -201,12 +201,12 @@ proptest! {
         }
         let (came, expected) = (by_flow(pass(&framed, mtu, udp)), by_flow(expected));
         // Not `prop_assert_eq`: nobody reads 60 KiB of difference.
-        for (port, expected) in &expected {
-            let came = came.get(port).map_or(&[][..], Vec::as_slice);
+        for (flow, expected) in &expected {
+            let came = came.get(flow).map_or(&[][..], Vec::as_slice);
             let place = came.iter().zip(expected).position(|(one, other)| one != other);
             let heads = place.map(|at| [&came[at], &expected[at]].map(|it| &it[..it.len().min(80)]));
-            prop_assert_eq!(heads, None, "flow {:?}, packet {:?}", port, place);
-            prop_assert_eq!(came.len(), expected.len(), "flow {:?}", port);
+            prop_assert_eq!(heads, None, "flow {:?}, packet {:?}", flow, place);
+            prop_assert_eq!(came.len(), expected.len(), "flow {:?}", flow);
         }
         prop_assert_eq!(came.len(), expected.len());
     }

@@ -31,6 +31,8 @@ pub(crate) enum Odd {
     Timestamps,
     HopLimit,
     BadChecksum,
+    /// Of the IPv4 header.
+    BadHeaderChecksum,
     /// UDP without checksum, whose bytes would sum up to zero.
     NoChecksum,
     /// A packet whose checksum comes out as zero, which UDP writes as 0xffff.
@@ -55,7 +57,7 @@ impl Piece {
     }
 
     /// The packet with its payload. Flows 0 and 1 are TCP over IPv4 and IPv6, 2 and 3 UDP; more by
-    /// other ports.
+    /// other ports, and from 8 on by another address with the ports of the first.
     pub(crate) fn packet(&self, sequence: u32, payload: &[u8]) -> Vec<u8> {
         let mut packet = self.plain(sequence, payload);
         let (transport_at, udp) = (if self.is_v4() { 20 } else { 40 }, !self.is_tcp());
@@ -84,6 +86,7 @@ impl Piece {
             packet[1] = self.traffic_class;
             let header_len = usize::from(packet[0] & 0xf) * 4;
             segment::write_ipv4_checksum(&mut packet[..header_len]).unwrap();
+            packet[10] ^= u8::from(self.odd == Odd::BadHeaderChecksum);
         } else {
             packet[0] |= self.traffic_class >> 4;
             packet[1] |= self.traffic_class << 4;
@@ -92,12 +95,13 @@ impl Piece {
     }
 
     fn plain(&self, sequence: u32, payload: &[u8]) -> Vec<u8> {
-        let ports = (1000 + u16::from(self.flow), 80);
+        let ports = (1000 + u16::from(self.flow % 8), 80);
+        let from = 1 + self.flow / 8;
         let hops = if self.odd == Odd::HopLimit { 9 } else { 64 };
         let ip = if self.is_v4() {
-            PacketBuilder::ipv4([10, 0, 0, 1], [10, 0, 0, 2], hops)
+            PacketBuilder::ipv4([10, 0, 0, from], [10, 0, 0, 9], hops)
         } else {
-            PacketBuilder::ipv6([1; 16], [2; 16], hops)
+            PacketBuilder::ipv6([from; 16], [9; 16], hops)
         };
         let mut packet = Vec::new();
         if !self.is_tcp() {
@@ -179,10 +183,10 @@ pub(crate) fn cut(framed: &[u8]) -> Vec<Vec<u8>> {
 }
 
 /// The packets of each flow in order, without the identification of IPv4 packets that are no fragments,
-/// which cutting renews.
+/// which cutting renews; in place of the header's checksum stands whether it was right.
 pub(crate) fn by_flow(
     packets: impl IntoIterator<Item = Vec<u8>>,
-) -> BTreeMap<[u8; 2], Vec<Vec<u8>>> {
+) -> BTreeMap<Vec<u8>, Vec<Vec<u8>>> {
     let mut flows = BTreeMap::<_, Vec<_>>::new();
     for mut packet in packets {
         let at = match packet[0] >> 4 {
@@ -191,13 +195,15 @@ pub(crate) fn by_flow(
             _ => 48,
         };
         if packet[0] >> 4 == 4 {
+            let valid = Sum::default().add(&packet[..at]).is_valid();
+            packet[10..12].copy_from_slice(&[u8::from(valid); 2]);
             if packet[6] & 0x3f == 0 && packet[7] == 0 {
                 packet[4..6].fill(0);
             }
-            packet[10..12].fill(0);
         }
-        let port = [packet[at], packet[at + 1]];
-        flows.entry(port).or_default().push(packet);
+        let addresses = segment::addresses(&packet).unwrap();
+        let flow = [addresses, &packet[at..at + 2]].concat();
+        flows.entry(flow).or_default().push(packet);
     }
     flows
 }
@@ -215,6 +221,7 @@ pub(crate) fn piece() -> impl Strategy<Value = Piece> {
         1 => Just(Odd::Timestamps),
         1 => Just(Odd::HopLimit),
         1 => Just(Odd::BadChecksum),
+        1 => Just(Odd::BadHeaderChecksum),
         1 => Just(Odd::NoChecksum),
         1 => Just(Odd::SumOfZero),
         1 => Just(Odd::FirstFragment),
@@ -335,6 +342,13 @@ fn a_super_packet_never_exceeds_the_length_field() {
 fn two_flows_in_turn_become_two_super_packets() {
     let pieces: Vec<_> = (0..40).map(|i| plain(i % 2)).collect();
     assert_eq!(coalesce(&packets_of(&pieces)).len(), 2);
+}
+
+#[test]
+fn identification_counts_up_in_the_packets_of_a_super_packet() {
+    let written = coalesce(&packets_of(&[plain(0), plain(0), plain(0)]));
+    let numbers: Vec<_> = cut(&written[0]).iter().map(|p| [p[4], p[5]]).collect();
+    assert_eq!(numbers, [[0, 0], [0, 1], [0, 2]]);
 }
 
 #[test]
