@@ -46,8 +46,9 @@ const GROWTH_MAX_KIB: u64 = 2 << 10;
 /// In a shorter run pools are still being touched for the first time.
 const MEMORY_JUDGED_FROM: Duration = Duration::from_secs(300);
 
-/// Datagrams that may be missing: addresses vanish for moments, and the middlebox loses some.
-const UDP_LOST_MAX: f64 = 0.10;
+/// Datagrams that may be missing: addresses vanish for moments, the middlebox loses some, and so does a
+/// busy machine. Three times as many as were seen.
+const UDP_LOST_MAX: f64 = 0.15;
 
 /// What must never happen, whatever the network does.
 const NEVER: [DropReason; 8] = [
