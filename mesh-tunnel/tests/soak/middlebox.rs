@@ -14,7 +14,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mesh_wire::id::Via;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
 use crate::harness::{Lab, Node, Side, run};
@@ -34,10 +33,10 @@ const PATIENCE: Duration = Duration::from_millis(4);
 pub(crate) struct Middlebox {
     /// In B's namespace.
     facing_a: Arc<UdpSocket>,
-    /// In A's namespace, by an address that never changes.
+    /// In A's namespace.
     facing_b: Mutex<Arc<UdpSocket>>,
-    /// Where A was heard from last.
-    a: Mutex<SocketAddr>,
+    /// The nodes, by addresses that never change.
+    a: SocketAddr,
     b: SocketAddr,
     passed: AtomicU64,
     delayed: AtomicU64,
@@ -52,14 +51,11 @@ impl Middlebox {
                 lab.name(side)
             ));
         }
-        let (Via::Direct(a), Via::Direct(b)) = (a.direct_v4(), b.direct_v4()) else {
-            unreachable!("both are direct");
-        };
         Self {
             facing_a: bind(lab, Side::B, "198.51.100.2:0"),
             facing_b: Mutex::new(bind(lab, Side::A, "198.51.100.1:0")),
-            a: Mutex::new(a),
-            b,
+            a: SocketAddr::from(([198, 51, 100, 1], a.tunnel.port())),
+            b: SocketAddr::from(([198, 51, 100, 2], b.tunnel.port())),
             passed: AtomicU64::new(0),
             delayed: AtomicU64::new(0),
             lost: AtomicU64::new(0),
@@ -85,8 +81,7 @@ impl Middlebox {
     pub(crate) fn start<'s>(&'s self, scope: &'s Scope<'s, '_>, stop: &'s AtomicBool, seed: u64) {
         scope.spawn(move || {
             let from = || Arc::clone(&self.facing_a);
-            self.carry(stop, seed, from, |datagram, sender| {
-                *self.a.lock().unwrap() = sender;
+            self.carry(stop, seed, from, |datagram| {
                 self.facing_b().send_to(datagram, self.b)
             });
         });
@@ -95,7 +90,7 @@ impl Middlebox {
                 stop,
                 !seed,
                 || self.facing_b(),
-                |datagram, _| self.facing_a.send_to(datagram, *self.a.lock().unwrap()),
+                |datagram| self.facing_a.send_to(datagram, self.a),
             );
         });
     }
@@ -105,34 +100,34 @@ impl Middlebox {
         stop: &AtomicBool,
         seed: u64,
         from: impl Fn() -> Arc<UdpSocket>,
-        to: impl Fn(&[u8], SocketAddr) -> io::Result<usize>,
+        to: impl Fn(&[u8]) -> io::Result<usize>,
     ) {
         let mut random = StdRng::seed_from_u64(seed);
         let mut late = BinaryHeap::new();
         let mut buffer = [0; 2048];
-        let pass = |datagram: &[u8], sender| {
-            let passed = to(datagram, sender).is_ok();
+        let pass = |datagram: &[u8]| {
+            let passed = to(datagram).is_ok();
             let count = if passed { &self.passed } else { &self.lost };
             count.fetch_add(1, Relaxed);
         };
         while !stop.load(Relaxed) {
-            if let Ok((len, sender)) = from().recv_from(&mut buffer) {
+            if let Ok(len) = from().recv(&mut buffer) {
                 let datagram = &buffer[..len];
                 let fate: f64 = random.random();
                 if fate < LOSS {
                     self.lost.fetch_add(1, Relaxed);
                 } else if fate < LOSS + DELAYED {
                     let due = Instant::now() + DELAY_MAX.mul_f64(random.random());
-                    late.push(Reverse((due, datagram.to_vec(), sender)));
+                    late.push(Reverse((due, datagram.to_vec())));
                     self.delayed.fetch_add(1, Relaxed);
                 } else {
-                    pass(datagram, sender);
+                    pass(datagram);
                 }
             }
             let now = Instant::now();
             while late.peek().is_some_and(|Reverse((due, ..))| *due <= now) {
-                if let Some(Reverse((_, datagram, sender))) = late.pop() {
-                    pass(&datagram, sender);
+                if let Some(Reverse((_, datagram))) = late.pop() {
+                    pass(&datagram);
                 }
             }
         }
