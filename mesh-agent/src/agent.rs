@@ -19,7 +19,7 @@ use mesh_core::{
 use mesh_daemon::{NotifyState, supervisor::Supervisor};
 use mesh_dns::server::DnsServer;
 use mesh_linux::{
-    IfIndex,
+    IfIndex, memory,
     netlink::{Changes, Netlink},
     tun::Tun,
     udp::UdpPair,
@@ -67,6 +67,8 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
             () = stop.cancelled() => return Ok(()),
         };
         let running = started?;
+        // The programs and the snapshot were parsed; what that took is not needed again.
+        memory::give_back();
         mesh_daemon::notify(NotifyState::Ready);
         let result = supervisor.run().await;
         running.end().await;

@@ -149,7 +149,7 @@ impl<'a> Worker<'a> {
             let blocked = self.blocked_since;
             let patience = match blocked {
                 Some(since) => Some(AGE_MAX.saturating_sub(since.elapsed())),
-                None if !self.waiting.is_empty() => Some(Duration::ZERO),
+                None if self.has_work() => Some(Duration::ZERO),
                 None => None,
             };
             if !waiter.wait(patience, blocked.is_some())? {
@@ -166,6 +166,11 @@ impl<'a> Worker<'a> {
             }
             self.send(now);
         }
+    }
+
+    /// Whether something waits to be sealed.
+    fn has_work(&self) -> bool {
+        self.stuck.is_some() || !self.waiting.is_empty()
     }
 
     fn receive(&mut self, number: usize, now: Instant) -> io::Result<()> {
