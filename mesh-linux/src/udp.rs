@@ -132,11 +132,18 @@ impl UdpPair {
 
     /// Waits until the socket of `to`'s family has room, at most for `time`.
     pub fn wait_writable(&self, to: SocketAddr, time: Duration) {
-        if let Some((socket, _)) = self.socket_for(to) {
+        let number = self.number_for(to);
+        if let Some(socket) = self.sockets().nth(number) {
             let mut fds = [PollFd::new(&socket.socket, PollFlags::OUT)];
             // An interrupted or failed wait is a short one.
             poll(&mut fds, Timespec::try_from(time).ok().as_ref()).ok();
         }
+    }
+
+    /// Which of [`Self::sockets`] sends to an address.
+    #[must_use]
+    pub fn number_for(&self, to: SocketAddr) -> usize {
+        usize::from(to.ip().to_canonical().is_ipv6())
     }
 
     /// The socket of an address's family, and the address as that family writes it.

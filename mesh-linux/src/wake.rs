@@ -42,52 +42,53 @@ impl StopSignal {
     /// Somebody who waits for descriptors and for this signal.
     #[must_use]
     pub fn waiter<'fd>(&'fd self, fds: impl IntoIterator<Item = BorrowedFd<'fd>>) -> Waiter<'fd> {
-        let fds: Vec<_> = fds.into_iter().collect();
-        let polls = |flags| {
-            let stop = PollFd::from_borrowed_fd(self.0.as_fd(), PollFlags::IN);
-            let fds = fds.iter().map(|fd| PollFd::from_borrowed_fd(*fd, flags));
-            std::iter::once(stop).chain(fds).collect()
-        };
-        Waiter {
-            readable: polls(PollFlags::IN),
-            both: polls(PollFlags::IN | PollFlags::OUT),
-            waited_for_both: false,
-        }
+        let fds: Vec<_> = std::iter::once(self.0.as_fd()).chain(fds).collect();
+        let polls = fds
+            .iter()
+            .map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN));
+        let polls = polls.collect();
+        Waiter { fds, polls }
     }
 }
 
 /// Waits again and again for the same descriptors.
 #[derive(Debug)]
 pub struct Waiter<'fd> {
-    readable: Vec<PollFd<'fd>>,
-    both: Vec<PollFd<'fd>>,
-    waited_for_both: bool,
+    /// The signal, and the descriptors.
+    fds: Vec<BorrowedFd<'fd>>,
+    polls: Vec<PollFd<'fd>>,
 }
 
 impl Waiter<'_> {
-    /// Blocks until a descriptor can be read, has an error to tell, or (with `writable`) can be
-    /// written; until `patience` is over; or until the signal is given. Whether it was not the signal.
+    /// Blocks until a descriptor can be read or has an error to tell, until descriptor `writable` can
+    /// be written, until `patience` is over, or until the signal is given. Whether it was not the
+    /// signal.
     ///
     /// # Errors
     ///
     /// What `poll` says; an interrupted call is a short one.
-    pub fn wait(&mut self, patience: Option<Duration>, writable: bool) -> io::Result<bool> {
-        self.waited_for_both = writable;
-        let polls = if writable {
-            &mut self.both
-        } else {
-            &mut self.readable
-        };
+    pub fn wait(
+        &mut self,
+        patience: Option<Duration>,
+        writable: Option<usize>,
+    ) -> io::Result<bool> {
+        let wanted = writable.map(|number| number + 1);
+        for (number, (poll, fd)) in self.polls.iter_mut().zip(&self.fds).enumerate() {
+            let flags = if wanted == Some(number) {
+                PollFlags::IN | PollFlags::OUT
+            } else {
+                PollFlags::IN
+            };
+            *poll = PollFd::from_borrowed_fd(*fd, flags);
+        }
         let timeout = patience.and_then(|time| Timespec::try_from(time).ok());
-        match poll(polls, timeout.as_ref()) {
-            Ok(_) => Ok(polls.first().is_some_and(|stop| stop.revents().is_empty())),
-            // Nothing was found out.
-            Err(rustix::io::Errno::INTR) => {
-                for fd in polls {
-                    fd.clear_revents();
-                }
-                Ok(true)
-            }
+        match poll(&mut self.polls, timeout.as_ref()) {
+            Ok(_) => Ok(self
+                .polls
+                .first()
+                .is_some_and(|stop| stop.revents().is_empty())),
+            // Nothing was found out: what the polls say is empty.
+            Err(rustix::io::Errno::INTR) => Ok(true),
             Err(error) => Err(error.into()),
         }
     }
@@ -95,12 +96,7 @@ impl Waiter<'_> {
     /// Whether descriptor `number` could be read when [`Self::wait`] returned.
     #[must_use]
     pub fn is_readable(&self, number: usize) -> bool {
-        let polls = if self.waited_for_both {
-            &self.both
-        } else {
-            &self.readable
-        };
-        let found = polls.get(number + 1);
+        let found = self.polls.get(number + 1);
         found.is_some_and(|fd| !(fd.revents() - PollFlags::OUT).is_empty())
     }
 }

@@ -279,7 +279,7 @@ fn a_packet_goes_through_a_tun_both_ways() {
     let mut waiter = stop.waiter([queue.as_fd()]);
     let mut buffer = vec![0; mesh_linux::tun::READ_LEN_MAX];
     let packet = loop {
-        assert!(waiter.wait(None, false).unwrap() && waiter.is_readable(0));
+        assert!(waiter.wait(None, None).unwrap() && waiter.is_readable(0));
         let len = queue.read(&mut buffer).unwrap();
         let (_, packet) = VnetHeader::split(&buffer[..len]).unwrap();
         // The kernel's own IPv6 multicast comes too.
@@ -304,7 +304,7 @@ fn a_packet_goes_through_a_tun_both_ways() {
         (&b"out"[..], "10.3.0.2:7".parse().unwrap())
     );
     stop.stop();
-    assert!(!waiter.wait(None, false).unwrap());
+    assert!(!waiter.wait(None, None).unwrap());
 }
 
 /// Sends `datagrams` as one batch from one pair to another at `ip`; what arrives, and from where.

@@ -28,6 +28,8 @@ pub(crate) struct Leave {
     pair: usize,
     /// Whether it may wait for room.
     may_wait: bool,
+    /// Which socket of the pair had no room when something last did not leave.
+    pub(crate) full: Option<usize>,
     /// Datagrams with a relay's header in front.
     frames: Vec<u8>,
 }
@@ -38,6 +40,7 @@ impl Leave {
         Self {
             pair: number,
             may_wait: false,
+            full: None,
             frames: Vec::new(),
         }
     }
@@ -47,6 +50,7 @@ impl Leave {
         Self {
             pair: 0,
             may_wait: true,
+            full: None,
             frames: Vec::new(),
         }
     }
@@ -163,7 +167,7 @@ impl Inner {
         datagrams: &[u8],
         segment_len: usize,
         fields: IpFields,
-        leave: &Leave,
+        leave: &mut Leave,
     ) -> usize {
         let Some(sockets) = self.sockets.get(leave.pair) else {
             return datagrams.len();
@@ -174,6 +178,7 @@ impl Inner {
             let mut sent = sockets.send(to, part, segment_len, fields);
             if is_full(&sent) {
                 if !leave.may_wait {
+                    leave.full = Some(sockets.number_for(to));
                     return gone;
                 }
                 sockets.wait_writable(to, SEND_WAIT);

@@ -152,7 +152,9 @@ impl<'a> Worker<'a> {
                 None if self.has_work() => Some(Duration::ZERO),
                 None => None,
             };
-            if !waiter.wait(patience, blocked.is_some())? {
+            // Descriptor 0 is the TUN queue; the sockets follow.
+            let full = self.out.leave.full.map(|socket| socket + 1);
+            if !waiter.wait(patience, blocked.and(full))? {
                 return Ok(());
             }
             let now = Instant::now();
