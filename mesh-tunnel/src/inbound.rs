@@ -40,11 +40,8 @@ const DATAGRAM_LEN_MAX: usize = 1 << 16;
 /// What one thread needs to receive. [`Inner::finish`] must follow the last datagram of a batch.
 #[derive(Debug)]
 pub(crate) struct Inbox {
-    /// By which queue packets reach the kernel.
-    queue: usize,
-    coalescer: Coalescer,
+    to_kernel: ToKernel,
     last: Option<LastSession>,
-    sources: LastSource,
     /// For packets that had to wait for a handshake.
     pub(crate) out: Outbox,
     /// A copy of a datagram that may not be opened where it lies. Made when first needed.
@@ -54,14 +51,25 @@ pub(crate) struct Inbox {
 impl Inbox {
     pub(crate) fn new(queue: usize, udp_offload: bool, out: Outbox) -> Self {
         Self {
-            queue,
-            coalescer: Coalescer::new(udp_offload),
+            to_kernel: ToKernel {
+                queue,
+                coalescer: Coalescer::new(udp_offload),
+                sources: LastSource::default(),
+            },
             last: None,
-            sources: LastSource::default(),
             out,
             copy: Vec::new(),
         }
     }
+}
+
+/// What stands between an opened packet and the kernel.
+#[derive(Debug)]
+struct ToKernel {
+    /// By which queue packets reach it.
+    queue: usize,
+    coalescer: Coalescer,
+    sources: LastSource,
 }
 
 /// The session and way of the last datagram, so that a batch of one session looks it up once and
@@ -204,12 +212,14 @@ impl Inner {
 
     /// Writes what was kept back to join it with more, and notes what came.
     pub(crate) fn finish(&self, inbox: &mut Inbox) {
-        let queue = inbox.queue;
-        inbox
-            .coalescer
-            .flush(&mut |framed| self.write_tun(queue, framed));
-        self.note_last(inbox);
-        inbox.sources = LastSource::default();
+        let ToKernel {
+            queue,
+            coalescer,
+            sources,
+        } = &mut inbox.to_kernel;
+        coalescer.flush(&mut |framed| self.write_tun(*queue, framed));
+        *sources = LastSource::default();
+        note_last(&mut inbox.last);
     }
 
     fn inbound(
@@ -254,14 +264,14 @@ impl Inner {
         &self,
         number: u32,
         via: Via,
-        inbox: &'a mut Inbox,
+        last: &'a mut Option<LastSession>,
     ) -> Result<&'a mut LastSession, DropReason> {
         let same = |last: &LastSession| last.number == number && last.via == via;
-        if !inbox.last.as_ref().is_some_and(same) {
-            self.note_last(inbox);
+        if !last.as_ref().is_some_and(same) {
+            note_last(last);
             let peer = self.by_session(number)?;
             let session = peer.session(number).ok_or(DropReason::UnknownSession)?;
-            inbox.last = Some(LastSession {
+            *last = Some(LastSession {
                 number,
                 via,
                 peer,
@@ -272,15 +282,7 @@ impl Inner {
                 wire: 0,
             });
         }
-        inbox.last.as_mut().ok_or(DropReason::UnknownSession)
-    }
-
-    /// Counts what came by the last session.
-    fn note_last(&self, inbox: &mut Inbox) {
-        if let Some(last) = inbox.last.take() {
-            last.peer.counts.received(last.packets, last.bytes);
-            last.peer.counts.wire_received(last.wire);
-        }
+        last.as_mut().ok_or(DropReason::UnknownSession)
     }
 
     fn open(
@@ -290,35 +292,41 @@ impl Inner {
         arrival: Arrival,
         inbox: &mut Inbox,
     ) -> Result<(), DropReason> {
-        let last = self.look_up(number, arrival.via, inbox)?;
+        let Inbox {
+            to_kernel,
+            last,
+            out,
+            ..
+        } = inbox;
+        let last = self.look_up(number, arrival.via, last)?;
         let wire_len = datagram.len();
         let (counter, plain) = last.session.open(datagram, arrival.now).map_err(reason)?;
         last.session.window().accept(counter).map_err(reason)?;
         last.wire += wire_len;
-        let (peer, proven) = (Arc::clone(&last.peer), last.session.is_proven());
         if !std::mem::replace(&mut last.noted, true) {
-            self.note_authentic(&peer, arrival);
+            self.note_authentic(&last.peer, arrival);
         }
-        if !proven {
-            self.confirm(&peer, number, arrival, &mut inbox.out);
+        if !last.session.is_proven() {
+            self.confirm(&last.peer, number, arrival, out);
         }
         if plain.is_empty() {
-            peer.activity.received_other(arrival.now);
+            last.peer.activity.received_other(arrival.now);
             return Ok(());
         }
-        peer.activity.received_data(arrival.now);
-        self.deliver(&peer, datagram, plain, arrival, inbox)
+        last.peer.activity.received_data(arrival.now);
+        self.deliver(last, datagram, plain, arrival, to_kernel)
     }
 
     /// Hands on the packet that was opened to `plain`, whose padding is still there.
     fn deliver(
         &self,
-        peer: &Arc<Peer>,
+        last: &mut LastSession,
         datagram: &mut [u8],
         plain: Range<usize>,
         arrival: Arrival,
-        inbox: &mut Inbox,
+        to_kernel: &mut ToKernel,
     ) -> Result<(), DropReason> {
+        let peer = &last.peer;
         let padded = datagram.get(plain).unwrap_or_default();
         let len = route::packet_len(padded).ok_or(DropReason::MalformedIn)?;
         let end = DATA_HEADER_LEN + len;
@@ -326,14 +334,12 @@ impl Inner {
             .get_mut(DATA_HEADER_LEN..end)
             .ok_or(DropReason::MalformedIn)?;
         let source = route::source(packet).ok_or(DropReason::MalformedIn)?;
-        if !inbox.sources.allow(self, source, &peer.id) {
+        if !to_kernel.sources.allow(self, source, &peer.id) {
             return Err(DropReason::WrongSource);
         }
         ecn::merge(arrival.ecn, packet).map_err(|ecn::MustDrop| DropReason::CongestionMarked)?;
-        if let Some(last) = &mut inbox.last {
-            last.packets += 1;
-            last.bytes += len;
-        }
+        last.packets += 1;
+        last.bytes += len;
         if !peer.is_external && self.is_control(packet) {
             self.emit(TunnelEvent::Control {
                 peer: peer.id,
@@ -344,12 +350,12 @@ impl Inner {
         }
         // The offload header takes the place of the end of WireGuard's.
         let framed = datagram.get_mut(DATA_HEADER_LEN - VnetHeader::LEN..end);
-        let queue = inbox.queue;
-        inbox
-            .coalescer
-            .push(framed.unwrap_or_default(), &mut |framed| {
-                self.write_tun(queue, framed);
-            });
+        let ToKernel {
+            queue, coalescer, ..
+        } = to_kernel;
+        coalescer.push(framed.unwrap_or_default(), &mut |framed| {
+            self.write_tun(*queue, framed);
+        });
         Ok(())
     }
 
@@ -399,6 +405,14 @@ impl Inner {
         let from_overlay = packet.get(8..14).and_then(<[u8]>::first_chunk).copied();
         PeerMessage::is_control(packet, self.overlay_v6)
             && from_overlay.is_some_and(|prefix| self.is_overlay(prefix))
+    }
+}
+
+/// Counts what came by the last session.
+fn note_last(last: &mut Option<LastSession>) {
+    if let Some(last) = last.take() {
+        last.peer.counts.received(last.packets, last.bytes);
+        last.peer.counts.wire_received(last.wire);
     }
 }
 
