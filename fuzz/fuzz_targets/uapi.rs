@@ -4,27 +4,11 @@
 #![allow(dead_code, reason = "the device's files are here without the device")]
 
 use libfuzzer_sys::fuzz_target;
-use rustix::io::Errno;
 
 #[path = "../../mesh-tunnel/src/device/config.rs"]
 mod config;
 #[path = "../../mesh-tunnel/src/device/uapi.rs"]
 mod uapi;
-
-/// As in `mesh-tunnel/src/device.rs`.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{what}")]
-pub(crate) struct Refused {
-    pub(crate) errno: Errno,
-    pub(crate) what: String,
-}
-
-impl Refused {
-    pub(crate) fn new(errno: Errno, what: impl Into<String>) -> Self {
-        let what = what.into();
-        Self { errno, what }
-    }
-}
 
 fuzz_target!(|request: &[u8]| {
     for verb in ["", "set=1\n"] {

@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// How often timers are looked at: a fraction of the shortest of WireGuard's (5 s), and fine
-/// enough for [`crate::peer::HELD_AGE_MAX`].
+/// enough for the 2 s that packets wait for a path.
 const TICK: Duration = Duration::from_millis(200);
 
 /// Handshake messages that wait: what the gate lets through in a second, and a little more. 64 KiB.

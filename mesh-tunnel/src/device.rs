@@ -15,7 +15,6 @@ use mesh_linux::{
     netlink::{Changes, Netlink, NetlinkError},
 };
 use running::Running;
-use rustix::io::Errno;
 use zeroize::Zeroizing;
 
 /// A device and the interface it is behind.
@@ -67,22 +66,5 @@ impl Device {
     /// Stops all packets.
     pub(crate) fn stop(&self) {
         self.running.borrow_mut().stop();
-    }
-}
-
-/// Why a request was not carried out. Nothing of it was.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{what}")]
-pub(crate) struct Refused {
-    /// What the client is told.
-    pub(crate) errno: Errno,
-    /// What the log is told; never holds a key.
-    pub(crate) what: String,
-}
-
-impl Refused {
-    pub(crate) fn new(errno: Errno, what: impl Into<String>) -> Self {
-        let what = what.into();
-        Self { errno, what }
     }
 }

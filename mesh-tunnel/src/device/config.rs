@@ -15,7 +15,22 @@ use mesh_wire::id::NodeId;
 use rustix::io::Errno;
 use zeroize::Zeroizing;
 
-use super::Refused;
+/// Why a request was not carried out. Nothing of it was.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what}")]
+pub(crate) struct Refused {
+    /// What the client is told.
+    pub(crate) errno: Errno,
+    /// What the log is told; never holds a key.
+    pub(crate) what: String,
+}
+
+impl Refused {
+    pub(crate) fn new(errno: Errno, what: impl Into<String>) -> Self {
+        let what = what.into();
+        Self { errno, what }
+    }
+}
 
 /// Most peers, as in wireguard-go (`device/constants.go`): 1 GiB at 16 KiB a peer.
 pub(crate) const PEERS_MAX: usize = 1 << 16;

@@ -21,8 +21,7 @@ use tokio::sync::mpsc;
 use zeroize::Zeroizing;
 
 use super::{
-    Refused,
-    config::{Change, Config, Plan},
+    config::{Change, Config, Plan, Refused},
     uapi::{self, Live, Request},
 };
 

@@ -7,10 +7,7 @@ use mesh_wire::id::NodeId;
 use rustix::io::Errno;
 use zeroize::Zeroizing;
 
-use super::{
-    Refused,
-    config::{AllowedIp, Change, Config, PeerChange, Secret},
-};
+use super::config::{AllowedIp, Change, Config, PeerChange, Refused, Secret};
 
 /// Longest request: [`super::config::PEERS_MAX`] peers with every key and three allowed IPs,
 /// about 480 bytes each.

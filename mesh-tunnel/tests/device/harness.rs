@@ -1,5 +1,8 @@
 //! Network namespaces, and WireGuard programs that run in them.
 
+#[path = "../common/pattern.rs"]
+mod pattern;
+
 use std::{
     fs,
     io::{Read as _, Write as _},
@@ -13,6 +16,7 @@ use std::{
 };
 
 use mesh_linux::netns;
+use pattern::pattern;
 
 /// Longer than anything here takes, shorter than anybody's patience.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -161,21 +165,6 @@ impl Drop for Lab {
             output(&format!("ip netns delete {name}"));
         }
     }
-}
-
-/// Bytes that are the same in every run and repeat nowhere near.
-fn pattern(len: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    };
-    std::iter::repeat_with(&mut next)
-        .flatten()
-        .take(len)
-        .collect()
 }
 
 pub(crate) fn output(command: &str) -> Output {

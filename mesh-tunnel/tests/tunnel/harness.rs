@@ -1,5 +1,8 @@
 //! Two tunnels in two network namespaces on a veth pair, and what is needed to use them.
 
+#[path = "../common/pattern.rs"]
+mod pattern;
+
 use std::{
     io::{Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
@@ -21,6 +24,8 @@ use mesh_tunnel::{
 };
 use mesh_wire::id::{NodeId, RelayId, Via};
 use tempfile::NamedTempFile;
+
+pub(crate) use self::pattern::pattern;
 
 /// Longer than anything here takes, shorter than anybody's patience.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -302,21 +307,6 @@ impl RelaySender for FakeRelay {
         each.filter(|datagram| queue.try_send(datagram.to_vec()).is_err())
             .count()
     }
-}
-
-/// Bytes that are the same in every run and repeat nowhere near.
-pub(crate) fn pattern(len: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    };
-    std::iter::repeat_with(&mut next)
-        .flatten()
-        .take(len)
-        .collect()
 }
 
 /// Sends `len` bytes of pattern by TCP from `from` to the other side's overlay address `to`, and
