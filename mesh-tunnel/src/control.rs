@@ -3,7 +3,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, PoisonError,
         mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
     },
     time::{Duration, Instant},
@@ -64,7 +64,11 @@ pub(crate) fn queue() -> (SyncSender<Handshake>, Receiver<Handshake>) {
 }
 
 /// Works until the signal is given.
-pub(crate) fn run(tunnel: &Inner, handshakes: &Receiver<Handshake>, stop: &StopSignal) {
+pub(crate) fn run(tunnel: &Inner, stop: &StopSignal) {
+    let handshakes = tunnel
+        .waiting
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
     let mut control = Control {
         tunnel,
         gate: Gate::default(),

@@ -149,6 +149,13 @@ impl Peer {
         self.sending.store(sending.map(Arc::new));
     }
 
+    /// From now on the kernel chooses by which address of this machine packets leave.
+    pub(crate) fn forget_source(&self) {
+        let mut state = self.lock();
+        state.primary = state.primary.map(|way| way.via.into());
+        self.publish(&state);
+    }
+
     /// Notes that data went out.
     pub(crate) fn note_sent(&self, now: Instant) {
         self.activity.sent_data(now);

@@ -169,7 +169,8 @@ impl Inner {
         fields: IpFields,
         leave: &mut Leave,
     ) -> usize {
-        let Some(sockets) = self.sockets.get(leave.pair) else {
+        let pairs = self.sockets.load();
+        let Some(sockets) = pairs.get(leave.pair) else {
             return datagrams.len();
         };
         let at_once = (SEND_BYTES_MAX / segment_len).clamp(1, SEGMENTS_MAX);

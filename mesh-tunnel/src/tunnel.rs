@@ -10,7 +10,7 @@ use std::{
             AtomicU64, AtomicUsize,
             Ordering::{AcqRel, Relaxed},
         },
-        mpsc::SyncSender,
+        mpsc::{Receiver, SyncSender},
     },
     time::{Duration, Instant, SystemTime},
 };
@@ -150,19 +150,13 @@ impl Tunnel {
         config: TunnelConfig,
         events: impl Fn(TunnelEvent) + Send + Sync + 'static,
     ) -> io::Result<(Self, Workers)> {
-        if sockets.is_empty() || tun.queues().len() < sockets.len() {
-            let (queues, pairs) = (tun.queues().len(), sockets.len());
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                format!("{pairs} pairs of sockets need as many TUN queues, and there are {queues}"),
-            ));
-        }
+        check_pairs(&tun, &sockets)?;
         let (handshakes, waiting) = control::queue();
         let inner = Arc::new(Inner {
             key: LocalKey::new(*config.private_key.0),
             overlay_v6: config.overlay_v6,
             tun,
-            sockets,
+            sockets: ArcSwap::from_pointee(sockets),
             events: Box::new(events),
             routes: ArcSwap::default(),
             relays: ArcSwap::default(),
@@ -173,13 +167,31 @@ impl Tunnel {
             held_bytes: AtomicUsize::new(0),
             errors_allowed: AtomicUsize::new(0),
             handshakes,
+            waiting: Mutex::new(waiting),
             inboxes: Pool::default(),
             outboxes: Pool::default(),
             peers: RwLock::default(),
             to_report: Mutex::default(),
         });
-        let workers = Workers::start(&inner, waiting)?;
+        let workers = Workers::start(&inner)?;
         Ok((Self(inner), workers))
+    }
+
+    /// Goes on at other sockets, with all peers and their sessions. They notice by the next packet
+    /// that they get, whose source address the kernel chooses (as `wg_set_port` has it).
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::start`]; then nothing moves any more.
+    pub fn rebind(&self, workers: Workers, sockets: Vec<UdpPair>) -> io::Result<Workers> {
+        let inner = &self.0;
+        check_pairs(&inner.tun, &sockets)?;
+        workers.stop();
+        inner.sockets.store(Arc::new(sockets));
+        for peer in inner.peers().awake() {
+            peer.forget_source();
+        }
+        Workers::start(inner)
     }
 
     /// This node.
@@ -191,7 +203,7 @@ impl Tunnel {
     /// The UDP port of all sockets.
     #[must_use]
     pub fn port(&self) -> u16 {
-        self.0.sockets.first().map_or(0, UdpPair::port)
+        self.0.sockets.load().first().map_or(0, UdpPair::port)
     }
 
     /// Marks what leaves by the sockets (`SO_MARK`); 0 for no mark.
@@ -200,8 +212,8 @@ impl Tunnel {
     ///
     /// What the kernel says; it needs CAP_NET_ADMIN.
     pub fn set_mark(&self, mark: u32) -> io::Result<()> {
-        let mut sockets = self.0.sockets.iter();
-        sockets.try_for_each(|pair| pair.set_mark(mark))
+        let sockets = self.0.sockets.load();
+        sockets.iter().try_for_each(|pair| pair.set_mark(mark))
     }
 
     /// Says what the device's MTU is: packets are padded to multiples of 16 bytes, but never beyond
@@ -389,6 +401,17 @@ impl Tunnel {
     }
 }
 
+fn check_pairs(tun: &Tun, sockets: &[UdpPair]) -> io::Result<()> {
+    let (queues, pairs) = (tun.queues().len(), sockets.len());
+    if (1..=queues).contains(&pairs) {
+        return Ok(());
+    }
+    Err(io::Error::new(
+        io::ErrorKind::InvalidInput,
+        format!("{pairs} pairs of sockets need as many TUN queues, and there are {queues}"),
+    ))
+}
+
 /// The longest super-packet that leaves in one piece: as many segments of the device's MTU as one
 /// `UDP_SEGMENT` send takes, each with WireGuard's 32 bytes and a relay's 8 around it. Set it as
 /// the device's `gso_max_size`; a longer one leaves in two pieces, the second of them small.
@@ -415,7 +438,8 @@ pub(crate) struct Inner {
     pub(crate) key: LocalKey,
     pub(crate) overlay_v6: Ipv6Addr,
     pub(crate) tun: Tun,
-    pub(crate) sockets: Vec<UdpPair>,
+    /// Others only after [`Tunnel::rebind`].
+    pub(crate) sockets: ArcSwap<Vec<UdpPair>>,
     pub(crate) routes: ArcSwap<RouteTable>,
     pub(crate) relays: ArcSwap<HashMap<RelayId, Arc<dyn RelaySender>>>,
     pub(crate) relay_udp: ArcSwap<RelayUdpTable>,
@@ -429,6 +453,8 @@ pub(crate) struct Inner {
     /// ICMP errors that may still be made until the next tick.
     pub(crate) errors_allowed: AtomicUsize,
     pub(crate) handshakes: SyncSender<Handshake>,
+    /// Their other end, which the control thread has in hand as long as it lives.
+    pub(crate) waiting: Mutex<Receiver<Handshake>>,
     inboxes: Pool<Inbox>,
     outboxes: Pool<Outbox>,
     events: Box<dyn Fn(TunnelEvent) + Send + Sync>,

@@ -4,7 +4,7 @@
 use std::{
     fmt, io,
     os::fd::AsFd as _,
-    sync::{Arc, mpsc::Receiver},
+    sync::Arc,
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -12,12 +12,12 @@ use std::{
 use mesh_linux::{
     thread::raise_priority,
     tun::Queue,
-    udp::{ReceiveBatch, UdpBatch},
+    udp::{ReceiveBatch, UdpBatch, UdpPair},
     wake::StopSignal,
 };
 
 use crate::{
-    control::{self, Handshake},
+    control,
     inbound::Inbox,
     outbound::{Blocked, Outbox},
     queue::{AGE_MAX, FairQueue, Taken},
@@ -47,19 +47,22 @@ pub struct Workers {
 }
 
 impl Workers {
-    pub(crate) fn start(tunnel: &Arc<Inner>, handshakes: Receiver<Handshake>) -> io::Result<Self> {
+    pub(crate) fn start(tunnel: &Arc<Inner>) -> io::Result<Self> {
         let mut workers = Self {
             stop: StopSignal::new()?,
             threads: Vec::new(),
         };
-        for number in 0..tunnel.sockets.len() {
+        let sockets = tunnel.sockets.load_full();
+        for number in 0..sockets.len() {
+            let sockets = Arc::clone(&sockets);
             workers.spawn(format!("packets-{number}"), tunnel, move |tunnel, stop| {
                 raise_priority(NICENESS);
-                Worker::new(tunnel, number).map_or(Ok(()), |mut worker| worker.run(stop))
+                let worker = Worker::new(tunnel, &sockets, number);
+                worker.map_or(Ok(()), |mut worker| worker.run(stop))
             })?;
         }
-        workers.spawn("handshakes".to_owned(), tunnel, move |tunnel, stop| {
-            control::run(tunnel, &handshakes, stop);
+        workers.spawn("handshakes".to_owned(), tunnel, |tunnel, stop| {
+            control::run(tunnel, stop);
             Ok(())
         })?;
         Ok(workers)
@@ -125,14 +128,14 @@ struct Worker<'a> {
 }
 
 impl<'a> Worker<'a> {
-    fn new(tunnel: &'a Inner, number: usize) -> Option<Self> {
+    fn new(tunnel: &'a Inner, sockets: &'a [UdpPair], number: usize) -> Option<Self> {
         Some(Self {
             tunnel,
             queue: tunnel.tun.queues().get(number)?,
-            sockets: tunnel.sockets.get(number)?.sockets().collect(),
+            sockets: sockets.get(number)?.sockets().collect(),
             received: ReceiveBatch::new(),
             inbox: tunnel.new_inbox(number),
-            waiting: FairQueue::new(tunnel.sockets.len()),
+            waiting: FairQueue::new(sockets.len()),
             out: Outbox::new(Leave::worker(number)),
             stuck: None,
             blocked_since: None,

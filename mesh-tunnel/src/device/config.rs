@@ -342,8 +342,10 @@ impl Identity {
 /// What has to be done to make a device that is `old` a device that is `new`, in this order.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Plan {
-    /// The device is somebody else now, or elsewhere: everything begins again, with all peers.
+    /// The device is somebody else now: everything begins again, with all peers.
     pub(crate) restart: bool,
+    /// It is elsewhere: the sockets change, and nothing else by that.
+    pub(crate) port: bool,
     /// The packets' mark changes.
     pub(crate) mark: bool,
     /// Peers that are gone.
@@ -369,9 +371,9 @@ impl Plan {
             })
         };
         Self {
-            restart: old.identity != new.identity
-                // 0 asks for another port, whichever it is.
-                || old.listen_port != new.listen_port,
+            restart: old.identity != new.identity,
+            // 0 asks for another port, whichever it is.
+            port: old.listen_port != new.listen_port,
             mark: old.fwmark != new.fwmark,
             remove: old.peers.keys().filter(another).copied().collect(),
             describe: new

@@ -29,10 +29,6 @@ use super::{
 /// passed between asking the kernel twice. Handshakes are 5 s apart (the paper, §6.1).
 const SAME_HANDSHAKE: Duration = Duration::from_secs(1);
 
-/// Most peers that are called at once when their sessions were given up: a tenth of a second at
-/// 100 µs for each.
-const CALLS_MAX: usize = 1_000;
-
 /// Most packet threads: four fill a link of 10 Gb/s, and the rest of a large machine belongs to
 /// its users.
 const PACKET_THREADS_MAX: usize = 4;
@@ -145,7 +141,7 @@ impl Running {
             self.meters.remove(id);
         }
         if plan.restart {
-            self.restart(new)?;
+            self.restart(&plan, new)?;
         } else {
             self.apply(&plan, new)?;
         }
@@ -154,14 +150,24 @@ impl Running {
         Ok(())
     }
 
-    fn apply(&mut self, plan: &Plan, new: Config) -> Result<(), Refused> {
+    fn apply(&mut self, plan: &Plan, mut new: Config) -> Result<(), Refused> {
+        let gone = || Refused::new(Errno::IO, "there is no packet path any more");
+        if plan.port {
+            let sockets = self.bind(&new)?;
+            new.listen_port = port_of(&sockets);
+            let PacketPath { tunnel, workers } = self.path.take().ok_or_else(gone)?;
+            let workers = tunnel.rebind(workers, sockets).map_err(|error| {
+                // The channel is full only if the program ends already.
+                self.broken.try_send(error.to_string()).ok();
+                refused("go on at another port".to_owned())(error)
+            })?;
+            self.path = Some(PacketPath { tunnel, workers });
+        }
         let Some(PacketPath { tunnel, .. }) = &self.path else {
-            return Err(Refused::new(Errno::IO, "there is no packet path any more"));
+            return Err(gone());
         };
         if plan.mark {
-            tunnel
-                .set_mark(new.fwmark)
-                .map_err(refused(format!("mark packets with {}", new.fwmark)))?;
+            tunnel.set_mark(new.fwmark).map_err(cannot_mark(&new))?;
         }
         for id in &plan.remove {
             tunnel.remove_external(id);
@@ -178,19 +184,18 @@ impl Running {
         Ok(())
     }
 
-    /// Begins again with another key or port. The device stays as it was if the port is taken.
-    fn restart(&mut self, mut new: Config) -> Result<(), Refused> {
-        let same_port = new.listen_port == self.config.listen_port;
-        let (port, threads) = (new.listen_port, self.tun.queues().len());
-        let bind = || {
-            let sockets = UdpPair::bind_many(port, threads);
-            sockets.map_err(refused(format!("bind UDP port {port}")))
-        };
+    /// Begins again with another key. The device stays as it was if a port that it shall have too is
+    /// taken.
+    fn restart(&mut self, plan: &Plan, mut new: Config) -> Result<(), Refused> {
         // One's own port is free only when the old packet path is gone.
-        let early = if same_port { None } else { Some(bind()?) };
-        let had_session = self.peers_with_session();
+        let early = if plan.port {
+            Some(self.bind(&new)?)
+        } else {
+            None
+        };
         self.stop();
-        let opened = early.map_or_else(bind, Ok).and_then(|sockets| {
+        let sockets = early.map_or_else(|| self.bind(&new), Ok);
+        let opened = sockets.and_then(|sockets| {
             new.listen_port = port_of(&sockets);
             self.open(sockets, &new)
                 .map_err(refused("start the packet path".to_owned()))
@@ -199,36 +204,26 @@ impl Running {
             // The channel is full only if the program ends already.
             self.broken.try_send(refused.to_string()).ok();
         })?;
-        if new.private_key() == self.config.private_key() {
-            // What they send is for sessions that are gone, and they would notice only after 15 s.
-            for (id, via) in had_session.into_iter().take(CALLS_MAX) {
-                path.tunnel.handshake(&id, &[via]);
-            }
-        }
         self.path = Some(path);
         self.config = new;
         Ok(())
     }
 
-    /// The peers with a session, and the way to each.
-    fn peers_with_session(&self) -> Vec<(NodeId, Via)> {
-        let Some(PacketPath { tunnel, .. }) = &self.path else {
-            return Vec::new();
-        };
-        let peers = self.config.peers().into_iter().filter_map(|(id, _)| {
-            let stats = tunnel.peer_stats(id)?;
-            Some((*id, stats.primary.filter(|_| stats.has_session)?))
-        });
-        peers.collect()
+    /// Sockets for a device that is as `config` says.
+    fn bind(&self, config: &Config) -> Result<Vec<UdpPair>, Refused> {
+        let port = config.listen_port;
+        let sockets = UdpPair::bind_many(port, self.tun.queues().len())
+            .map_err(refused(format!("bind UDP port {port}")))?;
+        if config.fwmark != 0 {
+            let mut pairs = sockets.iter();
+            let marked = pairs.try_for_each(|pair| pair.set_mark(config.fwmark));
+            marked.map_err(cannot_mark(config))?;
+        }
+        Ok(sockets)
     }
 
     /// Starts a packet path that is as `config` says.
     fn open(&self, sockets: Vec<UdpPair>, config: &Config) -> std::io::Result<PacketPath> {
-        if config.fwmark != 0 {
-            for pair in &sockets {
-                pair.set_mark(config.fwmark)?;
-            }
-        }
         let identity = config.private_key();
         // Without a key the device is nobody, and knows nobody.
         let private_key = identity.map_or_else(rand::random, |key| *key.bytes());
@@ -335,6 +330,10 @@ impl Meter {
             received_bytes: self.before.received_bytes + self.now.received_bytes,
         }
     }
+}
+
+fn cannot_mark(config: &Config) -> impl Fn(std::io::Error) -> Refused {
+    refused(format!("mark packets with {}", config.fwmark))
 }
 
 fn refused(what: String) -> impl Fn(std::io::Error) -> Refused {

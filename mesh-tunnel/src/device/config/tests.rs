@@ -188,14 +188,18 @@ fn nobody_talks_without_a_key_or_to_a_key_of_low_order() {
 }
 
 #[test]
-fn another_port_is_a_restart_and_another_mark_is_not() {
+fn another_port_or_mark_is_no_restart() {
     let to = |listen_port, fwmark| Change {
         listen_port,
         fwmark,
         ..Change::default()
     };
     let (config, plan) = changed(&Config::default(), &to(Some(51_820), None));
-    assert!(plan.restart);
+    let moved = Plan {
+        port: true,
+        ..Plan::default()
+    };
+    assert_eq!(plan, moved);
     assert_eq!(
         changed(&config, &to(Some(51_820), Some(0))).1,
         Plan::default()
@@ -208,7 +212,7 @@ fn another_port_is_a_restart_and_another_mark_is_not() {
             ..Plan::default()
         }
     );
-    assert!(changed(&config, &to(Some(0), None)).1.restart);
+    assert_eq!(changed(&config, &to(Some(0), None)).1, moved);
 }
 
 #[test]
