@@ -15,7 +15,7 @@ const PANELS: &[(&str, &str, f64)] = &[
         "UDP 1,200 B without loss: thousand a second",
         1.0,
     ),
-    ("cpu_per_gb", "processor time, both ends: s per GB", 1.0),
+    ("cpu_per_gb", "processor time, all ends: s per GB", 1.0),
     ("rtt_p50", "round trip, idle, median: µs", 1.0),
     ("rtt_p99", "round trip, idle, 99 %: µs", 1.0),
     ("rtt_p999", "round trip, idle, 99.9 %: µs", 1.0),
@@ -30,10 +30,20 @@ const PANELS: &[(&str, &str, f64)] = &[
         1.0,
     ),
     ("resident_peak", "resident memory, highest: MiB", 1024.0),
+    (
+        "resident_per_peer",
+        "resident memory of a further peer: KiB",
+        1.0,
+    ),
+    ("hub_out", "TCP, to two peers at once: Gb/s", 1e3),
+    ("hub_in", "TCP, from two peers at once: Gb/s", 1e3),
 ];
 
 const COLUMNS: usize = 3;
 const PANEL_WIDTH: usize = 400;
+/// Room for the subtitle, and below each panel.
+const TOP: usize = 40;
+const GAP: usize = 16;
 const TITLE_HEIGHT: usize = 30;
 const ROW_HEIGHT: usize = 17;
 /// Where bars begin, and their longest.
@@ -56,16 +66,13 @@ pub(super) fn svg(figures: &[Figure], subtitle: &str) -> String {
         })
         .filter(|(_, _, rows)| !rows.is_empty())
         .collect();
-    let most = panels
-        .iter()
-        .map(|(_, _, rows)| rows.len())
-        .max()
-        .unwrap_or(0);
-    let panel_height = TITLE_HEIGHT + most * ROW_HEIGHT + 16;
-    let (width, height) = (
-        COLUMNS * PANEL_WIDTH,
-        40 + panels.len().div_ceil(COLUMNS) * panel_height,
-    );
+    // Panels side by side are as high as the one with most cases.
+    let heights = panels.chunks(COLUMNS).map(|beside| {
+        let most = beside.iter().map(|(_, _, rows)| rows.len()).max();
+        TITLE_HEIGHT + most.unwrap_or(0) * ROW_HEIGHT + GAP
+    });
+    let heights: Vec<_> = heights.collect();
+    let (width, height) = (COLUMNS * PANEL_WIDTH, TOP + heights.iter().sum::<usize>());
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" \
          height=\"{height}\" font-family=\"sans-serif\" font-size=\"11\">\n\
@@ -74,10 +81,8 @@ pub(super) fn svg(figures: &[Figure], subtitle: &str) -> String {
         escape(subtitle)
     );
     for (index, (title, divisor, rows)) in panels.iter().enumerate() {
-        let (x, y) = (
-            index % COLUMNS * PANEL_WIDTH,
-            40 + index / COLUMNS * panel_height,
-        );
+        let above = heights.iter().take(index / COLUMNS);
+        let (x, y) = (index % COLUMNS * PANEL_WIDTH, TOP + above.sum::<usize>());
         writeln!(svg, "<g transform=\"translate({x},{y})\">").ok();
         writeln!(
             svg,
@@ -154,6 +159,21 @@ mod tests {
         let drawn = svg(&samples.figures("tunnel"), "");
         let widths = ["190.0", "126.7"].map(|width| drawn.contains(&format!("width=\"{width}\"")));
         assert_eq!(widths, [true, true], "{drawn}");
+    }
+
+    #[test]
+    fn a_row_of_panels_is_as_high_as_its_fullest() {
+        let mut samples = Samples::default();
+        for metric in ["tcp_1", "tcp_4", "tcp_16"] {
+            samples.add("raw", metric, "Mb/s", 1.0);
+            samples.add("tinc", metric, "Mb/s", 1.0);
+        }
+        samples.add("raw", "hub_out", "Mb/s", 1.0);
+        let drawn = svg(&samples.figures("tunnel"), "");
+        let second = TOP + TITLE_HEIGHT + 2 * ROW_HEIGHT + GAP;
+        assert!(drawn.contains(&format!("translate(0,{second})")), "{drawn}");
+        let height = second + TITLE_HEIGHT + ROW_HEIGHT + GAP;
+        assert!(drawn.contains(&format!("height=\"{height}\"")), "{drawn}");
     }
 
     #[test]

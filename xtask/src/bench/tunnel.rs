@@ -16,7 +16,7 @@ pub(super) use self::cases::is_peer;
 use self::{
     cases::{Case, Kind},
     install::Tool,
-    world::World,
+    world::{Route, World},
 };
 use super::{Figure, Options, Samples};
 use crate::report;
@@ -30,7 +30,8 @@ pub(super) fn check(options: &Options) -> Result<()> {
     cases::choose(options).map(drop)
 }
 
-/// Measures every case in each round: 16 cases × 5 rounds × some 18 s = 24 minutes.
+/// Measures every case in each round, 5 × (16 × some 18 s + 2 hubs × 5 s) = 25 minutes, and at the end what
+/// further peers take, half a minute.
 ///
 /// A case that cannot be measured is told by name. That another program cannot be had is no failure of the
 /// bench; that one of our own cannot is.
@@ -63,16 +64,44 @@ pub(super) fn run(options: &Options, samples: &mut Samples) -> Result<bool> {
         }
     }
     for (case, tool) in &ready {
-        let own = !is_peer(case.name);
-        if let (true, Kind::WireGuard { words, .. }, Some(tool)) = (own, &case.kind, tool) {
-            eprintln!("memory of peers: {}", case.name);
-            match memory::per_peer_kib(&world.ends, tool, words) {
-                Ok(kib) => samples.add(case.name, "resident_per_peer", "KiB", kib),
-                Err(error) => samples.error(case.name, &error),
-            }
+        let measured = measure_peers(&world, case, tool.as_ref(), samples);
+        if let Err(error) = measured.context("memory of peers") {
+            samples.error(case.name, &error);
         }
     }
     Ok(samples.errors().all(|(case, _)| is_peer(case)))
+}
+
+/// Measures what further peers take, of ours.
+fn measure_peers(
+    world: &World,
+    case: &Case,
+    tool: Option<&Tool>,
+    samples: &mut Samples,
+) -> Result<()> {
+    let mut add = |metric, kib| samples.add(case.name, metric, "KiB", kib);
+    match (&case.kind, tool) {
+        (Kind::Agents(Route::Direct, ""), _) => {
+            eprintln!("memory of peers: {}", case.name);
+            // First those with a session: agents of theirs have fewer peers then.
+            add("resident_per_live_peer", memory::per_live_peer_kib(world)?);
+            add("resident_per_peer", memory::per_idle_peer_kib(world)?);
+        }
+        (Kind::WireGuard { words, .. }, Some(tool)) if !is_peer(case.name) => {
+            eprintln!("memory of peers: {}", case.name);
+            let kib = memory::per_device_peer_kib(&world.ends, tool, words)?;
+            add("resident_per_peer", kib);
+        }
+        (
+            Kind::Raw
+            | Kind::Agents(..)
+            | Kind::Hub(_)
+            | Kind::WireGuard { .. }
+            | Kind::Other { .. },
+            _,
+        ) => {}
+    }
+    Ok(())
 }
 
 fn measure(world: &World, case: &Case, tool: Option<&Tool>, samples: &mut Samples) -> Result<()> {
@@ -83,7 +112,12 @@ fn measure(world: &World, case: &Case, tool: Option<&Tool>, samples: &mut Sample
 
 /// The columns of [`overview`]: a heading, the metrics in it, and what their figures are divided by.
 const COLUMNS: &[(&str, &[&str], f64)] = &[
-    ("TCP 1/4/16, Gb/s", &["tcp_1", "tcp_4", "tcp_16"], 1e3),
+    // A hub has no figures for one peer, and the others have none for two.
+    (
+        "TCP 1/4/16 (hub: out/in), Gb/s",
+        &["tcp_1", "tcp_4", "tcp_16", "hub_out", "hub_in"],
+        1e3,
+    ),
     ("CPU s/GB", &["cpu_per_gb"], 1.0),
     ("UDP 64/1200 B, kpps", &["udp_64", "udp_1200"], 1.0),
     (

@@ -26,6 +26,8 @@ struct Rule {
 enum Bound {
     AtLeast(f64),
     AtMost(f64),
+    /// None: the issue wants to know.
+    Stated,
 }
 
 const fn rule(case: &'static str, metric: &'static str, against: Against, bound: Bound) -> Rule {
@@ -38,7 +40,7 @@ const fn rule(case: &'static str, metric: &'static str, against: Against, bound:
 }
 
 use Against::{Case, LowestPeer, Number};
-use Bound::{AtLeast, AtMost};
+use Bound::{AtLeast, AtMost, Stated};
 
 /// Issue 1: names and services within 2 s of a start.
 const START: &[Rule] = &[
@@ -53,7 +55,11 @@ const START: &[Rule] = &[
 
 const BORINGTUN: Against = Case("boringtun-cli");
 const DIRECT: Against = Case("holdfast");
+const ONE_THREAD: Against = Case("holdfast-hub-1-thread");
 const NO_CIPHER: Against = Case("mesh-tunnel-no-cipher");
+
+/// Memory of each further peer.
+const PEER_MAX: Against = Number(64.0, "64 KiB");
 
 /// Issue 2's table, line by line.
 const TUNNEL: &[Rule] = &[
@@ -86,31 +92,34 @@ const TUNNEL: &[Rule] = &[
         Number(16_384.0, "16 MiB"),
         AtMost(1.0),
     ),
-    rule(
-        "mesh-tunnel",
-        "resident_per_peer",
-        Number(64.0, "64 KiB"),
-        AtMost(1.0),
-    ),
+    rule("holdfast", "resident_per_peer", PEER_MAX, AtMost(1.0)),
+    rule("holdfast", "resident_per_live_peer", PEER_MAX, AtMost(1.0)),
+    rule("mesh-tunnel", "resident_per_peer", PEER_MAX, AtMost(1.0)),
+    rule("holdfast-hub-2-threads", "hub_out", ONE_THREAD, Stated),
+    rule("holdfast-hub-2-threads", "hub_in", ONE_THREAD, Stated),
+    rule("holdfast-hub-2-threads", "cpu_per_gb", ONE_THREAD, Stated),
 ];
 
 impl Rule {
     fn text(&self) -> String {
         let (sign, factor) = match self.bound {
-            AtLeast(factor) => (">=", factor),
-            AtMost(factor) => ("<=", factor),
+            AtLeast(factor) => (">=", format!("{factor} x ")),
+            AtMost(factor) => ("<=", format!("{factor} x ")),
+            Stated => ("beside", String::new()),
         };
         match self.against {
             Number(_, written) => format!("{sign} {written}"),
-            Case(name) => format!("{sign} {factor} x {name}"),
-            LowestPeer => format!("{sign} {factor} x best peer"),
+            Case(name) => format!("{sign} {factor}{name}"),
+            LowestPeer => format!("{sign} {factor}best peer"),
         }
     }
 
-    fn holds(&self, ratio: f64) -> bool {
+    /// `None`: there is nothing to hold.
+    fn holds(&self, ratio: f64) -> Option<bool> {
         match self.bound {
-            AtLeast(bound) => ratio >= bound,
-            AtMost(bound) => ratio <= bound,
+            AtLeast(bound) => Some(ratio >= bound),
+            AtMost(bound) => Some(ratio <= bound),
+            Stated => None,
         }
     }
 
@@ -135,7 +144,7 @@ impl Rule {
         Some(Figure {
             must: Some(self.text()),
             ratio: Some(ratio),
-            ok: Some(self.holds(ratio)),
+            ok: self.holds(ratio),
             ..figure.clone()
         })
     }
@@ -243,6 +252,21 @@ mod tests {
     fn memory_is_measured_by_a_number() {
         let values = [("holdfast", "resident_idle", 20_480.0)];
         check(&values, &[("<= 16 MiB", 1.25, false)]);
+    }
+
+    #[test]
+    fn what_is_only_stated_has_a_ratio_and_no_verdict() {
+        let values = [
+            ("holdfast-hub-2-threads", "hub_out", 3_000.0),
+            ("holdfast-hub-1-thread", "hub_out", 4_000.0),
+        ];
+        let verdict = judge("tunnel", &figures(&values));
+        let [two, one] = verdict.figures.as_slice() else {
+            panic!("{verdict:?}")
+        };
+        assert_eq!(two.must.as_deref(), Some("beside holdfast-hub-1-thread"));
+        assert_eq!((two.ratio, two.ok), (Some(0.75), None));
+        assert_eq!((one.ratio, one.ok), (None, None));
     }
 
     #[test]

@@ -28,6 +28,8 @@ pub(super) enum Kind {
     Raw,
     /// `mesh-agent`, by one of its paths, and more lines for its configuration.
     Agents(Route, &'static str),
+    /// `mesh-agent` on the left node, with more lines for its configuration, and two peers of it by direct paths.
+    Hub(&'static str),
     /// A program that `wg` configures.
     WireGuard {
         get: Get,
@@ -41,10 +43,18 @@ pub(super) enum Kind {
 }
 
 impl Case {
+    /// The path that the router leaves.
+    pub(super) fn route(&self) -> Route {
+        match self.kind {
+            Kind::Agents(route, _) => route,
+            Kind::Raw | Kind::Hub(_) | Kind::WireGuard { .. } | Kind::Other { .. } => Route::Direct,
+        }
+    }
+
     /// The program, where it is another than the agent: installed or built if need be.
     pub(super) fn get(&self, bins: &Path) -> Result<Option<Tool>> {
         match self.kind {
-            Kind::Raw | Kind::Agents(..) => Ok(None),
+            Kind::Raw | Kind::Agents(..) | Kind::Hub(_) => Ok(None),
             Kind::WireGuard { get, .. } | Kind::Other { get, .. } => get(bins).map(Some),
         }
     }
@@ -63,6 +73,14 @@ pub(super) const OWN: &[Case] = &[
     Case {
         name: "holdfast-1-thread",
         kind: Kind::Agents(Route::Direct, "packet_threads = 1\n"),
+    },
+    Case {
+        name: "holdfast-hub-2-threads",
+        kind: Kind::Hub("packet_threads = 2\n"),
+    },
+    Case {
+        name: "holdfast-hub-1-thread",
+        kind: Kind::Hub("packet_threads = 1\n"),
     },
     Case {
         name: "holdfast-relay-udp",

@@ -1,8 +1,11 @@
 //! One case in one round: what is put on the way, and what is read off it.
 
-use std::{thread, time::Duration};
+use std::{
+    thread::{self, ScopedJoinHandle},
+    time::Duration,
+};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use netns_tests::{
     load::{self, Offer, Trial, Way},
     node::Process,
@@ -14,6 +17,10 @@ use crate::bench::Samples;
 
 /// Length of one iperf3 run.
 const TCP_S: u64 = 2;
+
+/// Streams to each of two peers: enough that both packet threads have some, whichever way the kernel deals
+/// them to the queues of the TUN device.
+const HUB_STREAMS: &str = "4";
 
 /// Length of the bulk flow beside probes: theirs, and time to get up to speed before.
 const BULK_S: u64 = 3;
@@ -50,6 +57,9 @@ const SEARCH_STEPS: u32 = 7;
 /// If the way breaks.
 pub(super) fn measure(world: &World, case: &str, up: &Up, samples: &mut Samples) -> Result<()> {
     let way = world.way(up);
+    if let Some(second) = world.second_way(up) {
+        return measure_hub(world, case, up, [way, second], samples);
+    }
     if let Some(idle) = most(up, Process::resident_kib)? {
         samples.add(case, "resident_idle", "KiB", idle);
     }
@@ -58,7 +68,7 @@ pub(super) fn measure(world: &World, case: &str, up: &Up, samples: &mut Samples)
     let before = world.cpu_s(up)?;
     let mut bytes = 0.0;
     for (metric, streams) in [("tcp_1", "1"), ("tcp_4", "4"), ("tcp_16", "16")] {
-        let flow = tcp(way, streams, TCP_S)?;
+        let flow = tcp(way, &["--parallel", streams], TCP_S)?;
         bytes += flow.bytes;
         samples.add(case, metric, "Mb/s", flow.mbit_per_s);
     }
@@ -77,6 +87,38 @@ pub(super) fn measure(world: &World, case: &str, up: &Up, samples: &mut Samples)
         samples.add(case, "resident_peak", "KiB", peak);
     }
     Ok(())
+}
+
+/// Measures what one node has with two peers at once, in some 5 s: from it to both, then from both to it.
+fn measure_hub(
+    world: &World,
+    case: &str,
+    up: &Up,
+    ways: [Way; 2],
+    samples: &mut Samples,
+) -> Result<()> {
+    let before = world.cpu_s(up)?;
+    let mut bytes = 0.0;
+    for (metric, direction) in [("hub_out", None), ("hub_in", Some("--reverse"))] {
+        let words = ["--parallel", HUB_STREAMS].into_iter().chain(direction);
+        let flows = at_once(ways, &words.collect::<Vec<_>>())?;
+        bytes += flows.iter().map(|flow| flow.bytes).sum::<f64>();
+        let total = flows.iter().map(|flow| flow.mbit_per_s).sum();
+        samples.add(case, metric, "Mb/s", total);
+    }
+    let spent = world.cpu_s(up)? - before;
+    samples.add(case, "cpu_per_gb", "s", spent / (bytes / 1e9));
+    Ok(())
+}
+
+/// One iperf3 run on each way, side by side.
+fn at_once(ways: [Way; 2], words: &[&str]) -> Result<[Flow; 2]> {
+    let [first, second] = ways;
+    thread::scope(|scope| {
+        let beside = scope.spawn(|| tcp(second, words, TCP_S));
+        let first = tcp(first, words, TCP_S);
+        Ok([first?, joined(beside)?])
+    })
 }
 
 /// The larger of both ends' memories; `None` without daemons.
@@ -111,13 +153,11 @@ struct Flow {
     bytes: f64,
 }
 
-/// One iperf3 run; what the receiver counted.
-fn tcp(way: Way, streams: &str, seconds: u64) -> Result<Flow> {
+/// One iperf3 run, with more `words` for it; what the receiver counted.
+fn tcp(way: Way, words: &[&str], seconds: u64) -> Result<Flow> {
     let (time, to) = (seconds.to_string(), way.address.to_string());
-    let words = ["iperf3", "--json", "--client", &to, "--time", &time];
-    let said = way
-        .from
-        .run(&[&words[..], &["--parallel", streams]].concat(), TCP_LIMIT)?;
+    let call = ["iperf3", "--json", "--client", &to, "--time", &time];
+    let said = way.from.run(&[&call[..], words].concat(), TCP_LIMIT)?;
     let value: Value =
         serde_json::from_str(&said.stdout).with_context(|| format!("iperf3: {}", said.stdout))?;
     let number = |pointer: &str| {
@@ -133,15 +173,17 @@ fn tcp(way: Way, streams: &str, seconds: u64) -> Result<Flow> {
 /// Round trips of a small flow beside one bulk flow.
 fn beside_bulk(way: Way) -> Result<Vec<Duration>> {
     thread::scope(|scope| {
-        let bulk = scope.spawn(|| tcp(way, "1", BULK_S));
+        let bulk = scope.spawn(|| tcp(way, &[], BULK_S));
         thread::sleep(BULK_HEAD_START);
         let times = load::round_trips(way, PROBES, PROBE_INTERVAL);
-        let bulk = bulk
-            .join()
-            .map_err(|_| anyhow::anyhow!("iperf3's thread panicked"))?;
-        bulk.context("the bulk flow")?;
+        joined(bulk).context("the bulk flow")?;
         times
     })
+}
+
+fn joined(flow: ScopedJoinHandle<'_, Result<Flow>>) -> Result<Flow> {
+    let ended = flow.join();
+    ended.map_err(|_| anyhow!("iperf3's thread panicked"))?
 }
 
 /// The highest rate without loss that [`Search`] finds, in datagrams a second.

@@ -1,5 +1,6 @@
-//! Where it is measured: two nodes, one router hop of veth apart (MTU 1500), and a third with controller
-//! and relay. The router drops what would take another path than the wanted one.
+//! Where it is measured: two nodes, one router hop of veth apart (MTU 1500), a third for what one node has
+//! with two, and another with controller and relay. The router drops what would take another path than the
+//! wanted one.
 
 use std::{net::Ipv4Addr, path::Path, time::Duration};
 
@@ -21,6 +22,12 @@ use crate::bench::{LEFT, NODES, RIGHT, UP_LIMIT, two_nodes};
 
 /// The relay's limit for one node is for strangers; the highest it accepts, in Mb/s.
 const RELAY_CONFIG: &str = "client_rate_mbit_per_s = 100000\n";
+
+/// The left node's second peer, and its address.
+const THIRD: (&str, Ipv4Addr) = ("third", Ipv4Addr::new(198, 51, 100, 21));
+
+/// Nodes that join.
+pub(super) const NODES_JOINED: u64 = 3;
 
 /// A daemon that has not stopped by then is killed.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
@@ -92,10 +99,11 @@ impl Ends {
 /// The lab, with nothing between the two nodes yet.
 #[derive(Debug)]
 pub(super) struct World {
-    _iperf: Process,
+    _iperf: [Process; 2],
     relay: Process,
     pub(super) ends: Ends,
-    mesh: Mesh,
+    third: Node,
+    pub(super) mesh: Mesh,
 }
 
 /// A way that is up. Its daemons end when it is dropped.
@@ -103,7 +111,9 @@ pub(super) struct World {
 pub(super) struct Up {
     /// The right node's address on it.
     pub(super) address: Ipv4Addr,
-    /// Both ends' daemons.
+    /// The third node's, if the left one has two peers.
+    second: Option<Ipv4Addr>,
+    /// All ends' daemons, the left one's first.
     pub(super) daemons: Vec<Process>,
     /// Whether the relay works for it.
     relayed: bool,
@@ -116,14 +126,20 @@ impl World {
             left: mesh.node(LEFT)?,
             right: mesh.node(RIGHT)?,
         };
-        // They have joined: from here on each start reads what is on the disk.
-        for node in [LEFT, RIGHT] {
+        let (third, address) = THIRD;
+        let node = mesh.lab().public_node(third, address)?;
+        mesh.start_agent(third)?;
+        // They join: from here on each start reads what is on the disk.
+        for node in [LEFT, RIGHT, third] {
+            mesh.agent_ready(node, NODES_JOINED)?;
             mesh.take(node, "mesh-agent")?.terminate(UP_LIMIT)?;
         }
+        let serve = |node: &Node| node.spawn("iperf3", &["iperf3", "--server"]);
         Ok(Self {
-            _iperf: ends.right.spawn("iperf3", &["iperf3", "--server"])?,
+            _iperf: [serve(&ends.right)?, serve(&node)?],
             relay: mesh.take("cloud", "mesh-relay")?,
             ends,
+            third: node,
             mesh,
         })
     }
@@ -137,6 +153,16 @@ impl World {
         }
     }
 
+    /// The load's way to the second peer, if there is one.
+    pub(super) fn second_way(&self, up: &Up) -> Option<Way<'_>> {
+        let address = up.second?;
+        Some(Way {
+            from: &self.ends.left,
+            to: &self.third,
+            address,
+        })
+    }
+
     /// Starts what a case needs, and waits until a packet has gone there and back.
     ///
     /// # Errors
@@ -145,27 +171,32 @@ impl World {
     pub(super) fn start(&self, case: &Case, tool: Option<&Tool>) -> Result<Up> {
         let tool = || tool.context("no program");
         let [_, inner] = peers::ADDRESSES;
-        let (address, daemons) = match case.kind {
+        self.allow(case.route())?;
+        let (third, _) = THIRD;
+        let (address, second, daemons) = match case.kind {
             Kind::Raw => {
-                self.allow(Route::Direct)?;
                 let [_, outer] = Ends::OUTER;
-                (outer, Vec::new())
+                (outer, None, Vec::new())
             }
-            Kind::Agents(route, lines) => self.agents(route, lines)?,
+            Kind::Agents(route, lines) => {
+                let daemons = self.agents(&[(LEFT, lines), (RIGHT, lines)])?;
+                (self.path(route, RIGHT)?, None, daemons)
+            }
+            Kind::Hub(lines) => {
+                let daemons = self.agents(&[(LEFT, lines), (RIGHT, ""), (third, "")])?;
+                let [right, third] = [RIGHT, third].map(|peer| self.path(Route::Direct, peer));
+                (right?, Some(third?), daemons)
+            }
             Kind::WireGuard { words, .. } => {
-                self.allow(Route::Direct)?;
-                (inner, peers::wireguard(&self.ends, tool()?, words)?)
+                (inner, None, peers::wireguard(&self.ends, tool()?, words)?)
             }
-            Kind::Other { start, .. } => {
-                self.allow(Route::Direct)?;
-                (inner, start(&self.ends, tool()?)?)
-            }
+            Kind::Other { start, .. } => (inner, None, start(&self.ends, tool()?)?),
         };
-        let relayed = matches!(case.kind, Kind::Agents(route, _) if route != Route::Direct);
         let mut up = Up {
             address,
+            second,
             daemons,
-            relayed,
+            relayed: case.route() != Route::Direct,
         };
         let ping = format!("ping -q -c 1 -W 1 {address}");
         let answered = tool::eventually("an answer through the tunnel", UP_LIMIT, || {
@@ -185,42 +216,50 @@ impl World {
         Ok(times.iter().map(Duration::as_secs_f64).sum())
     }
 
-    fn allow(&self, route: Route) -> Result<()> {
+    /// Lets the router drop all paths but this one.
+    pub(super) fn allow(&self, route: Route) -> Result<()> {
         tool::nft(self.mesh.lab().internet().netns(), &route.rules())
     }
 
-    fn agents(&self, route: Route, lines: &str) -> Result<(Ipv4Addr, Vec<Process>)> {
-        self.allow(route)?;
-        let nodes = [LEFT, RIGHT];
-        nodes
+    /// Starts agents, each with more lines of configuration, and waits until they serve.
+    pub(super) fn agents(&self, nodes: &[(&str, &str)]) -> Result<Vec<Process>> {
+        for (node, lines) in nodes {
+            self.mesh.start_agent_with(node, lines)?;
+        }
+        for (node, _) in nodes {
+            self.mesh.agent_ready(node, NODES_JOINED)?;
+        }
+        let daemons = nodes
             .iter()
-            .try_for_each(|node| self.mesh.start_agent_with(node, lines))?;
-        nodes
-            .iter()
-            .try_for_each(|node| self.mesh.agent_ready(node, 2))?;
-        let daemons = nodes.iter().map(|node| self.mesh.take(node, "mesh-agent"));
-        let daemons = daemons.collect::<Result<Vec<_>>>()?;
-        let status = self.mesh.status(RIGHT)?;
+            .map(|(node, _)| self.mesh.take(node, "mesh-agent"));
+        daemons.collect()
+    }
+
+    /// Waits until the left node has this path to a peer, and returns the peer's address.
+    pub(super) fn path(&self, route: Route, peer: &str) -> Result<Ipv4Addr> {
+        let status = self.mesh.status(peer)?;
         let address = status.pointer("/overlay_addresses/0");
         let address = address.and_then(Value::as_str).unwrap_or_default();
         let address = address.split('/').next().unwrap_or_default();
         let address = address
             .parse()
             .with_context(|| format!("no IPv4 overlay address in {status}"))?;
-        tool::eventually("the wanted path", UP_LIMIT, || self.is_by(route, address))?;
+        tool::eventually("the wanted path", UP_LIMIT, || {
+            self.is_by(route, peer, address)
+        })?;
         if route == Route::RelayQuic {
             let narrow = format!("ip link set holdfast0 mtu {QUIC_MTU_BYTES}");
             peers::shell(&self.ends.left, &narrow)?;
-            peers::shell(&self.ends.right, &narrow)?;
+            peers::shell(&self.mesh.node(peer)?, &narrow)?;
         }
-        Ok((address, daemons))
+        Ok(address)
     }
 
-    fn is_by(&self, route: Route, address: Ipv4Addr) -> Result<()> {
+    fn is_by(&self, route: Route, peer: &str, address: Ipv4Addr) -> Result<()> {
         // Without traffic nobody looks for a path.
         peers::shell(&self.ends.left, &format!("ping -q -c 1 -W 1 {address}"))?;
         let (state, transport) = route.expected();
-        for (node, other) in [(LEFT, RIGHT), (RIGHT, LEFT)] {
+        for (node, other) in [(LEFT, peer), (peer, LEFT)] {
             let why = self.mesh.ask(node, &["path", "why", other])?;
             ensure!(word(&why, "state") == state, "on {node}: {why}");
             if let Some(transport) = transport {
