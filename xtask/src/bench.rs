@@ -142,12 +142,13 @@ struct Figure {
     min: f64,
     max: f64,
     runs: usize,
-    /// What an issue asks for, in words.
+    /// What an issue asks for, or wants to see beside it, in words.
     #[serde(skip_serializing_if = "Option::is_none")]
     must: Option<String>,
     /// The median over what it is compared with.
     #[serde(skip_serializing_if = "Option::is_none")]
     ratio: Option<f64>,
+    /// Whether that holds; none of it to hold: `None`.
     #[serde(skip_serializing_if = "Option::is_none")]
     ok: Option<bool>,
 }
@@ -246,7 +247,11 @@ fn text(bench: &Bench, samples: &Samples, verdict: &Verdict) -> String {
 }
 
 fn judged_row(figure: &Figure) -> Option<Vec<String>> {
-    let held = if figure.ok? { "held" } else { "MISSED" };
+    let held = match figure.ok {
+        Some(true) => "held",
+        Some(false) => "MISSED",
+        None => "stated",
+    };
     Some(vec![
         figure.case.clone(),
         figure.metric.to_owned(),
@@ -379,6 +384,23 @@ mod tests {
             (2_000.0, 1_000.0, 3_000.0, 3)
         );
         assert_eq!((name.ok, memory.ok), (Some(true), None));
+    }
+
+    #[test]
+    fn what_is_only_stated_is_in_the_table_and_missed_by_none() {
+        let mut samples = Samples::default();
+        samples.add("holdfast-hub-2-threads", "hub_in", "Mb/s", 3_000.0);
+        samples.add("holdfast-hub-1-thread", "hub_in", "Mb/s", 4_000.0);
+        let verdict = verdict::judge("tunnel", &samples.figures("tunnel"));
+        let [tunnel, _] = BENCHES else { panic!() };
+        let said = text(tunnel, &samples, &verdict);
+        let row = said.lines().find(|line| line.contains("stated")).unwrap();
+        assert!(row.contains("beside holdfast-hub-1-thread") && row.contains("0.750"));
+        let said = lines("tunnel", &samples, &verdict).unwrap();
+        assert!(
+            said.contains(r#""missed":[]"#) && !said.contains(r#""ok""#),
+            "{said}"
+        );
     }
 
     #[test]
