@@ -32,7 +32,7 @@ const PANELS: &[(&str, &str, f64)] = &[
     ("resident_peak", "resident memory, highest: MiB", 1024.0),
     (
         "resident_per_peer",
-        "resident memory of a further peer: KiB",
+        "resident memory of a further idle peer: KiB",
         1.0,
     ),
     ("hub_out", "TCP, to two peers at once: Gb/s", 1e3),

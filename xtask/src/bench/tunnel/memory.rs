@@ -4,7 +4,7 @@ use std::{fmt::Write as _, net::Ipv4Addr, path::PathBuf, thread, time::Duration}
 
 use anyhow::{Context as _, Result, ensure};
 use netns_tests::{
-    mesh::{CLOUD, COMMAND_LIMIT},
+    mesh::{CLOUD, COMMAND_LIMIT, word},
     node::Process,
     tool,
 };
@@ -38,8 +38,8 @@ const DEVICE_PEERS: u32 = 1_000;
 /// A runtime that starts takes a moment until its memory no longer changes.
 const DEVICE_SETTLE: Duration = Duration::from_millis(500);
 
-/// Resident memory of an agent for each further peer with a session and a direct path, in KiB: from before
-/// that node joins.
+/// Resident memory of an agent for each further peer with a session, a direct path and one in reserve, in KiB:
+/// from before that node joins.
 ///
 /// # Errors
 ///
@@ -59,6 +59,7 @@ pub(super) fn per_live_peer_kib(world: &World) -> Result<f64> {
     for name in &names {
         world.mesh.agent_ready(name, NODES_JOINED)?;
         world.path(Route::Direct, name)?;
+        tool::eventually("a path in reserve", UP_LIMIT, || has_reserve(world, name))?;
     }
     let after = settled(&agents)?;
     let status = world.mesh.status(LEFT)?;
@@ -70,6 +71,17 @@ pub(super) fn per_live_peer_kib(world: &World) -> Result<f64> {
     }
     agents.iter_mut().try_for_each(stop)?;
     Ok((after - before) / f64::from(LIVE))
+}
+
+/// Whether the left node's agent keeps a path through the relay beside the direct one.
+fn has_reserve(world: &World, peer: &str) -> Result<()> {
+    let why = world.mesh.ask(LEFT, &["path", "why", peer])?;
+    let paths = why.pointer("/paths").and_then(Value::as_array);
+    let mut paths = paths.into_iter().flatten();
+    let reserve =
+        paths.any(|path| word(path, "kind") == "relay" && word(path, "state") == "standby");
+    ensure!(reserve, "none: {why}");
+    Ok(())
 }
 
 /// The same for each further peer that does not run: the agent learns of them while it runs, by and by.
