@@ -4,7 +4,7 @@
 use std::{
     fs::File,
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd},
     sync::Arc,
 };
 
@@ -93,6 +93,21 @@ impl Tun {
     #[must_use]
     pub fn index(&self) -> IfIndex {
         self.index
+    }
+
+    /// Whether the interface is in the network namespace of the calling thread. If it was moved to
+    /// another one, [`Self::index`] here is nobody's, or somebody else's.
+    ///
+    /// # Errors
+    ///
+    /// `EBADFD` if the interface is gone; what the kernel says otherwise.
+    pub fn is_here(&self) -> io::Result<bool> {
+        let Some(queue) = self.queues.first() else {
+            return Ok(false);
+        };
+        let there = rustix::fs::fstat(namespace_of(&queue.fd)?)?;
+        let here = rustix::fs::stat("/proc/thread-self/ns/net")?;
+        Ok((there.st_dev, there.st_ino) == (here.st_dev, here.st_ino))
     }
 
     /// The device's queues, for one reader each. The kernel keeps a flow on one queue: the one by
@@ -274,6 +289,21 @@ fn set_offload(fd: &OwnedFd, offloads: libc::c_uint) -> io::Result<()> {
         )
     };
     check(result)
+}
+
+/// The network namespace in which the interface of a queue is.
+#[expect(
+    unsafe_code,
+    reason = "no safe wrapper of TUNGETDEVNETNS is in the tree"
+)]
+fn namespace_of(fd: &OwnedFd) -> io::Result<OwnedFd> {
+    /// `_IO('T', 227)` of linux/if_tun.h; Linux 5.2 and later.
+    const TUNGETDEVNETNS: libc::Ioctl = 0x54e3;
+    // SAFETY: TUNGETDEVNETNS takes no argument and touches no memory of ours.
+    let namespace = unsafe { libc::ioctl(fd.as_raw_fd(), TUNGETDEVNETNS) };
+    check(namespace)?;
+    // SAFETY: the kernel has just opened this descriptor for us, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(namespace) })
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {

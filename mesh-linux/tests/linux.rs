@@ -256,6 +256,24 @@ fn a_second_tun_of_the_same_name_is_refused_with_a_hint() {
 
 /// A child that another test's thread forked holds a copy of the last device's descriptor until it
 /// executes its program: that long the name stays taken.
+#[test]
+fn a_tun_knows_when_it_was_moved_away() {
+    let (here, there) = (Namespace::new(), Namespace::new());
+    let tun = here.on(|| Tun::create("hf", 1).unwrap());
+    let is_here = || here.on(|| tun.is_here());
+    assert!(is_here().unwrap());
+    assert!(!there.on(|| tun.is_here()).unwrap());
+    here.ip(&format!("link set hf netns {}", there.0));
+    assert!(!is_here().unwrap());
+    assert!(there.on(|| tun.is_here()).unwrap());
+    there.ip("link del hf");
+    assert_eq!(
+        is_here().unwrap_err().raw_os_error(),
+        Some(libc::EBADFD),
+        "it is gone"
+    );
+}
+
 fn create_when_free(name: &str, queues: usize) -> Tun {
     let deadline = Instant::now() + Duration::from_secs(2);
     loop {

@@ -58,7 +58,13 @@ impl Device {
     }
 
     async fn look(&self) -> Result<(), NetlinkError> {
-        let state = self.netlink.link_state(self.link).await?;
+        // Another interface may have come in the place, and under the number, of one that was moved away.
+        let is_here = self.running.borrow().tun().is_here();
+        let state = if is_here.unwrap_or(false) {
+            self.netlink.link_state(self.link).await?
+        } else {
+            None
+        };
         self.running.borrow_mut().set_link(state);
         Ok(())
     }

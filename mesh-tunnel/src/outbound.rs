@@ -98,9 +98,14 @@ impl Lookups {
     }
 }
 
-/// There is no room in the socket now: come again with the same packet.
+/// Why a packet cannot go now: come again with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Blocked;
+pub(crate) enum NoRoom {
+    /// No room in the socket, for anybody.
+    Socket,
+    /// No room in the link to its relay; packets of other ways can go.
+    Relay,
+}
 
 impl Inner {
     /// Takes what was read from the TUN device, offload header first. What it seals may stay in
@@ -110,7 +115,7 @@ impl Inner {
         raw: &[u8],
         out: &mut Outbox,
         now: Instant,
-    ) -> Result<(), Blocked> {
+    ) -> Result<(), NoRoom> {
         let Outbox {
             batch,
             leave,
@@ -136,11 +141,14 @@ impl Inner {
             .as_deref()
             .filter(|sending| sending.session.is_alive(now))
         {
+            if self.is_relay_full(&peer.id, sending.way.via) {
+                return Err(NoRoom::Relay);
+            }
             let target = target(peer, sending, ecn::of(packet));
             // Nothing can stand before a super-packet, which is longer than any datagram.
             let padded = padded_len(packet.len(), self.mtu.load(Relaxed));
             if !batch.fits(&target, padded) && !batch.flush(self, leave) {
-                return Err(Blocked);
+                return Err(NoRoom::Socket);
             }
             self.seal(peer, sending, raw, batch, leave, now);
             return Ok(());

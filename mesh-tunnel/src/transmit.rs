@@ -161,6 +161,20 @@ impl Inner {
         }
     }
 
+    /// Whether packets to `peer` go over the link to a relay, which has enough for now.
+    pub(crate) fn is_relay_full(&self, peer: &NodeId, via: Via) -> bool {
+        let Via::Relay(id) = via else {
+            return false;
+        };
+        let by_link = self.relay_udp.load().session(id, peer).is_none();
+        by_link
+            && self
+                .relays
+                .load()
+                .get(&id)
+                .is_some_and(|relay| relay.is_full())
+    }
+
     fn send_udp(
         &self,
         to: SocketAddr,

@@ -123,6 +123,10 @@ pub trait RelaySender: Send + Sync {
     /// (the last may be shorter). Returns how many found no room and are dropped. Must not block:
     /// it is called by packet threads.
     fn send(&self, peer: &NodeId, datagrams: &[u8], segment_len: usize) -> usize;
+
+    /// Whether so much waits already that packets had better wait where flows are kept apart. Must
+    /// not block.
+    fn is_full(&self) -> bool;
 }
 
 /// Handle to the packet path. Cheap to clone; the threads belong to [`Workers`].

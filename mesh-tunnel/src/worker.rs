@@ -19,7 +19,7 @@ use mesh_linux::{
 use crate::{
     control,
     inbound::Inbox,
-    outbound::{Blocked, Outbox},
+    outbound::{NoRoom, Outbox},
     queue::{AGE_MAX, FairQueue, Taken},
     stats::DropReason,
     transmit::Leave,
@@ -36,6 +36,10 @@ const SEAL_BYTES: usize = 128 << 10;
 /// next packets; beside programs that compute, a packet must not wait for a whole slice of theirs
 /// (2.8 ms) at each of four hand-overs of a round trip.
 const NICENESS: i32 = -10;
+
+/// Time until flows whose relay's link was full are tried again: what such a link holds when it is
+/// full lasts longer, up to 1 Gb/s.
+const PARKED_FOR: Duration = Duration::from_millis(1);
 
 /// Errors in a row after which a descriptor is given up.
 const ERRORS_MAX: usize = 16;
@@ -125,6 +129,8 @@ struct Worker<'a> {
     /// A packet that found no room in the socket, and since when there is none.
     stuck: Option<Taken>,
     blocked_since: Option<Instant>,
+    /// When flows that are set aside have their turn again.
+    unpark_at: Option<Instant>,
 }
 
 impl<'a> Worker<'a> {
@@ -139,6 +145,7 @@ impl<'a> Worker<'a> {
             out: Outbox::new(Leave::worker(number)),
             stuck: None,
             blocked_since: None,
+            unpark_at: None,
         })
     }
 
@@ -153,7 +160,9 @@ impl<'a> Worker<'a> {
             let patience = match blocked {
                 Some(since) => Some(AGE_MAX.saturating_sub(since.elapsed())),
                 None if self.has_work() => Some(Duration::ZERO),
-                None => None,
+                None => self
+                    .unpark_at
+                    .map(|at| at.saturating_duration_since(Instant::now())),
             };
             // Descriptor 0 is the TUN queue; the sockets follow.
             let full = self.out.leave.full.map(|socket| socket + 1);
@@ -202,7 +211,11 @@ impl<'a> Worker<'a> {
 
     /// Seals and sends what waits, up to [`SEAL_BYTES`].
     fn send(&mut self, now: Instant) {
-        let blocked = self.try_send(now) == Err(Blocked);
+        if self.unpark_at.is_some_and(|at| at <= now) {
+            self.waiting.unpark();
+            self.unpark_at = None;
+        }
+        let blocked = !self.try_send(now);
         self.blocked_since = blocked.then(|| self.blocked_since.unwrap_or(now));
         let gave_up = self
             .blocked_since
@@ -214,9 +227,10 @@ impl<'a> Worker<'a> {
         }
     }
 
-    fn try_send(&mut self, now: Instant) -> Result<(), Blocked> {
+    /// Returns false when the socket is full.
+    fn try_send(&mut self, now: Instant) -> bool {
         if self.blocked_since.is_some() && !self.out.flush(self.tunnel) {
-            return Err(Blocked);
+            return false;
         }
         let mut sealed = 0;
         while sealed < SEAL_BYTES {
@@ -229,17 +243,19 @@ impl<'a> Worker<'a> {
             };
             let raw = self.waiting.bytes(&taken);
             sealed += raw.len();
-            if self.tunnel.outbound(raw, &mut self.out, now).is_err() {
-                self.stuck = Some(taken);
-                return Err(Blocked);
+            match self.tunnel.outbound(raw, &mut self.out, now) {
+                Ok(()) => self.waiting.free(taken),
+                Err(NoRoom::Socket) => {
+                    self.stuck = Some(taken);
+                    return false;
+                }
+                Err(NoRoom::Relay) => {
+                    self.waiting.park(taken);
+                    self.unpark_at.get_or_insert(now + PARKED_FOR);
+                }
             }
-            self.waiting.free(taken);
         }
-        if self.out.flush(self.tunnel) {
-            Ok(())
-        } else {
-            Err(Blocked)
-        }
+        self.out.flush(self.tunnel)
     }
 }
 

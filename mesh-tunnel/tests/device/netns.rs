@@ -211,6 +211,25 @@ fn peers_are_followed_where_they_go() {
     }
 }
 
+/// As netns.sh has it when it tries a routing loop.
+#[test]
+fn an_interface_that_comes_where_ours_was_is_not_taken_for_it() {
+    let pair = Pair::over_loopback();
+    let (lab, [one, two]) = (&pair.lab, &pair.devices);
+    pair.endpoint(0, "127.0.0.1:2");
+    lab.ping(1, "192.168.241.2");
+    let (received, sent) = one.transferred();
+    for (n, device) in [(1, one), (2, two)] {
+        // Interfaces keep their number when they move: others get it here, and are down.
+        let said = lab.ip(n, &format!("-oneline link show {}", device.name));
+        let index = said.split(':').next().unwrap();
+        lab.ip(0, &format!("link add other{n} index {index} type bridge"));
+    }
+    lab.ping(1, "192.168.241.2");
+    let ping = 96 + 32;
+    assert_eq!(one.transferred(), (received + ping, sent + ping));
+}
+
 #[test]
 fn packets_from_addresses_that_are_not_the_peers_are_dropped() {
     let pair = Pair::over_loopback();
