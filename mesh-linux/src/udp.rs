@@ -15,6 +15,8 @@ use rustix::{
 };
 use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
 
+use crate::IfIndex;
+
 /// Bytes the kernel may hold for us on receive: 1 Gb/s for the 30 ms that a busy machine may
 /// keep a thread off the processor (125 MB/s × 30 ms = 3.75 MB). Left at its default of 208 KiB,
 /// the socket capped another relay at 95 Mb/s (netbird#6021).
@@ -496,7 +498,7 @@ struct Meta {
     len: usize,
     segment_len: usize,
     ecn: Ecn,
-    to: Option<IpAddr>,
+    to: Option<LocalEnd>,
     name_len: libc::socklen_t,
 }
 
@@ -536,13 +538,22 @@ impl ReceiveBatch {
     }
 }
 
+/// This machine's end of a way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LocalEnd {
+    /// Its address.
+    pub address: IpAddr,
+    /// By which of its interfaces packets come.
+    pub link: Option<IfIndex>,
+}
+
 /// Datagrams of one sender that arrived together.
 #[derive(Debug)]
 pub struct Message<'a> {
     /// Who sent them.
     pub from: SocketAddr,
-    /// To which address of this machine; `None` if the kernel did not say, or it is link-local.
-    pub to: Option<IpAddr>,
+    /// To where on this machine; `None` if the kernel did not say, or the address is link-local.
+    pub to: Option<LocalEnd>,
     /// Their bytes, one behind the other.
     pub bytes: &'a mut [u8],
     /// The length of each; the last may be shorter.
@@ -620,7 +631,7 @@ impl ControlBuffer {
 struct Control {
     segment_len: Option<usize>,
     ecn: Ecn,
-    to: Option<IpAddr>,
+    to: Option<LocalEnd>,
 }
 
 #[expect(unsafe_code, reason = "control messages are a chain of C structures")]
@@ -653,14 +664,20 @@ fn received_control(message: &libc::msghdr) -> Control {
                 // SAFETY: the kernel puts an `in_pktinfo` behind a header of this type (ip(7)).
                 let info = unsafe { data.cast::<libc::in_pktinfo>().read_unaligned() };
                 let ip = Ipv4Addr::from(info.ipi_spec_dst.s_addr.to_ne_bytes());
-                control.to = Some(ip.into());
+                control.to = Some(LocalEnd {
+                    address: ip.into(),
+                    link: info.ipi_ifindex.try_into().ok().and_then(IfIndex::new),
+                });
             }
             (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
                 // SAFETY: the kernel puts an `in6_pktinfo` behind a header of this type (RFC 3542 §6.2).
                 let info = unsafe { data.cast::<libc::in6_pktinfo>().read_unaligned() };
                 let ip = Ipv6Addr::from(info.ipi6_addr.s6_addr);
                 // A link-local one would need its interface, too; the kernel finds it by the target.
-                control.to = (!ip.is_unicast_link_local()).then_some(ip.into());
+                control.to = (!ip.is_unicast_link_local()).then(|| LocalEnd {
+                    address: ip.into(),
+                    link: IfIndex::new(info.ipi6_ifindex),
+                });
             }
             _ => {}
         }

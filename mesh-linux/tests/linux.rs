@@ -14,10 +14,11 @@ use std::{
 
 use ipnet::IpNet;
 use mesh_linux::{
+    IfIndex,
     netlink::{Changes, LocalAddress, Netlink, NetlinkError, Route},
     netns,
     tun::{Tun, TunError, VnetHeader},
-    udp::{Ecn, IpFields, ReceiveBatch, UdpPair},
+    udp::{Ecn, IpFields, LocalEnd, ReceiveBatch, UdpPair},
     wake::StopSignal,
 };
 
@@ -205,6 +206,34 @@ fn uplink_addresses_are_those_that_others_can_reach() {
 }
 
 #[test]
+fn the_interface_towards_an_address_depends_on_routes_and_on_the_source() {
+    let ns = Namespace::new();
+    for (name, net) in [("one", "10.0.0.1/24"), ("two", "10.1.0.1/24")] {
+        ns.add_link(name);
+        ns.ip(&format!("addr add {net} dev {name}"));
+        ns.ip(&format!("link set {name} up"));
+    }
+    ns.ip("rule add from 10.1.0.1 table 7");
+    ns.ip("rule add fwmark 9 prohibit");
+    ns.ip("route add 10.0.0.0/24 dev two table 7");
+    ns.block_on(async || {
+        let netlink = Netlink::connect().unwrap();
+        let index = async |name| netlink.link_index(name).await.unwrap();
+        let towards = async |source: &str, mark| {
+            let (to, from) = ("10.0.0.9".parse().unwrap(), source.parse().unwrap());
+            netlink.link_towards(to, from, mark).await
+        };
+        let one = towards("10.0.0.1", 0).await.unwrap();
+        assert_eq!(one, Some(index("one").await));
+        let two = towards("10.1.0.1", 0).await.unwrap();
+        assert_eq!(two, Some(index("two").await));
+        // The mark counts, and so does whether the address is ours.
+        assert!(towards("10.0.0.1", 9).await.is_err());
+        assert!(towards("10.0.0.7", 0).await.is_err());
+    });
+}
+
+#[test]
 fn changes_are_told_and_our_own_routes_are_not() {
     let namespace = Namespace::new();
     namespace.add_link("d0");
@@ -347,7 +376,11 @@ fn send_batch(ip: IpAddr, datagrams: &[u8], segment_len: usize) -> Vec<Vec<u8>> 
         }
         for message in batch.messages() {
             assert_eq!(message.from, SocketAddr::new(ip, from.port()));
-            assert_eq!((message.ecn, message.to), (Ecn::Capable0, Some(ip)));
+            let to = Some(LocalEnd {
+                address: ip,
+                link: IfIndex::new(1), // lo
+            });
+            assert_eq!((message.ecn, message.to), (Ecn::Capable0, to));
             let each = message.bytes.chunks(message.segment_len);
             received.extend(each.map(<[u8]>::to_vec));
         }
@@ -449,7 +482,7 @@ fn an_answer_comes_from_the_address_that_was_asked_while_the_machine_has_it() {
                     socket.receive(&mut batch).unwrap();
                     for message in batch.messages() {
                         assert_eq!(message.from, SocketAddr::new(expected, from.port()));
-                        assert_eq!(message.to, Some(target.ip()));
+                        assert_eq!(message.to.unwrap().address, target.ip());
                     }
                 }
             }

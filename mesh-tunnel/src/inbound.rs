@@ -10,7 +10,7 @@ use std::{
 
 use mesh_linux::{
     tun::VnetHeader,
-    udp::{Ecn, Message},
+    udp::{Ecn, LocalEnd, Message},
 };
 use mesh_wire::{
     id::{NodeId, Via},
@@ -119,8 +119,8 @@ pub(crate) enum Sender {
 pub(crate) struct Arrival {
     pub(crate) via: Via,
     pub(crate) sender: Sender,
-    /// This machine's address to which it came, if the kernel said.
-    pub(crate) to: Option<IpAddr>,
+    /// This machine's end to which it came, if the kernel said.
+    pub(crate) to: Option<LocalEnd>,
     /// What the outer IP header says of congestion.
     pub(crate) ecn: Ecn,
     pub(crate) now: Instant,

@@ -141,7 +141,7 @@ impl Inner {
             .as_deref()
             .filter(|sending| sending.session.is_alive(now))
         {
-            if self.is_relay_full(&peer.id, sending.way.via) {
+            if self.is_relay_full(&peer.id, sending.primary.via) {
                 return Err(NoRoom::Relay);
             }
             let target = target(peer, sending, ecn::of(packet));

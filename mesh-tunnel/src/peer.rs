@@ -11,6 +11,7 @@ use std::{
 };
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use mesh_linux::udp::LocalEnd;
 use mesh_wire::id::{NodeId, Via};
 use mesh_wireguard::{
     keys::{LocalKey, PresharedKey},
@@ -149,11 +150,29 @@ impl Peer {
         self.sending.store(sending.map(Arc::new));
     }
 
-    /// From now on the kernel chooses by which address of this machine packets leave.
-    pub(crate) fn forget_source(&self) {
+    /// From now on the kernel chooses by which address of this machine packets leave, instead of by
+    /// `source` or, without it, whichever it was.
+    pub(crate) fn forget_source(&self, source: Option<LocalEnd>) {
         let mut state = self.lock();
-        state.primary = state.primary.map(|way| way.via.into());
-        self.publish(&state);
+        if let Some(way) = &mut state.primary
+            && (source.is_none() || way.source == source)
+        {
+            way.source = None;
+            self.publish(&state);
+        }
+    }
+
+    /// Where packets go, and by what they leave, if that was learnt.
+    pub(crate) fn source(&self) -> Option<(SocketAddr, LocalEnd)> {
+        match self.lock().primary? {
+            Way {
+                via: Via::Direct(to),
+                source,
+            } => Some((to, source?)),
+            Way {
+                via: Via::Relay(_), ..
+            } => None,
+        }
     }
 
     /// Notes that data went out.

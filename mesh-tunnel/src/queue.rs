@@ -157,10 +157,6 @@ impl FairQueue {
         self.new.is_empty() && self.old.is_empty()
     }
 
-    pub(crate) fn has_parked(&self) -> bool {
-        !self.parked.is_empty()
-    }
-
     /// Room for the next packet, which [`Self::push`] takes in.
     pub(crate) fn staging(&mut self) -> &mut [u8] {
         let staging = self.staging;
@@ -464,7 +460,7 @@ mod tests {
         }
         assert_eq!(pop(&mut queue, now), Some((3, 0)));
         assert_eq!(pop(&mut queue, now), None);
-        assert!(queue.is_empty() && queue.has_parked());
+        assert!(queue.is_empty());
         push(&mut queue, &framed(1, 100, 2), now);
         assert_eq!(
             pop(&mut queue, now),

@@ -1,14 +1,8 @@
 //! The last step of everything that leaves: by which socket or relay, in which frame.
 
-use std::{
-    collections::HashMap,
-    io,
-    net::{IpAddr, SocketAddr},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashMap, io, net::SocketAddr, sync::Arc, time::Duration};
 
-use mesh_linux::udp::{Ecn, IpFields, SEGMENTS_MAX, SEND_BYTES_MAX};
+use mesh_linux::udp::{Ecn, IpFields, LocalEnd, SEGMENTS_MAX, SEND_BYTES_MAX};
 use mesh_wire::{
     id::{NodeId, RelayId, Via},
     relay::{self, HEADER_LEN, Session},
@@ -56,13 +50,13 @@ impl Leave {
     }
 }
 
-/// A way, and the address of this machine from which it is to be gone; `None`: the kernel chooses.
+/// A way, and this machine's end from which it is to be gone; `None`: the kernel chooses.
 /// Who answers a stock device must do it from the address that was asked, as the kernel's
 /// WireGuard does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Way {
     pub(crate) via: Via,
-    pub(crate) source: Option<IpAddr>,
+    pub(crate) source: Option<LocalEnd>,
 }
 
 impl From<Via> for Way {
@@ -128,7 +122,7 @@ impl Inner {
         leave: &mut Leave,
     ) -> usize {
         let segment_len = segment_len.max(1);
-        let source = way.source;
+        let source = way.source.map(|end| end.address);
         let fields = IpFields { ecn, source };
         match way.via {
             Via::Direct(to) => self.send_udp(to, datagrams, segment_len, fields, leave),

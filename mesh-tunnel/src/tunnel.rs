@@ -18,7 +18,7 @@ use std::{
 use arc_swap::ArcSwap;
 use mesh_linux::{
     tun::{Queue, Tun},
-    udp::{Ecn, SEGMENTS_MAX, SEND_BYTES_MAX, UdpPair},
+    udp::{Ecn, LocalEnd, SEGMENTS_MAX, SEND_BYTES_MAX, UdpPair},
 };
 use mesh_wire::{
     id::{NodeId, RelayId, Via},
@@ -193,7 +193,7 @@ impl Tunnel {
         workers.stop();
         inner.sockets.store(Arc::new(sockets));
         for peer in inner.peers().awake() {
-            peer.forget_source();
+            peer.forget_source(None);
         }
         Workers::start(inner)
     }
@@ -394,6 +394,27 @@ impl Tunnel {
         peers.set_external(peer, external, &inner.held_bytes, now);
         drop(peers);
         inner.forget_lookups();
+    }
+
+    /// Who is answered by the address that was asked: where each is, and this machine's end of the
+    /// way. Stock devices expect it, mesh peers do not.
+    #[must_use]
+    pub fn sources(&self) -> Vec<(NodeId, SocketAddr, LocalEnd)> {
+        let peers = self.0.peers();
+        let sources = peers.awake().filter(|peer| peer.is_external);
+        let sources = sources.filter_map(|peer| {
+            let (to, source) = peer.source()?;
+            Some((peer.id, to, source))
+        });
+        sources.collect()
+    }
+
+    /// Leaves it to the kernel by which address a peer is answered, if that was `source`: until it is
+    /// heard from again.
+    pub fn forget_source(&self, peer: &NodeId, source: LocalEnd) {
+        if let Some(peer) = self.0.peers().by_id(peer) {
+            peer.forget_source(Some(source));
+        }
     }
 
     /// Cuts a stock WireGuard device off.

@@ -2,12 +2,17 @@
 
 use std::{
     collections::HashMap,
+    net::SocketAddr,
     thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context as _, Result};
-use mesh_linux::{netlink::LinkState, tun::Tun, udp::UdpPair};
+use mesh_linux::{
+    netlink::LinkState,
+    tun::Tun,
+    udp::{LocalEnd, UdpPair},
+};
 use mesh_tunnel::{
     route::RouteTable,
     tunnel::{PrivateKey, Tunnel, TunnelConfig, TunnelEvent, Workers},
@@ -105,6 +110,24 @@ impl Running {
             tracing::warn!(errno = refused.errno.raw_os_error(), "refused: {refused}");
         }
         uapi::reply_to_set(result.map_err(|refused| refused.errno)).into()
+    }
+
+    /// See [`Tunnel::sources`].
+    pub(crate) fn sources(&self) -> Vec<(NodeId, SocketAddr, LocalEnd)> {
+        let path = self.path.as_ref();
+        path.map_or_else(Vec::new, |path| path.tunnel.sources())
+    }
+
+    /// See [`Tunnel::forget_source`].
+    pub(crate) fn forget_source(&self, peer: &NodeId, source: LocalEnd) {
+        if let Some(path) = &self.path {
+            path.tunnel.forget_source(peer, source);
+        }
+    }
+
+    /// The mark of the packets that leave; 0: none.
+    pub(crate) fn mark(&self) -> u32 {
+        self.config.fwmark
     }
 
     /// Takes note of how the interface is; `None` if that cannot be seen because it was moved

@@ -425,6 +425,32 @@ fn addresses_may_change_below() {
 }
 
 #[test]
+fn answers_leave_from_the_address_that_was_asked_until_they_would_leave_elsewhere() {
+    let pair = Pair::apart();
+    let lab = &pair.lab;
+    lab.join([(1, "eth0 10.0.0.1/24 10.0.0.2/24"), (2, "eth0 10.0.0.3/24")]);
+    // Not the address that the kernel would choose.
+    pair.endpoint(1, "10.0.0.2:1");
+    lab.ping(2, "192.168.241.1");
+    lab.ping(1, "192.168.241.2");
+    assert_eq!(pair.knows(1), "10.0.0.2:1");
+    // Changes elsewhere are none.
+    lab.join([(1, "eth1 10.0.1.1/24"), (2, "eth1 10.0.1.2/24")]);
+    lab.ping(1, "192.168.241.2");
+    assert_eq!(pair.knows(1), "10.0.0.2:1");
+    // Now the way is another one.
+    for (n, link) in [(1, "eth0"), (2, "eth1")] {
+        lab.sysctl(n, "net/ipv4/conf/all/rp_filter", "0");
+        lab.sysctl(n, &format!("net/ipv4/conf/{link}/rp_filter"), "0");
+    }
+    lab.ip(1, "route add 10.0.0.3/32 dev eth1 src 10.0.1.1");
+    wait_until("it leaves by the new way", || {
+        lab.ping(1, "192.168.241.2");
+        pair.knows(1) == "10.0.1.1:1"
+    });
+}
+
+#[test]
 fn a_device_that_is_down_is_silent() {
     let lab = Lab::new();
     let device = Device::start(&lab, 0, Program::MeshTunnel);

@@ -10,7 +10,7 @@ use std::{
     process::{Child, Command, Stdio},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
         mpsc::{Receiver, SyncSender, channel, sync_channel},
     },
     thread,
@@ -274,15 +274,19 @@ pub(crate) fn connect(a: &Node, b: &Node, to_b: Via, to_a: Via) {
 /// A relay inside this process: a bounded queue and a thread for each direction.
 pub(crate) struct FakeRelay {
     queue: Mutex<SyncSender<Vec<u8>>>,
+    /// What it says of itself.
+    pub(crate) full: AtomicBool,
 }
 
 pub(crate) const RELAY: RelayId = RelayId(7);
 
 impl FakeRelay {
-    /// Connects both nodes to it.
-    pub(crate) fn join(a: &Node, b: &Node) {
-        a.tunnel.set_relay(RELAY, Some(Self::towards(b, a.id)));
+    /// Connects both nodes to it. Returns `a`'s way into it.
+    pub(crate) fn join(a: &Node, b: &Node) -> Arc<Self> {
+        let from_a = Self::towards(b, a.id);
+        a.tunnel.set_relay(RELAY, Some(from_a.clone()));
         b.tunnel.set_relay(RELAY, Some(Self::towards(a, b.id)));
+        from_a
     }
 
     fn towards(node: &Node, sender: NodeId) -> Arc<Self> {
@@ -296,6 +300,7 @@ impl FakeRelay {
         });
         Arc::new(Self {
             queue: Mutex::new(queue),
+            full: AtomicBool::new(false),
         })
     }
 }
@@ -306,6 +311,10 @@ impl RelaySender for FakeRelay {
         let each = datagrams.chunks(segment_len);
         each.filter(|datagram| queue.try_send(datagram.to_vec()).is_err())
             .count()
+    }
+
+    fn is_full(&self) -> bool {
+        self.full.load(Ordering::Relaxed)
     }
 }
 

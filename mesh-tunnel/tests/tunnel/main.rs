@@ -14,7 +14,9 @@ mod harness;
 use std::{
     io::ErrorKind,
     net::{SocketAddr, TcpStream, UdpSocket},
+    sync::atomic::Ordering,
     thread,
+    time::Duration,
 };
 
 use harness::*;
@@ -64,6 +66,37 @@ fn packets_pass_through_a_relay() {
     connect(&a, &b, Via::Relay(RELAY), Via::Relay(RELAY));
     transfer(&lab, Side::A, b.side.overlay_v4(), 4 * MIB, || {});
     transfer(&lab, Side::B, a.side.overlay_v6().into(), 4 * MIB, || {});
+}
+
+#[test]
+fn packets_wait_for_a_full_relay_and_not_for_too_long() {
+    let lab = Lab::new();
+    let (a, b) = pair(&lab);
+    let relay = FakeRelay::join(&a, &b);
+    connect(&a, &b, Via::Relay(RELAY), Via::Relay(RELAY));
+    let from = udp(&lab, Side::A, a.side.overlay_v4());
+    let to = udp(&lab, Side::B, b.side.overlay_v4());
+    let send = |number: u8| from.send_to(&[number], to.local_addr().unwrap()).unwrap();
+    let receive = || {
+        let mut bytes = [0];
+        to.recv_from(&mut bytes).map(|_| bytes[0])
+    };
+    relay.full.store(true, Ordering::Relaxed);
+    send(1);
+    to.set_nonblocking(true).unwrap();
+    thread::sleep(Duration::from_millis(20));
+    assert_eq!(receive().unwrap_err().kind(), ErrorKind::WouldBlock);
+    to.set_nonblocking(false).unwrap();
+    relay.full.store(false, Ordering::Relaxed);
+    assert_eq!(receive().unwrap(), 1);
+
+    relay.full.store(true, Ordering::Relaxed);
+    send(2);
+    thread::sleep(Duration::from_millis(200));
+    relay.full.store(false, Ordering::Relaxed);
+    send(3);
+    assert_eq!(receive().unwrap(), 3);
+    assert_eq!(a.tunnel.stats().dropped(DropReason::QueueLate), 1);
 }
 
 #[test]
