@@ -124,6 +124,10 @@ impl RelaySender for HubLinks {
             None => datagrams.len().div_ceil(segment_len),
         }
     }
+
+    fn is_full(&self) -> bool {
+        self.best().is_some_and(|(_, link)| link.is_full())
+    }
 }
 
 impl Links {

@@ -31,7 +31,7 @@ use self::{
     peers::{Next, Peers},
     udp::Udp,
 };
-use crate::outlet::Outlet;
+use crate::queue::Queue;
 
 mod bind;
 mod connect;
@@ -154,13 +154,9 @@ pub struct Link {
 
 impl fmt::Debug for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let transport = match self.shared.outlet {
-            Outlet::Quic { .. } => "quic",
-            Outlet::Tls(_) => "tls",
-        };
         f.debug_struct("Link")
             .field("relay", &self.shared.relay)
-            .field("transport", &transport)
+            .field("address", &self.shared.address)
             .finish_non_exhaustive()
     }
 }
@@ -214,6 +210,13 @@ impl Link {
         self.shared.send_batch(peer, datagrams, segment_len.max(1))
     }
 
+    /// Whether so much waits in front of the link that more had better wait elsewhere: otherwise
+    /// what is oldest here is dropped, whosesoever it is.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.shared.queue.is_full(Instant::now())
+    }
+
     /// The peers to which data can be sent as plain UDP, and the sessions for that; `None` while
     /// plain UDP does not work. Ask again after each [`LinkEvent`].
     #[must_use]
@@ -262,13 +265,8 @@ impl Link {
     /// The round trip to the relay, smoothed; `None` before the first.
     #[must_use]
     pub fn rtt(&self) -> Option<Duration> {
-        match &self.shared.outlet {
-            Outlet::Quic { connection, .. } => Some(connection.rtt()),
-            Outlet::Tls(_) => {
-                let micros = self.shared.rtt_us.load(Relaxed);
-                (micros > 0).then(|| Duration::from_micros(micros))
-            }
-        }
+        let micros = self.shared.rtt_us.load(Relaxed);
+        (micros > 0).then(|| Duration::from_micros(micros))
     }
 }
 
@@ -295,7 +293,7 @@ async fn within<T>(
 struct Shared {
     relay: RelayName,
     address: SocketAddr,
-    outlet: Outlet,
+    queue: Arc<Queue>,
     /// Written when a peer comes or goes; read for every packet.
     peers: RwLock<Peers>,
     events: mpsc::Sender<LinkEvent>,
@@ -304,7 +302,7 @@ struct Shared {
     /// The ping that waits for its answer, and when it went out.
     ping: Mutex<Option<(u64, Instant)>>,
     /// 0: not known.
-    rtt_us: AtomicU64,
+    rtt_us: Arc<AtomicU64>,
     udp: Option<Udp>,
 }
 
@@ -312,21 +310,22 @@ impl Shared {
     fn new(
         relay: RelayName,
         address: SocketAddr,
-        outlet: Outlet,
+        queue: Arc<Queue>,
         events: mpsc::Sender<LinkEvent>,
         on_data: OnData,
         udp: Option<Udp>,
+        rtt_us: Arc<AtomicU64>,
     ) -> Arc<Self> {
         Arc::new(Self {
             relay,
             address,
-            outlet,
+            queue,
             peers: RwLock::default(),
             events,
             on_data,
             stop: CancellationToken::new(),
             ping: Mutex::default(),
-            rtt_us: AtomicU64::new(0),
+            rtt_us,
             udp,
         })
     }
@@ -339,7 +338,7 @@ impl Shared {
         if let Some(session) = session {
             return self.send_frame(data_frame(session, datagram).into());
         }
-        if self.outlet.is_closed() {
+        if self.queue.is_closed() {
             return Err(SendError::Closed);
         }
         match self.write(|peers| peers.send_later(*peer, datagram, Instant::now())) {
@@ -372,20 +371,19 @@ impl Shared {
         }
         let mut frames = frames.freeze();
         let each = each.map(|datagram| frames.split_to(HEADER_LEN + datagram.len()));
-        self.outlet.send_data(each).dropped()
+        self.queue.push_data(each, Instant::now()).dropped()
     }
 
     fn send_frame(&self, frame: Bytes) -> Result<(), SendError> {
-        let sent = self.outlet.send_data(std::iter::once(frame));
-        match (sent.closed, sent.refused) {
-            (true, _) => Err(SendError::Closed),
-            (false, 0) => Ok(()),
-            (false, _) => Err(SendError::Full),
+        let sent = self.queue.push_data(std::iter::once(frame), Instant::now());
+        match sent.refused {
+            0 => Ok(()),
+            _ => Err(SendError::Closed),
         }
     }
 
     fn find_peer(&self, node: NodeId) {
-        self.outlet.send_control(Control::FindPeer { node });
+        self.queue.push_control(Control::FindPeer { node });
     }
 
     fn on_frames(&self, frames: &[Bytes]) {
@@ -445,7 +443,7 @@ impl Shared {
                 }
             }
             Control::GoAway { .. } => self.tell(LinkEvent::GoAway).await,
-            Control::Ping { txid } => self.outlet.send_control(Control::Pong { txid }),
+            Control::Ping { txid } => self.queue.push_control(Control::Pong { txid }),
             Control::Pong { txid } => self.on_pong(txid, Instant::now()),
             // What only nodes say, or is said once.
             Control::Hello { .. }
@@ -464,7 +462,7 @@ impl Shared {
     fn ping(&self, txid: u64) {
         let mut ping = self.ping.lock().unwrap_or_else(PoisonError::into_inner);
         *ping = Some((txid, Instant::now()));
-        self.outlet.send_control(Control::Ping { txid });
+        self.queue.push_control(Control::Ping { txid });
     }
 
     fn on_pong(&self, txid: u64, now: Instant) {
@@ -484,7 +482,7 @@ impl Shared {
 
     /// The link broke.
     async fn lost(&self, reason: String) {
-        self.outlet.close("lost");
+        self.queue.close("lost");
         self.tell(LinkEvent::Lost { reason }).await;
     }
 

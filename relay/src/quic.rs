@@ -1,28 +1,42 @@
-//! What both ends of a QUIC link share: transport settings, congestion control, framing.
+//! Links by QUIC: datagrams for the nodes' packets, one stream for what relay and node say to each
+//! other.
+//!
+//! `quinn-proto` is the protocol; the driver is ours instead of `quinn`'s, which is made for streams:
+//! it sends ten packets at a time at most, three threads meet at the lock of each connection, and its
+//! queue drops by size only. With it a relayed path by QUIC took 14 CPU seconds a gigabyte and ran at
+//! 0.24 of the direct one (`docs/bench/tunnel.md` at commit 7a5c003); what it is now stands there too.
+//!
+//! [`link`] is one connection, without I/O and clock; [`endpoint`] is the socket and the task that
+//! sorts what comes in; [`driver`] moves packets between a link, its queue and the socket.
 
-use std::{any::Any, io, sync::Arc, time::Duration};
+use std::{
+    any::Any,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use bytes::Bytes;
-use futures_util::{FutureExt as _, StreamExt as _, stream::FuturesUnordered};
-use mesh_wire::relay::{CONTROL_LEN_MAX, Control, FRAME_LEN_MAX};
-use quinn::{
-    AckFrequencyConfig, Connection, ConnectionError, EndpointConfig, IdleTimeout,
-    MtuDiscoveryConfig, ReadExactError, RecvStream, SendDatagramError, SendStream, TransportConfig,
-    VarInt, WriteError,
+use quinn_proto::{
+    AckFrequencyConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt,
     congestion::{Controller, ControllerFactory},
 };
-use tokio::sync::mpsc;
 
-/// How often an idle link says that it is there: under the 30 s after which the hastiest NATs
-/// forget a UDP mapping (RFC 4787 §4.3 asks for 120 s), twice over.
-pub(crate) const KEEP_ALIVE: Duration = Duration::from_secs(15);
+use crate::IDLE_TIMEOUT;
 
-/// Silence after which a link is dead: two keep-alives lost, and 5 s for the third.
-pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(35);
+pub(crate) mod driver;
+pub(crate) mod endpoint;
+pub(crate) mod link;
 
-/// Longest time between two nodes' packets in a queue in front of a QUIC connection, in bytes:
-/// 196 full-size packets, or 0.7 s at 3 Mb/s. The oldest is dropped for the newest.
-const DATAGRAM_QUEUE_BYTES: usize = 256 * 1024;
+/// The code of a link that ends in order.
+const CLOSE_CODE: VarInt = VarInt::from_u32(0);
+
+/// Most bytes in one send: what fits the length field of an IPv4 packet besides its headers
+/// (65,535 − 20 − 8).
+pub(crate) const SEND_BYTES_MAX: usize = 65_507;
+
+/// Frames that a connection has taken from its queue and not yet sent, in bytes: two full sends,
+/// so that one can be filled while pacing holds the other back. They do not age any more: 340 ms
+/// at 3 Mb/s.
+const DATAGRAM_QUEUE_BYTES: usize = 128 * 1024;
 
 /// Received datagrams that wait for the link's task, which never waits for anything itself: a
 /// burst of 780 packets.
@@ -47,13 +61,10 @@ const MTU_SEARCH_END: u16 = 1520;
 /// Bytes in flight per connection: 1 Gb/s at 16 ms, 100 Mb/s at 160 ms. See [`FixedWindow`].
 const WINDOW_BYTES: u64 = 2 * 1024 * 1024;
 
-/// Frames handed on at once: what one UDP send takes.
-pub(crate) const BATCH_FRAMES: usize = 64;
-
 /// Packets that the other side may take without answering. By default it answers every second one,
-/// and each answer is sealed, sent, received and opened as a packet is. 44 KiB of the 2 MiB that may
+/// and each answer is sealed, sent, received and opened as a packet is. 180 KiB of the 2 MiB that may
 /// be in flight; an answer comes after 25 ms at the latest (RFC 9000 §18.2, `max_ack_delay`).
-const UNACKNOWLEDGED_MAX: u32 = 31;
+const UNACKNOWLEDGED_MAX: u32 = 127;
 
 /// A congestion controller that does not control.
 ///
@@ -70,8 +81,8 @@ struct FixedWindow;
 impl Controller for FixedWindow {
     fn on_congestion_event(
         &mut self,
-        _now: std::time::Instant,
-        _sent: std::time::Instant,
+        _now: Instant,
+        _sent: Instant,
         _is_persistent_congestion: bool,
         _lost_bytes: u64,
     ) {
@@ -97,7 +108,7 @@ impl Controller for FixedWindow {
 }
 
 impl ControllerFactory for FixedWindow {
-    fn build(self: Arc<Self>, _now: std::time::Instant, _mtu: u16) -> Box<dyn Controller> {
+    fn build(self: Arc<Self>, _now: Instant, _mtu: u16) -> Box<dyn Controller> {
         Box::new(*self)
     }
 }
@@ -130,175 +141,4 @@ pub(crate) fn transport_config(streams: u32, keep_alive: Option<Duration>) -> Ar
 pub(crate) fn without_grease(mut config: EndpointConfig) -> EndpointConfig {
     config.grease_quic_bit(false);
     config
-}
-
-/// What became of frames.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct Sent {
-    /// Older frames that were dropped to make room for these.
-    pub(crate) replaced: usize,
-    /// Frames for which there was no room.
-    pub(crate) refused: usize,
-    /// The link is closed; what was not sent is refused.
-    pub(crate) closed: bool,
-}
-
-impl Sent {
-    pub(crate) fn dropped(self) -> usize {
-        self.replaced + self.refused
-    }
-}
-
-/// Sends data frames: as datagrams if the path takes them, otherwise each as a stream of its own.
-/// Never waits; may be called from any thread.
-pub(crate) fn send_frames(connection: &Connection, frames: impl Iterator<Item = Bytes>) -> Sent {
-    let mut sent = Sent::default();
-    let Some(max) = connection.max_datagram_size() else {
-        sent.closed = true; // The other side takes no datagrams: not one of ours.
-        sent.refused = frames.count();
-        return sent;
-    };
-    let mut room = connection.datagram_send_buffer_space();
-    for frame in frames {
-        let outcome = if frame.len() > max {
-            send_as_stream(connection, &frame)
-        } else {
-            sent.replaced += usize::from(room < frame.len());
-            room = room.saturating_sub(frame.len());
-            send_as_datagram(connection, frame)
-        };
-        sent.refused += usize::from(outcome.is_err());
-        sent.closed |= outcome == Err(NotSent::Closed);
-    }
-    sent
-}
-
-/// Why a frame was not sent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum NotSent {
-    Full,
-    Closed,
-}
-
-fn send_as_datagram(connection: &Connection, frame: Bytes) -> Result<(), NotSent> {
-    connection
-        .send_datagram(frame)
-        .map_err(|error| match error {
-            SendDatagramError::TooLarge => NotSent::Full, // The MTU shrank just now.
-            SendDatagramError::UnsupportedByPeer
-            | SendDatagramError::Disabled
-            | SendDatagramError::ConnectionLost(_) => NotSent::Closed,
-        })
-}
-
-/// One stream a frame, so that a lost packet holds up one frame and not all behind it. Polled once
-/// and no more: where there is no credit, the frame is dropped.
-fn send_as_stream(connection: &Connection, frame: &[u8]) -> Result<(), NotSent> {
-    let mut stream = match connection.open_uni().now_or_never() {
-        Some(Ok(stream)) => stream,
-        Some(Err(_)) => return Err(NotSent::Closed),
-        None => return Err(NotSent::Full),
-    };
-    match stream.write_all(frame).now_or_never() {
-        Some(Ok(())) => {
-            stream.finish().ok(); // Fails only on a stream that is finished already.
-            Ok(())
-        }
-        Some(Err(_)) => Err(NotSent::Closed),
-        None => {
-            stream.reset(VarInt::from_u32(0)).ok(); // Half a frame is none.
-            Err(NotSent::Full)
-        }
-    }
-}
-
-/// Hands all data frames to `on_frames`, as many at once as are there, until the connection ends.
-pub(crate) async fn receive_frames(
-    connection: &Connection,
-    mut on_frames: impl FnMut(&[Bytes]),
-) -> ConnectionError {
-    let mut batch = Vec::with_capacity(BATCH_FRAMES);
-    let mut streams = FuturesUnordered::new(); // Bounded by STREAM_FRAMES_MAX of the transport.
-    loop {
-        tokio::select! {
-            datagram = connection.read_datagram() => match datagram {
-                Ok(frame) => {
-                    batch.push(frame);
-                    while batch.len() < BATCH_FRAMES
-                        && let Some(Ok(frame)) = connection.read_datagram().now_or_never()
-                    {
-                        batch.push(frame);
-                    }
-                    on_frames(&batch);
-                    batch.clear();
-                }
-                Err(error) => return error,
-            },
-            stream = connection.accept_uni() => match stream {
-                Ok(stream) => streams.push(read_whole(stream)),
-                Err(error) => return error,
-            },
-            Some(frame) = streams.next(), if !streams.is_empty() => {
-                if let Some(frame) = frame {
-                    on_frames(&[frame]);
-                }
-            }
-        }
-    }
-}
-
-/// `None`: longer than a frame, or abandoned.
-async fn read_whole(mut stream: RecvStream) -> Option<Bytes> {
-    stream
-        .read_to_end(FRAME_LEN_MAX)
-        .await
-        .ok()
-        .map(Bytes::from)
-}
-
-/// Reads one control message; messages that this version does not know are skipped.
-pub(crate) async fn read_control(stream: &mut RecvStream) -> io::Result<Control> {
-    let mut buffer = [0; CONTROL_LEN_MAX];
-    loop {
-        let mut length = [0; 2];
-        read_exact(stream, &mut length).await?;
-        let length = usize::from(u16::from_be_bytes(length));
-        let Some(bytes) = buffer.get_mut(..length) else {
-            let error = format!("a control message of {length} bytes");
-            return Err(io::Error::new(io::ErrorKind::InvalidData, error));
-        };
-        read_exact(stream, bytes).await?;
-        if let Ok(message) = Control::decode(bytes) {
-            return Ok(message);
-        }
-    }
-}
-
-async fn read_exact(stream: &mut RecvStream, bytes: &mut [u8]) -> io::Result<()> {
-    stream.read_exact(bytes).await.map_err(|error| match error {
-        ReadExactError::FinishedEarly(_) => io::ErrorKind::UnexpectedEof.into(),
-        ReadExactError::ReadError(error) => error.into(),
-    })
-}
-
-/// Writes one control message.
-pub(crate) async fn write_control(
-    stream: &mut SendStream,
-    message: &Control,
-) -> Result<(), WriteError> {
-    let body = message.encode();
-    let length = u16::try_from(body.len()).unwrap_or(u16::MAX).to_be_bytes(); // CONTROL_LEN_MAX
-    stream.write_all(&[&length[..], &body].concat()).await
-}
-
-/// Writes what comes out of `messages`, until either ends.
-pub(crate) async fn write_controls(
-    stream: &mut SendStream,
-    messages: &mut mpsc::Receiver<Control>,
-) {
-    while let Some(message) = messages.recv().await {
-        if write_control(stream, &message).await.is_err() {
-            return;
-        }
-    }
 }

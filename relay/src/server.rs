@@ -1,6 +1,11 @@
 //! The relay itself: listeners, one task a link, and the way between them.
 
-use std::{fmt, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    fmt, io,
+    net::SocketAddr,
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
 
 use futures_util::future;
 use mesh_identity::{
@@ -11,11 +16,9 @@ use mesh_wire::{
     id::{Identity, NodeId},
     relay::{ALPN_QUIC, ALPN_TLS},
 };
-use quinn::{
-    AsyncUdpSocket, Endpoint, EndpointConfig, Runtime as _, TokioRuntime,
-    crypto::rustls::QuicServerConfig,
+use quinn_proto::{
+    EndpointConfig, HashedConnectionIdGenerator, ServerConfig, crypto::rustls::QuicServerConfig,
 };
-use quinn_proto::HashedConnectionIdGenerator;
 use rand::Rng as _;
 use ring::hmac;
 use rustls::pki_types::CertificateDer;
@@ -24,7 +27,14 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{hub::Hub, udp::SharedSocket};
-use crate::{config::Settings, outlet::CLOSE_CODE, quic, sockets};
+use crate::{
+    config::Settings,
+    quic::{
+        self,
+        endpoint::{Endpoint, Socket},
+    },
+    sockets,
+};
 
 mod hub;
 mod quic_link;
@@ -57,6 +67,7 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(60);
 /// A relay whose ports are open.
 pub struct Relay {
     endpoint: Endpoint,
+    socket: Arc<SharedSocket>,
     listener: TcpListener,
     stun: Vec<Arc<SharedSocket>>,
     tls: TlsAcceptor,
@@ -126,14 +137,20 @@ impl Relay {
         let mut secret = [0; 32];
         rand::rng().fill_bytes(&mut secret);
         let hub = Arc::new(Hub::new(settings.limits.clone(), &secret));
-        let quic_socket = udp_socket(settings.quic_listen, "quic_listen", true, &hub)?;
+        let quic_socket = udp_socket(settings.quic_listen, "quic_listen")?;
+        let overrun = hub.overrun_counter();
+        let endpoint = quic_endpoint(settings, quic_socket.clone(), overrun)?;
         let stun = settings.stun_listen.iter();
-        let stun = stun.map(|&address| udp_socket(address, "stun_listen", false, &hub));
+        let stun = stun.map(|&address| {
+            let socket = udp_socket(address, "stun_listen")?;
+            Ok(Arc::new(SharedSocket::new(socket, false, hub.clone())))
+        });
         let stun = stun.collect::<Result<_, _>>()?;
         let listener = tcp_listener(settings.tls_listen)?;
         let tls = server_config(&settings.credentials, ClientAuth::Required, &[ALPN_TLS]);
         Ok(Self {
-            endpoint: quic_endpoint(settings, quic_socket)?,
+            endpoint,
+            socket: Arc::new(SharedSocket::new(quic_socket, true, hub.clone())),
             listener,
             stun,
             tls: TlsAcceptor::from(Arc::new(tls.map_err(bad_tls)?)),
@@ -154,23 +171,39 @@ impl Relay {
     /// [`EndedEarly`] when a socket broke.
     pub async fn run(self, stop: CancellationToken) -> Result<(), EndedEarly> {
         self.log_addresses();
-        let shared = &self.shared;
-        let serve_stun = self.stun.iter().map(|socket| socket.clone().serve());
+        let Self {
+            endpoint,
+            socket,
+            listener,
+            stun,
+            tls,
+            shared,
+        } = self;
+        // Still serves while the relay stops.
+        let mut quic = tokio::spawn(quic_link::serve_all(endpoint, socket, shared.clone()));
+        let serve_stun = stun.iter().map(|socket| Box::pin(socket.clone().serve()));
         let ended = tokio::select! {
             () = stop.cancelled() => Ok(()),
-            () = quic_link::accept(&self.endpoint, shared) => Err(EndedEarly("QUIC")),
-            () = tls_link::accept(&self.listener, &self.tls, shared) => Err(EndedEarly("TLS")),
-            _ = future::select_all(serve_stun.map(Box::pin)), if !self.stun.is_empty() => {
-                Err(EndedEarly("STUN"))
-            }
-            () = self.report() => Err(EndedEarly("report")),
+            _ = &mut quic => Err(EndedEarly("QUIC")),
+            () = tls_link::accept(&listener, &tls, &shared) => Err(EndedEarly("TLS")),
+            _ = future::select_all(serve_stun), if !stun.is_empty() => Err(EndedEarly("STUN")),
+            () = report(&shared) => Err(EndedEarly("report")),
         };
-        self.stop().await;
+        drop(listener); // New nodes go elsewhere at once.
+        shared.hub.stop(STOP_GRACE);
+        shared.links.close();
+        time::timeout(STOP_GRACE, shared.links.wait()).await.ok(); // Who stays is closed next.
+        shared.close.cancel();
+        time::timeout(GOODBYE_TIMEOUT, shared.links.wait())
+            .await
+            .ok();
+        quic.abort();
+        shared.hub.log_totals();
         ended
     }
 
     fn log_addresses(&self) {
-        let (quic, tls) = (self.endpoint.local_addr(), self.listener.local_addr());
+        let (quic, tls) = (self.socket.local_addr(), self.listener.local_addr());
         if let (Ok(quic), Ok(tls)) = (quic, tls) {
             let stun = self
                 .stun
@@ -180,48 +213,25 @@ impl Relay {
             tracing::info!(%quic, %tls, ?stun, "listening");
         }
     }
+}
 
-    async fn stop(self) {
-        let Self {
-            endpoint,
-            listener,
-            shared,
-            ..
-        } = self;
-        drop(listener); // New nodes go elsewhere at once.
-        shared.hub.stop(STOP_GRACE);
-        shared.links.close();
-        time::timeout(STOP_GRACE, shared.links.wait()).await.ok(); // Who stays is closed next.
-        shared.close.cancel();
-        endpoint.close(CLOSE_CODE, STOPPING.as_bytes());
-        let goodbyes = async { tokio::join!(shared.links.wait(), endpoint.wait_idle()) };
-        time::timeout(GOODBYE_TIMEOUT, goodbyes).await.ok();
-        shared.hub.log_totals();
-    }
-
-    async fn report(&self) {
-        let mut every = time::interval(REPORT_INTERVAL);
-        loop {
-            every.tick().await;
-            self.shared.hub.log_drops();
-        }
+async fn report(shared: &Shared) {
+    let mut every = time::interval(REPORT_INTERVAL);
+    loop {
+        every.tick().await;
+        shared.hub.log_drops();
     }
 }
 
-fn udp_socket(
-    address: SocketAddr,
-    key: &'static str,
-    has_quic: bool,
-    hub: &Arc<Hub>,
-) -> Result<Arc<SharedSocket>, BindError> {
-    let bound = sockets::udp(address).and_then(|socket| TokioRuntime.wrap_udp_socket(socket));
-    let socket = bound.map_err(|source| BindError::Listen {
+fn udp_socket(address: SocketAddr, key: &'static str) -> Result<Arc<Socket>, BindError> {
+    let bound = sockets::udp(address).and_then(Socket::new);
+    let bound = bound.map_err(|source| BindError::Listen {
         protocol: "UDP",
         address,
         key,
         source,
-    })?;
-    Ok(Arc::new(SharedSocket::new(socket, has_quic, hub.clone())))
+    });
+    bound.map(Arc::new)
 }
 
 fn tcp_listener(address: SocketAddr) -> Result<TcpListener, BindError> {
@@ -234,24 +244,19 @@ fn tcp_listener(address: SocketAddr) -> Result<TcpListener, BindError> {
     })
 }
 
-fn quic_endpoint(settings: &Settings, socket: Arc<SharedSocket>) -> Result<Endpoint, BindError> {
-    let address = settings.quic_listen;
+fn quic_endpoint(
+    settings: &Settings,
+    socket: Arc<Socket>,
+    overrun: Arc<AtomicU64>,
+) -> Result<Endpoint, BindError> {
     let tls = server_config(&settings.credentials, ClientAuth::Required, &[ALPN_QUIC]);
     let tls = QuicServerConfig::try_from(tls.map_err(bad_tls)?);
     let tls = tls.map_err(|error| BindError::Tls(error.to_string()))?;
-    let mut server = quinn::ServerConfig::with_crypto(Arc::new(tls));
+    let mut server = ServerConfig::with_crypto(Arc::new(tls));
     server.transport_config(quic::transport_config(1, None));
     server.max_incoming(HANDSHAKES_MAX);
     let config = endpoint_config(settings.credentials.key_pem().as_bytes());
-    let runtime = Arc::new(TokioRuntime);
-    Endpoint::new_with_abstract_socket(config, Some(server), socket, runtime).map_err(|source| {
-        BindError::Listen {
-            protocol: "UDP",
-            address,
-            key: "quic_listen",
-            source,
-        }
-    })
+    Ok(Endpoint::new(socket, config, Some(server), overrun))
 }
 
 /// Connection ids and reset tokens come from the relay's own key, so that a relay that starts

@@ -1,33 +1,21 @@
-//! What both ends of a TLS link share: the queue in front of it, and its framing.
+//! What both ends of a TLS link share: its settings and its framing.
 
-use std::{
-    collections::VecDeque,
-    sync::{Mutex, PoisonError},
-    time::{Duration, Instant},
-};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{FutureExt as _, Sink, SinkExt as _, Stream, StreamExt as _};
 use mesh_wire::relay::{Control, FRAME_LEN_MAX, Frame, control_frame};
 use socket2::SockRef;
-use tokio::{net::TcpStream, sync::Notify, time};
+use tokio::{net::TcpStream, time};
 use tokio_tungstenite::tungstenite::{
     Error as WebSocketError, Message,
     protocol::{CloseFrame, WebSocketConfig, frame::coding::CloseCode},
 };
-use tokio_util::sync::CancellationToken;
 
 use crate::{
-    outlet::CONTROL_QUEUE_MAX,
-    quic::{BATCH_FRAMES, IDLE_TIMEOUT, Sent},
+    BATCH_FRAMES, IDLE_TIMEOUT,
+    queue::{Item, Queue},
 };
-
-/// Frames that wait for a slow receiver, in bytes (`paths.md`).
-const QUEUE_BYTES_MAX: usize = 256 * 1024;
-
-/// Age at which a waiting frame is worth nothing any more (`paths.md`): the inner TCP has sent it
-/// again.
-const QUEUE_AGE_MAX: Duration = Duration::from_millis(250);
 
 /// Taken from the queue at once: one full TLS record (RFC 8446 §5.1). What is taken does not age
 /// any more: 43 ms at 3 Mb/s.
@@ -39,9 +27,6 @@ const NOTSENT_LOWAT_BYTES: u32 = 16 * 1024;
 
 /// Silence after which the kernel gives a TCP connection up, while data waits for an answer.
 const TCP_USER_TIMEOUT: Duration = IDLE_TIMEOUT;
-
-/// Time for what is said last on a link that is closed.
-const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// WebSocket settings of both ends: no message is longer than a frame, buffers are small.
 pub(crate) fn websocket_config() -> WebSocketConfig {
@@ -61,135 +46,20 @@ pub(crate) fn tune_tcp(stream: &TcpStream) -> std::io::Result<()> {
     socket.set_tcp_user_timeout(Some(TCP_USER_TIMEOUT))
 }
 
-/// Frames on their way into a TLS link. Never blocks; the oldest data goes first.
-#[derive(Debug, Default)]
-pub(crate) struct Queue {
-    state: Mutex<State>,
-    changed: Notify,
-    closed: CancellationToken,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    /// Before the data: a session must be known before its first frame.
-    control: VecDeque<Bytes>,
-    data: VecDeque<(Instant, Bytes)>,
-    data_bytes: usize,
-    closed: Option<String>,
-}
-
-impl Queue {
-    /// Appends data frames; drops the oldest if there is no room for them.
-    pub(crate) fn push_data(&self, frames: impl Iterator<Item = Bytes>, now: Instant) -> Sent {
-        let mut sent = Sent::default();
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.closed.is_some() {
-            sent.closed = true;
-            sent.refused = frames.count();
-            return sent;
-        }
-        for frame in frames {
-            while state.data_bytes + frame.len() > QUEUE_BYTES_MAX || state.is_stale(now) {
-                state.pop_data();
-                sent.replaced += 1;
-            }
-            state.data_bytes += frame.len();
-            state.data.push_back((now, frame));
-        }
-        self.changed.notify_one();
-        sent
-    }
-
-    /// Appends a control message. Returns false if there is no room: the link is of no use then.
-    pub(crate) fn push_control(&self, message: &Control) -> bool {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.control.len() >= CONTROL_QUEUE_MAX {
-            return false;
-        }
-        state.control.push_back(control_frame(message).into());
-        self.changed.notify_one();
-        true
-    }
-
-    /// Nothing more goes in; what control there is still goes out, and `reason` after it.
-    pub(crate) fn close(&self, reason: &str) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.closed.get_or_insert_with(|| reason.to_owned());
-        state.data.clear();
-        state.data_bytes = 0;
-        self.closed.cancel();
-        self.changed.notify_one();
-    }
-
-    pub(crate) fn is_closed(&self) -> bool {
-        self.closed.is_cancelled()
-    }
-
-    /// Ends [`GOODBYE_TIMEOUT`] after [`Self::close`]: a receiver that takes nothing does not keep
-    /// its connection.
-    pub(crate) async fn overdue(&self) {
-        self.closed.cancelled().await;
-        time::sleep(GOODBYE_TIMEOUT).await;
-    }
-
-    /// The next frames, a batch at most; `Err` with the reason once closed and empty.
-    async fn pop(&self) -> Result<Vec<Bytes>, String> {
-        loop {
-            {
-                let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-                let batch = state.take_batch(Instant::now());
-                if !batch.is_empty() {
-                    return Ok(batch);
-                }
-                if let Some(reason) = &state.closed {
-                    return Err(reason.clone());
-                }
-            }
-            self.changed.notified().await;
-        }
-    }
-}
-
-impl State {
-    fn is_stale(&self, now: Instant) -> bool {
-        let oldest = self
-            .data
-            .front()
-            .map(|(at, _)| now.saturating_duration_since(*at));
-        oldest.is_some_and(|age| age > QUEUE_AGE_MAX)
-    }
-
-    fn pop_data(&mut self) -> Option<Bytes> {
-        let (_, frame) = self.data.pop_front()?;
-        self.data_bytes -= frame.len();
-        Some(frame)
-    }
-
-    fn take_batch(&mut self, now: Instant) -> Vec<Bytes> {
-        while self.is_stale(now) {
-            self.pop_data();
-        }
-        let (mut batch, mut bytes) = (Vec::new(), 0);
-        while bytes < BATCH_BYTES {
-            let Some(frame) = self.control.pop_front().or_else(|| self.pop_data()) else {
-                break;
-            };
-            bytes += frame.len();
-            batch.push(frame);
-        }
-        batch
-    }
-}
-
 /// Writes what is in the queue, until it is closed or the connection breaks.
 pub(crate) async fn write_frames(
     mut sink: impl Sink<Message, Error = WebSocketError> + Unpin,
     queue: &Queue,
 ) -> Result<(), WebSocketError> {
+    let mut batch = Vec::new();
     loop {
-        match queue.pop().await {
-            Ok(batch) => {
-                for frame in batch {
+        match queue.pop(BATCH_BYTES, &mut batch).await {
+            Ok(()) => {
+                for item in batch.drain(..) {
+                    let frame = match item {
+                        Item::Control(message) => control_frame(&message).into(),
+                        Item::Data(frame) => frame,
+                    };
                     sink.feed(Message::Binary(frame)).await?;
                 }
                 sink.flush().await?;
@@ -262,63 +132,5 @@ fn read_frame(bytes: Bytes) -> Received {
         Ok(Frame::Data { .. }) => Received::Data(bytes),
         Ok(Frame::Control(body)) => Control::decode(body).map_or(Received::Bad, Received::Control),
         Err(_) => Received::Bad,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn frame(n: u8) -> Bytes {
-        vec![n; 1024].into()
-    }
-
-    fn start() -> Instant {
-        Instant::now()
-    }
-
-    fn push(queue: &Queue, n: u8, now: Instant) -> Sent {
-        queue.push_data(std::iter::once(frame(n)), now)
-    }
-
-    #[test]
-    fn a_full_queue_drops_the_oldest() {
-        let (queue, now) = (Queue::default(), start());
-        let sent = queue.push_data((0..=255).map(frame), now);
-        assert_eq!(sent, Sent::default());
-        assert_eq!(push(&queue, 7, now).replaced, 1);
-        let mut state = queue.state.lock().unwrap();
-        assert_eq!(state.data_bytes, QUEUE_BYTES_MAX);
-        assert_eq!(state.take_batch(now).first(), Some(&frame(1)));
-    }
-
-    #[test]
-    fn an_old_frame_is_dropped_and_a_control_message_is_not() {
-        let (queue, now) = (Queue::default(), start());
-        push(&queue, 1, now);
-        queue.push_control(&Control::Welcome);
-        let later = now + QUEUE_AGE_MAX + Duration::from_millis(1);
-        assert_eq!(push(&queue, 2, later).replaced, 1);
-        let batch = queue.state.lock().unwrap().take_batch(later);
-        assert_eq!(batch, [control_frame(&Control::Welcome).into(), frame(2)]);
-    }
-
-    #[test]
-    fn control_messages_are_bounded_too() {
-        let queue = Queue::default();
-        let pushed = (0..=CONTROL_QUEUE_MAX).filter(|_| queue.push_control(&Control::Welcome));
-        assert_eq!(pushed.count(), CONTROL_QUEUE_MAX);
-    }
-
-    #[tokio::test]
-    async fn closing_lets_control_out_and_then_says_why() {
-        let queue = Queue::default();
-        push(&queue, 1, start());
-        queue.push_control(&Control::GoAway { grace_ms: 1 });
-        queue.close("stopping");
-        assert_eq!(queue.pop().await.map(|batch| batch.len()), Ok(1));
-        assert_eq!(queue.pop().await, Err("stopping".to_owned()));
-        let sent = push(&queue, 1, start());
-        assert!(sent.closed && sent.refused == 1);
     }
 }

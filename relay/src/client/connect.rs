@@ -2,6 +2,7 @@
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    ops::ControlFlow,
     sync::Arc,
     time::Duration,
 };
@@ -15,8 +16,8 @@ use mesh_wire::{
     id::Identity,
     relay::{ALPN_QUIC, ALPN_TLS, Control, PROTOCOL_VERSION, WEBSOCKET_PATH},
 };
-use quinn::{
-    ConnectionError, Endpoint, EndpointConfig, TokioRuntime, crypto::rustls::QuicClientConfig,
+use quinn_proto::{
+    ClientConfig, ConnectionError, EndpointConfig, crypto::rustls::QuicClientConfig,
 };
 use rustls::pki_types::ServerName;
 use tokio::{net::TcpStream, sync::mpsc, time};
@@ -28,14 +29,22 @@ use super::{
     udp::{self, Udp},
 };
 use crate::{
-    outlet::{CLOSE_CODE, CONTROL_QUEUE_MAX, Outlet},
-    quic::{self, KEEP_ALIVE},
-    sockets,
-    websocket::{self, Queue, Received},
+    BATCH_FRAMES, KEEP_ALIVE,
+    queue::{QUIC_BYTES_MAX, Queue, TLS_BYTES_MAX},
+    quic::{
+        self,
+        driver::{Driver, Received},
+        endpoint::{Endpoint, Socket, Wire},
+        link::QuicLink,
+    },
+    sockets, websocket,
 };
 
 /// Time for the goodbye of a link that is closed.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Control messages that wait for whoever hears of them: all sessions of a node (1,024), twice.
+const CONTROLS_MAX: usize = 2048;
 
 const HELLO: Control = Control::Hello {
     version: PROTOCOL_VERSION,
@@ -46,77 +55,88 @@ pub(super) async fn quic(
     events: mpsc::Sender<LinkEvent>,
     on_data: OnData,
 ) -> Result<Link, ConnectError> {
-    let name = relay_name(&config)?;
-    let endpoint = quic_endpoint(config.address)?;
-    let client = quic_client_config(&config.credentials)?;
-    let connecting = endpoint
-        .connect_with(client, config.address, &name.to_str())
-        .map_err(|error| ConnectError::Refused(error.to_string()))?;
-    let connection = connecting.await.map_err(refused)?;
-    let (mut send, mut receive) = connection.open_bi().await.map_err(refused)?;
-    quic::write_control(&mut send, &HELLO).await.ok(); // If it fails, reading says why.
-    match quic::read_control(&mut receive).await {
-        Ok(Control::Welcome) => {}
-        Ok(_) => return Err(not_a_relay()),
-        Err(error) => {
-            let reason = connection.close_reason().map(refused);
-            return Err(reason.unwrap_or(ConnectError::Io(error)));
+    let mut driver = Driver::new(dial(&config)?);
+    let queue = Arc::new(Queue::new(QUIC_BYTES_MAX));
+    queue.push_control(HELLO);
+    let mut welcome = None;
+    let opening = driver.run(&queue, |received| match received {
+        Received::Control(message) => {
+            welcome = Some(message);
+            ControlFlow::Break(())
         }
+        Received::Frames(_) => ControlFlow::Continue(()), // A relay does not send any yet.
+    });
+    if let ControlFlow::Continue(reason) = opening.await {
+        return Err(refused(reason));
+    }
+    if welcome != Some(Control::Welcome) {
+        return Err(not_a_relay());
     }
 
-    let (control, mut outgoing) = mpsc::channel(CONTROL_QUEUE_MAX);
-    let outlet = Outlet::Quic {
-        connection: connection.clone(),
-        control,
-    };
     let (udp, udp_inputs) = config.udp.map(Udp::new).unzip();
-    let shared = Shared::new(config.relay, config.address, outlet, events, on_data, udp);
+    let shared = Shared::new(
+        config.relay,
+        config.address,
+        queue,
+        events,
+        on_data,
+        udp,
+        driver.rtt_us(),
+    );
     let link = Link {
         shared: shared.clone(),
     };
     // Ends with the link: when it is lost, closed or dropped.
     tokio::spawn(async move {
-        let frames = quic::receive_frames(&connection, |frames| shared.on_frames(frames));
-        let binding = udp::bind(&shared, udp_inputs);
+        let (controls, mut received) = mpsc::channel(CONTROLS_MAX);
+        let serving = driver.run(&shared.queue, |received| {
+            match received {
+                Received::Frames(frames) => shared.on_frames(frames),
+                Received::Control(message) => {
+                    if controls.try_send(message).is_err() {
+                        shared.queue.close("too slow");
+                    }
+                }
+            }
+            ControlFlow::Continue(())
+        });
         let reading = async {
-            while let Ok(message) = quic::read_control(&mut receive).await {
+            while let Some(message) = received.recv().await {
                 shared.on_control(message).await;
             }
-            end_of_stream(&connection).await
-        };
-        let writing = async {
-            quic::write_controls(&mut send, &mut outgoing).await;
-            end_of_stream(&connection).await
         };
         let reason = tokio::select! {
-            reason = frames => Some(reason),
-            reason = reading => Some(reason),
-            reason = writing => Some(reason),
-            () = binding => None, // It does not end.
+            ended = serving => ended.continue_value(),
+            () = reading => None, // The other end lives as long as `serving`.
+            () = udp::bind(&shared, udp_inputs) => None, // It does not end.
             () = shared.stop.cancelled() => None,
         };
         match reason {
             Some(reason) => shared.lost(refused(reason).to_string()).await,
-            None => shared.outlet.close("closed"),
+            None => {
+                shared.queue.close("closed");
+                let goodbye = driver.run(&shared.queue, |_| ControlFlow::Continue(()));
+                time::timeout(GOODBYE_TIMEOUT, goodbye).await.ok();
+            }
         }
-        time::timeout(GOODBYE_TIMEOUT, endpoint.wait_idle())
-            .await
-            .ok();
     });
     Ok(link)
 }
 
-/// The control stream ended; a connection without it is of no use. Mostly it ends because the
-/// connection does, which has the better reason and may say it a moment later.
-async fn end_of_stream(connection: &quinn::Connection) -> ConnectionError {
-    let closed = time::timeout(GOODBYE_TIMEOUT, connection.closed()).await;
-    match closed {
-        Ok(reason) => reason,
-        Err(_) => {
-            connection.close(CLOSE_CODE, b"no control stream");
-            connection.closed().await
-        }
-    }
+/// One socket a link: its NAT mapping lives and dies with it.
+fn dial(config: &LinkConfig) -> Result<(QuicLink, Wire), ConnectError> {
+    let name = relay_name(config)?;
+    let any: SocketAddr = if config.address.is_ipv4() {
+        (Ipv4Addr::UNSPECIFIED, 0).into()
+    } else {
+        (Ipv6Addr::UNSPECIFIED, 0).into()
+    };
+    let socket = Arc::new(Socket::new(sockets::udp(any)?)?);
+    let settings = quic::without_grease(EndpointConfig::default());
+    let client = quic_client_config(&config.credentials)?;
+    Endpoint::new(socket, settings, None, Arc::default())
+        .connect(client, config.address, &name.to_str())
+        .map_err(|error| ConnectError::Refused(error.to_string()))
 }
 
 pub(super) async fn tls(
@@ -125,37 +145,46 @@ pub(super) async fn tls(
     on_data: OnData,
 ) -> Result<Link, ConnectError> {
     let (sink, mut stream) = websocket(&config).await?.split();
-    let queue = Arc::new(Queue::default());
-    queue.push_control(&HELLO);
-    let outlet = Outlet::Tls(queue.clone());
+    let queue = Arc::new(Queue::new(TLS_BYTES_MAX));
+    queue.push_control(HELLO);
     let for_writing = queue.clone();
     let mut writing = Box::pin(async move { websocket::write_frames(sink, &for_writing).await });
     let welcome = tokio::select! {
         received = websocket::receive(&mut stream) => received,
-        result = &mut writing => Received::Closed(ended(result)),
+        result = &mut writing => websocket::Received::Closed(ended(result)),
     };
     match welcome {
-        Received::Control(Control::Welcome) => {}
-        Received::Closed(reason) => return Err(ConnectError::Refused(reason)),
-        Received::Data(_) | Received::Control(_) | Received::Bad => return Err(not_a_relay()),
+        websocket::Received::Control(Control::Welcome) => {}
+        websocket::Received::Closed(reason) => return Err(ConnectError::Refused(reason)),
+        websocket::Received::Data(_)
+        | websocket::Received::Control(_)
+        | websocket::Received::Bad => return Err(not_a_relay()),
     }
 
-    let shared = Shared::new(config.relay, config.address, outlet, events, on_data, None);
+    let shared = Shared::new(
+        config.relay,
+        config.address,
+        queue.clone(),
+        events,
+        on_data,
+        None,
+        Arc::default(),
+    );
     let link = Link {
         shared: shared.clone(),
     };
     // Ends with the link: when it is lost, closed or dropped.
     tokio::spawn(async move {
         let reading = async {
-            let mut batch = Vec::with_capacity(quic::BATCH_FRAMES);
+            let mut batch = Vec::with_capacity(BATCH_FRAMES);
             loop {
                 let other = websocket::receive_batch(&mut stream, &mut batch).await;
                 shared.on_frames(&batch);
                 batch.clear();
                 match other {
-                    Some(Received::Control(message)) => shared.on_control(message).await,
-                    Some(Received::Closed(reason)) => return reason,
-                    None | Some(Received::Data(_) | Received::Bad) => {}
+                    Some(websocket::Received::Control(message)) => shared.on_control(message).await,
+                    Some(websocket::Received::Closed(reason)) => return reason,
+                    None | Some(websocket::Received::Data(_) | websocket::Received::Bad) => {}
                 }
             }
         };
@@ -175,7 +204,7 @@ pub(super) async fn tls(
         match reason {
             Some(reason) => shared.lost(reason).await,
             None => {
-                shared.outlet.close("closed");
+                queue.close("closed");
                 tokio::select! {
                     _ = writing => {}
                     () = queue.overdue() => {}
@@ -220,23 +249,11 @@ fn relay_name(config: &LinkConfig) -> Result<ServerName<'static>, ConnectError> 
     name.map_err(|error| ConnectError::Credentials(error.to_string()))
 }
 
-/// One socket a link: its NAT mapping lives and dies with it.
-fn quic_endpoint(address: SocketAddr) -> Result<Endpoint, ConnectError> {
-    let any: SocketAddr = if address.is_ipv4() {
-        (Ipv4Addr::UNSPECIFIED, 0).into()
-    } else {
-        (Ipv6Addr::UNSPECIFIED, 0).into()
-    };
-    let config = quic::without_grease(EndpointConfig::default());
-    let runtime = Arc::new(TokioRuntime);
-    Ok(Endpoint::new(config, None, sockets::udp(any)?, runtime)?)
-}
-
-fn quic_client_config(credentials: &Credentials) -> Result<quinn::ClientConfig, ConnectError> {
+fn quic_client_config(credentials: &Credentials) -> Result<ClientConfig, ConnectError> {
     let tls = client_config(credentials, &[ALPN_QUIC]).map_err(bad_credentials)?;
     let tls = QuicClientConfig::try_from(tls)
         .map_err(|error| ConnectError::Credentials(error.to_string()))?;
-    let mut config = quinn::ClientConfig::new(Arc::new(tls));
+    let mut config = ClientConfig::new(Arc::new(tls));
     config.transport_config(quic::transport_config(0, Some(KEEP_ALIVE)));
     Ok(config)
 }

@@ -86,7 +86,7 @@ pub(super) async fn bind(shared: &Shared, inputs: Option<mpsc::Receiver<Input>>)
 }
 
 async fn drive(shared: &Shared, udp: &Udp, mut inputs: mpsc::Receiver<Input>) {
-    shared.outlet.send_control(Control::AskBindKey);
+    shared.queue.push_control(Control::AskBindKey);
     let mut binder = None;
     loop {
         let timeout = async {
@@ -128,7 +128,7 @@ async fn perform(shared: &Shared, udp: &Udp, binder: &mut Binder<StdRng>) {
             }
             Output::Bound => true,
             Output::Unbound { sequence } => {
-                shared.outlet.send_control(Control::Unbind { sequence });
+                shared.queue.push_control(Control::Unbind { sequence });
                 false
             }
         };

@@ -1,4 +1,4 @@
-//! The way between links: the core's decisions, and the outlets that they name.
+//! The way between links: the core's decisions, and the queues that they name.
 
 use std::{
     collections::HashMap,
@@ -25,16 +25,13 @@ use mesh_wire::{
         udp::{Tag, data_session, unbound_frame},
     },
 };
-use quinn::{
-    AsyncUdpSocket,
-    udp::{EcnCodepoint, Transmit},
+use quinn_udp::{EcnCodepoint, Transmit};
+
+use crate::{
+    BATCH_FRAMES,
+    queue::Queue,
+    quic::{SEND_BYTES_MAX, endpoint::Socket},
 };
-
-use crate::{outlet::Outlet, quic::BATCH_FRAMES};
-
-/// Most bytes in one send: what fits the length field of an IPv4 packet besides its headers
-/// (65,535 − 20 − 8).
-const SEND_BYTES_MAX: usize = 65_507;
 
 /// One lock for all links: it is held for some map look-ups a batch of packets, a small part of
 /// what one packet's way through the kernel takes, and never while something is sent.
@@ -42,7 +39,7 @@ const SEND_BYTES_MAX: usize = 65_507;
 pub(super) struct Hub {
     state: Mutex<State>,
     /// Sends plain UDP: the port that QUIC has too.
-    udp: OnceLock<Arc<dyn AsyncUdpSocket>>,
+    udp: OnceLock<Arc<Socket>>,
     shell: ShellCounters,
     pub(super) udp_counters: UdpCounters,
 }
@@ -50,7 +47,7 @@ pub(super) struct Hub {
 #[derive(Debug)]
 struct State {
     server: RelayServer,
-    outlets: HashMap<LinkId, Outlet>,
+    links: HashMap<LinkId, Arc<Queue>>,
     reported: Totals,
 }
 
@@ -59,13 +56,15 @@ struct State {
 struct ShellCounters {
     bad_frames: AtomicU64,
     queue_dropped_frames: AtomicU64,
+    /// Received by QUIC, for a link whose task did not keep up.
+    overrun_datagrams: Arc<AtomicU64>,
     failed_handshakes: AtomicU64,
     plain_http_requests: AtomicU64,
 }
 
 /// Where frames go, and how many of them.
 enum Route {
-    Outlet(Outlet, usize),
+    Link(Arc<Queue>, usize),
     Udp(UdpPath, usize),
     /// Counted by the core.
     Nowhere,
@@ -89,6 +88,7 @@ struct Totals {
     links: usize,
     bad_frames: u64,
     queue_dropped_frames: u64,
+    overrun_datagrams: u64,
     failed_handshakes: u64,
     plain_http_requests: u64,
     stun_answers: u64,
@@ -109,6 +109,7 @@ impl Totals {
             + core.finds_refused
             + self.bad_frames
             + self.queue_dropped_frames
+            + self.overrun_datagrams
             + self.failed_handshakes
             + self.plain_http_requests
             + self.stun_ignored
@@ -132,6 +133,7 @@ impl Totals {
             finds_refused = core.finds_refused,
             bad_frames = self.bad_frames,
             queue_dropped_frames = self.queue_dropped_frames,
+            overrun_datagrams = self.overrun_datagrams,
             failed_handshakes = self.failed_handshakes,
             plain_http_requests = self.plain_http_requests,
             stun_answers = self.stun_answers,
@@ -147,7 +149,7 @@ impl Hub {
     pub(super) fn new(limits: Limits, secret: &Tag) -> Self {
         let state = State {
             server: RelayServer::new(limits, secret, Instant::now()),
-            outlets: HashMap::new(),
+            links: HashMap::new(),
             reported: Totals::default(),
         };
         Self {
@@ -159,8 +161,13 @@ impl Hub {
     }
 
     /// Says by what plain UDP goes out. Only the first counts: a relay has one such port.
-    pub(super) fn set_udp(&self, socket: Arc<dyn AsyncUdpSocket>) {
+    pub(super) fn set_udp(&self, socket: Arc<Socket>) {
         self.udp.get_or_init(|| socket);
+    }
+
+    /// Counts datagrams that came by QUIC for a link whose task did not keep up.
+    pub(super) fn overrun_counter(&self) -> Arc<AtomicU64> {
+        self.shell.overrun_datagrams.clone()
     }
 
     pub(super) fn handshake(&self, from: IpAddr) -> Result<(), Refusal> {
@@ -185,21 +192,21 @@ impl Hub {
         transport: RelayTransport,
         from: IpAddr,
         version: u32,
-        outlet: Outlet,
+        queue: Arc<Queue>,
     ) -> Result<LinkId, Refusal> {
         let mut state = self.lock();
         let now = Instant::now();
         let link = state
             .server
             .handle_connected(node, transport, from, version, now)?;
-        state.outlets.insert(link, outlet);
+        state.links.insert(link, queue);
         state.perform();
         Ok(link)
     }
 
     pub(super) fn disconnected(&self, link: LinkId) {
         let mut state = self.lock();
-        state.outlets.remove(&link);
+        state.links.remove(&link);
         state.server.handle_disconnected(link);
         state.perform();
     }
@@ -235,8 +242,9 @@ impl Hub {
     fn run_of_link(&self, link: LinkId, session: Session, run: &[Bytes]) {
         let bytes: usize = run.iter().map(Bytes::len).sum();
         match self.route(Way::Link(link), session, run.len(), bytes) {
-            Route::Outlet(outlet, frames) => {
-                self.count_dropped(outlet.send_data(run.iter().take(frames).cloned()).dropped());
+            Route::Link(queue, frames) => {
+                let run = run.iter().take(frames).cloned();
+                self.count_dropped(queue.push_data(run, Instant::now()).dropped());
             }
             Route::Udp(path, frames) => {
                 self.gather_to_udp(path, run.get(..frames).unwrap_or_default());
@@ -266,11 +274,11 @@ impl Hub {
                 self.send_udp(path, allowed, stride, ecn);
                 None
             }
-            Route::Outlet(outlet, frames) => {
+            Route::Link(queue, frames) => {
                 let all = Bytes::copy_from_slice(run); // One allocation for all of them.
                 let starts = (0..all.len()).step_by(stride).take(frames);
                 let each = starts.map(|at| all.slice(at..all.len().min(at + stride)));
-                self.count_dropped(outlet.send_data(each).dropped());
+                self.count_dropped(queue.push_data(each, Instant::now()).dropped());
                 None
             }
             Route::TellUnbound => unbound_frame(run).map(Vec::from),
@@ -305,8 +313,8 @@ impl Hub {
             Verdict::Forward {
                 way: Way::Link(to),
                 frames,
-            } => match state.outlets.get(&to) {
-                Some(outlet) => Route::Outlet(outlet.clone(), frames),
+            } => match state.links.get(&to) {
+                Some(queue) => Route::Link(queue.clone(), frames),
                 None => Route::Nowhere,
             },
             Verdict::Drop(DropReason::Unbound { tell: true }) => Route::TellUnbound,
@@ -344,7 +352,7 @@ impl Hub {
         let Some(socket) = self.udp.get() else {
             return;
         };
-        let at_once = (SEND_BYTES_MAX / stride.max(1)).clamp(1, socket.max_transmit_segments());
+        let at_once = (SEND_BYTES_MAX / stride.max(1)).clamp(1, socket.segments_max());
         for part in run.chunks(at_once * stride.max(1)) {
             let transmit = Transmit {
                 destination: to.remote,
@@ -393,6 +401,7 @@ impl Hub {
             links: state.server.links(),
             bad_frames: shell.bad_frames.load(Relaxed),
             queue_dropped_frames: shell.queue_dropped_frames.load(Relaxed),
+            overrun_datagrams: shell.overrun_datagrams.load(Relaxed),
             failed_handshakes: shell.failed_handshakes.load(Relaxed),
             plain_http_requests: shell.plain_http_requests.load(Relaxed),
             stun_answers: udp.stun_answers.load(Relaxed),
@@ -411,13 +420,13 @@ impl State {
         while let Some(output) = self.server.poll_output() {
             match output {
                 Output::Send { link, message } => {
-                    if let Some(outlet) = self.outlets.get(&link) {
-                        outlet.send_control(message);
+                    if let Some(queue) = self.links.get(&link) {
+                        queue.push_control(message);
                     }
                 }
                 Output::Close { link } => {
-                    if let Some(outlet) = self.outlets.remove(&link) {
-                        outlet.close("replaced by a newer connection of this node");
+                    if let Some(queue) = self.links.remove(&link) {
+                        queue.close("replaced by a newer connection of this node");
                     }
                 }
             }

@@ -1,119 +1,130 @@
 //! Links by QUIC.
 
-use std::sync::Arc;
+use std::{net::IpAddr, ops::ControlFlow, sync::Arc};
 
 use mesh_core::io::RelayTransport;
-use mesh_wire::relay::Control;
-use quinn::{Connection, Endpoint, Incoming, RecvStream, SendStream};
+use mesh_wire::{id::canonical_ip, relay::Control};
+use quinn_proto::{ConnectionError, Incoming};
 use rustls::pki_types::CertificateDer;
-use tokio::{sync::mpsc, time};
+use tokio::time;
 
-use super::{HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, STOPPING, Shared};
+use super::{HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, STOPPING, Shared, udp::SharedSocket};
 use crate::{
-    outlet::{CLOSE_CODE, CONTROL_QUEUE_MAX, Outlet},
-    quic,
+    queue::{QUIC_BYTES_MAX, Queue},
+    quic::{
+        driver::{Driver, Received},
+        endpoint::Endpoint,
+    },
 };
 
 /// Handshakes at once above which a source must show that it receives what is sent to it
 /// (RFC 9000 §8.1.2), at the price of one round trip.
 const HANDSHAKES_UNPROVEN_MAX: usize = HANDSHAKES_MAX / 8;
 
-/// Accepts connections until the endpoint is closed.
-pub(super) async fn accept(endpoint: &Endpoint, shared: &Arc<Shared>) {
-    while let Some(incoming) = endpoint.accept().await {
-        let under_way = HANDSHAKES_MAX - shared.handshakes.available_permits();
-        if under_way > HANDSHAKES_UNPROVEN_MAX && !incoming.remote_address_validated() {
-            incoming.retry().ok(); // An address that is not validated may be asked to retry.
-            continue;
-        }
-        let permit = shared.handshakes.clone().try_acquire_owned();
-        let admitted = shared.hub.handshake(incoming.remote_address().ip());
-        let (Ok(permit), Ok(())) = (permit, admitted) else {
-            shared.hub.handshake_failed();
-            incoming.ignore(); // Not a byte for what may be a flood.
-            continue;
-        };
-        let shared_with_link = shared.clone();
-        shared.links.spawn(async move {
-            let opened = time::timeout(HANDSHAKE_TIMEOUT, open(incoming)).await;
-            drop(permit);
-            match opened {
-                Ok(Some(link)) => serve(link, &shared_with_link).await,
-                Ok(None) | Err(_) => shared_with_link.hub.handshake_failed(),
-            }
-        });
+/// Serves all links, and takes in new ones as long as the relay is not stopping.
+pub(super) async fn serve_all(
+    mut endpoint: Endpoint,
+    socket: Arc<SharedSocket>,
+    shared: Arc<Shared>,
+) {
+    let mut sort = |buffer: &mut [u8], meta: &_| socket.take_out(buffer, meta);
+    while let Some(incoming) = endpoint.next(&mut sort).await {
+        admit(&mut endpoint, incoming, &shared);
     }
 }
 
-struct Opened {
-    connection: Connection,
-    send: SendStream,
-    receive: RecvStream,
-    version: u32,
-}
-
-async fn open(incoming: Incoming) -> Option<Opened> {
-    let from = incoming.remote_address();
-    let connection = match incoming.await {
-        Ok(connection) => connection,
+fn admit(endpoint: &mut Endpoint, incoming: Incoming, shared: &Arc<Shared>) {
+    let under_way = HANDSHAKES_MAX - shared.handshakes.available_permits();
+    if under_way > HANDSHAKES_UNPROVEN_MAX && !incoming.remote_address_validated() {
+        return endpoint.retry(incoming);
+    }
+    let from = canonical_ip(incoming.remote_address().ip());
+    let permit = shared.handshakes.clone().try_acquire_owned();
+    let admitted = shared.hub.handshake(from);
+    let (Ok(permit), Ok(()), false) = (permit, admitted, shared.links.is_closed()) else {
+        shared.hub.handshake_failed();
+        return endpoint.ignore(incoming);
+    };
+    let mut driver = match endpoint.accept(incoming) {
+        Ok(link) => Driver::new(link),
         Err(error) => {
-            tracing::debug!(%from, %error, "QUIC handshake failed");
-            return None;
+            tracing::debug!(%from, %error, "bad QUIC packet");
+            return shared.hub.handshake_failed();
         }
     };
-    let (send, mut receive) = connection.accept_bi().await.ok()?;
-    match quic::read_control(&mut receive).await {
-        Ok(Control::Hello { version }) => Some(Opened {
-            connection,
-            send,
-            receive,
-            version,
-        }),
-        Ok(_) | Err(_) => None,
+    let shared_with_link = shared.clone();
+    shared.links.spawn(async move {
+        let queue = Arc::new(Queue::new(QUIC_BYTES_MAX));
+        let opened = time::timeout(HANDSHAKE_TIMEOUT, open(&mut driver, &queue)).await;
+        drop(permit);
+        match opened {
+            Ok(Ok(version)) => serve(driver, queue, from, version, &shared_with_link).await,
+            Ok(Err(reason)) => {
+                tracing::debug!(%from, reason, "no QUIC link");
+                shared_with_link.hub.handshake_failed();
+            }
+            Err(_) => shared_with_link.hub.handshake_failed(),
+        }
+    });
+}
+
+/// Waits for the node's `Hello`, and returns its version; `Err` says what came instead.
+async fn open(driver: &mut Driver, queue: &Queue) -> Result<u32, String> {
+    let mut first = None;
+    let opening = driver.run(queue, |received| match received {
+        Received::Control(message) => {
+            first = Some(message);
+            ControlFlow::Break(())
+        }
+        Received::Frames(_) => ControlFlow::Continue(()), // Who says nothing has no sessions.
+    });
+    if let ControlFlow::Continue(error) = opening.await {
+        return Err(error.to_string());
+    }
+    match first {
+        Some(Control::Hello { version }) => Ok(version),
+        other => Err(format!("the first message is {other:?}")),
     }
 }
 
-async fn serve(link: Opened, shared: &Shared) {
-    let Opened {
-        connection,
-        mut send,
-        mut receive,
-        version,
-    } = link;
-    let chain = connection.peer_identity();
+async fn serve(mut driver: Driver, queue: Arc<Queue>, from: IpAddr, version: u32, shared: &Shared) {
+    let chain = driver.link().peer_identity();
     let chain = chain.and_then(|chain| chain.downcast::<Vec<CertificateDer<'static>>>().ok());
     let Some(node) = chain.and_then(|chain| shared.node(&chain)) else {
-        connection.close(CLOSE_CODE, b"only nodes of this mesh may connect");
-        return shared.hub.handshake_failed();
+        shared.hub.handshake_failed();
+        return say_goodbye(&mut driver, &queue, "only nodes of this mesh may connect").await;
     };
-    let (control, mut outgoing) = mpsc::channel(CONTROL_QUEUE_MAX);
-    let outlet = Outlet::Quic {
-        connection: connection.clone(),
-        control,
-    };
-    let from = connection.remote_address().ip();
     let connected = shared
         .hub
-        .connected(node, RelayTransport::Quic, from, version, outlet);
+        .connected(node, RelayTransport::Quic, from, version, queue.clone());
     let link = match connected {
         Ok(link) => link,
         Err(refusal) => {
-            return connection.close(CLOSE_CODE, refusal.to_string().as_bytes());
+            return say_goodbye(&mut driver, &queue, &refusal.to_string()).await;
         }
     };
     tracing::debug!(?node, %from, "QUIC link up");
-    let reading = async {
-        while let Ok(message) = quic::read_control(&mut receive).await {
-            shared.hub.control(link, message);
+    let serving = driver.run(&queue, |received| {
+        match received {
+            Received::Frames(frames) => shared.hub.frames(link, frames),
+            Received::Control(message) => shared.hub.control(link, message),
         }
-    };
-    let reason: &[u8] = tokio::select! {
-        _ = quic::receive_frames(&connection, |frames| shared.hub.frames(link, frames)) => b"closed",
-        () = reading => b"closed",
-        () = quic::write_controls(&mut send, &mut outgoing) => b"closed",
-        () = shared.close.cancelled() => STOPPING.as_bytes(),
+        ControlFlow::Continue(())
+    });
+    let stopped = tokio::select! {
+        _ = serving => false,
+        () = shared.close.cancelled() => true,
     };
     shared.hub.disconnected(link);
-    connection.close(CLOSE_CODE, reason); // Unless it is closed already, with another reason.
+    if stopped {
+        say_goodbye(&mut driver, &queue, STOPPING).await;
+    }
     tracing::debug!(?node, %from, "QUIC link down");
+}
+
+async fn say_goodbye(driver: &mut Driver, queue: &Queue, reason: &str) {
+    queue.close(reason);
+    let ended: ControlFlow<(), ConnectionError> =
+        driver.run(queue, |_| ControlFlow::Continue(())).await;
+    drop(ended);
 }

@@ -28,9 +28,9 @@ use tokio_tungstenite::{
 
 use super::{HANDSHAKE_TIMEOUT, STOPPING, Shared};
 use crate::{
-    outlet::Outlet,
-    quic::BATCH_FRAMES,
-    websocket::{self, Queue, Received},
+    BATCH_FRAMES,
+    queue::{Queue, TLS_BYTES_MAX},
+    websocket::{self, Received},
 };
 
 /// Longest HTTP request head; ours has 300 bytes, a proxy adds some.
@@ -153,12 +153,11 @@ async fn serve(link: Opened, from: IpAddr, shared: &Shared) {
         version,
     } = link;
     let (sink, mut stream) = socket.split();
-    let queue = Arc::new(Queue::default());
+    let queue = Arc::new(Queue::new(TLS_BYTES_MAX));
     let mut writing = Box::pin(websocket::write_frames(sink, &queue));
-    let outlet = Outlet::Tls(queue.clone());
     let connected = shared
         .hub
-        .connected(node, RelayTransport::Tls, from, version, outlet);
+        .connected(node, RelayTransport::Tls, from, version, queue.clone());
     let link = match connected {
         Ok(link) => link,
         Err(refusal) => {

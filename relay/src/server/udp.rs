@@ -1,14 +1,12 @@
-//! A UDP socket that answers STUN and takes relay frames by itself, and shows quinn nothing but QUIC.
+//! What comes to a UDP port of the relay: STUN is answered, relay frames go on, and QUIC is left.
 
 use std::{
-    io::{self, IoSliceMut},
+    io,
     net::SocketAddr,
-    pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
 
@@ -17,12 +15,11 @@ use mesh_wire::{
     reflexive,
     relay::udp::{data_session, looks_like_frame, run_len},
 };
-use quinn::{
-    AsyncUdpSocket, UdpPoller,
-    udp::{RecvMeta, Transmit},
-};
+use quinn_udp::{RecvMeta, Transmit};
+use tokio::time;
 
 use super::hub::Hub;
+use crate::quic::endpoint::{Buffers, ERROR_PAUSE, Socket};
 
 /// Answers a second and socket, to STUN and to who wants to bind or pings. A node asks about twice in
 /// 20 s: enough for 200,000 nodes, and one core at 10 %.
@@ -31,14 +28,10 @@ const ANSWERS_PER_S_MAX: u32 = 20_000;
 /// The bit that every QUIC packet has set (RFC 9000 §17.2, §17.3).
 const QUIC_BIT: u8 = 0x40;
 
-/// Datagrams taken from a STUN-only socket at once, and the room for each with its GRO followers.
-const STUN_BATCH: usize = 8;
-const STUN_BUFFER_BYTES: usize = 65_536;
-
 /// A UDP socket for STUN, and for QUIC and relay frames too if it has those.
 #[derive(Debug)]
 pub(super) struct SharedSocket {
-    inner: Arc<dyn AsyncUdpSocket>,
+    inner: Arc<Socket>,
     has_quic: bool,
     hub: Arc<Hub>,
     answers: Mutex<AnswersOfThisSecond>,
@@ -51,7 +44,7 @@ struct AnswersOfThisSecond {
 }
 
 impl SharedSocket {
-    pub(super) fn new(inner: Arc<dyn AsyncUdpSocket>, has_quic: bool, hub: Arc<Hub>) -> Self {
+    pub(super) fn new(inner: Arc<Socket>, has_quic: bool, hub: Arc<Hub>) -> Self {
         if has_quic {
             hub.set_udp(inner.clone());
         }
@@ -67,27 +60,31 @@ impl SharedSocket {
         }
     }
 
-    /// Answers STUN on a socket that has no QUIC. Ends only when the socket breaks.
+    pub(super) fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.inner.local_addr()
+    }
+
+    /// Answers STUN on a socket that has no QUIC. Does not end.
     pub(super) async fn serve(self: Arc<Self>) {
-        let mut storage = vec![0; STUN_BATCH * STUN_BUFFER_BYTES];
-        let mut metas = [RecvMeta::default(); STUN_BATCH];
+        let mut buffers = Buffers::default();
         loop {
-            let mut buffers: Vec<_> = storage
-                .chunks_mut(STUN_BUFFER_BYTES)
-                .map(IoSliceMut::new)
-                .collect();
-            let received =
-                std::future::poll_fn(|cx| self.poll_recv(cx, &mut buffers, &mut metas)).await;
-            if let Err(error) = received {
-                tracing::warn!(%error, "a STUN socket broke");
-                return;
+            match self.inner.receive(&mut buffers).await {
+                Ok(received) => {
+                    for (buffer, meta) in buffers.iter_mut(received) {
+                        self.take_out(buffer, meta);
+                    }
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "cannot receive");
+                    time::sleep(ERROR_PAUSE).await;
+                }
             }
         }
     }
 
     /// Answers, sends on or drops what is not QUIC, and closes the gaps that leaves in `buffer`.
     /// Returns the bytes that are left.
-    fn take_out(&self, buffer: &mut [u8], meta: &RecvMeta) -> usize {
+    pub(super) fn take_out(&self, buffer: &mut [u8], meta: &RecvMeta) -> usize {
         let (mut read, mut kept) = (0, 0);
         while read < meta.len {
             let end = meta.len.min(read.saturating_add(meta.stride.max(1)));
@@ -187,59 +184,18 @@ fn count(counter: &AtomicU64) {
     counter.fetch_add(1, Relaxed);
 }
 
-impl AsyncUdpSocket for SharedSocket {
-    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-        self.inner.clone().create_io_poller()
-    }
-
-    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        self.inner.try_send(transmit)
-    }
-
-    fn poll_recv(
-        &self,
-        cx: &mut Context<'_>,
-        buffers: &mut [IoSliceMut<'_>],
-        metas: &mut [RecvMeta],
-    ) -> Poll<io::Result<usize>> {
-        let received = ready!(self.inner.poll_recv(cx, buffers, metas))?;
-        for (buffer, meta) in buffers.iter_mut().zip(metas.iter_mut()).take(received) {
-            // Quinn passes over a meta without bytes.
-            meta.len = self.take_out(buffer, meta);
-        }
-        Poll::Ready(Ok(received))
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.inner.local_addr()
-    }
-
-    fn max_transmit_segments(&self) -> usize {
-        self.inner.max_transmit_segments()
-    }
-
-    fn max_receive_segments(&self) -> usize {
-        self.inner.max_receive_segments()
-    }
-
-    fn may_fragment(&self) -> bool {
-        self.inner.may_fragment()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::net::UdpSocket;
 
     use mesh_core::relay_server::Limits;
-    use quinn::{Runtime as _, TokioRuntime};
 
     use super::*;
 
     fn socket() -> SharedSocket {
-        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let inner = TokioRuntime.wrap_udp_socket(socket).unwrap();
+        let inner = crate::sockets::udp("127.0.0.1:0".parse().unwrap()).unwrap();
         let hub = Hub::new(Limits::default(), &[7; 32]);
+        let inner = Arc::new(Socket::new(inner).unwrap());
         SharedSocket::new(inner, true, Arc::new(hub))
     }
 
@@ -248,10 +204,6 @@ mod tests {
         let asker = UdpSocket::bind("127.0.0.1:0").unwrap();
         let asker_address = asker.local_addr().unwrap();
         let shared = socket();
-        let mut writable = shared.inner.clone().create_io_poller();
-        std::future::poll_fn(|cx| writable.as_mut().poll_writable(cx))
-            .await
-            .unwrap();
         let stun = reflexive::request([9; 12]);
         let quic = |n: u8| vec![QUIC_BIT | n; stun.len()];
         let mut batch = [quic(1), stun.clone(), quic(2), vec![0; stun.len()], quic(3)].concat();

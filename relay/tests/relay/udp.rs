@@ -20,7 +20,7 @@ use mesh_wire::{
         udp::{BindKey, UdpFrame, data_session, ping_frame},
     },
 };
-use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
+use quinn_udp::{RecvMeta, Transmit, UdpSocketState};
 use tokio::{sync::mpsc, time};
 
 use crate::harness::{Mesh, Node, PATIENCE, Quic, Relay, Tls, counter, id};
