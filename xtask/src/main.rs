@@ -1,4 +1,5 @@
-//! What developers and CI call: `demo`, `test`, `bench`, `instructions`, `soak`, `tidy`.
+//! What developers and CI call: `demo`, `test`, `bench`, `instructions`, `soak`, `wireguard-netns`,
+//! `tidy`.
 //!
 //! **Invariant:** nothing here is needed to build or to run the product, and nothing is skipped in
 //! silence: what cannot run is a failure that says what is missing.
@@ -13,6 +14,7 @@ mod setup;
 mod soak;
 mod test;
 mod tidy;
+mod wireguard_netns;
 
 use std::{
     env,
@@ -88,6 +90,14 @@ enum Verb {
         #[arg(long)]
         nightly: bool,
     },
+    /// WireGuard's own test script, with `mesh-tunnel` as the WireGuard.
+    WireguardNetns {
+        /// This script instead of the one that comes with the kernel's source.
+        script: Option<PathBuf>,
+        /// So many times.
+        #[arg(long, default_value_t = 1)]
+        runs: u32,
+    },
     /// Checks the rules that no compiler knows.
     Tidy,
 }
@@ -115,6 +125,7 @@ fn main() -> ExitCode {
         }
         Verb::Instructions { save } => instructions::run(save),
         Verb::Soak { seconds, nightly } => soak::run(seconds, nightly),
+        Verb::WireguardNetns { script, runs } => wireguard_netns::run(script.as_deref(), runs),
         Verb::Tidy => tidy::run(),
     };
     match held {

@@ -1,0 +1,323 @@
+//! `cargo xtask wireguard-netns`: WireGuard's own test script, with `mesh-tunnel` as the WireGuard.
+//!
+//! The script is not ours (GPL-2.0) and is taken from Debian's package of the kernel's source. It tests
+//! what `ip link add type wireguard` makes. What has to be different for a program, and why, is
+//! in `mesh-tunnel/README.md`; here is how: [`IP`] stands before the real `ip`, and [`adapt`] takes
+//! three checks out. A script that takes a program as its argument, as wireguard-go's does, is run as
+//! it is.
+
+use std::{
+    env, fs,
+    io::Write as _,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use netns_tests::{node::tail, tool};
+
+use crate::{cargo, report, root, setup};
+
+/// What the script needs beside what every lab does.
+const PACKAGES: &[(&str, &str)] = &[
+    ("ncat", "ncat"),
+    ("iptables", "iptables"),
+    ("xz", "xz-utils"),
+    ("unshare", "util-linux"),
+];
+
+/// Where the script is in the kernel's source.
+const SCRIPT: &str = "tools/testing/selftests/wireguard/netns.sh";
+
+/// Seconds for one run: the tests by `iperf3` alone take 2 minutes by the clock.
+const RUN_LIMIT_S: &str = "540";
+
+/// A program sees within half a second that its socket is gone; machines are slow at times.
+const ENDING: Duration = Duration::from_secs(5);
+
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// `ip`, for whom interfaces of the type "wireguard" are programs.
+///
+/// Control sockets are files in one folder for all network namespaces, and the script has a `wg0`
+/// in two at once. So every program has a folder of its own there, and whoever looks from a
+/// namespace sees links to the sockets of the interfaces that are in it.
+const IP: &str = r#"#!/bin/bash
+set -e
+view() { mkdir -p "$LAB/views/$1"; echo "$LAB/views/$1"; }
+inside() { exec "$REAL_IP" netns exec "$2" "$LAB/inside" "$1" "${@:3}"; } # FOLDER NAMESPACE COMMAND…
+case "$*" in
+"netns exec "*)
+	inside "$(view "$3")" "${@:3}"
+	;;
+"netns del "* | "netns delete "*)
+	# The kernel's interfaces go with their namespace, but a process keeps its own. Whoever removes a
+	# program's socket ends it (https://www.wireguard.com/xplatform/).
+	for link in "$LAB/views/$3"/*; do rm -f "$(readlink "$link")" "$link"; done
+	;;
+"-n "*" link add "*" type wireguard")
+	name=${*:$#-2:1}
+	link=$(view "$2")/$name.sock
+	# A program asked by its own name would wait so for the last one to end.
+	for _ in {1..50}; do [[ -S $link ]] || break; sleep 0.1; done
+	folder=$(mktemp -d "$LAB/program.XXXXXX")
+	ln -sfn "$folder/$name.sock" "$link"
+	inside "$folder" "$2" "$LAB/mesh-tunnel" "$name"
+	;;
+"-n "*" link set "*"netns "*)
+	[[ $* =~ \ netns\ ([^ ]+) ]] && to=${BASH_REMATCH[1]}
+	[[ $* =~ \ (wg[0-9]+)( |$) ]] && name=${BASH_REMATCH[1]}
+	link=$(view "$2")/$name.sock
+	if [[ -n $name && -S $link ]]; then mv -T "$link" "$(view "$to")/$name.sock"; fi
+	;;
+"-n "*" link add "*" type dummy")
+	# Some kernels have no such type. A bridge without ports is another interface to have an address on.
+	"$REAL_IP" "$@" 2>/dev/null || exec "$REAL_IP" "${@:1:$#-1}" bridge
+	exit
+	;;
+esac
+exec "$REAL_IP" "$@"
+"#;
+
+/// Runs a command that sees a folder's sockets as all that there are.
+const INSIDE: &str = r#"#!/bin/sh
+mount --bind "$1" /var/run/wireguard && shift && exec "$@"
+"#;
+
+/// Runs a script that sees no namespaces and no WireGuard devices of the machine's; its own go with it.
+const APART: &str = r#"mount -t tmpfs none /run/netns && mount --bind "$LAB/views" /var/run/wireguard && exec bash "$@""#;
+
+/// Runs the script so many times, the kernel's or another; says whether it held each time.
+///
+/// # Errors
+///
+/// If the machine is not fit for it, or there is no script.
+pub(crate) fn run(script: Option<&Path>, runs: u32) -> Result<bool> {
+    setup::ready()?;
+    setup::install(PACKAGES)?;
+    let folder = root().join("target/wireguard-netns");
+    fs::create_dir_all(&folder)?;
+    let script = match script {
+        Some(path) => path.to_owned(),
+        None => kernel_script(&folder)?,
+    };
+    let text = fs::read_to_string(&script);
+    let text = text.with_context(|| format!("cannot read {}", script.display()))?;
+    let program = program()?;
+    let mut held = true;
+    for run in 1..=runs {
+        let start = Instant::now();
+        let log = folder.join(format!("run-{run}.log"));
+        let result = Lab::new(&program)?.run(&text, &log);
+        let took = report::took(start.elapsed());
+        match result {
+            Ok(()) => println!("run {run} of {runs}: passed ({took})"),
+            Err(error) => {
+                held = false;
+                println!("run {run} of {runs}: FAILED ({took}): {error:#}");
+                println!("the end of {}:", log.display());
+                let said = fs::read(&log).unwrap_or_default();
+                println!("{}", tail(&String::from_utf8_lossy(&said)));
+            }
+        }
+    }
+    println!(
+        "{} of {runs} runs held",
+        if held { "all" } else { "not all" }
+    );
+    Ok(held)
+}
+
+/// `mesh-tunnel` as users have it.
+fn program() -> Result<PathBuf> {
+    eprintln!("building mesh-tunnel (release) …");
+    let words = ["build", "--release", "--package", "mesh-tunnel"];
+    let status = cargo(&words).status().context("start cargo")?;
+    ensure!(status.success(), "mesh-tunnel does not build");
+    let target =
+        env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    Ok(target.join("release/mesh-tunnel"))
+}
+
+/// The kernel's script, downloaded once with the kernel's whole source: 140 MB, of which the script
+/// is kept.
+fn kernel_script(folder: &Path) -> Result<PathBuf> {
+    let script = folder.join("netns.sh");
+    if script.is_file() {
+        return Ok(script);
+    }
+    // The package of this name stands for the one with the release's version.
+    let ask = || tool::run("apt-cache", &["depends", "linux-source"], "");
+    let said = ask().or_else(|_| {
+        tool::run("apt-get", &["-q", "update"], "")?; // Container images come without lists.
+        ask()
+    })?;
+    let package = said
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("Depends: "))
+        .with_context(|| format!("apt-cache names no package of the kernel's source: {said}"))?;
+    eprintln!("getting netns.sh of {package} (140 MB) …");
+    let download = tempfile::tempdir_in(folder)?;
+    let unpack = "set -e -o pipefail
+        apt-get -q -o APT::Sandbox::User=root download \"$1\"
+        dpkg-deb --fsys-tarfile ./*.deb | tar -xO --occurrence \"./usr/src/$1.tar.xz\" | tar -xJO --occurrence \"$1/$2\" >netns.sh";
+    let mut command = Command::new("bash");
+    command.args(["-c", unpack, "bash", package, SCRIPT]);
+    let output = command.current_dir(download.path()).output()?;
+    let unpacked = download.path().join("netns.sh");
+    // The first `tar` is told that nobody wants the rest: only what came out counts.
+    ensure!(
+        fs::metadata(&unpacked).is_ok_and(|file| file.len() > 0),
+        "cannot get {SCRIPT} of {package}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    fs::rename(unpacked, &script)?;
+    Ok(script)
+}
+
+/// A folder with all that one run has; programs of it that are left end when it is dropped.
+struct Lab(tempfile::TempDir);
+
+impl Lab {
+    fn new(program: &Path) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        // A copy: its path tells the programs of this run from all others.
+        fs::copy(program, folder.path().join("mesh-tunnel"))?;
+        fs::create_dir(folder.path().join("views"))?;
+        fs::create_dir_all("/run/netns")?;
+        fs::create_dir_all("/var/run/wireguard")?;
+        for (name, text) in [("ip", IP), ("inside", INSIDE)] {
+            let path = folder.path().join(name);
+            fs::write(&path, text)?;
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        }
+        Ok(Self(folder))
+    }
+
+    /// Runs a script to its end; what it says goes to `log`.
+    fn run(&self, text: &str, log: &Path) -> Result<()> {
+        let folder = self.0.path();
+        let path = env::var_os("PATH").unwrap_or_default();
+        let real_ip = env::split_paths(&path).map(|folder| folder.join("ip"));
+        let real_ip = real_ip.into_iter().find(|path| path.is_file());
+        let takes_program = text.contains("program=$1");
+        let (text, path) = if takes_program {
+            (text.to_owned(), path)
+        } else {
+            let first = std::iter::once(folder.to_owned());
+            (
+                adapt(text)?,
+                env::join_paths(first.chain(env::split_paths(&path)))?,
+            )
+        };
+        let script = folder.join("netns.sh");
+        fs::write(&script, text)?;
+        let mut log = fs::File::create(log)?;
+        let status = Command::new("timeout")
+            .args([RUN_LIMIT_S, "unshare", "--mount", "sh", "-c", APART, "sh"])
+            .arg(script)
+            .arg(folder.join("mesh-tunnel"))
+            .env("PATH", path)
+            .env("LAB", folder)
+            .env("REAL_IP", real_ip.context("ip")?)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log.try_clone()?)
+            .status()?;
+        writeln!(log, "{status}")?;
+        ensure!(status.success(), "the script ended with {status}");
+        // The kernel's script reads of that in the kernel's log.
+        let deadline = Instant::now() + ENDING;
+        while !self.programs().is_empty() {
+            let left = self.programs();
+            ensure!(Instant::now() < deadline, "programs did not end: {left:?}");
+            thread::sleep(LOOK_EVERY);
+        }
+        Ok(())
+    }
+
+    /// The processes of this run's programs.
+    fn programs(&self) -> Vec<String> {
+        let program = self.0.path().join("mesh-tunnel");
+        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let ours = processes.filter(|process| {
+            fs::read_link(process.path().join("exe")).is_ok_and(|exe| exe == program)
+        });
+        ours.map(|process| process.file_name().to_string_lossy().into_owned())
+            .collect()
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        for process in self.programs() {
+            // It may have ended meanwhile.
+            tool::run("kill", &[&process], "").ok();
+        }
+    }
+}
+
+/// The kernel's script without what no program can do: the interface's own counts are of packets as they
+/// are inside the tunnel (2 checks; `wg` is asked for the same numbers beside them), and an ICMP error for
+/// a packet that its namespace has translated (1).
+///
+/// # Errors
+///
+/// If these checks are not there: then it is another script than the one that was read.
+fn adapt(script: &str) -> Result<String> {
+    let (mut out, mut counts, mut errors) = (Vec::new(), 0, 0);
+    let mut lines = script.lines();
+    while let Some(line) = lines.next() {
+        if line.contains("-stats link show dev wg") {
+            let check = lines.next().unwrap_or_default();
+            ensure!(
+                check.starts_with("(( "),
+                "no check of what {line:?} says: {check:?}"
+            );
+            counts += 1;
+        } else if line.contains("Destination Host Unreachable") {
+            errors += 1;
+        } else {
+            out.push(line);
+        }
+    }
+    if (counts, errors) != (2, 1) {
+        bail!(
+            "this is not the kernel's netns.sh as it is known: {counts} checks of an interface's counts \
+             instead of 2, {errors} of an ICMP error instead of 1"
+        );
+    }
+    Ok(out.join("\n") + "\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const COUNTS: &str = "{ read a; } < <(ip2 -stats link show dev wg0)\n(( a == 1 ))\n";
+    const ERROR: &str = "[[ $(ping) == *\"Destination Host Unreachable\"* ]]\n";
+
+    #[test]
+    fn three_checks_go_and_nothing_else() {
+        let script = ["first\n", COUNTS, COUNTS, "between\n", ERROR, "last\n"].concat();
+        assert_eq!(adapt(&script).unwrap(), "first\nbetween\nlast\n");
+    }
+
+    #[test]
+    fn another_script_is_not_adapted_blindly() {
+        let scripts = [
+            String::new(),
+            [COUNTS, ERROR].concat(),
+            [COUNTS, COUNTS, COUNTS, ERROR].concat(),
+            [COUNTS, COUNTS].concat(),
+            [COUNTS, COUNTS, ERROR, ERROR].concat(),
+            [COUNTS, "ip -stats link show dev wg0\nls\n", ERROR].concat(),
+        ];
+        for script in scripts {
+            assert!(adapt(&script).is_err(), "{script}");
+        }
+    }
+}
