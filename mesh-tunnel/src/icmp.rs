@@ -16,8 +16,8 @@ const VERSION_6: u8 = 0x60;
 
 const HOPS: u8 = 64;
 
-/// Writes "no route to destination" (RFC 792 type 3 code 0, RFC 4443 type 1 code 0) for `packet` to
-/// `out`; its length. `None` where no error may be sent: about an error, a fragment other than
+/// Writes "host unreachable" (RFC 792 type 3 code 1) or "address unreachable" (RFC 4443 type 1 code 3)
+/// for `packet` to `out`, as the kernel's WireGuard does (`wg_xmit`); its length. `None` where no error may be sent: about an error, a fragment other than
 /// the first, or anything to or from a group.
 ///
 /// It comes from the address that was asked for: from an address of the machine's own, the
@@ -27,16 +27,16 @@ pub(crate) fn no_route(packet: &[u8], out: &mut [u8; LEN_MAX]) -> Option<usize> 
     if !is_single(source) || !is_single(destination) || !is_answerable(packet)? {
         return None;
     }
-    let (header_len, kind, protocol) = match destination {
-        IpAddr::V4(_) => (20, 3, ICMPV4),
-        IpAddr::V6(_) => (40, 1, ICMPV6),
+    let (header_len, kind, code, protocol) = match destination {
+        IpAddr::V4(_) => (20, 3, 1, ICMPV4),
+        IpAddr::V6(_) => (40, 1, 3, ICMPV6),
     };
     let quoted = packet.get(..packet.len().min(LEN_MAX - header_len - 8))?;
     let len = header_len + 8 + quoted.len();
     let answer = out.get_mut(..len)?;
     let (header, message) = answer.split_at_mut_checked(header_len)?;
     message.fill(0);
-    *message.first_mut()? = kind;
+    message.get_mut(..2)?.copy_from_slice(&[kind, code]);
     message.get_mut(8..)?.copy_from_slice(quoted);
     header.fill(0);
     match (source, destination) {
@@ -121,14 +121,14 @@ mod tests {
             match (answer.net.unwrap(), answer.transport.unwrap()) {
                 (NetSlice::Ipv4(ip), TransportSlice::Icmpv4(icmp)) => {
                     assert_eq!(ip.header().destination(), [10, 0, 0, 1]);
-                    assert_eq!((icmp.type_u8(), icmp.code_u8()), (3, 0));
+                    assert_eq!((icmp.type_u8(), icmp.code_u8()), (3, 1));
                     assert!(Sum::default().add(icmp.slice()).is_valid());
                     assert!(packet.starts_with(icmp.payload()));
                 }
                 (NetSlice::Ipv6(ip), TransportSlice::Icmpv6(icmp)) => {
                     let header = ip.header();
                     assert_eq!(header.destination(), [1; 16]);
-                    assert_eq!((icmp.type_u8(), icmp.code_u8()), (1, 0));
+                    assert_eq!((icmp.type_u8(), icmp.code_u8()), (1, 3));
                     assert!(icmp.is_checksum_valid(header.source(), header.destination()));
                     assert!(packet.starts_with(icmp.payload()));
                 }
