@@ -48,7 +48,7 @@ enum Verb {
     },
     /// Runs every check and every test, as CI does.
     Test {
-        /// The same, longer: more cases, scenarios three times.
+        /// The same, longer: more cases, scenarios three times, WireGuard's own script.
         #[arg(long)]
         nightly: bool,
     },

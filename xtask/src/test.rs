@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, ensure};
 use netns_tests::node::tail;
 use serde_json::Value;
 
-use crate::{build, cargo, report, setup, tidy};
+use crate::{build, cargo, report, setup, tidy, wireguard_netns};
 
 /// A test executable that takes longer hangs. The whole of CI has 30 minutes.
 const LIMIT: Duration = Duration::from_secs(10 * 60);
@@ -82,6 +82,9 @@ pub(crate) fn run(nightly: bool) -> Result<bool> {
             add(run_tests(&program, nightly));
         }
     }
+    if nightly {
+        add(netns_row());
+    }
     let doc = cargo(&["test", "--workspace", "--doc", "--no-fail-fast", "--quiet"]);
     add(count("documentation examples", doc, true));
     Ok(finish(&rows))
@@ -132,6 +135,22 @@ fn tidy_row() -> Row {
             .iter()
             .flat_map(|(_, problems)| problems.iter())
             .fold(String::new(), |all, line| all + line + "\n"),
+    }
+}
+
+/// WireGuard's own script: it comes with 140 MB of other things, so only nightly.
+fn netns_row() -> Row {
+    let start = Instant::now();
+    let (held, said) = match wireguard_netns::run(None, 1) {
+        Ok(held) => (held, "what it said is above".to_owned()),
+        Err(error) => (false, format!("{error:#}")),
+    };
+    Row {
+        what: "WireGuard's netns.sh".to_owned(),
+        passed: held.into(),
+        failed: (!held).into(),
+        time: start.elapsed(),
+        said,
     }
 }
 

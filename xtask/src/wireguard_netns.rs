@@ -265,12 +265,12 @@ const CHANGES: &[(&str, &str)] = &[
     // An interface of a program counts packets as they are inside the tunnel: 10 pings of 84 bytes, and
     // what IPv6 sends by itself. `wg` is asked for the numbers outside by the script's next lines.
     (
-        "(( rx_bytes == 1372 && (tx_bytes == 1428 || tx_bytes == 1460) ))\n{",
-        "(( rx_bytes == 840 && tx_bytes >= 840 ))\n{",
+        "(ip2 -stats link show dev wg0)\n(( rx_bytes == 1372 && (tx_bytes == 1428 || tx_bytes == 1460) ))",
+        "(ip2 -stats link show dev wg0)\n(( rx_bytes == 840 && tx_bytes >= 840 ))",
     ),
     (
-        "(( tx_bytes == 1372 && (rx_bytes == 1428 || rx_bytes == 1460) ))\nread",
-        "(( rx_bytes == 840 && tx_bytes >= 840 ))\nread",
+        "(ip1 -stats link show dev wg0)\n(( tx_bytes == 1372 && (rx_bytes == 1428 || rx_bytes == 1460) ))",
+        "(ip1 -stats link show dev wg0)\n(( rx_bytes == 840 && tx_bytes >= 840 ))",
     ),
     // The kernel refuses a packet that claims to be from one of its own addresses, so our ICMP errors are
     // from the address that nobody has. A packet filter of the script lets none of these through.
