@@ -418,6 +418,6 @@ fn who_wants_an_address_that_nobody_has_is_told() {
         let error = lab.on(a.side, || {
             TcpStream::connect_timeout(&address, PATIENCE).unwrap_err()
         });
-        assert_eq!(error.kind(), ErrorKind::NetworkUnreachable, "{error}");
+        assert_eq!(error.kind(), ErrorKind::HostUnreachable, "{error}");
     }
 }
