@@ -4,6 +4,7 @@
 mod pattern;
 
 use std::{
+    fs,
     io::{Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     path::PathBuf,
@@ -433,6 +434,8 @@ impl Drop for StockDevice {
     fn drop(&mut self) {
         self.process.kill().ok();
         self.process.wait().ok();
+        // Killed, it leaves its control socket.
+        fs::remove_file(format!("/var/run/wireguard/{}.sock", self.name)).ok();
     }
 }
 
