@@ -20,8 +20,9 @@ use mesh_core::{
     snapshot::{DEFAULT_MTU_BYTES, Relay, Snapshot},
 };
 use mesh_identity::credentials::Credentials;
+use mesh_linux::thread::raise_priority;
 use mesh_relay::client::{self, Link, LinkConfig, LinkEvent, OnData, UdpPort};
-use mesh_tunnel::tunnel::{RelaySender, RelayUdp, Tunnel};
+use mesh_tunnel::tunnel::{PACKET_NICENESS, RelaySender, RelayUdp, Tunnel};
 use mesh_wire::{
     id::{NodeId, RelayId},
     relay::HEADER_LEN,
@@ -147,6 +148,7 @@ impl Links {
             .build()?;
         let handle = runtime.handle().clone();
         let run = move || {
+            raise_priority(PACKET_NICENESS);
             runtime.block_on(stop.cancelled());
             // Sockets close with the runtime; a close frame may still go out.
             runtime.shutdown_timeout(Duration::from_millis(200));

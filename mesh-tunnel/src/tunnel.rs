@@ -41,7 +41,11 @@ use crate::{
     stats::{DropReason, Drops, PeerStats, PeerTraffic, TunnelStats},
     transmit::{Leave, RelayUdpTable},
 };
-pub use crate::{peer::External, transmit::RelayUdp, worker::Workers};
+pub use crate::{
+    peer::External,
+    transmit::RelayUdp,
+    worker::{PACKET_NICENESS, Workers},
+};
 
 /// This node's private WireGuard key. Wiped from memory when dropped, never shown.
 #[derive(Clone)]
@@ -438,17 +442,22 @@ fn check_pairs(tun: &Tun, sockets: &[UdpPair]) -> io::Result<()> {
 }
 
 /// The longest super-packet that leaves in one piece: as many segments of the device's MTU as one
-/// `UDP_SEGMENT` send takes, each with WireGuard's 32 bytes and a relay's 8 around it. Set it as
-/// the device's `gso_max_size`; a longer one leaves in two pieces, the second of them small.
+/// `UDP_SEGMENT` send takes, each with WireGuard's 32 bytes around it, and a relay's frame in a QUIC
+/// datagram. Set it as the device's `gso_max_size`; a longer one leaves in two pieces, the second of
+/// them small.
 #[must_use]
 pub fn super_packet_len_max(mtu: u16) -> u32 {
     let mtu = usize::from(mtu);
-    let segments = (SEND_BYTES_MAX / (mtu + OVERHEAD + HEADER_LEN)).min(SEGMENTS_MAX);
+    let segments = (SEND_BYTES_MAX / (mtu + OVERHEAD + HEADER_LEN + QUIC_LEN)).min(SEGMENTS_MAX);
     // The kernel counts the headers once: a segment carries at most the MTU without an IPv4 and a TCP
     // header, and fewer with options.
     let payload = mtu.saturating_sub(IPV6_AND_TCP_LEN);
     u32::try_from(segments * payload + IPV6_AND_TCP_LEN).unwrap_or(u32::MAX)
 }
+
+/// What QUIC adds to a datagram: 13 bytes of header with an ID of 8 (RFC 9000 §17.3), 3 of the frame
+/// (RFC 9221 §4), 16 of the tag.
+const QUIC_LEN: usize = 13 + 3 + 16;
 
 /// An IPv6 header, and one of TCP with timestamps.
 const IPV6_AND_TCP_LEN: usize = 40 + 32;
@@ -624,7 +633,7 @@ mod tests {
             for headers in [40, 52, 60, 72] {
                 let payload = mtu - headers;
                 let segments = (len - headers).div_ceil(payload);
-                let sealed = segments * (mtu + OVERHEAD + HEADER_LEN);
+                let sealed = segments * (mtu + OVERHEAD + HEADER_LEN + QUIC_LEN);
                 assert!(
                     sealed <= SEND_BYTES_MAX && segments <= SEGMENTS_MAX,
                     "{mtu} {headers}"

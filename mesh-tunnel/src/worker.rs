@@ -32,10 +32,10 @@ const READS_MAX: usize = 64;
 /// Bytes sealed before the next look at the sockets: two super-packets, about 150 µs.
 const SEAL_BYTES: usize = 128 << 10;
 
-/// Niceness of packet threads. They work in pieces of a fifth of a millisecond and then wait for the
+/// Niceness of threads that move packets. They work in pieces of a fifth of a millisecond and then wait for the
 /// next packets; beside programs that compute, a packet must not wait for a whole slice of theirs
 /// (2.8 ms) at each of four hand-overs of a round trip.
-const NICENESS: i32 = -10;
+pub const PACKET_NICENESS: i32 = -10;
 
 /// Time until flows whose relay's link was full are tried again: what such a link holds when it is
 /// full lasts longer, up to 1 Gb/s.
@@ -60,7 +60,7 @@ impl Workers {
         for number in 0..sockets.len() {
             let sockets = Arc::clone(&sockets);
             workers.spawn(format!("packets-{number}"), tunnel, move |tunnel, stop| {
-                raise_priority(NICENESS);
+                raise_priority(PACKET_NICENESS);
                 let worker = Worker::new(tunnel, &sockets, number);
                 worker.map_or(Ok(()), |mut worker| worker.run(stop))
             })?;

@@ -46,6 +46,9 @@ pub(crate) struct Driver {
     buffer: Vec<u8>,
     /// What is in `buffer`, if it found no room in the socket.
     unsent: Option<Transmit>,
+    /// Of the last send that had several. The next are as long, mostly: then one system call takes
+    /// all that may leave at once.
+    segment_len: usize,
     rtt_us: Arc<AtomicU64>,
 }
 
@@ -60,6 +63,7 @@ impl Driver {
             items: Vec::new(),
             buffer: Vec::new(),
             unsent: None,
+            segment_len: usize::MAX,
             rtt_us: Arc::default(),
         }
     }
@@ -181,10 +185,12 @@ impl Driver {
     fn transmit(&mut self, now: Instant) {
         loop {
             if self.unsent.is_none() {
-                let mtu = usize::from(self.link.mtu()).max(1);
-                let segments_max = self.wire.segments_max().min(SEND_BYTES_MAX / mtu);
+                let at_most = self.segment_len.min(self.link.mtu().into()).max(1);
+                let segments_max = self.wire.segments_max().min(SEND_BYTES_MAX / at_most);
                 self.buffer.clear();
                 self.unsent = self.link.poll_transmit(now, segments_max, &mut self.buffer);
+                let segment_len = self.unsent.as_ref().and_then(|unsent| unsent.segment_size);
+                self.segment_len = segment_len.unwrap_or(self.segment_len);
             }
             let Some(transmit) = &self.unsent else {
                 return;

@@ -25,7 +25,7 @@ use tokio::{
     time,
 };
 
-use super::{driver::give_way, link::QuicLink};
+use super::{SEND_BYTES_MAX, driver::give_way, link::QuicLink};
 
 /// Datagrams with their GRO followers that one system call brings.
 const RECEIVE_BATCH: usize = 8;
@@ -36,6 +36,10 @@ const RECEIVE_BYTES: usize = 65_536;
 /// Received datagrams that wait for a link's task, which waits for nothing itself: all that the
 /// other side may have in flight (`WINDOW_BYTES`) at 1,280 bytes each. More are dropped and counted.
 const INBOX_MAX: usize = 1640;
+
+/// Received bytes after which it is the links' turn although there may be more to receive. It costs
+/// the wake-up of another thread, so not after a packet or two, behind which there is nothing.
+const GIVE_WAY_BYTES: usize = 32 * 1024;
 
 /// Connections that were asked for and not yet looked at: one batch brings no more.
 const INCOMING_MAX: usize = 64;
@@ -124,15 +128,25 @@ impl Socket {
     }
 
     fn send(&self, transmit: &Transmit, buffer: &[u8]) -> io::Result<()> {
-        self.try_send(&quinn_udp::Transmit {
-            destination: transmit.destination,
-            ecn: transmit
-                .ecn
-                .and_then(|ecn| EcnCodepoint::from_bits(ecn as u8)),
-            contents: buffer.get(..transmit.size).unwrap_or(buffer),
-            segment_size: transmit.segment_size,
-            src_ip: transmit.src_ip,
-        })
+        let contents = buffer.get(..transmit.size).unwrap_or(buffer);
+        let segment_len = transmit.segment_size.unwrap_or(contents.len()).max(1);
+        let at_once = (SEND_BYTES_MAX / segment_len).max(1) * segment_len;
+        for (number, part) in contents.chunks(at_once).enumerate() {
+            let sent = self.try_send(&quinn_udp::Transmit {
+                destination: transmit.destination,
+                ecn: transmit
+                    .ecn
+                    .and_then(|ecn| EcnCodepoint::from_bits(ecn as u8)),
+                contents: part,
+                segment_size: transmit.segment_size.filter(|len| *len < part.len()),
+                src_ip: transmit.src_ip,
+            });
+            // If there is room for the first part only, the second is lost.
+            if number == 0 {
+                sent?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -284,12 +298,16 @@ impl Endpoint {
                 }
                 received = socket.receive(&mut self.buffers) => match received {
                     Ok(received) => {
+                        let mut bytes = 0;
                         for (buffer, meta) in self.buffers.iter_mut(received) {
+                            bytes += meta.len;
                             let len = sort(buffer, meta);
                             let datagrams = buffer.get(..len).unwrap_or_default();
                             connections.handle_datagrams(datagrams, meta);
                         }
-                        give_way().await; // The links' turn.
+                        if bytes >= GIVE_WAY_BYTES {
+                            give_way().await;
+                        }
                     }
                     Err(error) => {
                         tracing::debug!(%error, "cannot receive");
