@@ -3,7 +3,6 @@
 
 use std::{
     collections::BTreeMap,
-    net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -54,8 +53,8 @@ pub async fn keep_services(
     }
 }
 
-fn table(view: &View) -> BTreeMap<ebpf_loader::Frontend, Vec<SocketAddr>> {
-    let convert = |(frontend, targets): (services::Frontend, _)| {
+fn table(view: &View) -> BTreeMap<ebpf_loader::Frontend, ebpf_loader::Backends> {
+    let convert = |(frontend, backends): (services::Frontend, services::Backends)| {
         let protocol = match frontend.protocol {
             Protocol::Tcp => ebpf_loader::Protocol::Tcp,
             Protocol::Udp => ebpf_loader::Protocol::Udp,
@@ -67,7 +66,10 @@ fn table(view: &View) -> BTreeMap<ebpf_loader::Frontend, Vec<SocketAddr>> {
                 port,
                 protocol,
             },
-            targets,
+            ebpf_loader::Backends {
+                endpoints: backends.endpoints,
+                affinity: backends.affinity,
+            },
         )
     };
     services::table(view).into_iter().map(convert).collect()

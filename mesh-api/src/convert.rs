@@ -3,8 +3,8 @@
 use std::{fmt::Display, net::IpAddr, str::FromStr, time::Duration};
 
 use mesh_core::snapshot::{
-    Endpoint, EndpointPort, EndpointSlice, ExternalPeer, Locality, MeshSettings, Node, Protocol,
-    Relay, Service, ServiceKind, ServiceName, ServicePort,
+    Endpoint, EndpointPort, EndpointSlice, ExternalPeer, Hints, Locality, MeshSettings, Node,
+    Protocol, Relay, Service, ServiceKind, ServiceName, ServicePort, TrafficDistribution,
 };
 use mesh_wire::id::{MeshId, NodeId};
 use prost::Message as _;
@@ -173,6 +173,12 @@ pub fn service_resource(service: &Service) -> Resource {
         ServiceKind::ExternalName(name) => (Vec::new(), name.clone()),
     };
     let ports = service.ports.iter();
+    let distribution = match service.distribution {
+        None => control::TrafficDistribution::Unspecified,
+        Some(TrafficDistribution::SameZone) => control::TrafficDistribution::PreferSameZone,
+        Some(TrafficDistribution::SameNode) => control::TrafficDistribution::PreferSameNode,
+    };
+    let affinity = service.affinity.unwrap_or_default().as_secs();
     wrap(resource::Kind::Service(control::Service {
         namespace: service.name.namespace.clone(),
         name: service.name.name.clone(),
@@ -182,6 +188,9 @@ pub fn service_resource(service: &Service) -> Resource {
             .map(|port| encode_port(&port.name, port.protocol, port.port))
             .collect(),
         publish_not_ready: service.publish_not_ready,
+        local_only: service.local_only,
+        traffic_distribution: distribution.into(),
+        affinity_timeout_s: u32::try_from(affinity).unwrap_or(u32::MAX),
     }))
 }
 
@@ -225,6 +234,8 @@ fn encode_endpoint(endpoint: &Endpoint) -> control::Endpoint {
         ready: endpoint.ready,
         serving: endpoint.serving,
         terminating: endpoint.terminating,
+        hint_zones: endpoint.hints.zones.clone(),
+        hint_nodes: texts(&endpoint.hints.nodes),
     }
 }
 
@@ -307,11 +318,20 @@ fn decode_service(service: &control::Service) -> Result<Service, FieldError> {
             port,
         });
     }
+    let distribution = match service.traffic_distribution() {
+        control::TrafficDistribution::Unspecified => None,
+        control::TrafficDistribution::PreferSameZone => Some(TrafficDistribution::SameZone),
+        control::TrafficDistribution::PreferSameNode => Some(TrafficDistribution::SameNode),
+    };
+    let affinity = Duration::from_secs(service.affinity_timeout_s.into());
     Ok(Service {
         name: service_name(&service.namespace, &service.name)?,
         kind,
         ports,
         publish_not_ready: service.publish_not_ready,
+        local_only: service.local_only,
+        distribution,
+        affinity: (!affinity.is_zero()).then_some(affinity),
     })
 }
 
@@ -347,6 +367,10 @@ fn decode_endpoint(index: usize, endpoint: &control::Endpoint) -> Result<Endpoin
         node: parse_optional(&field("node"), &endpoint.node)?,
         zone: optional(&endpoint.zone),
         hostname: optional(&endpoint.hostname),
+        hints: Hints {
+            zones: endpoint.hint_zones.clone(),
+            nodes: parse_list(&field("hint_nodes"), &endpoint.hint_nodes)?,
+        },
         ready: endpoint.ready,
         serving: endpoint.serving,
         terminating: endpoint.terminating,

@@ -1,17 +1,19 @@
 //! Which endpoints of a service new flows go to, as one node sees it: the nearest tier that has
-//! a usable endpoint behind a live path.
+//! a usable endpoint behind a live path, unless the service or its slices say otherwise.
+//! `docs/services.md` has the semantics row by row, beside kube-proxy's and Cilium's.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use mesh_wire::id::NodeName;
 
 use crate::snapshot::{
     Endpoint, EndpointPort, EndpointSlice, Locality, Node, Protocol, Service, ServiceKind,
-    ServicePort, Snapshot,
+    ServicePort, Snapshot, TrafficDistribution,
 };
 
 /// The desired state, and what this node knows that the controller cannot: where it is, and
@@ -71,10 +73,22 @@ pub struct Ranked<'a> {
     pub usable: bool,
     /// Whether its node has a live path. An endpoint outside every node counts as alive.
     pub alive: bool,
-    /// Whether new flows from this node go to it now: it is usable, alive, and no endpoint of
-    /// its address family is so in a nearer tier. When nothing is alive, liveness does not
-    /// count: the next packet is what may bring a path back, and a refusal would not.
+    /// Whether new flows from this node go to it now, by any of the service's ports: it is
+    /// usable, alive, and among those of its address family that come first. When nothing is
+    /// alive, liveness does not count: the next packet is what may bring a path back, and a
+    /// refusal would not.
     pub chosen: bool,
+    /// Whether its hints name this node; `None`: they name no node.
+    for_node: Option<bool>,
+    /// Whether its hints name this node's zone; `None`: they name no zone.
+    for_zone: Option<bool>,
+}
+
+impl Ranked<'_> {
+    fn target(&self, port: &ServicePort) -> Option<u16> {
+        let serves = |one: &&EndpointPort| one.name == port.name && one.protocol == port.protocol;
+        Some(self.slice.ports.iter().find(serves)?.port)
+    }
 }
 
 /// Where clients send: an address, port and protocol of a service.
@@ -88,17 +102,32 @@ pub struct Frontend {
     pub protocol: Protocol,
 }
 
+/// Where a frontend leads.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Backends {
+    /// Sorted, each once. Empty: clients are refused at once.
+    pub endpoints: Vec<SocketAddr>,
+    /// The service's `affinity`.
+    pub affinity: Option<Duration>,
+}
+
 /// Every endpoint of a service, nearest first, then by address.
 #[must_use]
 pub fn rank<'a>(view: &'a View, service: &Service) -> Vec<Ranked<'a>> {
-    let own = view.snapshot.nodes.get(&view.node);
-    let mut ranked: Vec<_> = view
-        .snapshot
-        .endpoints(&service.name)
-        .map(|(slice, endpoint)| judge(view, own, service, slice, endpoint))
+    let mut ranked = judge_all(view, service);
+    let families = [true, false].map(|v4| Choice::new(service, &of_family(&ranked, v4)));
+    let groups = groups(service);
+    let choices: Vec<_> = groups
+        .iter()
+        .map(|group| Choice::new(service, &group.members(&ranked)))
         .collect();
-    drain_when_nothing_is_ready(&mut ranked);
-    choose(&mut ranked);
+    for one in &mut ranked {
+        let [v4, v6] = &families;
+        let family = if one.address.is_ipv4() { v4 } else { v6 };
+        one.usable = family.is_usable(one);
+        let mut choices = groups.iter().zip(&choices);
+        one.chosen = choices.any(|(group, choice)| group.has(one) && choice.takes(one));
+    }
     ranked.sort_by_key(|one| (one.tier, one.address));
     ranked
 }
@@ -106,18 +135,18 @@ pub fn rank<'a>(view: &'a View, service: &Service) -> Vec<Ranked<'a>> {
 /// What every frontend leads to. A frontend without endpoints is there with an empty list, so
 /// that its clients are refused at once.
 #[must_use]
-pub fn table(view: &View) -> BTreeMap<Frontend, Vec<SocketAddr>> {
+pub fn table(view: &View) -> BTreeMap<Frontend, Backends> {
     let services = view.snapshot.services.values();
     services
         .flat_map(|service| frontends(view, service))
         .collect()
 }
 
-fn frontends(view: &View, service: &Service) -> Vec<(Frontend, Vec<SocketAddr>)> {
+fn frontends(view: &View, service: &Service) -> Vec<(Frontend, Backends)> {
     let ServiceKind::ClusterIp(addresses) = &service.kind else {
         return Vec::new();
     };
-    let ranked = rank(view, service);
+    let ranked = judge_all(view, service);
     let mut frontends = Vec::new();
     for &address in addresses {
         for port in &service.ports {
@@ -126,51 +155,224 @@ fn frontends(view: &View, service: &Service) -> Vec<(Frontend, Vec<SocketAddr>)>
                 port: port.port,
                 protocol: port.protocol,
             };
-            let mut targets: Vec<_> = ranked
-                .iter()
-                .filter(|one| one.chosen && one.address.is_ipv4() == address.is_ipv4())
-                .filter_map(|one| {
-                    let target = one.slice.ports.iter().find(|target| serves(target, port))?;
-                    Some(SocketAddr::new(one.address, target.port))
-                })
+            let group = Group {
+                v4: address.is_ipv4(),
+                port: Some(port),
+                local_only: service.local_only,
+            };
+            let members = group.members(&ranked);
+            let choice = Choice::new(service, &members);
+            let chosen = members.iter().filter(|one| choice.takes(one));
+            let mut endpoints: Vec<_> = chosen
+                .filter_map(|one| Some(SocketAddr::new(one.address, one.target(port)?)))
                 .collect();
-            targets.sort_unstable();
-            targets.dedup(); // Several controllers may write the same endpoint into their slices.
-            frontends.push((frontend, targets));
+            endpoints.sort_unstable();
+            endpoints.dedup(); // Several controllers may write the same endpoint into their slices.
+            let affinity = service.affinity;
+            let backends = Backends {
+                endpoints,
+                affinity,
+            };
+            frontends.push((frontend, backends));
         }
     }
     frontends
 }
 
-fn serves(target: &EndpointPort, port: &ServicePort) -> bool {
-    target.name == port.name && target.protocol == port.protocol
+/// The endpoints that are chosen from together: those of one address family that serve one port.
+struct Group<'a> {
+    v4: bool,
+    /// `None`: the service has no ports.
+    port: Option<&'a ServicePort>,
+    local_only: bool,
+}
+
+impl Group<'_> {
+    fn has(&self, one: &Ranked<'_>) -> bool {
+        one.address.is_ipv4() == self.v4
+            && self.port.is_none_or(|port| one.target(port).is_some())
+            && (!self.local_only || one.tier == Tier::SameNode)
+    }
+
+    fn members<'r, 'a>(&self, ranked: &'r [Ranked<'a>]) -> Vec<&'r Ranked<'a>> {
+        ranked.iter().filter(|one| self.has(one)).collect()
+    }
+}
+
+fn of_family<'r, 'a>(ranked: &'r [Ranked<'a>], v4: bool) -> Vec<&'r Ranked<'a>> {
+    let family = ranked.iter().filter(|one| one.address.is_ipv4() == v4);
+    family.collect()
+}
+
+fn groups(service: &Service) -> Vec<Group<'_>> {
+    let mut ports: Vec<_> = service.ports.iter().map(Some).collect();
+    if ports.is_empty() {
+        ports.push(None);
+    }
+    let local_only = service.local_only;
+    let of_port = |port| {
+        [true, false].map(|v4| Group {
+            v4,
+            port,
+            local_only,
+        })
+    };
+    ports.into_iter().flat_map(of_port).collect()
+}
+
+/// Which members of a group take new flows.
+struct Choice {
+    publish_not_ready: bool,
+    /// Terminating endpoints serve until they are gone when nothing else is ready (KEP-1669).
+    draining: bool,
+    any_alive: bool,
+    order: Order,
+    /// The standing of those that take new flows.
+    first: Option<Tier>,
+}
+
+impl Choice {
+    fn new(service: &Service, members: &[&Ranked<'_>]) -> Self {
+        let mut choice = Self {
+            publish_not_ready: service.publish_not_ready,
+            draining: false,
+            any_alive: false,
+            order: Order::by_distribution(service.distribution),
+            first: None,
+        };
+        choice.draining = !members.iter().any(|one| choice.is_usable(one));
+        let usable = members.iter().filter(|one| choice.is_usable(one));
+        let usable: Vec<_> = usable.copied().collect();
+        choice.any_alive = usable.iter().any(|one| one.alive);
+        if !choice.draining && !service.local_only {
+            choice.order = Order::by_hints(&usable).unwrap_or(choice.order);
+        }
+        let candidates = usable.iter().filter(|one| choice.is_candidate(one));
+        choice.first = candidates.map(|one| choice.order.standing(one)).min();
+        choice
+    }
+
+    fn is_usable(&self, one: &Ranked<'_>) -> bool {
+        if self.draining {
+            one.endpoint.serving && one.endpoint.terminating
+        } else {
+            one.endpoint.ready || self.publish_not_ready
+        }
+    }
+
+    fn is_candidate(&self, one: &Ranked<'_>) -> bool {
+        self.is_usable(one) && (one.alive || !self.any_alive)
+    }
+
+    fn takes(&self, one: &Ranked<'_>) -> bool {
+        self.is_candidate(one) && Some(self.order.standing(one)) == self.first
+    }
+}
+
+/// What decides which endpoints come first.
+#[derive(Debug, Clone, Copy)]
+enum Order {
+    /// Distance alone.
+    Nearest,
+    /// `PreferSameZone`.
+    SameZone,
+    /// `PreferSameNode`.
+    SameNode,
+    /// Hints that name this node.
+    ForNode,
+    /// Hints that name this node's zone.
+    ForZone,
+}
+
+impl Order {
+    fn by_distribution(distribution: Option<TrafficDistribution>) -> Self {
+        match distribution {
+            None => Self::Nearest,
+            Some(TrafficDistribution::SameZone) => Self::SameZone,
+            Some(TrafficDistribution::SameNode) => Self::SameNode,
+        }
+    }
+
+    /// Hints count as for kube-proxy (`topologyModeFromHints`): when every ready endpoint has
+    /// them and one is for this node, or else for its zone. Half-written hints would send
+    /// everybody to the few endpoints that have them.
+    fn by_hints(ready: &[&Ranked<'_>]) -> Option<Self> {
+        let complete = |hint: fn(&Ranked<'_>) -> Option<bool>| {
+            ready.iter().all(|one| hint(one).is_some())
+                && ready.iter().any(|one| hint(one) == Some(true))
+        };
+        if complete(|one| one.for_node) {
+            Some(Self::ForNode)
+        } else {
+            complete(|one| one.for_zone).then_some(Self::ForZone)
+        }
+    }
+
+    /// What stands in for the endpoint's tier: those that count alike have the same.
+    fn standing(self, one: &Ranked<'_>) -> Tier {
+        let near = |zone: bool| if zone { Tier::SameZone } else { Tier::Anywhere };
+        match self {
+            Self::Nearest => one.tier,
+            Self::SameNode if one.tier == Tier::SameNode => Tier::SameNode,
+            Self::SameNode | Self::SameZone => near(one.tier <= Tier::SameZone),
+            Self::ForNode if one.for_node == Some(true) => Tier::SameNode,
+            Self::ForNode | Self::ForZone => near(one.for_zone == Some(true)),
+        }
+    }
+}
+
+fn judge_all<'a>(view: &'a View, service: &Service) -> Vec<Ranked<'a>> {
+    let own = view.snapshot.nodes.get(&view.node);
+    let endpoints = view.snapshot.endpoints(&service.name);
+    endpoints
+        .map(|(slice, endpoint)| judge(view, own, service, slice, endpoint))
+        .collect()
 }
 
 fn judge<'a>(
-    view: &View,
+    view: &'a View,
     own: Option<&Node>,
     service: &Service,
     slice: &'a EndpointSlice,
     endpoint: &'a Endpoint,
 ) -> Ranked<'a> {
-    let node = endpoint
+    let name = endpoint
         .node
         .as_ref()
-        .and_then(|name| view.snapshot.nodes.get(name));
+        .or_else(|| api_server_node(view, service, endpoint.address));
+    let node = name.and_then(|name| view.snapshot.nodes.get(name));
+    let own_zone = own.and_then(|own| own.locality.zone.as_ref());
+    let hints = &endpoint.hints;
     Ranked {
         slice,
         endpoint,
         address: node.map_or(endpoint.address, |node| {
             overlay_address(node, endpoint.address)
         }),
-        tier: own.map_or(Tier::Anywhere, |own| tier(own, node, endpoint)),
-        usable: endpoint.ready || service.publish_not_ready,
-        alive: endpoint
-            .node
-            .as_ref()
-            .is_none_or(|name| !view.dead.contains(name)),
+        tier: if name == Some(&view.node) {
+            Tier::SameNode
+        } else {
+            own.map_or(Tier::Anywhere, |own| tier(own, node, endpoint))
+        },
+        usable: false,
+        alive: name.is_none_or(|name| !view.dead.contains(name)),
         chosen: false,
+        for_node: (!hints.nodes.is_empty()).then(|| hints.nodes.contains(&view.node)),
+        for_zone: (!hints.zones.is_empty())
+            .then(|| own_zone.is_some_and(|zone| hints.zones.contains(zone))),
     }
+}
+
+/// The slice that API servers write for themselves names no node, but its endpoints are always
+/// hosts. Private addresses repeat from site to site: with two nodes at `address`, it is neither.
+fn api_server_node<'a>(view: &'a View, service: &Service, address: IpAddr) -> Option<&'a NodeName> {
+    if (&*service.name.namespace, &*service.name.name) != ("default", "kubernetes") {
+        return None;
+    }
+    let nodes = view.snapshot.nodes.values();
+    let mut there = nodes.filter(|node| node.underlay_addresses.contains(&address));
+    let only = there.next()?;
+    there.next().is_none().then_some(&only.name)
 }
 
 fn overlay_address(node: &Node, address: IpAddr) -> IpAddr {
@@ -184,9 +386,6 @@ fn overlay_address(node: &Node, address: IpAddr) -> IpAddr {
 }
 
 fn tier(own: &Node, node: Option<&Node>, endpoint: &Endpoint) -> Tier {
-    if node.is_some_and(|node| node.name == own.name) {
-        return Tier::SameNode;
-    }
     let unknown = Locality::default();
     let there = node.map_or(&unknown, |node| &node.locality);
     let zone = endpoint.zone.as_ref().or(there.zone.as_ref());
@@ -203,32 +402,6 @@ fn tier(own: &Node, node: Option<&Node>, endpoint: &Endpoint) -> Tier {
 
 fn same<T: PartialEq>(one: Option<&T>, other: Option<&T>) -> bool {
     one.is_some() && one == other
-}
-
-/// Terminating endpoints serve until they are gone when nothing else is ready (KEP-1669).
-fn drain_when_nothing_is_ready(ranked: &mut [Ranked<'_>]) {
-    if ranked.iter().any(|one| one.usable) {
-        return;
-    }
-    for one in ranked {
-        one.usable = one.endpoint.serving && one.endpoint.terminating;
-    }
-}
-
-fn choose(ranked: &mut [Ranked<'_>]) {
-    for v4 in [true, false] {
-        let usable = |one: &Ranked<'_>| one.usable && one.address.is_ipv4() == v4;
-        let any_alive = ranked.iter().any(|one| usable(one) && one.alive);
-        let candidate = |one: &Ranked<'_>| usable(one) && (one.alive || !any_alive);
-        let nearest = ranked
-            .iter()
-            .filter(|one| candidate(one))
-            .map(|one| one.tier)
-            .min();
-        for one in ranked.iter_mut() {
-            one.chosen |= candidate(one) && Some(one.tier) == nearest;
-        }
-    }
 }
 
 #[cfg(test)]

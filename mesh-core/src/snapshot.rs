@@ -181,6 +181,22 @@ pub struct Service {
     pub ports: Vec<ServicePort>,
     /// Whether endpoints that are not ready count (`publishNotReadyAddresses`).
     pub publish_not_ready: bool,
+    /// Whether clients are kept to the endpoints on their own node (`internalTrafficPolicy: Local`).
+    pub local_only: bool,
+    /// Whose endpoints come first; `None`: nobody said, and the nearest do.
+    pub distribution: Option<TrafficDistribution>,
+    /// How long after its last new flow a client keeps its endpoint (`sessionAffinity: ClientIP`);
+    /// `None`: every flow may have another.
+    pub affinity: Option<Duration>,
+}
+
+/// `trafficDistribution`: which endpoints come before all others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum TrafficDistribution {
+    /// Those in the client's zone (`PreferSameZone`, and `PreferClose`, its old name).
+    SameZone,
+    /// Those on the client's node, then those in its zone (`PreferSameNode`).
+    SameNode,
 }
 
 /// What kind of addresses a service has.
@@ -247,12 +263,23 @@ pub struct Endpoint {
     pub zone: Option<String>,
     /// Its hostname, for names of headless services.
     pub hostname: Option<String>,
+    /// For whom it is meant, if somebody said so.
+    pub hints: Hints,
     /// Ready for traffic.
     pub ready: bool,
     /// Still answering, though perhaps terminating.
     pub serving: bool,
     /// On its way out.
     pub terminating: bool,
+}
+
+/// For whom an endpoint is meant (`hints`). Nothing: for nobody in particular.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Hints {
+    /// Clients in these zones (`forZones`).
+    pub zones: Vec<String>,
+    /// Clients on these nodes (`forNodes`).
+    pub nodes: Vec<NodeName>,
 }
 
 impl Snapshot {

@@ -3,13 +3,13 @@
 use std::{collections::BTreeMap, fmt::Display, net::IpAddr, str::FromStr, time::Duration};
 
 use k8s_openapi::api::{
-    core::v1::{Node, Service as KubeService},
+    core::v1::{Node, Service as KubeService, ServiceSpec},
     discovery::v1::{Endpoint as KubeEndpoint, EndpointSlice as KubeSlice},
 };
 use mesh_api::crd::{ExternalPeerSpec, MeshConfigSpec, MeshNodeSpec, MeshRelaySpec, SITE_LABEL};
 use mesh_core::snapshot::{
-    DEFAULT_MTU_BYTES, Endpoint, EndpointPort, EndpointSlice, ExternalPeer, Locality, Protocol,
-    Relay, Service, ServiceKind, ServiceName, ServicePort,
+    DEFAULT_MTU_BYTES, Endpoint, EndpointPort, EndpointSlice, ExternalPeer, Hints, Locality,
+    Protocol, Relay, Service, ServiceKind, ServiceName, ServicePort, TrafficDistribution,
 };
 use mesh_identity::authority::check_trust_domain;
 
@@ -27,6 +27,11 @@ const DEFAULT_STUN_PORT: u16 = 3478;
 
 /// Set by somebody who wants the service left to another proxy.
 const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+
+/// Default of `sessionAffinityConfig.clientIP.timeoutSeconds`, and its largest value: three hours
+/// and a day (Kubernetes' API of Service).
+const AFFINITY_DEFAULT_S: i32 = 10_800;
+const AFFINITY_MAX_S: i32 = 86_400;
 
 const SERVICE_LABEL: &str = "kubernetes.io/service-name";
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
@@ -75,7 +80,58 @@ pub(super) fn service(id: &ObjectId, service: &KubeService) -> Checked<Object> {
         kind,
         ports,
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
+        local_only: local_only(spec.internal_traffic_policy.as_deref())?,
+        distribution: distribution(spec.traffic_distribution.as_deref())?,
+        affinity: affinity(spec)?,
     })))
+}
+
+fn local_only(policy: Option<&str>) -> Checked<bool> {
+    match policy.unwrap_or("Cluster") {
+        "Cluster" => Ok(false),
+        "Local" => Ok(true),
+        other => {
+            let text = format!("{other:?} is not one of Cluster and Local");
+            Err(FieldProblem::new("spec.internalTrafficPolicy", text))
+        }
+    }
+}
+
+fn distribution(text: Option<&str>) -> Checked<Option<TrafficDistribution>> {
+    match text {
+        None => Ok(None),
+        Some("PreferSameZone" | "PreferClose") => Ok(Some(TrafficDistribution::SameZone)),
+        Some("PreferSameNode") => Ok(Some(TrafficDistribution::SameNode)),
+        Some(other) => {
+            let text =
+                format!("{other:?} is not one of PreferSameZone, PreferSameNode and PreferClose");
+            Err(FieldProblem::new("spec.trafficDistribution", text))
+        }
+    }
+}
+
+fn affinity(spec: &ServiceSpec) -> Checked<Option<Duration>> {
+    match spec.session_affinity.as_deref().unwrap_or("None") {
+        "None" => return Ok(None),
+        "ClientIP" => {}
+        other => {
+            let text = format!("{other:?} is not one of None and ClientIP");
+            return Err(FieldProblem::new("spec.sessionAffinity", text));
+        }
+    }
+    let config = spec.session_affinity_config.as_ref();
+    let client = config.and_then(|config| config.client_ip.as_ref());
+    let timeout_s = client.and_then(|client| client.timeout_seconds);
+    let timeout_s = timeout_s.unwrap_or(AFFINITY_DEFAULT_S);
+    match u64::try_from(timeout_s) {
+        Ok(seconds) if (1..=AFFINITY_MAX_S).contains(&timeout_s) => {
+            Ok(Some(Duration::from_secs(seconds)))
+        }
+        _ => Err(FieldProblem::new(
+            "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+            format!("{timeout_s} is not in 1 to {AFFINITY_MAX_S}"),
+        )),
+    }
 }
 
 fn external_name(name: Option<&str>) -> Checked<String> {
@@ -185,11 +241,19 @@ fn endpoint(field: &str, raw: &KubeEndpoint, v4: bool) -> Checked<Endpoint> {
     let conditions = raw.conditions.clone().unwrap_or_default();
     // Absent means ready, and serving follows ready (the API's own rule).
     let ready = conditions.ready.unwrap_or(true);
+    let hints = raw.hints.clone().unwrap_or_default();
+    let zones = hints.for_zones.into_iter().flatten();
+    let nodes = hints.for_nodes.into_iter().flatten();
+    let nodes: Vec<String> = nodes.map(|node| node.name).collect();
     Ok(Endpoint {
         address,
         node: optional(&format!("{field}.nodeName"), raw.node_name.as_deref())?,
         zone: raw.zone.clone().filter(|zone| !zone.is_empty()),
         hostname: raw.hostname.clone().filter(|name| !name.is_empty()),
+        hints: Hints {
+            zones: zones.map(|zone| zone.name).collect(),
+            nodes: list(&format!("{field}.hints.forNodes"), &nodes)?,
+        },
         ready,
         serving: conditions.serving.unwrap_or(ready),
         terminating: conditions.terminating.unwrap_or(false),

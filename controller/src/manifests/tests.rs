@@ -1,5 +1,7 @@
 use std::path::Path;
 
+use mesh_core::snapshot::{Hints, TrafficDistribution};
+
 use super::*;
 
 const SERVICE: &str = "apiVersion: v1
@@ -116,6 +118,102 @@ fn our_own_kinds_name_their_unknown_fields_and_wrong_values() {
         let problems = parse_file("n.yaml", &node.replace(good, bad)).problems;
         assert!(problems[0].contains(expected), "{bad}: {problems:?}");
     }
+}
+
+#[test]
+fn what_a_service_says_of_its_traffic_is_read_and_checked() {
+    let read = |extra: &str| parse_file("shop.yaml", &format!("{SERVICE}  {extra}\n"));
+    let rows = [
+        ("internalTrafficPolicy: Cluster", (false, None, None)),
+        ("internalTrafficPolicy: Local", (true, None, None)),
+        (
+            "trafficDistribution: PreferSameZone",
+            (false, Some(TrafficDistribution::SameZone), None),
+        ),
+        (
+            "trafficDistribution: PreferClose",
+            (false, Some(TrafficDistribution::SameZone), None),
+        ),
+        (
+            "trafficDistribution: PreferSameNode",
+            (false, Some(TrafficDistribution::SameNode), None),
+        ),
+        ("sessionAffinity: None", (false, None, None)),
+        ("sessionAffinity: ClientIP", (false, None, Some(10_800))),
+        (
+            "sessionAffinity: ClientIP\n  sessionAffinityConfig: {clientIP: {timeoutSeconds: 60}}",
+            (false, None, Some(60)),
+        ),
+    ];
+    for (extra, expected) in rows {
+        let parsed = read(extra);
+        assert_eq!(parsed.problems, [""; 0], "{extra}");
+        let Object::Service(Some(service)) = &parsed.objects[0].object else {
+            panic!("{extra}: {:?}", parsed.objects);
+        };
+        let affinity_s = service.affinity.map(|timeout| timeout.as_secs());
+        let found = (service.local_only, service.distribution, affinity_s);
+        assert_eq!(found, expected, "{extra}");
+    }
+    let broken = [
+        (
+            "internalTrafficPolicy: Near",
+            "spec.internalTrafficPolicy: \"Near\" is not one of Cluster and Local",
+        ),
+        (
+            "trafficDistribution: Far",
+            "spec.trafficDistribution: \"Far\" is not one of PreferSameZone, PreferSameNode and PreferClose",
+        ),
+        (
+            "sessionAffinity: Cookie",
+            "spec.sessionAffinity: \"Cookie\" is not one of None and ClientIP",
+        ),
+    ];
+    for (extra, expected) in broken {
+        let problems = read(extra).problems;
+        assert!(problems[0].ends_with(expected), "{problems:?}");
+    }
+    for timeout_s in [0, 86_401] {
+        let config =
+            format!("sessionAffinityConfig: {{clientIP: {{timeoutSeconds: {timeout_s}}}}}");
+        let problems = read(&format!("sessionAffinity: ClientIP\n  {config}")).problems;
+        let expected = format!(
+            "spec.sessionAffinityConfig.clientIP.timeoutSeconds: {timeout_s} is not in 1 to 86400"
+        );
+        assert!(problems[0].ends_with(&expected), "{problems:?}");
+    }
+}
+
+#[test]
+fn a_service_of_another_proxy_is_left_alone() {
+    let label = "labels: {service.kubernetes.io/service-proxy-name: other}, name: inventory";
+    let parsed = parse_file("shop.yaml", &SERVICE.replace("name: inventory", label));
+    assert_eq!(parsed.problems, [""; 0]);
+    assert!(matches!(parsed.objects[0].object, Object::Service(None)));
+}
+
+#[test]
+fn hints_of_a_slice_are_read() {
+    let slice = "apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: s1, namespace: shop, labels: {kubernetes.io/service-name: inventory}}
+addressType: IPv4
+endpoints:
+- addresses: [10.42.0.1]
+  hints: {forZones: [{name: z1}, {name: z2}], forNodes: [{name: edge-a1}]}
+- addresses: [10.42.0.2]
+";
+    let parsed = parse_file("slice.yaml", slice);
+    assert_eq!(parsed.problems, [""; 0]);
+    let Object::Slice(_, slice) = &parsed.objects[0].object else {
+        panic!("{:?}", parsed.objects);
+    };
+    let hints: Vec<_> = slice.endpoints.iter().map(|one| &one.hints).collect();
+    let first = Hints {
+        zones: vec!["z1".into(), "z2".into()],
+        nodes: vec!["edge-a1".parse().unwrap()],
+    };
+    assert_eq!(hints, [&first, &Hints::default()]);
 }
 
 #[test]

@@ -11,8 +11,8 @@ use hickory_proto::{
 use mesh_core::{
     services::View,
     snapshot::{
-        Endpoint, EndpointPort, EndpointSlice, ExternalPeer, Generation, Locality, MeshSettings,
-        Node, Protocol, Service, ServiceKind, ServiceName, ServicePort, Snapshot,
+        Endpoint, EndpointPort, EndpointSlice, ExternalPeer, Generation, Hints, Locality,
+        MeshSettings, Node, Protocol, Service, ServiceKind, ServiceName, ServicePort, Snapshot,
     },
 };
 use mesh_wire::id::{MeshId, NodeId};
@@ -129,6 +129,9 @@ pub(crate) fn add_service(snapshot: &mut Snapshot, name: &str, kind: ServiceKind
             port("", Protocol::Tcp, 81),
         ],
         publish_not_ready: false,
+        local_only: false,
+        distribution: None,
+        affinity: None,
     };
     snapshot.services.insert(service.name.clone(), service);
 }
@@ -158,6 +161,7 @@ pub(crate) fn endpoint(at: &str, node: &str, hostname: Option<&str>) -> Endpoint
         node: Some(node.parse().unwrap()),
         zone: None,
         hostname: hostname.map(ToOwned::to_owned),
+        hints: Hints::default(),
         ready: true,
         serving: true,
         terminating: false,

@@ -31,6 +31,12 @@ limits! {
     /// (socket, endpoint) pairs whose service is. The least recently used goes first; its flow
     /// may then move to another endpoint. 16,384 × (112 + 104) bytes: 3.5 MiB, always.
     FLOWS_MAX = 16_384;
+    /// (Client, service) pairs whose endpoint is kept for `sessionAffinity`: one for each port that
+    /// the client uses, and one for all of them. The least recently used goes first; its client
+    /// may then get another endpoint. 16,384 × 120 bytes: 2 MiB, always.
+    AFFINITIES_MAX = 16_384;
+    /// The bit of a frontend's value that says that clients keep their endpoint.
+    LIST_AFFINITY_BIT = 63;
     /// How often a program reads a service again whose list was replaced under its eyes. Each
     /// time needs a whole replacement (two system calls or more) within about 200 ns.
     READ_ATTEMPTS = 4;
@@ -83,6 +89,24 @@ layouts! {
         zero: u32,
     }
 
+    /// A client and a service that it uses.
+    pub struct Client as "client" {
+        /// The kernel's number for the client's network namespace, never given out twice.
+        netns_cookie: u64,
+        /// The service. Port and protocol 0: all of its ports.
+        service: SocketAddress,
+        /// Always 0.
+        zero: u32,
+    }
+
+    /// The endpoint that a client has at a service.
+    pub struct Affinity as "affinity" {
+        /// The endpoint; for all ports together its port is 0.
+        choice: Choice,
+        /// When a new flow last went there, since the machine was started, suspension included.
+        used_ns: u64,
+    }
+
     /// Kept with each socket that ever used a service.
     pub struct Peer as "peer" {
         /// What the socket asked for.
@@ -95,6 +119,8 @@ layouts! {
 const _: () = assert!(size_of::<SocketAddress>() == 20 && align_of::<SocketAddress>() == 4);
 const _: () = assert!(size_of::<SocketFlow>() == 32 && align_of::<SocketFlow>() == 8);
 const _: () = assert!(size_of::<Choice>() == 32 && align_of::<Choice>() == 8);
+const _: () = assert!(size_of::<Client>() == 32 && align_of::<Client>() == 8);
+const _: () = assert!(size_of::<Affinity>() == 40 && align_of::<Affinity>() == 8);
 const _: () = assert!(size_of::<Peer>() == 40 && align_of::<Peer>() == 4);
 
 counters! {
@@ -112,13 +138,16 @@ counters! {
     SendRefused = "send_refused",
     /// A socket's datagrams to a service were given another endpoint: theirs is gone.
     FlowMoved = "flow_moved",
+    /// A new flow went to the endpoint that its client had before (`sessionAffinity`).
+    AffinityKept = "affinity_kept",
     /// A datagram's source was shown as the service's address.
     ReceiveRewritten = "receive_rewritten",
     /// `getpeername` was answered with the service's address.
     PeerNameRewritten = "peer_name_rewritten",
     /// A list was replaced while a program read it; it read again.
     ReadAgain = "read_again",
-    /// What was chosen could not be remembered: the socket sees the endpoint's address.
+    /// What was chosen could not be remembered: the socket sees the endpoint's address, or the
+    /// client's next flow goes elsewhere.
     NotRemembered = "not_remembered",
 }
 
@@ -167,8 +196,8 @@ impl SocketAddress {
 
 /// One endpoint list: a number that is never used again, and how many endpoints it has. It is a
 /// frontend's value in the map, read by the programs as one word, so that a reader has the old
-/// list or the new one and nothing between. 48 bits of number last 8 years at a million lists a
-/// second.
+/// list or the new one and nothing between. 47 bits of number last 4 years at a million lists a
+/// second; the 48th says whether clients keep their endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EndpointList {
     number: u64,
@@ -184,6 +213,15 @@ impl EndpointList {
         Self {
             number,
             length: u16::try_from(length).unwrap_or(u16::MAX),
+        }
+    }
+
+    /// The same, for a service with `sessionAffinity`.
+    #[must_use]
+    pub const fn with_affinity(self) -> Self {
+        Self {
+            number: self.number | 1 << (LIST_AFFINITY_BIT - 16),
+            ..self
         }
     }
 

@@ -48,6 +48,15 @@ fn slots_of_different_lists_never_meet() {
 }
 
 #[test]
+fn affinity_is_one_bit_of_the_value_and_of_every_slot() {
+    let plain = EndpointList::new(7, 3);
+    let sticky = plain.with_affinity();
+    let bit = 1 << LIST_AFFINITY_BIT;
+    assert_eq!(sticky.value(), plain.value() | bit);
+    assert!(sticky.slots().eq(plain.slots().map(|slot| slot | bit)));
+}
+
+#[test]
 fn the_header_has_each_layout_limit_and_counter() {
     let header = CHeader.to_string();
     for line in [

@@ -13,6 +13,7 @@ use std::{
     fs::{self, File},
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use aya::{
@@ -95,11 +96,31 @@ impl Frontend {
     }
 }
 
+/// Where a frontend leads.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Backends {
+    /// New flows go to one of these, at random. Empty: they are refused.
+    pub endpoints: Vec<SocketAddr>,
+    /// How long after its last new flow a client keeps its endpoint, also for other ports of the
+    /// same address (`sessionAffinity: ClientIP`). A client is a network namespace.
+    pub affinity: Option<Duration>,
+}
+
+impl From<Vec<SocketAddr>> for Backends {
+    fn from(endpoints: Vec<SocketAddr>) -> Self {
+        Self {
+            endpoints,
+            affinity: None,
+        }
+    }
+}
+
 /// The programs, their links and their maps. Dropping it takes all of it out of the kernel.
 #[derive(Debug)]
 pub struct Services {
     frontends: HashMap<MapData, SocketAddress, u64>,
     endpoints: HashMap<MapData, u64, SocketAddress>,
+    timeouts: HashMap<MapData, SocketAddress, u64>,
     installed: BTreeMap<Frontend, Installed>,
     next_list: u64,
     /// Owns the programs with their links, and the other maps.
@@ -193,6 +214,7 @@ impl Services {
             .map_err(|source| rejected("the maps", source))?;
         let frontends = take_map(&mut ebpf, "hf_frontends", HashMap::try_from)?;
         let endpoints = take_map(&mut ebpf, "hf_endpoints", HashMap::try_from)?;
+        let timeouts = take_map(&mut ebpf, "hf_timeouts", HashMap::try_from)?;
         for name in PROGRAMS {
             attach(&mut ebpf, name, cgroup, &folder)?;
         }
@@ -201,6 +223,7 @@ impl Services {
         Ok(Self {
             frontends,
             endpoints,
+            timeouts,
             installed,
             next_list: 0,
             ebpf,
@@ -218,7 +241,7 @@ impl Services {
     /// [`ApplyError`] if the kernel refuses a change, for want of memory: apply again later.
     pub fn apply(
         &mut self,
-        desired: &BTreeMap<Frontend, Vec<SocketAddr>>,
+        desired: &BTreeMap<Frontend, Backends>,
     ) -> Result<ApplyReport, ApplyError> {
         let plan = plan(desired, &self.installed, LIMITS);
         let mut report = ApplyReport {
@@ -232,8 +255,8 @@ impl Services {
                     self.remove(frontend).map_err(explain("remove", frontend))?;
                     report.removed += 1;
                 }
-                Change::Set(frontend, endpoints) => {
-                    self.set(frontend, endpoints)
+                Change::Set(frontend, backends) => {
+                    self.set(frontend, backends)
                         .map_err(explain("write", frontend))?;
                     report.written += 1;
                 }
@@ -259,23 +282,30 @@ impl Services {
 
     /// New list first, then the frontend's value, which is what readers follow, then the old list
     /// away. A reader between the last two reads again.
-    fn set(&mut self, frontend: Frontend, endpoints: Vec<SocketAddr>) -> Result<(), MapError> {
-        let list = EndpointList::new(self.next_list, endpoints.len());
+    fn set(&mut self, frontend: Frontend, backends: Backends) -> Result<(), MapError> {
+        let mut list = EndpointList::new(self.next_list, backends.endpoints.len());
+        if backends.affinity.is_some() {
+            list = list.with_affinity();
+        }
         self.next_list += 1;
         let written = self
-            .write_list(&frontend, list, &endpoints)
+            .write_list(&frontend, list, &backends.endpoints)
+            .and_then(|()| self.write_timeout(&frontend, backends.affinity))
             .and_then(|()| self.frontends.insert(frontend.key(), list.value(), 0));
         if let Err(error) = written {
             self.erase(list)?;
             return Err(error);
         }
-        match self
-            .installed
-            .insert(frontend, Installed { list, endpoints })
-        {
-            Some(replaced) => self.erase(replaced.list),
-            None => Ok(()),
+        let forgets = backends.affinity.is_none();
+        let installed = Installed { list, backends };
+        let replaced = self.installed.insert(frontend, installed);
+        let Some(replaced) = replaced else {
+            return Ok(());
+        };
+        if forgets && replaced.backends.affinity.is_some() {
+            absent_is_gone(self.timeouts.remove(&frontend.key()))?;
         }
+        self.erase(replaced.list)
     }
 
     fn write_list(
@@ -292,23 +322,44 @@ impl Services {
             })
     }
 
+    fn write_timeout(
+        &mut self,
+        frontend: &Frontend,
+        affinity: Option<Duration>,
+    ) -> Result<(), MapError> {
+        let Some(timeout) = affinity else {
+            return Ok(());
+        };
+        // The programs compute with signed nanoseconds: 292 years.
+        let timeout_ns = i64::try_from(timeout.as_nanos()).unwrap_or(i64::MAX);
+        self.timeouts
+            .insert(frontend.key(), timeout_ns.cast_unsigned(), 0)
+    }
+
     fn remove(&mut self, frontend: Frontend) -> Result<(), MapError> {
         self.frontends.remove(&frontend.key())?;
-        match self.installed.remove(&frontend) {
-            Some(removed) => self.erase(removed.list),
-            None => Ok(()),
+        let Some(removed) = self.installed.remove(&frontend) else {
+            return Ok(());
+        };
+        if removed.backends.affinity.is_some() {
+            absent_is_gone(self.timeouts.remove(&frontend.key()))?;
         }
+        self.erase(removed.list)
     }
 
     /// Removes a list's endpoints, as far as they were written.
     fn erase(&mut self, list: EndpointList) -> Result<(), MapError> {
         for slot in list.slots() {
-            match self.endpoints.remove(&slot) {
-                Ok(()) | Err(MapError::KeyNotFound) => {}
-                Err(error) => return Err(error),
-            }
+            absent_is_gone(self.endpoints.remove(&slot))?;
         }
         Ok(())
+    }
+}
+
+fn absent_is_gone(removed: Result<(), MapError>) -> Result<(), MapError> {
+    match removed {
+        Err(MapError::KeyNotFound) => Ok(()),
+        other => other,
     }
 }
 

@@ -5,17 +5,18 @@ use std::{
     cmp::Reverse,
     collections::{BTreeMap, btree_map::Entry},
     net::SocketAddr,
+    time::Duration,
 };
 
 use ebpf_abi::EndpointList;
 
-use crate::Frontend;
+use crate::{Backends, Frontend};
 
 /// What the maps hold for a frontend.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Installed {
     pub(crate) list: EndpointList,
-    pub(crate) endpoints: Vec<SocketAddr>,
+    pub(crate) backends: Backends,
 }
 
 /// How much the maps hold.
@@ -30,7 +31,7 @@ pub(crate) struct Limits {
 pub(crate) enum Change {
     Remove(Frontend),
     /// Replaces the list, or adds the frontend.
-    Set(Frontend, Vec<SocketAddr>),
+    Set(Frontend, Backends),
 }
 
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -55,7 +56,7 @@ pub struct LeftOut {
 /// Compares without copying where lists are sorted and have each endpoint once, as the core gives
 /// them: one change among many costs little more than reading them all.
 pub(crate) fn plan(
-    desired: &BTreeMap<Frontend, Vec<SocketAddr>>,
+    desired: &BTreeMap<Frontend, Backends>,
     actual: &BTreeMap<Frontend, Installed>,
     limits: Limits,
 ) -> Plan {
@@ -66,21 +67,21 @@ pub(crate) fn plan(
     let mut changes: Vec<Change> = stale.map(|&frontend| Change::Remove(frontend)).collect();
 
     let fitting_count = fitting.len();
-    let installed = |frontend: &Frontend| actual.get(frontend).map(|found| &*found.endpoints);
+    let installed = |frontend: &Frontend| actual.get(frontend).map(|found| &found.backends);
     let mut sets: Vec<_> = fitting
         .into_iter()
-        .filter(|(frontend, endpoints)| installed(frontend) != Some(endpoints))
+        .filter(|(frontend, wanted)| !installed(frontend).is_some_and(|found| wanted.is(found)))
         .collect();
     // Lists that shrink first: they make room for those that grow.
-    sets.sort_by_cached_key(|(frontend, endpoints)| {
+    sets.sort_by_cached_key(|(frontend, wanted)| {
         Reverse(
             installed(frontend)
-                .map_or(0, <[_]>::len)
-                .saturating_sub(endpoints.len()),
+                .map_or(0, |found| found.endpoints.len())
+                .saturating_sub(wanted.endpoints.len()),
         )
     });
     let unchanged = fitting_count - sets.len();
-    let set = |(frontend, endpoints): (_, Endpoints<'_>)| Change::Set(frontend, endpoints.into());
+    let set = |(frontend, wanted): (_, Wanted<'_>)| Change::Set(frontend, wanted.into_backends());
     changes.extend(sets.into_iter().map(set));
     Plan {
         changes,
@@ -92,11 +93,30 @@ pub(crate) fn plan(
 /// Sorted, each once, of the frontend's family.
 type Endpoints<'a> = Cow<'a, [SocketAddr]>;
 
+/// [`Backends`] that are copied only where they change.
+struct Wanted<'a> {
+    endpoints: Endpoints<'a>,
+    affinity: Option<Duration>,
+}
+
+impl Wanted<'_> {
+    fn is(&self, found: &Backends) -> bool {
+        self.affinity == found.affinity && *self.endpoints == *found.endpoints
+    }
+
+    fn into_backends(self) -> Backends {
+        Backends {
+            endpoints: self.endpoints.into(),
+            affinity: self.affinity,
+        }
+    }
+}
+
 /// What of `desired` the maps can hold: the first frontends in order, the first endpoints in order.
 fn fit(
-    desired: &BTreeMap<Frontend, Vec<SocketAddr>>,
+    desired: &BTreeMap<Frontend, Backends>,
     limits: Limits,
-) -> (BTreeMap<Frontend, Endpoints<'_>>, LeftOut) {
+) -> (BTreeMap<Frontend, Wanted<'_>>, LeftOut) {
     let (mut fitting, other_family) = canonical(desired);
     let mut left_out = LeftOut {
         other_family,
@@ -104,7 +124,7 @@ fn fit(
     };
     let mut frontends = 0;
     let mut room = limits.endpoints;
-    fitting.retain(|_, endpoints| {
+    fitting.retain(|_, Wanted { endpoints, .. }| {
         let wanted = endpoints.len();
         // Without room for one endpoint the frontend stays away: an empty list would say that the
         // service has none.
@@ -130,24 +150,29 @@ fn truncate(endpoints: &mut Endpoints<'_>, length: usize) {
 }
 
 /// One form for each address, and endpoints of the frontend's family only.
-fn canonical(
-    desired: &BTreeMap<Frontend, Vec<SocketAddr>>,
-) -> (BTreeMap<Frontend, Endpoints<'_>>, usize) {
-    let mut canonical: BTreeMap<Frontend, Endpoints<'_>> = BTreeMap::new();
+fn canonical(desired: &BTreeMap<Frontend, Backends>) -> (BTreeMap<Frontend, Wanted<'_>>, usize) {
+    let mut canonical: BTreeMap<Frontend, Wanted<'_>> = BTreeMap::new();
     let mut other_family = 0;
     for (frontend, given) in desired {
         let address = frontend.address.to_canonical();
-        let endpoints = canonical_list(given, address.is_ipv4(), &mut other_family);
+        let v4 = address.is_ipv4();
+        let endpoints = canonical_list(&given.endpoints, v4, &mut other_family);
+        let affinity = given.affinity;
         match canonical.entry(Frontend {
             address,
             ..*frontend
         }) {
             Entry::Vacant(entry) => {
-                entry.insert(endpoints);
+                entry.insert(Wanted {
+                    endpoints,
+                    affinity,
+                });
             }
             // The IPv4 and the mapped form of one address were both given.
             Entry::Occupied(mut entry) => {
-                let both = entry.get_mut().to_mut();
+                let entry = entry.get_mut();
+                entry.affinity = entry.affinity.or(affinity);
+                let both = entry.endpoints.to_mut();
                 both.extend_from_slice(&endpoints);
                 both.sort_unstable();
                 both.dedup();

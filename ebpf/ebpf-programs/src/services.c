@@ -5,7 +5,7 @@
  *
  * Invariant: what is not a service passes untouched after one look-up, and receiving on a socket
  * that never used a service costs none. Nothing here decides which endpoints are good: it picks at
- * random among those in the list.
+ * random among those in the list, or what the client had before where the service keeps clients.
  *
  * Hash map entries are recycled at once, also under a reader. So a list is read, then an endpoint,
  * then the list again: only if it is still the same was all of it true (see choose()).
@@ -20,6 +20,8 @@
 #include "ebpf_abi.h"
 
 #define ECONNREFUSED 111
+#define LIST_AFFINITY (1ULL << LIST_AFFINITY_BIT)
+#define NO_SLOT (~0ULL) /* Of a list that never is. */
 #define PASS 1
 #define REFUSE 0
 
@@ -57,6 +59,23 @@ struct {
     __uint(max_entries, FLOWS_MAX);
 } hf_replies SEC(".maps");
 
+/* Client and service, to the endpoint that it keeps (sessionAffinity: ClientIP). */
+struct {
+    __uint(type, BPF_MAP_TYPE_LRU_HASH);
+    __type(key, struct client);
+    __type(value, struct affinity);
+    __uint(max_entries, AFFINITIES_MAX);
+} hf_affinities SEC(".maps");
+
+/* Frontend to how long a client keeps its endpoint after its last new flow, in nanoseconds. */
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(map_flags, BPF_F_NO_PREALLOC);
+    __type(key, struct socket_address);
+    __type(value, __u64);
+    __uint(max_entries, FRONTENDS_MAX);
+} hf_timeouts SEC(".maps");
+
 /* With each socket that ever used a service; goes with the socket. */
 struct {
     __uint(type, BPF_MAP_TYPE_SK_STORAGE);
@@ -80,11 +99,16 @@ static __always_inline void count(__u32 counter)
         *value += 1; /* Its own CPU's; a preempted increment may be lost. */
 }
 
+static __always_inline bool same_ip(const struct socket_address *a, const struct socket_address *b)
+{
+    return a->ip[3] == b->ip[3] && a->ip[2] == b->ip[2] && a->ip[1] == b->ip[1] &&
+           a->ip[0] == b->ip[0];
+}
+
 static __always_inline bool same_address(const struct socket_address *a,
                                          const struct socket_address *b)
 {
-    return a->port == b->port && a->ip[3] == b->ip[3] && a->ip[2] == b->ip[2] &&
-           a->ip[1] == b->ip[1] && a->ip[0] == b->ip[0] && a->protocol == b->protocol;
+    return a->port == b->port && same_ip(a, b) && a->protocol == b->protocol;
 }
 
 static __always_inline bool same_list(__u64 a, __u64 b)
@@ -125,7 +149,7 @@ static __always_inline void write_address(struct bpf_sock_addr *ctx, bool v6,
 enum verdict { NOT_A_SERVICE, NO_ENDPOINT, CHOSEN };
 
 struct search {
-    struct socket_address wanted;
+    struct socket_address wanted; /* Port 0: any port. */
     __u32 zero;
     __u64 slot; /* The first slot, then the one that was found. */
     __u64 found;
@@ -137,40 +161,97 @@ static long compare_slot(__u32 index, void *context)
     __u64 slot = search->slot | (index & LIST_LENGTH_MASK);
     struct socket_address *endpoint = bpf_map_lookup_elem(&hf_endpoints, &slot);
 
-    if (!endpoint || !same_address(endpoint, &search->wanted))
+    if (!endpoint || !same_ip(endpoint, &search->wanted))
+        return 0;
+    if (search->wanted.port && !same_address(endpoint, &search->wanted))
         return 0;
     search->slot = slot;
     search->found = 1;
     return 1;
 }
 
-/* The slot of `list` that keeps the flow where it is, or else a random one. */
-static __always_inline __u64 pick_slot(__u64 list, const struct choice *kept)
+/* The slot of `list` that has `kept`'s endpoint. */
+static __always_inline bool find_slot(__u64 list, const struct choice *kept, __u64 *slot)
+{
+    struct search search = {};
+
+    if (same_list(kept->slot, list)) {
+        *slot = kept->slot;
+        return true;
+    }
+    search.wanted = kept->endpoint;
+    search.slot = list & ~(__u64)LIST_LENGTH_MASK;
+    bpf_loop(list & LIST_LENGTH_MASK, compare_slot, &search, 0);
+    *slot = search.slot;
+    return search.found;
+}
+
+/* Multiplying instead of dividing: the bias for 4,096 endpoints is below one in a million. */
+static __always_inline __u64 random_slot(__u64 list)
 {
     __u32 length = list & LIST_LENGTH_MASK;
 
-    if (kept) {
-        struct search search = {};
-
-        if (same_list(kept->slot, list))
-            return kept->slot;
-        search.wanted = kept->endpoint;
-        search.slot = list & ~(__u64)LIST_LENGTH_MASK;
-        bpf_loop(length, compare_slot, &search, 0);
-        if (search.found)
-            return search.slot;
-        count(COUNT_flow_moved);
-    }
-    /* Multiplying instead of dividing: the bias for 4,096 endpoints is below one in a million. */
     return (list & ~(__u64)LIST_LENGTH_MASK) | ((__u64)bpf_get_prandom_u32() * length >> 32);
 }
 
-static __always_inline enum verdict choose(const struct socket_address *service,
+static __always_inline bool recall(const struct client *client, __u64 timeout_ns, __u64 list,
+                                   __u64 *slot)
+{
+    struct affinity *affinity = bpf_map_lookup_elem(&hf_affinities, client);
+    struct choice kept;
+
+    if (!affinity)
+        return false;
+    /* Signed: another CPU may have used it since. */
+    if ((__s64)(bpf_ktime_get_boot_ns() - affinity->used_ns) >= (__s64)timeout_ns)
+        return false;
+    kept = affinity->choice;
+    return find_slot(list, &kept, slot);
+}
+
+/* The slot of the endpoint that the client has at this port of the service, or else at another. */
+static __always_inline bool recall_any(struct bpf_sock_addr *ctx,
+                                       const struct socket_address *service, __u64 list,
+                                       __u64 *slot)
+{
+    struct client client = {.netns_cookie = bpf_get_netns_cookie(ctx), .service = *service};
+    __u64 *timeout_ns = bpf_map_lookup_elem(&hf_timeouts, service);
+
+    if (!timeout_ns)
+        return false;
+    if (recall(&client, *timeout_ns, list, slot))
+        return true;
+    client.service.port = 0;
+    client.service.protocol = 0;
+    return recall(&client, *timeout_ns, list, slot);
+}
+
+/* Two first flows of one client at the same time may part: the last one's endpoint is kept. */
+static __always_inline void keep_client(struct bpf_sock_addr *ctx,
+                                        const struct socket_address *service,
+                                        const struct choice *choice)
+{
+    struct client client = {.netns_cookie = bpf_get_netns_cookie(ctx), .service = *service};
+    struct affinity affinity = {.choice = *choice, .used_ns = bpf_ktime_get_boot_ns()};
+    long failed = bpf_map_update_elem(&hf_affinities, &client, &affinity, BPF_ANY);
+
+    client.service.port = 0;
+    client.service.protocol = 0;
+    affinity.choice.slot = NO_SLOT; /* Lists are of one port each. */
+    affinity.choice.endpoint.port = 0;
+    if (bpf_map_update_elem(&hf_affinities, &client, &affinity, BPF_ANY) || failed)
+        count(COUNT_not_remembered);
+}
+
+/* `kept`: where the flow is. It stays if the list still has that. */
+static __always_inline enum verdict choose(struct bpf_sock_addr *ctx,
+                                           const struct socket_address *service,
                                            const struct choice *kept, struct choice *choice)
 {
     for (int attempt = 0; attempt < (int)READ_ATTEMPTS; attempt++) {
         volatile __u64 *value = bpf_map_lookup_elem(&hf_frontends, service);
         struct socket_address *endpoint;
+        bool keeps_clients = false;
         __u64 list;
 
         if (!value)
@@ -178,13 +259,24 @@ static __always_inline enum verdict choose(const struct socket_address *service,
         list = *value;
         if (!(list & LIST_LENGTH_MASK))
             return NO_ENDPOINT;
-        choice->slot = pick_slot(list, kept);
+        if (!kept || !find_slot(list, kept, &choice->slot)) {
+            if (kept)
+                count(COUNT_flow_moved);
+            keeps_clients = list & LIST_AFFINITY;
+            if (keeps_clients && recall_any(ctx, service, list, &choice->slot))
+                count(COUNT_affinity_kept);
+            else
+                choice->slot = random_slot(list);
+        }
         endpoint = bpf_map_lookup_elem(&hf_endpoints, &choice->slot);
         if (endpoint) {
             choice->endpoint = *endpoint;
             value = bpf_map_lookup_elem(&hf_frontends, service);
-            if (value && *value == list)
+            if (value && *value == list) {
+                if (keeps_clients)
+                    keep_client(ctx, service, choice);
                 return CHOSEN;
+            }
         }
         count(COUNT_read_again);
     }
@@ -210,7 +302,7 @@ static __always_inline int on_connect(struct bpf_sock_addr *ctx, bool v6)
         return PASS;
     read_address(ctx, v6, &service);
 
-    switch (choose(&service, NULL, &choice)) {
+    switch (choose(ctx, &service, NULL, &choice)) {
     case NOT_A_SERVICE:
         count(COUNT_connect_passed);
         if (ctx->protocol == PROTOCOL_UDP) { /* It may have been connected to a service before. */
@@ -276,7 +368,7 @@ static __always_inline int on_send(struct bpf_sock_addr *ctx, bool v6)
     if (kept)
         kept_slot = kept->slot;
 
-    switch (choose(&flow.address, kept, &choice)) {
+    switch (choose(ctx, &flow.address, kept, &choice)) {
     case NOT_A_SERVICE:
         count(COUNT_send_passed);
         return PASS;

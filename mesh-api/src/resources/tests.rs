@@ -1,11 +1,11 @@
 use std::{
     net::{IpAddr, SocketAddr},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use mesh_core::snapshot::{
-    Endpoint, EndpointPort, EndpointSlice, ExternalPeer, Locality, MeshSettings, Protocol, Relay,
-    Service, ServiceKind, ServiceName, ServicePort,
+    Endpoint, EndpointPort, EndpointSlice, ExternalPeer, Hints, Locality, MeshSettings, Protocol,
+    Relay, Service, ServiceKind, ServiceName, ServicePort, TrafficDistribution,
 };
 use mesh_identity::authority::CertificateAuthority;
 use mesh_wire::id::NodeId;
@@ -44,6 +44,9 @@ fn a_broken_field_is_named_with_its_resource() {
             port: 80,
         }],
         publish_not_ready: false,
+        local_only: false,
+        distribution: None,
+        affinity: None,
     });
     if let Some(crate::control::resource::Kind::Service(service)) = &mut service.kind {
         service.ports[0].port = 70_000;
@@ -145,7 +148,14 @@ struct Parts {
     endpoints: Vec<EndpointParts>,
 }
 
-type ServiceParts = (String, ServiceKind, Vec<(String, bool, u16)>, bool);
+type ServiceParts = (
+    String,
+    ServiceKind,
+    Vec<(String, bool, u16)>,
+    [bool; 2],
+    Option<TrafficDistribution>,
+    Option<u32>,
+);
 
 type EndpointParts = (IpAddr, Option<String>, Option<String>, [bool; 3]);
 
@@ -172,6 +182,15 @@ fn parts() -> impl Strategy<Value = Parts> {
         label.prop_map(ServiceKind::ExternalName),
     ];
     let port = (label, any::<bool>(), 1..=u16::MAX);
+    let distribution = prop_oneof![
+        Just(None),
+        Just(Some(TrafficDistribution::SameZone)),
+        Just(Some(TrafficDistribution::SameNode)),
+    ];
+    let flags = any::<[bool; 2]>();
+    let affinity_s = option::of(1..=u32::MAX);
+    let ports = vec(port, 0..3);
+    let service = (label, kind, ports, flags, distribution, affinity_s);
     let endpoint = (
         any::<IpAddr>(),
         option::of(label.prop_map(String::from)),
@@ -180,7 +199,7 @@ fn parts() -> impl Strategy<Value = Parts> {
     );
     (
         vec((node, any::<u8>()), 0..4),
-        vec((label, kind, vec(port, 0..3), any::<bool>()), 0..4),
+        vec(service, 0..4),
         vec(endpoint, 0..4),
     )
         .prop_map(|(nodes, services, endpoints)| Parts {
@@ -202,8 +221,9 @@ impl Parts {
             node.prefixes = underlay.iter().copied().map(Into::into).collect();
             snapshot.nodes.insert(node.name.clone(), node);
         }
-        for (text, kind, ports, publish_not_ready) in &self.services {
-            let service = self.service(text, kind, ports, *publish_not_ready);
+        for parts in &self.services {
+            let service = service(parts);
+            let text = &parts.0;
             let slices = BTreeMap::from([("s".to_owned(), self.slice(&service))]);
             snapshot.slices.insert(service.name.clone(), slices);
             snapshot.services.insert(service.name.clone(), service);
@@ -211,26 +231,6 @@ impl Parts {
             snapshot.external_peers.insert(peer.name.clone(), peer);
         }
         snapshot
-    }
-
-    fn service(
-        &self,
-        text: &str,
-        kind: &ServiceKind,
-        ports: &[(String, bool, u16)],
-        publish_not_ready: bool,
-    ) -> Service {
-        let ports = ports.iter().map(|(name, tcp, port)| ServicePort {
-            name: name.clone(),
-            protocol: if *tcp { Protocol::Tcp } else { Protocol::Udp },
-            port: *port,
-        });
-        Service {
-            name: name("default", text),
-            kind: kind.clone(),
-            ports: ports.collect(),
-            publish_not_ready,
-        }
     }
 
     fn slice(&self, service: &Service) -> EndpointSlice {
@@ -250,6 +250,10 @@ impl Parts {
                         node: node.as_ref().map(|node| node.parse().unwrap()),
                         zone: zone.clone(),
                         hostname: zone.clone(),
+                        hints: Hints {
+                            zones: zone.iter().cloned().collect(),
+                            nodes: node.iter().map(|node| node.parse().unwrap()).collect(),
+                        },
                         ready: *ready,
                         serving: *serving,
                         terminating: *terminating,
@@ -257,6 +261,25 @@ impl Parts {
                 )
                 .collect(),
         }
+    }
+}
+
+fn service(parts: &ServiceParts) -> Service {
+    let (text, kind, ports, flags, distribution, affinity_s) = parts;
+    let ports = ports.iter().map(|(name, tcp, port)| ServicePort {
+        name: name.clone(),
+        protocol: if *tcp { Protocol::Tcp } else { Protocol::Udp },
+        port: *port,
+    });
+    let [publish_not_ready, local_only] = *flags;
+    Service {
+        name: name("default", text),
+        kind: kind.clone(),
+        ports: ports.collect(),
+        publish_not_ready,
+        local_only,
+        distribution: *distribution,
+        affinity: affinity_s.map(|seconds| Duration::from_secs(seconds.into())),
     }
 }
 
@@ -332,7 +355,7 @@ fn external_peer(name: &str) -> ExternalPeer {
         prefixes: vec!["100.127.0.1/32".parse().unwrap()],
         gateway: "a".parse().unwrap(),
         endpoint: Some("[2001:db8::1]:51820".parse().unwrap()),
-        keepalive: Some(std::time::Duration::from_secs(25)),
+        keepalive: Some(Duration::from_secs(25)),
     }
 }
 

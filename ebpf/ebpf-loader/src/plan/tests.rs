@@ -18,23 +18,26 @@ fn frontend(address: &str) -> Frontend {
     }
 }
 
-fn desired(services: &[(&str, &[&str])]) -> BTreeMap<Frontend, Vec<SocketAddr>> {
-    let endpoints = |list: &[&str]| list.iter().map(|text| text.parse().unwrap()).collect();
+fn backends(list: &[&str]) -> Backends {
+    let endpoints = list.iter().map(|text| text.parse().unwrap());
+    endpoints.collect::<Vec<_>>().into()
+}
+
+fn desired(services: &[(&str, &[&str])]) -> BTreeMap<Frontend, Backends> {
     services
         .iter()
-        .map(|(address, list)| (frontend(address), endpoints(list)))
+        .map(|(address, list)| (frontend(address), backends(list)))
         .collect()
 }
 
 fn installed(services: &[(&str, &[&str])]) -> BTreeMap<Frontend, Installed> {
     let list = EndpointList::new(1, 0);
-    let entry = |(frontend, endpoints)| (frontend, Installed { list, endpoints });
+    let entry = |(frontend, backends)| (frontend, Installed { list, backends });
     desired(services).into_iter().map(entry).collect()
 }
 
 fn set(address: &str, endpoints: &[&str]) -> Change {
-    let endpoints = endpoints.iter().map(|text| text.parse().unwrap()).collect();
-    Change::Set(frontend(address), endpoints)
+    Change::Set(frontend(address), backends(endpoints))
 }
 
 #[test]
@@ -72,6 +75,27 @@ fn order_and_repetition_of_endpoints_are_no_difference() {
     let again = ["10.0.0.2:80", "10.0.0.1:80", "[::ffff:10.0.0.2]:80"];
     let plan = plan(&desired(&[("10.96.0.1:80", &again)]), &actual, ROOMY);
     assert_eq!((plan.changes, plan.unchanged), (vec![], 1));
+}
+
+#[test]
+fn another_affinity_is_a_difference() {
+    let kept = |timeout_s| {
+        let affinity = Some(Duration::from_secs(timeout_s));
+        let endpoints = vec!["10.0.0.1:80".parse().unwrap()];
+        Backends {
+            endpoints,
+            affinity,
+        }
+    };
+    let actual = installed(&[("10.96.0.1:80", &["10.0.0.1:80"])]);
+    let wanted = |backends| BTreeMap::from([(frontend("10.96.0.1:80"), backends)]);
+    let changes = plan(&wanted(kept(60)), &actual, ROOMY).changes;
+    assert_eq!(changes, [Change::Set(frontend("10.96.0.1:80"), kept(60))]);
+    let list = EndpointList::new(1, 1);
+    let backends = kept(60);
+    let actual = BTreeMap::from([(frontend("10.96.0.1:80"), Installed { list, backends })]);
+    assert_eq!(plan(&wanted(kept(60)), &actual, ROOMY).unchanged, 1);
+    assert_eq!(plan(&wanted(kept(61)), &actual, ROOMY).unchanged, 0);
 }
 
 #[test]
@@ -127,10 +151,11 @@ fn at_a_limit_the_first_in_order_stay_and_the_rest_is_counted() {
     );
 }
 
-fn services() -> impl Strategy<Value = BTreeMap<Frontend, Vec<SocketAddr>>> {
+fn services() -> impl Strategy<Value = BTreeMap<Frontend, Backends>> {
     let endpoint = (0u8..9).prop_map(|n| SocketAddr::from(([10, 0, 0, n], 80)));
     let frontend = (0u8..9).prop_map(|n| frontend(&format!("10.96.0.{n}:80")));
-    prop::collection::btree_map(frontend, prop::collection::vec(endpoint, 0..9), 0..9)
+    let backends = prop::collection::vec(endpoint, 0..9).prop_map(Backends::from);
+    prop::collection::btree_map(frontend, backends, 0..9)
 }
 
 proptest! {
@@ -144,14 +169,14 @@ proptest! {
         let mut maps: BTreeMap<Frontend, Installed> = BTreeMap::new();
         for wanted in [&before, &after] {
             for change in plan(wanted, &maps, limits).changes {
-                let in_use: usize = maps.values().map(|installed| installed.endpoints.len()).sum();
+                let in_use: usize = maps.values().map(|found| found.backends.endpoints.len()).sum();
                 match change {
                     Change::Remove(frontend) => { prop_assert!(maps.remove(&frontend).is_some()); }
-                    Change::Set(frontend, endpoints) => {
+                    Change::Set(frontend, backends) => {
                         prop_assert!(in_use <= limits.endpoints);
-                        prop_assert!(endpoints.len() <= limits.list_endpoints);
-                        let list = EndpointList::new(1, endpoints.len());
-                        maps.insert(frontend, Installed { list, endpoints });
+                        prop_assert!(backends.endpoints.len() <= limits.list_endpoints);
+                        let list = EndpointList::new(1, backends.endpoints.len());
+                        maps.insert(frontend, Installed { list, backends });
                     }
                 }
                 prop_assert!(maps.len() <= limits.frontends);

@@ -19,7 +19,7 @@ use aya::{
     programs::{links::LinkInfo, loaded_links, loaded_programs},
 };
 use ebpf_abi::Counter;
-use ebpf_loader::{ApplyReport, Frontend, LoadError, Protocol, Services, find_cgroup2};
+use ebpf_loader::{ApplyReport, Backends, Frontend, LoadError, Protocol, Services, find_cgroup2};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     thread::{
@@ -100,6 +100,18 @@ impl Lab {
         &mut self,
         services: &[(SocketAddr, Protocol, &[SocketAddr])],
     ) -> ApplyReport {
+        self.apply_with(None, services)
+    }
+
+    pub(crate) fn apply_with(
+        &mut self,
+        affinity: Option<Duration>,
+        services: &[(SocketAddr, Protocol, &[SocketAddr])],
+    ) -> ApplyReport {
+        let backends = |endpoints: &[SocketAddr]| Backends {
+            endpoints: endpoints.to_vec(),
+            affinity,
+        };
         let frontend = |addr: SocketAddr, protocol| Frontend {
             address: addr.ip(),
             port: addr.port(),
@@ -107,7 +119,7 @@ impl Lab {
         };
         let desired = services
             .iter()
-            .map(|&(addr, protocol, endpoints)| (frontend(addr, protocol), endpoints.to_vec()))
+            .map(|&(addr, protocol, endpoints)| (frontend(addr, protocol), backends(endpoints)))
             .collect();
         self.services().apply(&desired).unwrap()
     }
@@ -185,7 +197,8 @@ fn remove_stale(root: &Path) {
     }
 }
 
-fn new_network_namespace() {
+/// Moves the test's thread to another, with loopback only.
+pub(crate) fn new_network_namespace() {
     #[expect(unsafe_code, reason = "rustix guards against sharing file tables")]
     // SAFETY: the file table stays shared: only the network namespace changes.
     unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();

@@ -2,6 +2,8 @@
 //! cgroup of their own. Needs root.
 
 #[cfg(test)]
+mod affinity;
+#[cfg(test)]
 mod lab;
 
 use std::{
@@ -14,7 +16,7 @@ use std::{
 };
 
 use ebpf_abi::{Counter, FLOWS_MAX, SocketAddress};
-use ebpf_loader::{Frontend, LoadError, Protocol, Services};
+use ebpf_loader::{Backends, Frontend, LoadError, Protocol, Services};
 use rustix::thread::CapabilitySet;
 
 use crate::lab::{
@@ -288,6 +290,27 @@ fn new_endpoints_are_for_new_flows_only() {
     }
 }
 
+/// No hook sees a `send` on a connected socket, so that it cannot be moved.
+#[test]
+fn a_connected_udp_socket_hears_that_its_endpoint_is_gone_and_connects_again() {
+    for family in &FAMILIES {
+        let mut lab = Lab::new();
+        let mut servers = udp_servers(family.loopback, 2);
+        let at = addresses(&servers, UdpSocket::local_addr);
+        family.serve(&mut lab, Protocol::Udp, &at[..1]);
+        let client = family.client();
+        client.connect(family.asked()).unwrap();
+        drop(servers.remove(0));
+        family.serve(&mut lab, Protocol::Udp, &at[1..]);
+        client.send(b"?").unwrap();
+        let heard = client.recv(&mut [0; 8]).unwrap_err().kind();
+        assert_eq!(heard, io::ErrorKind::ConnectionRefused, "{}", family.name);
+        client.connect(family.asked()).unwrap();
+        client.send(b"?").unwrap();
+        assert_eq!(datagram(&servers).0, 0);
+    }
+}
+
 #[test]
 fn a_list_is_replaced_without_a_moment_of_refusal() {
     let mut lab = Lab::new();
@@ -337,12 +360,13 @@ fn ten_thousand_services_fill_quickly_and_change_by_difference() {
     let [without] = connect_times(&servers[0], [at[0]]);
     lab.load();
     let empty_kib = lab::map_memory_bytes() / 1_024;
-    let mut desired = BTreeMap::from([(service(0), at.clone())]);
+    let mut desired = BTreeMap::from([(service(0), Backends::from(at.clone()))]);
     lab.services().apply(&desired).unwrap();
     let [direct_1, service_1] = connect_times(&servers[0], [at[0], asked]);
 
     let endpoint = |n: u16| SocketAddr::from(([127, 0, 0, 1], 1_000 + n));
-    desired.extend((1..10_000).map(|n| (service(n), (0..25).map(endpoint).collect())));
+    let endpoints: Vec<_> = (0..25).map(endpoint).collect();
+    desired.extend((1..10_000).map(|n| (service(n), endpoints.clone().into())));
     let began = Instant::now();
     let report = lab.services().apply(&desired).unwrap();
     let filled = began.elapsed();
@@ -353,7 +377,7 @@ fn ten_thousand_services_fill_quickly_and_change_by_difference() {
     let [direct_many, service_many] = connect_times(&servers[0], [at[0], asked]);
     let memory_kib = lab::map_memory_bytes() / 1_024;
 
-    desired.insert(service(5_000), vec![endpoint(0)]);
+    desired.insert(service(5_000), vec![endpoint(0)].into());
     let began = Instant::now();
     let report = lab.services().apply(&desired).unwrap();
     let changed = began.elapsed();
@@ -428,7 +452,7 @@ fn a_socket_with_more_flows_than_are_remembered_is_served_all_the_same() {
     };
     let endpoint = |n| SocketAddr::new(address(127, n), port);
     let desired = (1..=flows)
-        .map(|n| (service(n), vec![endpoint(n)]))
+        .map(|n| (service(n), vec![endpoint(n)].into()))
         .collect();
     lab.services().apply(&desired).unwrap();
     let client = FAMILIES[0].client();
@@ -494,7 +518,7 @@ fn outside_the_cgroup_nothing_changes() {
         protocol: Protocol::Tcp,
     };
     services
-        .apply(&BTreeMap::from([(frontend, Vec::new())]))
+        .apply(&BTreeMap::from([(frontend, Backends::default())]))
         .unwrap();
     // Refused if the programs saw it.
     drop(TcpStream::connect(at[0]).unwrap());
