@@ -1,4 +1,4 @@
-//! Compiles `src/services.c` for the kernel.
+//! Compiles `src/programs.c` for the kernel.
 
 use std::{
     env, fs,
@@ -7,10 +7,14 @@ use std::{
     process::{Command, ExitCode},
 };
 
-const SOURCE: &str = "src/services.c";
+const SOURCE: &str = "src/programs.c";
+/// What [`SOURCE`] includes.
+const PARTS: [&str; 2] = ["src/services.c", "src/packets.c"];
 
 fn main() -> ExitCode {
-    println!("cargo::rerun-if-changed={SOURCE}");
+    for source in [SOURCE].iter().chain(&PARTS) {
+        println!("cargo::rerun-if-changed={source}");
+    }
     println!("cargo::rerun-if-env-changed=CLANG");
     match compile() {
         Ok(()) => ExitCode::SUCCESS,
@@ -38,7 +42,7 @@ fn compile() -> Result<(), String> {
         .arg(&out)
         .args(multiarch_include())
         .args(["-c", SOURCE, "-o"])
-        .arg(out.join("services.o"))
+        .arg(out.join("programs.o"))
         .output()
         .map_err(|error| match error.kind() == ErrorKind::NotFound {
             true => format!("no {clang} to compile the eBPF programs: apt-get install clang"),

@@ -2,6 +2,8 @@
 
 use core::fmt;
 
+use crate::packets;
+
 /// How a Rust type is written in C.
 pub(crate) trait CType {
     const NAME: &'static str;
@@ -85,13 +87,14 @@ macro_rules! limits {
 
 /// What the programs count, each on its own CPU.
 macro_rules! counters {
-    ($($(#[doc = $doc:literal])+ $name:ident = $text:literal,)+) => {
+    (# $($rest:tt)+) => { $crate::layout::counters! { Counter { # $($rest)+ } } };
+    ($enum:ident { $($(#[doc = $doc:literal])+ $name:ident = $text:literal,)+ }) => {
         /// What the programs count: the index into their per-CPU array.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
         #[repr(u32)]
-        pub enum Counter { $($(#[doc = $doc])+ $name,)+ }
+        pub enum $enum { $($(#[doc = $doc])+ $name,)+ }
 
-        impl Counter {
+        impl $enum {
             /// Every counter, in the order of the array.
             pub const ALL: &[Self] = &[$(Self::$name),+];
 
@@ -117,17 +120,20 @@ impl fmt::Display for CHeader {
             f,
             "#pragma once\n#include <linux/types.h>\n#include <stddef.h>\n"
         )?;
-        for (name, value) in crate::LIMITS {
+        for (name, value) in crate::LIMITS.iter().chain(packets::LIMITS) {
             writeln!(f, "#define {name} {value}u")?;
         }
         writeln!(f, "\nenum counter {{")?;
         for counter in crate::Counter::ALL {
             writeln!(f, "    COUNT_{},", counter.as_str())?;
         }
-        writeln!(f, "    COUNTERS_MAX,\n}};")?;
-        crate::LAYOUTS
-            .iter()
-            .try_for_each(|layout| write_layout(f, layout))
+        writeln!(f, "    COUNTERS_MAX,\n}};\n\nenum packet_counter {{")?;
+        for counter in crate::PacketCounter::ALL {
+            writeln!(f, "    PACKET_{},", counter.as_str())?;
+        }
+        writeln!(f, "    PACKET_COUNTERS_MAX,\n}};")?;
+        let mut layouts = crate::LAYOUTS.iter().chain(packets::LAYOUTS);
+        layouts.try_for_each(|layout| write_layout(f, layout))
     }
 }
 

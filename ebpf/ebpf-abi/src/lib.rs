@@ -10,11 +10,17 @@
 #![no_std]
 
 mod layout;
+mod packets;
 
 use core::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 pub use layout::CHeader;
 use layout::{counters, layouts, limits};
+pub use packets::{
+    ENDPOINT_ATTEMPTS, EXTENSION_HEADERS_MAX, FRAGMENT_TIMEOUT_S, FRAGMENTED_MAX, Fragmented,
+    FragmentedTo, PacketCounter, SEEN_ANSWER, SEEN_CLIENT_FIN, SEEN_ENDPOINT_FIN, SEEN_RESET,
+    TCP_OPEN_TIMEOUT_S, TCP_TRANSITORY_TIMEOUT_S, TRACKED_MAX, Tracked, TrackedFlow, UDP_TIMEOUT_S,
+};
 
 limits! {
     /// Service addresses with a port and a protocol: 10,000 services of three ports in two

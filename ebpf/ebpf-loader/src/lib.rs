@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod cgroup;
+mod packets;
 mod plan;
 
 use std::{
@@ -36,6 +37,7 @@ use crate::{
 };
 pub use crate::{
     cgroup::{CgroupError, find_cgroup2},
+    packets::InterfaceError,
     plan::LeftOut,
 };
 
@@ -123,7 +125,9 @@ pub struct Services {
     timeouts: HashMap<MapData, SocketAddress, u64>,
     installed: BTreeMap<Frontend, Installed>,
     next_list: u64,
-    /// Owns the programs with their links, and the other maps.
+    /// Where packets are looked at; nowhere if loaded for sockets alone.
+    interfaces: Option<packets::Interfaces>,
+    /// Owns the programs with their other links, and the other maps.
     ebpf: Ebpf,
 }
 
@@ -202,6 +206,12 @@ impl Services {
     ///
     /// What this machine lacks, and how to get it. Nothing stays loaded.
     pub fn load(cgroup: &Path) -> Result<Self, LoadError> {
+        let mut loader = EbpfLoader::new();
+        packets::without_flows(&mut loader);
+        Self::load_object(cgroup, &mut loader)
+    }
+
+    fn load_object(cgroup: &Path, loader: &mut EbpfLoader<'_>) -> Result<Self, LoadError> {
         check_capabilities()?;
         let folder = open_cgroup2(cgroup)?;
         if aya::features().btf().is_none() {
@@ -209,7 +219,7 @@ impl Services {
                 release: kernel_release(),
             });
         }
-        let mut ebpf = EbpfLoader::new()
+        let mut ebpf = loader
             .load(ebpf_programs::SERVICES)
             .map_err(|source| rejected("the maps", source))?;
         let frontends = take_map(&mut ebpf, "hf_frontends", HashMap::try_from)?;
@@ -226,6 +236,7 @@ impl Services {
             timeouts,
             installed,
             next_list: 0,
+            interfaces: None,
             ebpf,
         })
     }

@@ -1,4 +1,4 @@
-//! The programs that run in the kernel, as the object that clang made of `services.c`.
+//! The programs that run in the kernel, as the object that clang made of `programs.c`.
 //!
 //! **Invariant:** no Rust here but the bytes.
 
@@ -8,7 +8,7 @@
 struct Aligned<T: ?Sized>(T);
 
 /// The ELF parser reads 64-bit words in place.
-static ALIGNED: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/services.o")));
+static ALIGNED: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/programs.o")));
 
-/// The ELF object with the cgroup programs and their maps.
+/// The ELF object with the cgroup programs, the tcx programs, and their maps.
 pub static SERVICES: &[u8] = &ALIGNED.0;

@@ -1,0 +1,134 @@
+//! The packet level: what the tcx programs remember of flows that no local socket made.
+
+use crate::{
+    SocketAddress,
+    layout::{counters, layouts, limits},
+};
+
+limits! {
+    /// Flows through a gateway: 250 devices with 250 flows each are 62,500. The least recently
+    /// used goes first. Each takes 120 bytes in the map of flows, 112 in the map of answers and 32
+    /// of buckets: 17 MiB, always, where packets are looked at; elsewhere the maps have 1 entry.
+    TRACKED_MAX = 65_536;
+    /// Fragmented packets whose first fragment passed in the last [`FRAGMENT_TIMEOUT_S`]:
+    /// 136 a second. 4,096 × (112 + 16) bytes: 512 KiB.
+    FRAGMENTED_MAX = 4_096;
+    /// The endpoints tried for a new flow before it is refused, one after the other from a random
+    /// one on: the client may be the endpoint itself, or speak with it by another service
+    /// already, or the list may have been replaced under the program's eyes.
+    ENDPOINT_ATTEMPTS = 4;
+    /// Extension headers looked through in an IPv6 packet: hop-by-hop, destination options,
+    /// routing, fragment (RFC 8200, 4.1, recommends this order, each once).
+    EXTENSION_HEADERS_MAX = 4;
+    /// UDP flows without a packet for so long are over (RFC 4787, REQ-5: 2 minutes or more).
+    UDP_TIMEOUT_S = 120;
+    /// TCP flows that opened and did not close, as `kube-proxy` sets it
+    /// (`--conntrack-tcp-timeout-established`: 24 hours).
+    TCP_OPEN_TIMEOUT_S = 86_400;
+    /// TCP flows without an answer yet, and closed ones (RFC 5382, REQ-5: 4 minutes or more).
+    TCP_TRANSITORY_TIMEOUT_S = 240;
+    /// How long the kernel waits for a packet's other fragments (`net.ipv4.ipfrag_time`).
+    FRAGMENT_TIMEOUT_S = 30;
+    /// In [`Tracked::seen`]: the client sent FIN.
+    SEEN_CLIENT_FIN = 1;
+    /// In [`Tracked::seen`]: the endpoint sent FIN.
+    SEEN_ENDPOINT_FIN = 2;
+    /// In [`Tracked::seen`]: either sent RST.
+    SEEN_RESET = 4;
+    /// In [`Tracked::seen`]: the endpoint sent anything.
+    SEEN_ANSWER = 8;
+}
+
+layouts! {
+    /// A flow: by the service in the map of flows, by the endpoint in the map of answers.
+    pub struct TrackedFlow as "tracked_flow" {
+        /// Who opened it.
+        client: SocketAddress,
+        /// The service as the client asks for it, or the endpoint that answers.
+        address: SocketAddress,
+    }
+
+    /// Where a flow's packets go.
+    pub struct Tracked as "tracked" {
+        /// When its last packet passed, either way, by `CLOCK_MONOTONIC`.
+        seen_ns: u64,
+        /// Chosen at its first packet.
+        endpoint: SocketAddress,
+        /// `SEEN_…`
+        seen: u32,
+    }
+
+    /// A packet in fragments, before translation. Only the first fragment has ports.
+    pub struct Fragmented as "fragmented" {
+        /// Network byte order in memory.
+        source: [u32; 4],
+        /// Network byte order in memory.
+        destination: [u32; 4],
+        /// As in the header.
+        id: u32,
+        /// As in the header of IPv4; 0 in IPv6, where it may differ between fragments.
+        protocol: u8,
+        /// 1: on the way to the client.
+        answer: u8,
+        /// Always 0.
+        zero: u16,
+    }
+
+    /// What the fragments' service or endpoint becomes.
+    pub struct FragmentedTo as "fragmented_to" {
+        /// When the first fragment passed, by `CLOCK_MONOTONIC`.
+        seen_ns: u64,
+        /// Network byte order in memory.
+        ip: [u32; 4],
+    }
+}
+
+const _: () = assert!(size_of::<TrackedFlow>() == 40 && align_of::<TrackedFlow>() == 4);
+const _: () = assert!(size_of::<Tracked>() == 32 && align_of::<Tracked>() == 8);
+const _: () = assert!(size_of::<Fragmented>() == 40 && align_of::<Fragmented>() == 4);
+const _: () = assert!(size_of::<FragmentedTo>() == 24 && align_of::<FragmentedTo>() == 8);
+
+counters! {
+    PacketCounter {
+        /// A packet to a service went to its flow's endpoint.
+        RequestTranslated = "request_translated",
+        /// A flow got its endpoint; its first packet is counted as translated as well.
+        FlowOpened = "flow_opened",
+        /// TCP or UDP to something that is no service.
+        RequestPassed = "request_passed",
+        /// A packet from an endpoint left as from the service.
+        AnswerTranslated = "answer_translated",
+        /// TCP or UDP to the client side that belongs to no flow, or to one that is over.
+        AnswerPassed = "answer_passed",
+        /// An ICMP error about a translated packet.
+        ErrorTranslated = "error_translated",
+        /// An ICMP error about anything else.
+        ErrorPassed = "error_passed",
+        /// A later fragment of a translated packet.
+        FragmentTranslated = "fragment_translated",
+        /// A later fragment whose first was not translated, or not seen.
+        FragmentPassed = "fragment_passed",
+        /// No endpoint: answered with a TCP RST.
+        RefusedTcp = "refused_tcp",
+        /// No endpoint: answered with ICMP port unreachable.
+        RefusedUdp = "refused_udp",
+        /// No endpoint, and no answer can be given to this packet: a RST, a fragment, UDP behind
+        /// IPv6 extension headers. Dropped.
+        RefusedSilently = "refused_silently",
+        /// The only endpoints found were the client itself: refused.
+        Hairpin = "hairpin",
+        /// The client's port already speaks with the endpoints found by another service: refused.
+        Clash = "clash",
+        /// The flow could not be remembered: dropped.
+        FlowLost = "flow_lost",
+        /// The kernel refused a change to the packet: dropped, it may be half changed.
+        ChangeFailed = "change_failed",
+        /// Shorter than its headers say: passed.
+        Truncated = "truncated",
+        /// Behind more extension headers than looked through, or a source route: passed.
+        Extensions = "extensions",
+        /// Not for this host, with a VLAN tag, without Ethernet header, not IP, or neither TCP,
+        /// UDP nor an ICMP error: passed.
+        Other = "other",
+    }
+}

@@ -1,0 +1,170 @@
+//! The packet level: services for packets that no local socket made, on interfaces behind which
+//! such clients are.
+
+use std::{collections::BTreeMap, num::NonZeroU32, path::Path};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{MapData, MapError, PerCpuArray},
+    programs::{
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        tc::{SchedClassifierLink, TcAttachOptions},
+    },
+};
+use ebpf_abi::PacketCounter;
+use rustix::{
+    io::Errno,
+    net::{AddressFamily, SocketFlags, SocketType, netdevice, socket_with},
+};
+
+use crate::{LoadError, Services, missing, rejected};
+
+const COUNTERS: &str = "hf_pkt_counters";
+
+/// Of one entry where no packets are looked at: maps of this kind take all their memory at once.
+const FLOW_MAPS: [&str; 3] = ["hf_tracked", "hf_answers", "hf_fragmented"];
+
+/// In the order of attaching: what shows the service's address comes before what hides it.
+const PROGRAMS: [(&str, TcAttachType); 2] = [
+    ("hf_answers_out", TcAttachType::Egress),
+    ("hf_requests", TcAttachType::Ingress),
+];
+
+/// The links of each interface, by its index. Dropping a link detaches its program.
+pub(crate) type Interfaces = BTreeMap<NonZeroU32, Vec<SchedClassifierLink>>;
+
+/// Why packets of an interface cannot be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum InterfaceError {
+    /// By [`Services::load`].
+    #[error("the services were loaded for sockets alone")]
+    SocketsAlone,
+    /// Not in the thread's network namespace, or not any more.
+    #[error("no interface has the index {index}")]
+    Unknown {
+        /// The index.
+        index: NonZeroU32,
+        /// What the kernel said.
+        source: Errno,
+    },
+    /// The kernel took the program but not its place on the interface.
+    #[error("cannot attach {program} to interface {index}, which needs Linux 6.6 or newer")]
+    Attach {
+        /// The program.
+        program: &'static str,
+        /// The interface's index.
+        index: NonZeroU32,
+        /// What the kernel said.
+        source: ProgramError,
+    },
+}
+
+impl Services {
+    /// As [`Services::load`], and ready to look at packets. The flows' memory, 17 MiB
+    /// (`TRACKED_MAX`), is taken now.
+    ///
+    /// # Errors
+    ///
+    /// What this machine lacks, and how to get it. Nothing stays loaded.
+    pub fn load_with_packets(cgroup: &Path) -> Result<Self, LoadError> {
+        let mut services = Self::load_object(cgroup, &mut EbpfLoader::new())?;
+        for (name, _) in PROGRAMS {
+            program(&mut services.ebpf, name)
+                .and_then(SchedClassifier::load)
+                .map_err(|error| rejected(name, error.into()))?;
+        }
+        services.interfaces = Some(Interfaces::new());
+        Ok(services)
+    }
+
+    /// Serves the clients behind an Ethernet interface of the calling thread's network namespace:
+    /// what they send to a service goes to an endpoint, and answers come back as the service's.
+    /// The programs come before all others on the interface. Twice is as once.
+    ///
+    /// # Errors
+    ///
+    /// [`InterfaceError`]; nothing stays attached.
+    pub fn attach_interface(&mut self, index: NonZeroU32) -> Result<(), InterfaceError> {
+        let interfaces = self.interfaces.as_mut();
+        let interfaces = interfaces.ok_or(InterfaceError::SocketsAlone)?;
+        if interfaces.contains_key(&index) {
+            return Ok(());
+        }
+        let name = interface_name(index)?;
+        let mut links = Vec::with_capacity(PROGRAMS.len());
+        for (program_name, direction) in PROGRAMS {
+            let link = program(&mut self.ebpf, program_name)
+                .and_then(|program| attach(program, &name, direction));
+            links.push(link.map_err(|source| InterfaceError::Attach {
+                program: program_name,
+                index,
+                source,
+            })?);
+        }
+        // aya takes names, and a name may have gone to another interface meanwhile.
+        if interface_name(index)? != name {
+            let source = Errno::NODEV;
+            return Err(InterfaceError::Unknown { index, source });
+        }
+        interfaces.insert(index, links);
+        tracing::info!(interface = %name, index, "eBPF services attached");
+        Ok(())
+    }
+
+    /// Leaves an interface alone again; whether the programs were there. Open flows of its
+    /// clients end. Must also be called for an interface that is gone.
+    pub fn detach_interface(&mut self, index: NonZeroU32) -> bool {
+        let interfaces = self.interfaces.as_mut();
+        interfaces.is_some_and(|interfaces| interfaces.remove(&index).is_some())
+    }
+
+    /// What became of the packets of all interfaces since the programs were loaded.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError`] if the kernel does not say.
+    pub fn packet_counters(&self) -> Result<BTreeMap<PacketCounter, u64>, MapError> {
+        let map = self.ebpf.map(COUNTERS).ok_or_else(|| missing(COUNTERS))?;
+        let counters: PerCpuArray<&MapData, u64> = PerCpuArray::try_from(map)?;
+        let sum = |&counter: &PacketCounter| {
+            let per_cpu = counters.get(&(counter as u32), 0)?;
+            Ok((counter, per_cpu.iter().sum()))
+        };
+        PacketCounter::ALL.iter().map(sum).collect()
+    }
+}
+
+/// For sockets alone.
+pub(crate) fn without_flows<'a>(loader: &mut EbpfLoader<'a>) {
+    for map in FLOW_MAPS {
+        loader.map_max_entries(map, 1);
+    }
+}
+
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, ProgramError> {
+    let found = ebpf.program_mut(name);
+    found
+        .ok_or(ProgramError::UnexpectedProgramType)
+        .and_then(TryInto::try_into)
+}
+
+fn attach(
+    program: &mut SchedClassifier,
+    interface: &str,
+    direction: TcAttachType,
+) -> Result<SchedClassifierLink, ProgramError> {
+    let first = TcAttachOptions::TcxOrder(LinkOrder::first());
+    let link = program.attach_with_options(interface, direction, first)?;
+    program.take_link(link)
+}
+
+fn interface_name(index: NonZeroU32) -> Result<String, InterfaceError> {
+    let name = socket_with(
+        AddressFamily::INET,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .and_then(|socket| netdevice::index_to_name(socket, index.get()));
+    name.map_err(|source| InterfaceError::Unknown { index, source })
+}

@@ -1,0 +1,138 @@
+//! The programs, and packets sent through them by the kernel's test run.
+
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+
+use aya::{
+    Ebpf, EbpfLoader, Pod,
+    maps::{HashMap, MapData, PerCpuArray},
+    programs::{SchedClassifier, TestRun, TestRunOptions},
+};
+use ebpf_abi::{EndpointList, PacketCounter, SocketAddress};
+
+pub(crate) const TCP: u8 = 6;
+pub(crate) const UDP: u8 = 17;
+
+/// More than any packet here grows to.
+const OUT_BYTES: usize = 4_096;
+
+pub(crate) struct Machine {
+    pub(crate) ebpf: Ebpf,
+    next_list: u64,
+}
+
+/// What a program did with a packet.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Ran {
+    pub(crate) verdict: Verdict,
+    pub(crate) packet: Vec<u8>,
+}
+
+#[derive(Debug, PartialEq, Eq, Clone, Copy)]
+pub(crate) enum Verdict {
+    /// On to the next program (`TC_ACT_UNSPEC`).
+    Next,
+    /// `TC_ACT_SHOT`.
+    Dropped,
+    /// Back out (`TC_ACT_REDIRECT`).
+    Returned,
+}
+
+impl Machine {
+    pub(crate) fn new() -> Self {
+        let mut ebpf = EbpfLoader::new().load(ebpf_programs::SERVICES).unwrap();
+        for name in ["hf_requests", "hf_answers_out"] {
+            let program: &mut SchedClassifier = ebpf.program_mut(name).unwrap().try_into().unwrap();
+            let loaded = program.load();
+            loaded.unwrap_or_else(|error| panic!("{name}: {error}\n{error:?}"));
+        }
+        let next_list = 0;
+        Self { ebpf, next_list }
+    }
+
+    pub(crate) fn map<K: Pod, V: Pod>(&mut self, name: &str) -> HashMap<&mut MapData, K, V> {
+        self.ebpf.map_mut(name).unwrap().try_into().unwrap()
+    }
+
+    /// By TCP and by UDP.
+    pub(crate) fn serve(&mut self, service: SocketAddr, endpoints: &[SocketAddr]) {
+        for protocol in [TCP, UDP] {
+            let key = |addr: SocketAddr| SocketAddress::new(addr.ip(), addr.port(), protocol);
+            let list = EndpointList::new(self.next_list, endpoints.len());
+            self.next_list += 1;
+            for (slot, &endpoint) in list.slots().zip(endpoints) {
+                let mut map = self.map::<u64, SocketAddress>("hf_endpoints");
+                map.insert(slot, key(endpoint), 0).unwrap();
+            }
+            let mut frontends = self.map::<SocketAddress, u64>("hf_frontends");
+            frontends.insert(key(service), list.value(), 0).unwrap();
+        }
+    }
+
+    pub(crate) fn program(&self, name: &str) -> &SchedClassifier {
+        self.ebpf.program(name).unwrap().try_into().unwrap()
+    }
+
+    /// In by the client's interface.
+    #[track_caller]
+    pub(crate) fn request(&self, packet: &[u8]) -> Ran {
+        self.run("hf_requests", packet)
+    }
+
+    /// Out by the client's interface.
+    #[track_caller]
+    pub(crate) fn answer(&self, packet: &[u8]) -> Ran {
+        self.run("hf_answers_out", packet)
+    }
+
+    #[track_caller]
+    fn run(&self, name: &str, packet: &[u8]) -> Ran {
+        let mut out = vec![0; OUT_BYTES];
+        let options = TestRunOptions {
+            data_in: Some(packet),
+            data_out: Some(&mut out),
+            ..TestRunOptions::new()
+        };
+        let ran = self.program(name).test_run(options).unwrap();
+        out.truncate(usize::try_from(ran.data_size_out).unwrap());
+        let verdict = match ran.return_value.cast_signed() {
+            -1 => Verdict::Next,
+            2 => Verdict::Dropped,
+            7 => Verdict::Returned,
+            other => panic!("{name} returned {other}"),
+        };
+        Ran {
+            verdict,
+            packet: out,
+        }
+    }
+
+    /// For each of many in a row.
+    pub(crate) fn cost(&self, name: &str, packet: &[u8]) -> Duration {
+        let options = TestRunOptions {
+            data_in: Some(packet),
+            repeat: 100_000,
+            ..TestRunOptions::new()
+        };
+        self.program(name).test_run(options).unwrap().duration
+    }
+
+    /// What was counted, without what was not.
+    pub(crate) fn counted(&self) -> BTreeMap<PacketCounter, u64> {
+        let map = self.ebpf.map("hf_pkt_counters").unwrap();
+        let counters: PerCpuArray<&MapData, u64> = map.try_into().unwrap();
+        let sum = |&counter: &PacketCounter| {
+            let per_cpu = counters.get(&(counter as u32), 0).unwrap();
+            (counter, per_cpu.iter().sum())
+        };
+        let all = PacketCounter::ALL.iter().map(sum);
+        all.filter(|&(_, count)| count > 0).collect()
+    }
+}
+
+/// On to the next program, as `packet`.
+pub(crate) fn next(packet: Vec<u8>) -> Ran {
+    Ran {
+        verdict: Verdict::Next,
+        packet,
+    }
+}

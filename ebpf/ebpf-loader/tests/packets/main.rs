@@ -1,0 +1,13 @@
+//! The packet level: built packets through the programs, byte for byte, and real sockets in
+//! network namespaces. Needs root.
+
+#[cfg(test)]
+mod lan;
+#[cfg(test)]
+mod machine;
+#[cfg(test)]
+mod sockets;
+#[cfg(test)]
+mod verdicts;
+#[cfg(test)]
+mod wire;

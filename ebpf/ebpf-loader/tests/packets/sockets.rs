@@ -1,0 +1,274 @@
+//! Real sockets through a gateway.
+
+use std::{
+    fs, io,
+    io::{Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    num::NonZeroU32,
+    thread,
+    time::{Duration, Instant},
+};
+
+use ebpf_abi::PacketCounter;
+use ebpf_loader::{InterfaceError, Services};
+
+use crate::lan::{Family, Lan, families, index, ip};
+
+/// What should happen at once has happened by then, or never will.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Each way.
+const TRANSFER_BYTES: usize = 16 << 20;
+
+/// The payload of one segment at an MTU of 1,500 bytes.
+const SEGMENT_BYTES: usize = 1_448;
+
+fn listener(lan: &Lan, family: &Family) -> (TcpListener, SocketAddr) {
+    let listener = lan.in_servers(|| TcpListener::bind((family.server, 0)).unwrap());
+    let addr = listener.local_addr().unwrap();
+    (listener, addr)
+}
+
+fn connect(lan: &Lan, family: &Family) -> io::Result<TcpStream> {
+    let stream = lan.in_client(|| TcpStream::connect_timeout(&family.service, PATIENCE))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+/// The service's client and server, connected by the gateway.
+fn connected(lan: &Lan, family: &Family, listener: &TcpListener) -> (TcpStream, TcpStream) {
+    let client = connect(lan, family).unwrap();
+    let (server, from) = listener.accept().unwrap();
+    assert_eq!(
+        from,
+        client.local_addr().unwrap(),
+        "the client's address is kept"
+    );
+    assert_eq!(client.peer_addr().unwrap(), family.service);
+    server.set_read_timeout(Some(PATIENCE)).unwrap();
+    server.set_write_timeout(Some(PATIENCE)).unwrap();
+    (client, server)
+}
+
+#[track_caller]
+fn transfer(mut from: &TcpStream, mut to: &TcpStream, bytes: usize) {
+    let sent: Vec<u8> = (0..bytes).map(|n| (n % 251).to_le_bytes()[0]).collect();
+    let mut received = vec![0; bytes];
+    thread::scope(|scope| {
+        scope.spawn(|| from.write_all(&sent).unwrap());
+        to.read_exact(&mut received).unwrap();
+    });
+    assert!(sent == received, "other bytes arrived");
+}
+
+fn server_socket(lan: &Lan, family: &Family) -> (UdpSocket, SocketAddr) {
+    let server = lan.in_servers(|| UdpSocket::bind((family.server, 0)).unwrap());
+    server.set_read_timeout(Some(PATIENCE)).unwrap();
+    let addr = server.local_addr().unwrap();
+    (server, addr)
+}
+
+fn client_socket(lan: &Lan, family: &Family) -> UdpSocket {
+    let client = lan.in_client(|| UdpSocket::bind((family.client, 0)).unwrap());
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    client
+}
+
+/// A question to the service and an answer of as many bytes.
+#[track_caller]
+fn ask(client: &UdpSocket, server: &UdpSocket, family: &Family, bytes: usize) {
+    let sent: Vec<u8> = (0..bytes).map(|n| (n % 251).to_le_bytes()[0]).collect();
+    let mut received = vec![0; bytes + 1];
+    client.send_to(&sent, family.service).unwrap();
+    let (length, from) = server.recv_from(&mut received).unwrap();
+    assert_eq!(
+        (&received[..length], from),
+        (&sent[..], client.local_addr().unwrap())
+    );
+    server.send_to(&sent, from).unwrap();
+    let (length, from) = client.recv_from(&mut received).unwrap();
+    assert_eq!((&received[..length], from), (&sent[..], family.service));
+}
+
+#[test]
+fn tcp_crosses_in_super_packets() {
+    let mut lan = Lan::new();
+    for family in &families() {
+        let (listener, at) = listener(&lan, family);
+        lan.serve(family.service, &[at]);
+        let (client, server) = connected(&lan, family, &listener);
+        let packets = |lan: &Lan| {
+            lan.counted(PacketCounter::RequestTranslated)
+                + lan.counted(PacketCounter::AnswerTranslated)
+        };
+        let before = packets(&lan);
+        transfer(&client, &server, TRANSFER_BYTES);
+        transfer(&server, &client, TRANSFER_BYTES);
+        let packets = packets(&lan) - before;
+        let segments = 2 * TRANSFER_BYTES / SEGMENT_BYTES;
+        println!(
+            "{}: {packets} packets for {segments} segments and their ACKs",
+            family.service
+        );
+        assert!(packets < segments as u64 / 2, "{packets}");
+    }
+    assert_eq!(lan.counted(PacketCounter::FlowOpened), 2);
+    assert_eq!(lan.counted(PacketCounter::ChangeFailed), 0);
+}
+
+#[test]
+fn udp_crosses_whole_and_in_fragments() {
+    let mut lan = Lan::new();
+    for family in &families() {
+        let (server, at) = server_socket(&lan, family);
+        lan.serve(family.service, &[at]);
+        let client = client_socket(&lan, family);
+        let fragments = lan.counted(PacketCounter::FragmentTranslated);
+        for bytes in [0, 1, 1_400] {
+            ask(&client, &server, family, bytes);
+        }
+        assert_eq!(lan.counted(PacketCounter::FragmentTranslated), fragments);
+        // Checked by the server's kernel as a whole: no network card has done it before.
+        for _ in 0..3 {
+            ask(&client, &server, family, 4_000);
+        }
+        assert_eq!(
+            lan.counted(PacketCounter::FragmentTranslated),
+            fragments + 3 * 2 * 2
+        );
+        assert_eq!(lan.counted(PacketCounter::FragmentPassed), 0);
+    }
+}
+
+#[test]
+fn a_checksum_yet_to_be_completed_is_completed_behind_the_gateway() {
+    let mut lan = Lan::new();
+    let [family, _] = &families();
+    let (server, at) = server_socket(&lan, family);
+    lan.serve(family.service, &[at]);
+    // The gateway completes what it has to cut, and may cut what says so.
+    ip(&["link", "set", "net0", "mtu", "1280"]);
+    let client = lan.in_client(|| {
+        fs::write("/proc/sys/net/ipv4/ip_no_pmtu_disc", "1").unwrap();
+        UdpSocket::bind((family.client, 0)).unwrap()
+    });
+    let mut received = vec![0; 2_000];
+    for bytes in 1_300..1_400 {
+        client.send_to(&vec![7; bytes], family.service).unwrap();
+        let (length, from) = server.recv_from(&mut received).unwrap();
+        assert_eq!((length, from), (bytes, client.local_addr().unwrap()));
+    }
+    assert_eq!(lan.counted(PacketCounter::FragmentTranslated), 0);
+}
+
+#[test]
+fn path_mtu_discovery_works_through_the_service() {
+    let mut lan = Lan::new();
+    ip(&["link", "set", "net0", "mtu", "1280"]);
+    for family in &families() {
+        let (listener, at) = listener(&lan, family);
+        lan.serve(family.service, &[at]);
+        let (client, server) = connected(&lan, family, &listener);
+        let before = lan.counted(PacketCounter::ErrorTranslated);
+        transfer(&client, &server, 1 << 20);
+        assert!(
+            lan.counted(PacketCounter::ErrorTranslated) > before,
+            "{}",
+            family.service
+        );
+    }
+}
+
+#[test]
+fn an_endpoint_without_a_listener_is_seen_as_the_service_s_refusal() {
+    let mut lan = Lan::new();
+    for family in &families() {
+        let (server, at) = server_socket(&lan, family);
+        lan.serve(family.service, &[at]);
+        drop(server);
+        let client = client_socket(&lan, family);
+        client.connect(family.service).unwrap();
+        client.send(b"?").unwrap();
+        let error = client.recv(&mut [0; 8]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+        let error = connect(&lan, family).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+    }
+    assert_eq!(lan.counted(PacketCounter::ErrorTranslated), 2);
+}
+
+#[test]
+fn a_service_without_endpoints_refuses_at_once() {
+    let mut lan = Lan::new();
+    for family in &families() {
+        lan.serve(family.service, &[]);
+        let began = Instant::now();
+        let error = connect(&lan, family).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+        let client = client_socket(&lan, family);
+        client.connect(family.service).unwrap();
+        client.send(b"?").unwrap();
+        let error = client.recv(&mut [0; 8]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+        assert!(
+            began.elapsed() < Duration::from_secs(1),
+            "{:?}",
+            began.elapsed()
+        );
+    }
+    assert_eq!(lan.counted(PacketCounter::RefusedTcp), 2);
+    assert_eq!(lan.counted(PacketCounter::RefusedUdp), 2);
+}
+
+#[test]
+fn new_endpoints_are_for_new_flows_only() {
+    let mut lan = Lan::new();
+    for family in &families() {
+        let (old, old_at) = listener(&lan, family);
+        let (new, new_at) = listener(&lan, family);
+        let (udp_old, udp_old_at) = server_socket(&lan, family);
+        let client_udp = client_socket(&lan, family);
+        lan.serve(family.service, &[udp_old_at]);
+        ask(&client_udp, &udp_old, family, 1);
+        lan.serve(family.service, &[old_at]);
+        let (client, server) = connected(&lan, family, &old);
+        for endpoints in [&[new_at][..], &[]] {
+            lan.serve(family.service, endpoints);
+            transfer(&client, &server, 1_000);
+            transfer(&server, &client, 1_000);
+            ask(&client_udp, &udp_old, family, 1);
+        }
+        lan.serve(family.service, &[new_at]);
+        connected(&lan, family, &new);
+    }
+}
+
+#[test]
+fn an_interface_is_left_as_it_was() {
+    let mut lan = Lan::new();
+    let [family, _] = &families();
+    let (listener, at) = listener(&lan, family);
+    lan.serve(family.service, &[at]);
+    lan.services.attach_interface(index("lan0")).unwrap();
+    connected(&lan, family, &listener);
+    assert!(lan.services.detach_interface(index("lan0")));
+    assert!(!lan.services.detach_interface(index("lan0")));
+    let before = lan.services.packet_counters().unwrap();
+    // The gateway has no route to it, and says so.
+    connect(&lan, family).unwrap_err();
+    assert_eq!(lan.services.packet_counters().unwrap(), before);
+    lan.services.attach_interface(index("lan0")).unwrap();
+    connected(&lan, family, &listener);
+}
+
+#[test]
+fn an_interface_that_is_not_there_is_said_so() {
+    let mut lan = Lan::new();
+    let nowhere = NonZeroU32::new(1 << 20).unwrap();
+    let error = lan.services.attach_interface(nowhere).unwrap_err();
+    assert!(matches!(error, InterfaceError::Unknown { .. }), "{error:?}");
+    let mut sockets_alone = Services::load(lan.cgroup()).unwrap();
+    let error = sockets_alone.attach_interface(index("lan0")).unwrap_err();
+    assert!(matches!(error, InterfaceError::SocketsAlone), "{error:?}");
+}

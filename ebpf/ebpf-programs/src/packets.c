@@ -1,0 +1,866 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * Services for packets that no local socket made: those of LAN devices, virtual machines and
+ * nested namespaces, that come in by a client-side interface and are forwarded to an endpoint.
+ * Included after services.c, whose maps of services it shares.
+ *
+ * In by the interface, a service's address becomes an endpoint's, chosen at the flow's first
+ * packet; out by it, the endpoint's becomes the service's again. The kernel's own routing, filters
+ * and connection tracking are between and see the endpoint alone.
+ *
+ * Invariant: what is not a service passes untouched, and so does what cannot be understood. Every
+ * packet is counted, by what became of it.
+ *
+ * Checksums change by difference, so that one that was wrong stays wrong, and one that the network
+ * card has yet to complete (CHECKSUM_PARTIAL, GSO) still can be. Entries of LRU maps are recycled
+ * as well, but the one just looked up is the last of all to be.
+ */
+#include <linux/if_ether.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/pkt_cls.h>
+#include <linux/tcp.h>
+#include <linux/udp.h>
+
+#define ICMP 1
+#define ICMPV6 58
+#define HOP_BY_HOP 0
+#define ROUTING 43
+#define FRAGMENT 44
+#define DESTINATION_OPTIONS 60
+
+#define PACKET_HOST 0
+#define NS_PER_S 1000000000ll
+#define TTL 64
+#define EEXIST 17
+
+/* Where the two families have the same thing. */
+#define SOURCE_OFFSET(v6) ((v6) ? offsetof(struct ipv6hdr, saddr) : offsetof(struct iphdr, saddr))
+#define DESTINATION_OFFSET(v6) \
+    ((v6) ? offsetof(struct ipv6hdr, daddr) : offsetof(struct iphdr, daddr))
+#define ADDRESS_OFFSET(v6, source) ((source) ? SOURCE_OFFSET(v6) : DESTINATION_OFFSET(v6))
+#define CHECK_OFFSET(protocol) \
+    ((protocol) == PROTOCOL_TCP ? offsetof(struct tcphdr, check) : offsetof(struct udphdr, check))
+
+/* linux/bpf.h before 6.16 does not name it, and the kernel then does not know it. */
+#define L4_IPV6 (1ull << 7)
+
+/* A flow as the client sees it, to its endpoint. */
+struct {
+    __uint(type, BPF_MAP_TYPE_LRU_HASH);
+    __type(key, struct tracked_flow);
+    __type(value, struct tracked);
+    __uint(max_entries, TRACKED_MAX);
+} hf_tracked SEC(".maps");
+
+/* The same flow as the endpoint sees it, to the service it answers for. */
+struct {
+    __uint(type, BPF_MAP_TYPE_LRU_HASH);
+    __type(key, struct tracked_flow);
+    __type(value, struct socket_address);
+    __uint(max_entries, TRACKED_MAX);
+} hf_answers SEC(".maps");
+
+struct {
+    __uint(type, BPF_MAP_TYPE_LRU_HASH);
+    __type(key, struct fragmented);
+    __type(value, struct fragmented_to);
+    __uint(max_entries, FRAGMENTED_MAX);
+} hf_fragmented SEC(".maps");
+
+struct {
+    __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+    __type(key, __u32);
+    __type(value, __u64);
+    __uint(max_entries, PACKET_COUNTERS_MAX);
+} hf_pkt_counters SEC(".maps");
+
+static __always_inline void count_packet(__u32 counter)
+{
+    __u64 *value = bpf_map_lookup_elem(&hf_pkt_counters, &counter);
+
+    if (value)
+        *value += 1;
+}
+
+/* On to the next program, or the stack. */
+static __always_inline int pass(__u32 counter)
+{
+    count_packet(counter);
+    return TC_ACT_UNSPEC;
+}
+
+static __always_inline int drop(__u32 counter)
+{
+    count_packet(counter);
+    return TC_ACT_SHOT;
+}
+
+/* ---- Reading ---- */
+
+struct packet {
+    struct socket_address source;
+    struct socket_address destination;
+    __u32 l3;   /* Where the IP header begins, */
+    __u32 l4;   /* what comes after it and its options or extension headers, */
+    __u32 size; /* and how many bytes the IP header says that it and all after it are. */
+    __u32 id;
+    __u8 v6;
+    __u8 protocol;
+    __u8 fragment; /* Part of a packet, */
+    __u8 later;    /* and not its beginning. */
+    __u8 tcp_flags;
+};
+
+#define TCP_FIN 0x01
+#define TCP_SYN 0x02
+#define TCP_RST 0x04
+#define TCP_ACK 0x10
+#define TCP_FLAGS_OFFSET 13
+
+#define PARSED PACKET_COUNTERS_MAX /* Else the counter for what it is. */
+
+static __always_inline void put_v4(struct socket_address *address, __u32 ip)
+{
+    address->ip[0] = 0;
+    address->ip[1] = 0;
+    address->ip[2] = bpf_htonl(0xffff);
+    address->ip[3] = ip;
+}
+
+static __always_inline void put_v6(struct socket_address *address, const struct in6_addr *ip)
+{
+    address->ip[0] = ip->in6_u.u6_addr32[0];
+    address->ip[1] = ip->in6_u.u6_addr32[1];
+    address->ip[2] = ip->in6_u.u6_addr32[2];
+    address->ip[3] = ip->in6_u.u6_addr32[3];
+}
+
+static __always_inline __u32 parse_v4(struct __sk_buff *skb, struct packet *packet)
+{
+    struct iphdr ip;
+    __u32 fragment;
+
+    if (bpf_skb_load_bytes(skb, packet->l3, &ip, sizeof(ip)))
+        return PACKET_truncated;
+    if (ip.version != 4 || ip.ihl < 5)
+        return PACKET_other;
+    put_v4(&packet->source, ip.saddr);
+    put_v4(&packet->destination, ip.daddr);
+    fragment = bpf_ntohs(ip.frag_off);
+    packet->later = (fragment & 0x1fff) != 0;
+    packet->fragment = (fragment & 0x3fff) != 0;
+    packet->id = ip.id;
+    packet->protocol = ip.protocol;
+    packet->l4 = packet->l3 + ip.ihl * 4u;
+    packet->size = bpf_ntohs(ip.tot_len);
+    return PARSED;
+}
+
+/* The first eight bytes of every extension header looked through. */
+struct extension {
+    __u8 next;
+    __u8 length; /* In 8 bytes, without the first 8. */
+    __u8 type;
+    __u8 segments_left;
+    __u32 id;
+};
+
+static __always_inline bool is_extension(__u8 protocol)
+{
+    return protocol == HOP_BY_HOP || protocol == DESTINATION_OPTIONS || protocol == ROUTING ||
+           protocol == FRAGMENT;
+}
+
+static __always_inline __u32 parse_v6(struct __sk_buff *skb, struct packet *packet)
+{
+    struct extension extension;
+    struct ipv6hdr ip;
+    __u32 at = packet->l3 + sizeof(ip);
+    __u8 next;
+
+    if (bpf_skb_load_bytes(skb, packet->l3, &ip, sizeof(ip)))
+        return PACKET_truncated;
+    if (ip.version != 6)
+        return PACKET_other;
+    put_v6(&packet->source, &ip.saddr);
+    put_v6(&packet->destination, &ip.daddr);
+    packet->size = bpf_ntohs(ip.payload_len);
+    if (packet->size)
+        packet->size += sizeof(ip);
+    next = ip.nexthdr;
+
+    for (int i = 0; i < (int)EXTENSION_HEADERS_MAX && is_extension(next); i++) {
+        if (bpf_skb_load_bytes(skb, at, &extension, sizeof(extension)))
+            return PACKET_truncated;
+        at += sizeof(extension);
+        if (next == FRAGMENT) {
+            __u32 fragment = (__u32)extension.type << 8 | extension.segments_left;
+
+            packet->later = (fragment & 0xfff8) != 0;
+            packet->fragment = (fragment & 0xfff9) != 0; /* Else one that is whole: RFC 6946. */
+            packet->id = extension.id;
+            if (packet->later) {
+                packet->l4 = at;
+                return PARSED;
+            }
+        } else {
+            if (next == ROUTING && extension.segments_left)
+                return PACKET_extensions; /* Its destination is not yet the last one. */
+            at += extension.length * 8u;
+        }
+        next = extension.next;
+    }
+    if (is_extension(next))
+        return PACKET_extensions;
+    packet->protocol = next;
+    packet->l4 = at;
+    return PARSED;
+}
+
+/* The packet whose IP header is at `l3`: the one on the wire, or one quoted in an ICMP error. */
+static __noinline __u32 parse(struct __sk_buff *skb, struct packet *packet, __u32 l3)
+{
+    __u32 parsed;
+    __u16 ports[2];
+
+    packet->l3 = l3;
+    parsed = packet->v6 ? parse_v6(skb, packet) : parse_v4(skb, packet);
+    if (parsed != PARSED || packet->later)
+        return parsed;
+    if (packet->protocol != PROTOCOL_TCP && packet->protocol != PROTOCOL_UDP)
+        return packet->protocol == (packet->v6 ? ICMPV6 : ICMP) ? PARSED : PACKET_other;
+    if (bpf_skb_load_bytes(skb, packet->l4, ports, sizeof(ports)))
+        return PACKET_truncated;
+    packet->source.port = ports[0];
+    packet->destination.port = ports[1];
+    packet->source.protocol = packet->protocol;
+    packet->destination.protocol = packet->protocol;
+    return PARSED;
+}
+
+/* Whether all headers are there that will be changed; also reads the TCP flags. */
+static __always_inline bool is_complete(struct __sk_buff *skb, struct packet *packet)
+{
+    __u32 header = packet->later                      ? 0
+                   : packet->protocol == PROTOCOL_TCP ? sizeof(struct tcphdr)
+                                                      : sizeof(struct udphdr);
+
+    if (!packet->size && skb->gso_size) /* More than 64 KiB, together: BIG TCP. */
+        packet->size = skb->len - packet->l3;
+    if (packet->l3 + packet->size > skb->len || packet->l4 + header > packet->l3 + packet->size)
+        return false;
+    return packet->later || packet->protocol != PROTOCOL_TCP ||
+           !bpf_skb_load_bytes(skb, packet->l4 + TCP_FLAGS_OFFSET, &packet->tcp_flags, 1);
+}
+
+/* ---- Changing: all of these say 0 when done, as the helpers do ---- */
+
+/* `check` is the offset of the transport checksum that covers the address; 0: none does. */
+static __always_inline long change_address(struct __sk_buff *skb, const struct packet *packet,
+                                           bool source, struct socket_address *from,
+                                           struct socket_address *to, __u32 check, __u64 flags)
+{
+    __u32 at = packet->l3 + ADDRESS_OFFSET(packet->v6, source);
+    __s64 difference;
+
+    if (packet->v6) {
+        if (!check)
+            return bpf_skb_store_bytes(skb, at, to->ip, sizeof(to->ip), BPF_F_RECOMPUTE_CSUM);
+        difference = bpf_csum_diff(from->ip, sizeof(from->ip), to->ip, sizeof(to->ip), 0);
+        flags |= BPF_F_PSEUDO_HDR;
+        if (bpf_l4_csum_replace(skb, check, 0, difference, flags | L4_IPV6) &&
+            bpf_l4_csum_replace(skb, check, 0, difference, flags))
+            return -1;
+        return bpf_skb_store_bytes(skb, at, to->ip, sizeof(to->ip), 0);
+    }
+    if (check && bpf_l4_csum_replace(skb, check, from->ip[3], to->ip[3],
+                                     flags | BPF_F_PSEUDO_HDR | sizeof(__u32)))
+        return -1;
+    if (bpf_l3_csum_replace(skb, packet->l3 + offsetof(struct iphdr, check), from->ip[3],
+                            to->ip[3], sizeof(__u32)))
+        return -1;
+    return bpf_skb_store_bytes(skb, at, &to->ip[3], sizeof(__u32), 0);
+}
+
+/* The source or the destination, address and port, and remembers it for later fragments. */
+static __noinline long change(struct __sk_buff *skb, struct packet *packet, bool source,
+                              struct socket_address *to)
+{
+    struct socket_address *from = source ? &packet->source : &packet->destination;
+    __u32 check = packet->l4 + CHECK_OFFSET(packet->protocol);
+    __u32 port = packet->l4 + (source ? 0 : sizeof(__u16));
+    __u64 flags = packet->protocol == PROTOCOL_UDP ? BPF_F_MARK_MANGLED_0 : 0;
+
+    if (packet->fragment) {
+        struct fragmented_to value = {.seen_ns = bpf_ktime_get_ns()};
+        struct fragmented key = {.id = packet->id, .answer = source};
+
+        __builtin_memcpy(key.source, packet->source.ip, sizeof(key.source));
+        __builtin_memcpy(key.destination, packet->destination.ip, sizeof(key.destination));
+        key.protocol = packet->v6 ? 0 : packet->protocol;
+        __builtin_memcpy(value.ip, to->ip, sizeof(value.ip));
+        /* Not remembered: the rest passes untouched and is counted as such. */
+        bpf_map_update_elem(&hf_fragmented, &key, &value, BPF_ANY);
+    }
+    if (from->port != to->port &&
+        (bpf_l4_csum_replace(skb, check, from->port, to->port, flags | sizeof(__u16)) ||
+         bpf_skb_store_bytes(skb, port, &to->port, sizeof(to->port), 0)))
+        return -1;
+    return change_address(skb, packet, source, from, to, check, flags);
+}
+
+static __noinline int on_later_fragment(struct __sk_buff *skb, struct packet *packet, bool answer)
+{
+    struct socket_address *from = answer ? &packet->source : &packet->destination;
+    struct fragmented key = {.id = packet->id, .answer = answer};
+    struct socket_address to = {};
+    struct fragmented_to *known;
+
+    __builtin_memcpy(key.source, packet->source.ip, sizeof(key.source));
+    __builtin_memcpy(key.destination, packet->destination.ip, sizeof(key.destination));
+    key.protocol = packet->v6 ? 0 : packet->protocol;
+    known = bpf_map_lookup_elem(&hf_fragmented, &key);
+    if (!known ||
+        (__s64)(bpf_ktime_get_ns() - known->seen_ns) > (__s64)FRAGMENT_TIMEOUT_S * NS_PER_S)
+        return pass(PACKET_fragment_passed);
+    __builtin_memcpy(to.ip, known->ip, sizeof(to.ip));
+    if (change_address(skb, packet, answer, from, &to, 0, 0))
+        return drop(PACKET_change_failed);
+    return pass(PACKET_fragment_translated);
+}
+
+/* ---- Flows ---- */
+
+static __always_inline bool is_closed(const struct tracked *tracked)
+{
+    const __u32 both = SEEN_CLIENT_FIN | SEEN_ENDPOINT_FIN;
+
+    return (tracked->seen & SEEN_RESET) || (tracked->seen & both) == both;
+}
+
+static __always_inline bool is_over(const struct tracked *tracked, __u8 protocol, __u64 now_ns)
+{
+    __s64 timeout_s = TCP_OPEN_TIMEOUT_S;
+
+    if (protocol == PROTOCOL_UDP)
+        timeout_s = UDP_TIMEOUT_S;
+    else if (is_closed(tracked) || !(tracked->seen & SEEN_ANSWER))
+        timeout_s = TCP_TRANSITORY_TIMEOUT_S;
+    /* Another CPU may have seen a packet since `now_ns`. */
+    return (__s64)(now_ns - tracked->seen_ns) > timeout_s * NS_PER_S;
+}
+
+static __always_inline void see(struct tracked *tracked, const struct packet *packet, __u32 fin,
+                                __u64 now_ns)
+{
+    __u32 seen = fin == SEEN_ENDPOINT_FIN ? SEEN_ANSWER : 0;
+
+    if (packet->tcp_flags & TCP_FIN)
+        seen |= fin;
+    if (packet->tcp_flags & TCP_RST)
+        seen |= SEEN_RESET;
+    tracked->seen_ns = now_ns;
+    if ((tracked->seen & seen) != seen)
+        __sync_fetch_and_or(&tracked->seen, seen);
+}
+
+/* Whether answers to `answer` belong to a flow by another service. */
+static __noinline bool is_taken(struct tracked_flow *answer, const struct socket_address *asked,
+                                __u64 now_ns)
+{
+    struct socket_address *service = bpf_map_lookup_elem(&hf_answers, answer);
+    struct tracked_flow flow = {.client = answer->client};
+    struct tracked *tracked;
+
+    if (!service || same_address(service, asked))
+        return false;
+    flow.address = *service;
+    tracked = bpf_map_lookup_elem(&hf_tracked, &flow);
+    return tracked && same_address(&tracked->endpoint, &answer->address) &&
+           !is_over(tracked, flow.client.protocol, now_ns);
+}
+
+/* The endpoint `attempt` places behind a random one, read as in services.c: the list, the endpoint,
+ * and the list again. CHOSEN with `endpoint->port` 0: the list was replaced meanwhile. */
+static __noinline enum verdict choose_near(const struct socket_address *service, __u32 random,
+                                           __u32 attempt, struct socket_address *endpoint)
+{
+    volatile __u64 *value = bpf_map_lookup_elem(&hf_frontends, service);
+    struct socket_address *found;
+    __u64 list, slot, length;
+
+    endpoint->port = 0;
+    if (!value)
+        return NOT_A_SERVICE;
+    list = *value;
+    length = list & LIST_LENGTH_MASK;
+    if (!length)
+        return NO_ENDPOINT;
+    slot = (list & ~(__u64)LIST_LENGTH_MASK) | (((length * random >> 32) + attempt) % length);
+    found = bpf_map_lookup_elem(&hf_endpoints, &slot);
+    if (!found)
+        return CHOSEN;
+    *endpoint = *found;
+    value = bpf_map_lookup_elem(&hf_frontends, service);
+    if (!value || *value != list)
+        endpoint->port = 0;
+    return CHOSEN;
+}
+
+/* Gives a new flow its endpoint. */
+static __noinline __u32 open_flow(const struct tracked_flow *flow, struct tracked *tracked)
+{
+    struct tracked_flow answer = {.client = flow->client};
+    __u32 refused = PACKET_refused_silently;
+    __u32 random = bpf_get_prandom_u32();
+    struct tracked *others;
+    long failed;
+
+    for (__u32 attempt = 0; attempt < ENDPOINT_ATTEMPTS; attempt++) {
+        enum verdict verdict = choose_near(&flow->address, random, attempt, &answer.address);
+
+        if (verdict == NOT_A_SERVICE)
+            return PACKET_request_passed;
+        if (verdict == NO_ENDPOINT)
+            return PACKET_refused_silently;
+        if (!answer.address.port)
+            continue;
+        if (same_ip(&answer.address, &flow->client))
+            refused = PACKET_hairpin;
+        else if (is_taken(&answer, &flow->address, tracked->seen_ns))
+            refused = PACKET_clash;
+        else
+            goto chosen;
+    }
+    return refused;
+
+chosen:
+    tracked->endpoint = answer.address;
+    failed = bpf_map_update_elem(&hf_tracked, flow, tracked, BPF_NOEXIST);
+    if (failed == -EEXIST) { /* Another CPU had a packet of the flow. */
+        others = bpf_map_lookup_elem(&hf_tracked, flow);
+        if (!others)
+            return PACKET_flow_lost;
+        answer.address = others->endpoint;
+        tracked->endpoint = answer.address;
+    } else if (failed) {
+        return PACKET_flow_lost;
+    }
+    if (bpf_map_update_elem(&hf_answers, &answer, &flow->address, BPF_ANY))
+        return PACKET_flow_lost;
+    return PACKET_flow_opened;
+}
+
+/* ---- No endpoint: an answer at once, back out by the interface ---- */
+
+static __always_inline __u32 fold(__u32 sum)
+{
+    sum = (sum & 0xffff) + (sum >> 16);
+    return (sum & 0xffff) + (sum >> 16);
+}
+
+/* Of the answer to `packet`. In the sum, the ::ffff before an IPv4 address is a zero. */
+static __always_inline __u32 pseudo_sum(const struct packet *packet, __u32 length, __u32 protocol)
+{
+    struct {
+        __u32 addresses[8];
+        __u32 length;
+        __u32 protocol;
+    } header = {.length = bpf_htonl(length), .protocol = bpf_htonl(protocol)};
+
+    __builtin_memcpy(header.addresses, packet->source.ip, 16);
+    __builtin_memcpy(header.addresses + 4, packet->destination.ip, 16);
+    return bpf_csum_diff(NULL, 0, (__be32 *)&header, sizeof(header), 0);
+}
+
+/* Whether the checksum at `at` has yet to be completed by the network card: then it holds the sum
+ * of the pseudo header, and the helper leaves it alone. The checksum is changed by the question. */
+static __always_inline bool is_partial(struct __sk_buff *skb, __u32 at)
+{
+    const __u16 before = bpf_htons(0x1234);
+    __u16 after = 0;
+
+    bpf_skb_store_bytes(skb, at, &before, sizeof(before), 0);
+    bpf_l4_csum_replace(skb, at, 0, 1, sizeof(__u16));
+    bpf_skb_load_bytes(skb, at, &after, sizeof(after));
+    return before == after;
+}
+
+static __always_inline long swap_ethernet(struct __sk_buff *skb)
+{
+    __u8 from[2 * ETH_ALEN];
+    __u8 to[2 * ETH_ALEN];
+
+    if (bpf_skb_load_bytes(skb, 0, from, sizeof(from)))
+        return -1;
+    __builtin_memcpy(to, from + ETH_ALEN, ETH_ALEN);
+    __builtin_memcpy(to + ETH_ALEN, from, ETH_ALEN);
+    return bpf_skb_store_bytes(skb, 0, to, sizeof(to), 0);
+}
+
+static __always_inline void answer_v4(const struct packet *packet, struct iphdr *ip,
+                                      __u32 length, __u8 protocol)
+{
+    ip->version = 4;
+    ip->ihl = 5;
+    ip->tot_len = bpf_htons(length);
+    ip->frag_off = bpf_htons(0x4000); /* Not to be fragmented; so it needs no number. */
+    ip->ttl = TTL;
+    ip->protocol = protocol;
+    ip->saddr = packet->destination.ip[3];
+    ip->daddr = packet->source.ip[3];
+    ip->check = ~fold(bpf_csum_diff(NULL, 0, (__be32 *)ip, sizeof(*ip), 0));
+}
+
+static __always_inline void answer_v6(const struct packet *packet, struct ipv6hdr *ip,
+                                      __u32 payload, __u8 protocol)
+{
+    ip->version = 6;
+    ip->payload_len = bpf_htons(payload);
+    ip->nexthdr = protocol;
+    ip->hop_limit = TTL;
+    __builtin_memcpy(&ip->saddr, packet->destination.ip, sizeof(ip->saddr));
+    __builtin_memcpy(&ip->daddr, packet->source.ip, sizeof(ip->daddr));
+}
+
+/* The IP header becomes the answer's in place. Only where there are no options or extensions. */
+static __always_inline long store_ip(struct __sk_buff *skb, const struct packet *packet,
+                                     __u32 payload, __u8 protocol, __u8 protocol_v6)
+{
+    if (packet->v6) {
+        struct ipv6hdr ip = {};
+
+        answer_v6(packet, &ip, payload, protocol_v6);
+        return bpf_skb_store_bytes(skb, ETH_HLEN, &ip, sizeof(ip), 0);
+    }
+    struct iphdr ip = {};
+
+    answer_v4(packet, &ip, sizeof(ip) + payload, protocol);
+    return bpf_skb_store_bytes(skb, ETH_HLEN, &ip, sizeof(ip), 0);
+}
+
+/* RFC 9293, 3.10.7.1: a segment to a closed port. */
+static __noinline __u32 refuse_tcp(struct __sk_buff *skb, const struct packet *packet)
+{
+    struct tcphdr asked;
+    struct tcphdr reset = {.doff = sizeof(reset) / 4, .rst = 1};
+    __u32 behind = packet->l3 + packet->size;
+    __u32 payload, sum;
+    bool partial;
+
+    if (bpf_skb_load_bytes(skb, packet->l4, &asked, sizeof(asked)))
+        return PACKET_truncated;
+    payload = packet->l4 + asked.doff * 4u;
+    if (asked.rst || payload > behind)
+        return PACKET_refused_silently;
+    payload = behind - payload + asked.syn + asked.fin;
+    reset.source = asked.dest;
+    reset.dest = asked.source;
+    if (asked.ack) {
+        reset.seq = asked.ack_seq;
+    } else {
+        reset.ack = 1;
+        reset.ack_seq = bpf_htonl(bpf_ntohl(asked.seq) + payload);
+    }
+    partial = is_partial(skb, packet->l4 + offsetof(struct tcphdr, check));
+    sum = pseudo_sum(packet, sizeof(reset), PROTOCOL_TCP);
+    if (partial)
+        reset.check = fold(sum);
+    else
+        reset.check = ~fold(bpf_csum_diff(NULL, 0, (__be32 *)&reset, sizeof(reset), sum));
+    if (bpf_skb_change_tail(skb, packet->l4 + sizeof(reset), 0) || swap_ethernet(skb) ||
+        store_ip(skb, packet, sizeof(reset), PROTOCOL_TCP, PROTOCOL_TCP) ||
+        bpf_skb_store_bytes(skb, packet->l4, &reset, sizeof(reset), 0))
+        return PACKET_change_failed;
+    return PACKET_refused_tcp;
+}
+
+struct icmp {
+    __u8 type;
+    __u8 code;
+    __u16 check;
+    __u32 unused;
+};
+
+/*
+ * RFC 792 and RFC 4443: port unreachable, with the IP header and 8 bytes behind it.
+ *
+ * The sum of an IPv4 header is zero. Where the UDP checksum has yet to be completed, it will be
+ * over the 8 bytes left, so that their sum is the opposite of their pseudo header's.
+ */
+static __noinline __u32 refuse_udp(struct __sk_buff *skb, const struct packet *packet)
+{
+    __u32 quoted = packet->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr);
+    __u32 grown = quoted + sizeof(struct icmp);
+    __u32 check_at = packet->l4 + offsetof(struct udphdr, check);
+    struct icmp icmp = {.type = packet->v6 ? 1 : 3, .code = packet->v6 ? 4 : 3};
+    struct udphdr udp;
+    __u32 sum;
+    bool partial;
+
+    if (bpf_skb_load_bytes(skb, packet->l4, &udp, sizeof(udp)))
+        return PACKET_truncated;
+    partial = is_partial(skb, check_at);
+    if (bpf_skb_store_bytes(skb, check_at, &udp.check, sizeof(udp.check), 0))
+        return PACKET_change_failed;
+    sum = partial ? (__u16)~udp.check : bpf_csum_diff(NULL, 0, (__be32 *)&udp, sizeof(udp), 0);
+    if (packet->v6) {
+        struct ipv6hdr ip;
+
+        if (bpf_skb_load_bytes(skb, packet->l3, &ip, sizeof(ip)))
+            return PACKET_truncated;
+        sum = bpf_csum_diff(NULL, 0, (__be32 *)&ip, sizeof(ip), sum);
+        sum = fold(sum) + fold(pseudo_sum(packet, grown + sizeof(udp), ICMPV6));
+    }
+    sum = bpf_csum_diff(NULL, 0, (__be32 *)&icmp, sizeof(icmp), sum);
+    icmp.check = ~fold(sum);
+
+    if (bpf_skb_change_tail(skb, packet->l4 + sizeof(udp), 0) ||
+        bpf_skb_adjust_room(skb, grown, BPF_ADJ_ROOM_MAC, 0) || swap_ethernet(skb) ||
+        store_ip(skb, packet, grown + sizeof(udp), ICMP, ICMPV6) ||
+        bpf_skb_store_bytes(skb, packet->l3 + quoted, &icmp, sizeof(icmp), 0))
+        return PACKET_change_failed;
+    return PACKET_refused_udp;
+}
+
+static __always_inline int refuse_packet(struct __sk_buff *skb, const struct packet *packet)
+{
+    __u32 plain = packet->l3 + (packet->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr));
+    __u32 counter = PACKET_refused_silently;
+
+    if (packet->l4 == plain && !packet->fragment)
+        counter = packet->protocol == PROTOCOL_TCP ? refuse_tcp(skb, packet)
+                                                   : refuse_udp(skb, packet);
+    if (counter != PACKET_refused_tcp && counter != PACKET_refused_udp)
+        return drop(counter);
+    count_packet(counter);
+    return bpf_redirect(skb->ifindex, 0);
+}
+
+/* ---- From the client, to the client ---- */
+
+static __noinline int on_request(struct __sk_buff *skb, struct packet *packet)
+{
+    struct tracked_flow flow = {.client = packet->source, .address = packet->destination};
+    struct tracked opened = {.seen_ns = bpf_ktime_get_ns()};
+    struct tracked *known = bpf_map_lookup_elem(&hf_tracked, &flow);
+    struct tracked_flow answer = {.client = packet->source};
+    bool opens = (packet->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+    __u32 counter;
+
+    if (known && !is_over(known, packet->protocol, opened.seen_ns) &&
+        !(opens && is_closed(known))) {
+        see(known, packet, SEEN_CLIENT_FIN, opened.seen_ns);
+        answer.address = known->endpoint;
+        /* Looking it up keeps it: both entries of a flow are used by its packets both ways. */
+        if (!bpf_map_lookup_elem(&hf_answers, &answer) &&
+            bpf_map_update_elem(&hf_answers, &answer, &flow.address, BPF_ANY))
+            return drop(PACKET_flow_lost);
+    } else {
+        if (known)
+            bpf_map_delete_elem(&hf_tracked, &flow);
+        see(&opened, packet, SEEN_CLIENT_FIN, opened.seen_ns);
+        counter = open_flow(&flow, &opened);
+        if (counter == PACKET_request_passed)
+            return pass(counter);
+        if (counter == PACKET_flow_lost)
+            return drop(counter);
+        if (counter != PACKET_flow_opened) {
+            if (counter != PACKET_refused_silently)
+                count_packet(counter);
+            return refuse_packet(skb, packet);
+        }
+        count_packet(counter);
+        answer.address = opened.endpoint;
+    }
+    if (change(skb, packet, false, &answer.address))
+        return drop(PACKET_change_failed);
+    return pass(PACKET_request_translated);
+}
+
+/* The service for which `answer` answers; false: none. */
+static __always_inline bool find_service(const struct tracked_flow *answer,
+                                         const struct packet *packet,
+                                         struct socket_address *found)
+{
+    struct socket_address *service = bpf_map_lookup_elem(&hf_answers, answer);
+    struct tracked_flow flow = {.client = answer->client};
+    __u64 now_ns = bpf_ktime_get_ns();
+    struct tracked *tracked;
+
+    if (!service)
+        return false;
+    flow.address = *service;
+    tracked = bpf_map_lookup_elem(&hf_tracked, &flow);
+    if (!tracked || !same_address(&tracked->endpoint, &answer->address) ||
+        is_over(tracked, flow.client.protocol, now_ns))
+        return false;
+    if (packet)
+        see(tracked, packet, SEEN_ENDPOINT_FIN, now_ns);
+    *found = flow.address;
+    return true;
+}
+
+static __noinline int on_answer(struct __sk_buff *skb, struct packet *packet)
+{
+    struct tracked_flow answer = {.client = packet->destination, .address = packet->source};
+    struct socket_address service;
+
+    if (!find_service(&answer, packet, &service))
+        return pass(PACKET_answer_passed);
+    if (change(skb, packet, true, &service))
+        return drop(PACKET_change_failed);
+    return pass(PACKET_answer_translated);
+}
+
+/* ---- ICMP errors, which quote the packet they are about ---- */
+
+static __always_inline bool is_error(const struct packet *packet, __u8 type)
+{
+    if (packet->v6)
+        return type >= 1 && type <= 4; /* RFC 4443: unreachable, too big, time, parameter. */
+    return type == 3 || type == 11 || type == 12; /* RFC 792: unreachable, time, parameter. */
+}
+
+/* RFC 1624. */
+static __always_inline __u16 updated_check(__u16 check, __u32 difference)
+{
+    return ~fold(fold(difference) + (__u16)~check);
+}
+
+/* Two bytes of a quoted packet, and what that does to the sum of it all. */
+static __always_inline long change_quoted(struct __sk_buff *skb, __u32 at, __u16 from, __u16 to,
+                                          __u32 *difference)
+{
+    __u32 old_word = from, new_word = to;
+
+    *difference = bpf_csum_diff(&old_word, 4, &new_word, 4, *difference);
+    return bpf_skb_store_bytes(skb, at, &to, sizeof(to), 0);
+}
+
+/* The quoted source or destination, and the checksums in the quote as far as it has them.
+ * `difference` is what that does to the sum of the quote. */
+static __noinline long change_quote(struct __sk_buff *skb, const struct packet *quoted, bool source,
+                                    struct socket_address *to, __u32 *difference)
+{
+    struct socket_address from = source ? quoted->source : quoted->destination;
+    __u32 check_at = quoted->l4 + CHECK_OFFSET(quoted->protocol);
+    __u32 at = quoted->l3 + ADDRESS_OFFSET(quoted->v6, source);
+    __u32 addresses = bpf_csum_diff(from.ip, sizeof(from.ip), to->ip, sizeof(to->ip), 0);
+    __u32 old_port, new_port;
+    __u16 check, changed;
+
+    if (quoted->v6) {
+        if (bpf_skb_store_bytes(skb, at, to->ip, sizeof(to->ip), 0))
+            return -1;
+        *difference = addresses;
+    } else {
+        /* The sum of the header stays what it was: zero. */
+        __u32 header_check_at = quoted->l3 + offsetof(struct iphdr, check);
+
+        if (bpf_skb_load_bytes(skb, header_check_at, &check, sizeof(check)))
+            return -1;
+        check = updated_check(check, addresses);
+        if (bpf_skb_store_bytes(skb, header_check_at, &check, sizeof(check), 0) ||
+            bpf_skb_store_bytes(skb, at, &to->ip[3], sizeof(to->ip[3]), 0))
+            return -1;
+        *difference = 0;
+    }
+    if (change_quoted(skb, quoted->l4 + (source ? 0 : sizeof(__u16)), from.port, to->port,
+                      difference))
+        return -1;
+    /* RFC 792 asks for 8 bytes of the transport's header: of TCP's, the checksum is not in them. */
+    if (bpf_skb_load_bytes(skb, check_at, &check, sizeof(check)) ||
+        (quoted->protocol == PROTOCOL_UDP && !check))
+        return 0;
+    old_port = from.port;
+    new_port = to->port;
+    changed = updated_check(check, bpf_csum_diff(&old_port, 4, &new_port, 4, addresses));
+    if (quoted->protocol == PROTOCOL_UDP && !changed)
+        changed = 0xffff;
+    return change_quoted(skb, check_at, check, changed, difference);
+}
+
+static __noinline int on_icmp(struct __sk_buff *skb, struct packet *packet, bool answer)
+{
+    struct packet quoted = {.v6 = packet->v6};
+    __u32 check_at = packet->l4 + offsetof(struct icmp, check);
+    struct socket_address *outer = answer ? &packet->source : &packet->destination;
+    struct socket_address to, *inner;
+    struct tracked_flow flow = {};
+    struct tracked *tracked;
+    __u32 difference = 0;
+    __u8 type;
+
+    if (packet->fragment || bpf_skb_load_bytes(skb, packet->l4, &type, sizeof(type)) ||
+        !is_error(packet, type))
+        return pass(PACKET_other);
+    if (parse(skb, &quoted, packet->l4 + sizeof(struct icmp)) != PARSED || quoted.later ||
+        (quoted.protocol != PROTOCOL_TCP && quoted.protocol != PROTOCOL_UDP) ||
+        !same_ip(&quoted.source, &packet->destination))
+        return pass(PACKET_error_passed);
+
+    if (answer) { /* About what the client sent. */
+        inner = &quoted.destination;
+        flow.client = quoted.source;
+        flow.address = quoted.destination;
+        if (!find_service(&flow, NULL, &to))
+            return pass(PACKET_error_passed);
+    } else { /* By the client, or a router near it, about what it was sent. */
+        inner = &quoted.source;
+        flow.client = quoted.destination;
+        flow.address = quoted.source;
+        tracked = bpf_map_lookup_elem(&hf_tracked, &flow);
+        if (!tracked)
+            return pass(PACKET_error_passed);
+        to = tracked->endpoint;
+    }
+    if (change_quote(skb, &quoted, !answer, &to, &difference) ||
+        bpf_l4_csum_replace(skb, check_at, 0, difference, 0))
+        return drop(PACKET_change_failed);
+    /* A router on the way stays who it is. */
+    if (same_ip(outer, inner) &&
+        change_address(skb, packet, answer, outer, &to, packet->v6 ? check_at : 0, 0))
+        return drop(PACKET_change_failed);
+    return pass(PACKET_error_translated);
+}
+
+/* ---- The hooks ---- */
+
+static __always_inline int on_packet(struct __sk_buff *skb, bool answer)
+{
+    struct packet packet = {};
+    __u16 ethernet_protocol;
+    __u32 parsed;
+
+    packet.v6 = skb->protocol == bpf_htons(ETH_P_IPV6);
+    if ((!packet.v6 && skb->protocol != bpf_htons(ETH_P_IP)) || skb->vlan_present ||
+        (!answer && skb->pkt_type != PACKET_HOST) ||
+        bpf_skb_load_bytes(skb, offsetof(struct ethhdr, h_proto), &ethernet_protocol,
+                           sizeof(ethernet_protocol)) ||
+        ethernet_protocol != skb->protocol)
+        return pass(PACKET_other);
+    parsed = parse(skb, &packet, ETH_HLEN);
+    if (parsed != PARSED)
+        return pass(parsed);
+    if (!is_complete(skb, &packet))
+        return pass(PACKET_truncated);
+    if (packet.later)
+        return on_later_fragment(skb, &packet, answer);
+    if (packet.protocol == ICMP || packet.protocol == ICMPV6)
+        return on_icmp(skb, &packet, answer);
+    return answer ? on_answer(skb, &packet) : on_request(skb, &packet);
+}
+
+SEC("classifier")
+int hf_requests(struct __sk_buff *skb)
+{
+    return on_packet(skb, false);
+}
+
+SEC("classifier")
+int hf_answers_out(struct __sk_buff *skb)
+{
+    return on_packet(skb, true);
+}

@@ -1,0 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+/* One object, so that both levels share the maps of services without a pinned file. */
+#include "services.c"
+
+#include "packets.c"
