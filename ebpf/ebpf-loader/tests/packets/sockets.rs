@@ -3,14 +3,17 @@
 use std::{
     fs, io,
     io::{Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     num::NonZeroU32,
+    os::fd::OwnedFd,
     thread,
     time::{Duration, Instant},
 };
 
 use ebpf_abi::PacketCounter;
 use ebpf_loader::{InterfaceError, Services};
+use etherparse::{Icmpv4Header, Icmpv6Header, IpHeaders, TcpHeader};
+use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketType, recv, sockopt};
 
 use crate::lan::{Family, Lan, families, index, ip};
 
@@ -219,6 +222,85 @@ fn a_service_without_endpoints_refuses_at_once() {
     }
     assert_eq!(lan.counted(PacketCounter::RefusedTcp), 2);
     assert_eq!(lan.counted(PacketCounter::RefusedUdp), 2);
+}
+
+/// Sees every packet of the client's interfaces, from the IP header on.
+fn sniffer(lan: &Lan) -> OwnedFd {
+    let every = Protocol::from_raw(NonZeroU32::new(0x0003_u16.to_be().into()).unwrap());
+    let (family, kind) = (AddressFamily::PACKET, SocketType::DGRAM);
+    let sniffer = lan.in_client(|| rustix::net::socket(family, kind, Some(every)).unwrap());
+    sockopt::set_socket_timeout(&sniffer, sockopt::Timeout::Recv, Some(PATIENCE)).unwrap();
+    sniffer
+}
+
+/// The next packet from the service.
+#[track_caller]
+fn from_service(sniffer: &OwnedFd, family: &Family) -> (IpHeaders, Vec<u8>) {
+    for _ in 0..100 {
+        let mut bytes = vec![0; 2_000];
+        let (length, _) = recv(sniffer, &mut bytes[..], RecvFlags::empty()).unwrap();
+        let Ok((ip, payload)) = IpHeaders::from_slice(&bytes[..length]) else {
+            continue;
+        };
+        let source: IpAddr = match &ip {
+            IpHeaders::Ipv4(header, _) => header.source.into(),
+            IpHeaders::Ipv6(header, _) => header.source.into(),
+        };
+        if source == family.service.ip() {
+            return (ip, payload.payload.to_vec());
+        }
+    }
+    panic!("nothing from {}", family.service);
+}
+
+/// What a network card does with a checksum that holds the sum of the pseudo header.
+fn completed(covered: &[u8]) -> u16 {
+    let words = covered
+        .chunks(2)
+        .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]));
+    let sum = words.sum::<u32>();
+    let sum = (sum & 0xffff) + (sum >> 16);
+    !u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap()
+}
+
+#[test]
+fn refusals_of_uncompleted_packets_are_right_once_completed() {
+    let mut lan = Lan::new();
+    for family in &families() {
+        lan.serve(family.service, &[]);
+        let sniffer = sniffer(&lan);
+        connect(&lan, family).unwrap_err();
+        let (ip, reset) = from_service(&sniffer, family);
+        let (header, _) = TcpHeader::from_slice(&reset).unwrap();
+        let right = match &ip {
+            IpHeaders::Ipv4(ip, _) => header.calc_checksum_ipv4(ip, &[]).unwrap(),
+            IpHeaders::Ipv6(ip, _) => header.calc_checksum_ipv6(ip, &[]).unwrap(),
+        };
+        assert_eq!(completed(&reset), right, "{}", family.service);
+        assert_ne!(header.checksum, right, "a veth completes nothing");
+
+        let client = client_socket(&lan, family);
+        client.send_to(b"question", family.service).unwrap();
+        let (ip, mut error) = from_service(&sniffer, family);
+        let udp = error.len() - 8;
+        let check = completed(&error[udp..]).to_be_bytes();
+        assert_ne!(error[udp + 6..], check, "a veth completes nothing");
+        error[udp + 6..].copy_from_slice(&check);
+        let (header, quote) = error.split_at(8);
+        let right = match &ip {
+            IpHeaders::Ipv4(..) => {
+                let (header, _) = Icmpv4Header::from_slice(header).unwrap();
+                header.icmp_type.calc_checksum(quote)
+            }
+            IpHeaders::Ipv6(ip, _) => {
+                let (header, _) = Icmpv6Header::from_slice(header).unwrap();
+                let kind = header.icmp_type;
+                kind.calc_checksum(ip.source, ip.destination, quote)
+                    .unwrap()
+            }
+        };
+        assert_eq!(header[2..4], right.to_be_bytes(), "{}", family.service);
+    }
 }
 
 #[test]
