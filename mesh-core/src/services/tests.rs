@@ -348,17 +348,28 @@ fn hints_count_where_they_are_complete_and_name_this_node_or_zone() {
 }
 
 #[test]
-fn hints_do_not_ask_endpoints_that_are_not_ready_and_not_those_of_a_local_service() {
+fn hints_are_for_ready_endpoints_and_for_services_that_are_not_local() {
     let mut lame = on("own", 1);
     lame.ready = false; // Without hints, and not asked.
     let endpoints = vec![lame, hinted("zone", "z2/"), hinted("far", "z1/")];
     let mut view = with(view(), endpoints);
     check_chosen(&view, &[5]);
-    let endpoints = vec![hinted("own", "z2/far"), hinted("far", "z1/own")];
-    view = with(view, endpoints);
-    check_chosen(&view, &[5]);
+    let second = Endpoint {
+        address: [10, 42, 0, 6].into(),
+        ..hinted("own", "z1/own")
+    };
+    let mut endpoints = vec![hinted("own", "z2/far"), second, hinted("far", "z1/own")];
+    view = with(view, endpoints.clone());
+    check_chosen(&view, &[5, 6]);
     service_of(&mut view).local_only = true;
-    check_chosen(&view, &[1]);
+    check_chosen(&view, &[1, 6]);
+    // A drain asks nobody for hints: the nearest.
+    for endpoint in &mut endpoints {
+        (endpoint.ready, endpoint.terminating) = (false, true);
+    }
+    view = with(view, endpoints);
+    service_of(&mut view).local_only = false;
+    check_chosen(&view, &[1, 6]);
 }
 
 #[test]
@@ -423,6 +434,9 @@ fn dual_stack_chooses_and_drains_each_family_by_itself() {
     let view_of = |v6: Vec<Endpoint>| with(view(), [at(&["own", "far"]), v6].concat());
     let line = |last: &str| format!("[fd00:96::1]:80 Tcp: {last}");
     let v4 = "10.96.0.1:80 Tcp: 10.42.0.1:8080".to_owned();
+    let draining = view_of(vec![leaving.clone()]);
+    let service = draining.snapshot.services.get(&name()).unwrap();
+    assert!(rank(&draining, service).iter().all(|one| one.usable));
     // The nearest IPv6 endpoint, though an IPv4 one is nearer; draining, though IPv4 is ready.
     let rows = [
         (vec![v6("far", 5)], "[fd42::5]:8080"),
