@@ -87,6 +87,52 @@ fn a_changed_manifest_reaches_the_nodes() -> Result<()> {
     })
 }
 
+/// Two servers on one edge node, asked from another: all three words of the manifest must get from
+/// its file to the kernel of a node that is behind a NAT.
+#[test]
+fn a_service_keeps_its_clients_and_stays_on_the_node_as_its_manifest_says() -> Result<()> {
+    let mesh = Mesh::two_sites()?;
+    mesh.serve("edge-b1", "one", &["http", "one", "[::]:8080"])?;
+    mesh.serve("edge-b1", "two", &["http", "two", "[::]:8081"])?;
+    let address = mesh.resolve("edge-a1", "edge-b1.mesh")?;
+    let slice = |port: u16| {
+        format!(
+            "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: kiosk-{port}, namespace: \
+             shop, labels: {{kubernetes.io/service-name: kiosk}}}}\naddressType: IPv4\nports: [{{port: {port}, \
+             protocol: TCP}}]\nendpoints: [{{addresses: [{address}], nodeName: edge-b1}}]\n"
+        )
+    };
+    let says = |more: &str| -> Result<()> {
+        let service = format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: kiosk, namespace: shop}}\nspec:\n  clusterIP: \
+             10.43.0.99\n  ports: [{{port: 80, protocol: TCP}}]\n{more}"
+        );
+        let text = [service, slice(8080), slice(8081)].concat();
+        Ok(fs::write(mesh.manifests().join("kiosk.yaml"), text)?)
+    };
+    let ask = || mesh.get("edge-a1", &["http://10.43.0.99/"], Duration::from_secs(1));
+
+    says("  sessionAffinity: ClientIP\n")?;
+    tool::eventually("somebody answers", SOON, ask)?;
+    let first = ask()?.node;
+    for _ in 0..16 {
+        ensure!(ask()?.node == first, "the client did not keep {first}");
+    }
+    says("")?;
+    tool::eventually("the other answers too", SOON, || {
+        let node = ask()?.node;
+        ensure!(node != first, "again {node}");
+        Ok(())
+    })?;
+    says("  internalTrafficPolicy: Local\n")?;
+    tool::eventually("the node without an endpoint refuses", SOON, || {
+        let error = ask().map(|hello| hello.node).err().context("it answers")?;
+        let text = format!("{error:#}");
+        ensure!(text.contains("connect to server"), "{text}"); // Not a time-out.
+        Ok(())
+    })
+}
+
 #[test]
 fn a_stock_wireguard_peer_reaches_an_edge_node_through_its_gateway() -> Result<()> {
     let mesh = Mesh::two_sites()?;
