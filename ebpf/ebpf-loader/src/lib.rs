@@ -282,13 +282,23 @@ impl Services {
     ///
     /// [`MapError`] if the kernel does not say.
     pub fn counters(&self) -> Result<BTreeMap<Counter, u64>, MapError> {
-        let map = self.ebpf.map(COUNTERS).ok_or_else(|| missing(COUNTERS))?;
-        let counters: PerCpuArray<&MapData, u64> = PerCpuArray::try_from(map)?;
-        let sum = |&counter: &Counter| {
-            let per_cpu = counters.get(&(counter as u32), 0)?;
+        self.sums(COUNTERS, Counter::ALL, |counter| counter as u32)
+    }
+
+    /// What stands in a map of counters, over all processors; `index` says where each is.
+    fn sums<C: Copy + Ord>(
+        &self,
+        map: &str,
+        counters: &[C],
+        index: fn(C) -> u32,
+    ) -> Result<BTreeMap<C, u64>, MapError> {
+        let found = self.ebpf.map(map).ok_or_else(|| missing(map))?;
+        let values: PerCpuArray<&MapData, u64> = PerCpuArray::try_from(found)?;
+        let sum = |&counter: &C| {
+            let per_cpu = values.get(&index(counter), 0)?;
             Ok((counter, per_cpu.iter().sum()))
         };
-        Counter::ALL.iter().map(sum).collect()
+        counters.iter().map(sum).collect()
     }
 
     /// New list first, then the frontend's value, which is what readers follow, then the old list

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, num::NonZeroU32, path::Path};
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{MapData, MapError, PerCpuArray},
+    maps::MapError,
     programs::{
         LinkOrder, ProgramError, SchedClassifier, TcAttachType,
         tc::{SchedClassifierLink, TcAttachOptions},
@@ -17,7 +17,7 @@ use rustix::{
     net::{AddressFamily, SocketFlags, SocketType, netdevice, socket_with},
 };
 
-use crate::{LoadError, Services, missing, rejected};
+use crate::{LoadError, Services, rejected};
 
 const COUNTERS: &str = "hf_pkt_counters";
 
@@ -124,13 +124,7 @@ impl Services {
     ///
     /// [`MapError`] if the kernel does not say.
     pub fn packet_counters(&self) -> Result<BTreeMap<PacketCounter, u64>, MapError> {
-        let map = self.ebpf.map(COUNTERS).ok_or_else(|| missing(COUNTERS))?;
-        let counters: PerCpuArray<&MapData, u64> = PerCpuArray::try_from(map)?;
-        let sum = |&counter: &PacketCounter| {
-            let per_cpu = counters.get(&(counter as u32), 0)?;
-            Ok((counter, per_cpu.iter().sum()))
-        };
-        PacketCounter::ALL.iter().map(sum).collect()
+        self.sums(COUNTERS, PacketCounter::ALL, |counter| counter as u32)
     }
 }
 
