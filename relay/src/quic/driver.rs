@@ -78,8 +78,8 @@ impl Driver {
     }
 
     /// Moves packets until the link is over, and says why (closing `queue` ends it too); or until
-    /// `on_received` breaks, which loses nothing: this may be called again. `on_received` must not
-    /// wait.
+    /// `on_received` breaks: then this may be called again, and goes on behind what that was told
+    /// last. `on_received` must not wait.
     pub(crate) async fn run(
         &mut self,
         queue: &Queue,
