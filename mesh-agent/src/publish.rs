@@ -53,7 +53,9 @@ pub async fn keep_services(
     }
 }
 
-fn table(view: &View) -> BTreeMap<ebpf_loader::Frontend, ebpf_loader::Backends> {
+/// What the maps have to hold for a view.
+#[must_use]
+pub fn table(view: &View) -> BTreeMap<ebpf_loader::Frontend, ebpf_loader::Backends> {
     let convert = |(frontend, backends): (services::Frontend, services::Backends)| {
         let protocol = match frontend.protocol {
             Protocol::Tcp => ebpf_loader::Protocol::Tcp,
