@@ -3,8 +3,8 @@
 use std::{fmt::Display, net::IpAddr, str::FromStr, time::Duration};
 
 use mesh_core::snapshot::{
-    Endpoint, EndpointPort, EndpointSlice, ExternalPeer, Hints, Locality, MeshSettings, Node,
-    Protocol, Relay, Service, ServiceKind, ServiceName, ServicePort, TrafficDistribution,
+    Endpoint, EndpointPort, EndpointSlice, External, ExternalPeer, Hints, Locality, MeshSettings,
+    Node, Protocol, Relay, Service, ServiceKind, ServiceName, ServicePort, TrafficDistribution,
 };
 use mesh_wire::id::{MeshId, NodeId};
 use prost::Message as _;
@@ -185,12 +185,19 @@ pub fn service_resource(service: &Service) -> Resource {
         cluster_ips,
         external_name,
         ports: ports
-            .map(|port| encode_port(&port.name, port.protocol, port.port))
+            .map(|port| control::ServicePort {
+                node_port: port.node_port.unwrap_or_default().into(),
+                ..encode_port(&port.name, port.protocol, port.port)
+            })
             .collect(),
         publish_not_ready: service.publish_not_ready,
         local_only: service.local_only,
         traffic_distribution: distribution.into(),
         affinity_timeout_s: u32::try_from(affinity).unwrap_or(u32::MAX),
+        external_ips: texts(&service.external.addresses),
+        load_balancer_ips: texts(&service.external.load_balancer),
+        load_balancer_source_ranges: texts(&service.external.sources),
+        external_local_only: service.external.local_only,
     }))
 }
 
@@ -222,6 +229,7 @@ fn encode_port(name: &str, protocol: Protocol, port: u16) -> control::ServicePor
         name: name.to_owned(),
         protocol: protocol.into(),
         port: port.into(),
+        node_port: 0,
     }
 }
 
@@ -311,11 +319,14 @@ fn decode_service(service: &control::Service) -> Result<Service, FieldError> {
     let mut ports = Vec::with_capacity(service.ports.len());
     for (index, raw) in service.ports.iter().enumerate() {
         let (protocol, port) = decode_port(index, raw)?;
-        let name = raw.name.clone();
+        let node_port = (raw.node_port != 0)
+            .then(|| self::port(&format!("ports[{index}].node_port"), raw.node_port))
+            .transpose()?;
         ports.push(ServicePort {
-            name,
+            name: raw.name.clone(),
             protocol,
             port,
+            node_port,
         });
     }
     let distribution = match service.traffic_distribution() {
@@ -332,6 +343,15 @@ fn decode_service(service: &control::Service) -> Result<Service, FieldError> {
         local_only: service.local_only,
         distribution,
         affinity: (!affinity.is_zero()).then_some(affinity),
+        external: External {
+            addresses: parse_list("external_ips", &service.external_ips)?,
+            load_balancer: parse_list("load_balancer_ips", &service.load_balancer_ips)?,
+            sources: parse_list(
+                "load_balancer_source_ranges",
+                &service.load_balancer_source_ranges,
+            )?,
+            local_only: service.external_local_only,
+        },
     })
 }
 

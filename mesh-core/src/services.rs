@@ -9,11 +9,12 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
 use mesh_wire::id::NodeName;
 
 use crate::snapshot::{
-    Endpoint, EndpointPort, EndpointSlice, Locality, Node, Protocol, Service, ServiceKind,
-    ServicePort, Snapshot, TrafficDistribution,
+    Endpoint, EndpointPort, EndpointSlice, External, Locality, Node, Protocol, Service,
+    ServiceKind, ServicePort, Snapshot, TrafficDistribution,
 };
 
 /// The desired state, and what this node knows that the controller cannot: where it is, and
@@ -94,9 +95,9 @@ impl Ranked<'_> {
 /// Where clients send: an address, port and protocol of a service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Frontend {
-    /// A ClusterIP.
+    /// A ClusterIP, an address outside, or for a node port one of this node's own.
     pub address: IpAddr,
-    /// The service's port.
+    /// The service's port, or its node port.
     pub port: u16,
     /// The service port's protocol.
     pub protocol: Protocol,
@@ -109,17 +110,31 @@ pub struct Backends {
     pub endpoints: Vec<SocketAddr>,
     /// The service's `affinity`.
     pub affinity: Option<Duration>,
+    /// What holds for clients that are no processes of this node or its pods; `None`: the same.
+    pub outside: Option<Outside>,
+}
+
+/// Where a frontend leads clients from outside.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Outside {
+    /// As [`Backends::endpoints`]: with `externalTrafficPolicy: Local` those on this node.
+    pub endpoints: Vec<SocketAddr>,
+    /// Who may use it; empty: everybody.
+    pub sources: Vec<IpNet>,
 }
 
 /// Every endpoint of a service, nearest first, then by address.
 #[must_use]
 pub fn rank<'a>(view: &'a View, service: &Service) -> Vec<Ranked<'a>> {
     let mut ranked = judge_all(view, service);
-    let families = [true, false].map(|v4| Choice::new(service, &of_family(&ranked, v4)));
+    let families = [true, false].map(|v4| {
+        let members = of_family(&ranked, v4);
+        Choice::new(service, service.local_only, &members)
+    });
     let groups = groups(service);
     let choices: Vec<_> = groups
         .iter()
-        .map(|group| Choice::new(service, &group.members(&ranked)))
+        .map(|group| Choice::new(service, group.local_only, &group.members(&ranked)))
         .collect();
     for one in &mut ranked {
         let [v4, v6] = &families;
@@ -133,50 +148,137 @@ pub fn rank<'a>(view: &'a View, service: &Service) -> Vec<Ranked<'a>> {
 }
 
 /// What every frontend leads to. A frontend without endpoints is there with an empty list, so
-/// that its clients are refused at once.
+/// that its clients are refused at once. Of several services that have one frontend, a ClusterIP
+/// comes before an address from outside and that before a node port, then the first name.
 #[must_use]
 pub fn table(view: &View) -> BTreeMap<Frontend, Backends> {
-    let services = view.snapshot.services.values();
-    services
-        .flat_map(|service| frontends(view, service))
+    let mut table: BTreeMap<Frontend, (Kind, Backends)> = BTreeMap::new();
+    for service in view.snapshot.services.values() {
+        for (frontend, kind, backends) in frontends(view, service) {
+            let taken = table.get(&frontend).map(|(kind, _)| *kind);
+            if taken.is_none_or(|taken| kind < taken) {
+                table.insert(frontend, (kind, backends));
+            }
+        }
+    }
+    let all = table.into_iter();
+    all.map(|(frontend, (_, backends))| (frontend, backends))
         .collect()
 }
 
-fn frontends(view: &View, service: &Service) -> Vec<(Frontend, Backends)> {
-    let ServiceKind::ClusterIp(addresses) = &service.kind else {
+/// What kind of address a frontend has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    ClusterIp,
+    External,
+    LoadBalancer,
+    NodePort,
+}
+
+fn frontends(view: &View, service: &Service) -> Vec<(Frontend, Kind, Backends)> {
+    let ServiceKind::ClusterIp(cluster_ips) = &service.kind else {
         return Vec::new();
     };
     let ranked = judge_all(view, service);
+    let own = view.snapshot.nodes.get(&view.node);
+    let own: Vec<_> = own.into_iter().flat_map(Node::own_addresses).collect();
+    let External {
+        addresses,
+        load_balancer,
+        ..
+    } = &service.external;
     let mut frontends = Vec::new();
-    for &address in addresses {
-        for port in &service.ports {
-            let frontend = Frontend {
-                address,
-                port: port.port,
-                protocol: port.protocol,
-            };
+    for port in &service.ports {
+        let mut leads_to = LeadsTo::new(service, port, &ranked);
+        let addresses = [
+            (Kind::ClusterIp, cluster_ips, Some(port.port)),
+            (Kind::External, addresses, Some(port.port)),
+            (Kind::LoadBalancer, load_balancer, Some(port.port)),
+            (Kind::NodePort, &own, port.node_port),
+        ];
+        for (kind, addresses, number) in addresses {
+            for &address in number.and(Some(addresses)).into_iter().flatten() {
+                let frontend = Frontend {
+                    address,
+                    port: number.unwrap_or_default(),
+                    protocol: port.protocol,
+                };
+                frontends.push((frontend, kind, leads_to.backends(kind, address.is_ipv4())));
+            }
+        }
+    }
+    frontends
+}
+
+/// Where one port of a service leads, each list made once.
+struct LeadsTo<'a> {
+    service: &'a Service,
+    port: &'a ServicePort,
+    ranked: &'a [Ranked<'a>],
+    /// By family and whether it is kept to this node.
+    lists: BTreeMap<(bool, bool), Vec<SocketAddr>>,
+}
+
+impl<'a> LeadsTo<'a> {
+    fn new(service: &'a Service, port: &'a ServicePort, ranked: &'a [Ranked<'a>]) -> Self {
+        Self {
+            service,
+            port,
+            ranked,
+            lists: BTreeMap::new(),
+        }
+    }
+
+    /// `internalTrafficPolicy` is for ClusterIPs; a client inside that asks for an address from
+    /// outside is led as if there were no policy at all (kube-proxy's chains for `LOCAL` sources).
+    fn backends(&mut self, kind: Kind, v4: bool) -> Backends {
+        let Service {
+            local_only,
+            ref external,
+            affinity,
+            ..
+        } = *self.service;
+        let endpoints = self.list(v4, kind == Kind::ClusterIp && local_only);
+        let restricted = kind == Kind::LoadBalancer && !external.sources.is_empty();
+        let outside = (kind != Kind::ClusterIp && (external.local_only || restricted)).then(|| {
+            let sources = external.sources.iter().filter(|_| restricted);
+            Outside {
+                endpoints: self.list(v4, external.local_only),
+                sources: sources.copied().collect(),
+            }
+        });
+        Backends {
+            endpoints,
+            affinity,
+            outside,
+        }
+    }
+
+    fn list(&mut self, v4: bool, local_only: bool) -> Vec<SocketAddr> {
+        let Self {
+            service,
+            port,
+            ranked,
+            ref mut lists,
+        } = *self;
+        let list = lists.entry((v4, local_only)).or_insert_with(|| {
             let group = Group {
-                v4: address.is_ipv4(),
+                v4,
                 port: Some(port),
-                local_only: service.local_only,
+                local_only,
             };
-            let members = group.members(&ranked);
-            let choice = Choice::new(service, &members);
+            let members = group.members(ranked);
+            let choice = Choice::new(service, local_only, &members);
             let chosen = members.iter().filter(|one| choice.takes(one));
             let mut endpoints: Vec<_> = chosen
                 .filter_map(|one| Some(SocketAddr::new(one.address, one.target(port)?)))
                 .collect();
             endpoints.sort_unstable();
             endpoints.dedup(); // Several controllers may write the same endpoint into their slices.
-            let affinity = service.affinity;
-            let backends = Backends {
-                endpoints,
-                affinity,
-            };
-            frontends.push((frontend, backends));
-        }
+            endpoints
+        });
+        list.clone()
     }
-    frontends
 }
 
 /// The endpoints that are chosen from together: those of one address family that serve one port.
@@ -232,7 +334,7 @@ struct Choice {
 }
 
 impl Choice {
-    fn new(service: &Service, members: &[&Ranked<'_>]) -> Self {
+    fn new(service: &Service, local_only: bool, members: &[&Ranked<'_>]) -> Self {
         let mut choice = Self {
             publish_not_ready: service.publish_not_ready,
             draining: false,
@@ -244,7 +346,7 @@ impl Choice {
         let usable = members.iter().filter(|one| choice.is_usable(one));
         let usable: Vec<_> = usable.copied().collect();
         choice.any_alive = usable.iter().any(|one| one.alive);
-        if !choice.draining && !service.local_only {
+        if !choice.draining && !local_only {
             choice.order = Order::by_hints(&usable).unwrap_or(choice.order);
         }
         let candidates = usable.iter().filter(|one| choice.is_candidate(one));

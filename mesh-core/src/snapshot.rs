@@ -103,6 +103,14 @@ impl Node {
         ];
         own.into_iter().chain(self.prefixes.iter().copied())
     }
+
+    /// Every address of the node itself, in the mesh and outside.
+    pub fn own_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        let overlay = [self.overlay_v4.into(), self.overlay_v6.into()];
+        overlay
+            .into_iter()
+            .chain(self.underlay_addresses.iter().copied())
+    }
 }
 
 /// Where a node is, from near to far. An empty value is "not said" and equals no other.
@@ -188,6 +196,41 @@ pub struct Service {
     /// How long after its last new flow a client keeps its endpoint (`sessionAffinity: ClientIP`);
     /// `None`: every flow may have another.
     pub affinity: Option<Duration>,
+    /// How it is reached from outside, with the node ports of its ports.
+    pub external: External,
+}
+
+impl Service {
+    /// A service without ports, of which nothing was said but its addresses.
+    #[must_use]
+    pub fn new(name: ServiceName, kind: ServiceKind) -> Self {
+        Self {
+            name,
+            kind,
+            ports: Vec::new(),
+            publish_not_ready: false,
+            local_only: false,
+            distribution: None,
+            affinity: None,
+            external: External::default(),
+        }
+    }
+}
+
+/// A service's addresses that others lead to the nodes, and what holds for clients from outside.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct External {
+    /// `externalIPs`.
+    pub addresses: Vec<IpAddr>,
+    /// Those of a load balancer that passes packets on as they came (`status.loadBalancer`, but
+    /// for `ipMode: Proxy`: whoever asks for those is to be answered by the load balancer).
+    pub load_balancer: Vec<IpAddr>,
+    /// Whose packets the load balancer's addresses take (`loadBalancerSourceRanges`); empty:
+    /// everybody's.
+    pub sources: Vec<IpNet>,
+    /// Whether clients from outside are kept to the endpoints on the node that they came to
+    /// (`externalTrafficPolicy: Local`).
+    pub local_only: bool,
 }
 
 /// `trafficDistribution`: which endpoints come before all others.
@@ -219,6 +262,8 @@ pub struct ServicePort {
     pub protocol: Protocol,
     /// Its number.
     pub port: u16,
+    /// Its number at the nodes' own addresses (`nodePort`).
+    pub node_port: Option<u16>,
 }
 
 /// A transport protocol.

@@ -87,7 +87,7 @@ fn a_changed_manifest_reaches_the_nodes() -> Result<()> {
     })
 }
 
-/// Two servers on one edge node, asked from another: all three words of the manifest must get from
+/// Two servers on one edge node, asked from another: all words of the manifest must get from
 /// its file to the kernel of a node that is behind a NAT.
 #[test]
 fn a_service_keeps_its_clients_and_stays_on_the_node_as_its_manifest_says() -> Result<()> {
@@ -105,7 +105,8 @@ fn a_service_keeps_its_clients_and_stays_on_the_node_as_its_manifest_says() -> R
     let says = |more: &str| -> Result<()> {
         let service = format!(
             "apiVersion: v1\nkind: Service\nmetadata: {{name: kiosk, namespace: shop}}\nspec:\n  clusterIP: \
-             10.43.0.99\n  ports: [{{port: 80, protocol: TCP}}]\n{more}"
+             10.43.0.99\n  type: NodePort\n  externalTrafficPolicy: Local\n  externalIPs: [198.18.0.9]\n  \
+             ports: [{{port: 80, nodePort: 30080, protocol: TCP}}]\n{more}"
         );
         let text = [service, slice(8080), slice(8081)].concat();
         Ok(fs::write(mesh.manifests().join("kiosk.yaml"), text)?)
@@ -130,7 +131,13 @@ fn a_service_keeps_its_clients_and_stays_on_the_node_as_its_manifest_says() -> R
         let text = format!("{error:#}");
         ensure!(text.contains("connect to server"), "{text}"); // Not a time-out.
         Ok(())
-    })
+    })?;
+    // Neither policy is for clients on the node that ask for addresses from outside.
+    let own = mesh.resolve("edge-a1", "edge-a1.mesh")?;
+    for at in ["198.18.0.9".to_owned(), format!("{own}:30080")] {
+        mesh.get("edge-a1", &[&format!("http://{at}/")], REQUEST_LIMIT)?;
+    }
+    Ok(())
 }
 
 #[test]

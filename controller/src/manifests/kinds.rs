@@ -3,17 +3,21 @@
 use std::{collections::BTreeMap, fmt::Display, net::IpAddr, str::FromStr, time::Duration};
 
 use k8s_openapi::api::{
-    core::v1::{Node, Service as KubeService, ServiceSpec},
+    core::v1::Node,
     discovery::v1::{Endpoint as KubeEndpoint, EndpointSlice as KubeSlice},
 };
 use mesh_api::crd::{ExternalPeerSpec, MeshConfigSpec, MeshNodeSpec, MeshRelaySpec, SITE_LABEL};
 use mesh_core::snapshot::{
     DEFAULT_MTU_BYTES, Endpoint, EndpointPort, EndpointSlice, ExternalPeer, Hints, Locality,
-    Protocol, Relay, Service, ServiceKind, ServiceName, ServicePort, TrafficDistribution,
+    Protocol, Relay, ServiceName,
 };
 use mesh_identity::authority::check_trust_domain;
 
 use super::{Config, NodeFacts, Object, ObjectId, parse::FieldProblem};
+
+pub(super) use self::service::service;
+
+mod service;
 
 type Checked<T> = Result<T, FieldProblem>;
 
@@ -25,159 +29,9 @@ const DEFAULT_HTTPS_PORT: u16 = 443;
 /// STUN's own port (RFC 8489 §18.6).
 const DEFAULT_STUN_PORT: u16 = 3478;
 
-/// Set by somebody who wants the service left to another proxy.
-const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
-
-/// Default of `sessionAffinityConfig.clientIP.timeoutSeconds`, and its largest value: three hours
-/// and a day (Kubernetes' API of Service).
-const AFFINITY_DEFAULT_S: i32 = 10_800;
-const AFFINITY_MAX_S: i32 = 86_400;
-
 const SERVICE_LABEL: &str = "kubernetes.io/service-name";
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 const REGION_LABEL: &str = "topology.kubernetes.io/region";
-
-pub(super) fn service(id: &ObjectId, service: &KubeService) -> Checked<Object> {
-    let labels = service.metadata.labels.as_ref();
-    if labels.is_some_and(|labels| labels.contains_key(PROXY_NAME_LABEL)) {
-        return Ok(Object::Service(None));
-    }
-    let spec = service
-        .spec
-        .as_ref()
-        .ok_or_else(|| FieldProblem::new("spec", "missing"))?;
-    let kind = match spec.type_.as_deref().unwrap_or("ClusterIP") {
-        "ExternalName" => ServiceKind::ExternalName(external_name(spec.external_name.as_deref())?),
-        "ClusterIP" | "NodePort" | "LoadBalancer" => {
-            cluster_ips(spec.cluster_ip.as_deref(), spec.cluster_ips.as_deref())?
-        }
-        other => {
-            let text = format!(
-                "{other:?} is not one of ClusterIP, NodePort, LoadBalancer and ExternalName"
-            );
-            return Err(FieldProblem::new("spec.type", text));
-        }
-    };
-    let mut ports: Vec<ServicePort> = Vec::new();
-    for (index, raw) in spec.ports.iter().flatten().enumerate() {
-        let field = format!("spec.ports[{index}]");
-        let name = raw.name.clone().unwrap_or_default();
-        if ports.iter().any(|port| port.name == name) {
-            let text = format!("{name:?} is the name of an earlier port too");
-            return Err(FieldProblem::new(format!("{field}.name"), text));
-        }
-        ports.push(ServicePort {
-            name,
-            protocol: protocol(&field, raw.protocol.as_deref())?,
-            port: port(&format!("{field}.port"), raw.port)?,
-        });
-    }
-    Ok(Object::Service(Some(Service {
-        name: ServiceName {
-            namespace: id.namespace.clone(),
-            name: id.name.clone(),
-        },
-        kind,
-        ports,
-        publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
-        local_only: local_only(spec.internal_traffic_policy.as_deref())?,
-        distribution: distribution(spec.traffic_distribution.as_deref())?,
-        affinity: affinity(spec)?,
-    })))
-}
-
-fn local_only(policy: Option<&str>) -> Checked<bool> {
-    match policy.unwrap_or("Cluster") {
-        "Cluster" => Ok(false),
-        "Local" => Ok(true),
-        other => {
-            let text = format!("{other:?} is not one of Cluster and Local");
-            Err(FieldProblem::new("spec.internalTrafficPolicy", text))
-        }
-    }
-}
-
-fn distribution(text: Option<&str>) -> Checked<Option<TrafficDistribution>> {
-    match text {
-        None => Ok(None),
-        Some("PreferSameZone" | "PreferClose") => Ok(Some(TrafficDistribution::SameZone)),
-        Some("PreferSameNode") => Ok(Some(TrafficDistribution::SameNode)),
-        Some(other) => {
-            let text =
-                format!("{other:?} is not one of PreferSameZone, PreferSameNode and PreferClose");
-            Err(FieldProblem::new("spec.trafficDistribution", text))
-        }
-    }
-}
-
-fn affinity(spec: &ServiceSpec) -> Checked<Option<Duration>> {
-    match spec.session_affinity.as_deref().unwrap_or("None") {
-        "None" => return Ok(None),
-        "ClientIP" => {}
-        other => {
-            let text = format!("{other:?} is not one of None and ClientIP");
-            return Err(FieldProblem::new("spec.sessionAffinity", text));
-        }
-    }
-    let config = spec.session_affinity_config.as_ref();
-    let client = config.and_then(|config| config.client_ip.as_ref());
-    let timeout_s = client.and_then(|client| client.timeout_seconds);
-    let timeout_s = timeout_s.unwrap_or(AFFINITY_DEFAULT_S);
-    match u64::try_from(timeout_s) {
-        Ok(seconds) if (1..=AFFINITY_MAX_S).contains(&timeout_s) => {
-            Ok(Some(Duration::from_secs(seconds)))
-        }
-        _ => Err(FieldProblem::new(
-            "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
-            format!("{timeout_s} is not in 1 to {AFFINITY_MAX_S}"),
-        )),
-    }
-}
-
-fn external_name(name: Option<&str>) -> Checked<String> {
-    let name = name.unwrap_or_default();
-    let text = name.trim_end_matches('.').to_ascii_lowercase();
-    check_trust_domain(&text).map_err(|_| {
-        FieldProblem::new("spec.externalName", format!("{name:?} is not a host name"))
-    })?;
-    Ok(text)
-}
-
-fn cluster_ips(one: Option<&str>, all: Option<&[String]>) -> Checked<ServiceKind> {
-    let texts: Vec<(String, &str)> = match all {
-        Some(all) if !all.is_empty() => all
-            .iter()
-            .enumerate()
-            .map(|(index, text)| (format!("spec.clusterIPs[{index}]"), text.as_str()))
-            .collect(),
-        _ => one
-            .iter()
-            .map(|&text| ("spec.clusterIP".to_owned(), text))
-            .collect(),
-    };
-    if let [(_, "None")] = texts.as_slice() {
-        return Ok(ServiceKind::Headless);
-    }
-    let mut addresses: Vec<IpAddr> = Vec::new();
-    for (field, text) in texts.iter().filter(|(_, text)| !text.is_empty()) {
-        let address: IpAddr = parse(field, text)?;
-        if addresses
-            .iter()
-            .any(|other| other.is_ipv4() == address.is_ipv4())
-        {
-            return Err(FieldProblem::new(
-                field,
-                "is a second address of its family",
-            ));
-        }
-        addresses.push(address);
-    }
-    if addresses.is_empty() {
-        let text = "missing: give an address, or None (nobody here hands out addresses)";
-        return Err(FieldProblem::new("spec.clusterIP", text));
-    }
-    Ok(ServiceKind::ClusterIp(addresses))
-}
 
 pub(super) fn slice(id: &ObjectId, slice: &KubeSlice) -> Checked<Object> {
     let labels = slice.metadata.labels.as_ref();

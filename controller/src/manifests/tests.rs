@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use mesh_core::snapshot::{Hints, TrafficDistribution};
+use mesh_core::snapshot::{External, Hints, TrafficDistribution};
 
 use super::*;
 
@@ -181,6 +181,118 @@ fn what_a_service_says_of_its_traffic_is_read_and_checked() {
             "spec.sessionAffinityConfig.clientIP.timeoutSeconds: {timeout_s} is not in 1 to 86400"
         );
         assert!(problems[0].ends_with(&expected), "{problems:?}");
+    }
+}
+
+#[test]
+fn addresses_outside_and_node_ports_are_read_and_checked() {
+    let read = |type_: &str, port: &str, spec: &str, status: &str| {
+        let text = SERVICE
+            .replace("spec:", &format!("{status}spec:\n  type: {type_}{spec}"))
+            .replace("port: 80", &format!("port: 80{port}"));
+        parse_file("shop.yaml", &text)
+    };
+    let ingress = |list: &str| format!("status: {{loadBalancer: {{ingress: [{list}]}}}}\n");
+    let vip = "{ip: 203.0.113.2}, {ip: 203.0.113.3, ipMode: VIP}";
+    let others = "{ip: 203.0.113.4, ipMode: Proxy}, {hostname: lb.example.com}";
+    let policy = "\n  externalTrafficPolicy: Local";
+    let ranges = "\n  loadBalancerSourceRanges: [198.51.100.0/24, \" 2001:db8::/32 \"]";
+    let ips = "\n  externalIPs: [203.0.113.1, 2001:db8::1]";
+    let parsed = read(
+        "LoadBalancer",
+        ", nodePort: 30080",
+        &format!("{policy}{ranges}{ips}"),
+        &ingress(&format!("{vip}, {others}")),
+    );
+    assert_eq!(parsed.problems, [""; 0]);
+    let Object::Service(Some(service)) = &parsed.objects[0].object else {
+        panic!("{:?}", parsed.objects);
+    };
+    assert_eq!(service.ports[0].node_port, Some(30_080));
+    let addresses = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
+    let expected = External {
+        addresses: addresses(&["203.0.113.1", "2001:db8::1"]),
+        load_balancer: addresses(&["203.0.113.2", "203.0.113.3"]),
+        sources: ["198.51.100.0/24", "2001:db8::/32"]
+            .map(|net| net.parse().unwrap())
+            .into(),
+        local_only: true,
+    };
+    assert_eq!(service.external, expected);
+
+    let broken = [
+        (
+            ["ClusterIP", ", nodePort: 30080", ""],
+            "",
+            "spec.ports[0].nodePort: is only for the types NodePort and LoadBalancer",
+        ),
+        (
+            ["NodePort", "", ""],
+            "",
+            "spec.ports[0].nodePort: missing: give a port (nobody here hands out ports)",
+        ),
+        (
+            ["NodePort", ", nodePort: 70000", ""],
+            "",
+            "spec.ports[0].nodePort: 70000 is not a port (1 to 65535)",
+        ),
+        (
+            [
+                "NodePort",
+                ", nodePort: 30080}, {name: b, port: 81, nodePort: 30080",
+                "",
+            ],
+            "",
+            "spec.ports[1].nodePort: is the node port of an earlier port too",
+        ),
+        (
+            ["ClusterIP", "", policy],
+            "",
+            "spec.externalTrafficPolicy: there is no address outside: give type NodePort or LoadBalancer, or externalIPs",
+        ),
+        (
+            ["LoadBalancer", "", "\n  externalTrafficPolicy: Near"],
+            "",
+            "spec.externalTrafficPolicy: \"Near\" is not one of Cluster and Local",
+        ),
+        (
+            ["NodePort", ", nodePort: 30080", ranges],
+            "",
+            "spec.loadBalancerSourceRanges: is only for the type LoadBalancer",
+        ),
+        (
+            [
+                "LoadBalancer",
+                "",
+                "\n  loadBalancerSourceRanges: [198.51.100.0]",
+            ],
+            "",
+            "spec.loadBalancerSourceRanges[0]: \"198.51.100.0\": invalid IP address syntax",
+        ),
+        (
+            ["ClusterIP", "", "\n  externalIPs: [127.0.0.1]"],
+            "",
+            "spec.externalIPs[0]: 127.0.0.1 is unspecified, loopback, link-local or multicast",
+        ),
+        (
+            ["ClusterIP", "", "\n  externalIPs: [fe80::1]"],
+            "",
+            "spec.externalIPs[0]: fe80::1 is unspecified, loopback, link-local or multicast",
+        ),
+        (
+            ["LoadBalancer", "", ""],
+            "{ip: 203.0.113.2, ipMode: Vip}",
+            "status.loadBalancer.ingress[0].ipMode: \"Vip\" is not one of VIP and Proxy",
+        ),
+        (
+            ["LoadBalancer", "", ""],
+            "{ip: 169.254.0.1}",
+            "status.loadBalancer.ingress[0].ip: 169.254.0.1 is unspecified, loopback, link-local or multicast",
+        ),
+    ];
+    for ([type_, port, spec], list, expected) in broken {
+        let problems = read(type_, port, spec, &ingress(list)).problems;
+        assert!(problems[0].ends_with(expected), "{problems:?}");
     }
 }
 

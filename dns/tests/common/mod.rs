@@ -119,19 +119,15 @@ pub(crate) fn add_service(snapshot: &mut Snapshot, name: &str, kind: ServiceKind
         name: name.to_owned(),
         protocol,
         port,
+        node_port: None,
     };
     let service = Service {
-        name: service_name(name),
-        kind,
         ports: vec![
             port("http", Protocol::Tcp, 80),
             port("dns", Protocol::Udp, 53),
             port("", Protocol::Tcp, 81),
         ],
-        publish_not_ready: false,
-        local_only: false,
-        distribution: None,
-        affinity: None,
+        ..Service::new(service_name(name), kind)
     };
     snapshot.services.insert(service.name.clone(), service);
 }

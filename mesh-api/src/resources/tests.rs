@@ -4,8 +4,8 @@ use std::{
 };
 
 use mesh_core::snapshot::{
-    Endpoint, EndpointPort, EndpointSlice, ExternalPeer, Hints, Locality, MeshSettings, Protocol,
-    Relay, Service, ServiceKind, ServiceName, ServicePort, TrafficDistribution,
+    Endpoint, EndpointPort, EndpointSlice, External, ExternalPeer, Hints, Locality, MeshSettings,
+    Protocol, Relay, Service, ServiceKind, ServiceName, ServicePort, TrafficDistribution,
 };
 use mesh_identity::authority::CertificateAuthority;
 use mesh_wire::id::NodeId;
@@ -36,17 +36,13 @@ fn a_node_that_another_authority_signed_is_left_out_and_the_rest_stays() {
 fn a_broken_field_is_named_with_its_resource() {
     let mesh = authority();
     let mut service = service_resource(&Service {
-        name: name("shop", "inventory"),
-        kind: ServiceKind::Headless,
         ports: vec![ServicePort {
             name: String::new(),
             protocol: Protocol::Tcp,
             port: 80,
+            node_port: None,
         }],
-        publish_not_ready: false,
-        local_only: false,
-        distribution: None,
-        affinity: None,
+        ..Service::new(name("shop", "inventory"), ServiceKind::Headless)
     });
     if let Some(crate::control::resource::Kind::Service(service)) = &mut service.kind {
         service.ports[0].port = 70_000;
@@ -152,9 +148,10 @@ type ServiceParts = (
     String,
     ServiceKind,
     Vec<(String, bool, u16)>,
-    [bool; 2],
+    [bool; 3],
     Option<TrafficDistribution>,
     Option<u32>,
+    Vec<IpAddr>,
 );
 
 type EndpointParts = (IpAddr, Option<String>, Option<String>, [bool; 3]);
@@ -187,10 +184,11 @@ fn parts() -> impl Strategy<Value = Parts> {
         Just(Some(TrafficDistribution::SameZone)),
         Just(Some(TrafficDistribution::SameNode)),
     ];
-    let flags = any::<[bool; 2]>();
+    let flags = any::<[bool; 3]>();
+    let outside = vec(any::<IpAddr>(), 0..3);
     let affinity_s = option::of(1..=u32::MAX);
     let ports = vec(port, 0..3);
-    let service = (label, kind, ports, flags, distribution, affinity_s);
+    let service = (label, kind, ports, flags, distribution, affinity_s, outside);
     let endpoint = (
         any::<IpAddr>(),
         option::of(label.prop_map(String::from)),
@@ -265,13 +263,14 @@ impl Parts {
 }
 
 fn service(parts: &ServiceParts) -> Service {
-    let (text, kind, ports, flags, distribution, affinity_s) = parts;
+    let (text, kind, ports, flags, distribution, affinity_s, outside) = parts;
     let ports = ports.iter().map(|(name, tcp, port)| ServicePort {
         name: name.clone(),
         protocol: if *tcp { Protocol::Tcp } else { Protocol::Udp },
         port: *port,
+        node_port: tcp.then_some(*port | 0x7000),
     });
-    let [publish_not_ready, local_only] = *flags;
+    let [publish_not_ready, local_only, external_local_only] = *flags;
     Service {
         name: name("default", text),
         kind: kind.clone(),
@@ -280,6 +279,12 @@ fn service(parts: &ServiceParts) -> Service {
         local_only,
         distribution: *distribution,
         affinity: affinity_s.map(|seconds| Duration::from_secs(seconds.into())),
+        external: External {
+            addresses: outside.clone(),
+            load_balancer: outside.iter().rev().copied().collect(),
+            sources: outside.iter().copied().map(Into::into).collect(),
+            local_only: external_local_only,
+        },
     }
 }
 

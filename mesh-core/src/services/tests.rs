@@ -5,6 +5,8 @@ use mesh_wire::id::{MeshId, NodeId};
 use super::*;
 use crate::snapshot::{EndpointPort, Hints, MeshSettings, ServiceName, ServicePort};
 
+mod external;
+
 /// `own` and `near` share site A, `zone` shares the zone, `region` the region, `far` nothing.
 fn view() -> View {
     let mesh = MeshId([1; 32]);
@@ -34,18 +36,10 @@ fn view() -> View {
         };
         snapshot.nodes.insert(node.name.clone(), node);
     }
+    let vips = vec![[10, 96, 0, 1].into(), vip_v6().into()];
     let service = Service {
-        name: name(),
-        kind: ServiceKind::ClusterIp(vec![[10, 96, 0, 1].into(), vip_v6().into()]),
-        ports: vec![ServicePort {
-            name: "http".into(),
-            protocol: Protocol::Tcp,
-            port: 80,
-        }],
-        publish_not_ready: false,
-        local_only: false,
-        distribution: None,
-        affinity: None,
+        ports: vec![port("http", Protocol::Tcp, 80)],
+        ..Service::new(name(), ServiceKind::ClusterIp(vips))
     };
     snapshot.services.insert(name(), service);
     View {
@@ -59,6 +53,15 @@ fn name() -> ServiceName {
     ServiceName {
         namespace: "shop".into(),
         name: "inventory".into(),
+    }
+}
+
+fn port(name: &str, protocol: Protocol, port: u16) -> ServicePort {
+    ServicePort {
+        name: name.into(),
+        protocol,
+        port,
+        node_port: None,
     }
 }
 
@@ -375,11 +378,6 @@ fn hints_are_for_ready_endpoints_and_for_services_that_are_not_local() {
 #[test]
 fn each_port_has_its_own_endpoints_by_name_and_protocol() {
     let mut view = view();
-    let port = |name: &str, protocol, port| ServicePort {
-        name: name.into(),
-        protocol,
-        port,
-    };
     service_of(&mut view).kind = ServiceKind::ClusterIp(vec![[10, 96, 0, 1].into()]);
     service_of(&mut view).ports = vec![
         port("dns", Protocol::Udp, 53),
