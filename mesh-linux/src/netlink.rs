@@ -9,6 +9,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     net::IpAddr,
+    sync::Arc,
 };
 
 use futures_util::{FutureExt as _, Stream, StreamExt as _, TryStreamExt as _};
@@ -26,6 +27,7 @@ use rtnetlink::{
     Handle, LinkUnspec, MulticastGroup, RouteMessageBuilder, new_connection,
     new_multicast_connection, packet_core::NetlinkPayload,
 };
+use tokio::sync::Mutex;
 
 use crate::IfIndex;
 
@@ -38,6 +40,8 @@ pub const ROUTE_PROTOCOL: u8 = 72;
 #[derive(Debug, Clone)]
 pub struct Netlink {
     handle: Handle,
+    /// The kernel lists one table at a time on a socket, and refuses the second (`EBUSY`).
+    turn: Arc<Mutex<()>>,
 }
 
 /// Why the kernel did not do what was asked.
@@ -146,7 +150,8 @@ impl Netlink {
     pub fn connect() -> io::Result<Self> {
         let (connection, handle, _no_notifications) = new_connection()?;
         tokio::spawn(connection);
-        Ok(Self { handle })
+        let turn = Arc::default();
+        Ok(Self { handle, turn })
     }
 
     /// The index of the interface `name`.
@@ -321,6 +326,7 @@ impl Netlink {
             .address()
             .get()
             .set_link_index_filter(link.get());
+        let _turn = self.turn.lock().await;
         collect(
             || format!("list the addresses of interface {link}"),
             request.execute(),
@@ -380,6 +386,7 @@ impl Netlink {
             RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
         ] {
             let request = self.handle.route().get(family);
+            let _turn = self.turn.lock().await;
             let messages = collect(|| "list the routes".to_owned(), request.execute()).await?;
             routes.extend(messages.iter().filter_map(own_route));
         }
@@ -397,6 +404,7 @@ impl Netlink {
         &self,
         except: &str,
     ) -> Result<BTreeSet<LocalAddress>, NetlinkError> {
+        let _turn = self.turn.lock().await;
         let links = self.handle.link().get().execute();
         let links = collect(|| "list the interfaces".to_owned(), links).await?;
         let names: BTreeMap<u32, String> = links
