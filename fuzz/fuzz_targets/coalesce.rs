@@ -2,7 +2,7 @@
 
 #![no_main]
 
-use std::collections::HashMap;
+use std::{collections::HashMap, io::IoSlice};
 
 use libfuzzer_sys::fuzz_target;
 use mesh_linux::tun::VnetHeader;
@@ -97,17 +97,26 @@ fn flow(mut packet: Vec<u8>) -> (Vec<u8>, Vec<u8>) {
     (key, packet)
 }
 
+/// What the kernel gathers.
+fn whole(pieces: &[IoSlice<'_>]) -> Vec<u8> {
+    let bytes = pieces.iter().flat_map(|piece| piece.iter());
+    bytes.copied().collect()
+}
+
 fuzz_target!(|input: (bool, Vec<Change>)| {
     let (udp, changes) = input;
-    let (mut coalescer, mut written, mut pushed) = (Coalescer::new(udp), Vec::new(), Vec::new());
     let mut sequences = [0_u32; 256];
-    for change in changes.iter().take(200) {
-        let packet = packet(change, &mut sequences[usize::from(change.0 & 15)]);
-        let mut framed = [&[0; VnetHeader::LEN][..], &packet].concat();
-        coalescer.push(&mut framed, |framed| written.push(framed.to_vec()));
-        pushed.push(packet);
+    let pushed = changes.iter().take(200);
+    let pushed = pushed.map(|change| packet(change, &mut sequences[usize::from(change.0 & 15)]));
+    let pushed: Vec<_> = pushed.collect();
+    let framed = pushed.iter();
+    let framed = framed.map(|packet| [&[0; VnetHeader::LEN][..], packet].concat());
+    let mut framed: Vec<_> = framed.collect();
+    let (mut coalescer, mut written) = (Coalescer::new(udp), Vec::new());
+    for framed in &mut framed {
+        coalescer.push(framed, |pieces| written.push(whole(pieces)));
     }
-    coalescer.flush(|framed| written.push(framed.to_vec()));
+    coalescer.flush(|pieces| written.push(whole(pieces)));
     let mut room = vec![0; 1 << 20];
     let mut came: HashMap<_, Vec<_>> = HashMap::new();
     for framed in &written {

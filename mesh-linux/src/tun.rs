@@ -3,7 +3,7 @@
 
 use std::{
     fs::File,
-    io,
+    io::{self, IoSlice},
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd},
     sync::Arc,
 };
@@ -164,14 +164,14 @@ impl Queue {
         Ok(rustix::io::read(&self.fd, buffer)?)
     }
 
-    /// Hands the kernel one header and packet.
+    /// Hands the kernel one header and packet, which may be in pieces.
     ///
     /// # Errors
     ///
     /// `WouldBlock` or ENOBUFS if the kernel has no room, `EINVAL` for a packet that contradicts its
     /// header, `EIO` while the interface is down.
-    pub fn write(&self, packet: &[u8]) -> io::Result<()> {
-        rustix::io::write(&self.fd, packet)?;
+    pub fn write(&self, packet: &[IoSlice<'_>]) -> io::Result<()> {
+        rustix::io::writev(&self.fd, packet)?;
         Ok(())
     }
 }

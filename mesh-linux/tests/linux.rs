@@ -4,7 +4,7 @@
 
 use std::{
     collections::BTreeSet,
-    io,
+    io::{self, IoSlice},
     net::{IpAddr, SocketAddr},
     os::fd::AsFd as _,
     process::Command,
@@ -341,7 +341,7 @@ fn a_packet_goes_through_a_tun_both_ways() {
     answer[20..24].rotate_left(2);
     answer[26..28].fill(0);
     queue
-        .write(&[&VnetHeader::default().to_bytes(), &answer[..]].concat())
+        .write(&[&VnetHeader::default().to_bytes(), &answer[..]].map(IoSlice::new))
         .unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut received = [0; 8];

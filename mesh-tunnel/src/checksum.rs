@@ -8,13 +8,23 @@ pub(crate) struct Sum(u64);
 impl Sum {
     /// Adds bytes; an odd last one counts as if followed by a zero.
     pub(crate) fn add(mut self, bytes: &[u8]) -> Self {
-        let mut words = bytes.chunks_exact(4);
         // A packet has fewer than 2¹⁵ words of 32 bits: 64 bits cannot overflow.
-        for word in &mut words {
-            let word = word.first_chunk().copied().unwrap_or_default();
-            self.0 += u64::from(u32::from_ne_bytes(word));
+        let (blocks, rest) = bytes.as_chunks::<32>();
+        let (mut low, mut high) = ([0; 4], [0; 4]);
+        for block in blocks {
+            let (words, _) = block.as_chunks::<8>();
+            for ((low, high), word) in low.iter_mut().zip(&mut high).zip(words) {
+                let word = u64::from_ne_bytes(*word);
+                *low += word & u64::from(u32::MAX);
+                *high += word >> 32;
+            }
         }
-        match *words.remainder() {
+        self.0 += low.iter().chain(&high).sum::<u64>();
+        let (words, rest) = rest.as_chunks::<4>();
+        for word in words {
+            self.0 += u64::from(u32::from_ne_bytes(*word));
+        }
+        match *rest {
             [a] => self.0 += u64::from(u16::from_ne_bytes([a, 0])),
             [a, b] => self.0 += u64::from(u16::from_ne_bytes([a, b])),
             [a, b, c] => {

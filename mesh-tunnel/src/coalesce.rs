@@ -5,6 +5,9 @@
 //! of that flow cannot join it closes it first. Only packets whose checksums are right are
 //! joined, because joining replaces the checksum.
 
+use std::{io::IoSlice, mem};
+
+use arrayvec::ArrayVec;
 use mesh_linux::tun::VnetHeader;
 
 use crate::{
@@ -12,37 +15,44 @@ use crate::{
     segment::{self, TCP, TCP_CHECKSUM_AT, UDP, UDP_CHECKSUM_AT},
 };
 
-/// Flows that are joined at a time. With more, the one that waits longest is written early:
-/// 8 × 64 KiB is what a thread may cost.
+/// Flows that are joined at a time. With more, the one that waits longest is written early.
 const SLOTS: usize = 8;
 
 /// Largest IP packet, by the length field of IPv4.
 const PACKET_LEN_MAX: usize = 65_535;
 
-/// Most datagrams in a UDP super-packet (the kernel's `UDP_MAX_SEGMENTS` until 6.8).
-const UDP_SEGMENTS_MAX: usize = 64;
+/// Most packets in a super-packet: what the kernel allows for UDP (`UDP_MAX_SEGMENTS` until 6.8), and for
+/// TCP more than 64 KiB of packets of 1,280 bytes. Eight slots of so many pieces are 8 KiB of a
+/// thread's stack.
+const SEGMENTS_MAX: usize = 64;
 
 const ACK: u8 = 0x10;
 const PSH: u8 = 0x08;
 const FIN: u8 = 0x01;
 
-/// Joins the packets of one batch.
+/// Joins the packets of one batch where they lie: nothing is copied, the kernel gathers the pieces.
 #[derive(Debug)]
-pub(crate) struct Coalescer {
-    /// In the order in which they were opened, the longest open first.
-    slots: Vec<Slot>,
+pub(crate) struct Coalescer<'b> {
+    slots: ArrayVec<Slot<'b>, SLOTS>,
+    /// How many super-packets were begun.
+    begun: usize,
     /// Whether the kernel takes UDP super-packets.
     udp: bool,
 }
 
-/// A super-packet that grows. Its buffer is made once and used again.
+/// A super-packet that grows.
 #[derive(Debug)]
-struct Slot {
-    bytes: Box<[u8]>,
+struct Slot<'b> {
+    /// The first packet with its room for an offload header; its headers become those of all.
+    first: &'b mut [u8],
+    /// A place for `first`, and the payloads that follow it.
+    pieces: ArrayVec<IoSlice<'b>, SEGMENTS_MAX>,
+    /// Of the super-packet, without the offload header.
     len: usize,
     shape: Shape,
-    segments: usize,
     next_sequence: u32,
+    /// Its place in the order in which they were begun.
+    begun: usize,
     open: bool,
 }
 
@@ -55,49 +65,55 @@ struct Shape {
     payload_len: usize,
 }
 
-impl Coalescer {
+impl<'b> Coalescer<'b> {
     pub(crate) fn new(udp: bool) -> Self {
         Self {
-            slots: Vec::new(),
+            slots: ArrayVec::new(),
+            begun: 0,
             udp,
         }
     }
 
     /// Takes a packet with room for an offload header in front. It may be kept; then it is
-    /// written by a later call, at the latest by [`Self::flush`].
-    pub(crate) fn push(&mut self, framed: &mut [u8], write: &mut impl FnMut(&[u8])) {
-        let Some((room, packet)) = framed.split_first_chunk_mut::<{ VnetHeader::LEN }>() else {
+    /// written by a later call, at the latest by [`Self::flush`]. `write` gets the pieces of a
+    /// packet, offload header first.
+    pub(crate) fn push(&mut self, framed: &'b mut [u8], write: &mut impl FnMut(&[IoSlice<'_>])) {
+        let Some(packet) = framed.get(VnetHeader::LEN..) else {
             return;
         };
         let flow = Shape::of(packet);
         let mergeable = flow.filter(|shape| self.may_begin(shape, packet));
+        let is_last = flow.is_some_and(|shape| ends_super_packet(shape, packet));
         match flow {
             // A fragment or the like may belong to any flow.
             None => self.flush(write),
             Some(shape) => {
-                let own = self
-                    .slots
-                    .iter()
-                    .position(|slot| slot.is_flow_of(shape, packet));
-                if let Some(number) = own {
-                    if mergeable.is_some() && self.append(number, shape, packet, write) {
+                let mut slots = self.slots.iter_mut();
+                if let Some(slot) = slots.find(|slot| slot.is_flow_of(shape, packet)) {
+                    if mergeable.is_some() && slot.may_append(shape, packet) {
+                        slot.append(shape, framed);
+                        if is_last || slot.is_full(shape) {
+                            slot.write_out(write);
+                        }
                         return;
                     }
-                    self.close(number, write);
+                    slot.write_out(write);
                 }
             }
         }
         match mergeable {
-            Some(shape) if !ends_super_packet(shape, packet) => self.begin(shape, packet, write),
+            Some(shape) if !is_last => self.begin(shape, framed, write),
             _ => {
-                *room = VnetHeader::default().to_bytes();
-                write(framed);
+                if let Some(room) = framed.first_chunk_mut() {
+                    *room = VnetHeader::default().to_bytes();
+                }
+                write(&[IoSlice::new(framed)]);
             }
         }
     }
 
     /// Writes everything that is open.
-    pub(crate) fn flush(&mut self, write: &mut impl FnMut(&[u8])) {
+    pub(crate) fn flush(&mut self, write: &mut impl FnMut(&[IoSlice<'_>])) {
         for slot in &mut self.slots {
             slot.write_out(write);
         }
@@ -112,78 +128,57 @@ impl Coalescer {
         plain && shape.payload_len > 0 && checksums_are_right(*shape, packet)
     }
 
-    /// Adds the packet to its flow's slot. Whether it fits there.
-    fn append(
+    fn begin(
         &mut self,
-        number: usize,
         shape: Shape,
-        packet: &[u8],
-        write: &mut impl FnMut(&[u8]),
-    ) -> bool {
-        let Some(slot) = self.slots.get_mut(number) else {
-            return false;
-        };
-        if !slot.append(shape, packet) {
-            return false;
+        framed: &'b mut [u8],
+        write: &mut impl FnMut(&[IoSlice<'_>]),
+    ) {
+        self.begun += 1;
+        let begun = self.begun;
+        if !self.slots.is_full() && self.slots.iter().all(|slot| slot.open) {
+            self.slots.push(Slot::new());
         }
-        if ends_super_packet(shape, packet) || shape.payload_len < slot.shape.payload_len {
-            self.close(number, write);
-        }
-        true
-    }
-
-    fn close(&mut self, number: usize, write: &mut impl FnMut(&[u8])) {
-        if let Some(slot) = self.slots.get_mut(number) {
+        // One that is not open, or else the one that was begun first.
+        let slot = self
+            .slots
+            .iter_mut()
+            .min_by_key(|slot| if slot.open { slot.begun } else { 0 });
+        if let Some(slot) = slot {
             slot.write_out(write);
+            slot.begin(shape, framed, begun);
         }
-    }
-
-    fn begin(&mut self, shape: Shape, packet: &[u8], write: &mut impl FnMut(&[u8])) {
-        let free = self.slots.iter().position(|slot| !slot.open);
-        let mut slot = match free {
-            Some(number) => self.slots.remove(number),
-            None if self.slots.len() < SLOTS => Slot::new(),
-            None => {
-                let mut oldest = self.slots.remove(0);
-                oldest.write_out(write);
-                oldest
-            }
-        };
-        slot.begin(shape, packet);
-        self.slots.push(slot);
     }
 }
 
-impl Slot {
+impl<'b> Slot<'b> {
     fn new() -> Self {
         Self {
-            bytes: vec![0; VnetHeader::LEN + PACKET_LEN_MAX].into(),
+            first: &mut [],
+            pieces: ArrayVec::new(),
             len: 0,
             shape: Shape::default(),
-            segments: 0,
             next_sequence: 0,
+            begun: 0,
             open: false,
         }
     }
 
     fn packet(&self) -> &[u8] {
-        self.bytes
-            .get(VnetHeader::LEN..VnetHeader::LEN + self.len)
-            .unwrap_or_default()
+        self.first.get(VnetHeader::LEN..).unwrap_or_default()
     }
 
-    fn begin(&mut self, shape: Shape, packet: &[u8]) {
-        let room = self
-            .bytes
-            .get_mut(VnetHeader::LEN..VnetHeader::LEN + packet.len());
-        if let Some(room) = room {
-            room.copy_from_slice(packet);
-            self.len = packet.len();
-            self.shape = shape;
-            self.segments = 1;
-            self.next_sequence = sequence(shape, packet).wrapping_add(len_u32(shape.payload_len));
-            self.open = true;
-        }
+    fn begin(&mut self, shape: Shape, framed: &'b mut [u8], begun: usize) {
+        self.first = framed;
+        let packet = self.packet();
+        let next_sequence = sequence(shape, packet).wrapping_add(len_u32(shape.payload_len));
+        self.len = packet.len();
+        self.shape = shape;
+        self.next_sequence = next_sequence;
+        self.pieces.clear();
+        self.pieces.push(IoSlice::new(&[]));
+        self.begun = begun;
+        self.open = true;
     }
 
     /// Whether the packet is of the flow of this open slot: protocol, addresses and ports.
@@ -196,57 +191,52 @@ impl Slot {
             && ports(self.shape, own) == ports(shape, packet)
     }
 
-    /// Adds the payload of a packet of this flow if it continues what is there, and all that is
-    /// said once for a super-packet is the same in both.
-    fn append(&mut self, shape: Shape, packet: &[u8]) -> bool {
+    /// Whether a packet of this flow continues what is there, and all that is said once for a
+    /// super-packet is the same in both.
+    fn may_append(&self, shape: Shape, packet: &[u8]) -> bool {
         let continues = shape.protocol != TCP || self.next_sequence == sequence(shape, packet);
-        let small_enough = self.len + shape.payload_len <= PACKET_LEN_MAX
+        continues
+            && self.len + shape.payload_len <= PACKET_LEN_MAX
             && shape.payload_len <= self.shape.payload_len
-            && (shape.protocol == TCP || self.segments < UDP_SEGMENTS_MAX);
-        if !continues || !small_enough || !same_headers(shape, self.packet(), packet) {
-            return false;
-        }
-        let at = VnetHeader::LEN + self.len;
-        let room = self.bytes.get_mut(at..at + shape.payload_len);
-        let (Some(room), Some(payload)) = (room, packet.get(shape.headers_len..)) else {
-            return false;
-        };
-        room.copy_from_slice(payload);
-        self.len += shape.payload_len;
-        self.segments += 1;
-        self.next_sequence = self.next_sequence.wrapping_add(len_u32(shape.payload_len));
-        if let Some(flags) = tcp_flags(shape, packet)
-            && let Some(own) = self
-                .bytes
-                .get_mut(VnetHeader::LEN + shape.transport_at + 13)
-        {
-            *own |= flags;
-        }
-        true
+            && same_headers(shape, self.packet(), packet)
     }
 
-    fn write_out(&mut self, write: &mut impl FnMut(&[u8])) {
-        if !self.open {
+    /// Adds the payload of a packet that [`Self::may_append`].
+    fn append(&mut self, shape: Shape, framed: &'b [u8]) {
+        let packet = framed.get(VnetHeader::LEN..).unwrap_or_default();
+        let payload = packet.get(shape.headers_len..).unwrap_or_default();
+        self.pieces.push(IoSlice::new(payload));
+        self.len += shape.payload_len;
+        self.next_sequence = self.next_sequence.wrapping_add(len_u32(shape.payload_len));
+        let own = self
+            .first
+            .get_mut(VnetHeader::LEN + shape.transport_at + 13);
+        if let (Some(flags), Some(own)) = (tcp_flags(shape, packet), own) {
+            *own |= flags;
+        }
+    }
+
+    /// Whether nothing can follow the packet that was added last.
+    fn is_full(&self, last: Shape) -> bool {
+        last.payload_len < self.shape.payload_len || self.pieces.is_full()
+    }
+
+    fn write_out(&mut self, write: &mut impl FnMut(&[IoSlice<'_>])) {
+        if !mem::take(&mut self.open) {
             return;
         }
-        self.open = false;
-        let whole = self.bytes.get_mut(..VnetHeader::LEN + self.len);
-        let Some((room, packet)) = whole.and_then(<[u8]>::split_first_chunk_mut) else {
+        let first = mem::take(&mut self.first);
+        let Some((room, headers)) = first.split_first_chunk_mut::<{ VnetHeader::LEN }>() else {
             return;
         };
-        let header = if self.segments == 1 {
-            Some(VnetHeader::default())
-        } else {
-            finish(self.shape, packet)
+        let header = match self.pieces.len() {
+            1 => Some(VnetHeader::default()),
+            _ => finish(self.shape, headers, self.len),
         };
-        if let Some(header) = header {
-            let room: &mut [u8; VnetHeader::LEN] = room;
+        if let (Some(header), Some(place)) = (header, self.pieces.first_mut()) {
             *room = header.to_bytes();
-            write(
-                self.bytes
-                    .get(..VnetHeader::LEN + self.len)
-                    .unwrap_or_default(),
-            );
+            *place = IoSlice::new(first);
+            write(&self.pieces);
         }
     }
 }
@@ -357,11 +347,12 @@ fn same_headers(shape: Shape, one: &[u8], other: &[u8]) -> bool {
     ip && (shape.protocol != TCP || tcp())
 }
 
-/// Makes the headers those of a super-packet; the offload header that goes with it.
-fn finish(shape: Shape, packet: &mut [u8]) -> Option<VnetHeader> {
-    let total_len = u16::try_from(packet.len()).ok()?;
-    let (ip, transport) = packet.split_at_mut_checked(shape.transport_at)?;
-    let transport_len = u16::try_from(transport.len()).ok()?;
+/// Makes the headers of the first packet those of a super-packet of `len` bytes; the offload header
+/// that goes with it.
+fn finish(shape: Shape, first: &mut [u8], len: usize) -> Option<VnetHeader> {
+    let total_len = u16::try_from(len).ok()?;
+    let transport_len = u16::try_from(len.checked_sub(shape.transport_at)?).ok()?;
+    let (ip, transport) = first.split_at_mut_checked(shape.transport_at)?;
     let v4 = shape.transport_at == 20;
     if v4 {
         ip.get_mut(2..4)?.copy_from_slice(&total_len.to_be_bytes());

@@ -37,19 +37,51 @@ use crate::{
 /// Largest datagram: what UDP can carry, and more than a relay frame.
 const DATAGRAM_LEN_MAX: usize = 1 << 16;
 
-/// What one thread needs to receive. [`Inner::finish`] must follow the last datagram of a batch.
+/// What one thread keeps to receive.
 #[derive(Debug)]
 pub(crate) struct Inbox {
-    to_kernel: ToKernel,
-    last: Option<LastSession>,
+    /// By which queue packets reach the kernel.
+    queue: usize,
+    /// Whether the kernel takes UDP super-packets.
+    udp_offload: bool,
     /// For packets that had to wait for a handshake.
-    pub(crate) out: Outbox,
-    /// A copy of a datagram that may not be opened where it lies. Made when first needed.
-    copy: Vec<u8>,
+    out: Outbox,
+    /// Copies of datagrams that may not be opened where they lie, and whose they are.
+    copies: Vec<u8>,
+    copied: Vec<(NodeId, usize)>,
 }
+
+/// Bytes of copies that are opened at a time: as much as a large receive, and little enough to stay in a
+/// processor's own cache.
+const COPIED_BYTES: usize = 128 << 10;
 
 impl Inbox {
     pub(crate) fn new(queue: usize, udp_offload: bool, out: Outbox) -> Self {
+        Self {
+            queue,
+            udp_offload,
+            out,
+            copies: Vec::new(),
+            copied: Vec::new(),
+        }
+    }
+
+    /// Begins a batch. [`Inner::finish`] must end it.
+    pub(crate) fn batch<'b>(&'b mut self) -> Arrivals<'b> {
+        Arrivals::new(self.queue, self.udp_offload, &mut self.out)
+    }
+}
+
+/// A batch that is being opened, each datagram where it lies.
+#[derive(Debug)]
+pub(crate) struct Arrivals<'b> {
+    to_kernel: ToKernel<'b>,
+    last: Option<LastSession>,
+    out: &'b mut Outbox,
+}
+
+impl<'b> Arrivals<'b> {
+    fn new(queue: usize, udp_offload: bool, out: &'b mut Outbox) -> Self {
         Self {
             to_kernel: ToKernel {
                 queue,
@@ -58,22 +90,20 @@ impl Inbox {
             },
             last: None,
             out,
-            copy: Vec::new(),
         }
     }
 }
 
 /// What stands between an opened packet and the kernel.
 #[derive(Debug)]
-struct ToKernel {
-    /// By which queue packets reach it.
+struct ToKernel<'b> {
     queue: usize,
-    coalescer: Coalescer,
+    coalescer: Coalescer<'b>,
     sources: LastSource,
 }
 
 /// The session and way of the last datagram, so that a batch of one session looks it up once and
-/// notes it once. Forgotten after each batch, so that a peer which is cut off stays no longer.
+/// notes it once.
 #[derive(Debug)]
 struct LastSession {
     number: u32,
@@ -87,7 +117,7 @@ struct LastSession {
     wire: usize,
 }
 
-/// The last source address that was found to be a peer's, likewise for one batch.
+/// The last source address that was found to be a peer's.
 #[derive(Debug, Default)]
 struct LastSource(Option<(IpAddr, NodeId)>);
 
@@ -140,7 +170,7 @@ const STUN_COOKIE: [u8; 4] = [0x21, 0x12, 0xa4, 0x42];
 
 impl Inner {
     /// Takes what one sender sent to the node's port.
-    pub(crate) fn receive(&self, message: Message<'_>, inbox: &mut Inbox, now: Instant) {
+    pub(crate) fn receive<'b>(&self, message: Message<'b>, batch: &mut Arrivals<'b>, now: Instant) {
         let Message {
             from,
             to,
@@ -164,9 +194,9 @@ impl Inner {
                 Some((id, sessions)) if looks_like_frame(datagram) => {
                     let via = Via::Relay(*id);
                     let arrival = Arrival { via, ..arrival };
-                    self.relay_frame(datagram, from, sessions, arrival, inbox)
+                    self.relay_frame(datagram, from, sessions, arrival, batch)
                 }
-                _ => self.inbound(datagram, arrival, inbox),
+                _ => self.inbound(datagram, arrival, batch),
             };
             if let Err(reason) = result {
                 self.drops.count(reason);
@@ -175,13 +205,13 @@ impl Inner {
     }
 
     /// Takes a frame that came from a relay's address.
-    fn relay_frame(
+    fn relay_frame<'b>(
         &self,
-        frame: &mut [u8],
+        frame: &'b mut [u8],
         from: SocketAddr,
         sessions: &HashMap<RelaySession, NodeId>,
         arrival: Arrival,
-        inbox: &mut Inbox,
+        batch: &mut Arrivals<'b>,
     ) -> Result<(), DropReason> {
         let Ok(Frame::Data { session, .. }) = Frame::decode(frame) else {
             self.emit(TunnelEvent::RelayFrame {
@@ -196,40 +226,61 @@ impl Inner {
             ..arrival
         };
         let payload = frame.get_mut(relay::HEADER_LEN..).unwrap_or_default();
-        self.inbound(payload, arrival, inbox)
+        self.inbound(payload, arrival, batch)
     }
 
-    /// Takes a datagram that may not be changed where it lies.
-    pub(crate) fn inbound_copy(&self, datagram: &[u8], arrival: Arrival, inbox: &mut Inbox) {
-        let mut copy = std::mem::take(&mut inbox.copy);
-        copy.clear();
-        copy.extend(datagram.iter().take(DATAGRAM_LEN_MAX));
-        if let Err(reason) = self.inbound(&mut copy, arrival, inbox) {
-            self.drops.count(reason);
+    /// Takes datagrams that may not be changed where they lie; whose they are, and how they came.
+    pub(crate) fn receive_copies<D: AsRef<[u8]>>(
+        &self,
+        datagrams: impl IntoIterator<Item = (NodeId, D)>,
+        arrival: impl Fn(NodeId) -> Arrival,
+        inbox: &mut Inbox,
+    ) {
+        let mut datagrams = datagrams.into_iter();
+        loop {
+            inbox.copies.clear();
+            while inbox.copies.len() < COPIED_BYTES
+                && let Some((peer, datagram)) = datagrams.next()
+            {
+                let datagram = datagram.as_ref().iter().take(DATAGRAM_LEN_MAX);
+                inbox.copied.push((peer, datagram.len()));
+                inbox.copies.extend(datagram);
+            }
+            if inbox.copied.is_empty() {
+                return;
+            }
+            let mut batch = Arrivals::new(inbox.queue, inbox.udp_offload, &mut inbox.out);
+            let mut copies = inbox.copies.as_mut_slice();
+            for (peer, len) in inbox.copied.drain(..) {
+                let Some((datagram, rest)) = copies.split_at_mut_checked(len) else {
+                    break;
+                };
+                copies = rest;
+                if let Err(reason) = self.inbound(datagram, arrival(peer), &mut batch) {
+                    self.drops.count(reason);
+                }
+            }
+            self.finish(&mut batch);
         }
-        inbox.copy = copy;
     }
 
     /// Writes what was kept back to join it with more, and notes what came.
-    pub(crate) fn finish(&self, inbox: &mut Inbox) {
+    pub(crate) fn finish(&self, batch: &mut Arrivals<'_>) {
         let ToKernel {
-            queue,
-            coalescer,
-            sources,
-        } = &mut inbox.to_kernel;
-        coalescer.flush(&mut |framed| self.write_tun(*queue, framed));
-        *sources = LastSource::default();
-        note_last(&mut inbox.last);
+            queue, coalescer, ..
+        } = &mut batch.to_kernel;
+        coalescer.flush(&mut |pieces| self.write_tun(*queue, pieces));
+        note_last(batch.last.take());
     }
 
-    fn inbound(
+    fn inbound<'b>(
         &self,
-        datagram: &mut [u8],
+        datagram: &'b mut [u8],
         arrival: Arrival,
-        inbox: &mut Inbox,
+        batch: &mut Arrivals<'b>,
     ) -> Result<(), DropReason> {
         match Kind::of(datagram) {
-            Some(Kind::Data { receiver }) => self.open(receiver, datagram, arrival, inbox),
+            Some(Kind::Data { receiver }) => self.open(receiver, datagram, arrival, batch),
             Some(Kind::Initiation | Kind::Response { .. } | Kind::CookieReply { .. }) => {
                 let handshake = Handshake::new(datagram, arrival);
                 let queued = self.handshakes.try_send(handshake);
@@ -268,7 +319,7 @@ impl Inner {
     ) -> Result<&'a mut LastSession, DropReason> {
         let same = |last: &LastSession| last.number == number && last.via == via;
         if !last.as_ref().is_some_and(same) {
-            note_last(last);
+            note_last(last.take());
             let peer = self.by_session(number)?;
             let session = peer.session(number).ok_or(DropReason::UnknownSession)?;
             *last = Some(LastSession {
@@ -285,19 +336,18 @@ impl Inner {
         last.as_mut().ok_or(DropReason::UnknownSession)
     }
 
-    fn open(
+    fn open<'b>(
         &self,
         number: u32,
-        datagram: &mut [u8],
+        datagram: &'b mut [u8],
         arrival: Arrival,
-        inbox: &mut Inbox,
+        batch: &mut Arrivals<'b>,
     ) -> Result<(), DropReason> {
-        let Inbox {
+        let Arrivals {
             to_kernel,
             last,
             out,
-            ..
-        } = inbox;
+        } = batch;
         let last = self.look_up(number, arrival.via, last)?;
         let wire_len = datagram.len();
         let (counter, plain) = last.session.open(datagram, arrival.now).map_err(reason)?;
@@ -318,13 +368,13 @@ impl Inner {
     }
 
     /// Hands on the packet that was opened to `plain`, whose padding is still there.
-    fn deliver(
+    fn deliver<'b>(
         &self,
         last: &mut LastSession,
-        datagram: &mut [u8],
+        datagram: &'b mut [u8],
         plain: Range<usize>,
         arrival: Arrival,
-        to_kernel: &mut ToKernel,
+        to_kernel: &mut ToKernel<'b>,
     ) -> Result<(), DropReason> {
         let peer = &last.peer;
         let padded = datagram.get(plain).unwrap_or_default();
@@ -353,8 +403,8 @@ impl Inner {
         let ToKernel {
             queue, coalescer, ..
         } = to_kernel;
-        coalescer.push(framed.unwrap_or_default(), &mut |framed| {
-            self.write_tun(*queue, framed);
+        coalescer.push(framed.unwrap_or_default(), &mut |pieces| {
+            self.write_tun(*queue, pieces);
         });
         Ok(())
     }
@@ -409,8 +459,8 @@ impl Inner {
 }
 
 /// Counts what came by the last session.
-fn note_last(last: &mut Option<LastSession>) {
-    if let Some(last) = last.take() {
+fn note_last(last: Option<LastSession>) {
+    if let Some(last) = last {
         last.peer.counts.received(last.packets, last.bytes);
         last.peer.counts.wire_received(last.wire);
     }

@@ -3,6 +3,7 @@
 //! with the code behind it.
 
 use std::{
+    io::IoSlice,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -32,9 +33,9 @@ pub fn cut(framed: &[u8], mut room: &mut [u8], mut each: impl FnMut(&mut [u8])) 
 
 /// Joins packets to super-packets.
 #[derive(Debug)]
-pub struct Coalescer(coalesce::Coalescer);
+pub struct Coalescer<'b>(coalesce::Coalescer<'b>);
 
-impl Coalescer {
+impl<'b> Coalescer<'b> {
     /// For a kernel that takes UDP super-packets, too, or does not.
     #[must_use]
     pub fn new(udp: bool) -> Self {
@@ -42,12 +43,12 @@ impl Coalescer {
     }
 
     /// Takes a packet with [`VnetHeader::LEN`] bytes of room in front.
-    pub fn push(&mut self, framed: &mut [u8], mut write: impl FnMut(&[u8])) {
+    pub fn push(&mut self, framed: &'b mut [u8], mut write: impl FnMut(&[IoSlice<'_>])) {
         self.0.push(framed, &mut write);
     }
 
     /// Writes what is open.
-    pub fn flush(&mut self, mut write: impl FnMut(&[u8])) {
+    pub fn flush(&mut self, mut write: impl FnMut(&[IoSlice<'_>])) {
         self.0.flush(&mut write);
     }
 }

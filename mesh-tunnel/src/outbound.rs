@@ -2,6 +2,7 @@
 
 use std::{
     hash::{BuildHasher as _, RandomState},
+    io::IoSlice,
     net::IpAddr,
     sync::{
         Arc,
@@ -227,7 +228,8 @@ impl Inner {
             let mut framed = [0; VnetHeader::LEN + icmp::LEN_MAX];
             let whole = framed.get_mut(VnetHeader::LEN..).unwrap_or_default();
             whole.copy_from_slice(&answer);
-            self.write_tun(0, framed.get(..VnetHeader::LEN + len).unwrap_or_default());
+            let framed = framed.get(..VnetHeader::LEN + len).unwrap_or_default();
+            self.write_tun(0, &[IoSlice::new(framed)]);
         }
     }
 

@@ -1,7 +1,7 @@
 //! A packet's whole way, without the kernel and the network: what goes into one tunnel comes out of the
 //! other, each flow in order and byte for byte.
 
-use std::{collections::BTreeMap, time::Instant};
+use std::{collections::BTreeMap, io::IoSlice, time::Instant};
 
 use mesh_linux::{tun::VnetHeader, udp::Ecn};
 use mesh_wireguard::{
@@ -14,7 +14,7 @@ use crate::{
     checksum::Sum,
     coalesce::{
         Coalescer,
-        tests::{Odd, Piece, by_flow, cut, payload, piece},
+        tests::{Odd, Piece, by_flow, cut, payload, piece, whole},
     },
     ecn, internals, route,
     segment::{self, TCP, TCP_CHECKSUM_AT, UDP, UDP_CHECKSUM_AT},
@@ -142,8 +142,7 @@ fn read() -> impl Strategy<Value = Read> {
 fn pass(reads: &[(Read, Vec<u8>)], mtu: usize, udp: bool) -> Vec<Vec<u8>> {
     let now = Instant::now();
     let [from, to] = internals::sessions(now).unwrap();
-    let (mut coalescer, mut written) = (Coalescer::new(udp), Vec::new());
-    let mut write = |framed: &[u8]| written.extend(cut(framed));
+    let (mut written, mut batch) = (Vec::new(), Vec::new());
     for (read, framed) in reads {
         for packet in cut(framed) {
             let outer = if read.congested {
@@ -155,19 +154,29 @@ fn pass(reads: &[(Read, Vec<u8>)], mtu: usize, udp: bool) -> Vec<Vec<u8>> {
             let (counter, plain) = to.open(&mut datagram, now).unwrap();
             to.window().accept(counter).unwrap();
             let len = route::packet_len(&datagram[plain.clone()]).unwrap();
-            let packet = &mut datagram[plain.start..plain.start + len];
-            if ecn::merge(outer, packet).is_ok() {
-                let end = plain.start + len;
-                let framed = &mut datagram[DATA_HEADER_LEN - VnetHeader::LEN..end];
-                coalescer.push(framed, &mut write);
+            let end = plain.start + len;
+            if ecn::merge(outer, &mut datagram[plain.start..end]).is_ok() {
+                batch.push(datagram[DATA_HEADER_LEN - VnetHeader::LEN..end].to_vec());
             }
         }
         if read.batch_end {
-            coalescer.flush(&mut write);
+            join(&mut batch, udp, &mut written);
         }
     }
-    coalescer.flush(&mut write);
+    join(&mut batch, udp, &mut written);
     written
+}
+
+/// What the kernel has of a batch after the cut.
+fn join(batch: &mut Vec<Vec<u8>>, udp: bool, written: &mut Vec<Vec<u8>>) {
+    let mut coalescer = Coalescer::new(udp);
+    let mut write = |pieces: &[IoSlice<'_>]| written.extend(cut(&whole(pieces)));
+    for framed in batch.iter_mut() {
+        coalescer.push(framed, &mut write);
+    }
+    coalescer.flush(&mut write);
+    drop(coalescer);
+    batch.clear();
 }
 
 fn seal(session: &Session, packet: &[u8], mtu: usize) -> Vec<u8> {

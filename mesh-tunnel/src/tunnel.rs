@@ -2,7 +2,8 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fmt, io,
+    fmt,
+    io::{self, IoSlice},
     net::{Ipv6Addr, SocketAddr},
     sync::{
         Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
@@ -329,17 +330,14 @@ impl Tunnel {
         let inner = &self.0;
         let mut inbox = inner.inboxes.take(|| inner.new_inbox(0));
         let now = Instant::now();
-        for (peer, datagram) in datagrams {
-            let arrival = Arrival {
-                via: Via::Relay(relay),
-                sender: Sender::Client(peer),
-                to: None,
-                ecn: Ecn::NotCapable,
-                now,
-            };
-            inner.inbound_copy(datagram.as_ref(), arrival, &mut inbox);
-        }
-        inner.finish(&mut inbox);
+        let arrival = |peer| Arrival {
+            via: Via::Relay(relay),
+            sender: Sender::Client(peer),
+            to: None,
+            ecn: Ecn::NotCapable,
+            now,
+        };
+        inner.receive_copies(datagrams, arrival, &mut inbox);
         inner.inboxes.give_back(inbox);
     }
 
@@ -541,9 +539,10 @@ impl Inner {
     }
 
     /// Hands the kernel an offload header and a packet, by a queue of the device.
-    pub(crate) fn write_tun(&self, queue: usize, framed: &[u8]) {
+    /// Hands the kernel a packet in pieces, offload header first.
+    pub(crate) fn write_tun(&self, queue: usize, pieces: &[IoSlice<'_>]) {
         let queue = self.tun.queues().get(queue);
-        if queue.is_none_or(|queue| queue.write(framed).is_err()) {
+        if queue.is_none_or(|queue| queue.write(pieces).is_err()) {
             self.drops.count(DropReason::TunFull);
         }
     }

@@ -192,10 +192,11 @@ impl<'a> Worker<'a> {
             return Ok(());
         };
         socket.receive(&mut self.received)?;
+        let mut batch = self.inbox.batch();
         for message in self.received.messages() {
-            self.tunnel.receive(message, &mut self.inbox, now);
+            self.tunnel.receive(message, &mut batch, now);
         }
-        self.tunnel.finish(&mut self.inbox);
+        self.tunnel.finish(&mut batch);
         Ok(())
     }
 

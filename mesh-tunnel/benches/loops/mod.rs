@@ -95,15 +95,22 @@ fn coalesce() -> Loop {
         packets.push([&[0; VnetHeader::LEN][..], packet].concat());
     })
     .unwrap();
-    let mut coalescer = Coalescer::new(true);
+    let first = packets.first().cloned().unwrap_or_default();
     Loop {
         packets: SEGMENTS as u64,
         body: Box::new(move || {
-            let mut written = 0;
+            // Its headers were made those of all.
+            packets.first_mut().unwrap().copy_from_slice(&first);
+            let (mut coalescer, mut written) = (Coalescer::new(true), 0);
             for packet in &mut packets {
                 coalescer.push(black_box(packet), |_| written += 1);
             }
-            coalescer.flush(|framed| written += black_box(framed).len());
+            coalescer.flush(|pieces| {
+                written += black_box(pieces)
+                    .iter()
+                    .map(|piece| piece.len())
+                    .sum::<usize>();
+            });
             assert_eq!(written, VnetHeader::LEN + 52 + SEGMENTS * SEGMENT);
         }),
     }

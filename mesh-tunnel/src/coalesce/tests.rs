@@ -160,14 +160,23 @@ pub(crate) fn payload(len: usize, fill: u8) -> Vec<u8> {
 /// What the kernel is given for `packets`, offload header first.
 fn coalesce(packets: &[Vec<u8>]) -> Vec<Vec<u8>> {
     let mut written = Vec::new();
+    let framed = packets
+        .iter()
+        .map(|packet| [&[0xee; VnetHeader::LEN][..], packet].concat());
+    let mut framed: Vec<_> = framed.collect();
     let mut coalescer = Coalescer::new(true);
-    let mut write = |framed: &[u8]| written.push(framed.to_vec());
-    for packet in packets {
-        let mut framed = [&[0xee; VnetHeader::LEN][..], packet].concat();
-        coalescer.push(&mut framed, &mut write);
+    let mut write = |pieces: &[IoSlice<'_>]| written.push(whole(pieces));
+    for framed in &mut framed {
+        coalescer.push(framed, &mut write);
     }
     coalescer.flush(&mut write);
     written
+}
+
+/// What the kernel gathers.
+pub(crate) fn whole(pieces: &[IoSlice<'_>]) -> Vec<u8> {
+    let bytes = pieces.iter().flat_map(|piece| piece.iter());
+    bytes.copied().collect()
 }
 
 /// What the kernel makes of it.
