@@ -20,7 +20,7 @@ use rand::SeedableRng;
 use crate::{
     io::{Input, Output},
     node::{
-        context::{Calls, Context, Dice, RelayWish, Us},
+        context::{Calls, Context, Dice, Inside, RelayWish, Us},
         gather::Gather,
         peer::{Known, Peer},
         relays::Relays,
@@ -93,6 +93,7 @@ impl Core {
             relays_up: Vec::new(),
             hopeless_relays: Vec::new(),
             relays: Vec::new(),
+            inside: Inside::default(),
         };
         Self {
             config,
@@ -278,6 +279,7 @@ impl Core {
         self.names = None;
         let own = snapshot.nodes.get(&self.config.node);
         self.us.site = own.and_then(|node| node.locality.site.clone());
+        self.us.inside = Inside::new(&snapshot, &self.config.node);
         self.forget_removed_peers();
         if relays_before.as_ref() != Some(&snapshot.relays) {
             let known: Vec<RelayId> = snapshot.relays.keys().copied().collect();
@@ -286,6 +288,8 @@ impl Core {
             self.gather_anew(now);
         }
         self.refresh_us(now);
+        // A way may have come to lead into the tunnel itself.
+        self.for_each_peer(now, |peer, ctx| peer.select(ctx));
     }
 
     /// Peers that the snapshot does not name any more, or under another key.

@@ -1,18 +1,22 @@
 //! What a peer's state machine sees of the node around it, and asks of it.
 
 use std::{
-    collections::VecDeque,
-    net::SocketAddr,
+    collections::{BTreeMap, VecDeque},
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
+use ipnet::IpNet;
 use mesh_wire::{
-    id::{NodeId, RelayId, SiteName, Via},
+    id::{NodeId, NodeName, RelayId, SiteName, Via},
     peer::{Candidate, NatKind, PeerMessage},
 };
 use rand::rngs::Xoshiro256PlusPlus;
 
-use crate::io::{Event, Output};
+use crate::{
+    io::{Event, Output},
+    snapshot::Snapshot,
+};
 
 /// The seeded generator. Named, not `SmallRng`, so that a seed means the same on every machine.
 pub(crate) type Dice = Xoshiro256PlusPlus;
@@ -32,6 +36,50 @@ pub(crate) struct Us {
     pub(crate) hopeless_relays: Vec<RelayId>,
     /// Every relay of the mesh.
     pub(crate) relays: Vec<RelayId>,
+    /// What the tunnel itself leads to.
+    pub(crate) inside: Inside,
+}
+
+/// The mesh's own addresses, and those behind other nodes. The kernel routes packets to them into
+/// the tunnel: one that the tunnel itself sent there would come round again.
+#[derive(Debug, Default)]
+pub(crate) struct Inside {
+    mesh: Vec<IpNet>,
+    /// By their first address; none within another.
+    behind: BTreeMap<IpAddr, IpNet>,
+}
+
+impl Inside {
+    pub(crate) fn new(snapshot: &Snapshot, own: &NodeName) -> Self {
+        let others = snapshot.nodes.values().filter(|node| node.name != *own);
+        let mut nets: Vec<IpNet> = others.flat_map(|node| node.prefixes.clone()).collect();
+        nets.sort_unstable_by_key(|net| (net.network(), net.prefix_len()));
+        let mut behind: BTreeMap<IpAddr, IpNet> = BTreeMap::new();
+        for net in nets {
+            let covered = behind
+                .last_key_value()
+                .is_some_and(|(_, last)| last.contains(&net));
+            if !covered {
+                behind.insert(net.network(), net);
+            }
+        }
+        let mesh = &snapshot.mesh;
+        Self {
+            mesh: vec![mesh.overlay_v4.into(), mesh.id.ula_prefix().into()],
+            behind,
+        }
+    }
+
+    /// The mesh's own.
+    pub(crate) fn is_overlay(&self, ip: IpAddr) -> bool {
+        self.mesh.iter().any(|net| net.contains(&ip))
+    }
+
+    /// Behind another node. It may be on a LAN that this node is on as well.
+    pub(crate) fn is_behind_another(&self, ip: IpAddr) -> bool {
+        let nearest = self.behind.range(..=ip).next_back();
+        nearest.is_some_and(|(_, net)| net.contains(&ip))
+    }
 }
 
 /// Background attempts at unreachable peers that begin within a second. With 3 initiations of

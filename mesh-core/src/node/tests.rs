@@ -244,6 +244,93 @@ fn told_candidates_are_probed_up_to_a_limit_and_never_at_ourselves() {
     );
 }
 
+/// What node 0 probes of the addresses that peer 1 tells, in `snapshot`.
+fn probed_of(snapshot: Snapshot, told: [&str; 4]) -> Vec<String> {
+    let mut core = relayed();
+    core.handle_input(Input::Snapshot(Arc::new(snapshot)), at(150));
+    drain(&mut core);
+    let candidates = told.map(|address| Candidate {
+        kind: CandidateKind::Host,
+        address: address.parse().unwrap(),
+    });
+    let message = PeerMessage::Candidates {
+        generation: 1,
+        candidates: candidates.to_vec(),
+        nat: NatKind::Easy,
+    };
+    let (peer, via) = (id(1), Via::Relay(r1()));
+    core.handle_input(Input::Message { peer, via, message }, at(200));
+    let probed = drain(&mut core).into_iter().filter_map(|output| {
+        if let Output::Send {
+            via: Via::Direct(to),
+            ..
+        } = output
+        {
+            Some(to.to_string())
+        } else {
+            None
+        }
+    });
+    probed.collect()
+}
+
+#[test]
+fn what_the_tunnel_leads_to_is_no_way_for_the_tunnel() {
+    let told = [
+        "100.96.0.9:51820",
+        "192.168.7.1:51820",
+        "192.168.8.1:51820",
+        "203.0.113.1:51820",
+    ];
+    let mut snapshot = mesh(3);
+    let at_site = |snapshot: &mut Snapshot, name: &str| {
+        let node = snapshot.nodes.get_mut(&name.parse::<NodeName>().unwrap());
+        node.unwrap().locality.site = Some("yard".parse().unwrap());
+    };
+    let other: NodeName = "n2".parse().unwrap();
+    let prefixes = ["192.168.6.0/23", "192.168.7.128/25"].map(|net| net.parse().unwrap());
+    snapshot.nodes.get_mut(&other).unwrap().prefixes = prefixes.into();
+    assert_eq!(
+        probed_of(snapshot.clone(), told),
+        ["192.168.8.1:51820", "203.0.113.1:51820"]
+    );
+    // Of one site, they may be on that LAN themselves.
+    at_site(&mut snapshot, "n0");
+    at_site(&mut snapshot, "n1");
+    assert_eq!(probed_of(snapshot, told), told[1..]);
+}
+
+#[test]
+fn a_path_that_comes_to_lead_into_the_tunnel_is_left() {
+    let mut core = relayed();
+    let peer = id(1);
+    let via = Via::Direct("192.168.7.1:51820".parse().unwrap());
+    core.handle_input(Input::Handshake { peer, via }, at(200));
+    let up = |core: &Core| core.peer_report(&peer).unwrap().via;
+    for ms in (200..1_000).step_by(20) {
+        core.handle_input(Input::Timeout, at(ms));
+        for output in drain(&mut core) {
+            if let Output::Send { via, message, .. } = output
+                && let PeerMessage::EchoRequest { txid, full_size } = message
+            {
+                let message = PeerMessage::EchoReply {
+                    txid,
+                    full_size,
+                    observed: None,
+                };
+                core.handle_input(Input::Message { peer, via, message }, at(ms + 10));
+            }
+        }
+    }
+    assert_eq!(up(&core), Some(via));
+    let mut snapshot = mesh(3);
+    let behind: NodeName = "n1".parse().unwrap();
+    let lan = "192.168.7.0/24".parse().unwrap();
+    snapshot.nodes.get_mut(&behind).unwrap().prefixes = vec![lan];
+    core.handle_input(Input::Snapshot(Arc::new(snapshot)), at(1_100));
+    assert_eq!(up(&core), Some(Via::Relay(r1())));
+}
+
 #[test]
 fn a_plain_wireguard_device_is_up_when_it_shook_hands_and_may_roam() {
     let mut snapshot = mesh(2);

@@ -61,6 +61,8 @@ impl Peer {
             Via::Relay(_) => {
                 self.paths.insert(via, Path::new(PathKind::Relay, None));
             }
+            // Its packets came out of the tunnel itself.
+            Via::Direct(address) if self.is_inside(address, ctx.us) => {}
             Via::Direct(address) => {
                 let source = CandidateKind::PeerReflexive;
                 let told = |path: &&Path| path.source == Some(source);
@@ -107,7 +109,7 @@ impl Peer {
             let via = Via::Direct(canonical(address));
             let of_kind = |path: &&Path| path.source == Some(kind);
             let full = self.paths.values().filter(of_kind).count() >= CANDIDATES_PER_KIND_MAX;
-            if full || self.paths.contains_key(&via) || !is_worth_trying(address, us) {
+            if full || self.paths.contains_key(&via) || !self.is_worth_trying(address, us) {
                 continue;
             }
             let path = Path::new(self.kind_of(address, kind, us), Some(kind));
@@ -141,7 +143,7 @@ impl Peer {
         let first = self.remembered.iter().chain(&self.known.addresses).copied();
         let mut addresses = Vec::new();
         for address in first.chain(told).chain(paths).map(canonical) {
-            if !addresses.contains(&address) && is_worth_trying(address, us) {
+            if !addresses.contains(&address) && self.is_worth_trying(address, us) {
                 addresses.push(address);
             }
         }
@@ -239,7 +241,7 @@ impl Peer {
     // Use.
 
     /// Moves to the best path, if that is another one.
-    pub(super) fn select(&mut self, ctx: &mut Context) {
+    pub(crate) fn select(&mut self, ctx: &mut Context) {
         if !self.is_up() || self.watch.suspect_since().is_some() {
             return;
         }
@@ -273,7 +275,7 @@ impl Peer {
     /// Whether nothing rules this way out: the link is up, the peer is at the relay.
     pub(super) fn is_there(&self, via: Via, ctx: &Context) -> bool {
         match via {
-            Via::Direct(_) => true,
+            Via::Direct(address) => !self.is_inside(address, ctx.us),
             Via::Relay(relay) => ctx.is_up(via) && self.presence.get(&relay) != Some(&false),
         }
     }
@@ -462,15 +464,22 @@ impl Peer {
             ctx.wishes.push(RelayWish::Doubt(relay));
         }
     }
-}
 
-fn is_worth_trying(address: SocketAddr, us: &Us) -> bool {
-    let ip = address.ip();
-    let link_local = matches!(ip, std::net::IpAddr::V6(ip) if ip.is_unicast_link_local());
-    address.port() != 0
-        && !ip.is_unspecified()
-        && !ip.is_multicast()
-        && !link_local
-        && !us.local.contains(&address)
-        && has_family(&us.local, address)
+    fn is_worth_trying(&self, address: SocketAddr, us: &Us) -> bool {
+        let ip = address.ip();
+        let link_local = matches!(ip, std::net::IpAddr::V6(ip) if ip.is_unicast_link_local());
+        address.port() != 0
+            && !ip.is_unspecified()
+            && !ip.is_multicast()
+            && !link_local
+            && !us.local.contains(&address)
+            && has_family(&us.local, address)
+            && !self.is_inside(address, us)
+    }
+
+    /// Whether the way there is the tunnel. What is behind another node may be the LAN of both.
+    fn is_inside(&self, address: SocketAddr, us: &Us) -> bool {
+        let ip = canonical(address).ip();
+        us.inside.is_overlay(ip) || !self.known.same_site && us.inside.is_behind_another(ip)
+    }
 }
