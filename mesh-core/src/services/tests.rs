@@ -6,6 +6,7 @@ use super::*;
 use crate::snapshot::{EndpointPort, Hints, MeshSettings, ServiceName, ServicePort};
 
 mod external;
+mod model;
 
 /// `own` and `near` share site A, `zone` shares the zone, `region` the region, `far` nothing.
 fn view() -> View {

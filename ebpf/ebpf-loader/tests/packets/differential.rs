@@ -1,0 +1,131 @@
+//! Random services and flows: what the programs do against what the table says.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::{IpAddr, SocketAddr},
+};
+
+use proptest::{
+    collection::{btree_map, vec},
+    prelude::*,
+    sample::select,
+    test_runner::{Config, TestRunner},
+};
+
+use crate::{
+    machine::{Machine, Verdict},
+    wire::{tcp, udp},
+};
+
+/// Few, so that they meet: each family's clients, services and endpoints by their last number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+struct Place {
+    v4: bool,
+    last: u8,
+    port: u16,
+}
+
+impl Place {
+    fn at(self, net: u8) -> SocketAddr {
+        let Self { v4, last, port } = self;
+        let address: IpAddr = if v4 {
+            [10, net, 0, last].into()
+        } else {
+            [0xfd00, net.into(), 0, 0, 0, 0, 0, last.into()].into()
+        };
+        SocketAddr::new(address, port)
+    }
+}
+
+const CLIENTS: u8 = 1;
+const SERVICES: u8 = 96;
+const ENDPOINTS: u8 = 42;
+
+fn place(ports: &'static [u16]) -> impl Strategy<Value = Place> {
+    let parts = (any::<bool>(), 1..4_u8, select(ports));
+    parts.prop_map(|(v4, last, port)| Place { v4, last, port })
+}
+
+/// Services with how many endpoints each; then who asks for which, by TCP or by UDP.
+type Case = (BTreeMap<Place, u8>, Vec<(Place, Place, bool)>);
+
+fn case() -> impl Strategy<Value = Case> {
+    let services = btree_map(place(&[53, 80]), 0..5_u8, 0..8);
+    let flow = (place(&[40_001, 40_002]), place(&[53, 80]), any::<bool>());
+    (services, vec(flow, 1..96))
+}
+
+fn serve(
+    machine: &mut Machine,
+    services: &BTreeMap<Place, u8>,
+) -> BTreeMap<SocketAddr, Vec<SocketAddr>> {
+    let mut table = BTreeMap::new();
+    // No endpoint is in two lists: which service a client asks for would not be told apart.
+    for (index, (service, &endpoints)) in (1_u8..).zip(services) {
+        let endpoints = (0..endpoints).map(|port| {
+            let place = Place {
+                last: index,
+                port: 8_000 + u16::from(port),
+                ..*service
+            };
+            place.at(ENDPOINTS)
+        });
+        let endpoints: Vec<_> = endpoints.collect();
+        machine.serve(service.at(SERVICES), &endpoints);
+        table.insert(service.at(SERVICES), endpoints);
+    }
+    table
+}
+
+/// Each flow asks twice and is answered: it goes where the table says, stays there, and sees the
+/// service.
+fn check((services, flows): Case) -> Result<(), TestCaseError> {
+    let mut machine = Machine::new();
+    let table = serve(&mut machine, &services);
+    let mut chosen: HashMap<(SocketAddr, SocketAddr, bool), SocketAddr> = HashMap::new();
+    for (client, service, by_tcp) in flows {
+        let client = Place {
+            v4: service.v4,
+            ..client
+        }
+        .at(CLIENTS);
+        let service = service.at(SERVICES);
+        let packet = |from, to| {
+            if by_tcp {
+                tcp(from, to, |header| header.syn = true, b"")
+            } else {
+                udp(from, to, b"hello")
+            }
+        };
+        for _ in 0..2 {
+            let asked = packet(client, service);
+            let ran = machine.request(&asked);
+            let Some(endpoints) = table.get(&service) else {
+                prop_assert_eq!((ran.verdict, ran.packet), (Verdict::Next, asked));
+                continue;
+            };
+            if endpoints.is_empty() {
+                prop_assert_eq!(ran.verdict, Verdict::Returned);
+                continue;
+            }
+            let there = |&&endpoint: &&SocketAddr| packet(client, endpoint) == ran.packet;
+            let endpoint = endpoints.iter().find(there);
+            let endpoint = *endpoint.ok_or_else(|| TestCaseError::fail("to none of the list"))?;
+            let first = *chosen.entry((client, service, by_tcp)).or_insert(endpoint);
+            prop_assert_eq!(first, endpoint, "a flow moved");
+            let answered = machine.answer(&packet(endpoint, client));
+            prop_assert_eq!(answered.packet, packet(service, client));
+        }
+    }
+    Ok(())
+}
+
+/// Each case loads the programs anew, some 0.5 s.
+#[test]
+fn packets_go_where_the_table_says() {
+    let mut runner = TestRunner::new(Config {
+        failure_persistence: None,
+        ..Config::with_cases(16)
+    });
+    runner.run(&case(), check).unwrap();
+}
