@@ -1,6 +1,7 @@
 //! `cargo xtask bench NAME`: the harness, and what a figure looks like.
 
 mod plot;
+mod services;
 mod start;
 mod tunnel;
 mod verdict;
@@ -55,6 +56,14 @@ const BENCHES: &[Bench] = &[
         run: tunnel::run,
         check: tunnel::check,
         table: tunnel::overview,
+        plot: true,
+    },
+    Bench {
+        name: "services",
+        what: "services of a node's pods, beside kube-proxy's rules and a proxy process; one change among 250,000",
+        run: services::run,
+        check: services::check,
+        table: services::overview,
         plot: true,
     },
     Bench {
@@ -122,6 +131,7 @@ impl Samples {
                 min: *sorted.first()?,
                 max: *sorted.last()?,
                 runs: sorted.len(),
+                by_round: values.clone(),
                 must: None,
                 ratio: None,
                 ok: None,
@@ -142,6 +152,9 @@ struct Figure {
     min: f64,
     max: f64,
     runs: usize,
+    /// As they were measured, one after the other.
+    #[serde(skip)]
+    by_round: Vec<f64>,
     /// What an issue asks for, or wants to see beside it, in words.
     #[serde(skip_serializing_if = "Option::is_none")]
     must: Option<String>,
@@ -151,6 +164,13 @@ struct Figure {
     /// Whether that holds; none of it to hold: `None`.
     #[serde(skip_serializing_if = "Option::is_none")]
     ok: Option<bool>,
+}
+
+/// The smallest value that is not exceeded by `share` of all ("nearest rank").
+pub(crate) fn percentile<T: Copy>(sorted: &[T], share: f64) -> Option<T> {
+    let count = sorted.len() as f64;
+    let index = (1..=sorted.len()).find(|rank| *rank as f64 >= share * count)?;
+    sorted.get(index - 1).copied()
 }
 
 /// A round trip of this many µs stands for a lost packet.
@@ -387,12 +407,21 @@ mod tests {
     }
 
     #[test]
+    fn percentiles_are_nearest_ranks() {
+        let times: Vec<_> = (1..=2_000).collect();
+        let at = |share| percentile(&times, share).unwrap();
+        assert_eq!((at(0.5), at(0.99), at(0.999)), (1_000, 1_980, 1_998));
+        assert_eq!(percentile::<u32>(&[], 0.5), None);
+        assert_eq!(percentile(&times[..1], 0.999), Some(times[0]));
+    }
+
+    #[test]
     fn what_is_only_stated_is_in_the_table_and_missed_by_none() {
         let mut samples = Samples::default();
         samples.add("holdfast-hub-2-threads", "hub_in", "Mb/s", 3_000.0);
         samples.add("holdfast-hub-1-thread", "hub_in", "Mb/s", 4_000.0);
         let verdict = verdict::judge("tunnel", &samples.figures("tunnel"));
-        let [tunnel, _] = BENCHES else { panic!() };
+        let [tunnel, ..] = BENCHES else { panic!() };
         let said = text(tunnel, &samples, &verdict);
         let row = said.lines().find(|line| line.contains("stated")).unwrap();
         assert!(row.contains("beside holdfast-hub-1-thread") && row.contains("0.750"));
@@ -419,7 +448,7 @@ mod tests {
             said.contains(r#""unjudged":["start/agent/first_service_answer <= 2 s"]"#),
             "{said}"
         );
-        let [_, start] = BENCHES else { panic!() };
+        let [.., start] = BENCHES else { panic!() };
         let said = text(start, &samples, &verdict);
         assert!(said.contains("MISSED") && said.contains("NOT MEASURED: other: no such program"));
     }

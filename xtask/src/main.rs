@@ -54,7 +54,7 @@ enum Verb {
     },
     /// Measures. Without a name: says which benches there are.
     Bench {
-        /// `tunnel` or `start`.
+        /// `tunnel`, `services` or `start`.
         name: Option<String>,
         /// One JSON object a line instead of a table.
         #[arg(long)]

@@ -60,6 +60,10 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         ],
     ),
     ("meshctl", &["mesh-api"]),
+    (
+        "services-bench",
+        &["mesh-wire", "mesh-core", "ebpf-loader", "mesh-agent"],
+    ),
     ("netns-tests", &["mesh-linux"]),
     ("xtask", &["netns-tests"]),
 ];

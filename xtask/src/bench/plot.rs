@@ -9,6 +9,10 @@ const PANELS: &[(&str, &str, f64)] = &[
     ("tcp_1", "TCP, 1 stream: Gb/s", 1e3),
     ("tcp_4", "TCP, 4 streams: Gb/s", 1e3),
     ("tcp_16", "TCP, 16 streams: Gb/s", 1e3),
+    ("connect_p50", "connect, median: µs", 1.0),
+    ("connect_p99", "connect, 99 %: µs", 1.0),
+    ("first_byte_p50", "first byte, median: µs", 1.0),
+    ("first_byte_p99", "first byte, 99 %: µs", 1.0),
     ("udp_64", "UDP 64 B without loss: thousand a second", 1.0),
     (
         "udp_1200",
@@ -19,6 +23,16 @@ const PANELS: &[(&str, &str, f64)] = &[
     ("rtt_p50", "round trip, idle, median: µs", 1.0),
     ("rtt_p99", "round trip, idle, 99 %: µs", 1.0),
     ("rtt_p999", "round trip, idle, 99.9 %: µs", 1.0),
+    (
+        "udp_p50",
+        "UDP question and answer, new socket, median: µs",
+        1.0,
+    ),
+    (
+        "udp_p99",
+        "UDP question and answer, new socket, 99 %: µs",
+        1.0,
+    ),
     (
         "loaded_rtt_p50",
         "round trip beside a bulk flow, median: µs",
@@ -37,6 +51,7 @@ const PANELS: &[(&str, &str, f64)] = &[
     ),
     ("hub_out", "TCP, to two peers at once: Gb/s", 1e3),
     ("hub_in", "TCP, from two peers at once: Gb/s", 1e3),
+    ("load", "all services, from nothing to the kernel: ms", 1.0),
 ];
 
 const COLUMNS: usize = 3;
@@ -119,11 +134,11 @@ fn panel(svg: &mut String, rows: &[&Figure], divisor: f64) {
     }
 }
 
-/// The wire grey, ours green, the others blue.
+/// What is without any of them grey, ours green, the others blue.
 fn colour(case: &str) -> &'static str {
     match case {
-        "raw" => "#bbb",
-        _ if super::tunnel::is_peer(case) => "#8ab4d8",
+        "raw" | "direct" | "direct-again" => "#bbb",
+        _ if super::tunnel::is_peer(case) || super::services::is_other(case) => "#8ab4d8",
         _ => "#4c9f70",
     }
 }

@@ -1,6 +1,6 @@
 //! The numbers that issues set, and whether a run held them.
 
-use super::{Figure, tunnel};
+use super::{Figure, percentile, services, tunnel};
 
 /// What a figure's median is compared with.
 #[derive(Debug, Clone, Copy)]
@@ -11,6 +11,10 @@ enum Against {
     Case(&'static str),
     /// The lowest of the same metric of all other programs.
     LowestPeer,
+    /// The same metric of this case in the same round: the median of these ratios.
+    RoundByRound(&'static str),
+    /// As that, with each of these cases that has the metric: the ratio to the best of them.
+    Best(&'static [&'static str]),
 }
 
 /// One number of an issue.
@@ -39,7 +43,7 @@ const fn rule(case: &'static str, metric: &'static str, against: Against, bound:
     }
 }
 
-use Against::{Case, LowestPeer, Number};
+use Against::{Best, Case, LowestPeer, Number, RoundByRound};
 use Bound::{AtLeast, AtMost, Stated};
 
 /// Issue 1: names and services within 2 s of a start.
@@ -100,6 +104,78 @@ const TUNNEL: &[Rule] = &[
     rule("holdfast-hub-2-threads", "cpu_per_gb", ONE_THREAD, Stated),
 ];
 
+/// What is measured with so many services.
+struct WithServices {
+    socket: &'static str,
+    packets: &'static str,
+    /// No such case is there: what it needs is not.
+    redirect: &'static str,
+    others: &'static [&'static str],
+}
+
+const WITH_SERVICES: [WithServices; 3] = [
+    WithServices {
+        socket: "holdfast-socket-1",
+        packets: "holdfast-packets-1",
+        redirect: "holdfast-redirect-1",
+        others: &["nftables-1", "iptables-1", "userspace-proxy"],
+    },
+    WithServices {
+        socket: "holdfast-socket-1000",
+        packets: "holdfast-packets-1000",
+        redirect: "holdfast-redirect-1000",
+        others: &["nftables-1000", "iptables-1000", "userspace-proxy"],
+    },
+    WithServices {
+        socket: "holdfast-socket-10000",
+        packets: "holdfast-packets-10000",
+        redirect: "holdfast-redirect-10000",
+        others: &["nftables-10000", "iptables-10000", "userspace-proxy"],
+    },
+];
+
+/// Issue 3's table, line by line.
+fn services_rules() -> Vec<Rule> {
+    let direct = RoundByRound(services::BASELINE);
+    let mut rules = Vec::new();
+    for with in &WITH_SERVICES {
+        rules.extend([
+            rule(with.redirect, "connect_p50", direct, AtMost(0.95)),
+            rule(with.socket, "connect_p50", direct, AtMost(1.03)),
+            rule(with.socket, "first_byte_p50", direct, AtMost(1.0)),
+            rule(with.socket, "rtt_p50", direct, AtMost(1.0)),
+            rule(with.socket, "cpu_per_gb", direct, AtMost(1.0)),
+            rule(with.packets, "connect_p50", direct, AtMost(1.08)),
+            rule(with.packets, "tcp_1", direct, AtLeast(0.97)),
+        ]);
+        let others = Best(with.others);
+        for level in [with.socket, with.packets] {
+            rules.extend([
+                rule(level, "connect_p50", others, AtMost(1.0)),
+                rule(level, "first_byte_p50", others, AtMost(1.0)),
+                rule(level, "rtt_p50", others, AtMost(1.0)),
+                rule(level, "udp_p50", others, AtMost(1.0)),
+                rule(level, "tcp_1", others, AtLeast(1.0)),
+                rule(level, "cpu_per_gb", others, AtMost(1.0)),
+            ]);
+        }
+    }
+    let (change, memory) = (Number(5.0, "5 ms"), Number(131_072.0, "128 MiB"));
+    rules.extend([
+        rule("holdfast-250000", "one_change", change, AtMost(1.0)),
+        rule("holdfast-250000", "map_memory", memory, AtMost(1.0)),
+    ]);
+    rules
+}
+
+/// The median of the ratios of two figures in each round. `None`: there is no round of both.
+pub(super) fn round_by_round(figure: &Figure, other: &Figure) -> Option<f64> {
+    let rounds = figure.by_round.iter().zip(&other.by_round);
+    let mut ratios: Vec<_> = rounds.map(|(own, other)| own / other).collect();
+    ratios.sort_by(f64::total_cmp);
+    percentile(&ratios, 0.5)
+}
+
 impl Rule {
     fn text(&self) -> String {
         let (sign, factor) = match self.bound {
@@ -109,8 +185,9 @@ impl Rule {
         };
         match self.against {
             Number(_, written) => format!("{sign} {written}"),
-            Case(name) => format!("{sign} {factor}{name}"),
+            Case(name) | RoundByRound(name) => format!("{sign} {factor}{name}"),
             LowestPeer => format!("{sign} {factor}best peer"),
+            Best(_) => format!("{sign} {factor}best of the others"),
         }
     }
 
@@ -131,16 +208,26 @@ impl Rule {
             of.find(|figure| figure.metric == self.metric)
         };
         let figure = find(self.case)?;
-        let other = match self.against {
-            Number(number, _) => number,
-            Case(name) => find(name)?.median,
-            LowestPeer => figures
-                .iter()
-                .filter(|figure| figure.metric == self.metric && tunnel::is_peer(&figure.case))
-                .map(|figure| figure.median)
-                .min_by(f64::total_cmp)?,
+        let ratio = match self.against {
+            Number(number, _) => figure.median / number,
+            Case(name) => figure.median / find(name)?.median,
+            LowestPeer => {
+                let peers = figures
+                    .iter()
+                    .filter(|figure| figure.metric == self.metric && tunnel::is_peer(&figure.case));
+                let lowest = peers.map(|figure| figure.median).min_by(f64::total_cmp);
+                figure.median / lowest?
+            }
+            RoundByRound(name) => round_by_round(figure, find(name)?)?,
+            Best(names) => {
+                let others = names.iter().filter_map(|name| find(name));
+                let ratios = others.filter_map(|other| round_by_round(figure, other));
+                match self.bound {
+                    AtLeast(_) => ratios.min_by(f64::total_cmp)?,
+                    AtMost(_) | Stated => ratios.max_by(f64::total_cmp)?,
+                }
+            }
         };
-        let ratio = figure.median / other;
         Some(Figure {
             must: Some(self.text()),
             ratio: Some(ratio),
@@ -159,12 +246,23 @@ pub(super) struct Verdict {
     pub(super) unjudged: Vec<String>,
 }
 
-/// Judges the figures of a bench by what issues ask of it.
+/// Judges the figures of a bench by what issues ask of it. Of `services`, those of which nothing is asked have the
+/// ratio to the direct way.
 pub(super) fn judge(bench: &str, figures: &[Figure]) -> Verdict {
     let rules = match bench {
-        "start" => START,
-        "tunnel" => TUNNEL,
-        _ => &[],
+        "start" => START.to_vec(),
+        "tunnel" => TUNNEL.to_vec(),
+        "services" => services_rules(),
+        _ => Vec::new(),
+    };
+    let direct = |own: &Figure| {
+        let mut direct = figures.iter().filter(|_| bench == "services");
+        let same = |figure: &&Figure| {
+            figure.case == services::BASELINE
+                && figure.metric == own.metric
+                && figure.case != own.case
+        };
+        round_by_round(own, direct.find(same)?)
     };
     let mut judged = Vec::new();
     for figure in figures {
@@ -174,7 +272,10 @@ pub(super) fn judge(bench: &str, figures: &[Figure]) -> Verdict {
             .filter_map(|rule| rule.judge(figures))
             .peekable();
         if own.peek().is_none() {
-            judged.push(figure.clone());
+            judged.push(Figure {
+                ratio: direct(figure),
+                ..figure.clone()
+            });
         }
         judged.extend(own);
     }
@@ -278,12 +379,79 @@ mod tests {
         assert_eq!(verdict.figures.len(), 1);
     }
 
+    /// Of `services`: each figure with its value in each round.
+    fn rounds(values: &[(&str, &'static str, &[f64])]) -> Verdict {
+        let mut samples = Samples::default();
+        for (case, metric, rounds) in values {
+            for value in *rounds {
+                samples.add(case, metric, "x", *value);
+            }
+        }
+        judge("services", &samples.figures("services"))
+    }
+
+    #[test]
+    fn a_service_is_compared_with_the_direct_way_in_the_same_round() {
+        // The machine became three times slower: the medians' ratio would be 0.4.
+        let verdict = rounds(&[
+            ("direct", "connect_p50", &[10.0, 30.0, 30.0]),
+            ("holdfast-socket-1", "connect_p50", &[10.2, 12.0, 30.6]),
+        ]);
+        let [direct, service] = verdict.figures.as_slice() else {
+            panic!("{verdict:?}")
+        };
+        assert_eq!((direct.ratio, direct.ok), (None, None));
+        assert_eq!((service.ratio, service.ok), (Some(1.02), Some(true)));
+        assert_eq!(service.must.as_deref(), Some("<= 1.03 x direct"));
+    }
+
+    #[test]
+    fn the_best_of_the_others_is_the_one_to_beat() {
+        let verdict = rounds(&[
+            ("holdfast-packets-1000", "tcp_1", &[10.0]),
+            ("holdfast-packets-1000", "udp_p50", &[10.0]),
+            ("nftables-1000", "tcp_1", &[12.5]),
+            ("nftables-1000", "udp_p50", &[8.0]),
+            ("iptables-1000", "tcp_1", &[5.0]),
+            ("iptables-1000", "udp_p50", &[20.0]),
+        ]);
+        let judged = verdict.figures.iter().filter(|figure| figure.ok.is_some());
+        let judged: Vec<_> = judged.map(|one| (one.metric, one.ratio, one.ok)).collect();
+        let missed = Some(false);
+        let expected = [
+            ("tcp_1", Some(0.8), missed),
+            ("udp_p50", Some(1.25), missed),
+        ];
+        assert_eq!(judged, expected);
+    }
+
+    #[test]
+    fn of_services_what_nothing_is_asked_of_has_its_ratio_to_the_direct_way() {
+        let verdict = rounds(&[
+            ("direct", "connect_p99", &[10.0]),
+            ("nftables-1", "connect_p99", &[15.0]),
+            ("nftables-1", "load", &[20.0]),
+        ]);
+        let ratios: Vec<_> = verdict.figures.iter().map(|one| one.ratio).collect();
+        assert_eq!(ratios, [None, Some(1.5), None]);
+        let said = |rule: &str| verdict.unjudged.contains(&format!("services/{rule}"));
+        assert!(said("holdfast-redirect-1/connect_p50 <= 0.95 x direct"));
+        assert!(said("holdfast-250000/one_change <= 5 ms"));
+    }
+
     #[test]
     fn every_rule_names_cases_that_there_are() {
         for rule in TUNNEL {
             assert!(tunnel::is_case(rule.case), "{}", rule.case);
             if let Case(other) = rule.against {
                 assert!(tunnel::is_case(other), "{other}");
+            }
+        }
+        for rule in services_rules() {
+            let planned = rule.case.starts_with("holdfast-redirect-");
+            assert!(services::is_case(rule.case) != planned, "{}", rule.case);
+            if let Best(others) = rule.against {
+                assert!(others.iter().all(|name| services::is_other(name)));
             }
         }
     }

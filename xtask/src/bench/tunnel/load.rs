@@ -13,7 +13,7 @@ use netns_tests::{
 use serde_json::Value;
 
 use super::world::{Up, World};
-use crate::bench::Samples;
+use crate::bench::{Samples, percentile};
 
 /// Length of one iperf3 run.
 const TCP_S: u64 = 2;
@@ -139,13 +139,6 @@ fn add_round_trips(
             samples.add(case, metric, "µs", time.as_secs_f64() * 1e6);
         }
     }
-}
-
-/// The smallest value that is not exceeded by `share` of all ("nearest rank").
-fn percentile(sorted: &[Duration], share: f64) -> Option<Duration> {
-    let count = sorted.len() as f64;
-    let index = (1..=sorted.len()).find(|rank| *rank as f64 >= share * count)?;
-    sorted.get(index - 1).copied()
 }
 
 struct Flow {
@@ -317,14 +310,5 @@ mod tests {
             receiving: Duration::from_millis(200),
         });
         assert_eq!(search.best(), 5_000.0);
-    }
-
-    #[test]
-    fn percentiles_are_nearest_ranks() {
-        let times: Vec<_> = (1..=2_000).map(Duration::from_micros).collect();
-        let at = |share| percentile(&times, share).unwrap().as_micros();
-        assert_eq!((at(0.5), at(0.99), at(0.999)), (1_000, 1_980, 1_998));
-        assert_eq!(percentile(&[], 0.5), None);
-        assert_eq!(percentile(&times[..1], 0.999), Some(times[0]));
     }
 }

@@ -1,0 +1,104 @@
+//! The client in a pod, asked from here.
+
+use std::{
+    io::{BufRead as _, BufReader, Write as _},
+    path::Path,
+    process::{Child, ChildStdin, ChildStdout, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, anyhow};
+use netns_tests::node::Node;
+
+/// `services-bench ask` on a node; killed when dropped.
+#[derive(Debug)]
+pub(super) struct Client {
+    child: Child,
+    questions: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Client {
+    /// Starts it on `node`, and in `cgroup`.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be started.
+    pub(super) fn start(node: &Node, program: &str, cgroup: &Path) -> Result<Self> {
+        let cgroup = cgroup.display().to_string();
+        let mut command = node.command(&[program, "ask", &cgroup])?;
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().context("start a client")?;
+        let questions = child.stdin.take().context("a client's standard input")?;
+        let answers = child.stdout.take().context("a client's standard output")?;
+        Ok(Self {
+            child,
+            questions,
+            answers: BufReader::new(answers),
+        })
+    }
+
+    /// `count` times in nanoseconds, of what `verb` does with each of the addresses in turn.
+    ///
+    /// # Errors
+    ///
+    /// If one of them did not come to its end.
+    pub(super) fn times(&mut self, verb: &str, addresses: &str, count: u32) -> Result<Vec<u64>> {
+        self.ask(&format!("{verb} {addresses} {count}"))
+    }
+
+    /// One stream to the first of the addresses.
+    ///
+    /// # Errors
+    ///
+    /// If it broke.
+    pub(super) fn bulk(&mut self, addresses: &str, time: Duration) -> Result<Flow> {
+        let said = self.ask(&format!("bulk {addresses} {}", time.as_millis()))?;
+        let &[bytes, nanoseconds, busy_us] = said.as_slice() else {
+            return Err(anyhow!("bulk: {said:?}"));
+        };
+        Ok(Flow {
+            bytes,
+            took: Duration::from_nanos(nanoseconds),
+            busy: Duration::from_micros(busy_us),
+        })
+    }
+
+    fn ask(&mut self, question: &str) -> Result<Vec<u64>> {
+        writeln!(self.questions, "{question}").context("the client ended")?;
+        let mut answer = String::new();
+        self.answers.read_line(&mut answer)?;
+        let answer: Result<Vec<u64>, String> = serde_json::from_str(&answer)
+            .with_context(|| format!("{question}: the client said {answer:?}"))?;
+        answer.map_err(|error| anyhow!(error))
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.child.kill().ok(); // It may have ended already.
+        self.child.wait().ok();
+    }
+}
+
+/// What one stream did.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Flow {
+    /// Bytes that arrived.
+    pub(super) bytes: u64,
+    /// Until the receiver said so.
+    pub(super) took: Duration,
+    /// For how long the machine's processors worked meanwhile, all together.
+    pub(super) busy: Duration,
+}
+
+impl Flow {
+    /// Both, one after the other.
+    pub(super) fn and(self, other: Self) -> Self {
+        Self {
+            bytes: self.bytes + other.bytes,
+            took: self.took + other.took,
+            busy: self.busy + other.busy,
+        }
+    }
+}
