@@ -32,6 +32,7 @@ use mesh_tunnel::{stats::DropReason, tunnel::TunnelEvent};
 use mesh_wire::id::Via;
 use middlebox::Middlebox;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+use rustix::mm::{MlockAllFlags, mlockall};
 
 /// How long, in seconds, if somebody says.
 const SECONDS: &str = "HOLDFAST_SOAK_SECONDS";
@@ -43,7 +44,7 @@ const SHORT: Duration = Duration::from_secs(20);
 /// ten minutes that is a byte for each packet, or 5 KiB for each session.
 const GROWTH_MAX_KIB: u64 = 2 << 10;
 
-/// In a shorter run pools are still being touched for the first time.
+/// In a shorter run the allocator's arenas still grow.
 const MEMORY_JUDGED_FROM: Duration = Duration::from_secs(300);
 
 /// Datagrams that may be missing: addresses vanish for moments, the middlebox loses some, and so does a
@@ -73,6 +74,8 @@ fn every_byte_arrives_while_everything_changes() {
         node.tunnel.set_mtu(1280);
     }
     connect(&a, &b, b.direct_v4(), a.direct_v4());
+    // The pools' pages, which would come one burst at a time: what grows after this is no pool.
+    mlockall(MlockAllFlags::CURRENT).unwrap();
     let seed = rand::random();
     let middlebox = Middlebox::new(&lab, &a, &b);
     let totals = Totals::default();
