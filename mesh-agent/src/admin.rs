@@ -1,14 +1,16 @@
 //! The admin socket: what `meshctl` asks this agent.
 
 use std::{
+    collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
-    sync::{Arc, atomic::AtomicU64},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
     time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
+use ebpf_loader::Services;
 use futures_util::{Stream, stream};
 use mesh_api::{
     admin::{
@@ -22,12 +24,13 @@ use mesh_api::{
 use mesh_dns::client;
 use mesh_identity::credentials::Credentials;
 use mesh_wire::id::NodeId;
-use tokio::{sync::watch, time};
+use tokio::{sync::watch, task, time};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, transport::Server};
 
 use crate::{
     driver::{Driver, DriverHandle},
+    interfaces::AllServed,
     report,
     sync::Connection,
 };
@@ -51,7 +54,7 @@ pub struct Admin {
     socket: PathBuf,
 }
 
-/// What does not change while the agent runs.
+/// What the driver does not know.
 #[derive(Debug, Clone)]
 pub struct Facts {
     /// When it started.
@@ -64,6 +67,10 @@ pub struct Facts {
     pub credentials: Arc<ArcSwap<Credentials>>,
     /// Events of the packet path that found the driver's queue full.
     pub events_dropped: Arc<AtomicU64>,
+    /// The service programs.
+    pub services: Option<Arc<Mutex<Services>>>,
+    /// Interfaces whose devices use services through this node.
+    pub served: watch::Receiver<AllServed>,
 }
 
 impl Admin {
@@ -100,6 +107,28 @@ impl Admin {
         Ok(())
     }
 
+    /// What became of the devices' packets. Beside the driver: filling the maps may hold them longer
+    /// than it may wait.
+    async fn service_packets(&self) -> Result<BTreeMap<String, u64>, Status> {
+        let Some(services) = self.facts.services.clone() else {
+            return Ok(BTreeMap::new());
+        };
+        let counters = task::spawn_blocking(move || {
+            let services = services.lock().unwrap_or_else(PoisonError::into_inner);
+            services.packet_counters()
+        });
+        let counters = counters
+            .await
+            .map_err(|error| Status::internal(error.to_string()))?;
+        let counters = counters.map_err(|error| {
+            Status::internal(format!("the kernel does not tell the counters: {error}"))
+        })?;
+        let counted = counters.into_iter().filter(|(_, count)| *count > 0);
+        Ok(counted
+            .map(|(counter, count)| (counter.as_str().to_owned(), count))
+            .collect())
+    }
+
     async fn ask<T: Send + 'static>(
         &self,
         question: impl FnOnce(&mut Driver) -> T + Send + 'static,
@@ -117,9 +146,10 @@ impl AgentAdmin for Admin {
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
         let (facts, connection) = (self.facts.clone(), self.connection.borrow().clone());
-        let status = self
+        let mut status = self
             .ask(move |driver| report::status(driver, &facts, &connection))
             .await?;
+        status.service_packets = self.service_packets().await?;
         Ok(Response::new(status))
     }
 

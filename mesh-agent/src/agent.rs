@@ -39,8 +39,10 @@ use crate::{
     admin::{Admin, Facts},
     config::Settings,
     driver::{self, Driver, DriverHandle, Event},
+    interfaces::{self, AllServed},
     links::Links,
-    network, publish,
+    network::{self, Local},
+    publish,
     state::StateFolder,
     sync::{self, Sync},
 };
@@ -117,8 +119,11 @@ async fn start(
     let changes = Changes::listen().context("cannot listen for changes of the network")?;
     let tun = Tun::create(&settings.interface, settings.packet_threads)?;
     let interface = (tun.index(), settings.interface.clone());
-    let dns_addresses = link_local(&settings.dns.listen);
-    prepare_device(&netlink, &interface, &snapshot, &settings, &dns_addresses).await?;
+    let local = Local {
+        dns: link_local(&settings.dns.listen),
+        serves_devices: !settings.service_interfaces.is_empty(),
+    };
+    prepare_device(&netlink, &interface, &snapshot, &settings, &local).await?;
     let sockets = UdpPair::bind_many(settings.listen_port, settings.packet_threads);
     let sockets = sockets.with_context(|| {
         format!(
@@ -176,10 +181,23 @@ async fn start(
         let publisher = publish::keep_services(Arc::clone(services), view.clone(), stop.clone());
         supervisor.spawn("services", publisher);
     }
+    let (told, served) = watch::channel(AllServed::default());
+    if let Some(services) = services.as_ref().filter(|_| local.serves_devices) {
+        let changes = Changes::listen().context("cannot listen for changes of the network")?;
+        let keeper = interfaces::keep_interfaces(
+            Arc::clone(services),
+            settings.service_interfaces,
+            netlink.clone(),
+            changes,
+            told,
+            stop.clone(),
+        );
+        supervisor.spawn("interfaces", keeper);
+    }
     let kernel = network::keep_kernel(
         netlink.clone(),
         interface,
-        dns_addresses,
+        local,
         view.clone(),
         stop.clone(),
     );
@@ -208,6 +226,8 @@ async fn start(
         dns_listen: dns.local_addresses().to_vec(),
         credentials,
         events_dropped,
+        services: services.clone(),
+        served,
     };
     let admin = Admin::new(
         DriverHandle(events),
@@ -242,14 +262,14 @@ async fn prepare_device(
     interface: &(IfIndex, String),
     snapshot: &Snapshot,
     settings: &Settings,
-    dns: &[IpAddr],
+    local: &Local,
 ) -> anyhow::Result<()> {
     let mtu = snapshot.mesh.mtu_bytes;
     let limit = super_packet_len_max(mtu);
     netlink
         .set_link_up(interface.0, mtu.into(), Some(limit))
         .await?;
-    let desired = network::desired(snapshot, &settings.node_name, dns)
+    let desired = network::desired(snapshot, &settings.node_name, local)
         .context("the snapshot lost this node while it was read")?;
     let problems = network::apply(netlink, interface, &desired).await?;
     if !problems.is_empty() {
@@ -280,12 +300,23 @@ fn load_services(settings: &Settings) -> anyhow::Result<Option<Arc<Mutex<Service
         Some(path) => path.clone(),
         None => ebpf_loader::find_cgroup2()?,
     };
-    let services = Services::load(&cgroup).with_context(|| {
-        format!(
-            "cannot load the service programs for cgroup {}",
-            cgroup.display()
-        )
-    })?;
+    let with_packets = || {
+        let loaded = Services::load_with_packets(&cgroup);
+        // What sockets lack as well is said below.
+        let said =
+            |error| tracing::warn!(%error, "devices cannot be served (`service_interfaces`)");
+        loaded.map_err(said).ok()
+    };
+    let wanted = !settings.service_interfaces.is_empty();
+    let services = match wanted.then(with_packets).flatten() {
+        Some(services) => services,
+        None => Services::load(&cgroup).with_context(|| {
+            format!(
+                "cannot load the service programs for cgroup {}",
+                cgroup.display()
+            )
+        })?,
+    };
     Ok(Some(Arc::new(Mutex::new(services))))
 }
 

@@ -1,6 +1,7 @@
 //! The configuration: the file as written, then settings as checked.
 
 use std::{
+    collections::BTreeSet,
     net::SocketAddr,
     num::NonZeroUsize,
     path::{Path, PathBuf},
@@ -34,6 +35,8 @@ pub struct Settings {
     pub cgroup: Option<PathBuf>,
     /// Whether to load the eBPF programs.
     pub services: bool,
+    /// Interfaces whose devices use services through this node.
+    pub service_interfaces: BTreeSet<String>,
     /// Addresses where this node's UDP socket is reachable for sure.
     pub static_candidates: Vec<SocketAddr>,
     /// Where DNS listens, and what it forwards to.
@@ -108,6 +111,8 @@ struct ConfigFile {
     #[serde(default = "default_true")]
     services: bool,
     #[serde(default)]
+    service_interfaces: Vec<String>,
+    #[serde(default)]
     static_candidates: Vec<SocketAddr>,
     #[serde(default)]
     dns: DnsConfig,
@@ -152,6 +157,10 @@ fn default_true() -> bool {
 /// Longest name of a network interface (`IFNAMSIZ` − 1, linux/if.h).
 const INTERFACE_NAME_LEN_MAX: usize = 15;
 
+/// Most `service_interfaces`: a gateway with a VLAN for each machine hall. Each is looked up, by three
+/// system calls, whenever a link or an address of the machine changes.
+const SERVICE_INTERFACES_MAX: usize = 64;
+
 /// Why the configuration cannot be used. Exit code 64.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -186,13 +195,9 @@ impl Settings {
             key,
             problem,
         };
-        if !is_interface_name(&file.interface) {
-            let problem = format!(
-                "{:?} is not an interface name (1 to {INTERFACE_NAME_LEN_MAX} characters without `/` and spaces)",
-                file.interface
-            );
-            return Err(bad("interface", problem));
-        }
+        check_interface_name(&file.interface).map_err(|problem| bad("interface", problem))?;
+        let service_interfaces =
+            service_interfaces(&file).map_err(|problem| bad("service_interfaces", problem))?;
         if file.listen_port == 0 {
             return Err(bad(
                 "listen_port",
@@ -229,15 +234,44 @@ impl Settings {
             admin_socket: file.admin_socket,
             cgroup: file.cgroup,
             services: file.services,
+            service_interfaces,
             static_candidates: file.static_candidates,
             dns: file.dns,
         })
     }
 }
 
-fn is_interface_name(name: &str) -> bool {
+fn check_interface_name(name: &str) -> Result<(), String> {
     let odd = |c: char| c == '/' || c.is_whitespace() || !c.is_ascii();
-    !name.is_empty() && name.len() <= INTERFACE_NAME_LEN_MAX && !name.contains(odd)
+    if (1..=INTERFACE_NAME_LEN_MAX).contains(&name.len()) && !name.contains(odd) {
+        return Ok(());
+    }
+    Err(format!(
+        "{name:?} is not an interface name (1 to {INTERFACE_NAME_LEN_MAX} characters without `/` and spaces)"
+    ))
+}
+
+fn service_interfaces(file: &ConfigFile) -> Result<BTreeSet<String>, String> {
+    let names = &file.service_interfaces;
+    names
+        .iter()
+        .try_for_each(|name| check_interface_name(name))?;
+    if names.contains(&file.interface) {
+        return Err(format!(
+            "{:?} is the mesh's own interface: name those of the devices",
+            file.interface
+        ));
+    }
+    if !names.is_empty() && !file.services {
+        return Err("needs `services = true`".to_owned());
+    }
+    if names.len() > SERVICE_INTERFACES_MAX {
+        return Err(format!(
+            "{} interfaces, at most {SERVICE_INTERFACES_MAX} can be served",
+            names.len()
+        ));
+    }
+    Ok(names.iter().cloned().collect())
 }
 
 fn is_host_port(text: &str) -> bool {
@@ -290,6 +324,12 @@ mod tests {
             ("controller", "controller = 'nowhere'"),
             ("token", "token = 'a'\ntoken_file = 'b'"),
             ("node_name", "node_name = 'Edge'"),
+            ("service_interfaces", "service_interfaces = ['br lan']"),
+            ("service_interfaces", "service_interfaces = ['holdfast0']"),
+            (
+                "service_interfaces",
+                "services = false\nservice_interfaces = ['lan0']",
+            ),
         ] {
             let name = if key == "node_name" {
                 ""
@@ -299,6 +339,23 @@ mod tests {
             let error = parse(&format!("{name}{line}")).unwrap_err();
             assert!(error.contains(key), "{error}");
         }
+    }
+
+    #[test]
+    fn interfaces_beyond_the_limit_are_refused_and_a_name_counts_once() {
+        let config = |count: usize| {
+            let names: Vec<_> = (0..count).map(|n| format!("'lan{n}'")).collect();
+            parse(&format!(
+                "node_name = 'a'\nservice_interfaces = [{}]",
+                names.join(", ")
+            ))
+        };
+        let most = config(SERVICE_INTERFACES_MAX).unwrap();
+        assert_eq!(most.service_interfaces.len(), SERVICE_INTERFACES_MAX);
+        let error = config(SERVICE_INTERFACES_MAX + 1).unwrap_err();
+        assert!(error.contains("at most 64"), "{error}");
+        let twice = parse("node_name = 'a'\nservice_interfaces = ['lan0', 'lan0']").unwrap();
+        assert_eq!(twice.service_interfaces.len(), 1);
     }
 
     #[test]

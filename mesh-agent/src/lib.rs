@@ -15,6 +15,7 @@ pub mod admin;
 pub mod agent;
 pub mod config;
 pub mod driver;
+pub mod interfaces;
 pub mod links;
 pub mod network;
 pub mod publish;

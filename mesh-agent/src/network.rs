@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeSet,
-    error::Error as _,
+    error::Error,
     fs,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
@@ -15,7 +15,7 @@ use ipnet::IpNet;
 use mesh_core::{io::Input, services::View, snapshot::Snapshot};
 use mesh_linux::{
     IfIndex,
-    netlink::{Changes, Netlink, NetlinkError, Route},
+    netlink::{Changes, Netlink, Route},
 };
 use mesh_wire::id::NodeName;
 use tokio::{
@@ -43,15 +43,23 @@ pub struct Desired {
     pub forwarding: bool,
 }
 
-/// What the kernel of `own` should hold, and `dns` as further addresses of the device. `None`:
-/// the snapshot does not have this node.
+/// What of the kernel's side this node's configuration says.
+#[derive(Debug, Clone, Default)]
+pub struct Local {
+    /// Further addresses of the device, for DNS.
+    pub dns: Vec<IpAddr>,
+    /// Devices use services through this node: their answers come out of the tunnel.
+    pub serves_devices: bool,
+}
+
+/// What the kernel of `own` should hold. `None`: the snapshot does not have this node.
 #[must_use]
-pub fn desired(snapshot: &Snapshot, own: &NodeName, dns: &[IpAddr]) -> Option<Desired> {
+pub fn desired(snapshot: &Snapshot, own: &NodeName, local: &Local) -> Option<Desired> {
     let node = snapshot.nodes.get(own)?;
     let own_addresses = [IpAddr::from(node.overlay_v4), node.overlay_v6.into()];
     let addresses = own_addresses
         .iter()
-        .chain(dns)
+        .chain(&local.dns)
         .map(|&ip| IpNet::from(ip))
         .collect();
     let mesh = [
@@ -78,7 +86,7 @@ pub fn desired(snapshot: &Snapshot, own: &NodeName, dns: &[IpAddr]) -> Option<De
     Some(Desired {
         addresses,
         routes: routes.collect(),
-        forwarding: !node.prefixes.is_empty(),
+        forwarding: local.serves_devices || !node.prefixes.is_empty(),
     })
 }
 
@@ -90,7 +98,7 @@ pub fn desired(snapshot: &Snapshot, own: &NodeName, dns: &[IpAddr]) -> Option<De
 pub async fn keep_kernel(
     netlink: Netlink,
     interface: (IfIndex, String),
-    dns: Vec<IpAddr>,
+    local: Local,
     mut views: watch::Receiver<Option<Arc<View>>>,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
@@ -98,7 +106,7 @@ pub async fn keep_kernel(
     let mut complaint = String::new();
     loop {
         let view = views.borrow_and_update().clone();
-        let wanted = view.and_then(|view| desired(&view.snapshot, &view.node, &dns));
+        let wanted = view.and_then(|view| desired(&view.snapshot, &view.node, &local));
         if let Some(wanted) = wanted
             && applied.as_ref() != Some(&wanted)
         {
@@ -139,7 +147,7 @@ pub async fn apply(
         .failed
         .iter()
         .chain(&routes.failed)
-        .map(chain)
+        .map(|error| chain(error))
         .collect();
     if wanted.forwarding
         && let Err(problem) = forward(name)
@@ -150,7 +158,7 @@ pub async fn apply(
 }
 
 /// An error with what caused it.
-fn chain(error: &NetlinkError) -> String {
+pub(crate) fn chain(error: &dyn Error) -> String {
     let cause = error.source().map(|cause| format!(": {cause}"));
     format!("{error}{}", cause.unwrap_or_default())
 }
@@ -229,7 +237,7 @@ mod tests {
     }
 
     fn routes(snapshot: &Snapshot) -> Vec<String> {
-        let desired = desired(snapshot, &"own".parse().unwrap(), &[]).unwrap();
+        let desired = desired(snapshot, &"own".parse().unwrap(), &Local::default()).unwrap();
         let v4 = desired
             .routes
             .iter()
@@ -265,8 +273,25 @@ mod tests {
     #[test]
     fn a_node_that_the_snapshot_does_not_have_gets_nothing() {
         assert_eq!(
-            desired(&snapshot(), &"stranger".parse().unwrap(), &[]),
+            desired(&snapshot(), &"stranger".parse().unwrap(), &Local::default()),
             None
         );
+    }
+
+    #[test]
+    fn packets_out_of_the_tunnel_go_on_where_something_is_behind_this_node() {
+        let mut snapshot = snapshot();
+        let own: NodeName = "own".parse().unwrap();
+        let forwards = |snapshot: &Snapshot, serves_devices| {
+            let local = Local {
+                serves_devices,
+                ..Local::default()
+            };
+            desired(snapshot, &own, &local).unwrap().forwarding
+        };
+        assert!(forwards(&snapshot, false));
+        snapshot.nodes.get_mut(&own).unwrap().prefixes.clear();
+        assert!(!forwards(&snapshot, false));
+        assert!(forwards(&snapshot, true));
     }
 }

@@ -9,7 +9,7 @@ use std::{
 use ebpf_loader::{LeftOut, Services};
 use mesh_core::{
     services::{self, View},
-    snapshot::Protocol,
+    snapshot::{Policy, Protocol},
 };
 use tokio::{sync::watch, task};
 use tokio_util::sync::CancellationToken;
@@ -70,6 +70,11 @@ pub fn table(view: &View) -> BTreeMap<ebpf_loader::Frontend, ebpf_loader::Backen
             },
             ebpf_loader::Backends {
                 endpoints: backends.endpoints,
+                selection: match backends.policy {
+                    Policy::Random => ebpf_loader::Selection::Random,
+                    Policy::ConsistentHash => ebpf_loader::Selection::ClientHash,
+                    Policy::RoundRobin => ebpf_loader::Selection::Turns,
+                },
                 affinity: backends.affinity,
             },
         )

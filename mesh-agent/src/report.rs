@@ -44,7 +44,14 @@ pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> Status
     for peer in driver.core.peers() {
         *peers.entry(state_text(peer.state).to_owned()).or_default() += 1;
     }
-    let problems = problems(driver, connection, &relays);
+    let mut problems = problems(driver, connection, &relays);
+    let served = facts.served.borrow();
+    problems.extend(served.iter().filter_map(|(name, one)| {
+        let problem = one.problem.as_ref()?;
+        Some(format!(
+            "interface {name} of `service_interfaces`: {problem}"
+        ))
+    }));
     StatusResponse {
         node: driver.name().to_string(),
         public_key: driver.tunnel.node_id().to_string(),
@@ -83,6 +90,12 @@ pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> Status
             .map(ToString::to_string)
             .collect(),
         certificate_expires_unix_s: unix_s(facts.credentials.load().validity().not_after),
+        service_interfaces: served
+            .iter()
+            .map(|(name, one)| (name.clone(), one.attached))
+            .collect(),
+        // Added by who may wait for it.
+        service_packets: BTreeMap::new(),
     }
 }
 

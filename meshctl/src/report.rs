@@ -32,6 +32,10 @@ pub(crate) struct Status {
     pub(crate) dns_listen: Vec<String>,
     /// Dropped packets by reason.
     pub(crate) drops: BTreeMap<String, u64>,
+    /// Interfaces whose devices use services through the node: whether their packets are looked at.
+    pub(crate) service_interfaces: BTreeMap<String, bool>,
+    /// What became of those packets.
+    pub(crate) service_packets: BTreeMap<String, u64>,
     pub(crate) certificate_expires_unix_s: Option<i64>,
 }
 
@@ -89,6 +93,8 @@ impl From<admin::StatusResponse> for Status {
             peers: said.peers,
             dns_listen: said.dns_listen,
             drops: said.drops,
+            service_interfaces: said.service_interfaces,
+            service_packets: said.service_packets,
             certificate_expires_unix_s: (said.certificate_expires_unix_s != 0)
                 .then_some(said.certificate_expires_unix_s),
         }

@@ -1,6 +1,9 @@
 //! What a person sees, and how well things are.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    collections::BTreeMap,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use serde::Serialize;
 
@@ -48,8 +51,11 @@ impl Report for Status {
             .peers
             .iter()
             .map(|(state, count)| format!("{count} {state}"));
-        let drops = self.drops.iter().filter(|(_, count)| **count > 0);
-        let drops = drops.map(|(reason, count)| format!("{count} {reason}"));
+        let served = self.service_interfaces.iter();
+        let served = served.map(|(name, attached)| match attached {
+            true => name.clone(),
+            false => format!("{name} (not attached)"),
+        });
         let mut rows = vec![
             row("node", format!("{} ({})", self.node, self.version)),
             vec!["health".into(), Cell::new(self.health, health)],
@@ -70,7 +76,9 @@ impl Report for Status {
             row("certificate", expires(self.certificate_expires_unix_s)),
             row("peers", peers.collect::<Vec<_>>().join(", ")),
             row("DNS", self.dns_listen.join(", ")),
-            row("drops", drops.collect::<Vec<_>>().join(", ")),
+            row("serves", served.collect::<Vec<_>>().join(", ")),
+            row("served", counted(&self.service_packets)),
+            row("drops", counted(&self.drops)),
         ]);
         rows.retain(|row| row.get(1) != Some(&Cell::from("")));
         let mut text = columns(&rows, colours);
@@ -90,6 +98,15 @@ impl Report for Status {
             _ => Verdict::Degraded,
         }
     }
+}
+
+/// How many of which, without what there was none of.
+fn counted(counts: &BTreeMap<String, u64>) -> String {
+    let some = counts.iter().filter(|(_, count)| **count > 0);
+    let words: Vec<_> = some
+        .map(|(what, count)| format!("{count} {what}"))
+        .collect();
+    words.join(", ")
 }
 
 fn row(name: &str, value: impl AsRef<str>) -> Vec<Cell> {

@@ -133,6 +133,8 @@ async fn status_has_a_stable_form_for_machines() {
         "peers": { "direct": 3, "relayed": 1 },
         "dns_listen": ["169.254.53.53:53"],
         "drops": { "no_route": 2, "malformed": 0 },
+        "service_interfaces": { "lan0": true, "lan1": false },
+        "service_packets": { "flow_opened": 2, "hairpin": 0 },
         "certificate_expires_unix_s": null,
     });
     assert_eq!(lab.json("status").await, (0, want));
@@ -157,6 +159,8 @@ controller  cloud:7440, connected
 snapshot    generation 42, 3s old: 5 nodes, 7 services
 peers       3 direct, 1 relayed
 DNS         169.254.53.53:53
+serves      lan0, lan1 (not attached)
+served      2 flow_opened
 drops       2 no_route
 
 RELAY  STATE  HOME  RTT      PROBLEM
@@ -567,6 +571,8 @@ impl AgentAdmin for Agent {
             interface: "holdfast0".to_owned(),
             local_addresses: texts(&["192.168.7.1:51820"]),
             certificate_expires_unix_s: 0,
+            service_interfaces: [("lan0".to_owned(), true), ("lan1".to_owned(), false)].into(),
+            service_packets: [("flow_opened".to_owned(), 2), ("hairpin".to_owned(), 0)].into(),
         }))
     }
 

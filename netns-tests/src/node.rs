@@ -173,6 +173,16 @@ impl Node {
         joined.map_err(|_| anyhow!("panicked inside {}", self.netns()))?
     }
 
+    /// How many eBPF programs look at the packets of an interface.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such interface.
+    pub fn tcx_programs(&self, interface: &str) -> Result<u32> {
+        let count = self.enter(|| sys::tcx_programs(interface))?;
+        count.with_context(|| format!("ask for the programs on {interface} of {}", self.netns()))
+    }
+
     /// A command that will run on this node: in its namespaces and its cgroup.
     ///
     /// # Errors

@@ -9,7 +9,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
+use rustix::{
+    net::{AddressFamily, SocketType, netdevice, socket},
+    thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe},
+};
 
 /// Moves the calling thread into a network namespace made by `ip netns add`.
 ///
@@ -114,4 +117,62 @@ pub(crate) fn discard_batch(socket: &impl AsFd) -> io::Result<usize> {
         )
     };
     usize::try_from(taken).map_err(|_| io::Error::last_os_error())
+}
+
+/// `BPF_PROG_QUERY`, and where tcx programs are (linux/bpf.h, 6.6).
+const PROG_QUERY: libc::c_long = 16;
+const TCX_INGRESS: u32 = 46;
+const TCX_EGRESS: u32 = 47;
+
+/// `union bpf_attr`, as far as `BPF_PROG_QUERY` of Linux 6.6 goes.
+#[repr(C)]
+#[derive(Default)]
+struct ProgQuery {
+    target: u32,
+    attach_type: u32,
+    flags: [u32; 2],
+    ids: u64,
+    count: u32,
+    zero: u32,
+    more: [u64; 4],
+}
+
+const _: () = assert!(
+    size_of::<ProgQuery>() == 64,
+    "padding would reach the kernel"
+);
+
+/// How many programs look at the packets of an interface of the thread's network namespace, both
+/// directions together. `bpftool` shows these from version 7.3 on.
+///
+/// # Errors
+///
+/// If there is no such interface, or the process is not root.
+#[expect(unsafe_code, reason = "bpf has no safe wrapper")]
+pub(crate) fn tcx_programs(interface: &str) -> io::Result<u32> {
+    let any = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+    let index = netdevice::name_to_index(&any, interface)?;
+    let mut programs = 0;
+    for attach_type in [TCX_INGRESS, TCX_EGRESS] {
+        let mut query = ProgQuery {
+            target: index,
+            attach_type,
+            ..ProgQuery::default()
+        };
+        // SAFETY: the kernel reads and writes the structure alone, whose size is told, for it is
+        // given no buffer for the programs' ids.
+        let failed = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                PROG_QUERY,
+                &raw mut query,
+                size_of::<ProgQuery>(),
+            )
+        };
+        if failed != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        programs += query.count;
+    }
+    Ok(programs)
 }

@@ -79,18 +79,20 @@ impl Services {
 
     /// Serves the clients behind an Ethernet interface of the calling thread's network namespace:
     /// what they send to a service goes to an endpoint, and answers come back as the service's.
-    /// The programs come before all others on the interface. Twice is as once.
+    /// The programs come before all others on the interface. Returns whether they were not there
+    /// before: they are asked for, because the index may have come to another interface.
     ///
     /// # Errors
     ///
     /// [`InterfaceError`]; nothing stays attached.
-    pub fn attach_interface(&mut self, index: NonZeroU32) -> Result<(), InterfaceError> {
+    pub fn attach_interface(&mut self, index: NonZeroU32) -> Result<bool, InterfaceError> {
         let interfaces = self.interfaces.as_mut();
         let interfaces = interfaces.ok_or(InterfaceError::SocketsAlone)?;
-        if interfaces.contains_key(&index) {
-            return Ok(());
-        }
         let name = interface_name(index)?;
+        if interfaces.contains_key(&index) && are_attached(&mut self.ebpf, &name) {
+            return Ok(false);
+        }
+        interfaces.remove(&index);
         let mut links = Vec::with_capacity(PROGRAMS.len());
         for (program_name, direction) in PROGRAMS {
             let link = program(&mut self.ebpf, program_name)
@@ -107,8 +109,7 @@ impl Services {
             return Err(InterfaceError::Unknown { index, source });
         }
         interfaces.insert(index, links);
-        tracing::info!(interface = %name, index, "eBPF services attached");
-        Ok(())
+        Ok(true)
     }
 
     /// Leaves an interface alone again; whether the programs were there. Open flows of its
@@ -140,6 +141,17 @@ fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier
     found
         .ok_or(ProgramError::UnexpectedProgramType)
         .and_then(TryInto::try_into)
+}
+
+/// Whether the interface has every program where it belongs.
+fn are_attached(ebpf: &mut Ebpf, interface: &str) -> bool {
+    PROGRAMS.iter().all(|&(name, direction)| {
+        let own = program(ebpf, name).and_then(|program| Ok(program.info()?.id()));
+        let there = SchedClassifier::query_tcx(interface, direction);
+        own.is_ok_and(|own| {
+            there.is_ok_and(|(_, programs)| programs.iter().any(|one| one.id() == own))
+        })
+    })
 }
 
 fn attach(

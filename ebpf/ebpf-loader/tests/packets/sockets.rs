@@ -334,6 +334,7 @@ fn an_interface_is_left_as_it_was() {
     lan.serve(family.service, &[at]);
     lan.services.attach_interface(index("lan0")).unwrap();
     connected(&lan, family, &listener);
+    assert!(!lan.services.attach_interface(index("lan0")).unwrap());
     assert!(lan.services.detach_interface(index("lan0")));
     assert!(!lan.services.detach_interface(index("lan0")));
     let before = lan.services.packet_counters().unwrap();
@@ -342,6 +343,17 @@ fn an_interface_is_left_as_it_was() {
     assert_eq!(lan.services.packet_counters().unwrap(), before);
     lan.services.attach_interface(index("lan0")).unwrap();
     connected(&lan, family, &listener);
+}
+
+#[test]
+fn a_new_interface_with_the_number_of_an_old_one_is_served() {
+    let mut lan = Lan::new();
+    for _ in 0..2 {
+        ip(&["link", "add", "br7", "index", "777", "type", "bridge"]);
+        assert!(lan.services.attach_interface(index("br7")).unwrap());
+        assert!(!lan.services.attach_interface(index("br7")).unwrap());
+        ip(&["link", "del", "br7"]);
+    }
 }
 
 #[test]

@@ -1,0 +1,279 @@
+//! Interfaces whose devices use services through this node: followed by name as they come and go,
+//! and looked at by the service programs.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    net::IpAddr,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use ebpf_loader::{InterfaceError, Services};
+use ipnet::IpNet;
+use mesh_linux::{
+    IfIndex,
+    netlink::{Changes, Netlink, NetlinkError},
+};
+use tokio::{
+    sync::watch,
+    task,
+    time::{self, Instant},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::network::chain;
+
+/// How often an interface with a problem is looked at again: forwarding is switched on without a
+/// word by netlink.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// Pause after a change of the network before the interfaces are looked up: changes come in bursts.
+const SETTLE: Duration = Duration::from_millis(20);
+
+/// How it stands with an interface.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Served {
+    /// Its packets are looked at.
+    pub attached: bool,
+    /// Why they are not, or why its devices reach nothing all the same.
+    pub problem: Option<String>,
+}
+
+/// By name.
+pub type AllServed = BTreeMap<String, Served>;
+
+/// Keeps the programs on the interfaces of these names, whatever index they have, until `stop`. The
+/// programs leave with the last reference to `services`.
+///
+/// # Errors
+///
+/// If the kernel tells no changes any more; what it refuses is told, and tried again.
+pub async fn keep_interfaces(
+    services: Arc<Mutex<Services>>,
+    names: BTreeSet<String>,
+    netlink: Netlink,
+    mut changes: Changes,
+    told: watch::Sender<AllServed>,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let mut attached = BTreeSet::new();
+    loop {
+        let mut found = BTreeMap::new();
+        for name in &names {
+            found.insert(name.clone(), find(&netlink, name).await);
+        }
+        let here = found.values().flatten().map(|found| found.index).collect();
+        let results = attach(&services, attached, &here).await?;
+        attached = here;
+        attached.retain(|index| results.get(index).is_some_and(Result::is_ok));
+        let served = found.into_iter().map(|(name, found)| {
+            let served = report(&name, found, &results, forwards);
+            (name, served)
+        });
+        let served: AllServed = served.collect();
+        tell(&told, served.clone());
+        let retry = Instant::now() + RETRY;
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return Ok(()),
+                change = changes.next() => {
+                    let change = change.context("the kernel closed the netlink socket")?;
+                    if change.links || change.addresses {
+                        time::sleep(SETTLE).await;
+                        break;
+                    }
+                }
+                () = time::sleep_until(retry), if has_problem(&served) => break,
+            }
+        }
+    }
+}
+
+/// An interface as it is now.
+#[derive(Debug, Clone)]
+struct Found {
+    index: IfIndex,
+    addresses: BTreeSet<IpNet>,
+}
+
+/// Or why it cannot be served. Also between two questions an interface may go.
+async fn find(netlink: &Netlink, name: &str) -> Result<Found, String> {
+    let found = async {
+        let index = netlink.link_index(name).await?;
+        let addresses = netlink.addresses(index).await?;
+        Ok(Found { index, addresses })
+    };
+    found.await.map_err(|error: NetlinkError| chain(&error))
+}
+
+/// What the kernel said of each interface.
+type Attached = BTreeMap<IfIndex, Result<bool, InterfaceError>>;
+
+/// Attaches to all of `here`, and leaves those alone that are not there any more.
+async fn attach(
+    services: &Arc<Mutex<Services>>,
+    before: BTreeSet<IfIndex>,
+    here: &BTreeSet<IfIndex>,
+) -> anyhow::Result<Attached> {
+    let (services, here) = (Arc::clone(services), here.clone());
+    let results = task::spawn_blocking(move || {
+        let mut services = services.lock().unwrap_or_else(PoisonError::into_inner);
+        for gone in before.difference(&here) {
+            services.detach_interface(gone.0);
+        }
+        let attach = |&index: &IfIndex| (index, services.attach_interface(index.0));
+        here.iter().map(attach).collect()
+    });
+    Ok(results.await?)
+}
+
+fn report(
+    name: &str,
+    found: Result<Found, String>,
+    results: &Attached,
+    forwards: impl Fn(&str, bool) -> bool,
+) -> Served {
+    let found = match found {
+        Ok(found) => found,
+        Err(problem) => {
+            return Served {
+                attached: false,
+                problem: Some(problem),
+            };
+        }
+    };
+    match results.get(&found.index) {
+        Some(Ok(is_new)) => {
+            if *is_new {
+                tracing::info!(interface = name, index = %found.index, "devices are served");
+            }
+            Served {
+                attached: true,
+                problem: unforwarded(name, &found.addresses, forwards),
+            }
+        }
+        Some(Err(error)) => Served {
+            attached: false,
+            problem: Some(chain(error)),
+        },
+        None => Served::default(),
+    }
+}
+
+/// What keeps the packets of an interface with these addresses from going on.
+fn unforwarded(
+    name: &str,
+    addresses: &BTreeSet<IpNet>,
+    forwards: impl Fn(&str, bool) -> bool,
+) -> Option<String> {
+    let of_family = |v6: bool| {
+        addresses.iter().any(|net| match net.addr() {
+            IpAddr::V4(_) => !v6,
+            IpAddr::V6(address) => v6 && !address.is_unicast_link_local(),
+        })
+    };
+    let switches = [
+        (false, format!("net/ipv4/conf/{name}/forwarding=1")),
+        (true, "net/ipv6/conf/all/forwarding=1".to_owned()),
+    ];
+    let missing = switches
+        .into_iter()
+        .filter(|(v6, _)| of_family(*v6) && !forwards(name, *v6));
+    let missing: Vec<_> = missing.map(|(_, switch)| switch).collect();
+    (!missing.is_empty()).then(|| {
+        let switches = missing.join(" ");
+        format!("its packets are not forwarded by the kernel: sysctl -w {switches}")
+    })
+}
+
+/// Whether packets that come in by the interface may go on, as far as the kernel's switches say.
+fn forwards(name: &str, v6: bool) -> bool {
+    let on = |switch: &str| {
+        let path = Path::new("/proc/sys/net").join(switch);
+        fs::read_to_string(path).is_ok_and(|value| value.trim() != "0")
+    };
+    if v6 {
+        // The latter came with Linux 6.17.
+        on("ipv6/conf/all/forwarding") || on(&format!("ipv6/conf/{name}/force_forwarding"))
+    } else {
+        on(&format!("ipv4/conf/{name}/forwarding"))
+    }
+}
+
+fn has_problem(served: &AllServed) -> bool {
+    served.values().any(|one| one.problem.is_some())
+}
+
+/// Publishes how it stands, and logs what became different.
+fn tell(told: &watch::Sender<AllServed>, served: AllServed) {
+    told.send_if_modified(|before| {
+        for (name, one) in &served {
+            let known = before.get(name).and_then(|before| before.problem.as_ref());
+            if let Some(problem) = &one.problem
+                && known != Some(problem)
+            {
+                tracing::warn!(interface = %name, %problem, "devices are not served");
+            }
+        }
+        let changed = *before != served;
+        *before = served;
+        changed
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(index: u32, addresses: &[&str]) -> Found {
+        Found {
+            index: IfIndex::new(index).unwrap(),
+            addresses: addresses.iter().map(|net| net.parse().unwrap()).collect(),
+        }
+    }
+
+    /// What is said of an attached interface where each family is forwarded or not.
+    fn problem(addresses: &[&str], v4: bool, v6: bool) -> Option<String> {
+        let found = found(7, addresses);
+        let results = BTreeMap::from([(found.index, Ok(false))]);
+        let forwards = |_: &str, is_v6: bool| if is_v6 { v6 } else { v4 };
+        let served = report("lan0", Ok(found.clone()), &results, forwards);
+        assert!(served.attached);
+        served.problem
+    }
+
+    #[test]
+    fn forwarding_is_missed_only_for_families_that_the_interface_has() {
+        let both = ["192.168.7.1/24", "fd07::1/64", "fe80::1/64"];
+        assert_eq!(problem(&both, true, true), None);
+        assert_eq!(
+            problem(&["192.168.7.1/24", "fe80::1/64"], true, false),
+            None
+        );
+        assert_eq!(problem(&["fd07::1/64"], false, true), None);
+        let said = problem(&both, false, false).unwrap();
+        for switch in ["ipv4/conf/lan0/forwarding=1", "ipv6/conf/all/forwarding=1"] {
+            assert!(said.contains(switch), "{said}");
+        }
+        let said = problem(&both, true, false).unwrap();
+        assert!(!said.contains("ipv4"), "{said}");
+    }
+
+    #[test]
+    fn an_interface_that_is_absent_or_refused_is_said_so() {
+        let absent = report("lan0", Err("gone".to_owned()), &BTreeMap::new(), |_, _| {
+            true
+        });
+        assert!(!absent.attached);
+        assert_eq!(absent.problem.unwrap(), "gone");
+        let found = found(7, &[]);
+        let refused = InterfaceError::SocketsAlone;
+        let results = BTreeMap::from([(found.index, Err(refused))]);
+        let refused = report("lan0", Ok(found.clone()), &results, |_, _| true);
+        assert!(!refused.attached);
+        assert!(refused.problem.unwrap().contains("sockets alone"));
+    }
+}

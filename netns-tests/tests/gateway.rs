@@ -1,0 +1,238 @@
+//! Devices that run nothing of Holdfast's use services through a gateway.
+
+use std::{fs, net::IpAddr, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use netns_tests::{
+    link::Impairment,
+    mesh::Mesh,
+    nat::NatKind,
+    node::Node,
+    tool,
+    traffic::{FlowReport, Hello},
+};
+use serde_json::Value;
+
+/// What should happen soon has happened by then, or never will.
+const SOON: Duration = Duration::from_secs(20);
+
+/// The service by both families.
+const TCP: [&str; 2] = ["http://10.43.0.99/", "http://[fd42:43::99]/"];
+const UDP: [&str; 2] = ["10.43.0.99:9000", "[fd42:43::99]:9000"];
+
+const DEVICE: [&str; 2] = ["192.168.7.2", "fd07::2"];
+
+/// The gateway's configuration.
+const SERVES: &str = "service_interfaces = [\"lan0\"]\n";
+
+/// `edge-a1` serves what comes to be behind `lan0`, the kiosk is at `edge-b1`, nobody is at `lan0`.
+fn mesh() -> Result<Mesh> {
+    let mesh = Mesh::two_sites()?;
+    mesh.kill("edge-a1", "mesh-agent")?;
+    let gateway = mesh.node("edge-a1")?;
+    gateway.sysctl("net/ipv4/conf/default/forwarding", "0")?;
+    mesh.start_agent_with("edge-a1", SERVES)?;
+    mesh.agent_ready("edge-a1", 2)?;
+    let b1 = mesh.node("edge-b1")?;
+    tool::ip(b1.netns(), "addr add fd42:b1::1/128 dev lo\n")?;
+    mesh.serve("edge-b1", "kiosk", &["http", "edge-b1", "[::]:8080"])?;
+    mesh.serve("edge-b1", "echo", &["echo", "0.0.0.0:9000"])?;
+    // On any address, it would answer from the one of the tunnel.
+    mesh.serve("edge-b1", "echo-v6", &["echo", "[fd42:b1::1]:9000"])?;
+    kiosk(
+        &mesh,
+        &[("100.96.2.1", "edge-b1")],
+        &[("fd42:b1::1", "edge-b1")],
+    )?;
+    Ok(mesh)
+}
+
+/// The kiosk's manifest.
+fn kiosk(mesh: &Mesh, v4: &[(&str, &str)], v6: &[(&str, &str)]) -> Result<()> {
+    let ports = "{name: http, port: 80, targetPort: 8080, protocol: TCP}, {name: echo, port: 9000, \
+                 targetPort: 9000, protocol: UDP}";
+    let mut text = format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: kiosk, namespace: shop}}\nspec: {{clusterIP: 10.43.0.99, \
+         clusterIPs: [10.43.0.99, \"fd42:43::99\"], ipFamilies: [IPv4, IPv6], ipFamilyPolicy: RequireDualStack, \
+         ports: [{ports}]}}\n"
+    );
+    for (family, endpoints) in [("IPv4", v4), ("IPv6", v6)] {
+        let endpoints: Vec<_> = endpoints
+            .iter()
+            .map(|(address, node)| format!("{{addresses: [\"{address}\"], nodeName: {node}}}"))
+            .collect();
+        text += &format!(
+            "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: kiosk-{}, namespace: shop, \
+             labels: {{kubernetes.io/service-name: kiosk}}}}\naddressType: {family}\nports: [{{name: http, port: 8080, \
+             protocol: TCP}}, {{name: echo, port: 9000, protocol: UDP}}]\nendpoints: [{}]\n",
+            family.to_lowercase(),
+            endpoints.join(", ")
+        );
+    }
+    Ok(fs::write(mesh.manifests().join("kiosk.yaml"), text)?)
+}
+
+/// The mesh knows the way back to the device's network.
+fn advertise(mesh: &Mesh) -> Result<()> {
+    let path = mesh.manifests().join("mesh.yaml");
+    let text = fs::read_to_string(&path)?;
+    let own = "overlayIPv4: 100.96.1.1\n";
+    ensure!(text.contains(own), "{text}");
+    let more = format!("{own}  prefixes: [\"192.168.7.0/24\", \"fd07::/64\"]\n");
+    Ok(fs::write(&path, text.replace(own, &more))?)
+}
+
+/// A device behind the gateway, which is its router.
+fn device(mesh: &Mesh) -> Result<Node> {
+    let device = mesh.lab().add_node("device")?;
+    plug(mesh, &device)?;
+    Ok(device)
+}
+
+fn plug(mesh: &Mesh, device: &Node) -> Result<()> {
+    let gateway = mesh.node("edge-a1")?;
+    mesh.lab().veth(device, "eth0", &gateway, "lan0")?;
+    let lan = "addr add 192.168.7.1/24 dev lan0\naddr add fd07::1/64 dev lan0 nodad\n";
+    tool::ip(gateway.netns(), lan)?;
+    let here = "addr add 192.168.7.2/24 dev eth0\naddr add fd07::2/64 dev eth0 nodad\n\
+                route add default via 192.168.7.1\nroute add default via fd07::1\n";
+    tool::ip(device.netns(), here)
+}
+
+fn forward(mesh: &Mesh) -> Result<()> {
+    let gateway = mesh.node("edge-a1")?;
+    gateway.sysctl("net/ipv4/conf/lan0/forwarding", "1")?;
+    gateway.sysctl("net/ipv6/conf/all/forwarding", "1")
+}
+
+/// What the gateway says of `lan0`: whether it is attached, and its problem.
+fn said(mesh: &Mesh) -> Result<(bool, String)> {
+    let status = mesh.status("edge-a1")?;
+    let attached = status.pointer("/service_interfaces/lan0");
+    let attached = attached.and_then(Value::as_bool);
+    let attached = attached.with_context(|| format!("no lan0: {status}"))?;
+    let problems = status.pointer("/problems").and_then(Value::as_array);
+    let problems = problems.into_iter().flatten().filter_map(Value::as_str);
+    let of_lan: Vec<_> = problems.filter(|one| one.contains("lan0")).collect();
+    Ok((attached, of_lan.join("; ")))
+}
+
+fn serves(mesh: &Mesh) -> Result<()> {
+    tool::eventually("the gateway serves lan0", SOON, || {
+        let said = said(mesh)?;
+        ensure!(said == (true, String::new()), "{said:?}");
+        Ok(())
+    })
+}
+
+fn ask(mesh: &Mesh, url: &str) -> Result<Hello> {
+    mesh.get("device", &[url], Duration::from_secs(1))
+}
+
+/// Datagrams to the echo server and back, as the service's.
+fn echo(device: &Node, to: &str) -> Result<FlowReport> {
+    let lab = tool::binary("lab")?.display().to_string();
+    let words = [lab.as_str(), "flow", to, "20", "10", "1000", "1000"];
+    Ok(serde_json::from_str(&device.run(&words, SOON)?.ok()?)?)
+}
+
+/// Both protocols by both families; the servers see `clients`.
+fn uses_the_kiosk(mesh: &Mesh, device: &Node, clients: [&str; 2]) -> Result<()> {
+    for ((tcp, udp), client) in TCP.into_iter().zip(UDP).zip(clients) {
+        let hello = tool::eventually("the kiosk answers", SOON, || ask(mesh, tcp))?;
+        assert_eq!(hello.node, "edge-b1");
+        assert_eq!(hello.client.ip(), client.parse::<IpAddr>()?, "{tcp}");
+        let report = echo(device, udp)?;
+        assert_eq!(report.answered, report.sent, "{udp}: {report:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_device_uses_services_of_another_site_as_itself() -> Result<()> {
+    let mesh = mesh()?;
+    advertise(&mesh)?;
+    let (attached, problem) = said(&mesh)?;
+    assert!(
+        !attached && problem.contains("there is no interface"),
+        "{problem}"
+    );
+    let device = device(&mesh)?;
+    tool::eventually("the gateway misses the forwarding", SOON, || {
+        let (attached, problem) = said(&mesh)?;
+        ensure!(
+            attached && problem.contains("ipv4/conf/lan0/forwarding=1"),
+            "{problem}"
+        );
+        Ok(())
+    })?;
+    forward(&mesh)?;
+    serves(&mesh)?;
+    uses_the_kiosk(&mesh, &device, DEVICE)?;
+    let opened = mesh.status("edge-a1")?;
+    let opened = opened.pointer("/service_packets/flow_opened");
+    assert!(
+        opened
+            .and_then(Value::as_u64)
+            .is_some_and(|count| count >= 4),
+        "{opened:?}"
+    );
+
+    // The same name with another index.
+    tool::ip(mesh.node("edge-a1")?.netns(), "link del lan0\n")?;
+    tool::eventually("the gateway misses lan0", SOON, || {
+        let (attached, problem) = said(&mesh)?;
+        ensure!(
+            !attached && problem.contains("there is no interface"),
+            "{problem}"
+        );
+        Ok(())
+    })?;
+    plug(&mesh, &device)?;
+    forward(&mesh)?;
+    serves(&mesh)?;
+    uses_the_kiosk(&mesh, &device, DEVICE)?;
+
+    let gateway = mesh.node("edge-a1")?;
+    assert_eq!(gateway.tcx_programs("lan0")?, 2);
+    let mut agent = mesh.take("edge-a1", "mesh-agent")?;
+    assert!(agent.terminate(SOON)?.success(), "{}", agent.log());
+    assert_eq!(gateway.tcx_programs("lan0")?, 0);
+    Ok(())
+}
+
+#[test]
+fn a_device_s_next_flow_goes_elsewhere_when_the_endpoint_s_node_dies() -> Result<()> {
+    let mut mesh = mesh()?;
+    let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
+    let wan = [203, 0, 113, 3].into();
+    mesh.add_site("site-c", NatKind::PortRestricted, wan, link, &["edge-c1"])?;
+    mesh.start_agent("edge-c1")?;
+    mesh.agent_ready("edge-c1", 3)?;
+    mesh.serve("edge-c1", "kiosk", &["http", "edge-c1", "[::]:8080"])?;
+    advertise(&mesh)?;
+    kiosk(
+        &mesh,
+        &[("100.96.2.1", "edge-b1"), ("100.96.3.1", "edge-c1")],
+        &[],
+    )?;
+    device(&mesh)?;
+    forward(&mesh)?;
+    serves(&mesh)?;
+    let [url, _] = TCP;
+    for node in ["edge-b1", "edge-c1"] {
+        tool::eventually("both answer", SOON, || {
+            let hello = ask(&mesh, url)?;
+            ensure!(hello.node == node, "{} and not {node}", hello.node);
+            Ok(())
+        })?;
+    }
+    mesh.kill("edge-b1", "mesh-agent")?;
+    tool::eventually("the other alone answers", SOON, || {
+        for _ in 0..8 {
+            let hello = ask(&mesh, url)?;
+            ensure!(hello.node == "edge-c1", "{}", hello.node);
+        }
+        Ok(())
+    })
+}
