@@ -15,7 +15,7 @@ use ebpf_loader::{InterfaceError, Services};
 use ipnet::IpNet;
 use mesh_linux::{
     IfIndex,
-    netlink::{Changes, Netlink, NetlinkError},
+    netlink::{Changes, LinkHeader, Netlink, NetlinkError},
 };
 use tokio::{
     sync::watch,
@@ -65,9 +65,10 @@ pub async fn keep_interfaces(
         for name in &names {
             found.insert(name.clone(), find(&netlink, name).await);
         }
-        let here = found.values().flatten().map(|found| found.index).collect();
-        let results = attach(&services, attached, &here).await?;
-        attached = here;
+        let here = found.values().flatten();
+        let here: BTreeMap<_, _> = here.map(|found| (found.index, found.header)).collect();
+        let results = attach(&services, attached, here).await?;
+        attached = results.keys().copied().collect();
         attached.retain(|index| results.get(index).is_some_and(Result::is_ok));
         let served = found.into_iter().map(|(name, found)| {
             let served = report(&name, found, &results, forwards);
@@ -96,17 +97,30 @@ pub async fn keep_interfaces(
 #[derive(Debug, Clone)]
 struct Found {
     index: IfIndex,
+    header: ebpf_loader::LinkHeader,
     addresses: BTreeSet<IpNet>,
 }
 
 /// Or why it cannot be served. Also between two questions an interface may go.
 async fn find(netlink: &Netlink, name: &str) -> Result<Found, String> {
-    let found = async {
-        let index = netlink.link_index(name).await?;
-        let addresses = netlink.addresses(index).await?;
-        Ok(Found { index, addresses })
+    let said = |error: NetlinkError| chain(&error);
+    let index = netlink.link_index(name).await.map_err(said)?;
+    let state = netlink.link_state(index).await.map_err(said)?;
+    let header = match state.ok_or("it is gone")?.header {
+        LinkHeader::Ethernet => ebpf_loader::LinkHeader::Ethernet,
+        LinkHeader::Ip => ebpf_loader::LinkHeader::Ip,
+        LinkHeader::Other(kind) => {
+            return Err(format!(
+                "its packets begin neither with Ethernet's header nor with IP's (ARPHRD {kind})"
+            ));
+        }
     };
-    found.await.map_err(|error: NetlinkError| chain(&error))
+    let addresses = netlink.addresses(index).await.map_err(said)?;
+    Ok(Found {
+        index,
+        header,
+        addresses,
+    })
 }
 
 /// What the kernel said of each interface.
@@ -116,16 +130,19 @@ type Attached = BTreeMap<IfIndex, Result<bool, InterfaceError>>;
 async fn attach(
     services: &Arc<Mutex<Services>>,
     before: BTreeSet<IfIndex>,
-    here: &BTreeSet<IfIndex>,
+    here: BTreeMap<IfIndex, ebpf_loader::LinkHeader>,
 ) -> anyhow::Result<Attached> {
-    let (services, here) = (Arc::clone(services), here.clone());
+    let services = Arc::clone(services);
     let results = task::spawn_blocking(move || {
         let mut services = services.lock().unwrap_or_else(PoisonError::into_inner);
-        for gone in before.difference(&here) {
+        for gone in before.iter().filter(|index| !here.contains_key(index)) {
             services.detach_interface(gone.0);
         }
-        let attach = |&index: &IfIndex| (index, services.attach_interface(index.0));
-        here.iter().map(attach).collect()
+        let attach = |(index, header): (IfIndex, _)| {
+            let attached = services.attach_interface(index.0, header);
+            (index, attached)
+        };
+        here.into_iter().map(attach).collect()
     });
     Ok(results.await?)
 }
@@ -231,6 +248,7 @@ mod tests {
     fn found(index: u32, addresses: &[&str]) -> Found {
         Found {
             index: IfIndex::new(index).unwrap(),
+            header: ebpf_loader::LinkHeader::Ethernet,
             addresses: addresses.iter().map(|net| net.parse().unwrap()).collect(),
         }
     }

@@ -138,6 +138,34 @@ pub struct LinkState {
     pub up: bool,
     /// Its MTU, if it has one.
     pub mtu_bytes: Option<u32>,
+    /// What its packets begin with.
+    pub header: LinkHeader,
+}
+
+/// What an interface's packets begin with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LinkHeader {
+    /// Ethernet's header.
+    Ethernet,
+    /// The IP header: TUN devices and IP tunnels.
+    Ip,
+    /// Something else, by the kernel's number (`ARPHRD_…` in linux/if_arp.h).
+    Other(u16),
+}
+
+impl LinkHeader {
+    fn of(link: &LinkMessage) -> Self {
+        use LinkLayerType as T;
+        let layer = link.header.link_layer_type;
+        // The loopback has one, too.
+        if matches!(layer, T::Ether | T::Loopback) {
+            Self::Ethernet
+        } else if matches!(layer, T::None | T::Rawip | T::Tunnel | T::Tunnel6 | T::Sit) {
+            Self::Ip
+        } else {
+            Self::Other(layer.into())
+        }
+    }
 }
 
 impl Netlink {
@@ -225,6 +253,7 @@ impl Netlink {
                 }
                 None
             }),
+            header: LinkHeader::of(link),
         }))
     }
 

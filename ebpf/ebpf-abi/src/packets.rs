@@ -127,8 +127,8 @@ counters! {
         Truncated = "truncated",
         /// Behind more extension headers than looked through, or a source route: passed.
         Extensions = "extensions",
-        /// Not for this host, with a VLAN tag, without Ethernet header, not IP, or neither TCP,
-        /// UDP nor an ICMP error: passed.
+        /// Not for this host, with two VLAN tags, not IP, or neither TCP, UDP nor an ICMP error:
+        /// passed.
         Other = "other",
     }
 }

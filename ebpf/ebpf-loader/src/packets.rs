@@ -24,11 +24,30 @@ const COUNTERS: &str = "hf_pkt_counters";
 /// Of one entry where no packets are looked at: maps of this kind take all their memory at once.
 const FLOW_MAPS: [&str; 3] = ["hf_tracked", "hf_answers", "hf_fragmented"];
 
-/// In the order of attaching: what shows the service's address comes before what hides it.
-const PROGRAMS: [(&str, TcAttachType); 2] = [
-    ("hf_answers_out", TcAttachType::Egress),
-    ("hf_requests", TcAttachType::Ingress),
-];
+/// What an interface's packets begin with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LinkHeader {
+    /// Ethernet's header.
+    Ethernet,
+    /// The IP header: TUN devices and IP tunnels.
+    Ip,
+}
+
+impl LinkHeader {
+    const ALL: [Self; 2] = [Self::Ethernet, Self::Ip];
+
+    /// In the order of attaching: what shows the service's address comes before what hides it.
+    const fn programs(self) -> [(&'static str, TcAttachType); 2] {
+        let [answers, requests] = match self {
+            Self::Ethernet => ["hf_answers_out", "hf_requests"],
+            Self::Ip => ["hf_answers_ip", "hf_requests_ip"],
+        };
+        [
+            (answers, TcAttachType::Egress),
+            (requests, TcAttachType::Ingress),
+        ]
+    }
+}
 
 /// The links of each interface, by its index. Dropping a link detaches its program.
 pub(crate) type Interfaces = BTreeMap<NonZeroU32, Vec<SchedClassifierLink>>;
@@ -68,7 +87,7 @@ impl Services {
     /// What this machine lacks, and how to get it. Nothing stays loaded.
     pub fn load_with_packets(cgroup: &Path) -> Result<Self, LoadError> {
         let mut services = Self::load_object(cgroup, &mut EbpfLoader::new())?;
-        for (name, _) in PROGRAMS {
+        for (name, _) in LinkHeader::ALL.into_iter().flat_map(LinkHeader::programs) {
             program(&mut services.ebpf, name)
                 .and_then(SchedClassifier::load)
                 .map_err(|error| rejected(name, error.into()))?;
@@ -77,7 +96,7 @@ impl Services {
         Ok(services)
     }
 
-    /// Serves the clients behind an Ethernet interface of the calling thread's network namespace:
+    /// Serves the clients behind an interface of the calling thread's network namespace:
     /// what they send to a service goes to an endpoint, and answers come back as the service's.
     /// The programs come before all others on the interface. Returns whether they were not there
     /// before: they are asked for, because the index may have come to another interface.
@@ -85,16 +104,21 @@ impl Services {
     /// # Errors
     ///
     /// [`InterfaceError`]; nothing stays attached.
-    pub fn attach_interface(&mut self, index: NonZeroU32) -> Result<bool, InterfaceError> {
+    pub fn attach_interface(
+        &mut self,
+        index: NonZeroU32,
+        header: LinkHeader,
+    ) -> Result<bool, InterfaceError> {
+        let programs = header.programs();
         let interfaces = self.interfaces.as_mut();
         let interfaces = interfaces.ok_or(InterfaceError::SocketsAlone)?;
         let name = interface_name(index)?;
-        if interfaces.contains_key(&index) && are_attached(&mut self.ebpf, &name) {
+        if interfaces.contains_key(&index) && are_attached(&mut self.ebpf, &name, programs) {
             return Ok(false);
         }
         interfaces.remove(&index);
-        let mut links = Vec::with_capacity(PROGRAMS.len());
-        for (program_name, direction) in PROGRAMS {
+        let mut links = Vec::with_capacity(programs.len());
+        for (program_name, direction) in programs {
             let link = program(&mut self.ebpf, program_name)
                 .and_then(|program| attach(program, &name, direction));
             links.push(link.map_err(|source| InterfaceError::Attach {
@@ -144,8 +168,8 @@ fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier
 }
 
 /// Whether the interface has every program where it belongs.
-fn are_attached(ebpf: &mut Ebpf, interface: &str) -> bool {
-    PROGRAMS.iter().all(|&(name, direction)| {
+fn are_attached(ebpf: &mut Ebpf, interface: &str, programs: [(&str, TcAttachType); 2]) -> bool {
+    programs.iter().all(|&(name, direction)| {
         let own = program(ebpf, name).and_then(|program| Ok(program.info()?.id()));
         let there = SchedClassifier::query_tcx(interface, direction);
         own.is_ok_and(|own| {

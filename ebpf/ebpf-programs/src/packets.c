@@ -30,6 +30,7 @@
 #define DESTINATION_OPTIONS 60
 
 #define PACKET_HOST 0
+#define VLAN_TAG_LEN 4
 #define NS_PER_S 1000000000ll
 #define TTL 64
 #define EEXIST 17
@@ -487,13 +488,15 @@ static __always_inline bool is_partial(struct __sk_buff *skb, __u32 at)
     return before == after;
 }
 
-static __always_inline long swap_ethernet(struct __sk_buff *skb)
+static __always_inline long swap_ethernet(struct __sk_buff *skb, const struct packet *packet)
 {
     __u8 from[2 * ETH_ALEN];
     __u8 to[2 * ETH_ALEN];
 
     if (bpf_skb_load_bytes(skb, 0, from, sizeof(from)))
         return -1;
+    if (!packet->l3)
+        return 0;
     __builtin_memcpy(to, from + ETH_ALEN, ETH_ALEN);
     __builtin_memcpy(to + ETH_ALEN, from, ETH_ALEN);
     return bpf_skb_store_bytes(skb, 0, to, sizeof(to), 0);
@@ -532,12 +535,12 @@ static __always_inline long store_ip(struct __sk_buff *skb, const struct packet 
         struct ipv6hdr ip = {};
 
         answer_v6(packet, &ip, payload, protocol_v6);
-        return bpf_skb_store_bytes(skb, ETH_HLEN, &ip, sizeof(ip), 0);
+        return bpf_skb_store_bytes(skb, packet->l3, &ip, sizeof(ip), 0);
     }
     struct iphdr ip = {};
 
     answer_v4(packet, &ip, sizeof(ip) + payload, protocol);
-    return bpf_skb_store_bytes(skb, ETH_HLEN, &ip, sizeof(ip), 0);
+    return bpf_skb_store_bytes(skb, packet->l3, &ip, sizeof(ip), 0);
 }
 
 /* RFC 9293, 3.10.7.1: a segment to a closed port. */
@@ -569,7 +572,7 @@ static __noinline __u32 refuse_tcp(struct __sk_buff *skb, const struct packet *p
         reset.check = fold(sum);
     else
         reset.check = ~fold(bpf_csum_diff(NULL, 0, (__be32 *)&reset, sizeof(reset), sum));
-    if (bpf_skb_change_tail(skb, packet->l4 + sizeof(reset), 0) || swap_ethernet(skb) ||
+    if (bpf_skb_change_tail(skb, packet->l4 + sizeof(reset), 0) || swap_ethernet(skb, packet) ||
         store_ip(skb, packet, sizeof(reset), PROTOCOL_TCP, PROTOCOL_TCP) ||
         bpf_skb_store_bytes(skb, packet->l4, &reset, sizeof(reset), 0))
         return PACKET_change_failed;
@@ -617,7 +620,7 @@ static __noinline __u32 refuse_udp(struct __sk_buff *skb, const struct packet *p
     icmp.check = ~fold(sum);
 
     if (bpf_skb_change_tail(skb, packet->l4 + sizeof(udp), 0) ||
-        bpf_skb_adjust_room(skb, grown, BPF_ADJ_ROOM_MAC, 0) || swap_ethernet(skb) ||
+        bpf_skb_adjust_room(skb, grown, BPF_ADJ_ROOM_MAC, 0) || swap_ethernet(skb, packet) ||
         store_ip(skb, packet, grown + sizeof(udp), ICMP, ICMPV6) ||
         bpf_skb_store_bytes(skb, packet->l3 + quoted, &icmp, sizeof(icmp), 0))
         return PACKET_change_failed;
@@ -629,7 +632,8 @@ static __always_inline int refuse_packet(struct __sk_buff *skb, const struct pac
     __u32 plain = packet->l3 + (packet->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr));
     __u32 counter = PACKET_refused_silently;
 
-    if (packet->l4 == plain && !packet->fragment)
+    /* With a tag in the packet itself, the kernel makes no room. */
+    if (packet->l4 == plain && packet->l3 <= ETH_HLEN && !packet->fragment)
         counter = packet->protocol == PROTOCOL_TCP ? refuse_tcp(skb, packet)
                                                    : refuse_udp(skb, packet);
     if (counter != PACKET_refused_tcp && counter != PACKET_refused_udp)
@@ -828,20 +832,42 @@ static __noinline int on_icmp(struct __sk_buff *skb, struct packet *packet, bool
 
 /* ---- The hooks ---- */
 
-static __always_inline int on_packet(struct __sk_buff *skb, bool answer)
+/* Where the IP header begins, behind an Ethernet header and at most one VLAN tag in it; the kernel
+ * mostly keeps a tag beside the packet. 0: it is not IP, or none that is told so. */
+static __always_inline __u32 skip_ethernet(struct __sk_buff *skb, __u16 *protocol)
+{
+    struct {
+        __u16 type;
+        __u16 tag;
+        __u16 tagged_type;
+    } behind;
+
+    if (bpf_skb_load_bytes(skb, offsetof(struct ethhdr, h_proto), &behind, sizeof(behind)) ||
+        behind.type != *protocol)
+        return 0;
+    if (behind.type != bpf_htons(ETH_P_8021Q) && behind.type != bpf_htons(ETH_P_8021AD))
+        return ETH_HLEN;
+    if (skb->vlan_present)
+        return 0;
+    *protocol = behind.tagged_type;
+    return ETH_HLEN + VLAN_TAG_LEN;
+}
+
+static __always_inline int on_packet(struct __sk_buff *skb, bool ethernet, bool answer)
 {
     struct packet packet = {};
-    __u16 ethernet_protocol;
-    __u32 parsed;
+    __u16 protocol = skb->protocol;
+    __u32 parsed, l3 = 0;
 
-    packet.v6 = skb->protocol == bpf_htons(ETH_P_IPV6);
-    if ((!packet.v6 && skb->protocol != bpf_htons(ETH_P_IP)) || skb->vlan_present ||
-        (!answer && skb->pkt_type != PACKET_HOST) ||
-        bpf_skb_load_bytes(skb, offsetof(struct ethhdr, h_proto), &ethernet_protocol,
-                           sizeof(ethernet_protocol)) ||
-        ethernet_protocol != skb->protocol)
+    if (ethernet) {
+        l3 = skip_ethernet(skb, &protocol);
+        if (!l3 || (!answer && skb->pkt_type != PACKET_HOST))
+            return pass(PACKET_other);
+    }
+    packet.v6 = protocol == bpf_htons(ETH_P_IPV6);
+    if (!packet.v6 && protocol != bpf_htons(ETH_P_IP))
         return pass(PACKET_other);
-    parsed = parse(skb, &packet, ETH_HLEN);
+    parsed = parse(skb, &packet, l3);
     if (parsed != PARSED)
         return pass(parsed);
     if (!is_complete(skb, &packet))
@@ -853,14 +879,15 @@ static __always_inline int on_packet(struct __sk_buff *skb, bool answer)
     return answer ? on_answer(skb, &packet) : on_request(skb, &packet);
 }
 
-SEC("classifier")
-int hf_requests(struct __sk_buff *skb)
-{
-    return on_packet(skb, false);
-}
+#define PROGRAM(name, ethernet, answer)          \
+    SEC("classifier")                            \
+    int name(struct __sk_buff *skb)              \
+    {                                            \
+        return on_packet(skb, ethernet, answer); \
+    }
 
-SEC("classifier")
-int hf_answers_out(struct __sk_buff *skb)
-{
-    return on_packet(skb, true);
-}
+PROGRAM(hf_requests, true, false)
+PROGRAM(hf_answers_out, true, true)
+/* The same for interfaces whose packets begin with the IP header, as those of TUN devices. */
+PROGRAM(hf_requests_ip, false, false)
+PROGRAM(hf_answers_ip, false, true)

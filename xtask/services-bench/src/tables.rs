@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use ebpf_loader::{Backends, Frontend, Services};
+use ebpf_loader::{Backends, Frontend, LinkHeader, Services};
 use mesh_agent::publish;
 use mesh_core::{
     services::View,
@@ -49,7 +49,7 @@ pub(crate) fn hold(cgroup: &Path, table: &Path, interface: Option<&str>) -> Resu
         None => filled(Services::load(cgroup)?, &desired)?,
         Some(name) => {
             let mut services = filled(Services::load_with_packets(cgroup)?, &desired)?;
-            services.attach_interface(index(name)?)?;
+            services.attach_interface(index(name)?, LinkHeader::Ethernet)?;
             services
         }
     };

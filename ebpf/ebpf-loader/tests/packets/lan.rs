@@ -12,7 +12,7 @@ use std::{
 };
 
 use ebpf_abi::PacketCounter;
-use ebpf_loader::{Frontend, Protocol, Services, find_cgroup2};
+use ebpf_loader::{Frontend, LinkHeader, Protocol, Services, find_cgroup2};
 use rustix::{
     net::{AddressFamily, SocketType, netdevice, socket},
     thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe},
@@ -85,7 +85,9 @@ impl Lan {
         }
         let loaded = Services::load_with_packets(&cgroup);
         let mut services = loaded.unwrap_or_else(|error| panic!("{error}\n{error:?}"));
-        services.attach_interface(index("lan0")).unwrap();
+        services
+            .attach_interface(index("lan0"), LinkHeader::Ethernet)
+            .unwrap();
         Self {
             services,
             client,

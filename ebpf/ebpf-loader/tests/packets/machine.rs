@@ -12,6 +12,13 @@ use ebpf_abi::{EndpointList, PacketCounter, SocketAddress};
 pub(crate) const TCP: u8 = 6;
 pub(crate) const UDP: u8 = 17;
 
+pub(crate) const PROGRAMS: [&str; 4] = [
+    "hf_requests",
+    "hf_answers_out",
+    "hf_requests_ip",
+    "hf_answers_ip",
+];
+
 /// More than any packet here grows to.
 const OUT_BYTES: usize = 4_096;
 
@@ -40,7 +47,7 @@ pub(crate) enum Verdict {
 impl Machine {
     pub(crate) fn new() -> Self {
         let mut ebpf = EbpfLoader::new().load(ebpf_programs::SERVICES).unwrap();
-        for name in ["hf_requests", "hf_answers_out"] {
+        for name in PROGRAMS {
             let program: &mut SchedClassifier = ebpf.program_mut(name).unwrap().try_into().unwrap();
             let loaded = program.load();
             loaded.unwrap_or_else(|error| panic!("{name}: {error}\n{error:?}"));
@@ -85,7 +92,7 @@ impl Machine {
     }
 
     #[track_caller]
-    fn run(&self, name: &str, packet: &[u8]) -> Ran {
+    pub(crate) fn run(&self, name: &str, packet: &[u8]) -> Ran {
         let mut out = vec![0; OUT_BYTES];
         let options = TestRunOptions {
             data_in: Some(packet),

@@ -6,6 +6,8 @@ mod differential;
 #[cfg(test)]
 mod lan;
 #[cfg(test)]
+mod links;
+#[cfg(test)]
 mod machine;
 #[cfg(test)]
 mod sockets;

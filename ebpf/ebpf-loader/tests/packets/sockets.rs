@@ -11,7 +11,7 @@ use std::{
 };
 
 use ebpf_abi::PacketCounter;
-use ebpf_loader::{InterfaceError, Services};
+use ebpf_loader::{InterfaceError, LinkHeader, Services};
 use etherparse::{Icmpv4Header, Icmpv6Header, IpHeaders, TcpHeader};
 use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketType, recv, sockopt};
 
@@ -332,16 +332,24 @@ fn an_interface_is_left_as_it_was() {
     let [family, _] = &families();
     let (listener, at) = listener(&lan, family);
     lan.serve(family.service, &[at]);
-    lan.services.attach_interface(index("lan0")).unwrap();
+    lan.services
+        .attach_interface(index("lan0"), LinkHeader::Ethernet)
+        .unwrap();
     connected(&lan, family, &listener);
-    assert!(!lan.services.attach_interface(index("lan0")).unwrap());
+    assert!(
+        !lan.services
+            .attach_interface(index("lan0"), LinkHeader::Ethernet)
+            .unwrap()
+    );
     assert!(lan.services.detach_interface(index("lan0")));
     assert!(!lan.services.detach_interface(index("lan0")));
     let before = lan.services.packet_counters().unwrap();
     // The gateway has no route to it, and says so.
     connect(&lan, family).unwrap_err();
     assert_eq!(lan.services.packet_counters().unwrap(), before);
-    lan.services.attach_interface(index("lan0")).unwrap();
+    lan.services
+        .attach_interface(index("lan0"), LinkHeader::Ethernet)
+        .unwrap();
     connected(&lan, family, &listener);
 }
 
@@ -350,8 +358,16 @@ fn a_new_interface_with_the_number_of_an_old_one_is_served() {
     let mut lan = Lan::new();
     for _ in 0..2 {
         ip(&["link", "add", "br7", "index", "777", "type", "bridge"]);
-        assert!(lan.services.attach_interface(index("br7")).unwrap());
-        assert!(!lan.services.attach_interface(index("br7")).unwrap());
+        assert!(
+            lan.services
+                .attach_interface(index("br7"), LinkHeader::Ethernet)
+                .unwrap()
+        );
+        assert!(
+            !lan.services
+                .attach_interface(index("br7"), LinkHeader::Ethernet)
+                .unwrap()
+        );
         ip(&["link", "del", "br7"]);
     }
 }
@@ -360,9 +376,14 @@ fn a_new_interface_with_the_number_of_an_old_one_is_served() {
 fn an_interface_that_is_not_there_is_said_so() {
     let mut lan = Lan::new();
     let nowhere = NonZeroU32::new(1 << 20).unwrap();
-    let error = lan.services.attach_interface(nowhere).unwrap_err();
+    let error = lan
+        .services
+        .attach_interface(nowhere, LinkHeader::Ethernet)
+        .unwrap_err();
     assert!(matches!(error, InterfaceError::Unknown { .. }), "{error:?}");
     let mut sockets_alone = Services::load(lan.cgroup()).unwrap();
-    let error = sockets_alone.attach_interface(index("lan0")).unwrap_err();
+    let error = sockets_alone
+        .attach_interface(index("lan0"), LinkHeader::Ethernet)
+        .unwrap_err();
     assert!(matches!(error, InterfaceError::SocketsAlone), "{error:?}");
 }

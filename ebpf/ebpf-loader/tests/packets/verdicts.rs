@@ -12,7 +12,7 @@ use etherparse::{
 };
 
 use crate::{
-    machine::{Machine, Ran, Verdict, next},
+    machine::{Machine, PROGRAMS, Ran, Verdict, next},
     wire::{self, ETHERNET, IcmpError, Net, error, fragments, nets, tcp, udp, udp_in},
 };
 
@@ -718,7 +718,7 @@ fn what_a_packet_costs() {
 #[test]
 fn the_verifier_s_work_does_not_grow() {
     let machine = Machine::new();
-    for name in ["hf_requests", "hf_answers_out"] {
+    for name in PROGRAMS {
         let info = machine.program(name).info().unwrap();
         let verified = info.verified_instruction_count().unwrap();
         let size = info.size_translated().unwrap() / 8;
