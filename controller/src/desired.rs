@@ -17,7 +17,7 @@ use mesh_api::{
     },
 };
 use mesh_core::snapshot::{
-    ExternalPeer, Locality, MeshSettings, Node, Service, ServiceKind, ServiceName,
+    Balance, ExternalPeer, Locality, MeshSettings, Node, Service, ServiceKind, ServiceName,
 };
 use mesh_wire::id::{MeshId, NodeId, NodeName};
 
@@ -59,8 +59,10 @@ pub fn desired(objects: &[&Loaded], nodes: &Nodes, id: MeshId, trust_domain: &st
         },
         keys: nodes.values().map(|node| node.id).collect(),
         cluster_ips: BTreeMap::new(),
+        balances: BTreeMap::new(),
     };
     builder.settings(objects);
+    builder.balances(objects);
     builder.register(nodes);
     for loaded in objects {
         builder.object(loaded);
@@ -130,6 +132,7 @@ struct Builder {
     /// WireGuard keys in use.
     keys: BTreeSet<NodeId>,
     cluster_ips: BTreeMap<IpAddr, ServiceName>,
+    balances: BTreeMap<ServiceName, Balance>,
 }
 
 impl Builder {
@@ -141,7 +144,8 @@ impl Builder {
             | Object::Node(_)
             | Object::MeshNode(_)
             | Object::Relay(_)
-            | Object::ExternalPeer(_) => None,
+            | Object::ExternalPeer(_)
+            | Object::Balance(..) => None,
         });
         for config in configs {
             let mesh = &mut self.desired.mesh;
@@ -152,6 +156,25 @@ impl Builder {
             }
             if let Some(domain) = &config.node_domain {
                 mesh.node_domain.clone_from(domain);
+            }
+        }
+    }
+
+    fn balances(&mut self, objects: &[&Loaded]) {
+        let is_service = |wanted: &ServiceName| {
+            let mut objects = objects.iter().map(|loaded| &loaded.object);
+            objects.any(|object| {
+                matches!(object, Object::Service(Some(service)) if service.name == *wanted)
+            })
+        };
+        for loaded in objects {
+            if let Object::Balance(service, balance) = &loaded.object {
+                if is_service(service) {
+                    self.balances.insert(service.clone(), balance.clone());
+                } else {
+                    let text = format!("there is no Service {service}; this has no effect");
+                    self.problem(loaded, "metadata.name", &text);
+                }
             }
         }
     }
@@ -190,7 +213,7 @@ impl Builder {
 
     fn object(&mut self, loaded: &Loaded) {
         match &loaded.object {
-            Object::Config(_) | Object::Service(None) => {}
+            Object::Config(_) | Object::Balance(..) | Object::Service(None) => {}
             Object::Service(Some(service)) => self.service(loaded, service),
             Object::Slice(service, slice) => self.want(slice_resource(service, slice)),
             Object::Node(facts) => {
@@ -231,7 +254,12 @@ impl Builder {
         for address in addresses {
             self.cluster_ips.insert(*address, service.name.clone());
         }
-        self.want(service_resource(service));
+        // What the mesh's own manifest says replaces the annotations as a whole.
+        let said = self.balances.get(&service.name).cloned();
+        self.want(service_resource(&Service {
+            balance: said.unwrap_or_else(|| service.balance.clone()),
+            ..service.clone()
+        }));
     }
 
     /// A pin never takes an address that another node has, even if that one is about to move.

@@ -6,7 +6,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use mesh_core::snapshot::{EndpointSlice, ExternalPeer, Locality, Relay, Service, ServiceName};
+use mesh_core::snapshot::{
+    Balance, EndpointSlice, ExternalPeer, Locality, Relay, Service, ServiceName,
+};
 use mesh_wire::id::NodeName;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -72,6 +74,8 @@ pub enum Kind {
     ExternalPeer,
     /// The mesh's settings.
     MeshConfig,
+    /// How a service's flows are spread.
+    MeshService,
 }
 
 /// What makes an object the same object in another place.
@@ -117,6 +121,8 @@ pub enum Object {
     ExternalPeer(ExternalPeer),
     /// The mesh's settings.
     Config(Config),
+    /// How a service's flows are spread.
+    Balance(ServiceName, Balance),
 }
 
 /// What a manifest says of a node.

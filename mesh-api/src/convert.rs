@@ -3,8 +3,9 @@
 use std::{fmt::Display, net::IpAddr, str::FromStr, time::Duration};
 
 use mesh_core::snapshot::{
-    Endpoint, EndpointPort, EndpointSlice, External, ExternalPeer, Hints, Locality, MeshSettings,
-    Node, Protocol, Relay, Service, ServiceKind, ServiceName, ServicePort, TrafficDistribution,
+    Balance, Endpoint, EndpointPort, EndpointSlice, External, ExternalPeer, Hints, Locality,
+    MeshSettings, Node, Place, Policy, Protocol, Relay, SPILL_OVER_MAX, Service, ServiceKind,
+    ServiceName, ServicePort, TrafficDistribution, WEIGHT_MAX, Weight,
 };
 use mesh_wire::id::{MeshId, NodeId};
 use prost::Message as _;
@@ -198,6 +199,7 @@ pub fn service_resource(service: &Service) -> Resource {
         load_balancer_ips: texts(&service.external.load_balancer),
         load_balancer_source_ranges: texts(&service.external.sources),
         external_local_only: service.external.local_only,
+        balance: (service.balance != Balance::default()).then(|| encode_balance(&service.balance)),
     }))
 }
 
@@ -230,6 +232,30 @@ fn encode_port(name: &str, protocol: Protocol, port: u16) -> control::ServicePor
         protocol: protocol.into(),
         port: port.into(),
         node_port: 0,
+    }
+}
+
+fn encode_balance(balance: &Balance) -> control::Balance {
+    use control::{balance::Policy as Wire, weight::Place as At};
+    let policy = match balance.policy {
+        Policy::Random => Wire::Random,
+        Policy::ConsistentHash => Wire::ConsistentHash,
+        Policy::RoundRobin => Wire::RoundRobin,
+    };
+    let weight = |one: &Weight| control::Weight {
+        place: Some(match &one.place {
+            Place::Address(address) => At::Address(address.to_string()),
+            Place::Node(node) => At::Node(node.to_string()),
+            Place::Site(site) => At::Site(site.to_string()),
+            Place::Zone(zone) => At::Zone(zone.clone()),
+            Place::Region(region) => At::Region(region.clone()),
+        }),
+        weight: one.weight.into(),
+    };
+    control::Balance {
+        policy: policy.into(),
+        spill_over: balance.spill_over.into(),
+        weights: balance.weights.iter().map(weight).collect(),
     }
 }
 
@@ -352,7 +378,50 @@ fn decode_service(service: &control::Service) -> Result<Service, FieldError> {
             )?,
             local_only: service.external_local_only,
         },
+        balance: decode_balance(service.balance.as_ref())?,
     })
+}
+
+fn decode_balance(balance: Option<&control::Balance>) -> Result<Balance, FieldError> {
+    use control::balance::Policy as Wire;
+    let Some(balance) = balance else {
+        return Ok(Balance::default());
+    };
+    let weights = balance.weights.iter().enumerate();
+    Ok(Balance {
+        policy: match balance.policy() {
+            Wire::Random => Policy::Random,
+            Wire::ConsistentHash => Policy::ConsistentHash,
+            Wire::RoundRobin => Policy::RoundRobin,
+        },
+        spill_over: at_most("balance.spill_over", balance.spill_over, SPILL_OVER_MAX)?,
+        weights: weights
+            .map(|(index, weight)| decode_weight(&format!("balance.weights[{index}]"), weight))
+            .collect::<Result<_, _>>()?,
+    })
+}
+
+fn decode_weight(field: &str, weight: &control::Weight) -> Result<Weight, FieldError> {
+    use control::weight::Place as At;
+    let at = |name: &str| format!("{field}.{name}");
+    let place = match weight.place.as_ref() {
+        None => return Err(bad(at("place"), "this version does not know it")),
+        Some(At::Address(text)) => Place::Address(parse(&at("address"), text)?),
+        Some(At::Node(text)) => Place::Node(parse(&at("node"), text)?),
+        Some(At::Site(text)) => Place::Site(parse(&at("site"), text)?),
+        Some(At::Zone(text)) => Place::Zone(filled(&at("zone"), text)?),
+        Some(At::Region(text)) => Place::Region(filled(&at("region"), text)?),
+    };
+    let weight = at_most(&at("weight"), weight.weight, WEIGHT_MAX)?;
+    if weight == 0 {
+        return Err(bad(at("weight"), "it is 0"));
+    }
+    Ok(Weight { place, weight })
+}
+
+fn at_most(field: &str, number: u32, limit: u16) -> Result<u16, FieldError> {
+    let fits = u16::try_from(number).ok().filter(|&fits| fits <= limit);
+    fits.ok_or_else(|| bad(field, format!("{number} is more than {limit}")))
 }
 
 fn decode_slice(

@@ -1,4 +1,5 @@
-//! Holdfast's own Kubernetes kinds, `mesh.holdfast.dev/v1alpha1`, all cluster-scoped.
+//! Holdfast's own Kubernetes kinds, `mesh.holdfast.dev/v1alpha1`: `MeshService` is in its service's
+//! namespace, the others are cluster-scoped.
 //!
 //! Values are text as the user wrote it; the controller checks them and names the field.
 
@@ -11,6 +12,12 @@ pub const API_VERSION: &str = "mesh.holdfast.dev/v1alpha1";
 
 /// Label of a `v1 Node` that says its site.
 pub const SITE_LABEL: &str = "mesh.holdfast.dev/site";
+
+/// Annotation of a `v1 Service` with the `policy` of a [`MeshService`].
+pub const POLICY_ANNOTATION: &str = "mesh.holdfast.dev/policy";
+
+/// Annotation of a `v1 Service` with the `spillOver` of a [`MeshService`].
+pub const SPILL_OVER_ANNOTATION: &str = "mesh.holdfast.dev/spill-over";
 
 /// What the operator says of a node, by its name.
 #[derive(
@@ -129,6 +136,54 @@ pub struct MeshConfigSpec {
     pub mtu_bytes: Option<u16>,
 }
 
+/// How new flows are spread over the endpoints of the `v1 Service` of its name and namespace.
+#[derive(
+    CustomResource, Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema,
+)]
+#[kube(
+    group = "mesh.holdfast.dev",
+    version = "v1alpha1",
+    kind = "MeshService",
+    namespaced,
+    derive = "PartialEq"
+)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct MeshServiceSpec {
+    /// `random` (unless said otherwise), `consistent-hash` (by client) or `round-robin`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<String>,
+    /// How many endpoints carry the whole load: where fewer come first, those that come next take
+    /// the rest. Unless said otherwise 1: the first always carry it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spill_over: Option<u16>,
+    /// Endpoints that take more flows than others beside them; the first that matches counts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub weights: Vec<EndpointWeight>,
+}
+
+/// A weight, and exactly one of the others: which endpoints have it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct EndpointWeight {
+    /// How many flows they take where others take one.
+    pub weight: u16,
+    /// The endpoint with this address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<String>,
+    /// Those on this node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// Those at this site.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub site: Option<String>,
+    /// Those in this zone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<String>,
+    /// Those in this region.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub region: Option<String>,
+}
+
 #[cfg(test)]
 mod tests {
     use kube::CustomResourceExt as _;
@@ -142,10 +197,16 @@ mod tests {
             (MeshRelay::crd(), "meshrelays", "quicPort"),
             (ExternalPeer::crd(), "externalpeers", "keepaliveSeconds"),
             (MeshConfig::crd(), "meshconfigs", "overlayIPv4CIDR"),
+            (MeshService::crd(), "meshservices", "spillOver"),
         ];
         for (definition, plural, field) in definitions {
             assert_eq!(definition.spec.names.plural, plural);
-            assert_eq!(definition.spec.scope, "Cluster");
+            let scope = if plural == "meshservices" {
+                "Namespaced"
+            } else {
+                "Cluster"
+            };
+            assert_eq!(definition.spec.scope, scope);
             let version = serde_json::to_value(&definition.spec.versions[0]).unwrap();
             let schema = &version["schema"]["openAPIV3Schema"]["properties"]["spec"];
             assert!(

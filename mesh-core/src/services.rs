@@ -12,9 +12,10 @@ use std::{
 use ipnet::IpNet;
 use mesh_wire::id::NodeName;
 
+use self::balance::Weighted;
 use crate::snapshot::{
-    Endpoint, EndpointPort, EndpointSlice, External, Locality, Node, Protocol, Service,
-    ServiceKind, ServicePort, Snapshot, TrafficDistribution,
+    Endpoint, EndpointPort, EndpointSlice, External, Locality, Node, Place, Policy, Protocol,
+    Service, ServiceKind, ServicePort, Snapshot, TrafficDistribution,
 };
 
 /// The desired state, and what this node knows that the controller cannot: where it is, and
@@ -79,6 +80,8 @@ pub struct Ranked<'a> {
     /// alive, liveness does not count: the next packet is what may bring a path back, and a
     /// refusal would not.
     pub chosen: bool,
+    /// How many flows it takes where others beside it take one.
+    weight: u16,
     /// Whether its hints name this node; `None`: they name no node.
     for_node: Option<bool>,
     /// Whether its hints name this node's zone; `None`: they name no zone.
@@ -106,8 +109,11 @@ pub struct Frontend {
 /// Where a frontend leads.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Backends {
-    /// Sorted, each once. Empty: clients are refused at once.
+    /// Each as often as it takes flows compared with the others, in the order that the policy
+    /// asks for: else sorted, each once. Empty: clients are refused at once.
     pub endpoints: Vec<SocketAddr>,
+    /// Which of them the next flow gets.
+    pub policy: Policy,
     /// The service's `affinity`.
     pub affinity: Option<Duration>,
     /// What holds for clients that are no processes of this node or its pods; `None`: the same.
@@ -249,6 +255,7 @@ impl<'a> LeadsTo<'a> {
         });
         Backends {
             endpoints,
+            policy: self.service.balance.policy,
             affinity,
             outside,
         }
@@ -270,12 +277,15 @@ impl<'a> LeadsTo<'a> {
             let members = group.members(ranked);
             let choice = Choice::new(service, local_only, &members);
             let chosen = members.iter().filter(|one| choice.takes(one));
-            let mut endpoints: Vec<_> = chosen
-                .filter_map(|one| Some(SocketAddr::new(one.address, one.target(port)?)))
-                .collect();
-            endpoints.sort_unstable();
-            endpoints.dedup(); // Several controllers may write the same endpoint into their slices.
-            endpoints
+            let chosen = chosen.filter_map(|one| {
+                let weighted = Weighted {
+                    tier: choice.order.standing(one),
+                    endpoint: SocketAddr::new(one.address, one.target(port)?),
+                    weight: one.weight,
+                };
+                Some(weighted)
+            });
+            balance::slots(&service.balance, chosen.collect())
         });
         list.clone()
     }
@@ -329,8 +339,8 @@ struct Choice {
     draining: bool,
     any_alive: bool,
     order: Order,
-    /// The standing of those that take new flows.
-    first: Option<Tier>,
+    /// The furthest standing of those that take new flows.
+    last: Option<Tier>,
 }
 
 impl Choice {
@@ -340,7 +350,7 @@ impl Choice {
             draining: false,
             any_alive: false,
             order: Order::by_distribution(service.distribution),
-            first: None,
+            last: None,
         };
         choice.draining = !members.iter().any(|one| choice.is_usable(one));
         let usable = members.iter().filter(|one| choice.is_usable(one));
@@ -350,7 +360,8 @@ impl Choice {
             choice.order = Order::by_hints(&usable).unwrap_or(choice.order);
         }
         let candidates = usable.iter().filter(|one| choice.is_candidate(one));
-        choice.first = candidates.map(|one| choice.order.standing(one)).min();
+        let candidates = candidates.map(|one| (choice.order.standing(one), one.address));
+        choice.last = balance::last_tier(&service.balance, candidates);
         choice
     }
 
@@ -367,7 +378,7 @@ impl Choice {
     }
 
     fn takes(&self, one: &Ranked<'_>) -> bool {
-        self.is_candidate(one) && Some(self.order.standing(one)) == self.first
+        self.is_candidate(one) && Some(self.order.standing(one)) <= self.last
     }
 }
 
@@ -459,6 +470,7 @@ fn judge<'a>(
         usable: false,
         alive: name.is_none_or(|name| !view.dead.contains(name)),
         chosen: false,
+        weight: weight(service, name, node, endpoint),
         for_node: (!hints.nodes.is_empty()).then(|| hints.nodes.contains(&view.node)),
         for_zone: (!hints.zones.is_empty())
             .then(|| own_zone.is_some_and(|zone| hints.zones.contains(zone))),
@@ -487,6 +499,28 @@ fn overlay_address(node: &Node, address: IpAddr) -> IpAddr {
     }
 }
 
+fn weight(
+    service: &Service,
+    name: Option<&NodeName>,
+    node: Option<&Node>,
+    endpoint: &Endpoint,
+) -> u16 {
+    let place = node.map(|node| &node.locality);
+    let matches = |at: &Place| match at {
+        Place::Address(address) => *address == endpoint.address,
+        Place::Node(wanted) => name == Some(wanted),
+        Place::Site(site) => place.is_some_and(|place| place.site.as_ref() == Some(site)),
+        Place::Zone(zone) => {
+            let nodes = place.and_then(|place| place.zone.as_ref());
+            endpoint.zone.as_ref().or(nodes) == Some(zone)
+        }
+        Place::Region(region) => place.is_some_and(|place| place.region.as_ref() == Some(region)),
+    };
+    let mut weights = service.balance.weights.iter();
+    let found = weights.find(|weight| matches(&weight.place));
+    found.map_or(1, |found| found.weight)
+}
+
 fn tier(own: &Node, node: Option<&Node>, endpoint: &Endpoint) -> Tier {
     let unknown = Locality::default();
     let there = node.map_or(&unknown, |node| &node.locality);
@@ -506,5 +540,6 @@ fn same<T: PartialEq>(one: Option<&T>, other: Option<&T>) -> bool {
     one.is_some() && one == other
 }
 
+mod balance;
 #[cfg(test)]
 mod tests;

@@ -198,6 +198,8 @@ pub struct Service {
     pub affinity: Option<Duration>,
     /// How it is reached from outside, with the node ports of its ports.
     pub external: External,
+    /// How new flows are spread.
+    pub balance: Balance,
 }
 
 impl Service {
@@ -213,8 +215,69 @@ impl Service {
             distribution: None,
             affinity: None,
             external: External::default(),
+            balance: Balance::default(),
         }
     }
+}
+
+/// How new flows are spread over the endpoints that come first (`MeshService`, or annotations).
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Balance {
+    /// Who gets the next flow.
+    pub policy: Policy,
+    /// How many endpoints carry the whole load. Where fewer come first, each of them takes its
+    /// part and those that come next take the rest. 0 and 1: the first always carry it. At most
+    /// [`SPILL_OVER_MAX`].
+    pub spill_over: u16,
+    /// Which endpoints take more flows than others beside them: the first that matches counts, an
+    /// endpoint that none matches has weight 1.
+    pub weights: Vec<Weight>,
+}
+
+/// Largest `spill_over`: more endpoints than a service has at one site.
+pub const SPILL_OVER_MAX: u16 = 1_000;
+
+/// Most weights of a service: each endpoint is compared with all.
+pub const WEIGHTS_MAX: usize = 64;
+
+/// Who gets the next flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub enum Policy {
+    /// Anybody, by chance.
+    #[default]
+    Random,
+    /// Whom the client had: each client keeps its endpoint while the list is the same, and few
+    /// clients move when it changes.
+    ConsistentHash,
+    /// The next in turn, as this node counts.
+    RoundRobin,
+}
+
+/// Endpoints and their weight.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Weight {
+    /// Which endpoints.
+    pub place: Place,
+    /// How many flows they take where others take one: 1 to [`WEIGHT_MAX`].
+    pub weight: u16,
+}
+
+/// Largest weight: a hundred to one is as good as all or nothing.
+pub const WEIGHT_MAX: u16 = 100;
+
+/// Where endpoints are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// With this address in its slice.
+    Address(IpAddr),
+    /// On this node.
+    Node(NodeName),
+    /// At this site.
+    Site(SiteName),
+    /// In this zone.
+    Zone(String),
+    /// In this region.
+    Region(String),
 }
 
 /// A service's addresses that others lead to the nodes, and what holds for clients from outside.

@@ -125,6 +125,20 @@ fn a_service_keeps_its_clients_and_stays_on_the_node_as_its_manifest_says() -> R
         ensure!(node != first, "again {node}");
         Ok(())
     })?;
+    let balance = "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: MeshService\nmetadata: {name: kiosk, namespace: shop}\n\
+                   spec: {policy: round-robin}\n";
+    fs::write(mesh.manifests().join("kiosk-balance.yaml"), balance)?;
+    tool::eventually("they take turns", SOON, || {
+        // By chance once in 500,000 times.
+        let nodes = (0..20)
+            .map(|_| Ok(ask()?.node))
+            .collect::<Result<Vec<_>>>()?;
+        ensure!(
+            nodes.windows(2).all(|two| two.first() != two.last()),
+            "{nodes:?}"
+        );
+        Ok(())
+    })?;
     says("  internalTrafficPolicy: Local\n")?;
     tool::eventually("the node without an endpoint refuses", SOON, || {
         let error = ask().map(|hello| hello.node).err().context("it answers")?;

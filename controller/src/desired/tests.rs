@@ -1,3 +1,4 @@
+use mesh_core::snapshot::{Policy, Protocol, ServicePort};
 use proptest::prelude::*;
 
 use super::*;
@@ -75,6 +76,67 @@ fn two_services_do_not_share_an_address() {
         ["default/x"]
     );
     assert!(built.problems[0].contains("10.96.0.1 is the address of default/x too"));
+}
+
+#[test]
+fn a_mesh_service_replaces_what_its_service_s_annotations_say() {
+    let service = "
+apiVersion: v1
+kind: Service
+metadata: {name: a, annotations: {mesh.holdfast.dev/policy: round-robin, mesh.holdfast.dev/spill-over: '3'}}
+spec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}
+";
+    let balance = |name: &str| {
+        format!(
+            "
+---
+apiVersion: mesh.holdfast.dev/v1alpha1
+kind: MeshService
+metadata: {{name: {name}}}
+spec: {{policy: consistent-hash}}
+---"
+        )
+    };
+    let name = ServiceName {
+        namespace: "default".into(),
+        name: "a".into(),
+    };
+    let expect = |text: &str, policy, spill_over, problems: &[&str]| {
+        let desired = build(text, &[]);
+        let kind = ServiceKind::ClusterIp(vec![[10, 96, 0, 1].into()]);
+        let port = ServicePort {
+            name: String::new(),
+            protocol: Protocol::Tcp,
+            port: 80,
+            node_port: None,
+        };
+        let expected = service_resource(&Service {
+            ports: vec![port],
+            balance: Balance {
+                policy,
+                spill_over,
+                weights: Vec::new(),
+            },
+            ..Service::new(name.clone(), kind)
+        });
+        let found = desired.wanted.get(&key(&expected).unwrap());
+        assert!(
+            matches!(found, Some(Wanted::Resource(resource)) if *resource == expected),
+            "{found:?}"
+        );
+        assert_eq!(desired.problems, problems);
+    };
+    expect(service, Policy::RoundRobin, 3, &[]);
+    for text in [balance("a") + service, service.to_owned() + &balance("a")] {
+        expect(&text, Policy::ConsistentHash, 0, &[]);
+    }
+    let problem = "m.yaml:6: document 2: MeshService default/b: metadata.name: there is no Service default/b; this has no effect";
+    expect(
+        &(service.to_owned() + &balance("b")),
+        Policy::RoundRobin,
+        3,
+        &[problem],
+    );
 }
 
 #[test]

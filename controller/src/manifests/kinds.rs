@@ -15,8 +15,9 @@ use mesh_identity::authority::check_trust_domain;
 
 use super::{Config, NodeFacts, Object, ObjectId, parse::FieldProblem};
 
-pub(super) use self::service::service;
+pub(super) use self::{balance::mesh_service, service::service};
 
+mod balance;
 mod service;
 
 type Checked<T> = Result<T, FieldProblem>;

@@ -4,7 +4,7 @@ use k8s_openapi::api::{
     core::v1::{Node, Service},
     discovery::v1::EndpointSlice,
 };
-use mesh_api::crd::{self, ExternalPeer, MeshConfig, MeshNode, MeshRelay};
+use mesh_api::crd::{self, ExternalPeer, MeshConfig, MeshNode, MeshRelay, MeshService};
 use serde::{Deserialize, Deserializer};
 use serde_yaml_ng::Value;
 
@@ -135,8 +135,8 @@ fn parse_object<'de>(
         (_, "") => format!("{source}: kind: missing"),
         _ => format!(
             "{source}: kind: {kind_text} of {version} is not known here (known: v1 Service and \
-             Node, discovery.k8s.io/v1 EndpointSlice, {} MeshNode, MeshRelay, ExternalPeer and \
-             MeshConfig)",
+             Node, discovery.k8s.io/v1 EndpointSlice, {} MeshNode, MeshRelay, ExternalPeer, \
+             MeshConfig and MeshService)",
             crd::API_VERSION
         ),
     })?;
@@ -146,7 +146,10 @@ fn parse_object<'de>(
             .and_then(|meta| meta.get(name))
             .and_then(Value::as_str)
     };
-    let namespaced = matches!(kind, Kind::Service | Kind::EndpointSlice);
+    let namespaced = matches!(
+        kind,
+        Kind::Service | Kind::EndpointSlice | Kind::MeshService
+    );
     let namespace = if namespaced {
         meta("namespace").unwrap_or("default")
     } else {
@@ -180,6 +183,7 @@ fn kind(version: &str, kind: &str) -> Option<Kind> {
         (crd::API_VERSION, "MeshRelay") => Some(Kind::MeshRelay),
         (crd::API_VERSION, "ExternalPeer") => Some(Kind::ExternalPeer),
         (crd::API_VERSION, "MeshConfig") => Some(Kind::MeshConfig),
+        (crd::API_VERSION, "MeshService") => Some(Kind::MeshService),
         _ => None,
     }
 }
@@ -209,6 +213,7 @@ fn read_object<'de>(
         Kind::MeshRelay => kinds::relay(id, &typed::<MeshRelay>(document)?.spec),
         Kind::ExternalPeer => kinds::external_peer(id, &typed::<ExternalPeer>(document)?.spec),
         Kind::MeshConfig => kinds::config(id, &typed::<MeshConfig>(document)?.spec),
+        Kind::MeshService => kinds::mesh_service(id, &typed::<MeshService>(document)?.spec),
     }
 }
 

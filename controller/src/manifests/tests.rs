@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use mesh_core::snapshot::{External, Hints, TrafficDistribution};
+use mesh_core::snapshot::{External, Hints, Place, Policy, TrafficDistribution, Weight};
 
 use super::*;
 
@@ -294,6 +294,94 @@ fn addresses_outside_and_node_ports_are_read_and_checked() {
         let problems = read(type_, port, spec, &ingress(list)).problems;
         assert!(problems[0].ends_with(expected), "{problems:?}");
     }
+}
+
+const MESH_SERVICE: &str = "apiVersion: mesh.holdfast.dev/v1alpha1
+kind: MeshService
+metadata: {name: inventory, namespace: shop}
+spec:
+  policy: round-robin
+  spillOver: 3
+  weights: [{zone: z1, weight: 5}, {node: edge-a1, weight: 100}, {address: 10.0.0.9, weight: 1}]
+";
+
+#[test]
+fn a_mesh_service_and_annotations_say_how_flows_are_spread() {
+    let parsed = parse_file("b.yaml", MESH_SERVICE);
+    assert_eq!(parsed.problems, [""; 0]);
+    let Object::Balance(name, balance) = &parsed.objects[0].object else {
+        panic!("{:?}", parsed.objects);
+    };
+    assert_eq!(name.to_string(), "shop/inventory");
+    let weight = |place, weight| Weight { place, weight };
+    let weights = vec![
+        weight(Place::Zone("z1".into()), 5),
+        weight(Place::Node("edge-a1".parse().unwrap()), 100),
+        weight(Place::Address([10, 0, 0, 9].into()), 1),
+    ];
+    let expected = Balance {
+        policy: Policy::RoundRobin,
+        spill_over: 3,
+        weights,
+    };
+    assert_eq!(*balance, expected);
+
+    let annotated = |said: &str| {
+        let metadata = format!("annotations: {{{said}}}, name: inventory");
+        parse_file("s.yaml", &SERVICE.replace("name: inventory", &metadata))
+    };
+    let said = "mesh.holdfast.dev/policy: consistent-hash, mesh.holdfast.dev/spill-over: \"2\"";
+    let parsed = annotated(said);
+    assert_eq!(parsed.problems, [""; 0]);
+    let Object::Service(Some(service)) = &parsed.objects[0].object else {
+        panic!("{:?}", parsed.objects);
+    };
+    let expected = Balance {
+        policy: Policy::ConsistentHash,
+        spill_over: 2,
+        weights: Vec::new(),
+    };
+    assert_eq!(service.balance, expected);
+
+    let broken = [
+        (
+            "round-robin",
+            "least",
+            "spec.policy: \"least\" is not one of random, consistent-hash and round-robin",
+        ),
+        (
+            "spillOver: 3",
+            "spillOver: 0",
+            "spec.spillOver: 0 is not in 1 to 1000",
+        ),
+        (
+            "spillOver: 3",
+            "spillover: 3",
+            "spec.spillover: unknown field `spillover`, expected one of",
+        ),
+        (
+            "weight: 5",
+            "weight: 0",
+            "spec.weights[0].weight: 0 is not in 1 to 100",
+        ),
+        (
+            "zone: z1",
+            "zone: z1, site: a",
+            "spec.weights[0]: says not exactly one of address, node, site, zone and region",
+        ),
+        (
+            "10.0.0.9",
+            "10.0.0",
+            "spec.weights[2].address: \"10.0.0\": invalid IP address syntax",
+        ),
+    ];
+    for (good, bad, expected) in broken {
+        let problems = parse_file("b.yaml", &MESH_SERVICE.replace(good, bad)).problems;
+        assert!(problems[0].contains(expected), "{problems:?}");
+    }
+    let problems = annotated("mesh.holdfast.dev/policy: least").problems;
+    let expected = "metadata.annotations[mesh.holdfast.dev/policy]: \"least\" is not one of";
+    assert!(problems[0].contains(expected), "{problems:?}");
 }
 
 #[test]

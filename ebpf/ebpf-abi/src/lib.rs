@@ -30,8 +30,8 @@ limits! {
     /// A full table takes 262,144 × 96 bytes and 4 MiB of buckets: 28 MiB. Entries are allocated
     /// as they are written, so that a node with three services pays for the buckets alone.
     ENDPOINTS_MAX = 262_144;
-    /// Endpoints of one frontend. A datagram of a flow whose list was replaced looks through the
-    /// whole new list for its endpoint, once: 4,096 look-ups are about 100 µs.
+    /// Slots of one frontend: endpoints, some of them several times. A datagram of a flow whose
+    /// list was replaced looks through the whole new list for its endpoint, once: 4,096 look-ups are about 100 µs.
     LIST_ENDPOINTS_MAX = 4_096;
     /// (Unconnected UDP socket, service) pairs whose endpoint is remembered, and as many
     /// (socket, endpoint) pairs whose service is. The least recently used goes first; its flow
@@ -43,6 +43,13 @@ limits! {
     AFFINITIES_MAX = 16_384;
     /// The bit of a frontend's value that says that clients keep their endpoint.
     LIST_AFFINITY_BIT = 63;
+    /// The bit that says that the client's hash chooses, not chance.
+    LIST_HASH_BIT = 62;
+    /// The bit that says that endpoints are chosen in turn.
+    LIST_TURNS_BIT = 61;
+    /// Counters of turns, by a list's number: two lists in 4,096 share one and skip turns of each
+    /// other. 32 KiB (an array's values are 8 bytes apart), always.
+    TURNS_MAX = 4_096;
     /// How often a program reads a service again whose list was replaced under its eyes. Each
     /// time needs a whole replacement (two system calls or more) within about 200 ns.
     READ_ATTEMPTS = 4;
@@ -202,8 +209,8 @@ impl SocketAddress {
 
 /// One endpoint list: a number that is never used again, and how many endpoints it has. It is a
 /// frontend's value in the map, read by the programs as one word, so that a reader has the old
-/// list or the new one and nothing between. 47 bits of number last 4 years at a million lists a
-/// second; the 48th says whether clients keep their endpoint.
+/// list or the new one and nothing between. 45 bits of number last a year at a million lists a
+/// second; the three above say how an endpoint is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EndpointList {
     number: u64,
@@ -227,6 +234,24 @@ impl EndpointList {
     pub const fn with_affinity(self) -> Self {
         Self {
             number: self.number | 1 << (LIST_AFFINITY_BIT - 16),
+            ..self
+        }
+    }
+
+    /// The same, with the client's hash as the place in the list.
+    #[must_use]
+    pub const fn with_hash(self) -> Self {
+        Self {
+            number: self.number | 1 << (LIST_HASH_BIT - 16),
+            ..self
+        }
+    }
+
+    /// The same, with each endpoint in its turn.
+    #[must_use]
+    pub const fn with_turns(self) -> Self {
+        Self {
+            number: self.number | 1 << (LIST_TURNS_BIT - 16),
             ..self
         }
     }

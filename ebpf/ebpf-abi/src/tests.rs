@@ -48,12 +48,18 @@ fn slots_of_different_lists_never_meet() {
 }
 
 #[test]
-fn affinity_is_one_bit_of_the_value_and_of_every_slot() {
+fn what_a_list_asks_for_is_one_bit_of_the_value_and_of_every_slot() {
     let plain = EndpointList::new(7, 3);
-    let sticky = plain.with_affinity();
-    let bit = 1 << LIST_AFFINITY_BIT;
-    assert_eq!(sticky.value(), plain.value() | bit);
-    assert!(sticky.slots().eq(plain.slots().map(|slot| slot | bit)));
+    let lists = [
+        (plain.with_affinity(), LIST_AFFINITY_BIT),
+        (plain.with_hash(), LIST_HASH_BIT),
+        (plain.with_turns(), LIST_TURNS_BIT),
+    ];
+    for (list, bit) in lists {
+        let bit = 1 << bit;
+        assert_eq!(list.value(), plain.value() | bit);
+        assert!(list.slots().eq(plain.slots().map(|slot| slot | bit)));
+    }
 }
 
 #[test]

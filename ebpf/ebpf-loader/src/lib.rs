@@ -101,18 +101,33 @@ impl Frontend {
 /// Where a frontend leads.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Backends {
-    /// New flows go to one of these, at random. Empty: they are refused.
+    /// New flows go to one of these, to each as often as it is here. Empty: they are refused.
     pub endpoints: Vec<SocketAddr>,
+    /// To which.
+    pub selection: Selection,
     /// How long after its last new flow a client keeps its endpoint, also for other ports of the
     /// same address (`sessionAffinity: ClientIP`). A client is a network namespace.
     pub affinity: Option<Duration>,
+}
+
+/// How an endpoint is chosen for a new flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Selection {
+    /// By chance.
+    #[default]
+    Random,
+    /// By the client's hash as the place in the list: the same client, the same place. A client is
+    /// a network namespace, for packets a source address.
+    ClientHash,
+    /// One after the other.
+    Turns,
 }
 
 impl From<Vec<SocketAddr>> for Backends {
     fn from(endpoints: Vec<SocketAddr>) -> Self {
         Self {
             endpoints,
-            affinity: None,
+            ..Self::default()
         }
     }
 }
@@ -308,6 +323,11 @@ impl Services {
         if backends.affinity.is_some() {
             list = list.with_affinity();
         }
+        list = match backends.selection {
+            Selection::Random => list,
+            Selection::ClientHash => list.with_hash(),
+            Selection::Turns => list.with_turns(),
+        };
         self.next_list += 1;
         let written = self
             .write_list(&frontend, list, &backends.endpoints)

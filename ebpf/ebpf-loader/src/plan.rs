@@ -10,7 +10,7 @@ use std::{
 
 use ebpf_abi::EndpointList;
 
-use crate::{Backends, Frontend};
+use crate::{Backends, Frontend, Selection};
 
 /// What the maps hold for a frontend.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,8 +53,8 @@ pub struct LeftOut {
     pub other_family: usize,
 }
 
-/// Compares without copying where lists are sorted and have each endpoint once, as the core gives
-/// them: one change among many costs little more than reading them all.
+/// Compares without copying where every address is in its one form, as the core gives them: one
+/// change among many costs little more than reading them all.
 pub(crate) fn plan(
     desired: &BTreeMap<Frontend, Backends>,
     actual: &BTreeMap<Frontend, Installed>,
@@ -90,23 +90,26 @@ pub(crate) fn plan(
     }
 }
 
-/// Sorted, each once, of the frontend's family.
+/// Of the frontend's family, in the order given.
 type Endpoints<'a> = Cow<'a, [SocketAddr]>;
 
 /// [`Backends`] that are copied only where they change.
 struct Wanted<'a> {
     endpoints: Endpoints<'a>,
+    selection: Selection,
     affinity: Option<Duration>,
 }
 
 impl Wanted<'_> {
     fn is(&self, found: &Backends) -> bool {
-        self.affinity == found.affinity && *self.endpoints == *found.endpoints
+        (self.affinity, self.selection) == (found.affinity, found.selection)
+            && *self.endpoints == *found.endpoints
     }
 
     fn into_backends(self) -> Backends {
         Backends {
             endpoints: self.endpoints.into(),
+            selection: self.selection,
             affinity: self.affinity,
         }
     }
@@ -157,7 +160,7 @@ fn canonical(desired: &BTreeMap<Frontend, Backends>) -> (BTreeMap<Frontend, Want
         let address = frontend.address.to_canonical();
         let v4 = address.is_ipv4();
         let endpoints = canonical_list(&given.endpoints, v4, &mut other_family);
-        let affinity = given.affinity;
+        let (affinity, selection) = (given.affinity, given.selection);
         match canonical.entry(Frontend {
             address,
             ..*frontend
@@ -165,6 +168,7 @@ fn canonical(desired: &BTreeMap<Frontend, Backends>) -> (BTreeMap<Frontend, Want
             Entry::Vacant(entry) => {
                 entry.insert(Wanted {
                     endpoints,
+                    selection,
                     affinity,
                 });
             }
@@ -172,10 +176,7 @@ fn canonical(desired: &BTreeMap<Frontend, Backends>) -> (BTreeMap<Frontend, Want
             Entry::Occupied(mut entry) => {
                 let entry = entry.get_mut();
                 entry.affinity = entry.affinity.or(affinity);
-                let both = entry.endpoints.to_mut();
-                both.extend_from_slice(&endpoints);
-                both.sort_unstable();
-                both.dedup();
+                entry.endpoints.to_mut().extend_from_slice(&endpoints);
             }
         }
     }
@@ -189,16 +190,14 @@ fn canonical_list<'a>(
 ) -> Endpoints<'a> {
     let is_canonical =
         |addr: &SocketAddr| addr.is_ipv4() == ipv4 && (ipv4 || !addr.ip().to_canonical().is_ipv4());
-    if given.is_sorted_by(|a, b| a < b) && given.iter().all(is_canonical) {
+    if given.iter().all(is_canonical) {
         return Cow::Borrowed(given);
     }
     let canonical = given
         .iter()
         .map(|addr| SocketAddr::new(addr.ip().to_canonical(), addr.port()));
-    let mut list: Vec<SocketAddr> = canonical.filter(|addr| addr.is_ipv4() == ipv4).collect();
+    let list: Vec<SocketAddr> = canonical.filter(|addr| addr.is_ipv4() == ipv4).collect();
     *other_family += given.len() - list.len();
-    list.sort_unstable();
-    list.dedup();
     Cow::Owned(list)
 }
 

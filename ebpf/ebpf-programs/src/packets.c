@@ -382,23 +382,27 @@ static __noinline bool is_taken(struct tracked_flow *answer, const struct socket
            !is_over(tracked, flow.client.protocol, now_ns);
 }
 
-/* The endpoint `attempt` places behind a random one, read as in services.c: the list, the endpoint,
- * and the list again. CHOSEN with `endpoint->port` 0: the list was replaced meanwhile. */
-static __noinline enum verdict choose_near(const struct socket_address *service, __u32 random,
+/* The endpoint of one attempt, read as in services.c: the list, the endpoint, and the list again.
+ * CHOSEN with `endpoint->port` 0: the list was replaced meanwhile. */
+static __noinline enum verdict choose_near(const struct tracked_flow *flow, __u32 random,
                                            __u32 attempt, struct socket_address *endpoint)
 {
+    const struct socket_address *service = &flow->address;
+    const __u32 *client = flow->client.ip;
     volatile __u64 *value = bpf_map_lookup_elem(&hf_frontends, service);
     struct socket_address *found;
-    __u64 list, slot, length;
+    __u64 list, slot;
+    __u32 hash;
 
     endpoint->port = 0;
     if (!value)
         return NOT_A_SERVICE;
     list = *value;
-    length = list & LIST_LENGTH_MASK;
-    if (!length)
+    if (!(list & LIST_LENGTH_MASK))
         return NO_ENDPOINT;
-    slot = (list & ~(__u64)LIST_LENGTH_MASK) | (((length * random >> 32) + attempt) % length);
+    hash = hash_client(((__u64)client[0] << 32 | client[1]) * 31 +
+                       ((__u64)client[2] << 32 | client[3]));
+    slot = pick_slot(list, random, hash, attempt);
     found = bpf_map_lookup_elem(&hf_endpoints, &slot);
     if (!found)
         return CHOSEN;
@@ -419,7 +423,7 @@ static __noinline __u32 open_flow(const struct tracked_flow *flow, struct tracke
     long failed;
 
     for (__u32 attempt = 0; attempt < ENDPOINT_ATTEMPTS; attempt++) {
-        enum verdict verdict = choose_near(&flow->address, random, attempt, &answer.address);
+        enum verdict verdict = choose_near(flow, random, attempt, &answer.address);
 
         if (verdict == NOT_A_SERVICE)
             return PACKET_request_passed;

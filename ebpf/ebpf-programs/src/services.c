@@ -4,8 +4,9 @@
  * flow, and the application keeps seeing the service.
  *
  * Invariant: what is not a service passes untouched after one look-up, and receiving on a socket
- * that never used a service costs none. Nothing here decides which endpoints are good: it picks at
- * random among those in the list, or what the client had before where the service keeps clients.
+ * that never used a service costs none. Nothing here decides which endpoints are good: it picks one
+ * of the list, by chance, by turn or by the client's hash as the list asks, or what the client had
+ * before where the service keeps clients.
  *
  * Hash map entries are recycled at once, also under a reader. So a list is read, then an endpoint,
  * then the list again: only if it is still the same was all of it true (see choose()).
@@ -21,6 +22,8 @@
 
 #define ECONNREFUSED 111
 #define LIST_AFFINITY (1ULL << LIST_AFFINITY_BIT)
+#define LIST_HASH (1ULL << LIST_HASH_BIT)
+#define LIST_TURNS (1ULL << LIST_TURNS_BIT)
 #define NO_SLOT (~0ULL) /* Of a list that never is. */
 #define PASS 1
 #define REFUSE 0
@@ -75,6 +78,14 @@ struct {
     __type(value, __u64);
     __uint(max_entries, FRONTENDS_MAX);
 } hf_timeouts SEC(".maps");
+
+/* List, modulo, to whose turn it is. */
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __type(key, __u32);
+    __type(value, __u32);
+    __uint(max_entries, TURNS_MAX);
+} hf_turns SEC(".maps");
 
 /* With each socket that ever used a service; goes with the socket. */
 struct {
@@ -186,12 +197,31 @@ static __always_inline bool find_slot(__u64 list, const struct choice *kept, __u
     return search.found;
 }
 
-/* Multiplying instead of dividing: the bias for 4,096 endpoints is below one in a million. */
-static __always_inline __u64 random_slot(__u64 list)
+/* splitmix64's finalizer: every bit of the client decides. */
+static __always_inline __u32 hash_client(__u64 client)
+{
+    client = (client ^ (client >> 30)) * 0xbf58476d1ce4e5b9ULL;
+    client = (client ^ (client >> 27)) * 0x94d049bb133111ebULL;
+    return (client ^ (client >> 31)) >> 32;
+}
+
+/* The place in `list` for a new flow, `attempt` places behind that of the first attempt.
+ * Multiplying instead of dividing: the bias for 4,096 endpoints is below one in a million. Not
+ * static: so the verifier looks at it once, not with each of its callers' states. */
+__noinline __u64 pick_slot(__u64 list, __u32 random, __u32 hash, __u32 attempt)
 {
     __u32 length = list & LIST_LENGTH_MASK;
+    __u32 turns = (list >> 16) % TURNS_MAX;
+    __u32 *turn = NULL;
+    __u32 index;
 
-    return (list & ~(__u64)LIST_LENGTH_MASK) | ((__u64)bpf_get_prandom_u32() * length >> 32);
+    if (list & LIST_TURNS)
+        turn = bpf_map_lookup_elem(&hf_turns, &turns);
+    if (turn) /* Each attempt is a turn. */
+        index = __sync_fetch_and_add(turn, 1);
+    else
+        index = ((__u64)(list & LIST_HASH ? hash : random) * length >> 32) + attempt;
+    return (list & ~(__u64)LIST_LENGTH_MASK) | index % length;
 }
 
 static __always_inline bool recall(const struct client *client, __u64 timeout_ns, __u64 list,
@@ -266,7 +296,8 @@ static __always_inline enum verdict choose(struct bpf_sock_addr *ctx,
             if (keeps_clients && recall_any(ctx, service, list, &choice->slot))
                 count(COUNT_affinity_kept);
             else
-                choice->slot = random_slot(list);
+                choice->slot = pick_slot(list, bpf_get_prandom_u32(),
+                                         hash_client(bpf_get_netns_cookie(ctx)), 0);
         }
         endpoint = bpf_map_lookup_elem(&hf_endpoints, &choice->slot);
         if (endpoint) {

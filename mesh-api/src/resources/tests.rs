@@ -4,8 +4,9 @@ use std::{
 };
 
 use mesh_core::snapshot::{
-    Endpoint, EndpointPort, EndpointSlice, External, ExternalPeer, Hints, Locality, MeshSettings,
-    Protocol, Relay, Service, ServiceKind, ServiceName, ServicePort, TrafficDistribution,
+    Balance, Endpoint, EndpointPort, EndpointSlice, External, ExternalPeer, Hints, Locality,
+    MeshSettings, Place, Policy, Protocol, Relay, Service, ServiceKind, ServiceName, ServicePort,
+    TrafficDistribution, Weight,
 };
 use mesh_identity::authority::CertificateAuthority;
 use mesh_wire::id::NodeId;
@@ -285,6 +286,27 @@ fn service(parts: &ServiceParts) -> Service {
             sources: outside.iter().copied().map(Into::into).collect(),
             local_only: external_local_only,
         },
+        balance: balance(text, *affinity_s, outside),
+    }
+}
+
+/// Every policy and every kind of place, by the length of the name.
+fn balance(text: &str, number: Option<u32>, addresses: &[IpAddr]) -> Balance {
+    let places = [
+        Place::Node(text.parse().unwrap()),
+        Place::Site(text.parse().unwrap()),
+        Place::Zone(text.to_owned()),
+        Place::Region(text.to_owned()),
+    ];
+    let addresses = addresses.iter().map(|&address| Place::Address(address));
+    let policies = [Policy::Random, Policy::ConsistentHash, Policy::RoundRobin];
+    let weights = addresses.chain(places).skip(text.len() % 6).zip(1..);
+    Balance {
+        policy: policies[text.len() % 3],
+        spill_over: number.map_or(0, |number| number.to_be_bytes()[0].into()),
+        weights: weights
+            .map(|(place, weight)| Weight { place, weight })
+            .collect(),
     }
 }
 

@@ -3,7 +3,9 @@ use std::net::Ipv6Addr;
 use mesh_wire::id::{MeshId, NodeId};
 
 use super::*;
-use crate::snapshot::{EndpointPort, Hints, MeshSettings, ServiceName, ServicePort};
+use crate::snapshot::{
+    Balance, EndpointPort, Hints, MeshSettings, ServiceName, ServicePort, Weight,
+};
 
 mod external;
 mod model;
@@ -521,4 +523,44 @@ fn affinity_holds_for_every_frontend_of_its_service() {
     let hours = Some(Duration::from_secs(10_800));
     service_of(&mut view).affinity = hours;
     assert_eq!(affinities(&view), [hours, hours]);
+}
+
+#[test]
+fn an_endpoint_has_the_first_weight_that_matches_where_it_is() {
+    let weight = |place, weight| Weight { place, weight };
+    let mut view = with(view(), at(&["region", "far"]));
+    let rows = [
+        (Place::Address([10, 42, 0, 4].into()), [3, 1]),
+        (Place::Node("far".parse().unwrap()), [1, 3]),
+        (Place::Site("a".parse().unwrap()), [1, 1]),
+        (Place::Zone("z2".into()), [3, 1]),
+        (Place::Region("r2".into()), [1, 3]),
+    ];
+    for (place, expected) in rows {
+        println!("{place:?}");
+        let all = |weight| {
+            move |region: &str| Weight {
+                place: Place::Region(region.into()),
+                weight,
+            }
+        };
+        let mut weights = vec![weight(place, 3)];
+        weights.extend(["r1", "r2"].map(all(1)));
+        service_of(&mut view).balance = Balance {
+            spill_over: 2,
+            weights,
+            ..Balance::default()
+        };
+        // Of one tier, so that they share by weight.
+        service_of(&mut view).distribution = Some(TrafficDistribution::SameZone);
+        let table = table(&view);
+        let list = &table.values().next().unwrap().endpoints;
+        let count = |last| {
+            let one = SocketAddr::from(([10, 42, 0, last], 8080));
+            list.iter().filter(|&&found| found == one).count()
+        };
+        assert_eq!([4, 5].map(count), expected);
+    }
+    let service = view.snapshot.services.get(&name()).unwrap();
+    assert!(rank(&view, service).iter().all(|one| one.chosen));
 }

@@ -9,7 +9,9 @@ use mesh_core::snapshot::{
 };
 use mesh_identity::authority::check_trust_domain;
 
-use super::{Checked, FieldProblem, Object, ObjectId, parse, port, protocol};
+use super::{
+    Checked, FieldProblem, Object, ObjectId, balance::by_annotations, parse, port, protocol,
+};
 
 /// Set by somebody who wants the service left to another proxy.
 const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
@@ -54,6 +56,7 @@ pub(in super::super) fn service(id: &ObjectId, service: &KubeService) -> Checked
         distribution: distribution(spec.traffic_distribution.as_deref())?,
         affinity: affinity(spec)?,
         external: external(spec, service.status.as_ref())?,
+        balance: by_annotations(service.metadata.annotations.as_ref())?,
     })))
 }
 

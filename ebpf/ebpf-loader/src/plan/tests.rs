@@ -53,7 +53,7 @@ fn only_the_difference_is_changed() {
         ("10.96.0.4:80", &[]),
     ]);
     let plan = plan(&wanted, &actual, ROOMY);
-    let grown = set("10.96.0.2:80", &["10.0.0.2:80", "10.0.0.3:80"]);
+    let grown = set("10.96.0.2:80", &["10.0.0.3:80", "10.0.0.2:80"]);
     let changes = [
         Change::Remove(frontend("10.96.0.3:80")),
         grown,
@@ -70,21 +70,37 @@ fn only_the_difference_is_changed() {
 }
 
 #[test]
-fn order_and_repetition_of_endpoints_are_no_difference() {
+fn the_form_of_an_address_is_no_difference_but_order_and_repetition_are() {
     let actual = installed(&[("10.96.0.1:80", &["10.0.0.1:80", "10.0.0.2:80"])]);
-    let again = ["10.0.0.2:80", "10.0.0.1:80", "[::ffff:10.0.0.2]:80"];
-    let plan = plan(&desired(&[("10.96.0.1:80", &again)]), &actual, ROOMY);
-    assert_eq!((plan.changes, plan.unchanged), (vec![], 1));
+    let unchanged = |list: &[&str]| {
+        let wanted = desired(&[("10.96.0.1:80", list)]);
+        plan(&wanted, &actual, ROOMY).unchanged == 1
+    };
+    assert!(unchanged(&["10.0.0.1:80", "[::ffff:10.0.0.2]:80"]));
+    assert!(!unchanged(&["10.0.0.2:80", "10.0.0.1:80"]));
+    assert!(!unchanged(&["10.0.0.1:80", "10.0.0.2:80", "10.0.0.2:80"]));
+}
+
+#[test]
+fn another_selection_is_a_difference() {
+    let actual = installed(&[("10.96.0.1:80", &["10.0.0.1:80"])]);
+    for selection in [Selection::ClientHash, Selection::Turns] {
+        let mut wanted = desired(&[("10.96.0.1:80", &["10.0.0.1:80"])]);
+        wanted
+            .values_mut()
+            .for_each(|backends| backends.selection = selection);
+        assert_eq!(plan(&wanted, &actual, ROOMY).changes.len(), 1);
+    }
 }
 
 #[test]
 fn another_affinity_is_a_difference() {
     let kept = |timeout_s| {
         let affinity = Some(Duration::from_secs(timeout_s));
-        let endpoints = vec!["10.0.0.1:80".parse().unwrap()];
+        let endpoints: Vec<_> = vec!["10.0.0.1:80".parse().unwrap()];
         Backends {
-            endpoints,
             affinity,
+            ..endpoints.into()
         }
     };
     let actual = installed(&[("10.96.0.1:80", &["10.0.0.1:80"])]);

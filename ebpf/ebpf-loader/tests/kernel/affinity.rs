@@ -23,7 +23,7 @@ const HOUR: Option<Duration> = Some(Duration::from_secs(3_600));
 
 /// Connects; which server has it.
 #[track_caller]
-fn reach(asked: SocketAddr, servers: &[TcpListener]) -> usize {
+pub(crate) fn reach(asked: SocketAddr, servers: &[TcpListener]) -> usize {
     let client = TcpStream::connect(asked).unwrap();
     let (server, _) = accepted(servers);
     assert_eq!(client.peer_addr().unwrap(), asked);

@@ -108,9 +108,22 @@ impl Lab {
         affinity: Option<Duration>,
         services: &[(SocketAddr, Protocol, &[SocketAddr])],
     ) -> ApplyReport {
+        let like = Backends {
+            affinity,
+            ..Backends::default()
+        };
+        self.apply_like(&like, services)
+    }
+
+    /// All of them as `like`, but for the endpoints.
+    pub(crate) fn apply_like(
+        &mut self,
+        like: &Backends,
+        services: &[(SocketAddr, Protocol, &[SocketAddr])],
+    ) -> ApplyReport {
         let backends = |endpoints: &[SocketAddr]| Backends {
             endpoints: endpoints.to_vec(),
-            affinity,
+            ..like.clone()
         };
         let frontend = |addr: SocketAddr, protocol| Frontend {
             address: addr.ip(),

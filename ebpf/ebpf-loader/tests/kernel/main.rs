@@ -5,6 +5,8 @@
 mod affinity;
 #[cfg(test)]
 mod lab;
+#[cfg(test)]
+mod selection;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -1,10 +1,11 @@
 //! Random services and flows: what the programs do against what the table says.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
 };
 
+use ebpf_abi::EndpointList;
 use proptest::{
     collection::{btree_map, vec},
     prelude::*,
@@ -128,4 +129,51 @@ fn packets_go_where_the_table_says() {
         ..Config::with_cases(16)
     });
     runner.run(&case(), check).unwrap();
+}
+
+/// Where packets of 64 clients with two ports each go, by the number in their address.
+fn reached(machine: &Machine, service: SocketAddr, list: &[SocketAddr]) -> Vec<[usize; 2]> {
+    let to = |client: SocketAddr| {
+        let ran = machine.request(&udp(client, service, b"?"));
+        let there = |&endpoint: &SocketAddr| udp(client, endpoint, b"?") == ran.packet;
+        list.iter()
+            .copied()
+            .position(|endpoint| there(&endpoint))
+            .unwrap()
+    };
+    let clients = (1..=64).map(|last| {
+        [40_001, 40_002].map(|port| {
+            to(Place {
+                v4: service.is_ipv4(),
+                last,
+                port,
+            }
+            .at(CLIENTS))
+        })
+    });
+    clients.collect()
+}
+
+#[test]
+fn flows_go_in_turns_or_by_their_clients_address_where_the_list_says_so() {
+    for v4 in [true, false] {
+        let place = |last, port| Place { v4, last, port };
+        let service = place(1, 80).at(SERVICES);
+        let list = [1, 2, 3].map(|last| place(last, 8_080).at(ENDPOINTS));
+        let mut machine = Machine::new();
+        machine.serve_as(service, &list, EndpointList::with_turns);
+        let turns = reached(&machine, service, &list).concat();
+        let next = |pair: &[usize]| (pair[0] + 1) % 3 == pair[1];
+        assert!(turns.windows(2).all(next), "{turns:?}");
+
+        let mut machine = Machine::new();
+        machine.serve_as(service, &list, EndpointList::with_hash);
+        let hashed = reached(&machine, service, &list);
+        assert!(hashed.iter().all(|[one, other]| one == other), "{hashed:?}");
+        let all: BTreeSet<_> = hashed.iter().map(|[one, _]| one).collect();
+        assert_eq!(all.len(), 3, "{hashed:?}");
+        let mut machine = Machine::new();
+        machine.serve_as(service, &list, EndpointList::with_hash);
+        assert_eq!(reached(&machine, service, &list), hashed, "after a restart");
+    }
 }

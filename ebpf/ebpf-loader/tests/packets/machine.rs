@@ -62,9 +62,18 @@ impl Machine {
 
     /// By TCP and by UDP.
     pub(crate) fn serve(&mut self, service: SocketAddr, endpoints: &[SocketAddr]) {
+        self.serve_as(service, endpoints, |list| list);
+    }
+
+    pub(crate) fn serve_as(
+        &mut self,
+        service: SocketAddr,
+        endpoints: &[SocketAddr],
+        kind: fn(EndpointList) -> EndpointList,
+    ) {
         for protocol in [TCP, UDP] {
             let key = |addr: SocketAddr| SocketAddress::new(addr.ip(), addr.port(), protocol);
-            let list = EndpointList::new(self.next_list, endpoints.len());
+            let list = kind(EndpointList::new(self.next_list, endpoints.len()));
             self.next_list += 1;
             for (slot, &endpoint) in list.slots().zip(endpoints) {
                 let mut map = self.map::<u64, SocketAddress>("hf_endpoints");

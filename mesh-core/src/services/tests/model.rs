@@ -119,15 +119,17 @@ fn endpoints(
     if all.iter().any(alive) {
         all.retain(alive);
     }
-    let first = order.into_iter().find(|near| all.iter().any(near));
-    let mut list: Vec<_> = match first {
-        Some(near) => all
-            .iter()
-            .filter(|one| near(one))
-            .map(|one| one.at)
-            .collect(),
-        None => Vec::new(),
-    };
+    // Row "spill-over": those that come next as well, until there are enough.
+    let enough = usize::from(service.balance.spill_over.max(1));
+    let mut chosen: BTreeMap<IpAddr, Vec<SocketAddr>> = BTreeMap::new();
+    for near in order {
+        if chosen.len() < enough {
+            for one in all.iter().filter(|one| near(one)) {
+                chosen.entry(one.at.ip()).or_default().push(one.at);
+            }
+        }
+    }
+    let mut list: Vec<_> = chosen.into_values().flatten().collect();
     list.sort();
     list.dedup();
     list
@@ -318,7 +320,13 @@ fn service() -> impl Strategy<Value = Service> {
     let distribution = option::of(select(
         [TrafficDistribution::SameNode, TrafficDistribution::SameZone].as_slice(),
     ));
-    let said = (vec(mostly(false), 3), distribution, mostly(true));
+    let policy = select([Policy::Random, Policy::ConsistentHash, Policy::RoundRobin].as_slice());
+    let said = (
+        vec(mostly(false), 3),
+        distribution,
+        mostly(true),
+        (policy, 0..4_u16),
+    );
     let parts = (
         name,
         vec(numbers, 1..3),
@@ -335,7 +343,7 @@ fn service() -> impl Strategy<Value = Service> {
                 namespace: namespace.to_owned(),
                 name: name.to_owned(),
             };
-            let (flags, distribution, has_address) = said;
+            let (flags, distribution, has_address, (policy, spill_over)) = said;
             let kind = if has_address {
                 ServiceKind::ClusterIp(cluster)
             } else {
@@ -356,6 +364,11 @@ fn service() -> impl Strategy<Value = Service> {
                     load_balancer,
                     sources: sources.into_iter().collect(),
                     local_only: flags[2],
+                },
+                balance: Balance {
+                    policy,
+                    spill_over,
+                    weights: Vec::new(),
                 },
                 ..Service::new(name, kind)
             }
@@ -430,7 +443,13 @@ proptest! {
                     endpoints: found.endpoints.clone(),
                     sources: Vec::new(),
                 });
-                (found.endpoints, outside.endpoints, outside.sources)
+                // Who is in the lists; how often each is, is tried with `balance`.
+                let [inside, outside_list] = [found.endpoints, outside.endpoints].map(|mut list| {
+                    list.sort();
+                    list.dedup();
+                    list
+                });
+                (inside, outside_list, outside.sources)
             });
             prop_assert_eq!(found, model(&view, frontend), "{:?}", frontend);
         }
