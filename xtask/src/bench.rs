@@ -81,6 +81,7 @@ const BENCHES: &[Bench] = &[
 pub(crate) struct Samples {
     order: Vec<(String, &'static str)>,
     values: BTreeMap<(String, &'static str), (&'static str, Vec<f64>)>,
+    turns: BTreeMap<(String, &'static str), Vec<f64>>,
     versions: Vec<(String, String)>,
     errors: Vec<(String, String)>,
 }
@@ -97,6 +98,12 @@ impl Samples {
             .or_insert_with(|| (unit, Vec::new()))
             .1
             .push(value);
+    }
+
+    /// Notes the same metric in each turn of a round, in which all cases have as many: what its ratios are made of.
+    pub(crate) fn add_turns(&mut self, case: &str, metric: &'static str, values: Vec<f64>) {
+        let turns = self.turns.entry((case.to_owned(), metric)).or_default();
+        turns.extend(values);
     }
 
     /// Notes what a case's program says of itself.
@@ -131,7 +138,7 @@ impl Samples {
                 min: *sorted.first()?,
                 max: *sorted.last()?,
                 runs: sorted.len(),
-                by_round: values.clone(),
+                turns: self.turns.get(key).unwrap_or(values).clone(),
                 must: None,
                 ratio: None,
                 ok: None,
@@ -152,9 +159,9 @@ struct Figure {
     min: f64,
     max: f64,
     runs: usize,
-    /// As they were measured, one after the other.
+    /// What it was in each turn, or else in each round.
     #[serde(skip)]
-    by_round: Vec<f64>,
+    turns: Vec<f64>,
     /// What an issue asks for, or wants to see beside it, in words.
     #[serde(skip_serializing_if = "Option::is_none")]
     must: Option<String>,

@@ -28,24 +28,25 @@ use anyhow::{Context as _, Result, ensure};
 pub(super) use self::cases::is_case;
 pub(super) use self::cases::is_other;
 use self::{
-    cases::{CHANGE, Case, Kind},
+    cases::{CASES, CHANGE, Case, Kind},
     client::Flow,
     world::{Way, World},
 };
 use super::{Figure, Options, Samples, percentile, verdict};
 use crate::{report, setup};
 
-/// A round goes through all cases so often: what disturbs the machine for a second disturbs all of them.
-const TURNS: usize = 20;
+/// A round goes through all cases so often: what disturbs the machine for a second disturbs all of them, and ratios are
+/// those of one turn.
+const TURNS: usize = 40;
 
 /// Samples of each kind in a turn: 2,000 a round, of which the 99th percentile is the 20th longest.
-const SAMPLES: u32 = 100;
+const SAMPLES: usize = 50;
 
-/// Length of a stream in a turn; 2 s a round. The kernel says idle times in units of 10 ms for each processor.
-const STREAM: Duration = Duration::from_millis(250);
-
-/// Streams have fewer turns.
+/// A round goes through all cases so often again, with a stream each.
 const STREAM_TURNS: usize = 8;
+
+/// Length of a stream: 2 s a round. The kernel says idle times in units of 10 ms for each processor.
+const STREAM: Duration = Duration::from_millis(250);
 
 /// What a client does again and again, and the names of its median and of its 99th percentile.
 const REPEATED: [(&str, [&str; 2]); 4] = [
@@ -77,7 +78,7 @@ struct Running {
     way: Way,
     /// As [`REPEATED`], in nanoseconds.
     times: [Vec<u64>; REPEATED.len()],
-    flow: Flow,
+    flows: Vec<Flow>,
     broken: bool,
 }
 
@@ -106,13 +107,14 @@ pub(super) fn run(options: &Options, samples: &mut Samples) -> Result<bool> {
         }
     }
     let change = chosen.iter().find(|case| case.kind == Kind::Change);
-    turns(&mut running, 1, samples);
+    turns(&mut running, 1, Running::ask, samples);
     for one in &mut running {
         one.tell(&mut Samples::default()); // Nobody wants to know how it is before it is warm.
     }
     for round in 1..=options.rounds {
         eprintln!("round {round} of {}", options.rounds);
-        turns(&mut running, TURNS, samples);
+        turns(&mut running, TURNS, Running::ask, samples);
+        turns(&mut running, STREAM_TURNS, Running::stream, samples);
         for one in &mut running {
             one.tell(samples);
         }
@@ -127,12 +129,17 @@ pub(super) fn run(options: &Options, samples: &mut Samples) -> Result<bool> {
 }
 
 /// Each turn begins with another case. Those that cannot be measured any more are gone then.
-fn turns(running: &mut Vec<Running>, count: usize, samples: &mut Samples) {
-    for turn in 0..count {
-        let first = turn % running.len().max(1);
+fn turns(
+    running: &mut Vec<Running>,
+    count: usize,
+    turn: fn(&mut Running) -> Result<()>,
+    samples: &mut Samples,
+) {
+    for number in 0..count {
+        let first = number % running.len().max(1);
         let (last, first) = running.split_at_mut(first);
         for one in first.iter_mut().chain(last) {
-            if let Err(error) = one.turn(turn < STREAM_TURNS) {
+            if let Err(error) = turn(one) {
                 samples.error(one.case.name, &error);
                 one.broken = true;
             }
@@ -147,12 +154,12 @@ impl Running {
             case,
             way,
             times: Default::default(),
-            flow: Flow::default(),
+            flows: Vec::new(),
             broken: false,
         }
     }
 
-    fn turn(&mut self, with_stream: bool) -> Result<()> {
+    fn ask(&mut self) -> Result<()> {
         let Way {
             client, addresses, ..
         } = &mut self.way;
@@ -161,30 +168,48 @@ impl Running {
                 times.extend(client.times(verb, addresses, SAMPLES)?);
             }
         }
-        if with_stream {
-            self.flow = self.flow.and(client.bulk(addresses, STREAM)?);
-        }
+        Ok(())
+    }
+
+    fn stream(&mut self) -> Result<()> {
+        let way = &mut self.way;
+        self.flows.push(way.client.bulk(&way.addresses, STREAM)?);
         Ok(())
     }
 
     /// Notes the round's figures, and forgets them.
     fn tell(&mut self, samples: &mut Samples) {
         let case = self.case.name;
-        for ((_, metrics), times) in REPEATED.iter().zip(&mut self.times) {
+        for ((_, [median, high]), times) in REPEATED.iter().zip(&mut self.times) {
+            let turns = times.chunks_mut(SAMPLES).filter_map(|turn| {
+                turn.sort_unstable();
+                percentile(turn, 0.5).map(microseconds)
+            });
+            let turns = turns.collect();
             times.sort_unstable();
-            for (metric, share) in metrics.iter().zip([0.5, 0.99]) {
+            for (metric, share) in [(median, 0.5), (high, 0.99)] {
                 if let Some(nanoseconds) = percentile(times, share) {
-                    samples.add(case, metric, "µs", nanoseconds as f64 / 1e3);
+                    samples.add(case, metric, "µs", microseconds(nanoseconds));
                 }
             }
+            samples.add_turns(case, median, turns);
             times.clear();
         }
-        let flow = std::mem::take(&mut self.flow);
-        let gigabytes = flow.bytes as f64 / 1e9;
-        let mbit_per_s = gigabytes * 8e3 / flow.took.as_secs_f64();
-        samples.add(case, "tcp_1", "Mb/s", mbit_per_s);
-        samples.add(case, "cpu_per_gb", "s", flow.busy.as_secs_f64() / gigabytes);
+        let flows = std::mem::take(&mut self.flows);
+        let all = flows.iter().copied().reduce(Flow::and);
+        let mut note = |metric, unit, of: fn(&Flow) -> f64| {
+            if let Some(all) = &all {
+                samples.add(case, metric, unit, of(all));
+            }
+            samples.add_turns(case, metric, flows.iter().map(of).collect());
+        };
+        note("tcp_1", "Mb/s", Flow::mbit_per_s);
+        note("cpu_per_gb", "s", Flow::busy_s_per_gb);
     }
+}
+
+fn microseconds(nanoseconds: u64) -> f64 {
+    nanoseconds as f64 / 1e3
 }
 
 fn tell_changes(case: &Case, changes: &world::Changes, samples: &mut Samples) -> Result<()> {
@@ -236,12 +261,9 @@ pub(super) fn overview(figures: &[Figure]) -> String {
         .iter()
         .cloned()
         .partition(|figure| figure.case != CHANGE);
-    let mut names: Vec<&str> = Vec::new();
-    for figure in &ways {
-        if !names.contains(&figure.case.as_str()) {
-            names.push(&figure.case);
-        }
-    }
+    // Not in the order of the figures: the tables' loading is the first that is known.
+    let known = CASES.iter().map(|case| case.name);
+    let names = known.filter(|name| ways.iter().any(|figure| figure.case == *name));
     let find = |case: &str, metric: &str| {
         let mut of = ways.iter().filter(|figure| figure.case == case);
         of.find(|figure| figure.metric == metric)
@@ -251,18 +273,18 @@ pub(super) fn overview(figures: &[Figure]) -> String {
         let texts: Vec<_> = own.map(|figure| figure.median_text(divisor)).collect();
         let ratio = metrics.first().and_then(|metric| {
             let (own, direct) = (find(case, metric)?, find(BASELINE, metric)?);
-            verdict::round_by_round(own, direct)
+            verdict::in_turns(own, direct)
         });
         match ratio.filter(|_| with_ratio && case != BASELINE) {
             Some(ratio) => format!("× {ratio:.3}\n{}", texts.join("/")),
             None => texts.join("/"),
         }
     };
-    let rows = names.iter().map(|name| {
+    let rows = names.map(|name| {
         let cells = COLUMNS
             .iter()
             .map(|(_, metrics, divisor, ratio)| cell(name, metrics, *divisor, *ratio));
-        std::iter::once((*name).to_owned()).chain(cells).collect()
+        std::iter::once(name.to_owned()).chain(cells).collect()
     });
     let header: Vec<_> = std::iter::once("case")
         .chain(COLUMNS.iter().map(|(heading, ..)| *heading))

@@ -11,8 +11,8 @@ enum Against {
     Case(&'static str),
     /// The lowest of the same metric of all other programs.
     LowestPeer,
-    /// The same metric of this case in the same round: the median of these ratios.
-    RoundByRound(&'static str),
+    /// The same metric of this case in the same turn: the median of these ratios.
+    InTurns(&'static str),
     /// As that, with each of these cases that has the metric: the ratio to the best of them.
     Best(&'static [&'static str]),
 }
@@ -43,7 +43,7 @@ const fn rule(case: &'static str, metric: &'static str, against: Against, bound:
     }
 }
 
-use Against::{Best, Case, LowestPeer, Number, RoundByRound};
+use Against::{Best, Case, InTurns, LowestPeer, Number};
 use Bound::{AtLeast, AtMost, Stated};
 
 /// Issue 1: names and services within 2 s of a start.
@@ -136,7 +136,7 @@ const WITH_SERVICES: [WithServices; 3] = [
 
 /// Issue 3's table, line by line.
 fn services_rules() -> Vec<Rule> {
-    let direct = RoundByRound(services::BASELINE);
+    let direct = InTurns(services::BASELINE);
     let mut rules = Vec::new();
     for with in &WITH_SERVICES {
         rules.extend([
@@ -168,10 +168,10 @@ fn services_rules() -> Vec<Rule> {
     rules
 }
 
-/// The median of the ratios of two figures in each round. `None`: there is no round of both.
-pub(super) fn round_by_round(figure: &Figure, other: &Figure) -> Option<f64> {
-    let rounds = figure.by_round.iter().zip(&other.by_round);
-    let mut ratios: Vec<_> = rounds.map(|(own, other)| own / other).collect();
+/// The median of the ratios of two figures in each turn. `None`: there is no turn of both.
+pub(super) fn in_turns(figure: &Figure, other: &Figure) -> Option<f64> {
+    let turns = figure.turns.iter().zip(&other.turns);
+    let mut ratios: Vec<_> = turns.map(|(own, other)| own / other).collect();
     ratios.sort_by(f64::total_cmp);
     percentile(&ratios, 0.5)
 }
@@ -185,7 +185,7 @@ impl Rule {
         };
         match self.against {
             Number(_, written) => format!("{sign} {written}"),
-            Case(name) | RoundByRound(name) => format!("{sign} {factor}{name}"),
+            Case(name) | InTurns(name) => format!("{sign} {factor}{name}"),
             LowestPeer => format!("{sign} {factor}best peer"),
             Best(_) => format!("{sign} {factor}best of the others"),
         }
@@ -218,10 +218,10 @@ impl Rule {
                 let lowest = peers.map(|figure| figure.median).min_by(f64::total_cmp);
                 figure.median / lowest?
             }
-            RoundByRound(name) => round_by_round(figure, find(name)?)?,
+            InTurns(name) => in_turns(figure, find(name)?)?,
             Best(names) => {
                 let others = names.iter().filter_map(|name| find(name));
-                let ratios = others.filter_map(|other| round_by_round(figure, other));
+                let ratios = others.filter_map(|other| in_turns(figure, other));
                 match self.bound {
                     AtLeast(_) => ratios.min_by(f64::total_cmp)?,
                     AtMost(_) | Stated => ratios.max_by(f64::total_cmp)?,
@@ -262,7 +262,7 @@ pub(super) fn judge(bench: &str, figures: &[Figure]) -> Verdict {
                 && figure.metric == own.metric
                 && figure.case != own.case
         };
-        round_by_round(own, direct.find(same)?)
+        in_turns(own, direct.find(same)?)
     };
     let mut judged = Vec::new();
     for figure in figures {
@@ -403,6 +403,24 @@ mod tests {
         assert_eq!((direct.ratio, direct.ok), (None, None));
         assert_eq!((service.ratio, service.ok), (Some(1.02), Some(true)));
         assert_eq!(service.must.as_deref(), Some("<= 1.03 x direct"));
+    }
+
+    #[test]
+    fn turns_are_compared_where_there_are_any() {
+        let mut samples = Samples::default();
+        for (case, turns) in [
+            ("direct", vec![10.0, 40.0, 20.0]),
+            ("holdfast-packets-1", vec![11.0, 44.0, 21.0]),
+        ] {
+            samples.add(case, "connect_p50", "µs", 20.0);
+            samples.add_turns(case, "connect_p50", turns);
+        }
+        let verdict = judge("services", &samples.figures("services"));
+        let judged = verdict
+            .figures
+            .iter()
+            .find_map(|one| Some((one.ratio?, one.ok?)));
+        assert_eq!(judged, Some((1.1, false)), "{verdict:?}");
     }
 
     #[test]

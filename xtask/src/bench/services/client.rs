@@ -43,7 +43,7 @@ impl Client {
     /// # Errors
     ///
     /// If one of them did not come to its end.
-    pub(super) fn times(&mut self, verb: &str, addresses: &str, count: u32) -> Result<Vec<u64>> {
+    pub(super) fn times(&mut self, verb: &str, addresses: &str, count: usize) -> Result<Vec<u64>> {
         self.ask(&format!("{verb} {addresses} {count}"))
     }
 
@@ -82,7 +82,7 @@ impl Drop for Client {
 }
 
 /// What one stream did.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Flow {
     /// Bytes that arrived.
     pub(super) bytes: u64,
@@ -100,5 +100,13 @@ impl Flow {
             took: self.took + other.took,
             busy: self.busy + other.busy,
         }
+    }
+
+    pub(super) fn mbit_per_s(&self) -> f64 {
+        self.bytes as f64 * 8.0 / 1e6 / self.took.as_secs_f64()
+    }
+
+    pub(super) fn busy_s_per_gb(&self) -> f64 {
+        self.busy.as_secs_f64() / (self.bytes as f64 / 1e9)
     }
 }
