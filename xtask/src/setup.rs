@@ -11,6 +11,7 @@ use crate::{cargo, root};
 const PACKAGES: &[(&str, &str)] = &[
     ("ip", "iproute2"),
     ("nft", "nftables"),
+    ("iptables", "iptables"),
     ("clang", "clang"),
     ("/usr/include/bpf/bpf_helpers.h", "libbpf-dev"),
     ("/usr/include/linux/bpf.h", "linux-libc-dev"),

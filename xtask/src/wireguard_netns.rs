@@ -23,7 +23,6 @@ use crate::{cargo, report, root, setup};
 /// What the script needs beside what every lab does.
 const PACKAGES: &[(&str, &str)] = &[
     ("ncat", "ncat"),
-    ("iptables", "iptables"),
     ("xz", "xz-utils"),
     ("unshare", "util-linux"),
 ];

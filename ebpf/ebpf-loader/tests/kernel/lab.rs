@@ -215,14 +215,15 @@ pub(crate) fn new_network_namespace() {
     #[expect(unsafe_code, reason = "rustix guards against sharing file tables")]
     // SAFETY: the file table stays shared: only the network namespace changes.
     unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
-    let status = Command::new("ip")
-        .args(["link", "set", "lo", "up"])
-        .status();
-    assert!(
-        status
-            .expect("no ip command: apt-get install iproute2")
-            .success()
-    );
+    ip(&["link", "set", "lo", "up"]);
+}
+
+/// In the thread's network namespace.
+#[track_caller]
+pub(crate) fn ip(arguments: &[&str]) {
+    let status = Command::new("ip").args(arguments).status();
+    let status = status.expect("no ip command: apt-get install iproute2");
+    assert!(status.success(), "ip {arguments:?}");
 }
 
 /// A way to name a service and its endpoints: IPv4, IPv6, and IPv4 on an IPv6 socket.

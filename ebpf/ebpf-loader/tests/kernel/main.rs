@@ -4,6 +4,11 @@
 #[cfg(test)]
 mod affinity;
 #[cfg(test)]
+mod coexistence;
+#[cfg(test)]
+#[path = "../common/kube_proxy.rs"]
+mod kube_proxy;
+#[cfg(test)]
 mod lab;
 #[cfg(test)]
 mod selection;
