@@ -177,6 +177,19 @@ mod tests {
     }
 
     #[test]
+    fn of_services_the_direct_way_is_grey_ours_green_and_kube_proxys_blue() {
+        let mut samples = Samples::default();
+        for case in ["direct", "holdfast-packets-10000", "iptables-10000"] {
+            samples.add(case, "connect_p50", "µs", 30.0);
+        }
+        let drawn = svg(&samples.figures("services"), "");
+        for colour in ["#bbb", "#4c9f70", "#8ab4d8"] {
+            let bars = drawn.matches(&format!("fill=\"{colour}\"")).count();
+            assert_eq!(bars, 1, "{colour}: {drawn}");
+        }
+    }
+
+    #[test]
     fn a_row_of_panels_is_as_high_as_its_fullest() {
         let mut samples = Samples::default();
         for metric in ["tcp_1", "tcp_4", "tcp_16"] {
