@@ -9,7 +9,12 @@ use std::{
 
 const SOURCE: &str = "src/programs.c";
 /// What [`SOURCE`] includes.
-const PARTS: [&str; 2] = ["src/services.c", "src/packets.c"];
+const PARTS: [&str; 4] = [
+    "src/services.c",
+    "src/packets.c",
+    "src/masquerade.c",
+    "src/hooks.c",
+];
 
 fn main() -> ExitCode {
     for source in [SOURCE].iter().chain(&PARTS) {

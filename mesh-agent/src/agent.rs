@@ -186,6 +186,7 @@ async fn start(
         let changes = Changes::listen().context("cannot listen for changes of the network")?;
         let keeper = interfaces::keep_interfaces(
             Arc::clone(services),
+            interface.clone(),
             settings.service_interfaces,
             netlink.clone(),
             changes,

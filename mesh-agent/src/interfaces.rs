@@ -45,14 +45,15 @@ pub struct Served {
 /// By name.
 pub type AllServed = BTreeMap<String, Served>;
 
-/// Keeps the programs on the interfaces of these names, whatever index they have, until `stop`. The
-/// programs leave with the last reference to `services`.
+/// Keeps the programs on the interfaces of these names, whatever index they have, and on the tunnel's,
+/// until `stop`. The programs leave with the last reference to `services`.
 ///
 /// # Errors
 ///
 /// If the kernel tells no changes any more; what it refuses is told, and tried again.
 pub async fn keep_interfaces(
     services: Arc<Mutex<Services>>,
+    (tunnel, tunnel_name): (IfIndex, String),
     names: BTreeSet<String>,
     netlink: Netlink,
     mut changes: Changes,
@@ -67,14 +68,21 @@ pub async fn keep_interfaces(
         }
         let here = found.values().flatten();
         let here: BTreeMap<_, _> = here.map(|found| (found.index, found.header)).collect();
-        let results = attach(&services, attached, here).await?;
-        attached = results.keys().copied().collect();
-        attached.retain(|index| results.get(index).is_some_and(Result::is_ok));
+        let results = attach(&services, tunnel, attached, here).await?;
+        let all = results.iter().filter(|(_, result)| result.is_ok());
+        attached = all.map(|(&index, _)| index).collect();
         let served = found.into_iter().map(|(name, found)| {
             let served = report(&name, found, &results, forwards);
             (name, served)
         });
-        let served: AllServed = served.collect();
+        let mut served: AllServed = served.collect();
+        if let Some(Err(error)) = results.get(&tunnel) {
+            let refused = Served {
+                attached: false,
+                problem: Some(chain(error)),
+            };
+            served.insert(tunnel_name.clone(), refused);
+        }
         tell(&told, served.clone());
         let retry = Instant::now() + RETRY;
         loop {
@@ -129,20 +137,24 @@ type Attached = BTreeMap<IfIndex, Result<bool, InterfaceError>>;
 /// Attaches to all of `here`, and leaves those alone that are not there any more.
 async fn attach(
     services: &Arc<Mutex<Services>>,
+    tunnel: IfIndex,
     before: BTreeSet<IfIndex>,
     here: BTreeMap<IfIndex, ebpf_loader::LinkHeader>,
 ) -> anyhow::Result<Attached> {
     let services = Arc::clone(services);
     let results = task::spawn_blocking(move || {
         let mut services = services.lock().unwrap_or_else(PoisonError::into_inner);
-        for gone in before.iter().filter(|index| !here.contains_key(index)) {
+        let gone = |index: &&IfIndex| **index != tunnel && !here.contains_key(index);
+        for gone in before.iter().filter(gone) {
             services.detach_interface(gone.0);
         }
         let attach = |(index, header): (IfIndex, _)| {
             let attached = services.attach_interface(index.0, header);
             (index, attached)
         };
-        here.into_iter().map(attach).collect()
+        let mut results: Attached = here.into_iter().map(attach).collect();
+        results.insert(tunnel, services.attach_tunnel(tunnel.0));
+        results
     });
     Ok(results.await?)
 }

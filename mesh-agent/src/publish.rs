@@ -6,7 +6,8 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use ebpf_loader::{LeftOut, Services};
+use anyhow::Context as _;
+use ebpf_loader::{LeftOut, Masquerade, Services};
 use mesh_core::{
     services::{self, View},
     snapshot::{Policy, Protocol},
@@ -26,18 +27,27 @@ pub async fn keep_services(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let mut left_out = LeftOut::default();
+    let mut prefixes_left_out = 0;
     loop {
         let view = views.borrow_and_update().clone();
         if let Some(view) = view {
             let services = Arc::clone(&services);
             let report = task::spawn_blocking(move || {
                 let table = table(&view);
-                services
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .apply(&table)
+                let mut services = services.lock().unwrap_or_else(PoisonError::into_inner);
+                let masquerade = masquerade(&view).map(|wanted| services.masquerade(&wanted));
+                let prefixes = masquerade.transpose();
+                let prefixes = prefixes.context("cannot tell the kernel this node's prefixes")?;
+                anyhow::Ok((services.apply(&table)?, prefixes.unwrap_or_default()))
             });
-            let report = report.await??;
+            let (report, prefixes) = report.await??;
+            if prefixes != prefixes_left_out {
+                prefixes_left_out = prefixes;
+                tracing::warn!(
+                    prefixes,
+                    "too many prefixes of this node: devices in some go as the node itself"
+                );
+            }
             if report.left_out != left_out {
                 left_out = report.left_out;
                 tracing::warn!(
@@ -51,6 +61,17 @@ pub async fn keep_services(
             changed = views.changed() => changed?,
         }
     }
+}
+
+/// Devices behind this node go by the tunnel as this node, but for those that the mesh leads to it.
+fn masquerade(view: &View) -> Option<Masquerade> {
+    let own = view.snapshot.nodes.get(&view.node)?;
+    let kept = own.prefixes.iter();
+    Some(Masquerade {
+        v4: own.overlay_v4,
+        v6: own.overlay_v6,
+        kept: kept.map(|net| (net.network(), net.prefix_len())).collect(),
+    })
 }
 
 /// What the maps have to hold for a view.

@@ -202,6 +202,28 @@ fn a_device_uses_services_of_another_site_as_itself() -> Result<()> {
 }
 
 #[test]
+fn a_device_of_which_the_mesh_knows_nothing_goes_as_the_gateway() -> Result<()> {
+    let mesh = mesh()?;
+    let device = device(&mesh)?;
+    forward(&mesh)?;
+    serves(&mesh)?;
+    let status = mesh.status("edge-a1")?;
+    let own = |index: usize| {
+        let address = status.pointer(&format!("/overlay_addresses/{index}"));
+        address
+            .and_then(Value::as_str)
+            .context("no overlay address")
+    };
+    uses_the_kiosk(&mesh, &device, [own(0)?, own(1)?])?;
+    let gateway = mesh.node("edge-a1")?;
+    assert_eq!(gateway.tcx_programs("holdfast0")?, 2);
+    // The node's own processes go as ever.
+    let hello = mesh.get("edge-a1", &[TCP[0]], SOON)?;
+    assert_eq!(hello.node, "edge-b1");
+    Ok(())
+}
+
+#[test]
 fn a_device_s_next_flow_goes_elsewhere_when_the_endpoint_s_node_dies() -> Result<()> {
     let mut mesh = mesh()?;
     let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);

@@ -7,8 +7,9 @@ use crate::{
 
 limits! {
     /// Flows through a gateway: 250 devices with 250 flows each are 62,500. The least recently
-    /// used goes first. Each takes 120 bytes in the map of flows, 112 in the map of answers and 32
-    /// of buckets: 17 MiB, always, where packets are looked at; elsewhere the maps have 1 entry.
+    /// used goes first. Each takes 120 bytes in the map of flows, 112 in the map of answers and in
+    /// each of the two maps of masqueraded clients, and 64 of buckets: 33 MiB, always, where packets
+    /// are looked at; elsewhere the maps have 1 entry.
     TRACKED_MAX = 65_536;
     /// Fragmented packets whose first fragment passed in the last [`FRAGMENT_TIMEOUT_S`]:
     /// 136 a second. 4,096 × (112 + 16) bytes: 512 KiB.
@@ -29,6 +30,17 @@ limits! {
     TCP_TRANSITORY_TIMEOUT_S = 240;
     /// How long the kernel waits for a packet's other fragments (`net.ipv4.ipfrag_time`).
     FRAGMENT_TIMEOUT_S = 30;
+    /// The first port of flows whose client is masqueraded: behind those that Linux gives to sockets
+    /// that ask for any (`net.ipv4.ip_local_port_range`: 32,768 to 60,999).
+    MASQUERADE_PORT_FIRST = 61_000;
+    /// To 65,535: so many flows to one endpoint's port at once, for each protocol and family.
+    MASQUERADE_PORTS = 4_536;
+    /// Ports tried for a new flow, one after the other from a random one on, before its packet is
+    /// dropped. While nine tenths are taken, 1 in 30 finds none, and the client sends again.
+    MASQUERADE_ATTEMPTS = 32;
+    /// Prefixes whose clients keep their address: pods, LANs and external peers of this node.
+    /// 256 × 128 bytes at most: 32 KiB.
+    KEPT_PREFIXES_MAX = 256;
     /// In [`Tracked::seen`]: the client sent FIN.
     SEEN_CLIENT_FIN = 1;
     /// In [`Tracked::seen`]: the endpoint sent FIN.
@@ -74,6 +86,22 @@ layouts! {
         zero: u16,
     }
 
+    /// Who this node is to the mesh. All zero: it does not speak for its clients.
+    pub struct Masquerade as "masquerade" {
+        /// IPv4 as `::ffff:a.b.c.d`. Network byte order in memory.
+        v4: [u32; 4],
+        /// Network byte order in memory.
+        v6: [u32; 4],
+    }
+
+    /// The key of a longest-prefix match.
+    pub struct KeptPrefix as "kept_prefix" {
+        /// Of IPv4, 96 more than it is called by.
+        prefix_len: u32,
+        /// IPv4 as `::ffff:a.b.c.d`. Network byte order in memory.
+        ip: [u32; 4],
+    }
+
     /// What the fragments' service or endpoint becomes.
     pub struct FragmentedTo as "fragmented_to" {
         /// When the first fragment passed, by `CLOCK_MONOTONIC`.
@@ -83,6 +111,8 @@ layouts! {
     }
 }
 
+const _: () = assert!(MASQUERADE_PORT_FIRST + MASQUERADE_PORTS == 1 << 16);
+const _: () = assert!(size_of::<Masquerade>() == 32 && size_of::<KeptPrefix>() == 20);
 const _: () = assert!(size_of::<TrackedFlow>() == 40 && align_of::<TrackedFlow>() == 4);
 const _: () = assert!(size_of::<Tracked>() == 32 && align_of::<Tracked>() == 8);
 const _: () = assert!(size_of::<Fragmented>() == 40 && align_of::<Fragmented>() == 4);
@@ -119,6 +149,16 @@ counters! {
         Hairpin = "hairpin",
         /// The client's port already speaks with the endpoints found by another service: refused.
         Clash = "clash",
+        /// A packet of a flow left by the tunnel as this node's own.
+        Masqueraded = "masqueraded",
+        /// A flow got a port for that; its first packet is counted as masqueraded as well.
+        MasqueradeOpened = "masquerade_opened",
+        /// No port was free for a flow: dropped.
+        MasqueradeFull = "masquerade_full",
+        /// A packet came by the tunnel to this node and went on to the client it was for.
+        Unmasqueraded = "unmasqueraded",
+        /// TCP, UDP or a fragment by the tunnel that belongs to no masqueraded flow.
+        TunnelPassed = "tunnel_passed",
         /// The flow could not be remembered: dropped.
         FlowLost = "flow_lost",
         /// The kernel refused a change to the packet: dropped, it may be half changed.

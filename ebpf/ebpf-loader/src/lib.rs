@@ -37,7 +37,7 @@ use crate::{
 };
 pub use crate::{
     cgroup::{CgroupError, find_cgroup2},
-    packets::{InterfaceError, LinkHeader},
+    packets::{InterfaceError, LinkHeader, Masquerade},
     plan::LeftOut,
 };
 

@@ -1,28 +1,48 @@
 //! The packet level: services for packets that no local socket made, on interfaces behind which
 //! such clients are.
 
-use std::{collections::BTreeMap, num::NonZeroU32, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    num::NonZeroU32,
+    path::Path,
+};
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::MapError,
+    maps::{Array, LpmTrie, Map, MapData, MapError, lpm_trie::Key},
     programs::{
         LinkOrder, ProgramError, SchedClassifier, TcAttachType,
         tc::{SchedClassifierLink, TcAttachOptions},
     },
 };
-use ebpf_abi::PacketCounter;
+use ebpf_abi::{KEPT_PREFIXES_MAX, KeptPrefix, PacketCounter, SocketAddress};
 use rustix::{
     io::Errno,
     net::{AddressFamily, SocketFlags, SocketType, netdevice, socket_with},
 };
 
-use crate::{LoadError, Services, rejected};
+use crate::{LoadError, Services, absent_is_gone, missing, rejected};
 
 const COUNTERS: &str = "hf_pkt_counters";
 
 /// Of one entry where no packets are looked at: maps of this kind take all their memory at once.
-const FLOW_MAPS: [&str; 3] = ["hf_tracked", "hf_answers", "hf_fragmented"];
+const FLOW_MAPS: [&str; 5] = [
+    "hf_tracked",
+    "hf_answers",
+    "hf_fragmented",
+    "hf_masked",
+    "hf_unmasked",
+];
+
+/// For the tunnel's interface, in the order of attaching.
+const TUNNEL_PROGRAMS: Programs = [
+    ("hf_entering", TcAttachType::Ingress),
+    ("hf_leaving", TcAttachType::Egress),
+];
+
+/// By name, and where they belong.
+type Programs = [(&'static str, TcAttachType); 2];
 
 /// What an interface's packets begin with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,7 +57,7 @@ impl LinkHeader {
     const ALL: [Self; 2] = [Self::Ethernet, Self::Ip];
 
     /// In the order of attaching: what shows the service's address comes before what hides it.
-    const fn programs(self) -> [(&'static str, TcAttachType); 2] {
+    const fn programs(self) -> Programs {
         let [answers, requests] = match self {
             Self::Ethernet => ["hf_answers_out", "hf_requests"],
             Self::Ip => ["hf_answers_ip", "hf_requests_ip"],
@@ -49,8 +69,25 @@ impl LinkHeader {
     }
 }
 
-/// The links of each interface, by its index. Dropping a link detaches its program.
-pub(crate) type Interfaces = BTreeMap<NonZeroU32, Vec<SchedClassifierLink>>;
+/// What is attached, and what was told for it.
+#[derive(Debug, Default)]
+pub(crate) struct Interfaces {
+    /// By the interface's index. Dropping a link detaches its program.
+    links: BTreeMap<NonZeroU32, Vec<SchedClassifierLink>>,
+    kept: BTreeSet<(IpAddr, u8)>,
+}
+
+/// As whom clients go by the tunnel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Masquerade {
+    /// This node, to IPv4 endpoints.
+    pub v4: Ipv4Addr,
+    /// This node, to IPv6 endpoints.
+    pub v6: Ipv6Addr,
+    /// Prefixes, each with its length, whose clients go as themselves: the mesh leads to them by
+    /// this node.
+    pub kept: BTreeSet<(IpAddr, u8)>,
+}
 
 /// Why packets of an interface cannot be looked at.
 #[derive(Debug, thiserror::Error)]
@@ -79,7 +116,7 @@ pub enum InterfaceError {
 }
 
 impl Services {
-    /// As [`Services::load`], and ready to look at packets. The flows' memory, 17 MiB
+    /// As [`Services::load`], and ready to look at packets. The flows' memory, 33 MiB
     /// (`TRACKED_MAX`), is taken now.
     ///
     /// # Errors
@@ -87,12 +124,13 @@ impl Services {
     /// What this machine lacks, and how to get it. Nothing stays loaded.
     pub fn load_with_packets(cgroup: &Path) -> Result<Self, LoadError> {
         let mut services = Self::load_object(cgroup, &mut EbpfLoader::new())?;
-        for (name, _) in LinkHeader::ALL.into_iter().flat_map(LinkHeader::programs) {
+        let for_clients = LinkHeader::ALL.into_iter().flat_map(LinkHeader::programs);
+        for (name, _) in for_clients.chain(TUNNEL_PROGRAMS) {
             program(&mut services.ebpf, name)
                 .and_then(SchedClassifier::load)
                 .map_err(|error| rejected(name, error.into()))?;
         }
-        services.interfaces = Some(Interfaces::new());
+        services.interfaces = Some(Interfaces::default());
         Ok(services)
     }
 
@@ -109,14 +147,31 @@ impl Services {
         index: NonZeroU32,
         header: LinkHeader,
     ) -> Result<bool, InterfaceError> {
-        let programs = header.programs();
+        self.attach_programs(index, header.programs())
+    }
+
+    /// Lets clients of the other interfaces into the tunnel whose interface this is, as
+    /// [`Self::masquerade`] says. Its packets begin with the IP header.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::attach_interface`].
+    pub fn attach_tunnel(&mut self, index: NonZeroU32) -> Result<bool, InterfaceError> {
+        self.attach_programs(index, TUNNEL_PROGRAMS)
+    }
+
+    fn attach_programs(
+        &mut self,
+        index: NonZeroU32,
+        programs: Programs,
+    ) -> Result<bool, InterfaceError> {
         let interfaces = self.interfaces.as_mut();
         let interfaces = interfaces.ok_or(InterfaceError::SocketsAlone)?;
         let name = interface_name(index)?;
-        if interfaces.contains_key(&index) && are_attached(&mut self.ebpf, &name, programs) {
+        if interfaces.links.contains_key(&index) && are_attached(&mut self.ebpf, &name, programs) {
             return Ok(false);
         }
-        interfaces.remove(&index);
+        interfaces.links.remove(&index);
         let mut links = Vec::with_capacity(programs.len());
         for (program_name, direction) in programs {
             let link = program(&mut self.ebpf, program_name)
@@ -132,7 +187,7 @@ impl Services {
             let source = Errno::NODEV;
             return Err(InterfaceError::Unknown { index, source });
         }
-        interfaces.insert(index, links);
+        interfaces.links.insert(index, links);
         Ok(true)
     }
 
@@ -140,7 +195,39 @@ impl Services {
     /// clients end. Must also be called for an interface that is gone.
     pub fn detach_interface(&mut self, index: NonZeroU32) -> bool {
         let interfaces = self.interfaces.as_mut();
-        interfaces.is_some_and(|interfaces| interfaces.remove(&index).is_some())
+        interfaces.is_some_and(|interfaces| interfaces.links.remove(&index).is_some())
+    }
+
+    /// Says as whom clients go by the tunnel, and who goes as himself. Open flows keep their port,
+    /// unless the node has another address now. Returns how many prefixes had no room.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError`] if the kernel refuses; call it again.
+    pub fn masquerade(&mut self, wanted: &Masquerade) -> Result<usize, MapError> {
+        let Some(interfaces) = self.interfaces.as_mut() else {
+            return Ok(0);
+        };
+        let room = KEPT_PREFIXES_MAX as usize;
+        let kept: BTreeSet<_> = wanted.kept.iter().copied().take(room).collect();
+        let mut map: LpmTrie<&mut MapData, [u32; 4], u32> = map_of(&mut self.ebpf, "hf_kept")?;
+        let gone: Vec<_> = interfaces.kept.difference(&kept).copied().collect();
+        for prefix in gone {
+            absent_is_gone(map.remove(&key(prefix)))?;
+            interfaces.kept.remove(&prefix);
+        }
+        for &prefix in &kept {
+            map.insert(&key(prefix), 1, 0)?;
+            interfaces.kept.insert(prefix);
+        }
+        let own = ebpf_abi::Masquerade {
+            v4: ip(wanted.v4.into()),
+            v6: ip(wanted.v6.into()),
+        };
+        let mut map: Array<&mut MapData, ebpf_abi::Masquerade> =
+            map_of(&mut self.ebpf, "hf_masquerade")?;
+        map.set(0, own, 0)?;
+        Ok(wanted.kept.len() - kept.len())
     }
 
     /// What became of the packets of all interfaces since the programs were loaded.
@@ -151,6 +238,27 @@ impl Services {
     pub fn packet_counters(&self) -> Result<BTreeMap<PacketCounter, u64>, MapError> {
         self.sums(COUNTERS, PacketCounter::ALL, |counter| counter as u32)
     }
+}
+
+fn map_of<'a, M: TryFrom<&'a mut Map, Error = MapError>>(
+    ebpf: &'a mut Ebpf,
+    name: &str,
+) -> Result<M, MapError> {
+    M::try_from(ebpf.map_mut(name).ok_or_else(|| missing(name))?)
+}
+
+/// An address as the programs compare it.
+fn ip(address: IpAddr) -> [u32; 4] {
+    SocketAddress::new(address, 0, 0).ip
+}
+
+fn key((address, length): (IpAddr, u8)) -> Key<[u32; 4]> {
+    let mapped = if address.is_ipv4() { 96 } else { 0 };
+    let key = KeptPrefix {
+        prefix_len: mapped + u32::from(length),
+        ip: ip(address),
+    };
+    Key::new(key.prefix_len, key.ip)
 }
 
 /// For sockets alone.

@@ -497,10 +497,10 @@ static __always_inline long swap_ethernet(struct __sk_buff *skb, const struct pa
     __u8 from[2 * ETH_ALEN];
     __u8 to[2 * ETH_ALEN];
 
-    if (bpf_skb_load_bytes(skb, 0, from, sizeof(from)))
-        return -1;
     if (!packet->l3)
         return 0;
+    if (bpf_skb_load_bytes(skb, 0, from, sizeof(from)))
+        return -1;
     __builtin_memcpy(to, from + ETH_ALEN, ETH_ALEN);
     __builtin_memcpy(to + ETH_ALEN, from, ETH_ALEN);
     return bpf_skb_store_bytes(skb, 0, to, sizeof(to), 0);
@@ -790,33 +790,63 @@ static __noinline long change_quote(struct __sk_buff *skb, const struct packet *
     return change_quoted(skb, check_at, check, changed, difference);
 }
 
-static __noinline int on_icmp(struct __sk_buff *skb, struct packet *packet, bool answer)
+/* The packet that an ICMP error is about, as far as it is of a flow. Else the counter for it. */
+static __noinline __u32 read_quote(struct __sk_buff *skb, const struct packet *packet,
+                                   struct packet *quoted)
 {
-    struct packet quoted = {.v6 = packet->v6};
-    __u32 check_at = packet->l4 + offsetof(struct icmp, check);
-    struct socket_address *outer = answer ? &packet->source : &packet->destination;
-    struct socket_address to, *inner;
-    struct tracked_flow flow = {};
-    struct tracked *tracked;
-    __u32 difference = 0;
     __u8 type;
 
     if (packet->fragment || bpf_skb_load_bytes(skb, packet->l4, &type, sizeof(type)) ||
         !is_error(packet, type))
-        return pass(PACKET_other);
-    if (parse(skb, &quoted, packet->l4 + sizeof(struct icmp)) != PARSED || quoted.later ||
-        (quoted.protocol != PROTOCOL_TCP && quoted.protocol != PROTOCOL_UDP) ||
-        !same_ip(&quoted.source, &packet->destination))
-        return pass(PACKET_error_passed);
+        return PACKET_other;
+    quoted->v6 = packet->v6;
+    if (parse(skb, quoted, packet->l4 + sizeof(struct icmp)) != PARSED || quoted->later ||
+        (quoted->protocol != PROTOCOL_TCP && quoted->protocol != PROTOCOL_UDP) ||
+        !same_ip(&quoted->source, &packet->destination))
+        return PACKET_error_passed;
+    return PARSED;
+}
 
+/* What becomes of an error's own address: where it is that of the quote, it changes with it, and a
+ * router on the way stays who it is. */
+enum error_change { DESTINATION, SOURCE, SOURCE_ALWAYS };
+
+/* `to` is the error's new source and what it quotes as destination, or the other way round. */
+static __noinline int change_error(struct __sk_buff *skb, struct packet *packet,
+                                   const struct packet *quoted, enum error_change what,
+                                   struct socket_address *to)
+{
+    bool source = what != DESTINATION;
+    __u32 check_at = packet->l4 + offsetof(struct icmp, check);
+    struct socket_address *outer = source ? &packet->source : &packet->destination;
+    const struct socket_address *inner = source ? &quoted->destination : &quoted->source;
+    __u32 difference = 0;
+
+    if (change_quote(skb, quoted, !source, to, &difference) ||
+        bpf_l4_csum_replace(skb, check_at, 0, difference, 0))
+        return drop(PACKET_change_failed);
+    if ((what == SOURCE_ALWAYS || same_ip(outer, inner)) &&
+        change_address(skb, packet, source, outer, to, packet->v6 ? check_at : 0, 0))
+        return drop(PACKET_change_failed);
+    return pass(PACKET_error_translated);
+}
+
+static __noinline int on_icmp(struct __sk_buff *skb, struct packet *packet, bool answer)
+{
+    struct tracked_flow flow = {};
+    struct packet quoted = {};
+    struct socket_address to;
+    struct tracked *tracked;
+    __u32 read = read_quote(skb, packet, &quoted);
+
+    if (read != PARSED)
+        return pass(read);
     if (answer) { /* About what the client sent. */
-        inner = &quoted.destination;
         flow.client = quoted.source;
         flow.address = quoted.destination;
         if (!find_service(&flow, NULL, &to))
             return pass(PACKET_error_passed);
     } else { /* By the client, or a router near it, about what it was sent. */
-        inner = &quoted.source;
         flow.client = quoted.destination;
         flow.address = quoted.source;
         tracked = bpf_map_lookup_elem(&hf_tracked, &flow);
@@ -824,74 +854,5 @@ static __noinline int on_icmp(struct __sk_buff *skb, struct packet *packet, bool
             return pass(PACKET_error_passed);
         to = tracked->endpoint;
     }
-    if (change_quote(skb, &quoted, !answer, &to, &difference) ||
-        bpf_l4_csum_replace(skb, check_at, 0, difference, 0))
-        return drop(PACKET_change_failed);
-    /* A router on the way stays who it is. */
-    if (same_ip(outer, inner) &&
-        change_address(skb, packet, answer, outer, &to, packet->v6 ? check_at : 0, 0))
-        return drop(PACKET_change_failed);
-    return pass(PACKET_error_translated);
+    return change_error(skb, packet, &quoted, answer ? SOURCE : DESTINATION, &to);
 }
-
-/* ---- The hooks ---- */
-
-/* Where the IP header begins, behind an Ethernet header and at most one VLAN tag in it; the kernel
- * mostly keeps a tag beside the packet. 0: it is not IP, or none that is told so. */
-static __always_inline __u32 skip_ethernet(struct __sk_buff *skb, __u16 *protocol)
-{
-    struct {
-        __u16 type;
-        __u16 tag;
-        __u16 tagged_type;
-    } behind;
-
-    if (bpf_skb_load_bytes(skb, offsetof(struct ethhdr, h_proto), &behind, sizeof(behind)) ||
-        behind.type != *protocol)
-        return 0;
-    if (behind.type != bpf_htons(ETH_P_8021Q) && behind.type != bpf_htons(ETH_P_8021AD))
-        return ETH_HLEN;
-    if (skb->vlan_present)
-        return 0;
-    *protocol = behind.tagged_type;
-    return ETH_HLEN + VLAN_TAG_LEN;
-}
-
-static __always_inline int on_packet(struct __sk_buff *skb, bool ethernet, bool answer)
-{
-    struct packet packet = {};
-    __u16 protocol = skb->protocol;
-    __u32 parsed, l3 = 0;
-
-    if (ethernet) {
-        l3 = skip_ethernet(skb, &protocol);
-        if (!l3 || (!answer && skb->pkt_type != PACKET_HOST))
-            return pass(PACKET_other);
-    }
-    packet.v6 = protocol == bpf_htons(ETH_P_IPV6);
-    if (!packet.v6 && protocol != bpf_htons(ETH_P_IP))
-        return pass(PACKET_other);
-    parsed = parse(skb, &packet, l3);
-    if (parsed != PARSED)
-        return pass(parsed);
-    if (!is_complete(skb, &packet))
-        return pass(PACKET_truncated);
-    if (packet.later)
-        return on_later_fragment(skb, &packet, answer);
-    if (packet.protocol == ICMP || packet.protocol == ICMPV6)
-        return on_icmp(skb, &packet, answer);
-    return answer ? on_answer(skb, &packet) : on_request(skb, &packet);
-}
-
-#define PROGRAM(name, ethernet, answer)          \
-    SEC("classifier")                            \
-    int name(struct __sk_buff *skb)              \
-    {                                            \
-        return on_packet(skb, ethernet, answer); \
-    }
-
-PROGRAM(hf_requests, true, false)
-PROGRAM(hf_answers_out, true, true)
-/* The same for interfaces whose packets begin with the IP header, as those of TUN devices. */
-PROGRAM(hf_requests_ip, false, false)
-PROGRAM(hf_answers_ip, false, true)

@@ -3,3 +3,7 @@
 #include "services.c"
 
 #include "packets.c"
+
+#include "masquerade.c"
+
+#include "hooks.c"

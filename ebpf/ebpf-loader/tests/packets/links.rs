@@ -7,7 +7,7 @@ use etherparse::TcpHeader;
 
 use crate::{
     machine::{Machine, Ran, Verdict, next},
-    wire::{ETHERNET, Net, nets, reset, tcp, udp},
+    wire::{Net, ODD, ip_nets, nets, reset, tcp, udp, without_ethernet},
 };
 
 /// Where the Ethernet header's type is.
@@ -19,31 +19,6 @@ const TAGS: [[u8; 4]; 2] = [[0x81, 0, 0, 5], [0x88, 0xa8, 0, 5]];
 fn tagged(mut packet: Vec<u8>, tag: [u8; 4]) -> Vec<u8> {
     packet.splice(TYPE..TYPE, tag);
     packet
-}
-
-/// The kernel's test run takes the first 14 bytes for an Ethernet header, whatever the program
-/// takes them for: of these addresses, the bytes at the place of its type say IPv4 and IPv6.
-fn ip_nets() -> [Net; 2] {
-    let [v4, v6] = nets();
-    [
-        Net {
-            client: "8.0.7.2:40001".parse().unwrap(),
-            endpoint: "8.0.9.9:8080".parse().unwrap(),
-            ..v4
-        },
-        Net {
-            client: "[fd07:0:86dd::2]:40001".parse().unwrap(),
-            endpoint: "[fd00:9:86dd::9]:8080".parse().unwrap(),
-            ..v6
-        },
-    ]
-}
-
-/// Long enough that an IP header is behind those 14 bytes as well: the test run asks for one.
-const ODD: &[u8] = b"odd too";
-
-fn without_ethernet(packet: Vec<u8>) -> Vec<u8> {
-    packet[ETHERNET..].to_vec()
 }
 
 fn syn(header: &mut TcpHeader) {

@@ -12,11 +12,13 @@ use ebpf_abi::{EndpointList, PacketCounter, SocketAddress};
 pub(crate) const TCP: u8 = 6;
 pub(crate) const UDP: u8 = 17;
 
-pub(crate) const PROGRAMS: [&str; 4] = [
+pub(crate) const PROGRAMS: [&str; 6] = [
     "hf_requests",
     "hf_answers_out",
     "hf_requests_ip",
     "hf_answers_ip",
+    "hf_entering",
+    "hf_leaving",
 ];
 
 /// More than any packet here grows to.

@@ -10,6 +10,8 @@ mod links;
 #[cfg(test)]
 mod machine;
 #[cfg(test)]
+mod masquerade;
+#[cfg(test)]
 mod sockets;
 #[cfg(test)]
 mod verdicts;

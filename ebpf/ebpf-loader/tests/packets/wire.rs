@@ -46,6 +46,34 @@ pub(crate) fn nets() -> [Net; 2] {
     ]
 }
 
+/// The kernel's test run takes the first 14 bytes for an Ethernet header, whatever the program
+/// takes them for: of these addresses, the bytes at the place of its type say IPv4 and IPv6.
+pub(crate) fn ip_nets() -> [Net; 2] {
+    let [v4, v6] = nets();
+    [
+        Net {
+            client: "8.0.7.2:40001".parse().unwrap(),
+            endpoint: "8.0.9.9:8080".parse().unwrap(),
+            router: "8.0.1.1".parse().unwrap(),
+            ..v4
+        },
+        Net {
+            client: "[fd07:0:86dd::2]:40001".parse().unwrap(),
+            endpoint: "[fd00:9:86dd::9]:8080".parse().unwrap(),
+            router: "fd00:1:86dd::1".parse().unwrap(),
+            ..v6
+        },
+    ]
+}
+
+/// Long enough that an IP header is behind those 14 bytes as well: the test run asks for one.
+pub(crate) const ODD: &[u8] = b"odd too";
+
+/// As it is where packets begin with the IP header.
+pub(crate) fn without_ethernet(packet: Vec<u8>) -> Vec<u8> {
+    packet[ETHERNET..].to_vec()
+}
+
 impl Net {
     pub(crate) fn v4(&self) -> bool {
         self.client.is_ipv4()
