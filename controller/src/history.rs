@@ -34,6 +34,10 @@ pub struct Entry {
 
 /// What a resource should be.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly all are resources: a box each would cost more than it spares"
+)]
 pub enum Wanted {
     /// This.
     Resource(Resource),

@@ -325,7 +325,7 @@ fn endpoints_that_are_equally_near_take_turns() {
 fn endpoints_that_are_not_ready_are_told_when_the_service_says_so() {
     let mut snapshot = common::snapshot();
     let service = snapshot.services.get_mut(&common::service_name("db"));
-    service.unwrap().publish_not_ready = true;
+    Arc::make_mut(service.unwrap()).publish_not_ready = true;
     let view = View {
         snapshot: Arc::new(snapshot),
         ..view()

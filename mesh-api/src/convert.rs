@@ -1,6 +1,6 @@
 //! Between the wire's resources and the core's types. What comes in is checked field by field.
 
-use std::{fmt::Display, net::IpAddr, str::FromStr, time::Duration};
+use std::{fmt::Display, net::IpAddr, str::FromStr, sync::Arc, time::Duration};
 
 use mesh_core::snapshot::{
     Balance, Endpoint, EndpointPort, EndpointSlice, External, ExternalPeer, Hints, Locality,
@@ -41,9 +41,9 @@ pub enum Object {
     /// A relay.
     Relay(Relay),
     /// A service.
-    Service(Service),
+    Service(Arc<Service>),
     /// Some of a service's endpoints.
-    Slice(ServiceName, EndpointSlice),
+    Slice(ServiceName, Arc<EndpointSlice>),
 }
 
 /// The key of `resource`.
@@ -90,10 +90,10 @@ pub fn decode(resource: &Resource) -> Result<Object, FieldError> {
         }),
         Kind::ExternalPeer(peer) => Ok(Object::ExternalPeer(decode_external_peer(peer)?)),
         Kind::Relay(relay) => Ok(Object::Relay(decode_relay(relay)?)),
-        Kind::Service(service) => Ok(Object::Service(decode_service(service)?)),
+        Kind::Service(service) => Ok(Object::Service(decode_service(service)?.into())),
         Kind::Slice(slice) => {
             let (service, slice) = decode_slice(slice)?;
-            Ok(Object::Slice(service, slice))
+            Ok(Object::Slice(service, slice.into()))
         }
     }
 }

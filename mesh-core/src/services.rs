@@ -13,6 +13,7 @@ use ipnet::IpNet;
 use mesh_wire::id::NodeName;
 
 use self::balance::Weighted;
+pub use self::table::{Table, Update};
 use crate::snapshot::{
     Endpoint, EndpointPort, EndpointSlice, External, Locality, Node, Place, Policy, Protocol,
     Service, ServiceKind, ServicePort, Snapshot, TrafficDistribution,
@@ -98,7 +99,8 @@ impl Ranked<'_> {
 /// Where clients send: an address, port and protocol of a service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Frontend {
-    /// A ClusterIP, an address outside, or for a node port one of this node's own.
+    /// A ClusterIP, an address outside, or for a node port one of this node's own. IPv4 is never
+    /// in its IPv6-mapped form.
     pub address: IpAddr,
     /// The service's port, or its node port.
     pub port: u16,
@@ -205,7 +207,7 @@ fn frontends(view: &View, service: &Service) -> Vec<(Frontend, Kind, Backends)> 
         for (kind, addresses, number) in addresses {
             for &address in number.and(Some(addresses)).into_iter().flatten() {
                 let frontend = Frontend {
-                    address,
+                    address: address.to_canonical(),
                     port: number.unwrap_or_default(),
                     protocol: port.protocol,
                 };
@@ -477,10 +479,13 @@ fn judge<'a>(
     }
 }
 
+/// Namespace and name of the service of the API servers.
+const API_SERVER: (&str, &str) = ("default", "kubernetes");
+
 /// The slice that API servers write for themselves names no node, but its endpoints are always
 /// hosts. Private addresses repeat from site to site: with two nodes at `address`, it is neither.
 fn api_server_node<'a>(view: &'a View, service: &Service, address: IpAddr) -> Option<&'a NodeName> {
-    if (&*service.name.namespace, &*service.name.name) != ("default", "kubernetes") {
+    if (&*service.name.namespace, &*service.name.name) != API_SERVER {
         return None;
     }
     let nodes = view.snapshot.nodes.values();
@@ -541,5 +546,6 @@ fn same<T: PartialEq>(one: Option<&T>, other: Option<&T>) -> bool {
 }
 
 mod balance;
+mod table;
 #[cfg(test)]
 mod tests;

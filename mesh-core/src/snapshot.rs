@@ -7,6 +7,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 
@@ -31,9 +32,11 @@ pub struct Snapshot {
     /// Relays.
     pub relays: BTreeMap<RelayId, Relay>,
     /// Services by name.
-    pub services: BTreeMap<ServiceName, Service>,
-    /// Endpoint slices. A service's endpoints are the union of its slices.
-    pub slices: BTreeMap<ServiceName, BTreeMap<String, EndpointSlice>>,
+    /// Each is shared with the snapshot before if it is the same: who follows changes looks at no
+    /// more than a pointer.
+    pub services: BTreeMap<ServiceName, Arc<Service>>,
+    /// Endpoint slices, shared alike. A service's endpoints are the union of its slices.
+    pub slices: BTreeMap<ServiceName, BTreeMap<String, Arc<EndpointSlice>>>,
 }
 
 /// What holds for the whole mesh.
@@ -419,7 +422,7 @@ impl Snapshot {
             slice
                 .endpoints
                 .iter()
-                .map(move |endpoint| (slice, endpoint))
+                .map(move |endpoint| (&**slice, endpoint))
         })
     }
 }

@@ -129,7 +129,9 @@ pub(crate) fn add_service(snapshot: &mut Snapshot, name: &str, kind: ServiceKind
         ],
         ..Service::new(service_name(name), kind)
     };
-    snapshot.services.insert(service.name.clone(), service);
+    snapshot
+        .services
+        .insert(service.name.clone(), service.into());
 }
 
 pub(crate) fn add_slice(
@@ -148,7 +150,7 @@ pub(crate) fn add_slice(
         endpoints,
     };
     let slices = snapshot.slices.entry(service_name(service)).or_default();
-    slices.insert(name.to_owned(), slice);
+    slices.insert(name.to_owned(), slice.into());
 }
 
 pub(crate) fn endpoint(at: &str, node: &str, hostname: Option<&str>) -> Endpoint {

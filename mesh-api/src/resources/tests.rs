@@ -223,9 +223,11 @@ impl Parts {
         for parts in &self.services {
             let service = service(parts);
             let text = &parts.0;
-            let slices = BTreeMap::from([("s".to_owned(), self.slice(&service))]);
+            let slices = BTreeMap::from([("s".to_owned(), self.slice(&service).into())]);
             snapshot.slices.insert(service.name.clone(), slices);
-            snapshot.services.insert(service.name.clone(), service);
+            snapshot
+                .services
+                .insert(service.name.clone(), service.into());
             let peer = external_peer(text);
             snapshot.external_peers.insert(peer.name.clone(), peer);
         }
@@ -315,7 +317,12 @@ fn encode(mesh: &CertificateAuthority, snapshot: &Snapshot) -> Vec<Resource> {
     resources.extend(snapshot.nodes.values().map(|node| signed(mesh, node)));
     resources.extend(snapshot.external_peers.values().map(external_peer_resource));
     resources.extend(snapshot.relays.values().map(relay_resource));
-    resources.extend(snapshot.services.values().map(service_resource));
+    resources.extend(
+        snapshot
+            .services
+            .values()
+            .map(|service| service_resource(service)),
+    );
     for (service, slices) in &snapshot.slices {
         resources.extend(slices.values().map(|slice| slice_resource(service, slice)));
     }

@@ -8,6 +8,7 @@ use crate::snapshot::{
 };
 
 mod external;
+mod incremental;
 mod model;
 
 /// `own` and `near` share site A, `zone` shares the zone, `region` the region, `far` nothing.
@@ -44,7 +45,7 @@ fn view() -> View {
         ports: vec![port("http", Protocol::Tcp, 80)],
         ..Service::new(name(), ServiceKind::ClusterIp(vips))
     };
-    snapshot.services.insert(name(), service);
+    snapshot.services.insert(name(), service.into());
     View {
         snapshot: Arc::new(snapshot),
         node: "own".parse().unwrap(),
@@ -97,7 +98,8 @@ fn with(mut view: View, endpoints: Vec<Endpoint>) -> View {
         endpoints,
     };
     let slices = &mut Arc::make_mut(&mut view.snapshot).slices;
-    slices.entry(name()).or_default().insert("s1".into(), slice);
+    let slices = slices.entry(name()).or_default();
+    slices.insert("s1".into(), slice.into());
     view
 }
 
@@ -130,7 +132,7 @@ fn lines(view: &View) -> Vec<String> {
 
 fn service_of(view: &mut View) -> &mut Service {
     let services = &mut Arc::make_mut(&mut view.snapshot).services;
-    services.get_mut(&name()).unwrap()
+    Arc::make_mut(services.get_mut(&name()).unwrap())
 }
 
 fn kill(view: &mut View, node: &str) {
@@ -408,7 +410,7 @@ fn each_port_has_its_own_endpoints_by_name_and_protocol() {
         }
     });
     slices[0].ports.push(serves("metrics", Protocol::Tcp, 9153));
-    let slices = slices.map(|slice| (slice.name.clone(), slice));
+    let slices = slices.map(|slice| (slice.name.clone(), slice.into()));
     let all = &mut Arc::make_mut(&mut view.snapshot).slices;
     all.insert(name(), slices.into());
     let expected = [
@@ -479,7 +481,8 @@ fn the_api_server_is_reached_by_the_overlay_where_its_node_is_known_for_sure() {
     let check = |namespace: &str, clash: bool, expected: &str| {
         let mut view = view();
         let snapshot = Arc::make_mut(&mut view.snapshot);
-        let mut service = snapshot.services.remove(&name()).unwrap();
+        let service = snapshot.services.remove(&name()).unwrap();
+        let mut service = Arc::unwrap_or_clone(service);
         service.name = ServiceName {
             namespace: namespace.into(),
             name: "kubernetes".into(),
@@ -498,9 +501,11 @@ fn the_api_server_is_reached_by_the_overlay_where_its_node_is_known_for_sure() {
                 ..on("far", 0)
             }],
         };
-        let slices = BTreeMap::from([(slice.name.clone(), slice)]);
+        let slices = BTreeMap::from([(slice.name.clone(), slice.into())]);
         snapshot.slices.insert(service.name.clone(), slices);
-        snapshot.services.insert(service.name.clone(), service);
+        snapshot
+            .services
+            .insert(service.name.clone(), service.into());
         if clash {
             let other = snapshot.nodes.get_mut("region").unwrap();
             other.underlay_addresses.push([192, 0, 2, 5].into());

@@ -149,7 +149,7 @@ pub(crate) fn change(cgroup: &Path, size: Size, changes: usize) -> Result<()> {
         let service = number / 2 * size.services.div_ceil(changes) % size.services;
         let slices = snapshot.slices.get_mut(&name(service));
         let slice = slices.and_then(|slices| slices.values_mut().next());
-        let endpoint = slice.and_then(|slice| slice.endpoints.first_mut());
+        let endpoint = slice.and_then(|slice| Arc::make_mut(slice).endpoints.first_mut());
         let endpoint = endpoint.context("no endpoint to change")?;
         endpoint.ready = !endpoint.ready;
         let view = view(&snapshot)?;
@@ -217,9 +217,9 @@ fn snapshot(size: Size) -> Result<Snapshot> {
             }],
             endpoints: numbers.map(endpoint).collect::<Result<_>>()?,
         };
-        let slices = BTreeMap::from([(slice.name.clone(), slice)]);
+        let slices = BTreeMap::from([(slice.name.clone(), slice.into())]);
         snapshot.slices.insert(name(number), slices);
-        snapshot.services.insert(name(number), service);
+        snapshot.services.insert(name(number), service.into());
     }
     Ok(snapshot)
 }
@@ -272,7 +272,8 @@ mod tests {
         };
         assert_eq!(endpoints(&snapshot), 12);
         let slices = snapshot.slices.get_mut(&name(1)).unwrap();
-        slices.values_mut().next().unwrap().endpoints[0].ready = false;
+        let slice = slices.values_mut().next().unwrap();
+        Arc::make_mut(slice).endpoints[0].ready = false;
         assert_eq!(endpoints(&snapshot), 11);
     }
 }

@@ -125,7 +125,7 @@ fn source_ranges_are_for_load_balancer_addresses_and_clients_outside() {
 fn of_services_with_one_address_the_cluster_ip_comes_first_then_the_first_name() {
     let mut view = everywhere(|_| {});
     let snapshot = Arc::make_mut(&mut view.snapshot);
-    let first = snapshot.services.get(&name()).unwrap();
+    let first = Service::clone(snapshot.services.get(&name()).unwrap());
     let taker = |namespace: &str| {
         let name = ServiceName {
             namespace: namespace.into(),
@@ -144,7 +144,7 @@ fn of_services_with_one_address_the_cluster_ip_comes_first_then_the_first_name()
         }
     };
     let [before, after] = [taker("a"), taker("z")];
-    snapshot.services.insert(after.name.clone(), after);
+    snapshot.services.insert(after.name.clone(), after.into());
     let own: Row<'_> = ("10.96.0.1:80", &[1], None);
     let outside = ["203.0.113.1:80", "192.0.2.1:30080"];
     check(
@@ -152,7 +152,7 @@ fn of_services_with_one_address_the_cluster_ip_comes_first_then_the_first_name()
         &[own, (outside[0], &[1], None), (outside[1], &[1], None)],
     );
     let snapshot = Arc::make_mut(&mut view.snapshot);
-    snapshot.services.insert(before.name.clone(), before);
+    snapshot.services.insert(before.name.clone(), before.into());
     check(
         &view,
         &[own, (outside[0], &[], None), (outside[1], &[], None)],

@@ -376,7 +376,7 @@ fn service() -> impl Strategy<Value = Service> {
     )
 }
 
-fn any_view() -> impl Strategy<Value = View> {
+pub(super) fn any_view() -> impl Strategy<Value = View> {
     let services = vec((service(), vec(slice(), 0..3)), 1..4);
     let dead = subsequence(NODES.to_vec(), 0..3);
     (vec(node(), 0..5), services, dead).prop_map(|(nodes, services, dead)| {
@@ -398,11 +398,14 @@ fn any_view() -> impl Strategy<Value = View> {
             snapshot.nodes.insert(node.name.clone(), node);
         }
         for (service, slices) in services {
+            let slices = slices.into_iter().map(Arc::new);
             let slices = ["s1", "s2"].map(String::from).into_iter().zip(slices);
             snapshot
                 .slices
                 .insert(service.name.clone(), slices.collect());
-            snapshot.services.insert(service.name.clone(), service);
+            snapshot
+                .services
+                .insert(service.name.clone(), service.into());
         }
         let dead = dead.iter().map(|name| name.parse().unwrap());
         View {

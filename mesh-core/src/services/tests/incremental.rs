@@ -1,0 +1,194 @@
+//! The table that follows views: what it looks at, and that it ends up where a new one would.
+
+use proptest::{collection::vec, prelude::*};
+
+use super::{model::any_view, *};
+
+fn named(number: usize) -> ServiceName {
+    ServiceName {
+        namespace: "shop".into(),
+        name: format!("s{number}"),
+    }
+}
+
+/// A hundred services; number n has endpoints on `own`, and on the node n modulo 5.
+fn hundred() -> View {
+    let mut view = view();
+    let snapshot = Arc::make_mut(&mut view.snapshot);
+    let first = snapshot.services.remove(&name()).unwrap();
+    for number in 0..100_u8 {
+        let service = Service {
+            name: named(number.into()),
+            kind: ServiceKind::ClusterIp(vec![[10, 96, 1, number].into()]),
+            ..Service::clone(&first)
+        };
+        let nodes = ["own", ALL[usize::from(number % 5)]];
+        let endpoints = (1..).zip(nodes).map(|(index, node)| Endpoint {
+            address: [10, 42, index, number].into(),
+            ..on(node, 0)
+        });
+        let slice = EndpointSlice {
+            name: "s1".into(),
+            ports: vec![EndpointPort {
+                name: "http".into(),
+                protocol: Protocol::Tcp,
+                port: 8080,
+            }],
+            endpoints: endpoints.collect(),
+        };
+        let slices = BTreeMap::from([(slice.name.clone(), slice.into())]);
+        snapshot.slices.insert(service.name.clone(), slices);
+        snapshot
+            .services
+            .insert(service.name.clone(), service.into());
+    }
+    view
+}
+
+/// How many services are looked at for a change, and how many frontends lead elsewhere.
+#[track_caller]
+fn check(change: impl FnOnce(&mut View), services: usize, changed: usize) {
+    let mut now = hundred();
+    let mut followed = Table::default();
+    let first = followed.update(&Arc::new(now.clone()));
+    assert_eq!((first.services, first.changed.len()), (100, 100));
+    change(&mut now);
+    let update = followed.update(&Arc::new(now.clone()));
+    assert_eq!((update.services, update.changed.len()), (services, changed));
+    let all: BTreeMap<_, _> = followed.iter().map(|(at, to)| (at, to.clone())).collect();
+    assert_eq!(all, table(&now));
+}
+
+fn slice_of(view: &mut View, number: usize) -> &mut EndpointSlice {
+    let slices = &mut Arc::make_mut(&mut view.snapshot).slices;
+    let slices = slices.get_mut(&named(number)).unwrap();
+    Arc::make_mut(slices.get_mut("s1").unwrap())
+}
+
+#[test]
+fn a_view_costs_the_services_that_it_changes() {
+    check(|_| {}, 0, 0);
+    // A new snapshot that says the same, read anew.
+    let again = |view: &mut View| {
+        let snapshot = Arc::make_mut(&mut view.snapshot);
+        for service in snapshot.services.values_mut() {
+            *service = Service::clone(service).into();
+        }
+    };
+    check(again, 0, 0);
+    check(|view| slice_of(view, 7).endpoints[0].ready = false, 1, 1);
+    // Nobody was led there.
+    check(|view| slice_of(view, 7).endpoints[1].ready = false, 1, 0);
+    check(
+        |view| {
+            let snapshot = Arc::make_mut(&mut view.snapshot);
+            snapshot.services.remove(&named(7));
+            snapshot.slices.remove(&named(8));
+        },
+        2,
+        2,
+    );
+}
+
+#[test]
+fn a_node_costs_the_services_that_have_endpoints_there() {
+    check(|view| kill(view, "far"), 20, 0);
+    // All have one on this node; where the other is alive, it takes over, but for the twenty
+    // that have both here.
+    check(|view| kill(view, "own"), 100, 80);
+    let moved = |name: &str| {
+        let name: NodeName = name.parse().unwrap();
+        move |view: &mut View| {
+            let nodes = &mut Arc::make_mut(&mut view.snapshot).nodes;
+            nodes.get_mut(&name).unwrap().locality.region = Some("r9".into());
+        }
+    };
+    check(moved("far"), 20, 0);
+    check(moved("own"), 100, 0);
+    let gone = |view: &mut View| {
+        Arc::make_mut(&mut view.snapshot).nodes.remove("far");
+    };
+    check(gone, 20, 0);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    /// Views that have little in common, and the dead of each with the snapshot of the one before.
+    #[test]
+    fn whatever_changes_the_table_is_that_of_the_last_view(views in vec(any_view(), 1..4)) {
+        let mut followed = Table::default();
+        let mut before = BTreeMap::new();
+        let mut snapshot = Arc::clone(&views[0].snapshot);
+        for view in views {
+            let only_dead = View { snapshot, ..view.clone() };
+            snapshot = Arc::clone(&view.snapshot);
+            for view in [only_dead, view] {
+                let view = Arc::new(view);
+                let update = followed.update(&view);
+                let now = table(&view);
+                let all: BTreeMap<_, _> = followed.iter().map(|(at, to)| (at, to.clone())).collect();
+                prop_assert_eq!(&all, &now);
+                let keys: BTreeSet<_> = before.keys().chain(now.keys()).copied().collect();
+                let changed = keys.into_iter().filter(|at| before.get(at) != now.get(at));
+                let changed: BTreeMap<_, _> = changed.map(|at| (at, now.get(&at).cloned())).collect();
+                prop_assert_eq!(update.changed, changed);
+                before = now;
+            }
+        }
+    }
+}
+
+/// 10,000 services of 25 endpoints: `cargo test -p mesh-core --release -- --ignored --nocapture
+/// what_an_update_costs`.
+#[test]
+#[ignore = "prints a time"]
+fn what_an_update_costs() {
+    let mut view = hundred();
+    let snapshot = Arc::make_mut(&mut view.snapshot);
+    let (service, slices) = (
+        snapshot.services[&named(1)].clone(),
+        snapshot.slices[&named(1)].clone(),
+    );
+    (snapshot.services, snapshot.slices) = Default::default();
+    for number in 0..10_000_u16 {
+        let [high, low] = number.to_be_bytes();
+        let service = Service {
+            name: named(number.into()),
+            kind: ServiceKind::ClusterIp(vec![[10, 96, high, low].into()]),
+            ..Service::clone(&service)
+        };
+        let endpoint = |index: u8| Endpoint {
+            address: [10, index, high, low].into(),
+            ..on(ALL[usize::from(index) % 5], 0)
+        };
+        let slice = EndpointSlice {
+            endpoints: (0..25).map(endpoint).collect(),
+            ..EndpointSlice::clone(&slices["s1"])
+        };
+        let slices = BTreeMap::from([("s1".to_owned(), slice.into())]);
+        snapshot.slices.insert(service.name.clone(), slices);
+        snapshot
+            .services
+            .insert(service.name.clone(), service.into());
+    }
+    let mut followed = Table::default();
+    let began = std::time::Instant::now();
+    followed.update(&Arc::new(view.clone()));
+    println!("all of it: {:?}", began.elapsed());
+    for number in 0..10 {
+        slice_of(&mut view, number * 997).endpoints[0].ready = false;
+        let view = Arc::new(view.clone());
+        let began = std::time::Instant::now();
+        let update = followed.update(&view);
+        println!("{} service: {:?}", update.services, began.elapsed());
+    }
+    kill(&mut view, "far");
+    let began = std::time::Instant::now();
+    let update = followed.update(&Arc::new(view));
+    println!(
+        "a node of {} services: {:?}",
+        update.services,
+        began.elapsed()
+    );
+}
