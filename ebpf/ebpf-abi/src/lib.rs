@@ -41,7 +41,8 @@ limits! {
     FLOWS_MAX = 16_384;
     /// (Client, service) pairs whose endpoint is kept for `sessionAffinity`: one for each port that
     /// the client uses, and one for all of them. The least recently used goes first; its client
-    /// may then get another endpoint. 16,384 × 120 bytes: 2 MiB, always.
+    /// may then get another endpoint. 16,384 × 120 bytes: 2 MiB, always; as many again for the source
+    /// addresses of packets, where they are looked at.
     AFFINITIES_MAX = 16_384;
     /// The bit of a frontend's value that says that clients keep their endpoint.
     LIST_AFFINITY_BIT = 63;

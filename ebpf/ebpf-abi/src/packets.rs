@@ -124,6 +124,10 @@ counters! {
         RequestTranslated = "request_translated",
         /// A flow got its endpoint; its first packet is counted as translated as well.
         FlowOpened = "flow_opened",
+        /// A new flow went to the endpoint that its client had before (`sessionAffinity`).
+        AffinityKept = "affinity_kept",
+        /// Which endpoint a client has could not be remembered: its next flow may go elsewhere.
+        NotRemembered = "not_remembered",
         /// TCP or UDP to something that is no service.
         RequestPassed = "request_passed",
         /// A packet from an endpoint left as from the service.

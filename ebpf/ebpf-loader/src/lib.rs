@@ -106,7 +106,8 @@ pub struct Backends {
     /// To which.
     pub selection: Selection,
     /// How long after its last new flow a client keeps its endpoint, also for other ports of the
-    /// same address (`sessionAffinity: ClientIP`). A client is a network namespace.
+    /// same address (`sessionAffinity: ClientIP`). A client is a network namespace, for packets a
+    /// source address.
     pub affinity: Option<Duration>,
 }
 

@@ -27,7 +27,8 @@ use crate::{LoadError, Services, absent_is_gone, missing, rejected};
 const COUNTERS: &str = "hf_pkt_counters";
 
 /// Of one entry where no packets are looked at: maps of this kind take all their memory at once.
-const FLOW_MAPS: [&str; 5] = [
+const FLOW_MAPS: [&str; 6] = [
+    "hf_sources",
     "hf_tracked",
     "hf_answers",
     "hf_fragmented",
@@ -116,7 +117,7 @@ pub enum InterfaceError {
 }
 
 impl Services {
-    /// As [`Services::load`], and ready to look at packets. The flows' memory, 33 MiB
+    /// As [`Services::load`], and ready to look at packets. The flows' memory, 35 MiB
     /// (`TRACKED_MAX`), is taken now.
     ///
     /// # Errors

@@ -62,6 +62,14 @@ struct {
     __uint(max_entries, TRACKED_MAX);
 } hf_answers SEC(".maps");
 
+/* A client's address, without port and protocol, and a service, to the endpoint that it keeps. */
+struct {
+    __uint(type, BPF_MAP_TYPE_LRU_HASH);
+    __type(key, struct tracked_flow);
+    __type(value, struct affinity);
+    __uint(max_entries, AFFINITIES_MAX);
+} hf_sources SEC(".maps");
+
 struct {
     __uint(type, BPF_MAP_TYPE_LRU_HASH);
     __type(key, struct fragmented);
@@ -413,15 +421,87 @@ static __noinline enum verdict choose_near(const struct tracked_flow *flow, __u3
     return CHOSEN;
 }
 
+static __always_inline struct tracked_flow source_of(const struct tracked_flow *flow)
+{
+    struct tracked_flow source = {.address = flow->address};
+
+    __builtin_memcpy(source.client.ip, flow->client.ip, sizeof(source.client.ip));
+    return source;
+}
+
+/* The endpoint that the client has at this port of the service, or else at another; false: none.
+ * Reads as choose_near(), and again where the list was replaced meanwhile. */
+static __noinline bool recall_source(const struct tracked_flow *flow, struct choice *choice)
+{
+    for (int attempt = 0; attempt < (int)READ_ATTEMPTS; attempt++) {
+        struct tracked_flow source = source_of(flow);
+        volatile __u64 *value = bpf_map_lookup_elem(&hf_frontends, &flow->address);
+        __u64 *timeout_ns = bpf_map_lookup_elem(&hf_timeouts, &flow->address);
+        struct socket_address *endpoint;
+        __u64 list;
+
+        if (!value || !timeout_ns)
+            return false;
+        list = *value;
+        if (!(list & LIST_AFFINITY))
+            return false;
+        if (!find_kept(bpf_map_lookup_elem(&hf_sources, &source), *timeout_ns, list,
+                       &choice->slot)) {
+            source.address.port = 0;
+            source.address.protocol = 0;
+            if (!find_kept(bpf_map_lookup_elem(&hf_sources, &source), *timeout_ns, list,
+                           &choice->slot))
+                return false;
+        }
+        endpoint = bpf_map_lookup_elem(&hf_endpoints, &choice->slot);
+        if (!endpoint)
+            continue;
+        choice->endpoint = *endpoint;
+        value = bpf_map_lookup_elem(&hf_frontends, &flow->address);
+        if (value && *value == list)
+            return true;
+    }
+    return false;
+}
+
+/* If the service keeps its clients. */
+static __noinline void keep_source(const struct tracked_flow *flow, const struct choice *choice)
+{
+    struct affinity affinity = {.choice = *choice, .used_ns = bpf_ktime_get_boot_ns()};
+    struct tracked_flow source = source_of(flow);
+    __u64 *list = bpf_map_lookup_elem(&hf_frontends, &flow->address);
+    long failed;
+
+    if (!list || !(*list & LIST_AFFINITY))
+        return;
+    failed = bpf_map_update_elem(&hf_sources, &source, &affinity, BPF_ANY);
+    source.address.port = 0;
+    source.address.protocol = 0;
+    affinity.choice.slot = NO_SLOT; /* Lists are of one port each. */
+    affinity.choice.endpoint.port = 0;
+    if (bpf_map_update_elem(&hf_sources, &source, &affinity, BPF_ANY) || failed)
+        count_packet(PACKET_not_remembered);
+}
+
 /* Gives a new flow its endpoint. */
 static __noinline __u32 open_flow(const struct tracked_flow *flow, struct tracked *tracked)
 {
     struct tracked_flow answer = {.client = flow->client};
     __u32 refused = PACKET_refused_silently;
     __u32 random = bpf_get_prandom_u32();
+    struct choice kept = {};
     struct tracked *others;
     long failed;
 
+    if (recall_source(flow, &kept)) {
+        answer.address = kept.endpoint;
+        if (!same_ip(&answer.address, &flow->client) &&
+            !is_taken(&answer, &flow->address, tracked->seen_ns)) {
+            count_packet(PACKET_affinity_kept);
+            goto chosen;
+        }
+    }
+    kept.slot = NO_SLOT;
     for (__u32 attempt = 0; attempt < ENDPOINT_ATTEMPTS; attempt++) {
         enum verdict verdict = choose_near(flow, random, attempt, &answer.address);
 
@@ -454,6 +534,8 @@ chosen:
     }
     if (bpf_map_update_elem(&hf_answers, &answer, &flow->address, BPF_ANY))
         return PACKET_flow_lost;
+    kept.endpoint = answer.address;
+    keep_source(flow, &kept);
     return PACKET_flow_opened;
 }
 

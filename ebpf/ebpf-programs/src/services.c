@@ -224,10 +224,10 @@ __noinline __u64 pick_slot(__u64 list, __u32 random, __u32 hash, __u32 attempt)
     return (list & ~(__u64)LIST_LENGTH_MASK) | index % length;
 }
 
-static __always_inline bool recall(const struct client *client, __u64 timeout_ns, __u64 list,
-                                   __u64 *slot)
+/* The slot of what a client kept, as far as it kept it and the list still has it. */
+static __always_inline bool find_kept(const struct affinity *affinity, __u64 timeout_ns, __u64 list,
+                                      __u64 *slot)
 {
-    struct affinity *affinity = bpf_map_lookup_elem(&hf_affinities, client);
     struct choice kept;
 
     if (!affinity)
@@ -237,6 +237,12 @@ static __always_inline bool recall(const struct client *client, __u64 timeout_ns
         return false;
     kept = affinity->choice;
     return find_slot(list, &kept, slot);
+}
+
+static __always_inline bool recall(const struct client *client, __u64 timeout_ns, __u64 list,
+                                   __u64 *slot)
+{
+    return find_kept(bpf_map_lookup_elem(&hf_affinities, client), timeout_ns, list, slot);
 }
 
 /* The slot of the endpoint that the client has at this port of the service, or else at another. */

@@ -2,6 +2,8 @@
 //! network namespaces. Needs root.
 
 #[cfg(test)]
+mod affinity;
+#[cfg(test)]
 mod differential;
 #[cfg(test)]
 mod lan;
