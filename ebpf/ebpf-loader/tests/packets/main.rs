@@ -4,7 +4,12 @@
 #[cfg(test)]
 mod affinity;
 #[cfg(test)]
+mod coexistence;
+#[cfg(test)]
 mod differential;
+#[cfg(test)]
+#[path = "../common/kube_proxy.rs"]
+mod kube_proxy;
 #[cfg(test)]
 mod lan;
 #[cfg(test)]

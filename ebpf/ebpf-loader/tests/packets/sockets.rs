@@ -18,7 +18,7 @@ use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketType, recv, sockopt}
 use crate::lan::{Family, Lan, families, index, ip};
 
 /// What should happen at once has happened by then, or never will.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Each way.
 const TRANSFER_BYTES: usize = 16 << 20;
@@ -26,13 +26,13 @@ const TRANSFER_BYTES: usize = 16 << 20;
 /// The payload of one segment at an MTU of 1,500 bytes.
 const SEGMENT_BYTES: usize = 1_448;
 
-fn listener(lan: &Lan, family: &Family) -> (TcpListener, SocketAddr) {
+pub(crate) fn listener(lan: &Lan, family: &Family) -> (TcpListener, SocketAddr) {
     let listener = lan.in_servers(|| TcpListener::bind((family.server, 0)).unwrap());
     let addr = listener.local_addr().unwrap();
     (listener, addr)
 }
 
-fn connect(lan: &Lan, family: &Family) -> io::Result<TcpStream> {
+pub(crate) fn connect(lan: &Lan, family: &Family) -> io::Result<TcpStream> {
     let stream = lan.in_client(|| TcpStream::connect_timeout(&family.service, PATIENCE))?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
@@ -55,7 +55,7 @@ fn connected(lan: &Lan, family: &Family, listener: &TcpListener) -> (TcpStream, 
 }
 
 #[track_caller]
-fn transfer(mut from: &TcpStream, mut to: &TcpStream, bytes: usize) {
+pub(crate) fn transfer(mut from: &TcpStream, mut to: &TcpStream, bytes: usize) {
     let sent: Vec<u8> = (0..bytes).map(|n| (n % 251).to_le_bytes()[0]).collect();
     let mut received = vec![0; bytes];
     thread::scope(|scope| {
