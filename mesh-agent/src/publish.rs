@@ -1,13 +1,10 @@
 //! Publishes the view to the kernel's service maps. Filling them takes system calls, so it runs
 //! beside the driver, and only the newest view counts.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context as _;
-use ebpf_loader::{LeftOut, Masquerade, Services};
+use ebpf_loader::{ApplyError, ApplyReport, LeftOut, Masquerade, Services};
 use mesh_core::{
     services::{self, View},
     snapshot::{Policy, Protocol},
@@ -26,6 +23,7 @@ pub async fn keep_services(
     mut views: watch::Receiver<Option<Arc<View>>>,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
+    let mut followed = services::Table::default();
     let mut left_out = LeftOut::default();
     let mut prefixes_left_out = 0;
     loop {
@@ -33,14 +31,15 @@ pub async fn keep_services(
         if let Some(view) = view {
             let services = Arc::clone(&services);
             let report = task::spawn_blocking(move || {
-                let table = table(&view);
                 let mut services = services.lock().unwrap_or_else(PoisonError::into_inner);
                 let masquerade = masquerade(&view).map(|wanted| services.masquerade(&wanted));
                 let prefixes = masquerade.transpose();
                 let prefixes = prefixes.context("cannot tell the kernel this node's prefixes")?;
-                anyhow::Ok((services.apply(&table)?, prefixes.unwrap_or_default()))
+                let report = update(&mut followed, &view, &mut services)?;
+                anyhow::Ok((followed, report, prefixes.unwrap_or_default()))
             });
-            let (report, prefixes) = report.await??;
+            let (back, report, prefixes) = report.await??;
+            followed = back;
             if prefixes != prefixes_left_out {
                 prefixes_left_out = prefixes;
                 tracing::warn!(
@@ -74,31 +73,51 @@ fn masquerade(view: &View) -> Option<Masquerade> {
     })
 }
 
-/// What the maps have to hold for a view.
-#[must_use]
-pub fn table(view: &View) -> BTreeMap<ebpf_loader::Frontend, ebpf_loader::Backends> {
-    let convert = |(frontend, backends): (services::Frontend, services::Backends)| {
-        let protocol = match frontend.protocol {
+/// Makes the maps hold what `view` says, at the cost of what is different from the view before
+/// that `followed` and the maps have.
+///
+/// # Errors
+///
+/// If the kernel refuses it: of the maps nothing is certain then but that each list is whole.
+pub fn update(
+    followed: &mut services::Table,
+    view: &Arc<View>,
+    services: &mut Services,
+) -> Result<ApplyReport, ApplyError> {
+    let changed = followed.update(view).changed.into_iter();
+    let changed = changed.map(|(frontend, now)| (convert(frontend), now.map(convert_backends)));
+    if let Some(report) = services.apply_changes(&changed.collect())? {
+        return Ok(report);
+    }
+    let all = followed.iter();
+    let all = all.map(|(frontend, now)| (convert(frontend), convert_backends(now.clone())));
+    services.apply(&all.collect())
+}
+
+fn convert(frontend: services::Frontend) -> ebpf_loader::Frontend {
+    let services::Frontend {
+        address,
+        port,
+        protocol,
+    } = frontend;
+    ebpf_loader::Frontend {
+        address,
+        port,
+        protocol: match protocol {
             Protocol::Tcp => ebpf_loader::Protocol::Tcp,
             Protocol::Udp => ebpf_loader::Protocol::Udp,
-        };
-        let services::Frontend { address, port, .. } = frontend;
-        (
-            ebpf_loader::Frontend {
-                address,
-                port,
-                protocol,
-            },
-            ebpf_loader::Backends {
-                endpoints: backends.endpoints,
-                selection: match backends.policy {
-                    Policy::Random => ebpf_loader::Selection::Random,
-                    Policy::ConsistentHash => ebpf_loader::Selection::ClientHash,
-                    Policy::RoundRobin => ebpf_loader::Selection::Turns,
-                },
-                affinity: backends.affinity,
-            },
-        )
-    };
-    services::table(view).into_iter().map(convert).collect()
+        },
+    }
+}
+
+fn convert_backends(backends: services::Backends) -> ebpf_loader::Backends {
+    ebpf_loader::Backends {
+        endpoints: backends.endpoints,
+        selection: match backends.policy {
+            Policy::Random => ebpf_loader::Selection::Random,
+            Policy::ConsistentHash => ebpf_loader::Selection::ClientHash,
+            Policy::RoundRobin => ebpf_loader::Selection::Turns,
+        },
+        affinity: backends.affinity,
+    }
 }

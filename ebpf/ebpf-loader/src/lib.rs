@@ -33,7 +33,7 @@ use rustix::{
 
 use crate::{
     cgroup::open_cgroup2,
-    plan::{Change, Installed, Limits, plan},
+    plan::{Change, Installed, Limits, Plan, plan},
 };
 pub use crate::{
     cgroup::{CgroupError, find_cgroup2},
@@ -85,6 +85,11 @@ pub struct Frontend {
 impl Frontend {
     fn key(&self) -> SocketAddress {
         self.socket_address(SocketAddr::new(self.address, self.port))
+    }
+
+    /// Whether no other frontend is the same.
+    fn is_canonical(&self) -> bool {
+        self.address == self.address.to_canonical()
     }
 
     /// `addr` with this frontend's protocol.
@@ -140,6 +145,10 @@ pub struct Services {
     endpoints: HashMap<MapData, u64, SocketAddress>,
     timeouts: HashMap<MapData, SocketAddress, u64>,
     installed: BTreeMap<Frontend, Installed>,
+    /// Slots of all installed lists.
+    installed_slots: usize,
+    /// Whether the maps are what was last asked for, all of it.
+    complete: bool,
     next_list: u64,
     /// Where packets are looked at; nowhere if loaded for sockets alone.
     interfaces: Option<packets::Interfaces>,
@@ -251,6 +260,8 @@ impl Services {
             endpoints,
             timeouts,
             installed,
+            installed_slots: 0,
+            complete: true,
             next_list: 0,
             interfaces: None,
             ebpf,
@@ -271,11 +282,53 @@ impl Services {
         desired: &BTreeMap<Frontend, Backends>,
     ) -> Result<ApplyReport, ApplyError> {
         let plan = plan(desired, &self.installed, LIMITS);
+        self.complete = plan.left_out.is_nothing() && desired.keys().all(Frontend::is_canonical);
+        self.perform(plan)
+    }
+
+    /// As [`Services::apply`], for those who know what is different from what they asked for last:
+    /// costs no more than that. `None`: the maps do not hold all that was asked for, or would not
+    /// then. Who stays out is decided among all: apply all of it. Nothing was changed.
+    ///
+    /// # Errors
+    ///
+    /// [`ApplyError`]: apply all of it later.
+    pub fn apply_changes(
+        &mut self,
+        changes: &BTreeMap<Frontend, Option<Backends>>,
+    ) -> Result<Option<ApplyReport>, ApplyError> {
+        if !self.complete || !changes.keys().all(Frontend::is_canonical) {
+            return Ok(None);
+        }
+        let installed =
+            |frontend: &Frontend| Some((*frontend, self.installed.get(frontend)?.clone()));
+        let actual: BTreeMap<_, _> = changes.keys().filter_map(installed).collect();
+        let slots: usize = actual
+            .values()
+            .map(|found| found.backends.endpoints.len())
+            .sum();
+        let desired = changes
+            .iter()
+            .filter_map(|(&frontend, backends)| Some((frontend, backends.clone()?)));
+        let limits = Limits {
+            frontends: LIMITS.frontends - (self.installed.len() - actual.len()),
+            endpoints: LIMITS.endpoints - (self.installed_slots - slots),
+            ..LIMITS
+        };
+        let plan = plan(&desired.collect(), &actual, limits);
+        if !plan.left_out.is_nothing() {
+            return Ok(None);
+        }
+        self.perform(plan).map(Some)
+    }
+
+    fn perform(&mut self, plan: Plan) -> Result<ApplyReport, ApplyError> {
         let mut report = ApplyReport {
             unchanged: plan.unchanged,
             left_out: plan.left_out,
             ..ApplyReport::default()
         };
+        let complete = std::mem::replace(&mut self.complete, false); // Until all of it is done.
         for change in plan.changes {
             match change {
                 Change::Remove(frontend) => {
@@ -289,6 +342,7 @@ impl Services {
                 }
             }
         }
+        self.complete = complete;
         Ok(report)
     }
 
@@ -339,11 +393,13 @@ impl Services {
             return Err(error);
         }
         let forgets = backends.affinity.is_none();
+        self.installed_slots += backends.endpoints.len();
         let installed = Installed { list, backends };
         let replaced = self.installed.insert(frontend, installed);
         let Some(replaced) = replaced else {
             return Ok(());
         };
+        self.installed_slots -= replaced.backends.endpoints.len();
         if forgets && replaced.backends.affinity.is_some() {
             absent_is_gone(self.timeouts.remove(&frontend.key()))?;
         }
@@ -383,6 +439,7 @@ impl Services {
         let Some(removed) = self.installed.remove(&frontend) else {
             return Ok(());
         };
+        self.installed_slots -= removed.backends.endpoints.len();
         if removed.backends.affinity.is_some() {
             absent_is_gone(self.timeouts.remove(&frontend.key()))?;
         }

@@ -53,6 +53,17 @@ pub struct LeftOut {
     pub other_family: usize,
 }
 
+impl LeftOut {
+    pub(crate) fn is_nothing(self) -> bool {
+        let Self {
+            frontends,
+            endpoints,
+            ..
+        } = self;
+        (frontends, endpoints) == (0, 0)
+    }
+}
+
 /// Compares without copying where every address is in its one form, as the core gives them: one
 /// change among many costs little more than reading them all.
 pub(crate) fn plan(

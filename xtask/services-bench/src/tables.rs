@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use ebpf_loader::{Backends, Frontend, LinkHeader, Services};
 use mesh_agent::publish;
 use mesh_core::{
-    services::View,
+    services::{Table, View},
     snapshot::{
         Endpoint, EndpointPort, EndpointSlice, Hints, MeshSettings, Protocol, Service, ServiceKind,
         ServiceName, ServicePort, Snapshot,
@@ -139,9 +139,14 @@ pub(crate) fn change(cgroup: &Path, size: Size, changes: usize) -> Result<()> {
     ensure!(size.services > 0 && size.endpoints > 1, "no services");
     let mut snapshot = snapshot(size)?;
     let began = Instant::now();
-    let table = publish::table(&view(&snapshot)?);
-    let mut services = filled(Services::load_with_packets(cgroup)?, &table)?;
-    drop(table);
+    let mut services = Services::load_with_packets(cgroup)?;
+    let mut followed = Table::default();
+    let report = publish::update(&mut followed, &view(&snapshot)?, &mut services)?;
+    ensure!(
+        report.written == size.services && report.left_out == <_>::default(),
+        "{} services, and {report:?}",
+        size.services
+    );
     let load_ns = nanoseconds(began.elapsed())?;
     let mut change_ns = Vec::with_capacity(changes);
     for number in 0..changes {
@@ -154,7 +159,7 @@ pub(crate) fn change(cgroup: &Path, size: Size, changes: usize) -> Result<()> {
         endpoint.ready = !endpoint.ready;
         let view = view(&snapshot)?;
         let began = Instant::now();
-        let report = services.apply(&publish::table(&view))?;
+        let report = publish::update(&mut followed, &view, &mut services)?;
         change_ns.push(nanoseconds(began.elapsed())?);
         ensure!(
             (report.written, report.removed) == (1, 0),
@@ -175,12 +180,12 @@ fn nanoseconds(time: Duration) -> Result<u64> {
 }
 
 /// The node asks from nowhere in particular, so that every endpoint is in the maps.
-fn view(snapshot: &Snapshot) -> Result<View> {
-    Ok(View {
+fn view(snapshot: &Snapshot) -> Result<Arc<View>> {
+    Ok(Arc::new(View {
         snapshot: Arc::new(snapshot.clone()),
         node: node(0)?,
         dead: BTreeSet::new(),
-    })
+    }))
 }
 
 fn node(number: usize) -> Result<NodeName> {
@@ -264,7 +269,7 @@ mod tests {
         };
         let mut snapshot = snapshot(size).unwrap();
         let endpoints = |snapshot: &Snapshot| -> usize {
-            let table = publish::table(&view(snapshot).unwrap());
+            let table = mesh_core::services::table(&view(snapshot).unwrap());
             table
                 .values()
                 .map(|backends| backends.endpoints.len())

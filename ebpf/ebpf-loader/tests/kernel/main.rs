@@ -4,6 +4,8 @@
 #[cfg(test)]
 mod affinity;
 #[cfg(test)]
+mod changes;
+#[cfg(test)]
 mod coexistence;
 #[cfg(test)]
 #[path = "../common/kube_proxy.rs"]
