@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     num::NonZeroU32,
     path::Path,
@@ -16,7 +17,9 @@ use aya::{
         tc::{SchedClassifierLink, TcAttachOptions},
     },
 };
-use ebpf_abi::{KEPT_PREFIXES_MAX, KeptPrefix, PacketCounter, SocketAddress};
+use ebpf_abi::{
+    KEPT_PREFIXES_MAX, KeptPrefix, MASQUERADE_PORT_FIRST, PacketCounter, SocketAddress,
+};
 use rustix::{
     io::Errno,
     net::{AddressFamily, SocketFlags, SocketType, netdevice, socket_with},
@@ -158,7 +161,15 @@ impl Services {
     ///
     /// As [`Self::attach_interface`].
     pub fn attach_tunnel(&mut self, index: NonZeroU32) -> Result<bool, InterfaceError> {
-        self.attach_programs(index, TUNNEL_PROGRAMS)
+        let attached = self.attach_programs(index, TUNNEL_PROGRAMS)?;
+        let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range");
+        if attached && range.is_ok_and(|range| reaches_masqueraded(&range)) {
+            tracing::warn!(
+                "sockets here may be given ports of masqueraded clients, and miss answers then: set \
+                 net.ipv4.ip_local_port_range to end below {MASQUERADE_PORT_FIRST}"
+            );
+        }
+        Ok(attached)
     }
 
     fn attach_programs(
@@ -262,6 +273,16 @@ fn key((address, length): (IpAddr, u8)) -> Key<[u32; 4]> {
     Key::new(key.prefix_len, key.ip)
 }
 
+/// Whether the kernel's ports for sockets that ask for any, as it writes their first and last, go on
+/// to those of masqueraded clients.
+fn reaches_masqueraded(range: &str) -> bool {
+    let last = range.split_whitespace().nth(1);
+    last.is_some_and(|last| {
+        last.parse()
+            .is_ok_and(|last: u32| last >= MASQUERADE_PORT_FIRST)
+    })
+}
+
 /// For sockets alone.
 pub(crate) fn without_flows<'a>(loader: &mut EbpfLoader<'a>) {
     for map in FLOW_MAPS {
@@ -306,4 +327,21 @@ fn interface_name(index: NonZeroU32) -> Result<String, InterfaceError> {
     )
     .and_then(|socket| netdevice::index_to_name(socket, index.get()));
     name.map_err(|source| InterfaceError::Unknown { index, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_that_sockets_and_masqueraded_clients_would_share_are_noticed() {
+        for (range, shared) in [
+            ("32768\t60999\n", false),
+            ("1024\t65535\n", true),
+            ("32768\t61000\n", true),
+            ("", false),
+        ] {
+            assert_eq!(reaches_masqueraded(range), shared, "{range:?}");
+        }
+    }
 }
