@@ -41,18 +41,19 @@ fn mesh() -> Result<Mesh> {
     mesh.serve("edge-b1", "echo-v6", &["echo", "[fd42:b1::1]:9000"])?;
     kiosk(
         &mesh,
+        "",
         &[("100.96.2.1", "edge-b1")],
         &[("fd42:b1::1", "edge-b1")],
     )?;
     Ok(mesh)
 }
 
-/// The kiosk's manifest.
-fn kiosk(mesh: &Mesh, v4: &[(&str, &str)], v6: &[(&str, &str)]) -> Result<()> {
+/// The kiosk's manifest, with more of its `spec`.
+fn kiosk(mesh: &Mesh, more: &str, v4: &[(&str, &str)], v6: &[(&str, &str)]) -> Result<()> {
     let ports = "{name: http, port: 80, targetPort: 8080, protocol: TCP}, {name: echo, port: 9000, \
                  targetPort: 9000, protocol: UDP}";
     let mut text = format!(
-        "apiVersion: v1\nkind: Service\nmetadata: {{name: kiosk, namespace: shop}}\nspec: {{clusterIP: 10.43.0.99, \
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: kiosk, namespace: shop}}\nspec: {{{more}clusterIP: 10.43.0.99, \
          clusterIPs: [10.43.0.99, \"fd42:43::99\"], ipFamilies: [IPv4, IPv6], ipFamilyPolicy: RequireDualStack, \
          ports: [{ports}]}}\n"
     );
@@ -235,6 +236,7 @@ fn a_device_s_next_flow_goes_elsewhere_when_the_endpoint_s_node_dies() -> Result
     advertise(&mesh)?;
     kiosk(
         &mesh,
+        "",
         &[("100.96.2.1", "edge-b1"), ("100.96.3.1", "edge-c1")],
         &[],
     )?;
@@ -249,11 +251,22 @@ fn a_device_s_next_flow_goes_elsewhere_when_the_endpoint_s_node_dies() -> Result
             Ok(())
         })?;
     }
-    mesh.kill("edge-b1", "mesh-agent")?;
+    // From now on the device keeps the one that it has.
+    let endpoints = [("100.96.2.1", "edge-b1"), ("100.96.3.1", "edge-c1")];
+    kiosk(&mesh, "sessionAffinity: ClientIP, ", &endpoints, &[])?;
+    let kept = tool::eventually("one alone answers", SOON, || {
+        let first = ask(&mesh, url)?.node;
+        for _ in 0..16 {
+            let next = ask(&mesh, url)?.node;
+            ensure!(next == first, "{first}, and then {next}");
+        }
+        Ok(first)
+    })?;
+    mesh.kill(&kept, "mesh-agent")?;
     tool::eventually("the other alone answers", SOON, || {
         for _ in 0..8 {
             let hello = ask(&mesh, url)?;
-            ensure!(hello.node == "edge-c1", "{}", hello.node);
+            ensure!(hello.node != kept, "{kept}");
         }
         Ok(())
     })
