@@ -84,7 +84,13 @@ pub fn update(
     view: &Arc<View>,
     services: &mut Services,
 ) -> Result<ApplyReport, ApplyError> {
-    let changed = followed.update(view).changed.into_iter();
+    // What was before is let go at the end.
+    let services::Update {
+        changed,
+        before: _before,
+        ..
+    } = followed.update(view);
+    let changed = changed.into_iter();
     let changed = changed.map(|(frontend, now)| (convert(frontend), now.map(convert_backends)));
     if let Some(report) = services.apply_changes(&changed.collect())? {
         return Ok(report);

@@ -32,10 +32,11 @@ pub struct Snapshot {
     /// Relays.
     pub relays: BTreeMap<RelayId, Relay>,
     /// Services by name.
-    /// Each is shared with the snapshot before if it is the same: who follows changes looks at no
+    /// By its own name each, and shared with the snapshot before if it is the same: who follows changes looks at no
     /// more than a pointer.
     pub services: BTreeMap<ServiceName, Arc<Service>>,
-    /// Endpoint slices, shared alike. A service's endpoints are the union of its slices.
+    /// Endpoint slices, shared alike, but never by two services. A service's endpoints are the
+    /// union of its slices.
     pub slices: BTreeMap<ServiceName, BTreeMap<String, Arc<EndpointSlice>>>,
 }
 

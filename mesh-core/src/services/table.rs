@@ -33,23 +33,27 @@ struct Claim {
 }
 
 /// What a view changed.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub struct Update {
     /// Frontends that lead elsewhere than before, or are gone (`None`).
     pub changed: BTreeMap<Frontend, Option<Backends>>,
     /// Services whose endpoints were judged anew.
     pub services: usize,
+    /// The view before, to be let go when the changes are where they belong: to free a large
+    /// snapshot takes longer than everything else.
+    pub before: Option<Arc<View>>,
 }
 
 impl Table {
     /// Makes it the table of `view`.
     pub fn update(&mut self, view: &Arc<View>) -> Update {
-        let touched = match self.view.take() {
+        let last = self.view.take();
+        let touched = match &last {
             None => view.snapshot.services.keys().cloned().collect(),
-            Some(before) => {
-                let touched = self.touched(&before, view);
+            Some(last) => {
+                let touched = self.touched(last, view);
                 for name in &touched {
-                    self.forget_nodes(&before.snapshot, name);
+                    self.forget_nodes(&last.snapshot, name);
                 }
                 touched
             }
@@ -67,6 +71,7 @@ impl Table {
         Update {
             changed: changed.collect(),
             services: touched.len(),
+            before: last,
         }
     }
 
@@ -97,10 +102,16 @@ impl Table {
         let mut touched = BTreeSet::new();
         let mut nodes: BTreeSet<&NodeName> = before.dead.symmetric_difference(&now.dead).collect();
         if !Arc::ptr_eq(old, new) {
-            let same = |a: &Arc<_>, b: &Arc<_>| Arc::ptr_eq(a, b) || a == b;
-            touched.extend(different(&old.services, &new.services, same).cloned());
-            touched.extend(different(&old.slices, &new.slices, same_slices).cloned());
-            nodes.extend(different(&old.nodes, &new.nodes, PartialEq::eq));
+            let services = different(&old.services, &new.services, Arc::ptr_eq, PartialEq::eq);
+            touched.extend(services.cloned());
+            let slices = different(&old.slices, &new.slices, are_one, same_slices);
+            touched.extend(slices.cloned());
+            nodes.extend(different(
+                &old.nodes,
+                &new.nodes,
+                |_, _| false,
+                PartialEq::eq,
+            ));
         }
         if !nodes.is_empty() {
             let api_server = |name: &ServiceName| (&*name.namespace, &*name.name) == API_SERVER;
@@ -191,16 +202,32 @@ fn same_slices(
         && one.values().zip(other.values()).all(same)
 }
 
-/// The keys of what only one has, or what is not the same in both.
+/// Whether these are the slices of one service, and unchanged. No two services share a slice.
+fn are_one(
+    one: &BTreeMap<String, Arc<EndpointSlice>>,
+    other: &BTreeMap<String, Arc<EndpointSlice>>,
+) -> bool {
+    let one_is = |(a, b)| Arc::ptr_eq(a, b);
+    !one.is_empty() && one.len() == other.len() && one.values().zip(other.values()).all(one_is)
+}
+
+/// The keys of what only one has, or what is not the same in both. What `is_one` says is the same
+/// under the same key: to compare names would take most of the time.
 fn different<'a, K: Ord, V>(
     one: &'a BTreeMap<K, V>,
     other: &'a BTreeMap<K, V>,
+    is_one: impl Fn(&V, &V) -> bool,
     same: impl Fn(&V, &V) -> bool,
 ) -> impl Iterator<Item = &'a K> {
     let mut ones = one.iter().peekable();
     let mut others = other.iter().peekable();
     let next = move || match (ones.peek(), others.peek()) {
         (None, None) => None,
+        (Some(&(a, x)), Some(&(_, y))) if is_one(x, y) => {
+            ones.next();
+            others.next();
+            Some((false, a))
+        }
         (Some(&(a, x)), Some(&(b, y))) if a == b => {
             let different = !same(x, y);
             ones.next();

