@@ -206,8 +206,9 @@ fn frontends(view: &View, service: &Service) -> Vec<(Frontend, Kind, Backends)> 
         ];
         for (kind, addresses, number) in addresses {
             for &address in number.and(Some(addresses)).into_iter().flatten() {
+                let address = address.to_canonical();
                 let frontend = Frontend {
-                    address: address.to_canonical(),
+                    address,
                     port: number.unwrap_or_default(),
                     protocol: port.protocol,
                 };

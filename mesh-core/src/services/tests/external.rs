@@ -35,6 +35,14 @@ fn a_service_is_reached_by_its_addresses_outside_and_its_node_port() {
 }
 
 #[test]
+fn an_ipv6_mapped_address_is_the_ipv4_address() {
+    let view = everywhere(|service| {
+        service.kind = ServiceKind::ClusterIp(vec!["::ffff:10.96.0.9".parse().unwrap()]);
+    });
+    assert_eq!(lines(&view)[0], "10.96.0.9:80 Tcp: 10.42.0.1:8080");
+}
+
+#[test]
 fn headless_services_and_nodes_that_are_not_there_have_no_node_ports() {
     let mut view = everywhere(|service| service.kind = ServiceKind::Headless);
     assert_eq!(lines(&view), [""; 0]);
