@@ -211,21 +211,20 @@ fn strange_source_addresses_are_learned_up_to_a_limit() {
     assert_eq!(report.paths.len(), 4 + 1, "four learned ones and the relay");
 }
 
-#[test]
-fn told_candidates_are_probed_up_to_a_limit_and_never_at_ourselves() {
-    let mut core = relayed();
-    let told = (1..20).map(|host| Candidate {
+/// What the core probes of the addresses that peer 1 tells.
+fn probed(core: &mut Core, told: impl IntoIterator<Item = SocketAddr>) -> Vec<SocketAddr> {
+    let candidates = told.into_iter().map(|address| Candidate {
         kind: CandidateKind::Host,
-        address: SocketAddr::new([10, 0, 0, host].into(), 51_820),
+        address,
     });
     let message = PeerMessage::Candidates {
         generation: 1,
-        candidates: told.collect(),
+        candidates: candidates.collect(),
         nat: NatKind::Easy,
     };
     let (peer, via) = (id(1), Via::Relay(r1()));
     core.handle_input(Input::Message { peer, via, message }, at(200));
-    let probed = drain(&mut core).into_iter().filter_map(|output| {
+    let probed = drain(core).into_iter().filter_map(|output| {
         if let Output::Send {
             via: Via::Direct(to),
             ..
@@ -236,7 +235,14 @@ fn told_candidates_are_probed_up_to_a_limit_and_never_at_ourselves() {
             None
         }
     });
-    let probed: Vec<SocketAddr> = probed.collect();
+    probed.collect()
+}
+
+#[test]
+fn told_candidates_are_probed_up_to_a_limit_and_never_at_ourselves() {
+    let mut core = relayed();
+    let told = (1..20).map(|host| SocketAddr::new([10, 0, 0, host].into(), 51_820));
+    let probed = probed(&mut core, told);
     assert_eq!(probed.len(), 6, "{probed:?}");
     assert!(
         !probed.contains(&"10.0.0.1:51820".parse().unwrap()),
@@ -249,29 +255,9 @@ fn probed_of(snapshot: Snapshot, told: [&str; 4]) -> Vec<String> {
     let mut core = relayed();
     core.handle_input(Input::Snapshot(Arc::new(snapshot)), at(150));
     drain(&mut core);
-    let candidates = told.map(|address| Candidate {
-        kind: CandidateKind::Host,
-        address: address.parse().unwrap(),
-    });
-    let message = PeerMessage::Candidates {
-        generation: 1,
-        candidates: candidates.to_vec(),
-        nat: NatKind::Easy,
-    };
-    let (peer, via) = (id(1), Via::Relay(r1()));
-    core.handle_input(Input::Message { peer, via, message }, at(200));
-    let probed = drain(&mut core).into_iter().filter_map(|output| {
-        if let Output::Send {
-            via: Via::Direct(to),
-            ..
-        } = output
-        {
-            Some(to.to_string())
-        } else {
-            None
-        }
-    });
-    probed.collect()
+    let told = told.map(|address| address.parse().unwrap());
+    let probed = probed(&mut core, told);
+    probed.iter().map(SocketAddr::to_string).collect()
 }
 
 #[test]
