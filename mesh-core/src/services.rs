@@ -160,17 +160,10 @@ pub fn rank<'a>(view: &'a View, service: &Service) -> Vec<Ranked<'a>> {
 /// comes before an address from outside and that before a node port, then the first name.
 #[must_use]
 pub fn table(view: &View) -> BTreeMap<Frontend, Backends> {
-    let mut table: BTreeMap<Frontend, (Kind, Backends)> = BTreeMap::new();
-    for service in view.snapshot.services.values() {
-        for (frontend, kind, backends) in frontends(view, service) {
-            let taken = table.get(&frontend).map(|(kind, _)| *kind);
-            if taken.is_none_or(|taken| kind < taken) {
-                table.insert(frontend, (kind, backends));
-            }
-        }
-    }
-    let all = table.into_iter();
-    all.map(|(frontend, (_, backends))| (frontend, backends))
+    let mut table = Table::default();
+    table.update(&Arc::new(view.clone()));
+    let all = table.iter();
+    all.map(|(frontend, backends)| (frontend, backends.clone()))
         .collect()
 }
 

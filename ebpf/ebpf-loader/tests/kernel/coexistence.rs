@@ -6,7 +6,8 @@ use ebpf_loader::Protocol;
 
 use crate::{
     kube_proxy::{KubeProxy, MODES},
-    lab::{Lab, accepted, addresses, exchange, ip, tcp_servers},
+    lab::{Lab, accepted, addresses, exchange, tcp_servers},
+    netns::ip,
 };
 
 /// The service, and where its endpoints are.

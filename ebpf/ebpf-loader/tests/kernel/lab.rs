@@ -7,7 +7,7 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsFd,
     path::{Path, PathBuf},
-    process::{self, Command},
+    process,
     sync::{Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -23,10 +23,12 @@ use ebpf_loader::{ApplyReport, Backends, Frontend, LoadError, Protocol, Services
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     thread::{
-        CapabilitySet, CapabilitySets, LinkNameSpaceType, UnshareFlags, capabilities,
-        move_into_link_name_space, set_capabilities, unshare_unsafe,
+        CapabilitySet, CapabilitySets, LinkNameSpaceType, capabilities, move_into_link_name_space,
+        set_capabilities,
     },
 };
+
+use crate::netns::new_network_namespace;
 
 /// What should happen at once on loopback has happened by then, or never will.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
@@ -208,22 +210,6 @@ fn remove_stale(root: &Path) {
             fs::remove_dir(entry.path()).ok();
         }
     }
-}
-
-/// Moves the test's thread to another, with loopback only.
-pub(crate) fn new_network_namespace() {
-    #[expect(unsafe_code, reason = "rustix guards against sharing file tables")]
-    // SAFETY: the file table stays shared: only the network namespace changes.
-    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
-    ip(&["link", "set", "lo", "up"]);
-}
-
-/// In the thread's network namespace.
-#[track_caller]
-pub(crate) fn ip(arguments: &[&str]) {
-    let status = Command::new("ip").args(arguments).status();
-    let status = status.expect("no ip command: apt-get install iproute2");
-    assert!(status.success(), "ip {arguments:?}");
 }
 
 /// A way to name a service and its endpoints: IPv4, IPv6, and IPv4 on an IPv6 socket.

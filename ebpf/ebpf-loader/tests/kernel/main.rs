@@ -13,6 +13,9 @@ mod kube_proxy;
 #[cfg(test)]
 mod lab;
 #[cfg(test)]
+#[path = "../common/netns.rs"]
+mod netns;
+#[cfg(test)]
 mod selection;
 
 use std::{

@@ -6,7 +6,7 @@ use std::{
     num::NonZeroU32,
     os::fd::{AsFd, AsRawFd},
     path::{Path, PathBuf},
-    process::{self, Command},
+    process,
     sync::{Mutex, MutexGuard, PoisonError},
     thread,
 };
@@ -15,8 +15,10 @@ use ebpf_abi::PacketCounter;
 use ebpf_loader::{Frontend, LinkHeader, Protocol, Services, find_cgroup2};
 use rustix::{
     net::{AddressFamily, SocketType, netdevice, socket},
-    thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe},
+    thread::{LinkNameSpaceType, move_into_link_name_space},
 };
+
+use crate::netns::{ip, new_network_namespace};
 
 /// The forwarding and the cgroup's name are the process's: one test at a time.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -147,14 +149,6 @@ pub(crate) fn index(name: &str) -> NonZeroU32 {
     NonZeroU32::new(index).unwrap()
 }
 
-/// In the thread's network namespace.
-#[track_caller]
-pub(crate) fn ip(arguments: &[&str]) {
-    let status = Command::new("ip").args(arguments).status();
-    let status = status.expect("no ip command: apt-get install iproute2");
-    assert!(status.success(), "ip {arguments:?}");
-}
-
 fn up(name: &str, addresses: [&str; 2]) {
     for address in addresses {
         let mut arguments = vec!["addr", "add", address, "dev", name];
@@ -177,10 +171,7 @@ fn namespace() -> File {
 
 /// The calling thread's from now on.
 fn new_namespace() -> File {
-    #[expect(unsafe_code, reason = "rustix guards against sharing file tables")]
-    // SAFETY: the file table stays shared: only the network namespace changes.
-    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
-    ip(&["link", "set", "lo", "up"]);
+    new_network_namespace();
     namespace()
 }
 

@@ -19,6 +19,9 @@ mod machine;
 #[cfg(test)]
 mod masquerade;
 #[cfg(test)]
+#[path = "../common/netns.rs"]
+mod netns;
+#[cfg(test)]
 mod sockets;
 #[cfg(test)]
 mod verdicts;

@@ -15,7 +15,10 @@ use ebpf_loader::{InterfaceError, LinkHeader, Services};
 use etherparse::{Icmpv4Header, Icmpv6Header, IpHeaders, TcpHeader};
 use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketType, recv, sockopt};
 
-use crate::lan::{Family, Lan, families, index, ip};
+use crate::{
+    lan::{Family, Lan, families, index},
+    netns::ip,
+};
 
 /// What should happen at once has happened by then, or never will.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
