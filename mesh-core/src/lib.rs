@@ -7,6 +7,7 @@
 
 pub mod io;
 pub mod node;
+pub mod policy;
 pub mod relay_server;
 pub mod services;
 pub mod snapshot;

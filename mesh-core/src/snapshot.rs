@@ -14,6 +14,8 @@ use std::{
 use ipnet::{IpNet, Ipv4Net};
 use mesh_wire::id::{MeshId, NodeId, NodeName, RelayId, RelayName, SiteName};
 
+use crate::policy::resources::{DefaultAction, Resources};
+
 /// Counts the changes of the desired state; 0 is "nothing yet".
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Generation(pub u64);
@@ -38,6 +40,8 @@ pub struct Snapshot {
     /// Endpoint slices, shared alike, but never by two services. A service's endpoints are the
     /// union of its slices.
     pub slices: BTreeMap<ServiceName, BTreeMap<String, Arc<EndpointSlice>>>,
+    /// Who may speak with whom.
+    pub policy: Resources,
 }
 
 /// What holds for the whole mesh.
@@ -55,6 +59,8 @@ pub struct MeshSettings {
     pub node_domain: String,
     /// MTU of the overlay in bytes.
     pub mtu_bytes: u16,
+    /// What happens to flows of which no policy of the mesh says anything.
+    pub default_action: DefaultAction,
 }
 
 impl MeshSettings {
@@ -68,6 +74,7 @@ impl MeshSettings {
             cluster_domain: "cluster.local".to_owned(),
             node_domain: "mesh".to_owned(),
             mtu_bytes: DEFAULT_MTU_BYTES,
+            default_action: DefaultAction::Allow,
         }
     }
 }
@@ -406,6 +413,7 @@ impl Snapshot {
             relays: BTreeMap::new(),
             services: BTreeMap::new(),
             slices: BTreeMap::new(),
+            policy: Resources::default(),
         }
     }
 
