@@ -1,10 +1,13 @@
 //! Publishes the view to the kernel's service maps. Filling them takes system calls, so it runs
 //! beside the driver, and only the newest view counts.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    iter,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use anyhow::Context as _;
-use ebpf_loader::{ApplyError, ApplyReport, LeftOut, Masquerade, Services};
+use ebpf_loader::{ApplyError, ApplyReport, Clients, LeftOut, Masquerade, Services};
 use mesh_core::{
     services::{self, View},
     snapshot::{Policy, Protocol},
@@ -91,22 +94,33 @@ pub fn update(
         ..
     } = followed.update(view);
     let changed = changed.into_iter();
-    let changed = changed.map(|(frontend, now)| (convert(frontend), now.map(convert_backends)));
+    let changed = changed.flat_map(|(frontend, now)| {
+        let (all, outside) = now.map(convert_backends).unzip();
+        let outside = outside.flatten();
+        [(Clients::All, all), (Clients::Outside, outside)]
+            .map(|(clients, now)| (convert(frontend, clients), now))
+    });
     if let Some(report) = services.apply_changes(&changed.collect())? {
         return Ok(report);
     }
     let all = followed.iter();
-    let all = all.map(|(frontend, now)| (convert(frontend), convert_backends(now.clone())));
+    let all = all.flat_map(|(frontend, now)| {
+        let (all, outside) = convert_backends(now.clone());
+        let all = (convert(frontend, Clients::All), all);
+        let outside = outside.map(|outside| (convert(frontend, Clients::Outside), outside));
+        iter::once(all).chain(outside)
+    });
     services.apply(&all.collect())
 }
 
-fn convert(frontend: services::Frontend) -> ebpf_loader::Frontend {
+fn convert(frontend: services::Frontend, clients: Clients) -> ebpf_loader::Frontend {
     let services::Frontend {
         address,
         port,
         protocol,
     } = frontend;
     ebpf_loader::Frontend {
+        clients,
         address,
         port,
         protocol: match protocol {
@@ -116,8 +130,11 @@ fn convert(frontend: services::Frontend) -> ebpf_loader::Frontend {
     }
 }
 
-fn convert_backends(backends: services::Backends) -> ebpf_loader::Backends {
-    ebpf_loader::Backends {
+/// For everybody, and what else holds for clients from outside.
+fn convert_backends(
+    backends: services::Backends,
+) -> (ebpf_loader::Backends, Option<ebpf_loader::Backends>) {
+    let all = ebpf_loader::Backends {
         endpoints: backends.endpoints,
         selection: match backends.policy {
             Policy::Random => ebpf_loader::Selection::Random,
@@ -125,5 +142,16 @@ fn convert_backends(backends: services::Backends) -> ebpf_loader::Backends {
             Policy::RoundRobin => ebpf_loader::Selection::Turns,
         },
         affinity: backends.affinity,
-    }
+        ranges: None,
+    };
+    let outside = backends.outside.map(|outside| {
+        let ranges = outside.sources.iter();
+        let ranges = ranges.map(|net| (net.network(), net.prefix_len()));
+        ebpf_loader::Backends {
+            endpoints: outside.endpoints,
+            ranges: (!outside.sources.is_empty()).then(|| ranges.collect()),
+            ..all.clone()
+        }
+    });
+    (all, outside)
 }

@@ -20,14 +20,21 @@ pub use packets::{
     ENDPOINT_ATTEMPTS, EXTENSION_HEADERS_MAX, FRAGMENT_TIMEOUT_S, FRAGMENTED_MAX, Fragmented,
     FragmentedTo, KEPT_PREFIXES_MAX, KeptPrefix, MASQUERADE_ATTEMPTS, MASQUERADE_PORT_FIRST,
     MASQUERADE_PORTS, Masquerade, PacketCounter, SEEN_ANSWER, SEEN_CLIENT_FIN, SEEN_ENDPOINT_FIN,
-    SEEN_RESET, TCP_OPEN_TIMEOUT_S, TCP_TRANSITORY_TIMEOUT_S, TRACKED_MAX, Tracked, TrackedFlow,
-    UDP_TIMEOUT_S,
+    SEEN_RESET, SourceRange, TCP_OPEN_TIMEOUT_S, TCP_TRANSITORY_TIMEOUT_S, TRACKED_MAX, Tracked,
+    TrackedFlow, UDP_TIMEOUT_S,
 };
 
 limits! {
     /// Service addresses with a port and a protocol: 10,000 services of three ports in two
-    /// families are 60,000. A full table takes 65,536 × 96 bytes and 1 MiB of buckets: 7 MiB.
-    FRONTENDS_MAX = 65_536;
+    /// families are 60,000; Kubernetes' 2,768 node ports at six addresses of the node each, for clients
+    /// inside and outside, 33,216; the rest is for addresses of load balancers. A full table takes
+    /// 131,072 × 96 bytes and 2 MiB of buckets: 14 MiB.
+    FRONTENDS_MAX = 131_072;
+    /// Prefixes of clients that may use a frontend from outside (`loadBalancerSourceRanges`), over all
+    /// of them: 1,000 addresses of load balancers with 8 each, and as many again while lists are replaced.
+    /// Those beyond it are left out, and their clients with them. Allocated as they are written:
+    /// 16,384 × 2 × 96 bytes, 3 MiB at most.
+    RANGES_MAX = 16_384;
     /// Endpoints over all frontends, with room to write one list beside the one it replaces.
     /// A full table takes 262,144 × 96 bytes and 4 MiB of buckets: 28 MiB. Entries are allocated
     /// as they are written, so that a node with three services pays for the buckets alone.
@@ -50,6 +57,8 @@ limits! {
     LIST_HASH_BIT = 62;
     /// The bit that says that endpoints are chosen in turn.
     LIST_TURNS_BIT = 61;
+    /// The bit that says that only clients in the list's prefixes may use it.
+    LIST_RANGES_BIT = 60;
     /// Counters of turns, by a list's number: two lists in 4,096 share one and skip turns of each
     /// other. 32 KiB (an array's values are 8 bytes apart), always.
     TURNS_MAX = 4_096;
@@ -81,8 +90,9 @@ layouts! {
         port: u16,
         /// [`PROTOCOL_TCP`] or [`PROTOCOL_UDP`].
         protocol: u8,
-        /// Always 0.
-        zero: u8,
+        /// 1 for a frontend as clients from outside are led there, where that is something else than
+        /// for all; else 0.
+        outside: u8,
     }
 
     /// A socket and an address it speaks with.
@@ -185,8 +195,14 @@ impl SocketAddress {
             ip,
             port: port.to_be(),
             protocol,
-            zero: 0,
+            outside: 0,
         }
+    }
+
+    /// The same, for clients from outside alone.
+    #[must_use]
+    pub const fn for_outside(self) -> Self {
+        Self { outside: 1, ..self }
     }
 
     /// The address and port, IPv4 where it is IPv4.
@@ -212,8 +228,8 @@ impl SocketAddress {
 
 /// One endpoint list: a number that is never used again, and how many endpoints it has. It is a
 /// frontend's value in the map, read by the programs as one word, so that a reader has the old
-/// list or the new one and nothing between. 45 bits of number last a year at a million lists a
-/// second; the three above say how an endpoint is chosen.
+/// list or the new one and nothing between. 44 bits of number last half a year at a million lists a
+/// second; the four above say how an endpoint is chosen, and for whom.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EndpointList {
     number: u64,
@@ -257,6 +273,26 @@ impl EndpointList {
             number: self.number | 1 << (LIST_TURNS_BIT - 16),
             ..self
         }
+    }
+
+    /// The same, for clients in its prefixes alone.
+    #[must_use]
+    pub const fn with_ranges(self) -> Self {
+        Self {
+            number: self.number | 1 << (LIST_RANGES_BIT - 16),
+            ..self
+        }
+    }
+
+    /// The data of a [`SourceRange`]'s key for `ip`, or for a prefix that begins with it.
+    #[must_use]
+    pub const fn range(self, ip: [u32; 4]) -> [u32; 6] {
+        let [a, b, c, d, e, f, g, h] = (self.number << 16).to_ne_bytes();
+        let list = [
+            u32::from_ne_bytes([a, b, c, d]),
+            u32::from_ne_bytes([e, f, g, h]),
+        ];
+        [list[0], list[1], ip[0], ip[1], ip[2], ip[3]]
     }
 
     /// As it stands in the map of frontends.

@@ -102,6 +102,16 @@ layouts! {
         ip: [u32; 4],
     }
 
+    /// The key of a longest-prefix match: clients that may use a list.
+    pub struct SourceRange as "source_range" {
+        /// 64 for the list, and the prefix; of IPv4, 96 more than it is called by.
+        prefix_len: u32,
+        /// The list's number as it stands in the map of frontends, length 0.
+        list: [u32; 2],
+        /// IPv4 as `::ffff:a.b.c.d`. Network byte order in memory.
+        ip: [u32; 4],
+    }
+
     /// What the fragments' service or endpoint becomes.
     pub struct FragmentedTo as "fragmented_to" {
         /// When the first fragment passed, by `CLOCK_MONOTONIC`.
@@ -113,6 +123,7 @@ layouts! {
 
 const _: () = assert!(MASQUERADE_PORT_FIRST + MASQUERADE_PORTS == 1 << 16);
 const _: () = assert!(size_of::<Masquerade>() == 32 && size_of::<KeptPrefix>() == 20);
+const _: () = assert!(size_of::<SourceRange>() == 28);
 const _: () = assert!(size_of::<TrackedFlow>() == 40 && align_of::<TrackedFlow>() == 4);
 const _: () = assert!(size_of::<Tracked>() == 32 && align_of::<Tracked>() == 8);
 const _: () = assert!(size_of::<Fragmented>() == 40 && align_of::<Fragmented>() == 4);
@@ -153,6 +164,12 @@ counters! {
         Hairpin = "hairpin",
         /// The client's port already speaks with the endpoints found by another service: refused.
         Clash = "clash",
+        /// A new flow by a client outside the prefixes that the load balancer's address takes
+        /// (`loadBalancerSourceRanges`): dropped.
+        NotInRange = "not_in_range",
+        /// A new flow from outside to a service whose endpoints are all on other nodes
+        /// (`externalTrafficPolicy: Local`): dropped, for whoever spreads load tries another node.
+        NotLocal = "not_local",
         /// A packet of a flow left by the tunnel as this node's own.
         Masqueraded = "masqueraded",
         /// A flow got a port for that; its first packet is counted as masqueraded as well.

@@ -54,6 +54,7 @@ fn what_a_list_asks_for_is_one_bit_of_the_value_and_of_every_slot() {
         (plain.with_affinity(), LIST_AFFINITY_BIT),
         (plain.with_hash(), LIST_HASH_BIT),
         (plain.with_turns(), LIST_TURNS_BIT),
+        (plain.with_ranges(), LIST_RANGES_BIT),
     ];
     for (list, bit) in lists {
         let bit = 1 << bit;

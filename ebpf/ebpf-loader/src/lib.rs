@@ -10,7 +10,7 @@ mod packets;
 mod plan;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
@@ -19,12 +19,12 @@ use std::{
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
-    maps::{HashMap, MapData, MapError, PerCpuArray},
+    maps::{HashMap, LpmTrie, MapData, MapError, PerCpuArray, lpm_trie::Key},
     programs::{CgroupAttachMode, CgroupSockAddr, ProgramError},
 };
 use ebpf_abi::{
     Counter, ENDPOINTS_USABLE, EndpointList, FRONTENDS_MAX, LIST_ENDPOINTS_MAX, PROTOCOL_TCP,
-    PROTOCOL_UDP, SocketAddress,
+    PROTOCOL_UDP, RANGES_MAX, SocketAddress,
 };
 use rustix::{
     io::Errno,
@@ -46,6 +46,7 @@ const LIMITS: Limits = Limits {
     frontends: FRONTENDS_MAX as usize,
     endpoints: ENDPOINTS_USABLE as usize,
     list_endpoints: LIST_ENDPOINTS_MAX as usize,
+    ranges: RANGES_MAX as usize / 2,
 };
 
 const COUNTERS: &str = "hf_counters";
@@ -71,9 +72,21 @@ pub enum Protocol {
     Udp,
 }
 
+/// For whom a frontend is. What holds for some comes first: where there is no room for all, nobody is let in
+/// whom it would keep out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Clients {
+    /// Those whose packets come in by an interface, where something else holds for them.
+    Outside,
+    /// Everybody else.
+    All,
+}
+
 /// An address at which a service is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Frontend {
+    /// For whom.
+    pub clients: Clients,
     /// The service's address. An IPv6-mapped IPv4 address is the IPv4 address.
     pub address: IpAddr,
     /// Its port.
@@ -84,7 +97,11 @@ pub struct Frontend {
 
 impl Frontend {
     fn key(&self) -> SocketAddress {
-        self.socket_address(SocketAddr::new(self.address, self.port))
+        let key = self.socket_address(SocketAddr::new(self.address, self.port));
+        match self.clients {
+            Clients::All => key,
+            Clients::Outside => key.for_outside(),
+        }
     }
 
     /// Whether no other frontend is the same.
@@ -114,6 +131,17 @@ pub struct Backends {
     /// same address (`sessionAffinity: ClientIP`). A client is a network namespace, for packets a
     /// source address.
     pub affinity: Option<Duration>,
+    /// Whose packets it takes at interfaces, those of others are dropped; `None`: everybody's.
+    pub ranges: Option<Ranges>,
+}
+
+/// Prefixes, each with its length.
+pub type Ranges = BTreeSet<(IpAddr, u8)>;
+
+impl Backends {
+    fn ranges_len(&self) -> usize {
+        self.ranges.as_ref().map_or(0, Ranges::len)
+    }
 }
 
 /// How an endpoint is chosen for a new flow.
@@ -144,9 +172,12 @@ pub struct Services {
     frontends: HashMap<MapData, SocketAddress, u64>,
     endpoints: HashMap<MapData, u64, SocketAddress>,
     timeouts: HashMap<MapData, SocketAddress, u64>,
+    ranges: LpmTrie<MapData, [u32; 6], u32>,
     installed: BTreeMap<Frontend, Installed>,
     /// Slots of all installed lists.
     installed_slots: usize,
+    /// Prefixes of all installed lists.
+    installed_ranges: usize,
     /// Whether the maps are what was last asked for, all of it.
     complete: bool,
     next_list: u64,
@@ -250,6 +281,7 @@ impl Services {
         let frontends = take_map(&mut ebpf, "hf_frontends", HashMap::try_from)?;
         let endpoints = take_map(&mut ebpf, "hf_endpoints", HashMap::try_from)?;
         let timeouts = take_map(&mut ebpf, "hf_timeouts", HashMap::try_from)?;
+        let ranges = take_map(&mut ebpf, "hf_ranges", LpmTrie::try_from)?;
         for name in PROGRAMS {
             attach(&mut ebpf, name, cgroup, &folder)?;
         }
@@ -259,8 +291,10 @@ impl Services {
             frontends,
             endpoints,
             timeouts,
+            ranges,
             installed,
             installed_slots: 0,
+            installed_ranges: 0,
             complete: true,
             next_list: 0,
             interfaces: None,
@@ -307,12 +341,17 @@ impl Services {
             .values()
             .map(|found| found.backends.endpoints.len())
             .sum();
+        let ranges: usize = actual
+            .values()
+            .map(|found| found.backends.ranges_len())
+            .sum();
         let desired = changes
             .iter()
             .filter_map(|(&frontend, backends)| Some((frontend, backends.clone()?)));
         let limits = Limits {
             frontends: LIMITS.frontends - (self.installed.len() - actual.len()),
             endpoints: LIMITS.endpoints - (self.installed_slots - slots),
+            ranges: LIMITS.ranges - (self.installed_ranges - ranges),
             ..LIMITS
         };
         let plan = plan(&desired.collect(), &actual, limits);
@@ -383,41 +422,46 @@ impl Services {
             Selection::ClientHash => list.with_hash(),
             Selection::Turns => list.with_turns(),
         };
+        if backends.ranges.is_some() {
+            list = list.with_ranges();
+        }
         self.next_list += 1;
         let written = self
-            .write_list(&frontend, list, &backends.endpoints)
+            .write_list(&frontend, list, &backends)
             .and_then(|()| self.write_timeout(&frontend, backends.affinity))
             .and_then(|()| self.frontends.insert(frontend.key(), list.value(), 0));
         if let Err(error) = written {
-            self.erase(list)?;
+            self.erase(list, backends.ranges.as_ref())?;
             return Err(error);
         }
         let forgets = backends.affinity.is_none();
         self.installed_slots += backends.endpoints.len();
+        self.installed_ranges += backends.ranges_len();
         let installed = Installed { list, backends };
         let replaced = self.installed.insert(frontend, installed);
         let Some(replaced) = replaced else {
             return Ok(());
         };
         self.installed_slots -= replaced.backends.endpoints.len();
+        self.installed_ranges -= replaced.backends.ranges_len();
         if forgets && replaced.backends.affinity.is_some() {
             absent_is_gone(self.timeouts.remove(&frontend.key()))?;
         }
-        self.erase(replaced.list)
+        self.erase(replaced.list, replaced.backends.ranges.as_ref())
     }
 
     fn write_list(
         &mut self,
         frontend: &Frontend,
         list: EndpointList,
-        endpoints: &[SocketAddr],
+        backends: &Backends,
     ) -> Result<(), MapError> {
-        list.slots()
-            .zip(endpoints)
-            .try_for_each(|(slot, &endpoint)| {
-                self.endpoints
-                    .insert(slot, frontend.socket_address(endpoint), 0)
-            })
+        for (slot, &endpoint) in list.slots().zip(&backends.endpoints) {
+            self.endpoints
+                .insert(slot, frontend.socket_address(endpoint), 0)?;
+        }
+        let mut ranges = backends.ranges.iter().flatten();
+        ranges.try_for_each(|&range| self.ranges.insert(&range_key(list, range), 1, 0))
     }
 
     fn write_timeout(
@@ -440,19 +484,30 @@ impl Services {
             return Ok(());
         };
         self.installed_slots -= removed.backends.endpoints.len();
+        self.installed_ranges -= removed.backends.ranges_len();
         if removed.backends.affinity.is_some() {
             absent_is_gone(self.timeouts.remove(&frontend.key()))?;
         }
-        self.erase(removed.list)
+        self.erase(removed.list, removed.backends.ranges.as_ref())
     }
 
-    /// Removes a list's endpoints, as far as they were written.
-    fn erase(&mut self, list: EndpointList) -> Result<(), MapError> {
+    /// Removes a list's endpoints and prefixes, as far as they were written.
+    fn erase(&mut self, list: EndpointList, ranges: Option<&Ranges>) -> Result<(), MapError> {
+        for &range in ranges.into_iter().flatten() {
+            absent_is_gone(self.ranges.remove(&range_key(list, range)))?;
+        }
         for slot in list.slots() {
             absent_is_gone(self.endpoints.remove(&slot))?;
         }
         Ok(())
     }
+}
+
+/// A prefix of a list, as the programs look for it.
+fn range_key(list: EndpointList, (address, length): (IpAddr, u8)) -> Key<[u32; 6]> {
+    let mapped = if address.is_ipv4() { 96 } else { 0 };
+    let ip = list.range(SocketAddress::new(address, 0, 0).ip);
+    Key::new(u64::BITS + mapped + u32::from(length), ip)
 }
 
 fn absent_is_gone(removed: Result<(), MapError>) -> Result<(), MapError> {

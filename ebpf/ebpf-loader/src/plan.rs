@@ -10,7 +10,7 @@ use std::{
 
 use ebpf_abi::EndpointList;
 
-use crate::{Backends, Frontend, Selection};
+use crate::{Backends, Frontend, Ranges, Selection};
 
 /// What the maps hold for a frontend.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,6 +25,7 @@ pub(crate) struct Limits {
     pub(crate) frontends: usize,
     pub(crate) endpoints: usize,
     pub(crate) list_endpoints: usize,
+    pub(crate) ranges: usize,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +52,8 @@ pub struct LeftOut {
     pub endpoints: usize,
     /// Endpoints of the other address family than their frontend: no socket could reach them.
     pub other_family: usize,
+    /// Prefixes beyond the limit, the last in order: their clients are not served.
+    pub ranges: usize,
 }
 
 impl LeftOut {
@@ -58,9 +61,10 @@ impl LeftOut {
         let Self {
             frontends,
             endpoints,
-            ..
+            ranges,
+            other_family: _,
         } = self;
-        (frontends, endpoints) == (0, 0)
+        (frontends, endpoints, ranges) == (0, 0, 0)
     }
 }
 
@@ -75,7 +79,9 @@ pub(crate) fn plan(
     let stale = actual
         .keys()
         .filter(|frontend| !fitting.contains_key(frontend));
-    let mut changes: Vec<Change> = stale.map(|&frontend| Change::Remove(frontend)).collect();
+    // What keeps clients out goes last.
+    let stale = stale.rev().map(|&frontend| Change::Remove(frontend));
+    let mut changes: Vec<Change> = stale.collect();
 
     let fitting_count = fitting.len();
     let installed = |frontend: &Frontend| actual.get(frontend).map(|found| &found.backends);
@@ -109,12 +115,14 @@ struct Wanted<'a> {
     endpoints: Endpoints<'a>,
     selection: Selection,
     affinity: Option<Duration>,
+    ranges: Cow<'a, Option<Ranges>>,
 }
 
 impl Wanted<'_> {
     fn is(&self, found: &Backends) -> bool {
         (self.affinity, self.selection) == (found.affinity, found.selection)
             && *self.endpoints == *found.endpoints
+            && *self.ranges == found.ranges
     }
 
     fn into_backends(self) -> Backends {
@@ -122,6 +130,7 @@ impl Wanted<'_> {
             endpoints: self.endpoints.into(),
             selection: self.selection,
             affinity: self.affinity,
+            ranges: self.ranges.into_owned(),
         }
     }
 }
@@ -138,7 +147,11 @@ fn fit(
     };
     let mut frontends = 0;
     let mut room = limits.endpoints;
-    fitting.retain(|_, Wanted { endpoints, .. }| {
+    let mut room_for_ranges = limits.ranges;
+    fitting.retain(|_, wanted| {
+        let Wanted {
+            endpoints, ranges, ..
+        } = wanted;
         let wanted = endpoints.len();
         // Without room for one endpoint the frontend stays away: an empty list would say that the
         // service has none.
@@ -151,6 +164,15 @@ fn fit(
         frontends += 1;
         room -= endpoints.len();
         left_out.endpoints += wanted - endpoints.len();
+        if let Some(wanted) = ranges.as_ref() {
+            let fitting = wanted.len().min(room_for_ranges);
+            room_for_ranges -= fitting;
+            if fitting < wanted.len() {
+                left_out.ranges += wanted.len() - fitting;
+                let fitting = wanted.iter().copied().take(fitting);
+                *ranges = Cow::Owned(Some(fitting.collect()));
+            }
+        }
         true
     });
     (fitting, left_out)
@@ -181,6 +203,7 @@ fn canonical(desired: &BTreeMap<Frontend, Backends>) -> (BTreeMap<Frontend, Want
                     endpoints,
                     selection,
                     affinity,
+                    ranges: Cow::Borrowed(&given.ranges),
                 });
             }
             // The IPv4 and the mapped form of one address were both given.

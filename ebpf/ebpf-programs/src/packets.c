@@ -70,6 +70,15 @@ struct {
     __uint(max_entries, AFFINITIES_MAX);
 } hf_sources SEC(".maps");
 
+/* A list and the prefixes of the clients that may use it. */
+struct {
+    __uint(type, BPF_MAP_TYPE_LPM_TRIE);
+    __uint(map_flags, BPF_F_NO_PREALLOC);
+    __type(key, struct source_range);
+    __type(value, __u32);
+    __uint(max_entries, RANGES_MAX);
+} hf_ranges SEC(".maps");
+
 struct {
     __uint(type, BPF_MAP_TYPE_LRU_HASH);
     __type(key, struct fragmented);
@@ -425,6 +434,7 @@ static __always_inline struct tracked_flow source_of(const struct tracked_flow *
 {
     struct tracked_flow source = {.address = flow->address};
 
+    source.address.outside = 0;
     __builtin_memcpy(source.client.ip, flow->client.ip, sizeof(source.client.ip));
     return source;
 }
@@ -483,8 +493,58 @@ static __noinline void keep_source(const struct tracked_flow *flow, const struct
         count_packet(PACKET_not_remembered);
 }
 
-/* Gives a new flow its endpoint. */
-static __noinline __u32 open_flow(const struct tracked_flow *flow, struct tracked *tracked)
+/* Whether the service leads clients from outside elsewhere than all others. Not static, and neither
+ * is the next: so the verifier looks at them once, and at what comes after them once for both. */
+__noinline __u32 differs_outside(const struct tracked_flow *flow)
+{
+    struct socket_address asked;
+
+    if (!flow)
+        return 0;
+    asked = flow->address;
+    asked.outside = 1;
+    return bpf_map_lookup_elem(&hf_frontends, &asked) != NULL;
+}
+
+/* Whether the client may use the service: it is in one of the list's prefixes, or the list has
+ * none. Reads as choose_near(): with a list that is gone go its prefixes. */
+__noinline __u32 is_in_range(const struct tracked_flow *flow)
+{
+    struct source_range key = {.prefix_len = 8 * (sizeof(key.list) + sizeof(key.ip))};
+
+    if (!flow)
+        return false;
+    __builtin_memcpy(key.ip, flow->client.ip, sizeof(key.ip));
+    for (int attempt = 0; attempt < (int)READ_ATTEMPTS; attempt++) {
+        volatile __u64 *value = bpf_map_lookup_elem(&hf_frontends, &flow->address);
+        __u64 list;
+
+        if (!value)
+            return true;
+        list = *value;
+        if (!(list & LIST_RANGES))
+            return true;
+        list &= ~(__u64)LIST_LENGTH_MASK;
+        __builtin_memcpy(key.list, &list, sizeof(key.list));
+        if (bpf_map_lookup_elem(&hf_ranges, &key))
+            return true;
+        value = bpf_map_lookup_elem(&hf_frontends, &flow->address);
+        if (value && same_list(*value, list))
+            return false;
+    }
+    return false;
+}
+
+/* Whether a service without endpoints for clients from outside has some for others. */
+static __always_inline bool has_others(const struct tracked_flow *flow)
+{
+    __u64 *list = bpf_map_lookup_elem(&hf_frontends, &flow->address);
+
+    return list && (*list & LIST_LENGTH_MASK);
+}
+
+/* Gives a new flow its endpoint; meanwhile it asks as clients from outside. */
+static __noinline __u32 open_flow(struct tracked_flow *flow, struct tracked *tracked)
 {
     struct tracked_flow answer = {.client = flow->client};
     __u32 refused = PACKET_refused_silently;
@@ -493,6 +553,9 @@ static __noinline __u32 open_flow(const struct tracked_flow *flow, struct tracke
     struct tracked *others;
     long failed;
 
+    flow->address.outside = differs_outside(flow);
+    if (!is_in_range(flow))
+        return PACKET_not_in_range;
     if (recall_source(flow, &kept)) {
         answer.address = kept.endpoint;
         if (!same_ip(&answer.address, &flow->client) &&
@@ -505,10 +568,14 @@ static __noinline __u32 open_flow(const struct tracked_flow *flow, struct tracke
     for (__u32 attempt = 0; attempt < ENDPOINT_ATTEMPTS; attempt++) {
         enum verdict verdict = choose_near(flow, random, attempt, &answer.address);
 
-        if (verdict == NOT_A_SERVICE)
+        if (verdict == NOT_A_SERVICE && !flow->address.outside)
             return PACKET_request_passed;
+        if (verdict != CHOSEN)
+            flow->address.outside = 0;
+        if (verdict == NOT_A_SERVICE) /* There is no difference any more. */
+            continue;
         if (verdict == NO_ENDPOINT)
-            return PACKET_refused_silently;
+            return has_others(flow) ? PACKET_not_local : PACKET_refused_silently;
         if (!answer.address.port)
             continue;
         if (same_ip(&answer.address, &flow->client))
@@ -521,6 +588,7 @@ static __noinline __u32 open_flow(const struct tracked_flow *flow, struct tracke
     return refused;
 
 chosen:
+    flow->address.outside = 0;
     tracked->endpoint = answer.address;
     failed = bpf_map_update_elem(&hf_tracked, flow, tracked, BPF_NOEXIST);
     if (failed == -EEXIST) { /* Another CPU had a packet of the flow. */
@@ -754,7 +822,8 @@ static __noinline int on_request(struct __sk_buff *skb, struct packet *packet)
         counter = open_flow(&flow, &opened);
         if (counter == PACKET_request_passed)
             return pass(counter);
-        if (counter == PACKET_flow_lost)
+        if (counter == PACKET_flow_lost || counter == PACKET_not_in_range ||
+            counter == PACKET_not_local)
             return drop(counter);
         if (counter != PACKET_flow_opened) {
             if (counter != PACKET_refused_silently)

@@ -24,6 +24,7 @@
 #define LIST_AFFINITY (1ULL << LIST_AFFINITY_BIT)
 #define LIST_HASH (1ULL << LIST_HASH_BIT)
 #define LIST_TURNS (1ULL << LIST_TURNS_BIT)
+#define LIST_RANGES (1ULL << LIST_RANGES_BIT)
 #define NO_SLOT (~0ULL) /* Of a list that never is. */
 #define PASS 1
 #define REFUSE 0
@@ -138,7 +139,7 @@ static __always_inline void read_address(struct bpf_sock_addr *ctx, bool v6,
     address->ip[3] = v6 ? ctx->user_ip6[3] : ctx->user_ip4;
     address->port = ctx->user_port;
     address->protocol = ctx->protocol;
-    address->zero = 0;
+    address->outside = 0;
 }
 
 static __always_inline void write_address(struct bpf_sock_addr *ctx, bool v6,

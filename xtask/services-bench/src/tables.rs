@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use ebpf_loader::{Backends, Frontend, LinkHeader, Services};
+use ebpf_loader::{Backends, Clients, Frontend, LinkHeader, Services};
 use mesh_agent::publish;
 use mesh_core::{
     services::{Table, View},
@@ -76,6 +76,7 @@ fn frontend(line: &str) -> Result<(Frontend, Backends)> {
     let endpoints = words.map(str::parse);
     let endpoints: Vec<SocketAddr> = endpoints.collect::<Result<_, _>>()?;
     let frontend = Frontend {
+        clients: Clients::All,
         address: asked.ip(),
         port: asked.port(),
         protocol,

@@ -1,17 +1,19 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::Protocol;
+use crate::{Clients, Protocol};
 
 const ROOMY: Limits = Limits {
     frontends: 100,
     endpoints: 100,
     list_endpoints: 10,
+    ranges: 10,
 };
 
 fn frontend(address: &str) -> Frontend {
     let addr: SocketAddr = address.parse().unwrap();
     Frontend {
+        clients: Clients::All,
         address: addr.ip(),
         port: addr.port(),
         protocol: Protocol::Tcp,
@@ -152,6 +154,7 @@ fn at_a_limit_the_first_in_order_stay_and_the_rest_is_counted() {
         frontends: 3,
         endpoints: 3,
         list_endpoints: 2,
+        ..ROOMY
     };
     let plan = plan(&wanted, &BTreeMap::new(), limits);
     let first = set("10.96.0.1:80", &["10.0.0.1:80", "10.0.0.2:80"]);
@@ -162,7 +165,7 @@ fn at_a_limit_the_first_in_order_stay_and_the_rest_is_counted() {
         LeftOut {
             frontends: 2,
             endpoints: 3,
-            other_family: 0
+            ..LeftOut::default()
         }
     );
 }
@@ -181,7 +184,7 @@ proptest! {
         after in services(),
         endpoints in 0usize..20,
     ) {
-        let limits = Limits { frontends: 6, endpoints, list_endpoints: 5 };
+        let limits = Limits { frontends: 6, endpoints, list_endpoints: 5, ..ROOMY };
         let mut maps: BTreeMap<Frontend, Installed> = BTreeMap::new();
         for wanted in [&before, &after] {
             for change in plan(wanted, &maps, limits).changes {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use ebpf_abi::{LIST_ENDPOINTS_MAX, SocketAddress};
-use ebpf_loader::{Backends, Frontend, Protocol};
+use ebpf_loader::{Backends, Clients, Frontend, Protocol};
 
 use crate::lab::{FAMILIES, Lab, accepted, addresses, tcp_servers};
 
@@ -19,6 +19,7 @@ fn changes_alone_are_applied_without_a_look_at_the_rest() {
     let servers = tcp_servers(FAMILIES[0].loopback, 2);
     let at = addresses(&servers, TcpListener::local_addr);
     let frontend = |number: u8| Frontend {
+        clients: Clients::All,
         address: [10, 96, 7, number].into(),
         port: 80,
         protocol: Protocol::Tcp,
@@ -70,6 +71,7 @@ fn changes_that_do_not_fit_ask_for_everything() {
         Backends::from(endpoints.collect::<Vec<_>>())
     };
     let frontend = |port| Frontend {
+        clients: Clients::All,
         address: [10, 96, 7, 1].into(),
         port,
         protocol: Protocol::Tcp,

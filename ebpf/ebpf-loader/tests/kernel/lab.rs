@@ -19,7 +19,9 @@ use aya::{
     programs::{links::LinkInfo, loaded_links, loaded_programs},
 };
 use ebpf_abi::Counter;
-use ebpf_loader::{ApplyReport, Backends, Frontend, LoadError, Protocol, Services, find_cgroup2};
+use ebpf_loader::{
+    ApplyReport, Backends, Clients, Frontend, LoadError, Protocol, Services, find_cgroup2,
+};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     thread::{
@@ -128,6 +130,7 @@ impl Lab {
             ..like.clone()
         };
         let frontend = |addr: SocketAddr, protocol| Frontend {
+            clients: Clients::All,
             address: addr.ip(),
             port: addr.port(),
             protocol,

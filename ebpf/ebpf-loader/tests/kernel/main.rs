@@ -28,7 +28,7 @@ use std::{
 };
 
 use ebpf_abi::{Counter, FLOWS_MAX, SocketAddress};
-use ebpf_loader::{Backends, Frontend, LoadError, Protocol, Services};
+use ebpf_loader::{Backends, Clients, Frontend, LoadError, Protocol, Services};
 use rustix::thread::CapabilitySet;
 
 use crate::lab::{
@@ -362,6 +362,7 @@ fn ten_thousand_services_fill_quickly_and_change_by_difference() {
     let service = |n: u16| {
         let [high, low] = n.to_be_bytes();
         Frontend {
+            clients: Clients::All,
             address: IpAddr::from([10, 96, high, low]),
             port: 80,
             protocol: Protocol::Tcp,
@@ -458,6 +459,7 @@ fn a_socket_with_more_flows_than_are_remembered_is_served_all_the_same() {
         IpAddr::from([net, 0, high, low])
     };
     let service = |n| Frontend {
+        clients: Clients::All,
         address: address(10, n),
         port: 53,
         protocol: Protocol::Udp,
@@ -525,6 +527,7 @@ fn outside_the_cgroup_nothing_changes() {
     let servers = tcp_servers(family.loopback, 1);
     let at = addresses(&servers, TcpListener::local_addr);
     let frontend = Frontend {
+        clients: Clients::All,
         address: at[0].ip(),
         port: at[0].port(),
         protocol: Protocol::Tcp,

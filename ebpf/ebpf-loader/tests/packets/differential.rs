@@ -7,7 +7,8 @@ use std::{
 
 use ebpf_abi::EndpointList;
 use proptest::{
-    collection::{btree_map, vec},
+    collection::{btree_map, btree_set, vec},
+    option,
     prelude::*,
     sample::select,
     test_runner::{Config, TestRunner},
@@ -47,23 +48,60 @@ fn place(ports: &'static [u16]) -> impl Strategy<Value = Place> {
     parts.prop_map(|(v4, last, port)| Place { v4, last, port })
 }
 
-/// Services with how many endpoints each; then who asks for which, by TCP or by UDP.
-type Case = (BTreeMap<Place, u8>, Vec<(Place, Place, bool)>);
+/// How many endpoints a service has, how many of them for clients from outside, and the last numbers of
+/// those clients.
+#[derive(Debug, Clone)]
+struct Served {
+    endpoints: u8,
+    outside: Option<(u8, Option<BTreeSet<u8>>)>,
+}
+
+fn served() -> impl Strategy<Value = Served> {
+    let only = option::of(btree_set(1..4_u8, 0..3));
+    (0..5_u8, option::of((0..5_u8, only))).prop_map(|(endpoints, outside)| Served {
+        endpoints,
+        outside: outside.map(|(some, only)| (some.min(endpoints), only)),
+    })
+}
+
+/// Where a service's clients are led.
+struct Leads {
+    all: Vec<SocketAddr>,
+    outside: Option<(Vec<SocketAddr>, Option<Vec<IpAddr>>)>,
+}
+
+impl Leads {
+    /// What becomes of a client from outside: to one of these, or what else.
+    fn is(&self, client: IpAddr) -> Result<&[SocketAddr], Verdict> {
+        let (list, only) = match &self.outside {
+            None => (&self.all, &None),
+            Some((list, only)) => (list, only),
+        };
+        if only.as_ref().is_some_and(|only| !only.contains(&client)) {
+            return Err(Verdict::Dropped);
+        }
+        match (list.is_empty(), self.all.is_empty()) {
+            (false, _) => Ok(list),
+            (true, true) => Err(Verdict::Returned),
+            (true, false) => Err(Verdict::Dropped),
+        }
+    }
+}
+
+/// Services; then who asks for which, by TCP or by UDP.
+type Case = (BTreeMap<Place, Served>, Vec<(Place, Place, bool)>);
 
 fn case() -> impl Strategy<Value = Case> {
-    let services = btree_map(place(&[53, 80]), 0..5_u8, 0..8);
+    let services = btree_map(place(&[53, 80]), served(), 0..8);
     let flow = (place(&[40_001, 40_002]), place(&[53, 80]), any::<bool>());
     (services, vec(flow, 1..96))
 }
 
-fn serve(
-    machine: &mut Machine,
-    services: &BTreeMap<Place, u8>,
-) -> BTreeMap<SocketAddr, Vec<SocketAddr>> {
+fn serve(machine: &mut Machine, services: &BTreeMap<Place, Served>) -> BTreeMap<SocketAddr, Leads> {
     let mut table = BTreeMap::new();
-    // No endpoint is in two lists: which service a client asks for would not be told apart.
-    for (index, (service, &endpoints)) in (1_u8..).zip(services) {
-        let endpoints = (0..endpoints).map(|port| {
+    // No endpoint is of two services: which one a client asks for would not be told apart.
+    for (index, (service, served)) in (1_u8..).zip(services) {
+        let endpoints = (0..served.endpoints).map(|port| {
             let place = Place {
                 last: index,
                 port: 8_000 + u16::from(port),
@@ -71,9 +109,21 @@ fn serve(
             };
             place.at(ENDPOINTS)
         });
-        let endpoints: Vec<_> = endpoints.collect();
-        machine.serve(service.at(SERVICES), &endpoints);
-        table.insert(service.at(SERVICES), endpoints);
+        let all: Vec<_> = endpoints.collect();
+        machine.serve(service.at(SERVICES), &all);
+        let outside = served.outside.as_ref().map(|(some, only)| {
+            let list = all.iter().copied().take((*some).into()).collect();
+            let only = only.as_ref().map(|only| {
+                let client = |&last: &u8| Place { last, ..*service }.at(CLIENTS).ip();
+                only.iter().map(client).collect::<Vec<_>>()
+            });
+            (list, only)
+        });
+        if let Some((list, only)) = &outside {
+            let list: &Vec<SocketAddr> = list;
+            machine.serve_outside(service.at(SERVICES), list, only.as_deref());
+        }
+        table.insert(service.at(SERVICES), Leads { all, outside });
     }
     table
 }
@@ -101,14 +151,17 @@ fn check((services, flows): Case) -> Result<(), TestCaseError> {
         for _ in 0..2 {
             let asked = packet(client, service);
             let ran = machine.request(&asked);
-            let Some(endpoints) = table.get(&service) else {
+            let Some(leads) = table.get(&service) else {
                 prop_assert_eq!((ran.verdict, ran.packet), (Verdict::Next, asked));
                 continue;
             };
-            if endpoints.is_empty() {
-                prop_assert_eq!(ran.verdict, Verdict::Returned);
-                continue;
-            }
+            let endpoints = match leads.is(client.ip()) {
+                Ok(endpoints) => endpoints,
+                Err(verdict) => {
+                    prop_assert_eq!(ran.verdict, verdict);
+                    continue;
+                }
+            };
             let there = |&&endpoint: &&SocketAddr| packet(client, endpoint) == ran.packet;
             let endpoint = endpoints.iter().find(there);
             let endpoint = *endpoint.ok_or_else(|| TestCaseError::fail("to none of the list"))?;

@@ -12,7 +12,7 @@ use std::{
 };
 
 use ebpf_abi::PacketCounter;
-use ebpf_loader::{Frontend, LinkHeader, Protocol, Services, find_cgroup2};
+use ebpf_loader::{Clients, Frontend, LinkHeader, Protocol, Services, find_cgroup2};
 use rustix::{
     net::{AddressFamily, SocketType, netdevice, socket},
     thread::{LinkNameSpaceType, move_into_link_name_space},
@@ -103,6 +103,7 @@ impl Lan {
     /// Makes `asked` the lab's only service.
     pub(crate) fn serve(&mut self, asked: SocketAddr, endpoints: &[SocketAddr]) {
         let frontend = |protocol| Frontend {
+            clients: Clients::All,
             address: asked.ip(),
             port: asked.port(),
             protocol,

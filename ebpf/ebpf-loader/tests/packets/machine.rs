@@ -1,10 +1,14 @@
 //! The programs, and packets sent through them by the kernel's test run.
 
-use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use aya::{
     Ebpf, EbpfLoader, Pod,
-    maps::{HashMap, MapData, PerCpuArray},
+    maps::{HashMap, LpmTrie, MapData, PerCpuArray, lpm_trie::Key},
     programs::{SchedClassifier, TestRun, TestRunOptions},
 };
 use ebpf_abi::{EndpointList, PacketCounter, SocketAddress};
@@ -75,15 +79,47 @@ impl Machine {
     ) {
         for protocol in [TCP, UDP] {
             let key = |addr: SocketAddr| SocketAddress::new(addr.ip(), addr.port(), protocol);
-            let list = kind(EndpointList::new(self.next_list, endpoints.len()));
-            self.next_list += 1;
-            for (slot, &endpoint) in list.slots().zip(endpoints) {
-                let mut map = self.map::<u64, SocketAddress>("hf_endpoints");
-                map.insert(slot, key(endpoint), 0).unwrap();
-            }
-            let mut frontends = self.map::<SocketAddress, u64>("hf_frontends");
-            frontends.insert(key(service), list.value(), 0).unwrap();
+            let endpoints: Vec<_> = endpoints.iter().copied().map(key).collect();
+            self.write_list(key(service), &endpoints, kind);
         }
+    }
+
+    /// For clients from outside alone, and of them, if that is said, for those of these addresses alone.
+    pub(crate) fn serve_outside(
+        &mut self,
+        service: SocketAddr,
+        endpoints: &[SocketAddr],
+        only: Option<&[IpAddr]>,
+    ) {
+        for protocol in [TCP, UDP] {
+            let key = |addr: SocketAddr| SocketAddress::new(addr.ip(), addr.port(), protocol);
+            let endpoints: Vec<_> = endpoints.iter().copied().map(key).collect();
+            let kind = only.map_or((|list| list) as fn(_) -> _, |_| EndpointList::with_ranges);
+            let list = self.write_list(key(service).for_outside(), &endpoints, kind);
+            for &client in only.into_iter().flatten() {
+                let data = list.range(SocketAddress::new(client, 0, 0).ip);
+                let found = self.ebpf.map_mut("hf_ranges").unwrap();
+                let mut ranges: LpmTrie<_, [u32; 6], u32> = found.try_into().unwrap();
+                ranges.insert(&Key::new(192, data), 1, 0).unwrap();
+            }
+        }
+    }
+
+    fn write_list(
+        &mut self,
+        service: SocketAddress,
+        endpoints: &[SocketAddress],
+        kind: fn(EndpointList) -> EndpointList,
+    ) -> EndpointList {
+        let list = kind(EndpointList::new(self.next_list, endpoints.len()));
+        self.next_list += 1;
+        for (slot, &endpoint) in list.slots().zip(endpoints) {
+            let mut map = self.map::<u64, SocketAddress>("hf_endpoints");
+            map.insert(slot, endpoint, 0).unwrap();
+        }
+        let mut frontends = self.map::<SocketAddress, u64>("hf_frontends");
+        frontends.insert(service, list.value(), 0).unwrap();
+        list
     }
 
     pub(crate) fn program(&self, name: &str) -> &SchedClassifier {

@@ -22,6 +22,8 @@ mod masquerade;
 #[path = "../common/netns.rs"]
 mod netns;
 #[cfg(test)]
+mod outside;
+#[cfg(test)]
 mod sockets;
 #[cfg(test)]
 mod verdicts;

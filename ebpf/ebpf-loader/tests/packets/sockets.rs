@@ -43,7 +43,11 @@ pub(crate) fn connect(lan: &Lan, family: &Family) -> io::Result<TcpStream> {
 }
 
 /// The service's client and server, connected by the gateway.
-fn connected(lan: &Lan, family: &Family, listener: &TcpListener) -> (TcpStream, TcpStream) {
+pub(crate) fn connected(
+    lan: &Lan,
+    family: &Family,
+    listener: &TcpListener,
+) -> (TcpStream, TcpStream) {
     let client = connect(lan, family).unwrap();
     let (server, from) = listener.accept().unwrap();
     assert_eq!(
@@ -68,14 +72,14 @@ pub(crate) fn transfer(mut from: &TcpStream, mut to: &TcpStream, bytes: usize) {
     assert!(sent == received, "other bytes arrived");
 }
 
-fn server_socket(lan: &Lan, family: &Family) -> (UdpSocket, SocketAddr) {
+pub(crate) fn server_socket(lan: &Lan, family: &Family) -> (UdpSocket, SocketAddr) {
     let server = lan.in_servers(|| UdpSocket::bind((family.server, 0)).unwrap());
     server.set_read_timeout(Some(PATIENCE)).unwrap();
     let addr = server.local_addr().unwrap();
     (server, addr)
 }
 
-fn client_socket(lan: &Lan, family: &Family) -> UdpSocket {
+pub(crate) fn client_socket(lan: &Lan, family: &Family) -> UdpSocket {
     let client = lan.in_client(|| UdpSocket::bind((family.client, 0)).unwrap());
     client.set_read_timeout(Some(PATIENCE)).unwrap();
     client
@@ -83,7 +87,7 @@ fn client_socket(lan: &Lan, family: &Family) -> UdpSocket {
 
 /// A question to the service and an answer of as many bytes.
 #[track_caller]
-fn ask(client: &UdpSocket, server: &UdpSocket, family: &Family, bytes: usize) {
+pub(crate) fn ask(client: &UdpSocket, server: &UdpSocket, family: &Family, bytes: usize) {
     let sent: Vec<u8> = (0..bytes).map(|n| (n % 251).to_le_bytes()[0]).collect();
     let mut received = vec![0; bytes + 1];
     client.send_to(&sent, family.service).unwrap();
