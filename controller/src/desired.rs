@@ -13,11 +13,15 @@ use mesh_api::{
     control::{Resource, ResourceKey},
     convert::{
         external_peer_resource, key, mesh_resource, node_record_bytes, node_resource,
+        policy::{mesh_policy_resource, namespace_resource, network_policy_resource, pod_resource},
         relay_resource, service_resource, slice_resource,
     },
 };
-use mesh_core::snapshot::{
-    Balance, ExternalPeer, Locality, MeshSettings, Node, Service, ServiceKind, ServiceName,
+use mesh_core::{
+    policy::resources::ObjectName,
+    snapshot::{
+        Balance, ExternalPeer, Locality, MeshSettings, Node, Service, ServiceKind, ServiceName,
+    },
 };
 use mesh_wire::id::{MeshId, NodeId, NodeName};
 
@@ -67,6 +71,7 @@ pub fn desired(objects: &[&Loaded], nodes: &Nodes, id: MeshId, trust_domain: &st
     for loaded in objects {
         builder.object(loaded);
     }
+    builder.selected(objects);
     builder.finish()
 }
 
@@ -145,12 +150,17 @@ impl Builder {
             | Object::MeshNode(_)
             | Object::Relay(_)
             | Object::ExternalPeer(_)
-            | Object::Balance(..) => None,
+            | Object::Balance(..)
+            | Object::MeshPolicy(_)
+            | Object::NetworkPolicy(_)
+            | Object::Pod(_)
+            | Object::Namespace(..) => None,
         });
         for config in configs {
             let mesh = &mut self.desired.mesh;
             mesh.overlay_v4 = config.overlay_v4.unwrap_or(mesh.overlay_v4).trunc();
             mesh.mtu_bytes = config.mtu_bytes.unwrap_or(mesh.mtu_bytes);
+            mesh.default_action = config.default_action.unwrap_or(mesh.default_action);
             if let Some(domain) = &config.cluster_domain {
                 mesh.cluster_domain.clone_from(domain);
             }
@@ -213,7 +223,13 @@ impl Builder {
 
     fn object(&mut self, loaded: &Loaded) {
         match &loaded.object {
-            Object::Config(_) | Object::Balance(..) | Object::Service(None) => {}
+            Object::Config(_)
+            | Object::Balance(..)
+            | Object::Service(None)
+            | Object::Pod(_)
+            | Object::Namespace(..) => {}
+            Object::MeshPolicy(policy) => self.want(mesh_policy_resource(policy)),
+            Object::NetworkPolicy(policy) => self.want(network_policy_resource(policy)),
             Object::Service(Some(service)) => self.service(loaded, service),
             Object::Slice(service, slice) => self.want(slice_resource(service, slice)),
             Object::Node(facts) => {
@@ -260,6 +276,56 @@ impl Builder {
             balance: said.unwrap_or_else(|| service.balance.clone()),
             ..service.clone()
         }));
+    }
+
+    /// Pods and namespaces, where there are policies: nobody else asks for them. A pod's address is
+    /// nobody else's, or policies about one would be about the other.
+    fn selected(&mut self, objects: &[&Loaded]) {
+        let is_policy = |loaded: &&Loaded| {
+            matches!(
+                loaded.object,
+                Object::MeshPolicy(_) | Object::NetworkPolicy(_)
+            )
+        };
+        if !objects.iter().any(is_policy) {
+            return;
+        }
+        let mut taken: BTreeMap<IpAddr, &ObjectName> = BTreeMap::new();
+        for loaded in objects {
+            let pod = match &loaded.object {
+                Object::Namespace(name, labels) => {
+                    self.want(namespace_resource(name, labels));
+                    continue;
+                }
+                Object::Pod(Some(pod)) => pod,
+                Object::Pod(None)
+                | Object::Service(_)
+                | Object::Slice(..)
+                | Object::Node(_)
+                | Object::MeshNode(_)
+                | Object::Relay(_)
+                | Object::ExternalPeer(_)
+                | Object::Config(_)
+                | Object::Balance(..)
+                | Object::MeshPolicy(_)
+                | Object::NetworkPolicy(_) => continue,
+            };
+            let addresses = pod.addresses.iter().filter(|_| !pod.host_network);
+            let owner = pod.node.as_ref().map(owner).unwrap_or_default();
+            let foreign = addresses.clone().find_map(|&address| {
+                let claimed = self.desired.claims.conflict(address.into(), &owner);
+                let claimed = claimed.map(|(prefix, by)| format!("{prefix} of {by}"));
+                let other = taken.get(&address).map(|other| format!("pod {other}"));
+                Some((address, claimed.or(other)?))
+            });
+            if let Some((address, by)) = foreign {
+                let text = format!("{address} is in {by}; this pod is left out");
+                self.problem(loaded, "status.podIPs", &text);
+                continue;
+            }
+            taken.extend(addresses.map(|&address| (address, &pod.name)));
+            self.want(pod_resource(pod));
+        }
     }
 
     /// A pin never takes an address that another node has, even if that one is about to move.

@@ -221,7 +221,11 @@ fn signed_record(resource: Option<&Resource>) -> Option<&[u8]> {
         | resource::Kind::ExternalPeer(_)
         | resource::Kind::Relay(_)
         | resource::Kind::Service(_)
-        | resource::Kind::Slice(_) => None,
+        | resource::Kind::Slice(_)
+        | resource::Kind::Pod(_)
+        | resource::Kind::Namespace(_)
+        | resource::Kind::NetworkPolicy(_)
+        | resource::Kind::MeshPolicy(_) => None,
     }
 }
 

@@ -6,8 +6,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use mesh_core::snapshot::{
-    Balance, EndpointSlice, ExternalPeer, Locality, Relay, Service, ServiceName,
+use mesh_core::{
+    policy::resources::{DefaultAction, Labels, MeshPolicy, NetworkPolicy, Pod},
+    snapshot::{Balance, EndpointSlice, ExternalPeer, Locality, Relay, Service, ServiceName},
 };
 use mesh_wire::id::NodeName;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -76,6 +77,14 @@ pub enum Kind {
     MeshConfig,
     /// How a service's flows are spread.
     MeshService,
+    /// Who may speak with whom.
+    MeshPolicy,
+    /// `networking.k8s.io/v1`.
+    NetworkPolicy,
+    /// `v1`: whom policies select.
+    Pod,
+    /// `v1`.
+    Namespace,
 }
 
 /// What makes an object the same object in another place.
@@ -123,6 +132,14 @@ pub enum Object {
     Config(Config),
     /// How a service's flows are spread.
     Balance(ServiceName, Balance),
+    /// Who may speak with whom.
+    MeshPolicy(MeshPolicy),
+    /// The same, of pods.
+    NetworkPolicy(NetworkPolicy),
+    /// A pod; `None`: it has no address (any more).
+    Pod(Option<Pod>),
+    /// A namespace's labels.
+    Namespace(String, Labels),
 }
 
 /// What a manifest says of a node.
@@ -153,6 +170,8 @@ pub struct Config {
     pub node_domain: Option<String>,
     /// MTU of the overlay.
     pub mtu_bytes: Option<u16>,
+    /// What happens to flows of which no policy says anything.
+    pub default_action: Option<DefaultAction>,
 }
 
 /// An object and where it stands.

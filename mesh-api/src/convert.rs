@@ -2,6 +2,7 @@
 
 use std::{fmt::Display, net::IpAddr, str::FromStr, sync::Arc, time::Duration};
 
+use mesh_core::policy::resources::{Labels, MeshPolicy, NetworkPolicy, Pod};
 use mesh_core::snapshot::{
     Balance, Endpoint, EndpointPort, EndpointSlice, External, ExternalPeer, Hints, Locality,
     MeshSettings, Node, Place, Policy, Protocol, Relay, SPILL_OVER_MAX, Service, ServiceKind,
@@ -11,6 +12,8 @@ use mesh_wire::id::{MeshId, NodeId};
 use prost::Message as _;
 
 use crate::control::{self, Resource, ResourceKey, resource, resource_key};
+
+pub mod policy;
 
 /// A field that is not what it must be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -44,6 +47,14 @@ pub enum Object {
     Service(Arc<Service>),
     /// Some of a service's endpoints.
     Slice(ServiceName, Arc<EndpointSlice>),
+    /// A pod, as policies see it.
+    Pod(Arc<Pod>),
+    /// A namespace's labels, by its name.
+    Namespace(String, Arc<Labels>),
+    /// Kubernetes' policy.
+    NetworkPolicy(Arc<NetworkPolicy>),
+    /// The mesh's own policy.
+    MeshPolicy(Arc<MeshPolicy>),
 }
 
 /// The key of `resource`.
@@ -67,6 +78,13 @@ pub fn key(resource: &Resource) -> Result<ResourceKey, FieldError> {
             KeyKind::Slice,
             format!("{}/{}/{}", slice.namespace, slice.service, slice.name),
         ),
+        Kind::Pod(pod) => (KeyKind::Pod, format!("{}/{}", pod.namespace, pod.name)),
+        Kind::Namespace(namespace) => (KeyKind::Namespace, namespace.name.clone()),
+        Kind::NetworkPolicy(policy) => (
+            KeyKind::NetworkPolicy,
+            format!("{}/{}", policy.namespace, policy.name),
+        ),
+        Kind::MeshPolicy(policy) => (KeyKind::MeshPolicy, policy.name.clone()),
     };
     Ok(ResourceKey {
         kind: kind.into(),
@@ -95,6 +113,16 @@ pub fn decode(resource: &Resource) -> Result<Object, FieldError> {
             let (service, slice) = decode_slice(slice)?;
             Ok(Object::Slice(service, slice.into()))
         }
+        Kind::Pod(pod) => Ok(Object::Pod(policy::decode_pod(pod)?.into())),
+        Kind::Namespace(namespace) => Ok(Object::Namespace(
+            filled("name", &namespace.name)?,
+            namespace.labels.clone().into(),
+        )),
+        Kind::NetworkPolicy(said) => {
+            let checked = policy::decode_network_policy(said)?;
+            Ok(Object::NetworkPolicy(checked.into()))
+        }
+        Kind::MeshPolicy(said) => Ok(Object::MeshPolicy(policy::decode_mesh_policy(said)?.into())),
     }
 }
 
@@ -108,6 +136,7 @@ pub fn mesh_resource(mesh: &MeshSettings) -> Resource {
         cluster_domain: mesh.cluster_domain.clone(),
         node_domain: mesh.node_domain.clone(),
         mtu_bytes: mesh.mtu_bytes.into(),
+        default_action: policy::encode_default(mesh.default_action).into(),
     }))
 }
 
@@ -199,6 +228,7 @@ pub fn service_resource(service: &Service) -> Resource {
         load_balancer_ips: texts(&service.external.load_balancer),
         load_balancer_source_ranges: texts(&service.external.sources),
         external_local_only: service.external.local_only,
+        health_check_node_port: service.external.health_check.unwrap_or_default().into(),
         balance: (service.balance != Balance::default()).then(|| encode_balance(&service.balance)),
     }))
 }
@@ -285,6 +315,7 @@ fn decode_mesh(mesh: &control::MeshSettings) -> Result<MeshSettings, FieldError>
         node_domain: filled("node_domain", &mesh.node_domain)?,
         mtu_bytes: u16::try_from(mesh.mtu_bytes)
             .map_err(|_| bad("mtu_bytes", format!("{} is too much", mesh.mtu_bytes)))?,
+        default_action: policy::decode_default(mesh.default_action)?,
     })
 }
 
@@ -377,6 +408,9 @@ fn decode_service(service: &control::Service) -> Result<Service, FieldError> {
                 &service.load_balancer_source_ranges,
             )?,
             local_only: service.external_local_only,
+            health_check: (service.health_check_node_port != 0)
+                .then(|| port("health_check_node_port", service.health_check_node_port))
+                .transpose()?,
         },
         balance: decode_balance(service.balance.as_ref())?,
     })

@@ -3,6 +3,8 @@
 //!
 //! Values are text as the user wrote it; the controller checks them and names the field.
 
+use std::collections::BTreeMap;
+
 use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -134,6 +136,10 @@ pub struct MeshConfigSpec {
     /// MTU of the overlay; 1280 unless said otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu_bytes: Option<u16>,
+    /// What happens to flows of which no MeshPolicy says anything: `allow` (unless said otherwise),
+    /// `audit` (they pass, and are counted as what `deny` would drop) or `deny`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub default_action: Option<String>,
 }
 
 /// How new flows are spread over the endpoints of the `v1 Service` of its name and namespace.
@@ -184,6 +190,112 @@ pub struct EndpointWeight {
     pub region: Option<String>,
 }
 
+/// Who may speak with whom in the whole mesh. Denials come before allowances, and those before
+/// the `defaultAction` of the MeshConfig.
+#[derive(
+    CustomResource, Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema,
+)]
+#[kube(
+    group = "mesh.holdfast.dev",
+    version = "v1alpha1",
+    kind = "MeshPolicy",
+    plural = "meshpolicies",
+    derive = "PartialEq"
+)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct MeshPolicySpec {
+    /// It changes nothing: what it would deny passes and is counted.
+    #[serde(default)]
+    pub audit: bool,
+    /// In no order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rules: Vec<PolicyRule>,
+}
+
+/// Flows and what becomes of them.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PolicyRule {
+    /// `allow` or `deny`.
+    pub action: String,
+    /// Who opened the flow: one of these; anybody unless said otherwise.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub from: Vec<PolicyParty>,
+    /// To whom: one of these; anybody unless said otherwise.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub to: Vec<PolicyParty>,
+    /// By what: one of these; anything unless said otherwise.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<PolicyPort>,
+}
+
+/// Ends of flows: everything that is said here must hold, of each list one entry.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PolicyParty {
+    /// Nodes with their pods and what is behind them, or plain WireGuard devices.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nodes: Vec<String>,
+    /// All nodes at these sites, with their pods and what is behind them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sites: Vec<String>,
+    /// Pods in these namespaces.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub namespaces: Vec<String>,
+    /// Pods in namespaces with such labels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespace_selector: Option<PolicySelector>,
+    /// Pods that run as these: `namespace/name`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub service_accounts: Vec<String>,
+    /// Pods with such labels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod_selector: Option<PolicySelector>,
+    /// Addresses in these prefixes, whoever has them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cidrs: Vec<String>,
+}
+
+/// `metav1.LabelSelector`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PolicySelector {
+    /// Labels that must be there.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub match_labels: BTreeMap<String, String>,
+    /// What else must hold.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub match_expressions: Vec<PolicyRequirement>,
+}
+
+/// What must hold for a label.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PolicyRequirement {
+    /// The label.
+    pub key: String,
+    /// `In`, `NotIn`, `Exists` or `DoesNotExist`.
+    pub operator: String,
+    /// For `In` and `NotIn`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub values: Vec<String>,
+}
+
+/// Destination ports.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PolicyPort {
+    /// `TCP` (unless said otherwise), `UDP`, `SCTP` or `ICMP`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<String>,
+    /// All unless said otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+    /// The last, if they are more than one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end_port: Option<u16>,
+}
+
 #[cfg(test)]
 mod tests {
     use kube::CustomResourceExt as _;
@@ -198,6 +310,7 @@ mod tests {
             (ExternalPeer::crd(), "externalpeers", "keepaliveSeconds"),
             (MeshConfig::crd(), "meshconfigs", "overlayIPv4CIDR"),
             (MeshService::crd(), "meshservices", "spillOver"),
+            (MeshPolicy::crd(), "meshpolicies", "audit"),
         ];
         for (definition, plural, field) in definitions {
             assert_eq!(definition.spec.names.plural, plural);

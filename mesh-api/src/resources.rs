@@ -71,6 +71,10 @@ impl fmt::Display for ResourceKey {
             Kind::Relay => "relay",
             Kind::Service => "service",
             Kind::Slice => "endpoint slice",
+            Kind::Pod => "pod",
+            Kind::Namespace => "namespace",
+            Kind::NetworkPolicy => "network policy",
+            Kind::MeshPolicy => "mesh policy",
         };
         write!(f, "{kind} {}", self.name)
     }
@@ -204,7 +208,11 @@ impl State {
             | Object::ExternalPeer(_)
             | Object::Relay(_)
             | Object::Service(_)
-            | Object::Slice(..) => None,
+            | Object::Slice(..)
+            | Object::Pod(_)
+            | Object::Namespace(..)
+            | Object::NetworkPolicy(_)
+            | Object::MeshPolicy(_) => None,
         });
         let settings = settings.ok_or(SnapshotError::NoMesh)?;
         if settings.id != self.mesh {
@@ -239,6 +247,19 @@ fn insert(snapshot: &mut Snapshot, object: Object) {
         Object::Slice(service, slice) => {
             let slices = snapshot.slices.entry(service).or_default();
             slices.insert(slice.name.clone(), slice);
+        }
+        Object::Pod(pod) => {
+            snapshot.policy.pods.insert(pod.name.clone(), pod);
+        }
+        Object::Namespace(name, labels) => {
+            snapshot.policy.namespaces.insert(name, labels);
+        }
+        Object::NetworkPolicy(policy) => {
+            let policies = &mut snapshot.policy.network;
+            policies.insert(policy.name.clone(), policy);
+        }
+        Object::MeshPolicy(policy) => {
+            snapshot.policy.mesh.insert(policy.name.clone(), policy);
         }
     }
 }

@@ -4,6 +4,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::{manifests::parse::parse_file, store::Registered};
 
+mod policy;
+
 #[test]
 fn a_node_is_what_the_registry_its_labels_and_its_operator_say() {
     let built = build(

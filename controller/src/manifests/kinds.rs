@@ -15,9 +15,14 @@ use mesh_identity::authority::check_trust_domain;
 
 use super::{Config, NodeFacts, Object, ObjectId, parse::FieldProblem};
 
-pub(super) use self::{balance::mesh_service, service::service};
+pub(super) use self::{
+    balance::mesh_service,
+    policy::{mesh_policy, namespace, network_policy, pod},
+    service::service,
+};
 
 mod balance;
+mod policy;
 mod service;
 
 type Checked<T> = Result<T, FieldProblem>;
@@ -239,6 +244,7 @@ pub(super) fn config(id: &ObjectId, spec: &MeshConfigSpec) -> Checked<Object> {
         cluster_domain: domain("spec.clusterDomain", &spec.cluster_domain)?,
         node_domain: domain("spec.nodeDomain", &spec.node_domain)?,
         mtu_bytes: spec.mtu_bytes,
+        default_action: policy::default_action(spec.default_action.as_deref())?,
     }))
 }
 

@@ -1,10 +1,11 @@
 //! From the text of a file to checked objects, and to sentences about the rest.
 
 use k8s_openapi::api::{
-    core::v1::{Node, Service},
+    core::v1::{Namespace, Node, Pod, Service},
     discovery::v1::EndpointSlice,
+    networking::v1::NetworkPolicy,
 };
-use mesh_api::crd::{self, ExternalPeer, MeshConfig, MeshNode, MeshRelay, MeshService};
+use mesh_api::crd::{self, ExternalPeer, MeshConfig, MeshNode, MeshPolicy, MeshRelay, MeshService};
 use serde::{Deserialize, Deserializer};
 use serde_yaml_ng::Value;
 
@@ -134,9 +135,10 @@ fn parse_object<'de>(
         ("", _) => format!("{source}: apiVersion: missing"),
         (_, "") => format!("{source}: kind: missing"),
         _ => format!(
-            "{source}: kind: {kind_text} of {version} is not known here (known: v1 Service and \
-             Node, discovery.k8s.io/v1 EndpointSlice, {} MeshNode, MeshRelay, ExternalPeer, \
-             MeshConfig and MeshService)",
+            "{source}: kind: {kind_text} of {version} is not known here (known: v1 Service, Node, \
+             Pod and Namespace, discovery.k8s.io/v1 EndpointSlice, networking.k8s.io/v1 \
+             NetworkPolicy, {} MeshNode, MeshRelay, ExternalPeer, MeshConfig, MeshService and \
+             MeshPolicy)",
             crd::API_VERSION
         ),
     })?;
@@ -148,7 +150,7 @@ fn parse_object<'de>(
     };
     let namespaced = matches!(
         kind,
-        Kind::Service | Kind::EndpointSlice | Kind::MeshService
+        Kind::Service | Kind::EndpointSlice | Kind::MeshService | Kind::NetworkPolicy | Kind::Pod
     );
     let namespace = if namespaced {
         meta("namespace").unwrap_or("default")
@@ -184,6 +186,10 @@ fn kind(version: &str, kind: &str) -> Option<Kind> {
         (crd::API_VERSION, "ExternalPeer") => Some(Kind::ExternalPeer),
         (crd::API_VERSION, "MeshConfig") => Some(Kind::MeshConfig),
         (crd::API_VERSION, "MeshService") => Some(Kind::MeshService),
+        (crd::API_VERSION, "MeshPolicy") => Some(Kind::MeshPolicy),
+        ("networking.k8s.io/v1", "NetworkPolicy") => Some(Kind::NetworkPolicy),
+        ("v1", "Pod") => Some(Kind::Pod),
+        ("v1", "Namespace") => Some(Kind::Namespace),
         _ => None,
     }
 }
@@ -214,6 +220,10 @@ fn read_object<'de>(
         Kind::ExternalPeer => kinds::external_peer(id, &typed::<ExternalPeer>(document)?.spec),
         Kind::MeshConfig => kinds::config(id, &typed::<MeshConfig>(document)?.spec),
         Kind::MeshService => kinds::mesh_service(id, &typed::<MeshService>(document)?.spec),
+        Kind::MeshPolicy => kinds::mesh_policy(id, &typed::<MeshPolicy>(document)?.spec),
+        Kind::NetworkPolicy => kinds::network_policy(id, &typed::<NetworkPolicy>(document)?),
+        Kind::Pod => kinds::pod(id, &typed::<Pod>(document)?),
+        Kind::Namespace => Ok(kinds::namespace(id, typed::<Namespace>(document)?)),
     }
 }
 

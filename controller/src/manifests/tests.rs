@@ -4,6 +4,8 @@ use mesh_core::snapshot::{External, Hints, Place, Policy, TrafficDistribution, W
 
 use super::*;
 
+mod policy;
+
 const SERVICE: &str = "apiVersion: v1
 kind: Service
 metadata: {name: inventory, namespace: shop}
@@ -198,10 +200,11 @@ fn addresses_outside_and_node_ports_are_read_and_checked() {
     let policy = "\n  externalTrafficPolicy: Local";
     let ranges = "\n  loadBalancerSourceRanges: [198.51.100.0/24, \" 2001:db8::/32 \"]";
     let ips = "\n  externalIPs: [203.0.113.1, 2001:db8::1]";
+    let health = "\n  healthCheckNodePort: 30090";
     let parsed = read(
         "LoadBalancer",
         ", nodePort: 30080",
-        &format!("{policy}{ranges}{ips}"),
+        &format!("{policy}{ranges}{ips}{health}"),
         &ingress(&format!("{vip}, {others}")),
     );
     assert_eq!(parsed.problems, [""; 0]);
@@ -217,9 +220,11 @@ fn addresses_outside_and_node_ports_are_read_and_checked() {
             .map(|net| net.parse().unwrap())
             .into(),
         local_only: true,
+        health_check: Some(30_090),
     };
     assert_eq!(service.external, expected);
 
+    let both = format!("{policy}{health}");
     let broken = [
         (
             ["ClusterIP", ", nodePort: 30080", ""],
@@ -268,6 +273,16 @@ fn addresses_outside_and_node_ports_are_read_and_checked() {
             ],
             "",
             "spec.loadBalancerSourceRanges[0]: \"198.51.100.0\": invalid IP address syntax",
+        ),
+        (
+            ["LoadBalancer", "", health],
+            "",
+            "spec.healthCheckNodePort: is only for the type LoadBalancer with externalTrafficPolicy Local",
+        ),
+        (
+            ["LoadBalancer", ", nodePort: 30090", &both],
+            "",
+            "spec.healthCheckNodePort: is the node port of a port too",
         ),
         (
             ["ClusterIP", "", "\n  externalIPs: [127.0.0.1]"],

@@ -5,7 +5,7 @@ use std::{net::IpAddr, time::Duration};
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Service as KubeService, ServiceSpec, ServiceStatus};
 use mesh_core::snapshot::{
-    External, Service, ServiceKind, ServiceName, ServicePort, TrafficDistribution,
+    External, Protocol, Service, ServiceKind, ServiceName, ServicePort, TrafficDistribution,
 };
 use mesh_identity::authority::check_trust_domain;
 
@@ -129,7 +129,28 @@ fn external(spec: &ServiceSpec, status: Option<&ServiceStatus>) -> Checked<Exter
         load_balancer: load_balancer(status)?,
         sources: sources(spec)?,
         local_only,
+        health_check: health_check(spec, local_only)?,
     })
+}
+
+/// An API server gives one out by itself; in a folder, whoever wants one names it.
+fn health_check(spec: &ServiceSpec, local_only: bool) -> Checked<Option<u16>> {
+    const FIELD: &str = "spec.healthCheckNodePort";
+    let given = spec.health_check_node_port.filter(|&number| number != 0);
+    let Some(number) = given else {
+        return Ok(None);
+    };
+    if kind_of(spec) != "LoadBalancer" || !local_only {
+        let text = "is only for the type LoadBalancer with externalTrafficPolicy Local";
+        return Err(FieldProblem::new(FIELD, text));
+    }
+    let number = port(FIELD, number)?;
+    let taken =
+        |other: &ServicePort| other.node_port == Some(number) && other.protocol == Protocol::Tcp;
+    if ports(spec)?.iter().any(taken) {
+        return Err(FieldProblem::new(FIELD, "is the node port of a port too"));
+    }
+    Ok(Some(number))
 }
 
 /// Addresses with `ipMode: Proxy` are left to the load balancer: it ends the connection, or speaks
