@@ -16,7 +16,7 @@ use self::balance::Weighted;
 pub use self::table::{Table, Update};
 use crate::snapshot::{
     Endpoint, EndpointPort, EndpointSlice, External, Locality, Node, Place, Policy, Protocol,
-    Service, ServiceKind, ServicePort, Snapshot, TrafficDistribution,
+    Service, ServiceKind, ServiceName, ServicePort, Snapshot, TrafficDistribution,
 };
 
 /// The desired state, and what this node knows that the controller cannot: where it is, and
@@ -165,6 +165,40 @@ pub fn table(view: &View) -> BTreeMap<Frontend, Backends> {
     let all = table.iter();
     all.map(|(frontend, backends)| (frontend, backends.clone()))
         .collect()
+}
+
+/// What a node answers at a service's `healthCheckNodePort`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// The service.
+    pub service: ServiceName,
+    /// How many endpoints that are ready it has on this node; none: load balancers send elsewhere.
+    pub local_endpoints: usize,
+}
+
+/// By port. Of several services that ask for one port, the first by name has it. Costs a look at each
+/// service.
+#[must_use]
+pub fn health_checks(view: &View) -> BTreeMap<u16, HealthCheck> {
+    let mut checks = BTreeMap::new();
+    for service in view.snapshot.services.values() {
+        let Some(port) = service.external.health_check.filter(|_| service.external.local_only) else {
+            continue;
+        };
+        checks.entry(port).or_insert_with(|| {
+            let ranked = judge_all(view, service);
+            let local = ranked.iter().filter(|one| {
+                let ready = one.endpoint.ready || service.publish_not_ready;
+                ready && one.tier == Tier::SameNode
+            });
+            let addresses: BTreeSet<_> = local.map(|one| one.address).collect();
+            HealthCheck {
+                service: service.name.clone(),
+                local_endpoints: addresses.len(),
+            }
+        });
+    }
+    checks
 }
 
 /// What kind of address a frontend has.

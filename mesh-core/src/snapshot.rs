@@ -305,6 +305,8 @@ pub struct External {
     /// Whether clients from outside are kept to the endpoints on the node that they came to
     /// (`externalTrafficPolicy: Local`).
     pub local_only: bool,
+    /// Where each node says how many endpoints it has itself (`healthCheckNodePort`).
+    pub health_check: Option<u16>,
 }
 
 /// `trafficDistribution`: which endpoints come before all others.

@@ -287,6 +287,7 @@ fn service(parts: &ServiceParts) -> Service {
             load_balancer: outside.iter().rev().copied().collect(),
             sources: outside.iter().copied().map(Into::into).collect(),
             local_only: external_local_only,
+            health_check: external_local_only.then_some(30_090),
         },
         balance: balance(text, *affinity_s, outside),
     }

@@ -166,3 +166,32 @@ fn of_services_with_one_address_the_cluster_ip_comes_first_then_the_first_name()
         &[own, (outside[0], &[], None), (outside[1], &[], None)],
     );
 }
+
+#[test]
+fn a_health_check_counts_the_endpoints_here_that_are_ready() {
+    let count = |view: &View| {
+        let checks = health_checks(view);
+        let check = checks.get(&30_090)?;
+        assert_eq!((checks.len(), &check.service), (1, &name()));
+        Some(check.local_endpoints)
+    };
+    let asked = |service: &mut Service| {
+        service.external.local_only = true;
+        service.external.health_check = Some(30_090);
+    };
+    let mut view = everywhere(asked);
+    assert_eq!(count(&view), Some(1));
+    view = with(view, at(&["near", "far"]));
+    assert_eq!(count(&view), Some(0));
+    // One pod in two slices, another one, and one that is not ready.
+    let gone = Endpoint {
+        ready: false,
+        terminating: true,
+        ..on("own", 8)
+    };
+    let twice = [on("own", 1), on("own", 1), on("own", 7), gone];
+    view = with(view, twice.into());
+    assert_eq!(count(&view), Some(2));
+    service_of(&mut view).external.local_only = false;
+    assert_eq!(count(&view), None);
+}

@@ -364,6 +364,7 @@ fn service() -> impl Strategy<Value = Service> {
                     load_balancer,
                     sources: sources.into_iter().collect(),
                     local_only: flags[2],
+                    health_check: None,
                 },
                 balance: Balance {
                     policy,
