@@ -20,7 +20,7 @@ use crate::{
     ecn, icmp,
     peer::{HELD_DROP, Peer, Sending, State},
     route,
-    segment::{self, Cut},
+    segment::{self, Cut, Malformed},
     stats::DropReason,
     transmit::{Leave, Way},
     tunnel::{Inner, TunnelEvent, since_1970},
@@ -45,7 +45,7 @@ impl Outbox {
 
     /// Sends what is there; see [`Batch::flush`].
     pub(crate) fn flush(&mut self, tunnel: &Inner) -> bool {
-        self.batch.flush(tunnel, &mut self.leave)
+        self.batch.flush(&mut by(tunnel, &mut self.leave))
     }
 
     /// Sends what is there, or drops it if there is no room.
@@ -123,14 +123,14 @@ impl Inner {
             lookups,
         } = out;
         let checked = self.check_outbound(raw);
-        let found = checked.and_then(|(packet, destination)| {
+        let found = checked.and_then(|(cut, destination)| {
             let peer = lookups.get(self, destination).ok_or_else(|| {
-                self.answer_no_route(packet);
+                self.answer_no_route(cut.packet());
                 DropReason::NoRoute
             })?;
-            Ok((packet, peer))
+            Ok((cut, peer))
         });
-        let (packet, peer) = match found {
+        let (cut, peer) = match found {
             Ok(found) => found,
             Err(reason) => {
                 self.drops.count(reason);
@@ -145,13 +145,12 @@ impl Inner {
             if self.is_relay_full(&peer.id, sending.primary.via) {
                 return Err(NoRoom::Relay);
             }
-            let target = target(peer, sending, ecn::of(packet));
-            // Nothing can stand before a super-packet, which is longer than any datagram.
-            let padded = padded_len(packet.len(), self.mtu.load(Relaxed));
-            if !batch.fits(&target, padded) && !batch.flush(self, leave) {
+            let target = target(peer, sending, ecn::of(cut.packet()));
+            let padded = padded_len(cut.len(0), self.mtu.load(Relaxed));
+            if !batch.make_room(&target, padded, cut.count(), &mut by(self, leave)) {
                 return Err(NoRoom::Socket);
             }
-            self.seal(peer, sending, raw, batch, leave, now);
+            self.seal(peer, sending, &cut, batch, leave, now);
             return Ok(());
         }
         drop(sending);
@@ -160,13 +159,13 @@ impl Inner {
         Ok(())
     }
 
-    fn check_outbound<'a>(&self, raw: &'a [u8]) -> Result<(&'a [u8], IpAddr), DropReason> {
-        let (_, packet) = VnetHeader::split(raw).ok_or(DropReason::MalformedOut)?;
-        let destination = route::destination(packet).ok_or(DropReason::MalformedOut)?;
-        if self.is_forged_control(packet) {
+    fn check_outbound<'a>(&self, raw: &'a [u8]) -> Result<(Cut<'a>, IpAddr), DropReason> {
+        let cut = Cut::read(raw).map_err(|Malformed| DropReason::MalformedOut)?;
+        let destination = route::destination(cut.packet()).ok_or(DropReason::MalformedOut)?;
+        if self.is_forged_control(cut.packet()) {
             return Err(DropReason::ForgedControl);
         }
-        Ok((packet, destination))
+        Ok((cut, destination))
     }
 
     /// A packet for a peer without session or way.
@@ -247,42 +246,38 @@ impl Inner {
             while let Some(raw) = state.take_held(&self.held_bytes) {
                 out.flush_now(self);
                 let Outbox { batch, leave, .. } = out;
-                self.seal(peer, &sending, &raw, batch, leave, now);
+                match Cut::read(&raw) {
+                    Ok(cut) => self.seal(peer, &sending, &cut, batch, leave, now),
+                    Err(Malformed) => self.drops.count(DropReason::MalformedOut),
+                }
             }
             out.flush_now(self);
         }
         peer.publish(state);
     }
 
-    /// Seals a super-packet into `batch`, which fits its first packet.
+    /// Seals a super-packet into `batch`, which fits its first packet, and sends what fills a call.
     fn seal(
         &self,
         peer: &Arc<Peer>,
         sending: &Sending,
-        raw: &[u8],
+        cut: &Cut<'_>,
         batch: &mut Batch,
         leave: &mut Leave,
         now: Instant,
     ) {
-        let Some((header, packet)) = VnetHeader::split(raw) else {
-            return;
-        };
-        let Ok(cut) = Cut::new(header, packet) else {
-            self.drops.count(DropReason::MalformedOut);
-            return;
-        };
         let count = cut.count();
         let Some(first) = sending.session.reserve(count) else {
             self.drops.count_many(DropReason::NoSession, count);
             return;
         };
-        let target = target(peer, sending, ecn::of(packet));
-        let mtu = self.padding_limit(&cut);
+        let target = target(peer, sending, ecn::of(cut.packet()));
+        let mtu = self.padding_limit(cut);
         let (mut sealed, mut bytes, mut wire) = (0, 0, 0);
         for (index, counter) in (0..count).zip(first..) {
             let len = cut.len(index);
             let padded = padded_len(len, mtu);
-            if !batch.fits(&target, padded) && !batch.flush(self, leave) {
+            if !batch.fits(&target, padded) && !batch.flush(&mut by(self, leave)) {
                 let unsent = batch.abandon();
                 self.drops.count_many(DropReason::SendFailed, unsent);
             }
@@ -304,6 +299,8 @@ impl Inner {
         peer.counts.wire_sent(wire);
         peer.note_sent(now);
         self.mark_for_report(peer);
+        // What finds no room now is noticed by whoever wants to send next.
+        batch.send_full(&mut by(self, leave));
     }
 
     /// What padding must not exceed: the device's MTU, as far as it is known; packets prove that it is
@@ -330,6 +327,11 @@ impl Inner {
             ])
             && headers[42..44] == CONTROL_PORT.to_be_bytes()
     }
+}
+
+/// How a batch sends.
+fn by(tunnel: &Inner, leave: &mut Leave) -> impl FnMut(&Target, &[u8], usize) -> usize {
+    |target, datagrams, segment_len| tunnel.send_call(target, datagrams, segment_len, leave)
 }
 
 fn target(peer: &Peer, sending: &Sending, ecn: Ecn) -> Target {

@@ -59,6 +59,17 @@ impl<'a> Cut<'a> {
         })
     }
 
+    /// The same of what was read from the TUN device, offload header first.
+    pub(crate) fn read(raw: &'a [u8]) -> Result<Self, Malformed> {
+        let (header, packet) = VnetHeader::split(raw).ok_or(Malformed)?;
+        Self::new(header, packet)
+    }
+
+    /// The super-packet.
+    pub(crate) fn packet(&self) -> &'a [u8] {
+        self.packet
+    }
+
     /// How many packets there are.
     pub(crate) fn count(&self) -> usize {
         match self.parts {

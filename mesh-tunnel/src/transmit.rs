@@ -8,7 +8,7 @@ use mesh_wire::{
     relay::{self, HEADER_LEN, Session},
 };
 
-use crate::{stats::DropReason, tunnel::Inner};
+use crate::{batch::Target, stats::DropReason, tunnel::Inner};
 
 /// How long control threads wait for room in a socket before they give datagrams up: longer than
 /// a batch takes at 100 Mb/s (64 KiB in 5 ms), shorter than anyone notices. Packet threads do not
@@ -109,6 +109,26 @@ impl RelayUdpTable {
 }
 
 impl Inner {
+    /// Sends what fits one call to where it goes, and the copy of it. Returns as [`Self::transmit`] does.
+    pub(crate) fn send_call(
+        &self,
+        target: &Target,
+        datagrams: &[u8],
+        segment_len: usize,
+        leave: &mut Leave,
+    ) -> usize {
+        let Target { peer, ecn, .. } = target;
+        let sent = self.transmit(peer, target.primary, datagrams, segment_len, *ecn, leave);
+        let all = sent == datagrams.len();
+        if let Some(duplicate) = target.duplicate.filter(|_| all) {
+            // A copy: what finds no room is not waited for.
+            let copied = self.transmit(peer, duplicate.into(), datagrams, segment_len, *ecn, leave);
+            let lost = (datagrams.len() - copied).div_ceil(segment_len.max(1));
+            self.drops.count_many(DropReason::SendFailed, lost);
+        }
+        sent
+    }
+
     /// Sends datagrams of `segment_len` bytes (the last may be shorter) by `way`. Returns the bytes
     /// that are gone, sent or dropped and counted; fewer than there are only if the socket has no room
     /// now and `leave` may not wait.
@@ -181,9 +201,8 @@ impl Inner {
         let Some(sockets) = pairs.get(leave.pair) else {
             return datagrams.len();
         };
-        let at_once = (SEND_BYTES_MAX / segment_len).clamp(1, SEGMENTS_MAX);
         let mut gone = 0;
-        for part in datagrams.chunks(at_once * segment_len) {
+        for part in datagrams.chunks(segments_of(segment_len) * segment_len) {
             let mut sent = sockets.send(to, part, segment_len, fields);
             if is_full(&sent) {
                 if !leave.may_wait {
@@ -201,6 +220,19 @@ impl Inner {
         }
         gone
     }
+}
+
+/// How many datagrams of `segment_len` bytes one call can send by `via`.
+pub(crate) fn segments_at_once(via: Via, segment_len: usize) -> usize {
+    match via {
+        Via::Direct(_) => segments_of(segment_len),
+        // A link takes any number; many nodes have both a link and sessions by UDP.
+        Via::Relay(_) => segments_of(segment_len + HEADER_LEN),
+    }
+}
+
+fn segments_of(wire_len: usize) -> usize {
+    (SEND_BYTES_MAX / wire_len.max(1)).clamp(1, SEGMENTS_MAX)
 }
 
 fn is_full(sent: &io::Result<()>) -> bool {

@@ -256,7 +256,8 @@ impl<'a> Worker<'a> {
                 }
             }
         }
-        self.out.flush(self.tunnel)
+        // What does not fill a call leaves with what comes next, if that is here already.
+        !self.waiting.is_empty() || self.out.flush(self.tunnel)
     }
 }
 
