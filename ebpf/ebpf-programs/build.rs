@@ -9,11 +9,13 @@ use std::{
 
 const SOURCE: &str = "src/programs.c";
 /// What [`SOURCE`] includes.
-const PARTS: [&str; 4] = [
+const PARTS: [&str; 6] = [
     "src/services.c",
+    "src/parse.h",
     "src/packets.c",
     "src/masquerade.c",
     "src/hooks.c",
+    "src/redirect.c",
 ];
 
 fn main() -> ExitCode {

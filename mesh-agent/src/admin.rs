@@ -69,6 +69,8 @@ pub struct Facts {
     pub events_dropped: Arc<AtomicU64>,
     /// The service programs.
     pub services: Option<Arc<Mutex<Services>>>,
+    /// Why they end with this process, if they do.
+    pub services_unkept: Option<String>,
     /// Interfaces whose devices use services through this node.
     pub served: watch::Receiver<AllServed>,
 }

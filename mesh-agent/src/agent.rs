@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -10,8 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Context as _;
-use ebpf_loader::Services;
+use anyhow::{Context as _, ensure};
+use ebpf_loader::{BPFFS, Pins, PinsError, Services};
 use mesh_core::{
     node::{Core, CoreConfig},
     snapshot::Snapshot,
@@ -39,6 +40,7 @@ use crate::{
     admin::{Admin, Facts},
     config::Settings,
     driver::{self, Driver, DriverHandle, Event},
+    health,
     interfaces::{self, AllServed},
     links::Links,
     network::{self, Local},
@@ -80,6 +82,27 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
     result
 }
 
+/// Takes away what outlives an agent on purpose: the service programs and their maps. The device, with
+/// its addresses and routes, went with the process.
+///
+/// # Errors
+///
+/// If an agent runs, or with all that could not be taken away.
+pub fn remove(settings: Settings) -> anyhow::Result<()> {
+    let pins = Pins::open(Path::new(BPFFS), &cgroup(&settings)?);
+    let pins = match pins {
+        Err(error @ PinsError::NotMounted(_)) => {
+            tracing::info!(%error, "nothing outlived the agent");
+            return Ok(());
+        }
+        other => other.context("cannot remove the services")?,
+    };
+    let problems = pins.remove().into_iter();
+    let problems: Vec<_> = problems.map(|problem| network::chain(&problem)).collect();
+    ensure!(problems.is_empty(), "{}", problems.join("; "));
+    Ok(())
+}
+
 /// What must be ended in order once the tasks are gone.
 struct Running {
     workers: Workers,
@@ -88,7 +111,7 @@ struct Running {
 }
 
 impl Running {
-    /// The programs and their links, then the names, then the device with its routes.
+    /// The programs, but for those that stay; then the names, then the device with its routes.
     async fn end(self) {
         drop(self.services);
         self.dns.stopped().await;
@@ -165,7 +188,10 @@ async fn start(
         rand::random(),
         time::Instant::now().into_std(),
     );
-    let services = load_services(&settings)?;
+    let Loaded {
+        services,
+        problem: services_unkept,
+    } = load_services(&settings)?;
     let driver = Driver::new(driver::Parts {
         core,
         tunnel,
@@ -177,9 +203,15 @@ async fn start(
         remembered,
     });
     supervisor.spawn("driver", driver.run(event_queue, snapshots, stop.clone()));
+    let (published, filled) = watch::channel(false);
     if let Some(services) = &services {
-        let publisher = publish::keep_services(Arc::clone(services), view.clone(), stop.clone());
+        let services = Arc::clone(services);
+        let publisher = publish::keep_services(services, view.clone(), published, stop.clone());
         supervisor.spawn("services", publisher);
+    }
+    if services.is_some() {
+        let checks = health::keep_health_checks(view.clone(), stop.clone());
+        supervisor.spawn("health checks", checks);
     }
     let (told, served) = watch::channel(AllServed::default());
     if let Some(services) = services.as_ref().filter(|_| local.serves_devices) {
@@ -193,6 +225,7 @@ async fn start(
             told,
             stop.clone(),
         );
+        let keeper = after(filled, keeper, stop.clone());
         supervisor.spawn("interfaces", keeper);
     }
     let kernel = network::keep_kernel(
@@ -228,6 +261,7 @@ async fn start(
         credentials,
         events_dropped,
         services: services.clone(),
+        services_unkept,
         served,
     };
     let admin = Admin::new(
@@ -292,17 +326,50 @@ fn link_local(listen: &[SocketAddr]) -> Vec<IpAddr> {
         .collect()
 }
 
-fn load_services(settings: &Settings) -> anyhow::Result<Option<Arc<Mutex<Services>>>> {
+/// Does `task` once the service maps are as they should be: a program that replaces an earlier agent's
+/// must not look at maps that are empty.
+async fn after(
+    mut filled: watch::Receiver<bool>,
+    task: impl Future<Output = anyhow::Result<()>>,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    tokio::select! {
+        () = stop.cancelled() => return Ok(()),
+        filled = filled.wait_for(|filled| *filled) => drop(filled?),
+    }
+    task.await
+}
+
+/// The service programs, if they are wanted.
+struct Loaded {
+    services: Option<Arc<Mutex<Services>>>,
+    /// Why they end with this process.
+    problem: Option<String>,
+}
+
+fn cgroup(settings: &Settings) -> anyhow::Result<PathBuf> {
+    match &settings.cgroup {
+        Some(path) => Ok(path.clone()),
+        None => Ok(ebpf_loader::find_cgroup2()?),
+    }
+}
+
+fn load_services(settings: &Settings) -> anyhow::Result<Loaded> {
     if !settings.services {
         tracing::info!("service programs are off by configuration (`services = false`)");
-        return Ok(None);
+        return Ok(Loaded {
+            services: None,
+            problem: None,
+        });
     }
-    let cgroup = match &settings.cgroup {
-        Some(path) => path.clone(),
-        None => ebpf_loader::find_cgroup2()?,
-    };
+    let cgroup = cgroup(settings)?;
+    let pins = || Pins::open(Path::new(BPFFS), &cgroup);
+    let problem = pins().err().map(|error| network::chain(&error));
+    if let Some(problem) = &problem {
+        tracing::warn!(%problem, "services will end with this process");
+    }
     let with_packets = || {
-        let loaded = Services::load_with_packets(&cgroup);
+        let loaded = Services::take_over(&cgroup, pins().ok(), true);
         // What sockets lack as well is said below.
         let said =
             |error| tracing::warn!(%error, "devices cannot be served (`service_interfaces`)");
@@ -311,14 +378,17 @@ fn load_services(settings: &Settings) -> anyhow::Result<Option<Arc<Mutex<Service
     let wanted = !settings.service_interfaces.is_empty();
     let services = match wanted.then(with_packets).flatten() {
         Some(services) => services,
-        None => Services::load(&cgroup).with_context(|| {
+        None => Services::take_over(&cgroup, pins().ok(), false).with_context(|| {
             format!(
                 "cannot load the service programs for cgroup {}",
                 cgroup.display()
             )
         })?,
     };
-    Ok(Some(Arc::new(Mutex::new(services))))
+    Ok(Loaded {
+        services: Some(Arc::new(Mutex::new(services))),
+        problem,
+    })
 }
 
 /// Writes the addresses that worked, at most once in a while: they only save time.

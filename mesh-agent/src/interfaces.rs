@@ -154,6 +154,7 @@ async fn attach(
         };
         let mut results: Attached = here.into_iter().map(attach).collect();
         results.insert(tunnel, services.attach_tunnel(tunnel.0));
+        services.detach_others();
         results
     });
     Ok(results.await?)

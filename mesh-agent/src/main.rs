@@ -7,7 +7,7 @@
 use std::process::ExitCode;
 
 use mesh_agent::{agent, config::Settings};
-use mesh_daemon::Daemon;
+use mesh_daemon::{Daemon, Subcommand};
 
 fn main() -> ExitCode {
     let daemon = Daemon {
@@ -16,5 +16,10 @@ fn main() -> ExitCode {
         version: env!("CARGO_PKG_VERSION"),
         config: "/etc/holdfast/agent.toml",
     };
-    daemon.main(Settings::read, agent::run)
+    let remove = Subcommand {
+        name: "remove",
+        about: "Ends the services that a stopped agent left in the kernel",
+        run: agent::remove,
+    };
+    daemon.main_with(Settings::read, agent::run, &[remove])
 }

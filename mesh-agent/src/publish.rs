@@ -4,6 +4,7 @@
 use std::{
     iter,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -12,11 +13,21 @@ use mesh_core::{
     services::{self, View},
     snapshot::{Policy, Protocol},
 };
-use tokio::{sync::watch, task};
+use tokio::{
+    sync::watch,
+    task,
+    time::{self, Instant},
+};
 use tokio_util::sync::CancellationToken;
 
-/// Keeps the service maps as the view says, until `stop`; the programs leave with the last
-/// reference to `services`.
+use crate::sockets;
+
+/// Pause between two looks for sockets whose endpoint is gone: a look reads up to 16,384 entries
+/// (`CONNECTED_MAX`), some 20 ms.
+const LOOK_PAUSE: Duration = Duration::from_secs(1);
+
+/// Keeps the service maps as the view says, until `stop`; once they are, and that is `published`, the
+/// programs are attached.
 ///
 /// # Errors
 ///
@@ -24,11 +35,13 @@ use tokio_util::sync::CancellationToken;
 pub async fn keep_services(
     services: Arc<Mutex<Services>>,
     mut views: watch::Receiver<Option<Arc<View>>>,
+    published: watch::Sender<bool>,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let mut followed = services::Table::default();
     let mut left_out = LeftOut::default();
     let mut prefixes_left_out = 0;
+    let mut next_look = Instant::now();
     loop {
         let view = views.borrow_and_update().clone();
         if let Some(view) = view {
@@ -39,10 +52,12 @@ pub async fn keep_services(
                 let prefixes = masquerade.transpose();
                 let prefixes = prefixes.context("cannot tell the kernel this node's prefixes")?;
                 let report = update(&mut followed, &view, &mut services)?;
+                services.attach()?; // Those of an earlier agent were there until now.
                 anyhow::Ok((followed, report, prefixes.unwrap_or_default()))
             });
             let (back, report, prefixes) = report.await??;
             followed = back;
+            published.send_replace(true);
             if prefixes != prefixes_left_out {
                 prefixes_left_out = prefixes;
                 tracing::warn!(
@@ -58,9 +73,29 @@ pub async fn keep_services(
                 );
             }
         }
-        tokio::select! {
-            () = stop.cancelled() => return Ok(()),
-            changed = views.changed() => changed?,
+        let mut look = true;
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return Ok(()),
+                changed = views.changed() => {
+                    changed?;
+                    break;
+                }
+                () = time::sleep_until(next_look), if look => {
+                    look = false;
+                    next_look = Instant::now() + LOOK_PAUSE;
+                    let services = Arc::clone(&services);
+                    let looked = task::spawn_blocking(move || {
+                        let ended = sockets::end_stale(&followed, &services);
+                        (followed, ended)
+                    });
+                    let ended;
+                    (followed, ended) = looked.await?;
+                    if let Err(error) = ended {
+                        tracing::warn!("UDP sockets may stay with endpoints that are gone: {error:#}");
+                    }
+                }
+            }
         }
     }
 }

@@ -94,6 +94,7 @@ pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> Status
             .iter()
             .map(|(name, one)| (name.clone(), one.attached))
             .collect(),
+        services_unkept: facts.services_unkept.clone().unwrap_or_default(),
         // Added by who may wait for it.
         service_packets: BTreeMap::new(),
     }

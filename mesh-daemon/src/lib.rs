@@ -26,6 +26,17 @@ pub const EXIT_CONFIG: u8 = 64;
 /// What is logged unless somebody says otherwise.
 const DEFAULT_LOG: &str = "info";
 
+/// Something else that a daemon's binary does with its configuration, as a subcommand.
+#[derive(Debug, Clone, Copy)]
+pub struct Subcommand<S> {
+    /// Its name.
+    pub name: &'static str,
+    /// What it is for, in one sentence.
+    pub about: &'static str,
+    /// What it does.
+    pub run: fn(S) -> anyhow::Result<()>,
+}
+
 /// Who a daemon is.
 #[derive(Debug, Clone, Copy)]
 pub struct Daemon {
@@ -46,7 +57,19 @@ impl Daemon {
         read: impl FnOnce(&Path) -> Result<S, E>,
         run: impl FnOnce(S) -> anyhow::Result<()>,
     ) -> ExitCode {
-        let arguments = match self.command().try_get_matches() {
+        self.main_with(read, run, &[])
+    }
+
+    /// The same, for a binary with subcommands. Without one it is the daemon.
+    pub fn main_with<S, E: Error + Send + Sync + 'static>(
+        self,
+        read: impl FnOnce(&Path) -> Result<S, E>,
+        run: impl FnOnce(S) -> anyhow::Result<()>,
+        subcommands: &[Subcommand<S>],
+    ) -> ExitCode {
+        let known = subcommands.iter();
+        let known = known.map(|one| Command::new(one.name).about(one.about));
+        let arguments = match self.command().subcommands(known).try_get_matches() {
             Ok(arguments) => arguments,
             Err(error) => {
                 error.print().ok(); // Nowhere to say that the terminal is gone.
@@ -67,18 +90,28 @@ impl Daemon {
             Ok(settings) => settings,
             Err(error) => return self.fail(&error.into(), EXIT_CONFIG),
         };
-        match run(settings) {
+        let mut asked = subcommands.iter();
+        let asked = asked.find(|one| Some(one.name) == arguments.subcommand_name());
+        let ended = match asked {
+            Some(subcommand) => (subcommand.run)(settings),
+            None => run(settings),
+        };
+        match ended {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => self.fail(&error, 1),
         }
     }
 
     fn command(self) -> Command {
-        let config = Arg::new("config").long("config").value_name("FILE");
+        let config = Arg::new("config")
+            .long("config")
+            .value_name("FILE")
+            .global(true);
         let log = Arg::new("log")
             .long("log")
             .value_name("FILTER")
-            .env("HOLDFAST_LOG");
+            .env("HOLDFAST_LOG")
+            .global(true);
         Command::new(self.name)
             .about(self.about)
             .version(self.version)

@@ -1,5 +1,5 @@
 //! What Holdfast asks of Linux: links, addresses and routes by netlink, TUN devices with
-//! offloads, UDP sockets that move batches, network namespaces.
+//! offloads, UDP sockets that move batches, network namespaces, the end of others' sockets.
 //!
 //! **Invariant:** nothing here knows what a peer, a session or a mesh is, and nothing decides.
 //! With `ebpf/` this is the only crate with `unsafe`, one operation a block, each with its proof.
@@ -9,6 +9,7 @@ use std::{fmt, num::NonZeroU32};
 pub mod memory;
 pub mod netlink;
 pub mod netns;
+pub mod sock_diag;
 pub mod thread;
 pub mod tun;
 pub mod udp;

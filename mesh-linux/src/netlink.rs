@@ -5,6 +5,8 @@
 //! wants any more, such as those of a predecessor that was killed, go with the next
 //! [`Netlink::apply_routes`].
 
+mod forwarding;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
@@ -29,6 +31,7 @@ use rtnetlink::{
 };
 use tokio::sync::Mutex;
 
+pub use self::forwarding::{Forwarding, ForwardingLink, Veth};
 use crate::IfIndex;
 
 /// The `proto` of our routes in `ip route`: a number that iproute2's `rt_protos` and the routing
@@ -465,6 +468,8 @@ pub struct Change {
     pub addresses: bool,
     /// A route came or went that is not ours.
     pub routes: bool,
+    /// A route of ours came or went.
+    pub own_routes: bool,
 }
 
 impl Change {
@@ -472,6 +477,7 @@ impl Change {
         links: true,
         addresses: true,
         routes: true,
+        own_routes: true,
     };
 
     fn of(payload: &NetlinkPayload<RouteNetlinkMessage>) -> Self {
@@ -497,6 +503,7 @@ impl Change {
         } else if let M::NewRoute(route) | M::DelRoute(route) = message {
             Self {
                 routes: !is_ours(route),
+                own_routes: is_ours(route),
                 ..none
             }
         } else {
@@ -509,6 +516,7 @@ impl Change {
             links: self.links || other.links,
             addresses: self.addresses || other.addresses,
             routes: self.routes || other.routes,
+            own_routes: self.own_routes || other.own_routes,
         }
     }
 }
@@ -628,14 +636,18 @@ fn own_route(message: &RouteMessage) -> Option<Route> {
             source = ip_of(address);
         }
     }
-    let whole_family = if header.address_family == netlink_packet_route::AddressFamily::Inet {
+    let destination = destination.unwrap_or(whole_family(header.address_family));
+    let net = IpNet::new(destination, header.destination_prefix_length).ok()?;
+    Some(Route::new(net, link?, source))
+}
+
+/// A route without destination is one to everywhere.
+fn whole_family(family: netlink_packet_route::AddressFamily) -> IpAddr {
+    if family == netlink_packet_route::AddressFamily::Inet {
         IpAddr::from([0; 4])
     } else {
         IpAddr::from([0; 16])
-    };
-    let destination = destination.unwrap_or(whole_family);
-    let net = IpNet::new(destination, header.destination_prefix_length).ok()?;
-    Some(Route::new(net, link?, source))
+    }
 }
 
 fn ip_of(address: &RouteAddress) -> Option<IpAddr> {

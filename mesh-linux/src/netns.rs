@@ -1,9 +1,10 @@
 //! Network namespaces: run a piece of work in another one.
 
 use std::{
-    fs::File,
+    collections::BTreeMap,
+    fs::{self, File},
     io,
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
     thread,
 };
@@ -27,16 +28,62 @@ pub fn named(name: &str) -> PathBuf {
 /// If `path` cannot be opened or is not a network namespace, if the caller may not enter it
 /// (`CAP_SYS_ADMIN`), or if `work` panicked.
 pub fn run_in<T: Send>(path: &Path, work: impl FnOnce() -> T + Send) -> io::Result<T> {
-    let namespace = File::open(path)?;
+    run_inside(&File::open(path)?, work)
+}
+
+/// As [`run_in`], for a namespace that is open.
+///
+/// # Errors
+///
+/// As [`run_in`].
+pub fn run_inside<T: Send>(namespace: &File, work: impl FnOnce() -> T + Send) -> io::Result<T> {
     thread::scope(|scope| {
         let inside = scope.spawn(move || {
-            enter(&namespace)?;
+            enter(namespace)?;
             Ok(work())
         });
         inside
             .join()
             .unwrap_or_else(|_| Err(io::Error::other("the work in the namespace panicked")))
     })
+}
+
+/// Most namespaces that [`all`] looks for: a pod has one, and a node at most some hundred pods.
+pub const NAMESPACES_MAX: usize = 4_096;
+
+/// The network namespaces that a process is in, as far as `/proc` shows them, or that have a name
+/// ([`NAMED_DIR`]), each once; no more than [`NAMESPACES_MAX`].
+///
+/// # Errors
+///
+/// If `/proc` cannot be read.
+pub fn all() -> io::Result<Vec<File>> {
+    let processes = fs::read_dir("/proc")?.flatten();
+    let processes = processes.filter(|entry| {
+        let name = entry.file_name();
+        name.as_encoded_bytes().iter().all(u8::is_ascii_digit)
+    });
+    let of_processes = processes.map(|entry| entry.path().join("ns/net"));
+    // Nobody made a name yet.
+    let named = fs::read_dir(NAMED_DIR).into_iter().flatten().flatten();
+    let named = named.map(|entry| entry.path());
+    let mut found = BTreeMap::new();
+    for path in of_processes.chain(named) {
+        // It may be gone by now.
+        let Ok(metadata) = fs::metadata(&path) else {
+            continue;
+        };
+        let number = (metadata.dev(), metadata.ino());
+        if !found.contains_key(&number)
+            && let Ok(namespace) = File::open(&path)
+        {
+            found.insert(number, namespace);
+            if found.len() == NAMESPACES_MAX {
+                break;
+            }
+        }
+    }
+    Ok(found.into_values().collect())
 }
 
 /// Moves the calling thread, and no other, into a network namespace.

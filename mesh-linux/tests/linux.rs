@@ -3,10 +3,11 @@
 #![expect(clippy::unwrap_used, reason = "tests fail loudly")]
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
     io::{self, IoSlice},
-    net::{IpAddr, SocketAddr},
-    os::fd::AsFd as _,
+    net::{IpAddr, SocketAddr, UdpSocket},
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     process::Command,
     sync::atomic::{AtomicUsize, Ordering},
     time::{Duration, Instant},
@@ -16,7 +17,7 @@ use ipnet::IpNet;
 use mesh_linux::{
     IfIndex,
     netlink::{Changes, LocalAddress, Netlink, NetlinkError, Route},
-    netns,
+    netns, sock_diag,
     tun::{Tun, TunError, VnetHeader},
     udp::{Ecn, IpFields, LocalEnd, ReceiveBatch, UdpPair},
     wake::StopSignal,
@@ -498,4 +499,65 @@ fn a_port_that_is_taken_is_refused() {
         let error = UdpPair::bind(first.port()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
     });
+}
+
+/// What `SO_COOKIE` says.
+fn cookie(socket: &UdpSocket) -> u64 {
+    rustix::net::sockopt::socket_cookie(socket).unwrap()
+}
+
+#[test]
+fn a_udp_socket_ends_by_its_number_where_it_is_and_no_other_does() {
+    let namespaces = [Namespace::new(), Namespace::new()];
+    for (client, peer) in [
+        ("127.0.0.1:0", "127.0.0.1:9"),
+        ("[::1]:0", "[::1]:9"),
+        ("[::]:0", "[::ffff:127.0.0.1]:9"),
+    ] {
+        let peer: SocketAddr = peer.parse().unwrap();
+        let [here, there] = namespaces.each_ref().map(|namespace| {
+            namespace.on(|| {
+                [(); 3].map(|()| {
+                    let socket = UdpSocket::bind(client).unwrap();
+                    socket.connect(peer).unwrap();
+                    socket
+                })
+            })
+        });
+        let [ended, moved, other] = here;
+        moved.connect(SocketAddr::new(peer.ip(), 10)).unwrap();
+        let at = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+        let mut wanted = BTreeMap::from([
+            (cookie(&ended), at),
+            (cookie(&moved), at),
+            (cookie(&there[0]), at),
+        ]);
+        let count = namespaces[0]
+            .on(|| sock_diag::end_udp(&mut wanted))
+            .unwrap();
+        assert_eq!(count, 1, "{peer}");
+        assert!(!wanted.contains_key(&cookie(&ended)));
+        assert_eq!(wanted.len(), 2, "not here, or elsewhere: {wanted:?}");
+        let error = ended.take_error().unwrap().unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted, "{peer}");
+        for socket in [&moved, &other].into_iter().chain(&there) {
+            assert!(socket.take_error().unwrap().is_none(), "{peer}");
+            socket.peer_addr().unwrap();
+        }
+        ended.connect(peer).unwrap(); // It may be used again.
+        ended.send(b"?").unwrap();
+    }
+}
+
+#[test]
+fn namespaces_are_found_by_name_and_by_process_each_once() {
+    let named = Namespace::new();
+    let number = |namespace: &File| namespace.metadata().unwrap().ino();
+    let here = named.on(|| number(&File::open("/proc/thread-self/ns/net").unwrap()));
+    let own = number(&File::open("/proc/self/ns/net").unwrap());
+    let all: Vec<_> = netns::all().unwrap().iter().map(number).collect();
+    for wanted in [here, own] {
+        let times = all.iter().filter(|&&one| one == wanted).count();
+        assert_eq!(times, 1, "{wanted} in {all:?}");
+    }
 }

@@ -36,6 +36,8 @@ pub(crate) struct Status {
     pub(crate) service_interfaces: BTreeMap<String, bool>,
     /// What became of those packets.
     pub(crate) service_packets: BTreeMap<String, u64>,
+    /// Why services end with the agent; `null`: they go on without it, or are off.
+    pub(crate) services_unkept: Option<String>,
     pub(crate) certificate_expires_unix_s: Option<i64>,
 }
 
@@ -95,6 +97,7 @@ impl From<admin::StatusResponse> for Status {
             drops: said.drops,
             service_interfaces: said.service_interfaces,
             service_packets: said.service_packets,
+            services_unkept: some(said.services_unkept),
             certificate_expires_unix_s: (said.certificate_expires_unix_s != 0)
                 .then_some(said.certificate_expires_unix_s),
         }

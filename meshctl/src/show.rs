@@ -51,6 +51,9 @@ impl Report for Status {
             .peers
             .iter()
             .map(|(state, count)| format!("{count} {state}"));
+        let services_unkept = self.services_unkept.as_deref();
+        let services_unkept =
+            services_unkept.map_or_else(String::new, |why| format!("services: {why}"));
         let served = self.service_interfaces.iter();
         let served = served.map(|(name, attached)| match attached {
             true => name.clone(),
@@ -78,6 +81,7 @@ impl Report for Status {
             row("DNS", self.dns_listen.join(", ")),
             row("serves", served.collect::<Vec<_>>().join(", ")),
             row("served", counted(&self.service_packets)),
+            row("not kept", services_unkept),
             row("drops", counted(&self.drops)),
         ]);
         rows.retain(|row| row.get(1) != Some(&Cell::from("")));

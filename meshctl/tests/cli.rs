@@ -573,6 +573,7 @@ impl AgentAdmin for Agent {
             certificate_expires_unix_s: 0,
             service_interfaces: [("lan0".to_owned(), true), ("lan1".to_owned(), false)].into(),
             service_packets: [("flow_opened".to_owned(), 2), ("hairpin".to_owned(), 0)].into(),
+            services_unkept: "/sys/fs/bpf is no bpffs".to_owned(),
         }))
     }
 

@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::{
     link::{Impairment, Link},
     nat::NatKind,
-    node::Node,
+    node::{Node, unmount_bpffs},
     site::Site,
     tool,
 };
@@ -302,6 +302,9 @@ pub fn teardown(id: &str) -> Result<()> {
         }
     }
     let dir = labs_dir().join(id);
+    for node in entries(&dir) {
+        note(unmount_bpffs(&dir.join(node)));
+    }
     if dir.exists() {
         note(fs::remove_dir_all(&dir).with_context(|| format!("remove {}", dir.display())));
     }

@@ -15,6 +15,8 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    mount::{MountFlags, UnmountFlags, mount, unmount},
     process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open},
 };
 
@@ -26,6 +28,9 @@ const NO_RESOLVER: &str = "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n"
 /// Folder of a node's WireGuard control sockets: `/run/wireguard` to its processes, so that two
 /// nodes may have a device of one name.
 const CONTROL_SOCKETS: &str = "wireguard";
+
+/// Folder of a node's own bpffs: `/sys/fs/bpf` to its processes. What they pin ends with the mount.
+const BPFFS: &str = "bpf";
 
 /// A machine of the lab. Clones are the same machine.
 #[derive(Debug, Clone)]
@@ -81,6 +86,9 @@ impl Node {
         fs::create_dir_all(shared.dir.join("state"))?;
         fs::create_dir_all(shared.dir.join(CONTROL_SOCKETS))?;
         fs::create_dir_all(&shared.cgroup)?;
+        let bpffs = shared.dir.join(BPFFS);
+        fs::create_dir_all(&bpffs)?;
+        mount("bpf", &bpffs, "bpf", MountFlags::empty(), None).context("mount a bpffs")?;
         tool::run("ip", &["netns", "add", &shared.netns], "")?;
         tool::ip(&shared.netns, "link set lo up\n")?;
         let node = Self(Arc::new(shared));
@@ -441,6 +449,18 @@ pub fn tail(log: &str) -> String {
     lines.into_iter().rev().collect::<Vec<_>>().join("\n")
 }
 
+/// Ends the bpffs of the node with this folder, and what is pinned there.
+///
+/// # Errors
+///
+/// What the kernel says.
+pub(crate) fn unmount_bpffs(dir: &Path) -> Result<()> {
+    match unmount(dir.join(BPFFS), UnmountFlags::DETACH) {
+        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(()), // Was not mounted, or not yet.
+        Err(errno) => Err(errno).with_context(|| format!("unmount the bpffs of {}", dir.display())),
+    }
+}
+
 /// The launcher: moves this process onto a node and becomes `words`.
 ///
 /// # Errors
@@ -463,6 +483,7 @@ pub fn exec(netns: &str, cgroup: &Path, dir: &Path, words: &[String]) -> Result<
     bind("resolv.conf", "/etc/resolv.conf")?;
     fs::create_dir_all("/run/wireguard")?;
     bind(CONTROL_SOCKETS, "/run/wireguard")?;
+    bind(BPFFS, "/sys/fs/bpf")?;
     let (program, args) = words.split_first().context("no command")?;
     Err(Command::new(program).args(args).exec()).with_context(|| format!("execute {program}"))
 }

@@ -8,6 +8,7 @@ use netns_tests::{
     node::Node,
     tool,
 };
+use serde_json::Value;
 
 const INVENTORY: &str = "http://inventory.shop.svc.cluster.local/";
 
@@ -197,23 +198,97 @@ fn a_stock_wireguard_peer_reaches_an_edge_node_through_its_gateway() -> Result<(
 }
 
 #[test]
-fn sigterm_leaves_nothing_behind() -> Result<()> {
+fn sigterm_leaves_the_services_and_removal_leaves_nothing() -> Result<()> {
     let mesh = Mesh::two_sites()?;
+    kiosk(&mesh)?;
     let node = mesh.site("site-a")?.host(mesh.lab(), "edge-a2")?;
-    let before = host_state(&node)?;
+    let (network, programs) = (host_network(&node)?, host_programs(&node)?);
     mesh.start_agent("edge-a2")?;
     mesh.agent_ready("edge-a2", 3)?;
     mesh.resolve("edge-a2", "edge-a1.mesh")?;
-    assert_ne!(
-        host_state(&node)?,
-        before,
-        "the agent changed nothing at all"
-    );
+    mesh.serve("edge-a2", "kiosk", &["http", "edge-a2", "127.0.0.1:8080"])?;
+    let ask = || mesh.get("edge-a2", &[KIOSK], Duration::from_secs(1));
+    tool::eventually("the kiosk answers", SOON, ask)?;
+    ensure!(host_network(&node)? != network && host_programs(&node)? != programs);
+    let config = node.dir().join("agent.toml").display().to_string();
+    let remove = || {
+        let command = [&mesh.bin("mesh-agent"), "--config", &config, "remove"];
+        node.run(&command, SOON)
+    };
+    let said = remove()?.stderr;
+    ensure!(said.contains("does another agent run"), "{said}");
     let mut agent = mesh.take("edge-a2", "mesh-agent")?;
     let status = agent.terminate(Duration::from_secs(5))?;
     assert!(status.success(), "{status}: {}", agent.log());
-    assert_eq!(host_state(&node)?, before);
+    assert_eq!(host_network(&node)?, network);
+    ask()?;
+    remove()?.ok()?;
+    let refused = ask().map(|hello| hello.node);
+    ensure!(refused.is_err(), "{refused:?}");
+    assert_eq!(host_programs(&node)?, programs);
     Ok(())
+}
+
+/// As an upgrade does it, and as a crash does.
+#[test]
+fn a_service_goes_on_while_its_agent_is_replaced() -> Result<()> {
+    let mesh = Mesh::two_sites()?;
+    kiosk(&mesh)?;
+    mesh.serve("edge-a1", "kiosk", &["http", "edge-a1", "127.0.0.1:8080"])?;
+    let ask = || mesh.get("edge-a1", &[KIOSK], Duration::from_secs(1));
+    tool::eventually("the kiosk answers", SOON, ask)?;
+    let node = mesh.node("edge-a1")?;
+    let (asked, stop) = (node.dir().join("asked"), node.dir().join("stop"));
+    let script = format!(
+        "until [ -e {stop} ]; do curl -sS --max-time 5 {KIOSK} && echo asked >> {asked}; done",
+        stop = stop.display(),
+        asked = asked.display()
+    );
+    let mut client = node.spawn("client", &["sh", "-c", &script])?;
+    let go_on = || {
+        let count = || fs::read_to_string(&asked).map_or(0, |text| text.lines().count());
+        let before = count();
+        tool::eventually("the client goes on", SOON, || {
+            ensure!(count() > before + 5, "{} answers", count());
+            Ok(())
+        })
+    };
+    for kill in [true, false] {
+        go_on()?;
+        let mut agent = mesh.take("edge-a1", "mesh-agent")?;
+        if kill {
+            agent.kill()?;
+        } else {
+            agent.terminate(SOON)?;
+        }
+        go_on()?;
+        mesh.start_agent("edge-a1")?;
+        mesh.agent_ready("edge-a1", 2)?;
+        go_on()?;
+        let status = mesh.status("edge-a1")?;
+        ensure!(
+            status
+                .pointer("/services_unkept")
+                .is_some_and(Value::is_null),
+            "{status}"
+        );
+    }
+    fs::write(&stop, "")?;
+    client.wait(SOON)?;
+    let log = client.log();
+    ensure!(!log.contains("curl:"), "a connect failed: {log}");
+    Ok(())
+}
+
+const KIOSK: &str = "http://10.43.0.99/";
+
+/// A service on whatever node it is asked for.
+fn kiosk(mesh: &Mesh) -> Result<()> {
+    let text = "apiVersion: v1\nkind: Service\nmetadata: {name: kiosk, namespace: shop}\nspec:\n  clusterIP: 10.43.0.99\n  \
+                ports: [{port: 80, targetPort: 8080, protocol: TCP}]\n---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
+                metadata: {name: kiosk, namespace: shop, labels: {kubernetes.io/service-name: kiosk}}\naddressType: IPv4\n\
+                ports: [{port: 8080, protocol: TCP}]\nendpoints: [{addresses: [127.0.0.1]}]\n";
+    Ok(fs::write(mesh.manifests().join("kiosk.yaml"), text)?)
 }
 
 #[test]
@@ -261,16 +336,26 @@ fn told(socket: &UnixDatagram) -> Result<String> {
     Ok(text.trim_end().to_owned())
 }
 
-/// Interfaces, addresses, routes, rules, packet filters, and BPF programs at the node's cgroup.
-fn host_state(node: &Node) -> Result<String> {
-    let cgroup = node.cgroup().display();
-    let script = format!(
+/// Interfaces, addresses, routes, rules and packet filters.
+fn host_network(node: &Node) -> Result<String> {
+    sorted(
+        node,
         "ip -br link | cut -d' ' -f1; ip -br addr; ip -4 route show table all; \
-         ip -6 route show table all | grep -v '^multicast'; ip rule; ip -6 rule; nft list ruleset; \
-         bpftool cgroup show {cgroup}; bpftool net show; find /sys/fs/bpf 2>/dev/null"
-    );
+         ip -6 route show table all | grep -v '^multicast'; ip rule; ip -6 rule; nft list ruleset",
+    )
+}
+
+/// BPF programs at the node's cgroup and interfaces, and what is pinned.
+fn host_programs(node: &Node) -> Result<String> {
+    let cgroup = node.cgroup().display();
+    let script = format!("bpftool cgroup show {cgroup}; bpftool net show; find /sys/fs/bpf");
+    sorted(node, &script)
+}
+
+/// What a script says, in any order.
+fn sorted(node: &Node, script: &str) -> Result<String> {
     // Times left of learned addresses and the order of routes say nothing.
-    let said = node.run(&["sh", "-c", &script], SOON)?.ok()?;
+    let said = node.run(&["sh", "-c", script], SOON)?.ok()?;
     let mut lines: Vec<_> = said.lines().map(str::trim_end).collect();
     lines.sort_unstable();
     Ok(lines.join("\n"))

@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use crate::packets;
+use crate::{packets, redirect};
 
 /// How a Rust type is written in C.
 pub(crate) trait CType {
@@ -120,7 +120,8 @@ impl fmt::Display for CHeader {
             f,
             "#pragma once\n#include <linux/types.h>\n#include <stddef.h>\n"
         )?;
-        for (name, value) in crate::LIMITS.iter().chain(packets::LIMITS) {
+        let limits = crate::LIMITS.iter().chain(packets::LIMITS);
+        for (name, value) in limits.chain(redirect::LIMITS) {
             writeln!(f, "#define {name} {value}u")?;
         }
         writeln!(f, "\nenum counter {{")?;
@@ -131,8 +132,16 @@ impl fmt::Display for CHeader {
         for counter in crate::PacketCounter::ALL {
             writeln!(f, "    PACKET_{},", counter.as_str())?;
         }
-        writeln!(f, "    PACKET_COUNTERS_MAX,\n}};")?;
-        let mut layouts = crate::LAYOUTS.iter().chain(packets::LAYOUTS);
+        writeln!(
+            f,
+            "    PACKET_COUNTERS_MAX,\n}};\n\nenum redirect_counter {{"
+        )?;
+        for counter in crate::RedirectCounter::ALL {
+            writeln!(f, "    REDIRECT_{},", counter.as_str())?;
+        }
+        writeln!(f, "    REDIRECT_COUNTERS_MAX,\n}};")?;
+        let layouts = crate::LAYOUTS.iter().chain(packets::LAYOUTS);
+        let mut layouts = layouts.chain(redirect::LAYOUTS);
         layouts.try_for_each(|layout| write_layout(f, layout))
     }
 }

@@ -11,6 +11,7 @@
 
 mod layout;
 mod packets;
+mod redirect;
 
 use core::net::{IpAddr, Ipv6Addr, SocketAddr};
 
@@ -23,6 +24,7 @@ pub use packets::{
     SEEN_RESET, SourceRange, TCP_OPEN_TIMEOUT_S, TCP_TRANSITORY_TIMEOUT_S, TRACKED_MAX, Tracked,
     TrackedFlow, UDP_TIMEOUT_S,
 };
+pub use redirect::{REDIRECTS_MAX, ROUTES_MAX, RedirectCounter, Route, RoutePrefix};
 
 limits! {
     /// Service addresses with a port and a protocol: 10,000 services of three ports in two
@@ -46,6 +48,10 @@ limits! {
     /// (socket, endpoint) pairs whose service is. The least recently used goes first; its flow
     /// may then move to another endpoint. 16,384 × (112 + 104) bytes: 3.5 MiB, always.
     FLOWS_MAX = 16_384;
+    /// Connected UDP sockets that are known to be led to an endpoint, to be ended when it is gone; those
+    /// that closed are still in it. The one that was connected first goes first, and stays then with its
+    /// endpoint. 16,384 × 112 bytes: 2 MiB, always.
+    CONNECTED_MAX = 16_384;
     /// (Client, service) pairs whose endpoint is kept for `sessionAffinity`: one for each port that
     /// the client uses, and one for all of them. The least recently used goes first; its client
     /// may then get another endpoint. 16,384 × 120 bytes: 2 MiB, always; as many again for the source
@@ -67,6 +73,9 @@ limits! {
     READ_ATTEMPTS = 4;
     /// The bits of a list's number that hold its length, or in a slot the index.
     LIST_LENGTH_MASK = 0xffff;
+    /// Raised when entries that another version left in pinned maps would be misunderstood though their
+    /// sizes are the same: those maps are then not taken over.
+    MAPS_VERSION = 1;
     /// `IPPROTO_TCP`.
     PROTOCOL_TCP = 6;
     /// `IPPROTO_UDP`.
@@ -293,6 +302,28 @@ impl EndpointList {
             u32::from_ne_bytes([e, f, g, h]),
         ];
         [list[0], list[1], ip[0], ip[1], ip[2], ip[3]]
+    }
+
+    /// What stands in the map of frontends.
+    #[must_use]
+    pub const fn from_value(value: u64) -> Self {
+        let [low, high, ..] = value.to_le_bytes();
+        Self {
+            number: value >> 16,
+            length: u16::from_le_bytes([low, high]),
+        }
+    }
+
+    /// Its number, without the bits that say how an endpoint is chosen.
+    #[must_use]
+    pub const fn number(self) -> u64 {
+        self.number & ((1 << (LIST_RANGES_BIT - 16)) - 1)
+    }
+
+    /// Whether it has that bit.
+    #[must_use]
+    pub const fn has(self, bit: u32) -> bool {
+        self.value() >> bit & 1 == 1
     }
 
     /// As it stands in the map of frontends.

@@ -57,9 +57,14 @@ fn what_a_list_asks_for_is_one_bit_of_the_value_and_of_every_slot() {
         (plain.with_ranges(), LIST_RANGES_BIT),
     ];
     for (list, bit) in lists {
+        assert!(list.has(bit));
         let bit = 1 << bit;
         assert_eq!(list.value(), plain.value() | bit);
         assert!(list.slots().eq(plain.slots().map(|slot| slot | bit)));
+        let back = EndpointList::from_value(list.value());
+        assert_eq!((back, back.number()), (list, 7));
+        let has = |(_, bit)| u32::from(back.has(bit));
+        assert_eq!(lists.map(has).iter().sum::<u32>(), 1);
     }
 }
 

@@ -1,17 +1,22 @@
 //! Services in the kernel: loads the cgroup programs, and keeps their maps equal to what it is told.
 //!
-//! **Invariant:** nothing is pinned, so that the end of the process, however it comes, detaches
-//! every program and frees every map. Nothing here decides which endpoints a service has.
+//! **Invariant:** nothing is pinned but by [`Pins`]: without them the end of the process, however it
+//! comes, detaches every program and frees every map. Nothing here decides which endpoints a service
+//! has.
 
 #![forbid(unsafe_code)]
 
 mod cgroup;
+mod leftover;
 mod packets;
+mod pins;
 mod plan;
+mod redirect;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
+    io,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
@@ -20,11 +25,11 @@ use std::{
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{HashMap, LpmTrie, MapData, MapError, PerCpuArray, lpm_trie::Key},
-    programs::{CgroupAttachMode, CgroupSockAddr, ProgramError},
+    programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, links::LinkError},
 };
 use ebpf_abi::{
     Counter, ENDPOINTS_USABLE, EndpointList, FRONTENDS_MAX, LIST_ENDPOINTS_MAX, PROTOCOL_TCP,
-    PROTOCOL_UDP, RANGES_MAX, SocketAddress,
+    PROTOCOL_UDP, Peer, RANGES_MAX, SocketAddress,
 };
 use rustix::{
     io::Errno,
@@ -33,12 +38,16 @@ use rustix::{
 
 use crate::{
     cgroup::open_cgroup2,
+    leftover::{Leftover, ServiceMaps},
+    pins::{Keeper, KeptLink, Shapes},
     plan::{Change, Installed, Limits, Plan, plan},
 };
 pub use crate::{
     cgroup::{CgroupError, find_cgroup2},
     packets::{InterfaceError, LinkHeader, Masquerade},
+    pins::{BPFFS, Pins, PinsError},
     plan::LeftOut,
+    redirect::{RedirectKind, RedirectLink, RedirectReport, Redirects},
 };
 
 /// What the maps hold at most.
@@ -50,6 +59,10 @@ const LIMITS: Limits = Limits {
 };
 
 const COUNTERS: &str = "hf_counters";
+const CONNECTED: &str = "hf_connected";
+
+/// What names of links to cgroups begin with.
+const CGROUP_LINKS: &str = "cgroup_";
 
 /// In the order of attaching: what shows the service's address comes before what hides it.
 const PROGRAMS: [&str; 8] = [
@@ -166,7 +179,8 @@ impl From<Vec<SocketAddr>> for Backends {
     }
 }
 
-/// The programs, their links and their maps. Dropping it takes all of it out of the kernel.
+/// The programs, their links and their maps. Dropping it takes all of it out of the kernel, but for what
+/// [`Pins`] keep.
 #[derive(Debug)]
 pub struct Services {
     frontends: HashMap<MapData, SocketAddress, u64>,
@@ -183,7 +197,11 @@ pub struct Services {
     next_list: u64,
     /// Where packets are looked at; nowhere if loaded for sockets alone.
     interfaces: Option<packets::Interfaces>,
-    /// Owns the programs with their other links, and the other maps.
+    /// Of the programs for sockets; none until they are attached.
+    links: Vec<KeptLink>,
+    keeper: Keeper,
+    cgroup: PathBuf,
+    /// Owns the programs and the other maps.
     ebpf: Ebpf,
 }
 
@@ -220,6 +238,9 @@ pub enum LoadError {
         /// What the kernel said, with the verifier's words.
         source: Box<EbpfError>,
     },
+    /// What an earlier process left cannot be taken over.
+    #[error(transparent)]
+    Pins(#[from] PinsError),
     /// The kernel took a program but not its place in the cgroup.
     #[error("cannot attach {program} to {}", cgroup.display())]
     Attach {
@@ -262,44 +283,125 @@ impl Services {
     ///
     /// What this machine lacks, and how to get it. Nothing stays loaded.
     pub fn load(cgroup: &Path) -> Result<Self, LoadError> {
-        let mut loader = EbpfLoader::new();
-        packets::without_flows(&mut loader);
-        Self::load_object(cgroup, &mut loader)
+        let mut services = Self::take_over(cgroup, None, false)?;
+        services.attach()?;
+        Ok(services)
     }
 
-    fn load_object(cgroup: &Path, loader: &mut EbpfLoader<'_>) -> Result<Self, LoadError> {
+    /// Loads the programs, for packets too if `packets`, and takes over what an earlier process left in
+    /// `pins`: its services are known as if [`Self::apply`] had been told, and its programs go on with
+    /// the same maps until [`Self::attach`]. So no flow goes past a service in between: take over, apply,
+    /// attach. Maps of another layout are made anew, which is logged; then the old programs go on with
+    /// the old maps.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::load`]; what was pinned stays as it was.
+    pub fn take_over(cgroup: &Path, pins: Option<Pins>, packets: bool) -> Result<Self, LoadError> {
         check_capabilities()?;
-        let folder = open_cgroup2(cgroup)?;
+        open_cgroup2(cgroup)?;
         if aya::features().btf().is_none() {
             return Err(LoadError::NoBtf {
                 release: kernel_release(),
             });
         }
-        let mut ebpf = loader
-            .load(ebpf_programs::SERVICES)
-            .map_err(|source| rejected("the maps", source))?;
-        let frontends = take_map(&mut ebpf, "hf_frontends", HashMap::try_from)?;
-        let endpoints = take_map(&mut ebpf, "hf_endpoints", HashMap::try_from)?;
-        let timeouts = take_map(&mut ebpf, "hf_timeouts", HashMap::try_from)?;
-        let ranges = take_map(&mut ebpf, "hf_ranges", LpmTrie::try_from)?;
-        for name in PROGRAMS {
-            attach(&mut ebpf, name, cgroup, &folder)?;
+        let single = packets::single_entry_maps(packets);
+        let object = ebpf_programs::SERVICES;
+        let of_maps = |source| rejected("the maps", source);
+        let shapes = Shapes::of_object(object, single).map_err(of_maps)?;
+        let mut loader = EbpfLoader::new();
+        for map in single {
+            loader.map_max_entries(map, 1);
         }
-        tracing::info!(cgroup = %cgroup.display(), "eBPF services attached");
-        let installed = BTreeMap::new();
+        if let Some(pins) = &pins {
+            pins.keep_maps(&shapes, &mut loader)?;
+        }
+        let mut ebpf = loader.load(object).map_err(of_maps)?;
+        let mut frontends = take_map(&mut ebpf, "hf_frontends", HashMap::try_from)?;
+        let mut endpoints = take_map(&mut ebpf, "hf_endpoints", HashMap::try_from)?;
+        let mut timeouts = take_map(&mut ebpf, "hf_timeouts", HashMap::try_from)?;
+        let mut ranges = take_map(&mut ebpf, "hf_ranges", LpmTrie::try_from)?;
+        for name in PROGRAMS {
+            load(&mut ebpf, name).map_err(|error| rejected(name, error.into()))?;
+        }
+        let interfaces = packets.then(|| packets::Interfaces::load(&mut ebpf));
+        let interfaces = interfaces.transpose()?;
+        if let Some(pins) = &pins {
+            pins.forget_maps(&shapes);
+        }
+        let maps = ServiceMaps {
+            frontends: &mut frontends,
+            endpoints: &mut endpoints,
+            timeouts: &mut timeouts,
+            ranges: &mut ranges,
+        };
+        let left = maps.read_back();
+        let Leftover {
+            installed,
+            next_list,
+        } = left.map_err(|error| rejected("what is left in the maps", error.into()))?;
+        // Else all that is wanted has to be told.
+        let complete = installed.is_empty();
+        if !complete {
+            tracing::info!(
+                frontends = installed.len(),
+                "services of an earlier agent taken over"
+            );
+        }
+        let backends = installed.values().map(|found| &found.backends);
+        let sums = backends.map(|found| (found.endpoints.len(), found.ranges_len()));
+        let (slots, prefixes) = sums.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
         Ok(Self {
             frontends,
             endpoints,
             timeouts,
             ranges,
             installed,
-            installed_slots: 0,
-            installed_ranges: 0,
-            complete: true,
-            next_list: 0,
-            interfaces: None,
+            installed_slots: slots,
+            installed_ranges: prefixes,
+            complete,
+            next_list,
+            interfaces,
+            links: Vec::new(),
+            keeper: Keeper::new(pins),
+            cgroup: cgroup.to_owned(),
             ebpf,
         })
+    }
+
+    /// Has the programs for sockets look at new flows, in the place of those that an earlier process
+    /// left. Those for packets have to be told where: [`Self::attach_interface`].
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError::Attach`]; what was attached before stays.
+    pub fn attach(&mut self) -> Result<(), LoadError> {
+        if !self.links.is_empty() {
+            return Ok(());
+        }
+        let folder = open_cgroup2(&self.cgroup)?;
+        let mut links = Vec::with_capacity(PROGRAMS.len());
+        for name in PROGRAMS {
+            let link = attach(&mut self.ebpf, &mut self.keeper, name, &folder);
+            links.push(link.map_err(|source| LoadError::Attach {
+                program: name,
+                cgroup: self.cgroup.clone(),
+                source,
+            })?);
+        }
+        self.links = links;
+        self.keeper.forget(CGROUP_LINKS);
+        if self.interfaces.is_none() {
+            self.keeper.forget(packets::LINKS);
+        }
+        tracing::info!(cgroup = %self.cgroup.display(), "eBPF services attached");
+        Ok(())
+    }
+
+    /// Whether the services go on when the process ends.
+    #[must_use]
+    pub fn are_kept(&self) -> bool {
+        self.keeper.pins().is_some()
     }
 
     /// Makes the maps hold `desired`, touching only what differs. Replacing a list is one step for
@@ -383,6 +485,43 @@ impl Services {
         }
         self.complete = complete;
         Ok(report)
+    }
+
+    /// The connected UDP sockets that were led to an endpoint, by the kernel's number for the socket
+    /// (`SO_COOKIE`). Some are closed.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError`] if the kernel does not say.
+    pub fn connected(&self) -> Result<BTreeMap<u64, (Frontend, SocketAddr)>, MapError> {
+        let found = self.ebpf.map(CONNECTED).ok_or_else(|| missing(CONNECTED))?;
+        let map: HashMap<&MapData, u64, Peer> = HashMap::try_from(found)?;
+        let mut sockets = BTreeMap::new();
+        for cookie in map.keys() {
+            let cookie = cookie?;
+            // The programs put others in its place meanwhile.
+            let Ok(peer) = map.get(&cookie, 0) else {
+                continue;
+            };
+            if let Some(service) = leftover::frontend(&peer.service) {
+                sockets.insert(cookie, (service, peer.endpoint.socket_addr()));
+            }
+        }
+        Ok(sockets)
+    }
+
+    /// Forgets a connected UDP socket, which was ended or is closed.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError`] if the kernel refuses.
+    pub fn forget_connected(&mut self, cookie: u64) -> Result<(), MapError> {
+        let found = self
+            .ebpf
+            .map_mut(CONNECTED)
+            .ok_or_else(|| missing(CONNECTED))?;
+        let mut map: HashMap<&mut MapData, u64, Peer> = HashMap::try_from(found)?;
+        absent_is_gone(map.remove(&cookie))
     }
 
     /// What the programs counted since they were loaded.
@@ -541,30 +680,41 @@ fn take_map<T>(
     map.map_err(|error| rejected(name, error.into()))
 }
 
+fn load<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut CgroupSockAddr, ProgramError> {
+    let program = socket_program(ebpf, name)?;
+    program.load()?;
+    Ok(program)
+}
+
+fn socket_program<'a>(
+    ebpf: &'a mut Ebpf,
+    name: &str,
+) -> Result<&'a mut CgroupSockAddr, ProgramError> {
+    let found = ebpf.program_mut(name);
+    found
+        .ok_or(ProgramError::UnexpectedProgramType)
+        .and_then(TryInto::try_into)
+}
+
+/// Behind the program that an earlier process left, which leaves then: a flow that came to both is
+/// already led by the first, and what it is led to is no service.
 fn attach(
     ebpf: &mut Ebpf,
-    name: &'static str,
-    cgroup: &Path,
+    keeper: &mut Keeper,
+    name: &str,
     folder: &File,
-) -> Result<(), LoadError> {
-    let found = ebpf
-        .program_mut(name)
-        .ok_or(ProgramError::UnexpectedProgramType);
-    let loaded = found.and_then(|program| {
-        let program: &mut CgroupSockAddr = program.try_into()?;
-        program.load()?;
-        Ok(program)
-    });
-    let program = loaded.map_err(|error| rejected(name, error.into()))?;
+) -> Result<KeptLink, ProgramError> {
+    let program = socket_program(ebpf, name)?;
     // `Single` is for links no exclusion: other loaders' programs on the cgroup run as well.
-    match program.attach(folder, CgroupAttachMode::Single) {
-        Ok(_owned_by_the_program) => Ok(()),
-        Err(source) => Err(LoadError::Attach {
-            program: name,
-            cgroup: cgroup.to_owned(),
-            source,
-        }),
-    }
+    let link = program.attach(folder, CgroupAttachMode::Single)?;
+    let link = program.take_link(link)?;
+    let link = link.try_into().map_err(no_link)?;
+    keeper.keep(&format!("{CGROUP_LINKS}{name}"), link)
+}
+
+/// What it should be according to its name in bpffs, or to the kernel's version, and is not.
+fn no_link(error: LinkError) -> ProgramError {
+    ProgramError::IOError(io::Error::other(error))
 }
 
 fn missing(map: &str) -> MapError {

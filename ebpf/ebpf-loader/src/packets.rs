@@ -10,22 +10,29 @@ use std::{
 };
 
 use aya::{
-    Ebpf, EbpfLoader,
-    maps::{Array, LpmTrie, Map, MapData, MapError, lpm_trie::Key},
+    Ebpf,
+    maps::{Array, LpmTrie, Map, MapData, MapError, lpm_trie::Key, xdp::XdpMapError},
     programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
-        tc::{SchedClassifierLink, TcAttachOptions},
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType, links::FdLink, tc::TcAttachOptions,
     },
 };
 use ebpf_abi::{
-    KEPT_PREFIXES_MAX, KeptPrefix, MASQUERADE_PORT_FIRST, PacketCounter, SocketAddress,
+    KEPT_PREFIXES_MAX, KeptPrefix, MASQUERADE_PORT_FIRST, PacketCounter,
+    SocketAddress,
 };
 use rustix::{
     io::Errno,
     net::{AddressFamily, SocketFlags, SocketType, netdevice, socket_with},
 };
 
-use crate::{LoadError, Services, absent_is_gone, missing, rejected};
+use crate::{
+    LoadError, Services, absent_is_gone,
+    leftover::prefix,
+    missing, no_link,
+    pins::{Keeper, KeptLink},
+    redirect,
+    rejected,
+};
 
 const COUNTERS: &str = "hf_pkt_counters";
 
@@ -74,11 +81,47 @@ impl LinkHeader {
 }
 
 /// What is attached, and what was told for it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Interfaces {
-    /// By the interface's index. Dropping a link detaches its program.
-    links: BTreeMap<NonZeroU32, Vec<SchedClassifierLink>>,
+    /// By the interface's index.
+    links: BTreeMap<NonZeroU32, Vec<KeptLink>>,
     kept: BTreeSet<(IpAddr, u8)>,
+    pub(crate) redirects: redirect::Told,
+}
+
+impl Interfaces {
+    /// Loads the programs, attached nowhere yet, and reads back what an earlier process left.
+    pub(crate) fn load(ebpf: &mut Ebpf) -> Result<Self, LoadError> {
+        let for_clients = LinkHeader::ALL.into_iter().flat_map(LinkHeader::programs);
+        for (name, _) in for_clients.chain(TUNNEL_PROGRAMS) {
+            program(ebpf, name)
+                .and_then(SchedClassifier::load)
+                .map_err(|error| rejected(name, error.into()))?;
+        }
+        let kept = map_of(ebpf, "hf_kept").and_then(|map| {
+            let map: LpmTrie<&mut MapData, [u32; 4], u32> = map;
+            let called = |key: Key<[u32; 4]>| prefix(key.data(), key.prefix_len());
+            map.keys().map(|key| key.map(called)).collect()
+        });
+        Ok(Self {
+            links: BTreeMap::new(),
+            kept: kept.map_err(|error| rejected("hf_kept", error.into()))?,
+            redirects: redirect::Told::load(ebpf)?,
+        })
+    }
+
+    /// Whether packets of the interface are looked at.
+    pub(crate) fn has(&self, index: NonZeroU32) -> bool {
+        self.links.contains_key(&index)
+    }
+}
+
+/// What names of links to interfaces begin with.
+pub(crate) const LINKS: &str = "tcx_";
+
+/// What names of the links to an interface begin with.
+fn links_of(index: NonZeroU32) -> String {
+    format!("{LINKS}{index}_")
 }
 
 /// As whom clients go by the tunnel.
@@ -117,6 +160,9 @@ pub enum InterfaceError {
         /// What the kernel said.
         source: ProgramError,
     },
+    /// The kernel refused a change of the routes that redirected packets follow.
+    #[error("cannot write where packets are redirected to")]
+    Redirect(#[from] XdpMapError),
 }
 
 impl Services {
@@ -127,14 +173,8 @@ impl Services {
     ///
     /// What this machine lacks, and how to get it. Nothing stays loaded.
     pub fn load_with_packets(cgroup: &Path) -> Result<Self, LoadError> {
-        let mut services = Self::load_object(cgroup, &mut EbpfLoader::new())?;
-        let for_clients = LinkHeader::ALL.into_iter().flat_map(LinkHeader::programs);
-        for (name, _) in for_clients.chain(TUNNEL_PROGRAMS) {
-            program(&mut services.ebpf, name)
-                .and_then(SchedClassifier::load)
-                .map_err(|error| rejected(name, error.into()))?;
-        }
-        services.interfaces = Some(Interfaces::default());
+        let mut services = Self::take_over(cgroup, None, true)?;
+        services.attach()?;
         Ok(services)
     }
 
@@ -180,26 +220,37 @@ impl Services {
         let interfaces = self.interfaces.as_mut();
         let interfaces = interfaces.ok_or(InterfaceError::SocketsAlone)?;
         let name = interface_name(index)?;
-        if interfaces.links.contains_key(&index) && are_attached(&mut self.ebpf, &name, programs) {
+        let mut all = programs.iter();
+        let there =
+            all.all(|&(program, direction)| is_attached(&mut self.ebpf, program, &name, direction));
+        if there && interfaces.links.contains_key(&index) {
             return Ok(false);
         }
-        interfaces.links.remove(&index);
         let mut links = Vec::with_capacity(programs.len());
-        for (program_name, direction) in programs {
-            let link = program(&mut self.ebpf, program_name)
-                .and_then(|program| attach(program, &name, direction));
+        let attached = programs.into_iter().try_for_each(|(program, direction)| {
+            let at = (index, name.as_str());
+            let link = attach(&mut self.ebpf, &mut self.keeper, program, at, direction);
             links.push(link.map_err(|source| InterfaceError::Attach {
-                program: program_name,
+                program,
                 index,
                 source,
             })?);
-        }
+            Ok(())
+        });
         // aya takes names, and a name may have gone to another interface meanwhile.
-        if interface_name(index)? != name {
-            let source = Errno::NODEV;
-            return Err(InterfaceError::Unknown { index, source });
-        }
+        let attached = attached.and_then(|()| match interface_name(index)? == name {
+            true => Ok(()),
+            false => Err(InterfaceError::Unknown {
+                index,
+                source: Errno::NODEV,
+            }),
+        });
+        // Of an interface that is gone, if there were any: its index has come to this one.
         interfaces.links.insert(index, links);
+        if let Err(error) = attached {
+            self.detach_interface(index);
+            return Err(error);
+        }
         Ok(true)
     }
 
@@ -207,7 +258,22 @@ impl Services {
     /// clients end. Must also be called for an interface that is gone.
     pub fn detach_interface(&mut self, index: NonZeroU32) -> bool {
         let interfaces = self.interfaces.as_mut();
-        interfaces.is_some_and(|interfaces| interfaces.links.remove(&index).is_some())
+        let links = interfaces.and_then(|interfaces| interfaces.links.remove(&index));
+        let were_there = links.is_some();
+        links.into_iter().flatten().for_each(KeptLink::remove);
+        were_there
+    }
+
+    /// Leaves those interfaces alone on which an earlier process left programs, and to which none were
+    /// attached since. To be called once those are attached that are wanted.
+    pub fn detach_others(&mut self) {
+        let others = self.keeper.forget(LINKS);
+        if others > 0 {
+            tracing::info!(
+                others,
+                "programs of an earlier agent removed from interfaces"
+            );
+        }
     }
 
     /// Says as whom clients go by the tunnel, and who goes as himself. Open flows keep their port,
@@ -252,7 +318,7 @@ impl Services {
     }
 }
 
-fn map_of<'a, M: TryFrom<&'a mut Map, Error = MapError>>(
+pub(crate) fn map_of<'a, M: TryFrom<&'a mut Map, Error = MapError>>(
     ebpf: &'a mut Ebpf,
     name: &str,
 ) -> Result<M, MapError> {
@@ -264,7 +330,7 @@ fn ip(address: IpAddr) -> [u32; 4] {
     SocketAddress::new(address, 0, 0).ip
 }
 
-fn key((address, length): (IpAddr, u8)) -> Key<[u32; 4]> {
+pub(crate) fn key((address, length): (IpAddr, u8)) -> Key<[u32; 4]> {
     let mapped = if address.is_ipv4() { 96 } else { 0 };
     let key = KeptPrefix {
         prefix_len: mapped + u32::from(length),
@@ -283,42 +349,64 @@ fn reaches_masqueraded(range: &str) -> bool {
     })
 }
 
-/// For sockets alone.
-pub(crate) fn without_flows<'a>(loader: &mut EbpfLoader<'a>) {
-    for map in FLOW_MAPS {
-        loader.map_max_entries(map, 1);
-    }
+/// Maps that need no room.
+pub(crate) fn single_entry_maps(packets: bool) -> &'static [&'static str] {
+    if packets { &[] } else { &FLOW_MAPS }
 }
 
-fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, ProgramError> {
+pub(crate) fn program<'a>(
+    ebpf: &'a mut Ebpf,
+    name: &str,
+) -> Result<&'a mut SchedClassifier, ProgramError> {
     let found = ebpf.program_mut(name);
     found
         .ok_or(ProgramError::UnexpectedProgramType)
         .and_then(TryInto::try_into)
 }
 
-/// Whether the interface has every program where it belongs.
-fn are_attached(ebpf: &mut Ebpf, interface: &str, programs: [(&str, TcAttachType); 2]) -> bool {
-    programs.iter().all(|&(name, direction)| {
-        let own = program(ebpf, name).and_then(|program| Ok(program.info()?.id()));
-        let there = SchedClassifier::query_tcx(interface, direction);
-        own.is_ok_and(|own| {
-            there.is_ok_and(|(_, programs)| programs.iter().any(|one| one.id() == own))
-        })
-    })
-}
-
-fn attach(
-    program: &mut SchedClassifier,
+/// Whether the interface has the program where it belongs.
+pub(crate) fn is_attached(
+    ebpf: &mut Ebpf,
+    name: &str,
     interface: &str,
     direction: TcAttachType,
-) -> Result<SchedClassifierLink, ProgramError> {
-    let first = TcAttachOptions::TcxOrder(LinkOrder::first());
-    let link = program.attach_with_options(interface, direction, first)?;
-    program.take_link(link)
+) -> bool {
+    let own = program(ebpf, name).and_then(|program| Ok(program.info()?.id()));
+    let there = SchedClassifier::query_tcx(interface, direction);
+    own.is_ok_and(|own| there.is_ok_and(|(_, programs)| programs.iter().any(|one| one.id() == own)))
 }
 
-fn interface_name(index: NonZeroU32) -> Result<String, InterfaceError> {
+/// Puts the program in the place of the one that an earlier process left there, else before all others.
+fn attach(
+    ebpf: &mut Ebpf,
+    keeper: &mut Keeper,
+    name: &str,
+    (index, interface): (NonZeroU32, &str),
+    direction: TcAttachType,
+) -> Result<KeptLink, ProgramError> {
+    let pin = format!("{}{name}", links_of(index));
+    if let Some(left) = keeper.found(&pin)
+        && let Ok(link) = replace(ebpf, name, left)
+        // Else the interface that it was on is gone, or in another namespace.
+        && is_attached(ebpf, name, interface, direction)
+    {
+        return Ok(keeper.claim(&pin, link));
+    }
+    let program = program(ebpf, name)?;
+    let first = TcAttachOptions::TcxOrder(LinkOrder::first());
+    let link = program.attach_with_options(interface, direction, first)?;
+    let link = program.take_link(link)?;
+    keeper.keep(&pin, link.try_into().map_err(no_link)?)
+}
+
+/// In one step for packets (`BPF_LINK_UPDATE`).
+fn replace(ebpf: &mut Ebpf, name: &str, left: FdLink) -> Result<FdLink, ProgramError> {
+    let program = program(ebpf, name)?;
+    let link = program.attach_to_link(left.try_into().map_err(no_link)?)?;
+    program.take_link(link)?.try_into().map_err(no_link)
+}
+
+pub(crate) fn interface_name(index: NonZeroU32) -> Result<String, InterfaceError> {
     let name = socket_with(
         AddressFamily::INET,
         SocketType::DGRAM,

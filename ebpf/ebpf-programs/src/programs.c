@@ -7,3 +7,5 @@
 #include "masquerade.c"
 
 #include "hooks.c"
+
+#include "redirect.c"

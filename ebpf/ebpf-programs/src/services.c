@@ -63,6 +63,14 @@ struct {
     __uint(max_entries, FLOWS_MAX);
 } hf_replies SEC(".maps");
 
+/* Connected UDP socket, to what it was connected to: the agent ends it when the endpoint is gone. */
+struct {
+    __uint(type, BPF_MAP_TYPE_LRU_HASH);
+    __type(key, __u64);
+    __type(value, struct peer);
+    __uint(max_entries, CONNECTED_MAX);
+} hf_connected SEC(".maps");
+
 /* Client and service, to the endpoint that it keeps (sessionAffinity: ClientIP). */
 struct {
     __uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -330,6 +338,26 @@ static __always_inline int refuse(__u32 counter)
 
 /* ---- connect ---- */
 
+/* Without it the socket stays with an endpoint that is gone. */
+static __always_inline void remember_connected(struct bpf_sock_addr *ctx,
+                                               const struct socket_address *service,
+                                               const struct choice *choice)
+{
+    struct peer peer = {.service = *service, .endpoint = choice->endpoint};
+    __u64 cookie = bpf_get_socket_cookie(ctx);
+
+    if (bpf_map_update_elem(&hf_connected, &cookie, &peer, BPF_ANY))
+        count(COUNT_not_remembered);
+}
+
+static __always_inline void forget_connected(struct bpf_sock_addr *ctx, struct peer *peer)
+{
+    __u64 cookie = bpf_get_socket_cookie(ctx);
+
+    peer->endpoint.port = 0;
+    bpf_map_delete_elem(&hf_connected, &cookie);
+}
+
 static __always_inline int on_connect(struct bpf_sock_addr *ctx, bool v6)
 {
     struct socket_address service;
@@ -346,7 +374,7 @@ static __always_inline int on_connect(struct bpf_sock_addr *ctx, bool v6)
         if (ctx->protocol == PROTOCOL_UDP) { /* It may have been connected to a service before. */
             peer = bpf_sk_storage_get(&hf_peers, ctx->sk, 0, 0);
             if (peer)
-                peer->endpoint.port = 0;
+                forget_connected(ctx, peer);
         }
         return PASS;
     case NO_ENDPOINT:
@@ -362,6 +390,8 @@ static __always_inline int on_connect(struct bpf_sock_addr *ctx, bool v6)
     } else {
         count(COUNT_not_remembered);
     }
+    if (ctx->protocol == PROTOCOL_UDP)
+        remember_connected(ctx, &service, &choice);
     write_address(ctx, v6, &choice.endpoint);
     count(COUNT_connect_rewritten);
     return PASS;

@@ -3,13 +3,14 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     iter,
+    net::SocketAddr,
     sync::Arc,
 };
 
 use mesh_wire::id::NodeName;
 
-use super::{API_SERVER, Backends, Frontend, Kind, View, frontends};
-use crate::snapshot::{EndpointSlice, ServiceName, Snapshot};
+use super::{API_SERVER, Backends, Frontend, Kind, View, frontends, judge_all};
+use crate::snapshot::{EndpointSlice, ServiceName, ServicePort, Snapshot};
 
 /// What every frontend leads to by the last view, service by service: a view that changes one
 /// service costs one service, beside a look at whether the others are still the same (a pointer
@@ -85,6 +86,27 @@ impl Table {
     pub fn iter(&self) -> impl Iterator<Item = (Frontend, &Backends)> {
         let all = self.frontends.iter();
         all.filter_map(|(&frontend, claims)| Some((frontend, &claims.first()?.backends)))
+    }
+
+    /// Whether the service at `frontend` has `endpoint` still, in whatever condition and however far: a
+    /// flow that is there may stay.
+    #[must_use]
+    pub fn has(&self, frontend: &Frontend, endpoint: SocketAddr) -> bool {
+        let claims = self.frontends.get(frontend);
+        let has = |view: &Arc<View>| {
+            let name = &claims?.first()?.service;
+            let service = view.snapshot.services.get(&**name)?;
+            let number = |port: &&ServicePort| {
+                port.protocol == frontend.protocol
+                    && [Some(port.port), port.node_port].contains(&Some(frontend.port))
+            };
+            let ports: Vec<_> = service.ports.iter().filter(number).collect();
+            let all = judge_all(view, service);
+            let mut here = all.iter().filter(|one| one.address == endpoint.ip());
+            let target = Some(endpoint.port());
+            Some(here.any(|one| ports.iter().any(|port| one.target(port) == target)))
+        };
+        self.view.as_ref().and_then(has).unwrap_or_default()
     }
 
     /// The services that lead elsewhere for what is different in `now`, or may.

@@ -4,9 +4,14 @@
 #[cfg(test)]
 mod affinity;
 #[cfg(test)]
+#[path = "../common/bpffs.rs"]
+mod bpffs;
+#[cfg(test)]
 mod changes;
 #[cfg(test)]
 mod coexistence;
+#[cfg(test)]
+mod kept;
 #[cfg(test)]
 #[path = "../common/kube_proxy.rs"]
 mod kube_proxy;

@@ -55,7 +55,7 @@ pub(crate) struct Lan {
 
 impl Lan {
     pub(crate) fn new() -> Self {
-        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = turn();
         // No process is in it: the programs at sockets see nothing of this test.
         let cgroup = find_cgroup2()
             .unwrap()
@@ -132,14 +132,24 @@ impl Lan {
 
 impl Drop for Lan {
     fn drop(&mut self) {
-        let back = LinkNameSpaceType::Network;
-        let home = move_into_link_name_space(self.home.as_fd(), Some(back));
-        let removed = fs::remove_dir(&self.cgroup);
-        // A second panic would hide the first.
-        if !thread::panicking() {
-            home.unwrap();
-            removed.unwrap();
-        }
+        return_home(&self.home, &self.cgroup);
+    }
+}
+
+/// A test's, until it is dropped.
+pub(crate) fn turn() -> MutexGuard<'static, ()> {
+    ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Back to the namespace where the thread was; the cgroup goes.
+pub(crate) fn return_home(home: &File, cgroup: &Path) {
+    let back = LinkNameSpaceType::Network;
+    let home = move_into_link_name_space(home.as_fd(), Some(back));
+    let removed = fs::remove_dir(cgroup);
+    // A second panic would hide the first.
+    if !thread::panicking() {
+        home.unwrap();
+        removed.unwrap();
     }
 }
 
@@ -166,17 +176,17 @@ fn via(gateway: &str, gateway_v6: &str) {
     ip(&["-6", "route", "add", "default", "via", gateway_v6]);
 }
 
-fn namespace() -> File {
+pub(crate) fn namespace() -> File {
     File::open("/proc/thread-self/ns/net").unwrap()
 }
 
 /// The calling thread's from now on.
-fn new_namespace() -> File {
+pub(crate) fn new_namespace() -> File {
     new_network_namespace();
     namespace()
 }
 
-fn inside<T: Send>(namespace: &File, run: impl FnOnce() -> T + Send) -> T {
+pub(crate) fn inside<T: Send>(namespace: &File, run: impl FnOnce() -> T + Send) -> T {
     let enter = || {
         let network = LinkNameSpaceType::Network;
         move_into_link_name_space(namespace.as_fd(), Some(network)).unwrap();

@@ -4,9 +4,14 @@
 #[cfg(test)]
 mod affinity;
 #[cfg(test)]
+#[path = "../common/bpffs.rs"]
+mod bpffs;
+#[cfg(test)]
 mod coexistence;
 #[cfg(test)]
 mod differential;
+#[cfg(test)]
+mod kept;
 #[cfg(test)]
 #[path = "../common/kube_proxy.rs"]
 mod kube_proxy;
@@ -23,6 +28,10 @@ mod masquerade;
 mod netns;
 #[cfg(test)]
 mod outside;
+#[cfg(test)]
+mod pods;
+#[cfg(test)]
+mod redirect;
 #[cfg(test)]
 mod sockets;
 #[cfg(test)]

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * Reading packets: where their headers are, and between whom and by what they go.
+ */
+#pragma once
+
+#include <stdbool.h>
+
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/pkt_cls.h>
+#include <linux/tcp.h>
+#include <linux/udp.h>
+
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#include "ebpf_abi.h"
+
+#define ICMP 1
+#define ICMPV6 58
+#define HOP_BY_HOP 0
+#define ROUTING 43
+#define FRAGMENT 44
+#define DESTINATION_OPTIONS 60
+
+struct packet {
+    struct socket_address source;
+    struct socket_address destination;
+    __u32 l3;   /* Where the IP header begins, */
+    __u32 l4;   /* what comes after it and its options or extension headers, */
+    __u32 size; /* and how many bytes the IP header says that it and all after it are. */
+    __u32 id;
+    __u8 v6;
+    __u8 protocol;
+    __u8 fragment; /* Part of a packet, */
+    __u8 later;    /* and not its beginning. */
+    __u8 tcp_flags;
+};
+
+#define TCP_FIN 0x01
+#define TCP_SYN 0x02
+#define TCP_RST 0x04
+#define TCP_ACK 0x10
+#define TCP_FLAGS_OFFSET 13
+
+#define PARSED PACKET_COUNTERS_MAX /* Else the counter for what it is. */
+
+static __always_inline void put_v4(struct socket_address *address, __u32 ip)
+{
+    address->ip[0] = 0;
+    address->ip[1] = 0;
+    address->ip[2] = bpf_htonl(0xffff);
+    address->ip[3] = ip;
+}
+
+static __always_inline void put_v6(struct socket_address *address, const struct in6_addr *ip)
+{
+    address->ip[0] = ip->in6_u.u6_addr32[0];
+    address->ip[1] = ip->in6_u.u6_addr32[1];
+    address->ip[2] = ip->in6_u.u6_addr32[2];
+    address->ip[3] = ip->in6_u.u6_addr32[3];
+}
+
+static __always_inline __u32 parse_v4(struct __sk_buff *skb, struct packet *packet)
+{
+    struct iphdr ip;
+    __u32 fragment;
+
+    if (bpf_skb_load_bytes(skb, packet->l3, &ip, sizeof(ip)))
+        return PACKET_truncated;
+    if (ip.version != 4 || ip.ihl < 5)
+        return PACKET_other;
+    put_v4(&packet->source, ip.saddr);
+    put_v4(&packet->destination, ip.daddr);
+    fragment = bpf_ntohs(ip.frag_off);
+    packet->later = (fragment & 0x1fff) != 0;
+    packet->fragment = (fragment & 0x3fff) != 0;
+    packet->id = ip.id;
+    packet->protocol = ip.protocol;
+    packet->l4 = packet->l3 + ip.ihl * 4u;
+    packet->size = bpf_ntohs(ip.tot_len);
+    return PARSED;
+}
+
+/* The first eight bytes of every extension header looked through. */
+struct extension {
+    __u8 next;
+    __u8 length; /* In 8 bytes, without the first 8. */
+    __u8 type;
+    __u8 segments_left;
+    __u32 id;
+};
+
+static __always_inline bool is_extension(__u8 protocol)
+{
+    return protocol == HOP_BY_HOP || protocol == DESTINATION_OPTIONS || protocol == ROUTING ||
+           protocol == FRAGMENT;
+}
+
+static __always_inline __u32 parse_v6(struct __sk_buff *skb, struct packet *packet)
+{
+    struct extension extension;
+    struct ipv6hdr ip;
+    __u32 at = packet->l3 + sizeof(ip);
+    __u8 next;
+
+    if (bpf_skb_load_bytes(skb, packet->l3, &ip, sizeof(ip)))
+        return PACKET_truncated;
+    if (ip.version != 6)
+        return PACKET_other;
+    put_v6(&packet->source, &ip.saddr);
+    put_v6(&packet->destination, &ip.daddr);
+    packet->size = bpf_ntohs(ip.payload_len);
+    if (packet->size)
+        packet->size += sizeof(ip);
+    next = ip.nexthdr;
+
+    for (int i = 0; i < (int)EXTENSION_HEADERS_MAX && is_extension(next); i++) {
+        if (bpf_skb_load_bytes(skb, at, &extension, sizeof(extension)))
+            return PACKET_truncated;
+        at += sizeof(extension);
+        if (next == FRAGMENT) {
+            __u32 fragment = (__u32)extension.type << 8 | extension.segments_left;
+
+            packet->later = (fragment & 0xfff8) != 0;
+            packet->fragment = (fragment & 0xfff9) != 0; /* Else one that is whole: RFC 6946. */
+            packet->id = extension.id;
+            if (packet->later) {
+                packet->l4 = at;
+                return PARSED;
+            }
+        } else {
+            if (next == ROUTING && extension.segments_left)
+                return PACKET_extensions; /* Its destination is not yet the last one. */
+            at += extension.length * 8u;
+        }
+        next = extension.next;
+    }
+    if (is_extension(next))
+        return PACKET_extensions;
+    packet->protocol = next;
+    packet->l4 = at;
+    return PARSED;
+}
+
+/* The packet whose IP header is at `l3`: the one on the wire, or one quoted in an ICMP error. */
+static __noinline __u32 parse(struct __sk_buff *skb, struct packet *packet, __u32 l3)
+{
+    __u32 parsed;
+    __u16 ports[2];
+
+    packet->l3 = l3;
+    parsed = packet->v6 ? parse_v6(skb, packet) : parse_v4(skb, packet);
+    if (parsed != PARSED || packet->later)
+        return parsed;
+    if (packet->protocol != PROTOCOL_TCP && packet->protocol != PROTOCOL_UDP)
+        return packet->protocol == (packet->v6 ? ICMPV6 : ICMP) ? PARSED : PACKET_other;
+    if (bpf_skb_load_bytes(skb, packet->l4, ports, sizeof(ports)))
+        return PACKET_truncated;
+    packet->source.port = ports[0];
+    packet->destination.port = ports[1];
+    packet->source.protocol = packet->protocol;
+    packet->destination.protocol = packet->protocol;
+    return PARSED;
+}
