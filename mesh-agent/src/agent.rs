@@ -41,7 +41,7 @@ use crate::{
     config::Settings,
     driver::{self, Driver, DriverHandle, Event},
     health,
-    interfaces::{self, AllServed},
+    interfaces::{self, AllServed, Wanted},
     links::Links,
     network::{self, Local},
     publish,
@@ -88,8 +88,8 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
 /// # Errors
 ///
 /// If an agent runs, or with all that could not be taken away.
-pub fn remove(settings: Settings) -> anyhow::Result<()> {
-    let pins = Pins::open(Path::new(BPFFS), &cgroup(&settings)?);
+pub fn remove(settings: &Settings) -> anyhow::Result<()> {
+    let pins = Pins::open(Path::new(BPFFS), &cgroup(settings)?);
     let pins = match pins {
         Err(error @ PinsError::NotMounted(_)) => {
             tracing::info!(%error, "nothing outlived the agent");
@@ -214,12 +214,16 @@ async fn start(
         supervisor.spawn("health checks", checks);
     }
     let (told, served) = watch::channel(AllServed::default());
-    if let Some(services) = services.as_ref().filter(|_| local.serves_devices) {
+    let wanted = Wanted {
+        names: settings.service_interfaces,
+        pods: settings.pod_interfaces,
+    };
+    if let Some(services) = services.as_ref().filter(|_| !wanted.is_empty()) {
         let changes = Changes::listen().context("cannot listen for changes of the network")?;
         let keeper = interfaces::keep_interfaces(
             Arc::clone(services),
             interface.clone(),
-            settings.service_interfaces,
+            wanted,
             netlink.clone(),
             changes,
             told,
@@ -357,6 +361,9 @@ fn cgroup(settings: &Settings) -> anyhow::Result<PathBuf> {
 fn load_services(settings: &Settings) -> anyhow::Result<Loaded> {
     if !settings.services {
         tracing::info!("service programs are off by configuration (`services = false`)");
+        if let Err(error) = remove(settings) {
+            tracing::warn!("services of an earlier agent go on: {error:#}");
+        }
         return Ok(Loaded {
             services: None,
             problem: None,
@@ -371,11 +378,10 @@ fn load_services(settings: &Settings) -> anyhow::Result<Loaded> {
     let with_packets = || {
         let loaded = Services::take_over(&cgroup, pins().ok(), true);
         // What sockets lack as well is said below.
-        let said =
-            |error| tracing::warn!(%error, "devices cannot be served (`service_interfaces`)");
+        let said = |error| tracing::warn!(%error, "no packets are looked at (`service_interfaces`, `pod_interfaces`)");
         loaded.map_err(said).ok()
     };
-    let wanted = !settings.service_interfaces.is_empty();
+    let wanted = !settings.service_interfaces.is_empty() || !settings.pod_interfaces.is_empty();
     let services = match wanted.then(with_packets).flatten() {
         Some(services) => services,
         None => Services::take_over(&cgroup, pins().ok(), false).with_context(|| {

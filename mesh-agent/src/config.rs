@@ -12,6 +12,8 @@ use mesh_daemon::FileError;
 use mesh_wire::id::NodeName;
 use serde::Deserialize;
 
+use crate::redirect::NamePattern;
+
 /// Checked settings of the agent.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -37,6 +39,8 @@ pub struct Settings {
     pub services: bool,
     /// Interfaces whose devices use services through this node.
     pub service_interfaces: BTreeSet<String>,
+    /// Interfaces between which, and the mesh's own, packets go past the host's stack.
+    pub pod_interfaces: BTreeSet<NamePattern>,
     /// Addresses where this node's UDP socket is reachable for sure.
     pub static_candidates: Vec<SocketAddr>,
     /// Where DNS listens, and what it forwards to.
@@ -113,6 +117,8 @@ struct ConfigFile {
     #[serde(default)]
     service_interfaces: Vec<String>,
     #[serde(default)]
+    pod_interfaces: Vec<String>,
+    #[serde(default)]
     static_candidates: Vec<SocketAddr>,
     #[serde(default)]
     dns: DnsConfig,
@@ -161,6 +167,10 @@ const INTERFACE_NAME_LEN_MAX: usize = 15;
 /// system calls, whenever a link or an address of the machine changes.
 const SERVICE_INTERFACES_MAX: usize = 64;
 
+/// Most `pod_interfaces`: one for each kind of network plug-in, and some to spare. All are compared with the name of each
+/// interface whenever the network changes.
+const POD_PATTERNS_MAX: usize = 16;
+
 /// Why the configuration cannot be used. Exit code 64.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -198,6 +208,8 @@ impl Settings {
         check_interface_name(&file.interface).map_err(|problem| bad("interface", problem))?;
         let service_interfaces =
             service_interfaces(&file).map_err(|problem| bad("service_interfaces", problem))?;
+        let pod_interfaces =
+            pod_interfaces(&file).map_err(|problem| bad("pod_interfaces", problem))?;
         if file.listen_port == 0 {
             return Err(bad(
                 "listen_port",
@@ -235,6 +247,7 @@ impl Settings {
             cgroup: file.cgroup,
             services: file.services,
             service_interfaces,
+            pod_interfaces,
             static_candidates: file.static_candidates,
             dns: file.dns,
         })
@@ -272,6 +285,29 @@ fn service_interfaces(file: &ConfigFile) -> Result<BTreeSet<String>, String> {
         ));
     }
     Ok(names.iter().cloned().collect())
+}
+
+fn pod_interfaces(file: &ConfigFile) -> Result<BTreeSet<NamePattern>, String> {
+    let patterns = &file.pod_interfaces;
+    for pattern in patterns {
+        let beginning = pattern.strip_suffix('*').unwrap_or(pattern);
+        if !beginning.is_empty() {
+            check_interface_name(beginning)?;
+        }
+        if beginning.contains('*') {
+            return Err(format!("{pattern:?} has a `*` that is not at its end"));
+        }
+    }
+    if !patterns.is_empty() && !file.services {
+        return Err("needs `services = true`".to_owned());
+    }
+    if patterns.len() > POD_PATTERNS_MAX {
+        return Err(format!(
+            "{} patterns, at most {POD_PATTERNS_MAX} can be followed",
+            patterns.len()
+        ));
+    }
+    Ok(patterns.iter().cloned().map(NamePattern::new).collect())
 }
 
 fn is_host_port(text: &str) -> bool {
@@ -326,6 +362,12 @@ mod tests {
             ("node_name", "node_name = 'Edge'"),
             ("service_interfaces", "service_interfaces = ['br lan']"),
             ("service_interfaces", "service_interfaces = ['holdfast0']"),
+            ("pod_interfaces", "pod_interfaces = ['v*h']"),
+            ("pod_interfaces", "pod_interfaces = ['a name*']"),
+            (
+                "pod_interfaces",
+                "services = false\npod_interfaces = ['veth*']",
+            ),
             (
                 "service_interfaces",
                 "services = false\nservice_interfaces = ['lan0']",

@@ -5,6 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     net::IpAddr,
+    num::NonZeroU32,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -24,7 +25,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::network::chain;
+use crate::{
+    network::chain,
+    redirect::{self, Found, NamePattern},
+};
 
 /// How often an interface with a problem is looked at again: forwarding is switched on without a
 /// word by netlink.
@@ -32,6 +36,9 @@ const RETRY: Duration = Duration::from_secs(5);
 
 /// Pause after a change of the network before the interfaces are looked up: changes come in bursts.
 const SETTLE: Duration = Duration::from_millis(20);
+
+/// In problems of no single interface.
+const ALL_PODS: &str = "pod_interfaces";
 
 /// How it stands with an interface.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -45,6 +52,23 @@ pub struct Served {
 /// By name.
 pub type AllServed = BTreeMap<String, Served>;
 
+/// On which interfaces programs are wanted.
+#[derive(Debug, Clone, Default)]
+pub struct Wanted {
+    /// Whose devices use services through this node.
+    pub names: BTreeSet<String>,
+    /// Between which, and the tunnel, packets go past the host's stack. None: nothing does.
+    pub pods: BTreeSet<NamePattern>,
+}
+
+impl Wanted {
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.names.is_empty() && self.pods.is_empty()
+    }
+}
+
 /// Keeps the programs on the interfaces of these names, whatever index they have, and on the tunnel's,
 /// until `stop`. The programs leave with the last reference to `services`.
 ///
@@ -54,7 +78,7 @@ pub type AllServed = BTreeMap<String, Served>;
 pub async fn keep_interfaces(
     services: Arc<Mutex<Services>>,
     (tunnel, tunnel_name): (IfIndex, String),
-    names: BTreeSet<String>,
+    Wanted { names, pods }: Wanted,
     netlink: Netlink,
     mut changes: Changes,
     told: watch::Sender<AllServed>,
@@ -83,6 +107,9 @@ pub async fn keep_interfaces(
             };
             served.insert(tunnel_name.clone(), refused);
         }
+        if !pods.is_empty() {
+            served.extend(redirect(&services, &netlink, &pods, tunnel).await?);
+        }
         tell(&told, served.clone());
         let retry = Instant::now() + RETRY;
         loop {
@@ -90,7 +117,8 @@ pub async fn keep_interfaces(
                 () = stop.cancelled() => return Ok(()),
                 change = changes.next() => {
                     let change = change.context("the kernel closed the netlink socket")?;
-                    if change.links || change.addresses {
+                    let routes = change.routes || change.own_routes;
+                    if change.links || change.addresses || (routes && !pods.is_empty()) {
                         time::sleep(SETTLE).await;
                         break;
                     }
@@ -103,14 +131,14 @@ pub async fn keep_interfaces(
 
 /// An interface as it is now.
 #[derive(Debug, Clone)]
-struct Found {
+struct Interface {
     index: IfIndex,
     header: ebpf_loader::LinkHeader,
     addresses: BTreeSet<IpNet>,
 }
 
 /// Or why it cannot be served. Also between two questions an interface may go.
-async fn find(netlink: &Netlink, name: &str) -> Result<Found, String> {
+async fn find(netlink: &Netlink, name: &str) -> Result<Interface, String> {
     let said = |error: NetlinkError| chain(&error);
     let index = netlink.link_index(name).await.map_err(said)?;
     let state = netlink.link_state(index).await.map_err(said)?;
@@ -124,7 +152,7 @@ async fn find(netlink: &Netlink, name: &str) -> Result<Found, String> {
         }
     };
     let addresses = netlink.addresses(index).await.map_err(said)?;
-    Ok(Found {
+    Ok(Interface {
         index,
         header,
         addresses,
@@ -160,9 +188,57 @@ async fn attach(
     Ok(results.await?)
 }
 
+/// Tells the programs how packets are handed on now. Returns what cannot be.
+async fn redirect(
+    services: &Arc<Mutex<Services>>,
+    netlink: &Netlink,
+    pods: &BTreeSet<NamePattern>,
+    tunnel: IfIndex,
+) -> anyhow::Result<AllServed> {
+    let forwarding = netlink.forwarding().await;
+    let forwarding = forwarding.context("read how packets are handed on")?;
+    let Found {
+        redirects,
+        problems,
+    } = redirect::redirects(&forwarding, pods, Some(tunnel), forwards);
+    let services = Arc::clone(services);
+    let report = task::spawn_blocking(move || {
+        let mut services = services.lock().unwrap_or_else(PoisonError::into_inner);
+        services.redirect(&redirects)
+    });
+    let mut said: Vec<(String, String)> = problems.into_iter().collect();
+    match report.await? {
+        Ok(report) => {
+            if report.attached > 0 {
+                tracing::info!(interfaces = report.attached, "packets are redirected");
+            }
+            let name = |index: NonZeroU32| {
+                let mut links = forwarding.links.iter();
+                let found = links.find(|(link, _)| link.0 == index);
+                found.map_or_else(|| index.to_string(), |(_, link)| link.name.clone())
+            };
+            let failed = report.failed.iter();
+            said.extend(failed.map(|(&index, error)| (name(index), chain(error))));
+            if report.left_out > 0 {
+                let problem = format!("{} have no room, or too many routes", report.left_out);
+                said.push((ALL_PODS.to_owned(), problem));
+            }
+        }
+        Err(error) => said.push((ALL_PODS.to_owned(), chain(&error))),
+    }
+    let refused = |problem| Served {
+        attached: false,
+        problem: Some(format!("packets are not redirected: {problem}")),
+    };
+    let said = said.into_iter();
+    Ok(said
+        .map(|(name, problem)| (name, refused(problem)))
+        .collect())
+}
+
 fn report(
     name: &str,
-    found: Result<Found, String>,
+    found: Result<Interface, String>,
     results: &Attached,
     forwards: impl Fn(&str, bool) -> bool,
 ) -> Served {
@@ -220,7 +296,8 @@ fn unforwarded(
 }
 
 /// Whether packets that come in by the interface may go on, as far as the kernel's switches say.
-fn forwards(name: &str, v6: bool) -> bool {
+#[must_use]
+pub fn forwards(name: &str, v6: bool) -> bool {
     let on = |switch: &str| {
         let path = Path::new("/proc/sys/net").join(switch);
         fs::read_to_string(path).is_ok_and(|value| value.trim() != "0")
@@ -258,8 +335,8 @@ fn tell(told: &watch::Sender<AllServed>, served: AllServed) {
 mod tests {
     use super::*;
 
-    fn found(index: u32, addresses: &[&str]) -> Found {
-        Found {
+    fn found(index: u32, addresses: &[&str]) -> Interface {
+        Interface {
             index: IfIndex::new(index).unwrap(),
             header: ebpf_loader::LinkHeader::Ethernet,
             addresses: addresses.iter().map(|net| net.parse().unwrap()).collect(),

@@ -48,9 +48,7 @@ pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> Status
     let served = facts.served.borrow();
     problems.extend(served.iter().filter_map(|(name, one)| {
         let problem = one.problem.as_ref()?;
-        Some(format!(
-            "interface {name} of `service_interfaces`: {problem}"
-        ))
+        Some(format!("interface {name}: {problem}"))
     }));
     StatusResponse {
         node: driver.name().to_string(),
