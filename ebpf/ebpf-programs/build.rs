@@ -1,4 +1,4 @@
-//! Compiles `src/programs.c` for the kernel.
+//! Compiles `src/programs.c` and `src/policy.c` for the kernel.
 
 use std::{
     env, fs,
@@ -7,8 +7,9 @@ use std::{
     process::{Command, ExitCode},
 };
 
-const SOURCE: &str = "src/programs.c";
-/// What [`SOURCE`] includes.
+/// Each becomes an object of its own.
+const SOURCES: [&str; 2] = ["src/programs.c", "src/policy.c"];
+/// What they include.
 const PARTS: [&str; 6] = [
     "src/services.c",
     "src/parse.h",
@@ -19,7 +20,7 @@ const PARTS: [&str; 6] = [
 ];
 
 fn main() -> ExitCode {
-    for source in [SOURCE].iter().chain(&PARTS) {
+    for source in SOURCES.iter().chain(&PARTS) {
         println!("cargo::rerun-if-changed={source}");
     }
     println!("cargo::rerun-if-env-changed=CLANG");
@@ -40,16 +41,24 @@ fn compile() -> Result<(), String> {
     fs::write(&header, ebpf_abi::CHeader.to_string())
         .map_err(|error| format!("cannot write {}: {error}", header.display()))?;
 
+    SOURCES
+        .iter()
+        .try_for_each(|source| compile_one(source, &out))
+}
+
+fn compile_one(source: &str, out: &Path) -> Result<(), String> {
     let clang = env::var("CLANG").unwrap_or_else(|_| "clang".to_owned());
+    let object = Path::new(source).with_extension("o");
+    let object = out.join(object.file_name().unwrap_or_default());
     // -mcpu=v3: 32-bit and atomic instructions, in every kernel that can load these programs.
     let output = Command::new(&clang)
         .args(["-O2", "-g", "-target", "bpf", "-mcpu=v3", "-std=gnu11"])
         .args(["-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing"])
         .arg("-I")
-        .arg(&out)
+        .arg(out)
         .args(multiarch_include())
-        .args(["-c", SOURCE, "-o"])
-        .arg(out.join("programs.o"))
+        .args(["-c", source, "-o"])
+        .arg(object)
         .output()
         .map_err(|error| match error.kind() == ErrorKind::NotFound {
             true => format!("no {clang} to compile the eBPF programs: apt-get install clang"),

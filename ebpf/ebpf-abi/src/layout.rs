@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use crate::{packets, redirect};
+use crate::{packets, policy, redirect};
 
 /// How a Rust type is written in C.
 pub(crate) trait CType {
@@ -121,7 +121,7 @@ impl fmt::Display for CHeader {
             "#pragma once\n#include <linux/types.h>\n#include <stddef.h>\n"
         )?;
         let limits = crate::LIMITS.iter().chain(packets::LIMITS);
-        for (name, value) in limits.chain(redirect::LIMITS) {
+        for (name, value) in limits.chain(redirect::LIMITS).chain(policy::LIMITS) {
             writeln!(f, "#define {name} {value}u")?;
         }
         writeln!(f, "\nenum counter {{")?;
@@ -139,9 +139,16 @@ impl fmt::Display for CHeader {
         for counter in crate::RedirectCounter::ALL {
             writeln!(f, "    REDIRECT_{},", counter.as_str())?;
         }
-        writeln!(f, "    REDIRECT_COUNTERS_MAX,\n}};")?;
+        writeln!(
+            f,
+            "    REDIRECT_COUNTERS_MAX,\n}};\n\nenum policy_counter {{"
+        )?;
+        for counter in crate::PolicyCounter::ALL {
+            writeln!(f, "    POLICY_{},", counter.as_str())?;
+        }
+        writeln!(f, "    POLICY_COUNTERS_MAX,\n}};")?;
         let layouts = crate::LAYOUTS.iter().chain(packets::LAYOUTS);
-        let mut layouts = layouts.chain(redirect::LAYOUTS);
+        let mut layouts = layouts.chain(redirect::LAYOUTS).chain(policy::LAYOUTS);
         layouts.try_for_each(|layout| write_layout(f, layout))
     }
 }

@@ -11,6 +11,7 @@
 
 mod layout;
 mod packets;
+mod policy;
 mod redirect;
 
 use core::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -23,6 +24,12 @@ pub use packets::{
     MASQUERADE_PORTS, Masquerade, PacketCounter, SEEN_ANSWER, SEEN_CLIENT_FIN, SEEN_ENDPOINT_FIN,
     SEEN_RESET, SourceRange, TCP_OPEN_TIMEOUT_S, TCP_TRANSITORY_TIMEOUT_S, TRACKED_MAX, Tracked,
     TrackedFlow, UDP_TIMEOUT_S,
+};
+pub use policy::{
+    POLICY_ADDRESSES_MAX, POLICY_ALLOWED, POLICY_AUDITED, POLICY_DECIDER_BIT,
+    POLICY_EVENT_INTERVAL_MS, POLICY_EVENTS_BYTES, POLICY_FLOWS_MAX, POLICY_IN, POLICY_OUT,
+    POLICY_PAIRS_MAX, POLICY_PORTS_MAX, POLICY_PROTOCOL_OTHER, PolicyCounter, PolicyEvent,
+    PolicyFlow, PolicyPair, PolicyPairRules, PolicyPort, PolicySeen, PolicyState,
 };
 pub use redirect::{REDIRECTS_MAX, ROUTES_MAX, RedirectCounter, Route, RoutePrefix};
 

@@ -11,6 +11,7 @@ mod leftover;
 mod packets;
 mod pins;
 mod plan;
+pub mod policy;
 mod redirect;
 
 use std::{
@@ -524,7 +525,7 @@ impl Services {
         absent_is_gone(map.remove(&cookie))
     }
 
-    /// What the programs counted since they were loaded.
+    /// What the programs counted since the maps were made.
     ///
     /// # Errors
     ///
@@ -540,13 +541,7 @@ impl Services {
         counters: &[C],
         index: fn(C) -> u32,
     ) -> Result<BTreeMap<C, u64>, MapError> {
-        let found = self.ebpf.map(map).ok_or_else(|| missing(map))?;
-        let values: PerCpuArray<&MapData, u64> = PerCpuArray::try_from(found)?;
-        let sum = |&counter: &C| {
-            let per_cpu = values.get(&index(counter), 0)?;
-            Ok((counter, per_cpu.iter().sum()))
-        };
-        counters.iter().map(sum).collect()
+        sums(&self.ebpf, map, counters, index)
     }
 
     /// New list first, then the frontend's value, which is what readers follow, then the old list
@@ -649,9 +644,27 @@ fn range_key(list: EndpointList, (address, length): (IpAddr, u8)) -> Key<[u32; 6
     Key::new(u64::BITS + mapped + u32::from(length), ip)
 }
 
+fn sums<C: Copy + Ord>(
+    ebpf: &Ebpf,
+    map: &str,
+    counters: &[C],
+    index: fn(C) -> u32,
+) -> Result<BTreeMap<C, u64>, MapError> {
+    let found = ebpf.map(map).ok_or_else(|| missing(map))?;
+    let values: PerCpuArray<&MapData, u64> = PerCpuArray::try_from(found)?;
+    let sum = |&counter: &C| {
+        let per_cpu = values.get(&index(counter), 0)?;
+        Ok((counter, per_cpu.iter().sum()))
+    };
+    counters.iter().map(sum).collect()
+}
+
 fn absent_is_gone(removed: Result<(), MapError>) -> Result<(), MapError> {
     match removed {
         Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => {
+            Ok(())
+        }
         other => other,
     }
 }

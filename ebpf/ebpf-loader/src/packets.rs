@@ -17,8 +17,7 @@ use aya::{
     },
 };
 use ebpf_abi::{
-    KEPT_PREFIXES_MAX, KeptPrefix, MASQUERADE_PORT_FIRST, PacketCounter,
-    SocketAddress,
+    KEPT_PREFIXES_MAX, KeptPrefix, MASQUERADE_PORT_FIRST, PacketCounter, SocketAddress,
 };
 use rustix::{
     io::Errno,
@@ -30,8 +29,7 @@ use crate::{
     leftover::prefix,
     missing, no_link,
     pins::{Keeper, KeptLink},
-    redirect,
-    rejected,
+    redirect, rejected,
 };
 
 const COUNTERS: &str = "hf_pkt_counters";
@@ -308,7 +306,7 @@ impl Services {
         Ok(wanted.kept.len() - kept.len())
     }
 
-    /// What became of the packets of all interfaces since the programs were loaded.
+    /// What became of the packets of all interfaces since the maps were made.
     ///
     /// # Errors
     ///
@@ -376,7 +374,8 @@ pub(crate) fn is_attached(
     own.is_ok_and(|own| there.is_ok_and(|(_, programs)| programs.iter().any(|one| one.id() == own)))
 }
 
-/// Puts the program in the place of the one that an earlier process left there, else before all others.
+/// Puts the program in the place of the one that an earlier process left there, else before all others;
+/// what clients' packets become that come by the tunnel, after them.
 fn attach(
     ebpf: &mut Ebpf,
     keeper: &mut Keeper,
@@ -393,8 +392,13 @@ fn attach(
         return Ok(keeper.claim(&pin, link));
     }
     let program = program(ebpf, name)?;
-    let first = TcAttachOptions::TcxOrder(LinkOrder::first());
-    let link = program.attach_with_options(interface, direction, first)?;
+    // What comes by the tunnel is judged by policy before anything changes it.
+    let order = match name {
+        "hf_entering" => LinkOrder::last(),
+        _ => LinkOrder::first(),
+    };
+    let options = TcAttachOptions::TcxOrder(order);
+    let link = program.attach_with_options(interface, direction, options)?;
     let link = program.take_link(link)?;
     keeper.keep(&pin, link.try_into().map_err(no_link)?)
 }

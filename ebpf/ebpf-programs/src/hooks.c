@@ -5,27 +5,6 @@
 
 enum hook { REQUESTS, ANSWERS, ENTERING, LEAVING };
 
-/* Where the IP header begins, behind an Ethernet header and at most one VLAN tag in it; the kernel
- * mostly keeps a tag beside the packet. 0: it is not IP, or none that is told so. */
-static __always_inline __u32 skip_ethernet(struct __sk_buff *skb, __u16 *protocol)
-{
-    struct {
-        __u16 type;
-        __u16 tag;
-        __u16 tagged_type;
-    } behind;
-
-    if (bpf_skb_load_bytes(skb, offsetof(struct ethhdr, h_proto), &behind, sizeof(behind)) ||
-        behind.type != *protocol)
-        return 0;
-    if (behind.type != bpf_htons(ETH_P_8021Q) && behind.type != bpf_htons(ETH_P_8021AD))
-        return ETH_HLEN;
-    if (skb->vlan_present)
-        return 0;
-    *protocol = behind.tagged_type;
-    return ETH_HLEN + VLAN_TAG_LEN;
-}
-
 static __always_inline int on_packet(struct __sk_buff *skb, bool ethernet, enum hook hook)
 {
     struct packet packet = {};

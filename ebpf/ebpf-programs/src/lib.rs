@@ -1,4 +1,4 @@
-//! The programs that run in the kernel, as the object that clang made of `programs.c`.
+//! The programs that run in the kernel, as the objects that clang made of `programs.c` and `policy.c`.
 //!
 //! **Invariant:** no Rust here but the bytes.
 
@@ -12,3 +12,9 @@ static ALIGNED: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"
 
 /// The ELF object with the cgroup programs, the tcx programs, and their maps.
 pub static SERVICES: &[u8] = &ALIGNED.0;
+
+static ALIGNED_POLICY: &Aligned<[u8]> =
+    &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/policy.o")));
+
+/// The ELF object with the tcx programs of policy, and their maps.
+pub static POLICY: &[u8] = &ALIGNED_POLICY.0;

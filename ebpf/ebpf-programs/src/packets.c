@@ -18,7 +18,6 @@
 #include "parse.h"
 
 #define PACKET_HOST 0
-#define VLAN_TAG_LEN 4
 #define NS_PER_S 1000000000ll
 #define TTL 64
 #define EEXIST 17

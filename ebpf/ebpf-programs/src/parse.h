@@ -26,6 +26,8 @@
 #define FRAGMENT 44
 #define DESTINATION_OPTIONS 60
 
+#define VLAN_TAG_LEN 4
+
 struct packet {
     struct socket_address source;
     struct socket_address destination;
@@ -165,4 +167,25 @@ static __noinline __u32 parse(struct __sk_buff *skb, struct packet *packet, __u3
     packet->source.protocol = packet->protocol;
     packet->destination.protocol = packet->protocol;
     return PARSED;
+}
+
+/* Where the IP header begins, behind an Ethernet header and at most one VLAN tag in it; the kernel
+ * mostly keeps a tag beside the packet. 0: it is not IP, or none that is told so. */
+static __always_inline __u32 skip_ethernet(struct __sk_buff *skb, __u16 *protocol)
+{
+    struct {
+        __u16 type;
+        __u16 tag;
+        __u16 tagged_type;
+    } behind;
+
+    if (bpf_skb_load_bytes(skb, offsetof(struct ethhdr, h_proto), &behind, sizeof(behind)) ||
+        behind.type != *protocol)
+        return 0;
+    if (behind.type != bpf_htons(ETH_P_8021Q) && behind.type != bpf_htons(ETH_P_8021AD))
+        return ETH_HLEN;
+    if (skb->vlan_present)
+        return 0;
+    *protocol = behind.tagged_type;
+    return ETH_HLEN + VLAN_TAG_LEN;
 }

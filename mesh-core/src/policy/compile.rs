@@ -233,10 +233,11 @@ impl Compiler {
 
 /// Whether policy and whom it is about are the same in both.
 fn is_same(one: &Snapshot, other: &Snapshot) -> bool {
-    one.mesh.default_action == other.mesh.default_action
-        && one.policy == other.policy
-        && one.nodes == other.nodes
-        && one.external_peers == other.external_peers
+    std::ptr::eq(one, other)
+        || one.mesh.default_action == other.mesh.default_action
+            && one.policy == other.policy
+            && one.nodes == other.nodes
+            && one.external_peers == other.external_peers
 }
 
 /// Keeps the longest prefixes: what misses is then in none that was kept, and strictly judged.

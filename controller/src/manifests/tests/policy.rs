@@ -99,9 +99,11 @@ fn a_mesh_policy_is_read_and_each_wrong_field_is_named() {
 
 #[test]
 fn a_network_policy_is_read_as_upstream_reads_it() {
-    let sides = |text: &str| match one(text) {
-        Object::NetworkPolicy(policy) => (policy.ingress, policy.egress),
-        other => panic!("{other:?}"),
+    let sides = |text: &str| {
+        let Object::NetworkPolicy(policy) = one(text) else {
+            panic!("not a policy");
+        };
+        (policy.ingress, policy.egress)
     };
     let (ingress, egress) = sides(NETWORK_POLICY);
     let rule = &ingress.unwrap()[0];
@@ -174,10 +176,10 @@ fn a_pod_that_ended_or_has_no_address_is_nobody() {
         let text = format!(
             "apiVersion: v1\nkind: Pod\nmetadata: {{name: p}}\nspec:\n  nodeName: a\n  containers: [{{name: c, ports: [{{name: sql, containerPort: 5432}}, {{containerPort: 1}}]}}]\nstatus: {status}\n"
         );
-        match one(&text) {
-            Object::Pod(pod) => pod,
-            other => panic!("{other:?}"),
-        }
+        let Object::Pod(pod) = one(&text) else {
+            panic!("not a pod");
+        };
+        pod
     };
     let running = pod("{phase: Running, podIPs: [{ip: 10.1.0.7}, {ip: 'fd01::7'}]}").unwrap();
     assert_eq!((running.addresses.len(), running.ports.len()), (2, 1));

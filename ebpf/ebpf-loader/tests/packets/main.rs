@@ -31,6 +31,8 @@ mod outside;
 #[cfg(test)]
 mod pods;
 #[cfg(test)]
+mod policy;
+#[cfg(test)]
 mod redirect;
 #[cfg(test)]
 mod sockets;
