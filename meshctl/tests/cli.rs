@@ -135,6 +135,10 @@ async fn status_has_a_stable_form_for_machines() {
         "drops": { "no_route": 2, "malformed": 0 },
         "service_interfaces": { "lan0": true, "lan1": false },
         "service_packets": { "flow_opened": 2, "hairpin": 0 },
+        "policy_enforced": true,
+        "policy_packets": { "passed": 3, "denied": 1 },
+        "policy_events": ["denied by defaultAction: TCP 100.96.0.2:40000 to 100.96.0.1:22, in"],
+        "services_unkept": "/sys/fs/bpf is no bpffs",
         "certificate_expires_unix_s": null,
     });
     assert_eq!(lab.json("status").await, (0, want));
@@ -161,6 +165,10 @@ peers       3 direct, 1 relayed
 DNS         169.254.53.53:53
 serves      lan0, lan1 (not attached)
 served      2 flow_opened
+not kept    services: /sys/fs/bpf is no bpffs
+policy      enforced
+judged      1 denied, 3 passed
+            denied by defaultAction: TCP 100.96.0.2:40000 to 100.96.0.1:22, in
 drops       2 no_route
 
 RELAY  STATE  HOME  RTT      PROBLEM
@@ -574,6 +582,11 @@ impl AgentAdmin for Agent {
             service_interfaces: [("lan0".to_owned(), true), ("lan1".to_owned(), false)].into(),
             service_packets: [("flow_opened".to_owned(), 2), ("hairpin".to_owned(), 0)].into(),
             services_unkept: "/sys/fs/bpf is no bpffs".to_owned(),
+            policy_enforced: true,
+            policy_packets: [("passed".to_owned(), 3), ("denied".to_owned(), 1)].into(),
+            policy_events: texts(&[
+                "denied by defaultAction: TCP 100.96.0.2:40000 to 100.96.0.1:22, in",
+            ]),
         }))
     }
 

@@ -456,7 +456,8 @@ pub fn tail(log: &str) -> String {
 /// What the kernel says.
 pub(crate) fn unmount_bpffs(dir: &Path) -> Result<()> {
     match unmount(dir.join(BPFFS), UnmountFlags::DETACH) {
-        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(()), // Was not mounted, or not yet.
+        // Was not mounted, not yet, or is no node's folder.
+        Ok(()) | Err(Errno::INVAL | Errno::NOENT | Errno::NOTDIR) => Ok(()),
         Err(errno) => Err(errno).with_context(|| format!("unmount the bpffs of {}", dir.display())),
     }
 }

@@ -253,7 +253,8 @@ fn a_service_goes_on_while_its_agent_is_replaced() -> Result<()> {
             Ok(())
         })
     };
-    for kill in [true, false] {
+    // Stopped in order it writes to its disk what came a moment ago.
+    for kill in [false, true] {
         go_on()?;
         let mut agent = mesh.take("edge-a1", "mesh-agent")?;
         if kill {
@@ -280,15 +281,67 @@ fn a_service_goes_on_while_its_agent_is_replaced() -> Result<()> {
     Ok(())
 }
 
+/// Its endpoint is there still and answers, but is no endpoint any more: nothing but the agent tells the client.
+#[test]
+fn a_connected_udp_socket_ends_when_its_endpoint_leaves_the_service_and_no_other_does() -> Result<()> {
+    let mesh = Mesh::two_sites()?;
+    let says = |port: u16| -> Result<()> {
+        let text = KIOSK_MANIFEST
+            .replace("TCP", "UDP")
+            .replace("8080", &port.to_string());
+        Ok(fs::write(mesh.manifests().join("kiosk.yaml"), text)?)
+    };
+    says(9000)?;
+    mesh.serve("edge-a1", "one", &["echo", "127.0.0.1:9000"])?;
+    mesh.serve("edge-a1", "two", &["echo", "127.0.0.1:9001"])?;
+    let node = mesh.node("edge-a1")?;
+    // Asks again and again by one connected socket, and ends when it does.
+    let client = |log: &str, at: &str| {
+        let script = format!(
+            "exec 3<>/dev/udp/{at} && while echo ? >&3 && read -t 5 -u 3; do echo answered; sleep 0.05; done"
+        );
+        node.spawn(log, &["bash", "-c", &script])
+    };
+    tool::eventually("the service is led", SOON, || {
+        let mut first = client("first", "10.43.0.99/80")?;
+        tool::eventually("it answers", Duration::from_secs(1), || {
+            first.running()?;
+            ensure!(first.log().contains("answered"), "{}", first.log());
+            Ok(())
+        })
+    })?;
+    let mut by_service = client("by-service", "10.43.0.99/80")?;
+    let mut direct = client("direct", "127.0.0.1/9000")?;
+    for client in [&mut by_service, &mut direct] {
+        tool::eventually("the client is answered", SOON, || {
+            client.running()?;
+            ensure!(client.log().contains("answered"), "{}", client.log());
+            Ok(())
+        })?;
+    }
+    says(9001)?;
+    by_service.wait(SOON)?;
+    let log = by_service.log();
+    ensure!(log.contains("Software caused connection abort"), "{log}");
+    direct.running()?;
+    let answered = direct.log().len();
+    tool::eventually("the other is still answered", SOON, || {
+        direct.running()?;
+        ensure!(direct.log().len() > answered);
+        Ok(())
+    })
+}
+
 const KIOSK: &str = "http://10.43.0.99/";
 
 /// A service on whatever node it is asked for.
-fn kiosk(mesh: &Mesh) -> Result<()> {
-    let text = "apiVersion: v1\nkind: Service\nmetadata: {name: kiosk, namespace: shop}\nspec:\n  clusterIP: 10.43.0.99\n  \
+const KIOSK_MANIFEST: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: kiosk, namespace: shop}\nspec:\n  clusterIP: 10.43.0.99\n  \
                 ports: [{port: 80, targetPort: 8080, protocol: TCP}]\n---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
                 metadata: {name: kiosk, namespace: shop, labels: {kubernetes.io/service-name: kiosk}}\naddressType: IPv4\n\
                 ports: [{port: 8080, protocol: TCP}]\nendpoints: [{addresses: [127.0.0.1]}]\n";
-    Ok(fs::write(mesh.manifests().join("kiosk.yaml"), text)?)
+
+fn kiosk(mesh: &Mesh) -> Result<()> {
+    Ok(fs::write(mesh.manifests().join("kiosk.yaml"), KIOSK_MANIFEST)?)
 }
 
 #[test]

@@ -569,3 +569,49 @@ fn an_endpoint_has_the_first_weight_that_matches_where_it_is() {
     let service = view.snapshot.services.get(&name()).unwrap();
     assert!(rank(&view, service).iter().all(|one| one.chosen));
 }
+
+/// However little new flows may go there.
+#[test]
+fn a_service_has_an_endpoint_until_no_slice_lists_it() {
+    let mut not_ready = on("zone", 3);
+    not_ready.ready = false;
+    let mut leaving = on("region", 4);
+    (leaving.ready, leaving.serving, leaving.terminating) = (false, false, true);
+    let mut view = with(
+        view(),
+        vec![
+            on("near", 1),
+            on("far", 2),
+            not_ready,
+            leaving,
+            on("own", 5),
+        ],
+    );
+    view.dead = BTreeSet::from(["near".parse().unwrap()]);
+    let mut table = Table::default();
+    table.update(&Arc::new(view.clone()));
+    let asked = |port, protocol| Frontend {
+        address: [10, 96, 0, 1].into(),
+        port,
+        protocol,
+    };
+    let http = asked(80, Protocol::Tcp);
+    let at = |last: u8, port: u16| SocketAddr::from(([10, 42, 0, last], port));
+    for last in 1..=5 {
+        assert!(table.has(&http, at(last, 8080)), "{last}");
+    }
+    check_chosen(&view, &[5]);
+    assert!(!table.has(&http, at(6, 8080)), "another address");
+    assert!(!table.has(&http, at(1, 8081)), "another port");
+    assert!(!table.has(&asked(80, Protocol::Udp), at(1, 8080)));
+    assert!(!table.has(&asked(81, Protocol::Tcp), at(1, 8080)));
+    table.update(&Arc::new(with(view.clone(), vec![on("own", 5)])));
+    assert!(
+        !table.has(&http, at(2, 8080)),
+        "gone, though it was never chosen"
+    );
+    assert!(table.has(&http, at(5, 8080)));
+    Arc::make_mut(&mut view.snapshot).services.clear();
+    table.update(&Arc::new(view));
+    assert!(!table.has(&http, at(5, 8080)), "without a service");
+}

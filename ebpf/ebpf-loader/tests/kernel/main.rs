@@ -11,6 +11,8 @@ mod changes;
 #[cfg(test)]
 mod coexistence;
 #[cfg(test)]
+mod connected;
+#[cfg(test)]
 mod kept;
 #[cfg(test)]
 #[path = "../common/kube_proxy.rs"]
