@@ -10,7 +10,8 @@ limits! {
     REDIRECTS_MAX = 1_024;
     /// Routes of the node: two for each pod, and as many again for other nodes' prefixes, LANs and
     /// its own addresses. Where there are more, nothing is redirected: one left out could be the
-    /// one that leads elsewhere. Allocated as they are written: 8,192 × 2 × 96 bytes, 1.5 MiB at most.
+    /// one that leads elsewhere. Allocated as they are written: 8,192 × 2 × 96 bytes, 1.5 MiB at most; as many again, with 128 KiB
+    /// of buckets, for those to single addresses.
     ROUTES_MAX = 8_192;
 }
 

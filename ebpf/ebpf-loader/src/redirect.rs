@@ -2,12 +2,17 @@
 //!
 //! Nothing of it goes on when the process ends: the stack then does the same, and flows go on.
 
-use std::{cmp::Reverse, collections::BTreeMap, net::IpAddr, num::NonZeroU32};
+use std::{
+    cmp::Reverse,
+    collections::BTreeMap,
+    net::{IpAddr, Ipv6Addr},
+    num::NonZeroU32,
+};
 
 use aya::{
     Ebpf,
     maps::{
-        LpmTrie, MapData, MapError,
+        HashMap, LpmTrie, MapData, MapError,
         xdp::{DevMapHash, XdpMapError},
     },
     programs::{
@@ -24,9 +29,13 @@ use crate::{
     rejected,
 };
 
+const HOSTS: &str = "hf_hosts";
 const ROUTES: &str = "hf_routes";
 const LINKS: &str = "hf_redirects";
 const COUNTERS: &str = "hf_redir_counters";
+
+/// Of a prefix that is one address, as the programs compare it.
+const HOST_LEN: u32 = Ipv6Addr::BITS;
 
 /// Between which interfaces packets are redirected, and by which routes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -113,14 +122,33 @@ impl Told {
 }
 
 fn forget_all(ebpf: &mut Ebpf) -> Result<(), MapError> {
+    let mut hosts = hosts(ebpf)?;
+    let left: Vec<_> = hosts.keys().collect::<Result<_, _>>()?;
+    left.iter()
+        .try_for_each(|host| absent_is_gone(hosts.remove(host)))?;
     let mut routes = routes(ebpf)?;
     let left: Vec<_> = routes.keys().collect::<Result<_, _>>()?;
     left.iter()
         .try_for_each(|prefix| absent_is_gone(routes.remove(prefix)))
 }
 
+fn hosts(ebpf: &mut Ebpf) -> Result<HashMap<&mut MapData, [u32; 4], Route>, MapError> {
+    map_of(ebpf, HOSTS)
+}
+
 fn routes(ebpf: &mut Ebpf) -> Result<LpmTrie<&mut MapData, [u32; 4], Route>, MapError> {
     map_of(ebpf, ROUTES)
+}
+
+/// Where a prefix leads from now on; `None`: it leads nowhere.
+fn write(ebpf: &mut Ebpf, prefix: (IpAddr, u8), route: Option<Route>) -> Result<(), MapError> {
+    let key = key(prefix);
+    match (key.prefix_len() == HOST_LEN, route) {
+        (true, Some(route)) => hosts(ebpf)?.insert(key.data(), route, 0),
+        (true, None) => absent_is_gone(hosts(ebpf)?.remove(&key.data())),
+        (false, Some(route)) => routes(ebpf)?.insert(&key, route, 0),
+        (false, None) => absent_is_gone(routes(ebpf)?.remove(&key)),
+    }
 }
 
 impl Services {
@@ -231,11 +259,7 @@ fn apply(
         if now == Some(&route) {
             continue;
         }
-        match now {
-            Some(now) => routes(ebpf).and_then(|mut map| map.insert(&key(prefix), *now, 0)),
-            None => routes(ebpf).and_then(|mut map| absent_is_gone(map.remove(&key(prefix)))),
-        }
-        .map_err(map)?;
+        write(ebpf, prefix, now.copied()).map_err(map)?;
         match now {
             Some(now) => told.routes.insert(prefix, *now),
             None => told.routes.remove(&prefix),
@@ -248,8 +272,7 @@ fn apply(
         .collect();
     new.sort_by_key(|((_, length), _)| Reverse(*length));
     for (&prefix, &route) in new {
-        let written = routes(ebpf).and_then(|mut map| map.insert(&key(prefix), route, 0));
-        written.map_err(map)?;
+        write(ebpf, prefix, Some(route)).map_err(map)?;
         told.routes.insert(prefix, route);
     }
     let mut report = RedirectReport {

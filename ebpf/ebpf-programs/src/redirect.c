@@ -14,7 +14,16 @@
 
 #define TCP_DATA_OFFSET 12 /* The byte with it. */
 
-/* The node's routes: prefix to where its packets go. */
+/* The node's routes to single addresses, most of them pods': one look-up, where a tree takes several. */
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(map_flags, BPF_F_NO_PREALLOC);
+    __type(key, __u32[4]);
+    __type(value, struct route);
+    __uint(max_entries, ROUTES_MAX);
+} hf_hosts SEC(".maps");
+
+/* All other routes: prefix to where its packets go. */
 struct {
     __uint(type, BPF_MAP_TYPE_LPM_TRIE);
     __uint(map_flags, BPF_F_NO_PREALLOC);
@@ -120,6 +129,13 @@ static __always_inline __u32 wire_len(struct __sk_buff *skb, __u32 l3, const str
     return header->length + (words >> 4) * 4u + skb->gso_size;
 }
 
+static __always_inline struct route *find_route(const struct route_prefix *to)
+{
+    struct route *host = bpf_map_lookup_elem(&hf_hosts, to->ip);
+
+    return host ?: bpf_map_lookup_elem(&hf_routes, to);
+}
+
 /* What the host's stack would do with the packet, as far as it is only to hand it on. */
 static __noinline __u32 find_way(struct __sk_buff *skb, __u32 l3, struct route *way)
 {
@@ -133,12 +149,12 @@ static __noinline __u32 find_way(struct __sk_buff *skb, __u32 l3, struct route *
         read = read_v6(skb, l3, &header);
     if (read != FOUND)
         return read;
-    route = bpf_map_lookup_elem(&hf_routes, &header.destination);
+    route = find_route(&header.destination);
     if (!route || !route->interface || route->interface == skb->ifindex)
         return REDIRECT_elsewhere;
     *way = *route;
     /* RFC 3704, 2.2: strict reverse path forwarding. */
-    route = bpf_map_lookup_elem(&hf_routes, &header.source);
+    route = find_route(&header.source);
     if (!route || route->interface != skb->ifindex)
         return REDIRECT_source;
     if (wire_len(skb, l3, &header) > way->mtu)

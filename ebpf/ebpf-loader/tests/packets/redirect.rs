@@ -205,6 +205,8 @@ fn a_pod_that_is_gone_gets_nothing_and_who_has_its_index_nothing_of_it() {
     let [old, _] = B.addresses();
     let [new, _] = C.addresses();
     let number = index(B.port);
+    // Each attempt is to be told so.
+    fs::write("/proc/sys/net/ipv4/icmp_ratelimit", "0").unwrap();
     drop(b);
     ip(&["link", "del", B.port]);
     // The node has no route any more and says so, before anything was told here.
