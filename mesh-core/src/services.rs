@@ -182,7 +182,11 @@ pub struct HealthCheck {
 pub fn health_checks(view: &View) -> BTreeMap<u16, HealthCheck> {
     let mut checks = BTreeMap::new();
     for service in view.snapshot.services.values() {
-        let Some(port) = service.external.health_check.filter(|_| service.external.local_only) else {
+        let Some(port) = service
+            .external
+            .health_check
+            .filter(|_| service.external.local_only)
+        else {
             continue;
         };
         checks.entry(port).or_insert_with(|| {
