@@ -39,4 +39,6 @@ mod sockets;
 #[cfg(test)]
 mod verdicts;
 #[cfg(test)]
+mod ways;
+#[cfg(test)]
 mod wire;
