@@ -18,10 +18,10 @@ const USAGE: &str = "usage: services-bench serve ADDR:PORT…  answers by TCP an
        services-bench ask CGROUP        moves there; then a question a line on standard input:
            connect|first_byte|round_trip|datagram ADDR:PORT[,ADDR:PORT…] COUNT
            bulk ADDR:PORT[,ADDR:PORT…] MILLISECONDS
-       services-bench hold CGROUP TABLE [INTERFACE]
+       services-bench hold CGROUP TABLE [serve=INTERFACE] [pod=INTERFACE…]
                                         fills the maps from a file, a line each frontend (tcp|udp ADDR:PORT
                                         ENDPOINT…), for the processes of the cgroup, and for what comes in by
-                                        the interface; for ever
+                                        the interface; packets between pods go past the stack; for ever
        services-bench change CGROUP SERVICES ENDPOINTS CHANGES
                                         one endpoint of one service at a time, so many times";
 
@@ -44,9 +44,16 @@ fn dispatch(words: &[String]) -> Result<()> {
             server::run(&listen.collect::<Result<Vec<_>, _>>().context("ADDR:PORT")?)
         }
         ["ask", cgroup] => client::run(Path::new(cgroup)),
-        ["hold", cgroup, table] => tables::hold(Path::new(cgroup), Path::new(table), None),
-        ["hold", cgroup, table, interface] => {
-            tables::hold(Path::new(cgroup), Path::new(table), Some(interface))
+        ["hold", cgroup, table, interfaces @ ..] => {
+            let mut places = tables::Places::default();
+            for word in interfaces {
+                match word.split_once('=') {
+                    Some(("serve", name)) => places.served.push(name.to_owned()),
+                    Some(("pod", name)) => places.pods.push(name.to_owned()),
+                    _ => bail!("{word}: {USAGE}"),
+                }
+            }
+            tables::hold(Path::new(cgroup), Path::new(table), &places)
         }
         ["change", cgroup, services, endpoints, changes] => {
             let size = tables::Size {

@@ -13,7 +13,11 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use ebpf_loader::{Backends, Clients, Frontend, LinkHeader, Services};
-use mesh_agent::publish;
+use mesh_agent::{
+    interfaces::forwards,
+    publish,
+    redirect::{NamePattern, redirects},
+};
 use mesh_core::{
     services::{Table, View},
     snapshot::{
@@ -21,9 +25,11 @@ use mesh_core::{
         ServiceName, ServicePort, Snapshot,
     },
 };
+use mesh_linux::netlink::Netlink;
 use mesh_wire::id::{MeshId, NodeName};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice, socket_with};
 use serde_json::json;
+use tokio::runtime::Builder;
 
 /// Nodes over which the endpoints of [`change`] are spread.
 const NODES: usize = 1_000;
@@ -31,28 +37,40 @@ const NODES: usize = 1_000;
 /// What the services of [`change`] lead to.
 const PORT: u16 = 8080;
 
-/// Fills the maps from a file and serves the processes of `cgroup`, or, with an interface of this network
-/// namespace, what comes in by that, until killed. Says on standard output `load_ns`, from nothing until all of it is
-/// there, and `map_memory_bytes`.
+/// Interfaces of this network namespace, by name.
+#[derive(Debug, Default)]
+pub(crate) struct Places {
+    /// What comes in by them is looked at.
+    pub(crate) served: Vec<String>,
+    /// Packets between them are redirected.
+    pub(crate) pods: Vec<String>,
+}
+
+/// Fills the maps from a file and serves the processes of `cgroup`, and the interfaces, until killed. Says on standard
+/// output `load_ns`, from nothing until all of it is there, and `map_memory_bytes`.
 ///
 /// # Errors
 ///
 /// If the file does not say it, or the kernel does not take it.
-pub(crate) fn hold(cgroup: &Path, table: &Path, interface: Option<&str>) -> Result<()> {
+pub(crate) fn hold(cgroup: &Path, table: &Path, places: &Places) -> Result<()> {
     let text = fs::read_to_string(table).with_context(|| format!("read {}", table.display()))?;
     let desired: BTreeMap<_, _> = text
         .lines()
         .map(|line| frontend(line).with_context(|| format!("{}: {line}", table.display())))
         .collect::<Result<_>>()?;
     let began = Instant::now();
-    let services = match interface {
-        None => filled(Services::load(cgroup)?, &desired)?,
-        Some(name) => {
-            let mut services = filled(Services::load_with_packets(cgroup)?, &desired)?;
-            services.attach_interface(index(name)?, LinkHeader::Ethernet)?;
-            services
-        }
+    let packets = !places.served.is_empty() || !places.pods.is_empty();
+    let services = match packets {
+        true => Services::load_with_packets(cgroup)?,
+        false => Services::load(cgroup)?,
     };
+    let mut services = filled(services, &desired)?;
+    for name in &places.served {
+        services.attach_interface(index(name)?, LinkHeader::Ethernet)?;
+    }
+    if !places.pods.is_empty() {
+        redirect(&mut services, &places.pods)?;
+    }
     let load_ns = nanoseconds(began.elapsed())?;
     println!(
         "{}",
@@ -62,6 +80,24 @@ pub(crate) fn hold(cgroup: &Path, table: &Path, interface: Option<&str>) -> Resu
         thread::park(); // It may also return by itself.
         ensure!(services.counters().is_ok(), "the maps are gone");
     }
+}
+
+/// As the agent does.
+fn redirect(services: &mut Services, pods: &[String]) -> Result<()> {
+    let runtime = Builder::new_current_thread().enable_io().build()?;
+    let forwarding = runtime.block_on(async {
+        let forwarding = Netlink::connect()?.forwarding().await?;
+        anyhow::Ok(forwarding)
+    })?;
+    let pods = pods.iter().cloned().map(NamePattern::new);
+    let found = redirects(&forwarding, &pods.collect(), None, forwards);
+    ensure!(found.problems.is_empty(), "{:?}", found.problems);
+    let report = services.redirect(&found.redirects)?;
+    ensure!(
+        report.failed.is_empty() && report.left_out == 0,
+        "{report:?}"
+    );
+    Ok(())
 }
 
 /// `tcp 10.96.0.1:80 10.244.2.1:8080 10.244.2.2:8080`.

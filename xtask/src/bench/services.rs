@@ -1,4 +1,5 @@
-//! Ways from a pod by a service's address to a pod on the same node: Holdfast's at the socket and by packets, what
+//! Ways from a pod by a service's address to a pod on the same node: Holdfast's at the socket and by packets, each by the
+//! node's stack and past it, what
 //! kube-proxy programs, a proxy process; beside the direct way to the endpoint, all in turns within each round.
 //!
 //! What is measured, each by a client that asks one thing after the other (`services-bench`, `src/client.rs`):
@@ -230,7 +231,12 @@ fn get(case: &Case, samples: &mut Samples) -> Result<()> {
         Kind::Nftables(_) => ("nft", "nftables", "--version"),
         Kind::Iptables(_) => ("iptables-restore", "iptables", "--version"),
         Kind::Haproxy => ("haproxy", "haproxy", "-v"),
-        Kind::Direct | Kind::Sockets(_) | Kind::Packets(_) | Kind::Change => return Ok(()),
+        Kind::Direct
+        | Kind::Sockets(_)
+        | Kind::Redirect(_)
+        | Kind::Packets(_)
+        | Kind::PacketsRedirect(_)
+        | Kind::Change => return Ok(()),
     };
     setup::install(&[(program, package)])?;
     let said = super::said(program, &[word]);

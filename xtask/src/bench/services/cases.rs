@@ -18,8 +18,12 @@ pub(super) enum Kind {
     Direct,
     /// Holdfast's cgroup programs.
     Sockets(Cluster),
+    /// Those, and packets between the pods redirected past the node's stack.
+    Redirect(Cluster),
     /// Holdfast's tcx programs at the node's end of the client's wire.
     Packets(Cluster),
+    /// Those, and packets redirected.
+    PacketsRedirect(Cluster),
     /// Rules as kube-proxy makes them in its nftables mode.
     Nftables(Cluster),
     /// Rules as kube-proxy makes them in its iptables mode.
@@ -48,9 +52,21 @@ pub(super) const CASES: &[Case] = &[
     case("holdfast-socket-1", Kind::Sockets(ONE)),
     case("holdfast-socket-1000", Kind::Sockets(THOUSAND)),
     case("holdfast-socket-10000", Kind::Sockets(TEN_THOUSAND)),
+    case("holdfast-redirect-1", Kind::Redirect(ONE)),
+    case("holdfast-redirect-1000", Kind::Redirect(THOUSAND)),
+    case("holdfast-redirect-10000", Kind::Redirect(TEN_THOUSAND)),
     case("holdfast-packets-1", Kind::Packets(ONE)),
     case("holdfast-packets-1000", Kind::Packets(THOUSAND)),
     case("holdfast-packets-10000", Kind::Packets(TEN_THOUSAND)),
+    case("holdfast-packets-redirect-1", Kind::PacketsRedirect(ONE)),
+    case(
+        "holdfast-packets-redirect-1000",
+        Kind::PacketsRedirect(THOUSAND),
+    ),
+    case(
+        "holdfast-packets-redirect-10000",
+        Kind::PacketsRedirect(TEN_THOUSAND),
+    ),
     case("nftables-1", Kind::Nftables(ONE)),
     case("nftables-1000", Kind::Nftables(THOUSAND)),
     case("nftables-10000", Kind::Nftables(TEN_THOUSAND)),
@@ -72,7 +88,12 @@ impl Kind {
     pub(super) fn is_other(self) -> bool {
         match self {
             Self::Nftables(_) | Self::Iptables(_) | Self::Haproxy => true,
-            Self::Direct | Self::Sockets(_) | Self::Packets(_) | Self::Change => false,
+            Self::Direct
+            | Self::Sockets(_)
+            | Self::Redirect(_)
+            | Self::Packets(_)
+            | Self::PacketsRedirect(_)
+            | Self::Change => false,
         }
     }
 }

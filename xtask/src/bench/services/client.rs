@@ -47,7 +47,7 @@ impl Client {
         self.ask(&format!("{verb} {addresses} {count}"))
     }
 
-    /// One stream to the first of the addresses.
+    /// One stream to one of the addresses, another one each time.
     ///
     /// # Errors
     ///

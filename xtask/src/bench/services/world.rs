@@ -112,6 +112,8 @@ impl World {
             Kind::Direct | Kind::Change => self.direct(case),
             Kind::Sockets(cluster) => self.sockets(case, cluster),
             Kind::Packets(cluster) => self.packets(case, cluster),
+            Kind::Redirect(cluster) => self.redirect(case, cluster, false),
+            Kind::PacketsRedirect(cluster) => self.redirect(case, cluster, true),
             Kind::Nftables(cluster) => {
                 self.rules(case, cluster, &["nft", "--file"], &cluster.nftables())
             }
@@ -131,7 +133,52 @@ impl World {
 
     fn sockets(&self, case: &Case, cluster: Cluster) -> Result<Way> {
         let way = self.in_cgroup(case, at(cluster.asked()))?;
-        self.held(case, cluster, &self.cgroup(case)?, &[], way)
+        let node = &self.plain.node;
+        held(
+            node,
+            &self.program,
+            case,
+            cluster,
+            &self.cgroup(case)?,
+            &[],
+            way,
+        )
+    }
+
+    /// Between pods of a node of their own: the shared server's packets stay as they are. The client's services are
+    /// those of its socket, or of its packets as in [`Self::packets`].
+    fn redirect(&self, case: &Case, cluster: Cluster, packets: bool) -> Result<Way> {
+        let place = Place::new(&self.lab, case.name, &self.program)?;
+        let name = format!("{}-client", case.name);
+        let pod = place.pod(&self.lab, &name, "client", &[CLIENT])?;
+        let served = pod.cgroup().join("served");
+        fs::create_dir_all(&served).with_context(|| format!("make {}", served.display()))?;
+        let (own, interfaces) = if packets {
+            (
+                pod.cgroup(),
+                &["pod=client", "pod=server", "serve=client"][..],
+            )
+        } else {
+            (served.as_path(), &["pod=client", "pod=server"][..])
+        };
+        let client = Client::start(&pod, &self.program, own)?;
+        let mut way = Way::new(client, at(cluster.asked()));
+        // Neighbours ask for each other by the stack.
+        way.client
+            .times("first_byte", &endpoints().join(","), ENDPOINTS.len())?;
+        let way = held(
+            &place.node,
+            &self.program,
+            case,
+            cluster,
+            &served,
+            interfaces,
+            way,
+        )?;
+        Ok(Way {
+            _place: Some(place),
+            ..way
+        })
     }
 
     /// Of a client without cgroup programs, as one that is no process here.
@@ -141,7 +188,17 @@ impl World {
         let pod = self.plain.pod(&self.lab, case.name, &port, &[address])?;
         let client = Client::start(&pod, &self.program, pod.cgroup())?;
         let way = Way::new(client, at(cluster.asked()));
-        self.held(case, cluster, &self.cgroup(case)?, &[&port], way)
+        let serve = format!("serve={port}");
+        let node = &self.plain.node;
+        held(
+            node,
+            &self.program,
+            case,
+            cluster,
+            &self.cgroup(case)?,
+            &[&serve],
+            way,
+        )
     }
 
     /// A client of the shared pod, in a cgroup of its own.
@@ -155,31 +212,6 @@ impl World {
         let cgroup = self.client.cgroup().join(case.name);
         fs::create_dir_all(&cgroup).with_context(|| format!("make {}", cgroup.display()))?;
         Ok(cgroup)
-    }
-
-    /// The way with Holdfast's programs and tables on it.
-    fn held(
-        &self,
-        case: &Case,
-        cluster: Cluster,
-        cgroup: &Path,
-        interface: &[&str],
-        way: Way,
-    ) -> Result<Way> {
-        let node = &self.plain.node;
-        let table = node.write(&format!("{}.table", case.name), &cluster.table())?;
-        let [cgroup, table] = [cgroup, &table].map(|path| path.display().to_string());
-        let words = [&[&self.program, "hold", &cgroup, &table], interface].concat();
-        let mut holder = node.spawn(case.name, &words)?;
-        let load = tool::eventually("filled service maps", UP_LIMIT, || {
-            holder.running()?;
-            nanoseconds(&serde_json::from_str(&holder.log())?, "load_ns")
-        })?;
-        Ok(Way {
-            load: Some(load),
-            _process: Some(holder),
-            ..way
-        })
     }
 
     /// Rules that `words` load, on a node of their own.
@@ -286,6 +318,31 @@ fn pod(lab: &Lab, node: &Node, name: &str, port: &str, addresses: &[Ipv4Addr]) -
     let all = format!("route add default via {NODE} dev eth0 onlink\n");
     tool::ip(pod.netns(), &format!("{own}{all}"))?;
     Ok(pod)
+}
+
+/// The way with Holdfast's programs and tables on it.
+fn held(
+    node: &Node,
+    program: &str,
+    case: &Case,
+    cluster: Cluster,
+    cgroup: &Path,
+    interfaces: &[&str],
+    way: Way,
+) -> Result<Way> {
+    let table = node.write(&format!("{}.table", case.name), &cluster.table())?;
+    let [cgroup, table] = [cgroup, &table].map(|path| path.display().to_string());
+    let words = [&[program, "hold", &cgroup, &table], interfaces].concat();
+    let mut holder = node.spawn(case.name, &words)?;
+    let load = tool::eventually("filled service maps", UP_LIMIT, || {
+        holder.running()?;
+        nanoseconds(&serde_json::from_str(&holder.log())?, "load_ns")
+    })?;
+    Ok(Way {
+        load: Some(load),
+        _process: Some(holder),
+        ..way
+    })
 }
 
 impl Way {
