@@ -66,11 +66,7 @@ mod tests {
             };
             snapshot.nodes.insert(node.name.clone(), node);
         }
-        let view = View {
-            snapshot: Arc::new(snapshot),
-            node: "own".parse().unwrap(),
-            dead: BTreeSet::new(),
-        };
+        let view = View::new(Arc::new(snapshot), "own".parse().unwrap());
         let listen = ["169.254.53.53:53".parse().unwrap()];
         let clients = Clients::new(&listen, vec!["172.17.0.0/16".parse().unwrap()]);
         for (source, with_view, without) in [

@@ -44,7 +44,7 @@ use crate::{
     interfaces::{self, AllServed, Wanted},
     links::Links,
     network::{self, Local},
-    publish,
+    outliers, publish,
     state::StateFolder,
     sync::{self, Sync},
 };
@@ -212,6 +212,11 @@ async fn start(
     if services.is_some() {
         let checks = health::keep_health_checks(view.clone(), stop.clone());
         supervisor.spawn("health checks", checks);
+    }
+    if let Some(services) = &services {
+        let driver = DriverHandle(events.clone());
+        let keeper = outliers::keep_outliers(Arc::clone(services), driver, stop.clone());
+        supervisor.spawn("outliers", keeper);
     }
     let (told, served) = watch::channel(AllServed::default());
     let wanted = Wanted {

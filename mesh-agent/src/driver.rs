@@ -12,7 +12,7 @@ use anyhow::bail;
 use mesh_core::{
     io::{self, Input, Output, TRAFFIC_TICK_MS},
     node::Core,
-    services::View,
+    services::{Costs, View},
     snapshot::{ExternalPeer, Node, Snapshot},
 };
 use mesh_tunnel::tunnel::{External, Tunnel, TunnelEvent};
@@ -40,6 +40,9 @@ const STUN_PENDING_MAX: usize = 64;
 
 /// How long an answer to a STUN request counts (`paths.md`: gather, 3 s at most).
 const STUN_PENDING_TTL: Duration = Duration::from_secs(3);
+
+/// How often the cost of paths is looked at: a look sorts 100 samples of each path in use.
+const COSTS_EVERY: Duration = Duration::from_secs(5);
 
 /// Pings of operators that wait for an answer at once.
 const PINGS_MAX: usize = 64;
@@ -82,6 +85,9 @@ pub struct Driver {
     local_addresses: Vec<SocketAddr>,
     static_candidates: Vec<SocketAddr>,
     dead: BTreeSet<NodeName>,
+    ejected: BTreeSet<SocketAddr>,
+    measured: Costs,
+    costs: BTreeMap<NodeName, Duration>,
     views: watch::Sender<Option<Arc<View>>>,
     remembered: watch::Sender<BTreeMap<NodeId, Vec<SocketAddr>>>,
     stun: BTreeMap<[u8; 12], StunRequest>,
@@ -135,6 +141,9 @@ impl Driver {
             local_addresses: Vec::new(),
             static_candidates: parts.static_candidates,
             dead: BTreeSet::new(),
+            ejected: BTreeSet::new(),
+            measured: Costs::default(),
+            costs: BTreeMap::new(),
             views: parts.views,
             remembered: parts.remembered,
             stun: BTreeMap::new(),
@@ -158,6 +167,8 @@ impl Driver {
     ) -> anyhow::Result<()> {
         let mut tick = time::interval(Duration::from_millis(TRAFFIC_TICK_MS));
         tick.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
+        let mut costs = time::interval(COSTS_EVERY);
+        costs.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
         loop {
             self.perform();
             if let Some(problem) = self.broken.take() {
@@ -168,6 +179,7 @@ impl Driver {
                 () = stop.cancelled() => break,
                 Some(event) = events.recv() => self.handle_event(event),
                 _ = tick.tick() => self.report_traffic(),
+                _ = costs.tick() => self.take_costs(),
                 () = sleep_until(deadline) => self.input(Input::Timeout),
                 Ok(()) = snapshots.changed() => {
                     let snapshot = snapshots.borrow_and_update().clone();
@@ -434,6 +446,8 @@ impl Driver {
             snapshot: Arc::clone(&self.snapshot),
             node: self.node.clone(),
             dead: self.dead.clone(),
+            ejected: self.ejected.clone(),
+            costs: self.costs.clone(),
         };
         self.views.send_replace(Some(Arc::new(view)));
     }
@@ -516,6 +530,20 @@ impl Driver {
                     peers.insert(peer, addresses);
                 });
             }
+        }
+    }
+
+    /// Says which endpoints new flows keep away from.
+    pub fn set_ejected(&mut self, ejected: BTreeSet<SocketAddr>) {
+        self.ejected = ejected;
+        self.publish_view();
+    }
+
+    fn take_costs(&mut self) {
+        let measured = self.core.costs();
+        if let Some(costs) = self.measured.handle_measured(measured, Self::now()) {
+            self.costs = costs;
+            self.publish_view();
         }
     }
 

@@ -19,6 +19,7 @@ pub mod health;
 pub mod interfaces;
 pub mod links;
 pub mod network;
+pub mod outliers;
 pub mod publish;
 pub mod redirect;
 pub mod report;

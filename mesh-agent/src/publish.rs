@@ -172,7 +172,8 @@ fn convert_backends(
     let all = ebpf_loader::Backends {
         endpoints: backends.endpoints,
         selection: match backends.policy {
-            Policy::Random => ebpf_loader::Selection::Random,
+            // Of the latter, the list has only those that are near enough.
+            Policy::Random | Policy::LeastLatency => ebpf_loader::Selection::Random,
             Policy::ConsistentHash => ebpf_loader::Selection::ClientHash,
             Policy::RoundRobin => ebpf_loader::Selection::Turns,
         },

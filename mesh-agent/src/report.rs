@@ -348,6 +348,7 @@ fn service_report(view: &View, service: &Service) -> ServiceReport {
         ready: one.usable,
         alive: one.alive,
         chosen: one.chosen,
+        ejected: one.is_ejected(),
     };
     ServiceReport {
         namespace: service.name.namespace.clone(),

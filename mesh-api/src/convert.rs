@@ -271,6 +271,7 @@ fn encode_balance(balance: &Balance) -> control::Balance {
         Policy::Random => Wire::Random,
         Policy::ConsistentHash => Wire::ConsistentHash,
         Policy::RoundRobin => Wire::RoundRobin,
+        Policy::LeastLatency => Wire::LeastLatency,
     };
     let weight = |one: &Weight| control::Weight {
         place: Some(match &one.place {
@@ -427,6 +428,7 @@ fn decode_balance(balance: Option<&control::Balance>) -> Result<Balance, FieldEr
             Wire::Random => Policy::Random,
             Wire::ConsistentHash => Policy::ConsistentHash,
             Wire::RoundRobin => Policy::RoundRobin,
+            Wire::LeastLatency => Policy::LeastLatency,
         },
         spill_over: at_most("balance.spill_over", balance.spill_over, SPILL_OVER_MAX)?,
         weights: weights

@@ -155,7 +155,8 @@ pub struct MeshConfigSpec {
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct MeshServiceSpec {
-    /// `random` (unless said otherwise), `consistent-hash` (by client) or `round-robin`.
+    /// `random` (unless said otherwise), `consistent-hash` (by client), `round-robin` or `least-latency`
+    /// (of the nearest, those behind the best measured paths).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<String>,
     /// How many endpoints carry the whole load: where fewer come first, those that come next take

@@ -209,6 +209,11 @@ impl Core {
         self.peers.values().map(|peer| peer.report(&self.us))
     }
 
+    /// What a packet costs to each peer to which there is a path, as far as that was measured.
+    pub fn costs(&self) -> impl Iterator<Item = (NodeName, Duration)> + '_ {
+        self.peers.values().filter_map(Peer::cost)
+    }
+
     /// One peer, if it was woken since the start.
     #[must_use]
     pub fn peer_report(&self, peer: &NodeId) -> Option<PeerReport> {

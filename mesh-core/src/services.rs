@@ -13,7 +13,11 @@ use ipnet::IpNet;
 use mesh_wire::id::NodeName;
 
 use self::balance::Weighted;
-pub use self::table::{Table, Update};
+pub use self::{
+    costs::Costs,
+    outliers::{Failures, Outliers},
+    table::{Table, Update},
+};
 use crate::snapshot::{
     Endpoint, EndpointPort, EndpointSlice, External, Locality, Node, Place, Policy, Protocol,
     Service, ServiceKind, ServiceName, ServicePort, Snapshot, TrafficDistribution,
@@ -29,6 +33,24 @@ pub struct View {
     pub node: NodeName,
     /// Nodes to which no path is alive.
     pub dead: BTreeSet<NodeName>,
+    /// Endpoints to which TCP connects fail ([`Outliers`]).
+    pub ejected: BTreeSet<SocketAddr>,
+    /// What a packet to a node costs, as far as that is measured ([`Costs`]).
+    pub costs: BTreeMap<NodeName, Duration>,
+}
+
+impl View {
+    /// Of a node that knows nothing but what the controller says.
+    #[must_use]
+    pub fn new(snapshot: Arc<Snapshot>, node: NodeName) -> Self {
+        Self {
+            snapshot,
+            node,
+            dead: BTreeSet::new(),
+            ejected: BTreeSet::new(),
+            costs: BTreeMap::new(),
+        }
+    }
 }
 
 /// How far an endpoint is; nearer is less.
@@ -76,6 +98,8 @@ pub struct Ranked<'a> {
     pub usable: bool,
     /// Whether its node has a live path. An endpoint outside every node counts as alive.
     pub alive: bool,
+    /// What a packet there costs; `None`: not measured.
+    pub cost: Option<Duration>,
     /// Whether new flows from this node go to it now, by any of the service's ports: it is
     /// usable, alive, and among those of its address family that come first. When nothing is
     /// alive, liveness does not count: the next packet is what may bring a path back, and a
@@ -83,6 +107,8 @@ pub struct Ranked<'a> {
     pub chosen: bool,
     /// How many flows it takes where others beside it take one.
     weight: u16,
+    /// Ports at its address to which TCP connects fail.
+    ejected: BTreeSet<u16>,
     /// Whether its hints name this node; `None`: they name no node.
     for_node: Option<bool>,
     /// Whether its hints name this node's zone; `None`: they name no zone.
@@ -90,6 +116,14 @@ pub struct Ranked<'a> {
 }
 
 impl Ranked<'_> {
+    /// Whether TCP connects to any of its ports fail. It may be chosen all the same: see
+    /// [`EJECTED_SHARE`].
+    #[must_use]
+    pub fn is_ejected(&self) -> bool {
+        let mut ports = self.slice.ports.iter();
+        ports.any(|port| port.protocol == Protocol::Tcp && self.ejected.contains(&port.port))
+    }
+
     fn target(&self, port: &ServicePort) -> Option<u16> {
         let serves = |one: &&EndpointPort| one.name == port.name && one.protocol == port.protocol;
         Some(self.slice.ports.iter().find(serves)?.port)
@@ -131,18 +165,37 @@ pub struct Outside {
     pub sources: Vec<IpNet>,
 }
 
+/// Of the endpoints that serve one port in one family, one in so many may be ejected. Where more are,
+/// none is: either what fails is not theirs, or the rest could not carry the load (Envoy's panic
+/// threshold is a half too).
+pub const EJECTED_SHARE: usize = 2;
+
+/// With `least-latency`, endpoints that cost a quarter more than the best beside them count as
+/// alike, and below [`ALIKE`] more in any case.
+const ALIKE_SHARE: u32 = 4;
+
+/// See [`ALIKE_SHARE`]: within one LAN, differences say more of the moment than of the way.
+const ALIKE: Duration = Duration::from_millis(2);
+
 /// Every endpoint of a service, nearest first, then by address.
 #[must_use]
 pub fn rank<'a>(view: &'a View, service: &Service) -> Vec<Ranked<'a>> {
     let mut ranked = judge_all(view, service);
     let families = [true, false].map(|v4| {
         let members = of_family(&ranked, v4);
-        Choice::new(service, service.local_only, &members)
+        Choice::new(service, None, service.local_only, &members)
     });
     let groups = groups(service);
     let choices: Vec<_> = groups
         .iter()
-        .map(|group| Choice::new(service, group.local_only, &group.members(&ranked)))
+        .map(|group| {
+            Choice::new(
+                service,
+                group.port,
+                group.local_only,
+                &group.members(&ranked),
+            )
+        })
         .collect();
     for one in &mut ranked {
         let [v4, v6] = &families;
@@ -309,11 +362,11 @@ impl<'a> LeadsTo<'a> {
                 local_only,
             };
             let members = group.members(ranked);
-            let choice = Choice::new(service, local_only, &members);
+            let choice = Choice::new(service, Some(port), local_only, &members);
             let chosen = members.iter().filter(|one| choice.takes(one));
             let chosen = chosen.filter_map(|one| {
                 let weighted = Weighted {
-                    tier: choice.order.standing(one),
+                    tier: choice.standing(one),
                     endpoint: SocketAddr::new(one.address, one.target(port)?),
                     weight: one.weight,
                 };
@@ -366,24 +419,46 @@ fn groups(service: &Service) -> Vec<Group<'_>> {
     ports.into_iter().flat_map(of_port).collect()
 }
 
+/// What stands in for an endpoint's distance: those that count alike have the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Standing {
+    tier: Tier,
+    /// The way there costs more than to others of the tier.
+    dearer: bool,
+}
+
 /// Which members of a group take new flows.
-struct Choice {
+struct Choice<'a> {
+    /// `None`: the service has no ports.
+    port: Option<&'a ServicePort>,
     publish_not_ready: bool,
     /// Terminating endpoints serve until they are gone when nothing else is ready (KEP-1669).
     draining: bool,
     any_alive: bool,
+    /// Whether ejected endpoints are left out.
+    ejects: bool,
     order: Order,
+    /// The lowest cost in each tier, where that counts.
+    best: BTreeMap<Tier, Duration>,
     /// The furthest standing of those that take new flows.
-    last: Option<Tier>,
+    last: Option<Standing>,
 }
 
-impl Choice {
-    fn new(service: &Service, local_only: bool, members: &[&Ranked<'_>]) -> Self {
+impl<'a> Choice<'a> {
+    fn new(
+        service: &Service,
+        port: Option<&'a ServicePort>,
+        local_only: bool,
+        members: &[&Ranked<'_>],
+    ) -> Self {
         let mut choice = Self {
+            port,
             publish_not_ready: service.publish_not_ready,
             draining: false,
             any_alive: false,
+            ejects: false,
             order: Order::by_distribution(service.distribution),
+            best: BTreeMap::new(),
             last: None,
         };
         choice.draining = !members.iter().any(|one| choice.is_usable(one));
@@ -393,10 +468,49 @@ impl Choice {
         if !choice.draining && !local_only {
             choice.order = Order::by_hints(&usable).unwrap_or(choice.order);
         }
+        choice.ejects = choice.may_eject(&usable);
         let candidates = usable.iter().filter(|one| choice.is_candidate(one));
-        let candidates = candidates.map(|one| (choice.order.standing(one), one.address));
+        let candidates: Vec<_> = candidates.copied().collect();
+        if service.balance.policy == Policy::LeastLatency {
+            for one in &candidates {
+                if let Some(cost) = one.cost {
+                    let best = choice
+                        .best
+                        .entry(choice.order.standing(one))
+                        .or_insert(cost);
+                    *best = cost.min(*best);
+                }
+            }
+        }
+        let candidates = candidates.iter();
+        let candidates = candidates.map(|one| (choice.standing(one), one.address));
         choice.last = balance::last_tier(&service.balance, candidates);
         choice
+    }
+
+    /// Whether few enough are ejected, of those that would take flows.
+    fn may_eject(&self, usable: &[&Ranked<'_>]) -> bool {
+        let candidates = usable.iter().filter(|one| self.is_candidate(one));
+        let target = |one: &Ranked<'_>| self.port.and_then(|port| one.target(port));
+        let candidates: BTreeSet<_> = candidates
+            .map(|one| (self.is_ejected(one), one.address, target(one)))
+            .collect();
+        let ejected = candidates.iter().filter(|(ejected, ..)| *ejected).count();
+        ejected > 0 && ejected * EJECTED_SHARE <= candidates.len()
+    }
+
+    fn is_ejected(&self, one: &Ranked<'_>) -> bool {
+        let port = self.port.filter(|port| port.protocol == Protocol::Tcp);
+        let target = port.and_then(|port| one.target(port));
+        target.is_some_and(|target| one.ejected.contains(&target))
+    }
+
+    fn standing(&self, one: &Ranked<'_>) -> Standing {
+        let tier = self.order.standing(one);
+        let dearer = self.best.get(&tier).zip(one.cost);
+        let dearer =
+            dearer.is_some_and(|(&best, cost)| cost > best + (best / ALIKE_SHARE).max(ALIKE));
+        Standing { tier, dearer }
     }
 
     fn is_usable(&self, one: &Ranked<'_>) -> bool {
@@ -408,11 +522,13 @@ impl Choice {
     }
 
     fn is_candidate(&self, one: &Ranked<'_>) -> bool {
-        self.is_usable(one) && (one.alive || !self.any_alive)
+        self.is_usable(one)
+            && (one.alive || !self.any_alive)
+            && !(self.ejects && self.is_ejected(one))
     }
 
     fn takes(&self, one: &Ranked<'_>) -> bool {
-        self.is_candidate(one) && Some(self.order.standing(one)) <= self.last
+        self.is_candidate(one) && Some(self.standing(one)) <= self.last
     }
 }
 
@@ -490,12 +606,15 @@ fn judge<'a>(
     let node = name.and_then(|name| view.snapshot.nodes.get(name));
     let own_zone = own.and_then(|own| own.locality.zone.as_ref());
     let hints = &endpoint.hints;
+    let address = node.map_or(endpoint.address, |node| {
+        overlay_address(node, endpoint.address)
+    });
+    let [first, last] = [u16::MIN, u16::MAX].map(|port| SocketAddr::new(address, port));
+    let ejected = view.ejected.range(first..=last);
     Ranked {
         slice,
         endpoint,
-        address: node.map_or(endpoint.address, |node| {
-            overlay_address(node, endpoint.address)
-        }),
+        address,
         tier: if name == Some(&view.node) {
             Tier::SameNode
         } else {
@@ -503,7 +622,13 @@ fn judge<'a>(
         },
         usable: false,
         alive: name.is_none_or(|name| !view.dead.contains(name)),
+        cost: if name == Some(&view.node) {
+            Some(Duration::ZERO)
+        } else {
+            name.and_then(|name| view.costs.get(name)).copied()
+        },
         chosen: false,
+        ejected: ejected.map(SocketAddr::port).collect(),
         weight: weight(service, name, node, endpoint),
         for_node: (!hints.nodes.is_empty()).then(|| hints.nodes.contains(&view.node)),
         for_zone: (!hints.zones.is_empty())
@@ -578,6 +703,8 @@ fn same<T: PartialEq>(one: Option<&T>, other: Option<&T>) -> bool {
 }
 
 mod balance;
+mod costs;
+mod outliers;
 mod table;
 #[cfg(test)]
 mod tests;

@@ -262,6 +262,8 @@ pub enum Policy {
     ConsistentHash,
     /// The next in turn, as this node counts.
     RoundRobin,
+    /// One by chance, of the nearest only those behind the best measured paths.
+    LeastLatency,
 }
 
 /// Endpoints and their weight.

@@ -317,6 +317,8 @@ pub(crate) struct Endpoint {
     pub(crate) alive: bool,
     /// New flows from this node go there.
     pub(crate) chosen: bool,
+    /// TCP connects to it fail.
+    pub(crate) ejected: bool,
 }
 
 impl From<admin::ServicesResponse> for Services {
@@ -328,6 +330,7 @@ impl From<admin::ServicesResponse> for Services {
             ready: said.ready,
             alive: said.alive,
             chosen: said.chosen,
+            ejected: said.ejected,
         };
         let service = |said: admin::ServiceReport| Service {
             namespace: said.namespace,

@@ -403,6 +403,7 @@ fn endpoint_row(service: &Service, endpoint: &Endpoint) -> Vec<Cell> {
         yes_or_no(endpoint.alive, Tone::Bad),
         match endpoint.chosen {
             true => Cell::new("yes", Tone::Good),
+            false if endpoint.ejected => Cell::new("ejected", Tone::Bad),
             false => Cell::new("no", Tone::Faint),
         },
     ]

@@ -312,7 +312,7 @@ shop/lost       Headless                            1 ready of 1  -
     let want = "\
 SERVICE         ENDPOINT       NODE     TIER       READY  ALIVE  CHOSEN
 shop/inventory  10.2.3.1:8080  edge-b1  same-site  yes    yes    yes
-shop/inventory  10.9.9.9:8080  -        anywhere   yes    yes    no
+shop/inventory  10.9.9.9:8080  -        anywhere   yes    yes    ejected
 shop/lost       10.2.4.1       edge-c1  anywhere   yes    no     no
 ";
     assert_eq!(lab.run("services --endpoints").await.out, want);
@@ -326,6 +326,7 @@ fn endpoint_json(address: &str, node: Value, tier: &str, alive: bool, chosen: bo
         "ready": true,
         "alive": alive,
         "chosen": chosen,
+        "ejected": address == "10.9.9.9:8080",
     })
 }
 
@@ -692,6 +693,7 @@ impl AgentAdmin for Agent {
                 ready: true,
                 alive,
                 chosen,
+                ejected: address == "10.9.9.9:8080",
             };
         let inventory = admin::ServiceReport {
             namespace: "shop".to_owned(),

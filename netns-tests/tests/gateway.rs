@@ -224,6 +224,106 @@ fn a_device_of_which_the_mesh_knows_nothing_goes_as_the_gateway() -> Result<()> 
     Ok(())
 }
 
+/// The kiosk for clients outside: at a load balancer's address and by a node port, with more of its
+/// `spec`.
+fn for_outside(mesh: &Mesh, more: &str, endpoints: &[(&str, &str)]) -> Result<()> {
+    let spec = format!(
+        "type: LoadBalancer, externalTrafficPolicy: Local, healthCheckNodePort: 30090, {more}"
+    );
+    kiosk(mesh, &spec, endpoints, &[])?;
+    let path = mesh.manifests().join("kiosk.yaml");
+    let text = fs::read_to_string(&path)?;
+    let text = text.replace("port: 80,", "port: 80, nodePort: 30080,");
+    let status = "\nstatus: {loadBalancer: {ingress: [{ip: 203.0.113.77}]}}\n---";
+    Ok(fs::write(&path, text.replacen("\n---", status, 1))?)
+}
+
+/// How often the gateway counted this of packets.
+fn counted(mesh: &Mesh, counter: &str) -> Result<u64> {
+    let status = mesh.status("edge-a1")?;
+    let count = status.pointer(&format!("/service_packets/{counter}"));
+    Ok(count.and_then(Value::as_u64).unwrap_or_default())
+}
+
+/// Status and body at the gateway's health check port, asked by the device.
+fn health(device: &Node) -> Result<(String, Value)> {
+    let url = "http://192.168.7.1:30090/healthz";
+    let words = ["curl", "-s", "--max-time", "2", "-w", "\n%{http_code}", url];
+    let said = device.run(&words, SOON)?.ok()?;
+    let (body, status) = said.trim().rsplit_once('\n').context("no body")?;
+    Ok((status.to_owned(), serde_json::from_str(body)?))
+}
+
+/// At the gateway's LAN address and the load balancer's, the device is a client from outside.
+#[test]
+fn a_device_is_kept_to_the_gateway_s_own_endpoint_and_to_the_source_ranges() -> Result<()> {
+    const NODE_PORT: &str = "http://192.168.7.1:30080/";
+    const LOAD_BALANCER: &str = "http://203.0.113.77/";
+    let mesh = mesh()?;
+    let address = "apiVersion: v1\nkind: Node\nmetadata: {name: edge-a1}\nstatus: {addresses: [{type: InternalIP, \
+                   address: 192.168.7.1}]}\n";
+    fs::write(mesh.manifests().join("node.yaml"), address)?;
+    let device = device(&mesh)?;
+    forward(&mesh)?;
+    serves(&mesh)?;
+    let far = ("100.96.2.1", "edge-b1");
+    for_outside(&mesh, "", &[far])?;
+    let said = |node: u64| {
+        let service = serde_json::json!({"namespace": "shop", "name": "kiosk"});
+        serde_json::json!({"service": service, "localEndpoints": node, "serviceProxyHealthy": true})
+    };
+    tool::eventually("the gateway has no endpoint", SOON, || {
+        let health = health(&device)?;
+        ensure!(health == ("503".to_owned(), said(0)), "{health:?}");
+        Ok(())
+    })?;
+    for url in [NODE_PORT, LOAD_BALANCER] {
+        let error = ask(&mesh, url).map(|hello| hello.node).err();
+        let error = format!("{:#}", error.context("it answers")?);
+        ensure!(error.contains("timed out"), "{error}");
+        // Whoever is inside goes to the other node.
+        assert_eq!(mesh.get("edge-a1", &[url], SOON)?.node, "edge-b1");
+    }
+    assert!(counted(&mesh, "not_local")? >= 2);
+
+    mesh.serve("edge-a1", "kiosk", &["http", "edge-a1", "[::]:8080"])?;
+    let both = [far, ("100.96.1.1", "edge-a1")];
+    for_outside(&mesh, "", &both)?;
+    tool::eventually("the gateway has an endpoint", SOON, || {
+        let health = health(&device)?;
+        ensure!(health == ("200".to_owned(), said(1)), "{health:?}");
+        Ok(())
+    })?;
+    for url in [NODE_PORT, LOAD_BALANCER].repeat(4) {
+        let hello = tool::eventually("the gateway's own answers", SOON, || ask(&mesh, url))?;
+        assert_eq!(
+            (hello.node.as_str(), hello.client.ip()),
+            ("edge-a1", DEVICE[0].parse()?)
+        );
+    }
+
+    for_outside(&mesh, "loadBalancerSourceRanges: [10.0.0.0/8], ", &both)?;
+    tool::eventually("the load balancer's address is for others", SOON, || {
+        let error = ask(&mesh, LOAD_BALANCER).err().context("it answers")?;
+        let error = format!("{error:#}");
+        ensure!(error.contains("timed out"), "{error}");
+        Ok(())
+    })?;
+    assert!(counted(&mesh, "not_in_range")? >= 1);
+    assert_eq!(ask(&mesh, NODE_PORT)?.node, "edge-a1");
+    for_outside(&mesh, "loadBalancerSourceRanges: [192.168.7.0/24], ", &both)?;
+    tool::eventually("and for the device again", SOON, || {
+        ask(&mesh, LOAD_BALANCER)
+    })?;
+
+    kiosk(&mesh, "", &both, &[])?;
+    tool::eventually("nobody answers health checks", SOON, || {
+        let error = health(&device).err().context("it answers")?;
+        drop(error);
+        Ok(())
+    })
+}
+
 #[test]
 fn a_device_s_next_flow_goes_elsewhere_when_the_endpoint_s_node_dies() -> Result<()> {
     let mut mesh = mesh()?;

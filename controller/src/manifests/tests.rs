@@ -362,7 +362,7 @@ fn a_mesh_service_and_annotations_say_how_flows_are_spread() {
         (
             "round-robin",
             "least",
-            "spec.policy: \"least\" is not one of random, consistent-hash and round-robin",
+            "spec.policy: \"least\" is not one of random, consistent-hash, round-robin and least-latency",
         ),
         (
             "spillOver: 3",

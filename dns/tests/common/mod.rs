@@ -2,7 +2,7 @@
 
 #![allow(dead_code, reason = "each test file uses its own part")]
 
-use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc};
 
 use hickory_proto::{
     op::{Message, Query},
@@ -18,11 +18,7 @@ use mesh_core::{
 use mesh_wire::id::{MeshId, NodeId};
 
 pub(crate) fn view() -> View {
-    View {
-        snapshot: Arc::new(snapshot()),
-        node: "edge-a1".parse().unwrap(),
-        dead: BTreeSet::new(),
-    }
+    View::new(Arc::new(snapshot()), "edge-a1".parse().unwrap())
 }
 
 pub(crate) fn snapshot() -> Snapshot {

@@ -64,6 +64,9 @@ limits! {
     /// may then get another endpoint. 16,384 × 120 bytes: 2 MiB, always; as many again for the source
     /// addresses of packets, where they are looked at.
     AFFINITIES_MAX = 16_384;
+    /// Endpoints to which a TCP connect failed, until one is used again. The least recently seen goes
+    /// first and is taken for a good one. 4,096 × 112 bytes: 448 KiB, always.
+    FAILING_MAX = 4_096;
     /// The bit of a frontend's value that says that clients keep their endpoint.
     LIST_AFFINITY_BIT = 63;
     /// The bit that says that the client's hash chooses, not chance.
@@ -149,6 +152,16 @@ layouts! {
         used_ns: u64,
     }
 
+    /// How TCP connects to an endpoint end.
+    pub struct Failing as "failing" {
+        /// How many failed, in all.
+        failed: u64,
+        /// How many since the last one that did not.
+        in_a_row: u32,
+        /// Always 0.
+        zero: u32,
+    }
+
     /// Kept with each socket that ever used a service.
     pub struct Peer as "peer" {
         /// What the socket asked for.
@@ -163,6 +176,7 @@ const _: () = assert!(size_of::<SocketFlow>() == 32 && align_of::<SocketFlow>() 
 const _: () = assert!(size_of::<Choice>() == 32 && align_of::<Choice>() == 8);
 const _: () = assert!(size_of::<Client>() == 32 && align_of::<Client>() == 8);
 const _: () = assert!(size_of::<Affinity>() == 40 && align_of::<Affinity>() == 8);
+const _: () = assert!(size_of::<Failing>() == 16 && align_of::<Failing>() == 8);
 const _: () = assert!(size_of::<Peer>() == 40 && align_of::<Peer>() == 4);
 
 counters! {
@@ -172,6 +186,9 @@ counters! {
     ConnectPassed = "connect_passed",
     /// A `connect` to a service without endpoints.
     ConnectRefused = "connect_refused",
+    /// A TCP `connect` to a service's endpoint that was reset, unreachable, or not answered within a
+    /// second, while connects are watched.
+    ConnectFailed = "connect_failed",
     /// A datagram to a service went to an endpoint.
     SendRewritten = "send_rewritten",
     /// A datagram to something else.

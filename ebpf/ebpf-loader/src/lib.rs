@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod cgroup;
+mod connects;
 mod leftover;
 mod packets;
 mod pins;
@@ -26,7 +27,9 @@ use std::{
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{HashMap, LpmTrie, MapData, MapError, PerCpuArray, lpm_trie::Key},
-    programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, links::LinkError},
+    programs::{
+        CgroupAttachMode, CgroupSockAddr, ProgramError, links::LinkError, sock_ops::SockOpsLink,
+    },
 };
 use ebpf_abi::{
     Counter, ENDPOINTS_USABLE, EndpointList, FRONTENDS_MAX, LIST_ENDPOINTS_MAX, PROTOCOL_TCP,
@@ -45,6 +48,7 @@ use crate::{
 };
 pub use crate::{
     cgroup::{CgroupError, find_cgroup2},
+    connects::Failures,
     packets::{InterfaceError, LinkHeader, Masquerade},
     pins::{BPFFS, Pins, PinsError},
     plan::LeftOut,
@@ -200,6 +204,8 @@ pub struct Services {
     interfaces: Option<packets::Interfaces>,
     /// Of the programs for sockets; none until they are attached.
     links: Vec<KeptLink>,
+    /// Of the one that counts how connects end, while it does.
+    watching: Option<SockOpsLink>,
     keeper: Keeper,
     cgroup: PathBuf,
     /// Owns the programs and the other maps.
@@ -325,6 +331,7 @@ impl Services {
         for name in PROGRAMS {
             load(&mut ebpf, name).map_err(|error| rejected(name, error.into()))?;
         }
+        connects::load(&mut ebpf).map_err(|error| rejected(connects::PROGRAM, error.into()))?;
         let interfaces = packets.then(|| packets::Interfaces::load(&mut ebpf));
         let interfaces = interfaces.transpose()?;
         if let Some(pins) = &pins {
@@ -364,6 +371,7 @@ impl Services {
             next_list,
             interfaces,
             links: Vec::new(),
+            watching: None,
             keeper: Keeper::new(pins),
             cgroup: cgroup.to_owned(),
             ebpf,

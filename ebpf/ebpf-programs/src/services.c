@@ -88,6 +88,14 @@ struct {
     __uint(max_entries, FRONTENDS_MAX);
 } hf_timeouts SEC(".maps");
 
+/* Endpoint, to how connects to it end; nothing: they are answered. */
+struct {
+    __uint(type, BPF_MAP_TYPE_LRU_HASH);
+    __type(key, struct socket_address);
+    __type(value, struct failing);
+    __uint(max_entries, FAILING_MAX);
+} hf_failing SEC(".maps");
+
 /* List, modulo, to whose turn it is. */
 struct {
     __uint(type, BPF_MAP_TYPE_ARRAY);
@@ -490,6 +498,82 @@ static __always_inline int on_peer_name(struct bpf_sock_addr *ctx, bool v6)
         count(COUNT_peer_name_rewritten);
     }
     return PASS;
+}
+
+/* ---- How connects end ---- */
+
+/* What a socket was led to; NULL: it was not. */
+static __always_inline struct peer *led(struct bpf_sock_ops *ctx)
+{
+    struct bpf_sock *socket = ctx->sk;
+    struct peer *peer;
+
+    if (!socket)
+        return NULL;
+    peer = bpf_sk_storage_get(&hf_peers, socket, 0, 0);
+    return peer && peer->endpoint.port ? peer : NULL;
+}
+
+static __always_inline void on_connected(struct bpf_sock_ops *ctx)
+{
+    struct peer *peer = led(ctx);
+    struct failing *failing;
+
+    if (!peer)
+        return;
+    failing = bpf_map_lookup_elem(&hf_failing, &peer->endpoint);
+    if (failing && failing->in_a_row)
+        failing->in_a_row = 0;
+}
+
+static __always_inline void on_failed(struct bpf_sock_ops *ctx)
+{
+    struct failing first = {.failed = 1, .in_a_row = 1};
+    struct peer *peer = led(ctx);
+    struct failing *failing;
+
+    if (!peer)
+        return;
+    count(COUNT_connect_failed);
+    failing = bpf_map_lookup_elem(&hf_failing, &peer->endpoint);
+    if (failing) {
+        __sync_fetch_and_add(&failing->failed, 1);
+        __sync_fetch_and_add(&failing->in_a_row, 1);
+    } else {
+        bpf_map_update_elem(&hf_failing, &peer->endpoint, &first, BPF_ANY);
+    }
+}
+
+/* Of a socket that was led, timeouts and changes of state are told: two or three of a connection,
+ * none for its packets. Others may have asked for the same, so that it is not taken back.
+ *
+ * A connect failed when its SYN has to be sent again, after a second, however it ends; or when it
+ * ends before, not by its client: then the kernel has emptied the queue, the SYN in it (after a
+ * reset, and since Linux 6.10 after an ICMP error). */
+SEC("sockops")
+int hf_sock_ops(struct bpf_sock_ops *ctx)
+{
+    const __u32 told = BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTO_CB_FLAG;
+
+    switch (ctx->op) {
+    case BPF_SOCK_OPS_TCP_CONNECT_CB:
+        if (led(ctx))
+            bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | told);
+        break;
+    case BPF_SOCK_OPS_RTO_CB: /* How often it was sent again before. */
+        if (ctx->state == BPF_TCP_SYN_SENT && !ctx->args[0])
+            on_failed(ctx);
+        break;
+    case BPF_SOCK_OPS_STATE_CB: /* From, to. */
+        if (ctx->args[0] != BPF_TCP_SYN_SENT)
+            break;
+        if (ctx->args[1] == BPF_TCP_ESTABLISHED)
+            on_connected(ctx);
+        else if (ctx->args[1] == BPF_TCP_CLOSE && !ctx->packets_out && !ctx->total_retrans)
+            on_failed(ctx);
+        break;
+    }
+    return 1;
 }
 
 /* ---- The hooks ---- */

@@ -302,10 +302,15 @@ fn balance(text: &str, number: Option<u32>, addresses: &[IpAddr]) -> Balance {
         Place::Region(text.to_owned()),
     ];
     let addresses = addresses.iter().map(|&address| Place::Address(address));
-    let policies = [Policy::Random, Policy::ConsistentHash, Policy::RoundRobin];
+    let policies = [
+        Policy::Random,
+        Policy::ConsistentHash,
+        Policy::RoundRobin,
+        Policy::LeastLatency,
+    ];
     let weights = addresses.chain(places).skip(text.len() % 6).zip(1..);
     Balance {
-        policy: policies[text.len() % 3],
+        policy: policies[text.len() % 4],
         spill_over: number.map_or(0, |number| number.to_be_bytes()[0].into()),
         weights: weights
             .map(|(place, weight)| Weight { place, weight })

@@ -6,7 +6,6 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use super::Tier;
 use crate::snapshot::{Balance, Policy};
 
 /// Longest list in the kernel (`ebpf-abi`: `LIST_ENDPOINTS_MAX`).
@@ -29,19 +28,19 @@ const HASHED_SLOTS_EACH: usize = 10;
 
 /// An endpoint that takes flows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Weighted {
+pub(super) struct Weighted<T> {
     /// How far it is, as far as that counts.
-    pub(super) tier: Tier,
+    pub(super) tier: T,
     pub(super) endpoint: SocketAddr,
     pub(super) weight: u16,
 }
 
 /// The furthest tier of `candidates` that takes flows: the nearest, and with spill-over as many
 /// as it takes to have enough endpoints.
-pub(super) fn last_tier(
+pub(super) fn last_tier<T: Copy + Ord>(
     balance: &Balance,
-    candidates: impl Iterator<Item = (Tier, IpAddr)>,
-) -> Option<Tier> {
+    candidates: impl Iterator<Item = (T, IpAddr)>,
+) -> Option<T> {
     let enough = usize::from(balance.spill_over);
     if enough <= 1 {
         return candidates.map(|(tier, _)| tier).min();
@@ -60,17 +59,22 @@ pub(super) fn last_tier(
 }
 
 /// The list in which `chosen`, which are of all tiers down to the last, take their shares.
-pub(super) fn slots(balance: &Balance, mut chosen: Vec<Weighted>) -> Vec<SocketAddr> {
+pub(super) fn slots<T: Copy + Ord>(
+    balance: &Balance,
+    mut chosen: Vec<Weighted<T>>,
+) -> Vec<SocketAddr> {
     // Several controllers may write the same endpoint into their slices.
     chosen.sort_unstable_by_key(|one| (one.endpoint, one.tier));
     chosen.dedup_by_key(|one| one.endpoint);
     let alike = balance.spill_over <= 1 && balance.weights.is_empty();
     match balance.policy {
         Policy::ConsistentHash => hashed(&shares(balance, &chosen)),
-        Policy::Random | Policy::RoundRobin if alike => {
+        Policy::Random | Policy::RoundRobin | Policy::LeastLatency if alike => {
             chosen.into_iter().map(|one| one.endpoint).collect()
         }
-        Policy::Random | Policy::RoundRobin => repeated(&shares(balance, &chosen)),
+        Policy::Random | Policy::RoundRobin | Policy::LeastLatency => {
+            repeated(&shares(balance, &chosen))
+        }
     }
 }
 
@@ -79,16 +83,18 @@ type Shares = BTreeMap<SocketAddr, u128>;
 /// How many flows each gets compared with the others. Each tier but the last carries one part for
 /// each of its endpoints, the last what is left of the parts that are enough, or as many as it
 /// has; the endpoints of a tier divide its parts by weight.
-fn shares(balance: &Balance, chosen: &[Weighted]) -> Shares {
-    let mut tiers: BTreeMap<Tier, (u128, u128)> = BTreeMap::new(); // Endpoints, sum of weights.
+fn shares<T: Copy + Ord>(balance: &Balance, chosen: &[Weighted<T>]) -> Shares {
+    let mut tiers: BTreeMap<T, (u128, u128)> = BTreeMap::new(); // Endpoints, sum of weights.
     for one in chosen {
         let (count, sum) = tiers.entry(one.tier).or_default();
         *count += 1;
         *sum += u128::from(one.weight);
     }
-    // Below 2^101 with the product of parts and weight: four tiers of together less than
-    // SPILL_OVER_MAX endpoints, the last of less than 2^18, weights below 2^7.
-    let whole = tiers.values().fold(1, |whole, &(_, sum)| lcm(whole, sum));
+    // With the product of parts and weight below 2^118. Ten tiers of together SPILL_OVER_MAX endpoints
+    // may have a larger common multiple: then parts are rounded, by less than 2^-80.
+    let mut common = tiers.values();
+    let common = common.try_fold(1_u128, |whole, &(_, sum)| lcm(whole, sum));
+    let whole = common.filter(|whole| whole >> 100 == 0).unwrap_or(1 << 100);
     let mut left = u128::from(balance.spill_over.max(1));
     let mut parts = BTreeMap::new();
     let several = tiers.len() > 1;
@@ -97,7 +103,7 @@ fn shares(balance: &Balance, chosen: &[Weighted]) -> Shares {
         left = left.saturating_sub(carried);
         parts.insert(tier, carried * (whole / sum));
     }
-    let share = |one: &Weighted| {
+    let share = |one: &Weighted<T>| {
         let of_one = parts.get(&one.tier).copied().unwrap_or(1);
         (one.endpoint, of_one * u128::from(one.weight))
     };
@@ -214,8 +220,9 @@ fn gcd(a: u128, b: u128) -> u128 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-fn lcm(a: u128, b: u128) -> u128 {
-    a / gcd(a, b).max(1) * b
+/// `None`: it is too large.
+fn lcm(a: u128, b: u128) -> Option<u128> {
+    (a / gcd(a, b).max(1)).checked_mul(b)
 }
 
 #[cfg(test)]

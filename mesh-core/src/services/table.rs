@@ -10,7 +10,7 @@ use std::{
 use mesh_wire::id::NodeName;
 
 use super::{API_SERVER, Backends, Frontend, Kind, View, frontends, judge_all};
-use crate::snapshot::{EndpointSlice, ServiceName, ServicePort, Snapshot};
+use crate::snapshot::{EndpointSlice, Policy, ServiceName, ServicePort, Snapshot};
 
 /// What every frontend leads to by the last view, service by service: a view that changes one
 /// service costs one service, beside a look at whether the others are still the same (a pointer
@@ -121,7 +121,8 @@ impl Table {
                 .cloned()
                 .collect();
         }
-        let mut touched = BTreeSet::new();
+        let mut touched = services_with(new, &before.ejected, &now.ejected);
+        touched.extend(self.measured(before, now));
         let mut nodes: BTreeSet<&NodeName> = before.dead.symmetric_difference(&now.dead).collect();
         if !Arc::ptr_eq(old, new) {
             let services = different(&old.services, &new.services, Arc::ptr_eq, PartialEq::eq);
@@ -142,6 +143,21 @@ impl Table {
         let there = nodes.into_iter().filter_map(|node| self.on_node.get(node));
         touched.extend(there.flatten().map(|name| ServiceName::clone(name)));
         touched
+    }
+
+    /// The services that go by cost and have endpoints on nodes of another cost.
+    fn measured<'a>(
+        &'a self,
+        before: &'a View,
+        now: &'a View,
+    ) -> impl Iterator<Item = ServiceName> + 'a {
+        let nodes = different(&before.costs, &now.costs, |_, _| false, PartialEq::eq);
+        let there = nodes.filter_map(|node| self.on_node.get(node)).flatten();
+        let by_cost = there.filter(|name| {
+            let service = now.snapshot.services.get(&***name);
+            service.is_some_and(|service| service.balance.policy == Policy::LeastLatency)
+        });
+        by_cost.map(|name| ServiceName::clone(name))
     }
 
     fn forget_nodes(&mut self, before: &Snapshot, name: &ServiceName) {
@@ -205,6 +221,35 @@ impl Table {
         }
         self.services.insert(name, asked);
     }
+}
+
+/// The services with an endpoint that is ejected by one view and not by the other: costs a look at every
+/// endpoint, when that is so.
+fn services_with(
+    snapshot: &Snapshot,
+    before: &BTreeSet<SocketAddr>,
+    now: &BTreeSet<SocketAddr>,
+) -> BTreeSet<ServiceName> {
+    let led_to: BTreeSet<_> = before
+        .symmetric_difference(now)
+        .map(SocketAddr::ip)
+        .collect();
+    if led_to.is_empty() {
+        return BTreeSet::new();
+    }
+    // As slices may call them.
+    let nodes = snapshot.nodes.values().filter(|node| {
+        let overlay = [node.overlay_v4.into(), node.overlay_v6.into()];
+        overlay.iter().any(|address| led_to.contains(address))
+    });
+    let underlay = nodes.flat_map(|node| &node.underlay_addresses).copied();
+    let addresses: BTreeSet<_> = underlay.chain(led_to.iter().copied()).collect();
+    let slices = snapshot.slices.iter();
+    let with = slices.filter(|(_, slices)| {
+        let mut endpoints = slices.values().flat_map(|slice| &slice.endpoints);
+        endpoints.any(|endpoint| addresses.contains(&endpoint.address))
+    });
+    with.map(|(name, _)| name.clone()).collect()
 }
 
 fn nodes_of<'a>(snapshot: &'a Snapshot, name: &ServiceName) -> BTreeSet<&'a NodeName> {

@@ -8,6 +8,7 @@ use crate::snapshot::{
 };
 
 mod external;
+mod health;
 mod incremental;
 mod model;
 
@@ -46,11 +47,7 @@ fn view() -> View {
         ..Service::new(name(), ServiceKind::ClusterIp(vips))
     };
     snapshot.services.insert(name(), service.into());
-    View {
-        snapshot: Arc::new(snapshot),
-        node: "own".parse().unwrap(),
-        dead: BTreeSet::new(),
-    }
+    View::new(Arc::new(snapshot), "own".parse().unwrap())
 }
 
 fn name() -> ServiceName {

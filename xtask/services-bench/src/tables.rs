@@ -1,7 +1,7 @@
 //! Holdfast's tables, from the snapshot to the kernel.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fs,
     net::SocketAddr,
     num::NonZeroU32,
@@ -221,11 +221,8 @@ fn nanoseconds(time: Duration) -> Result<u64> {
 
 /// The node asks from nowhere in particular, so that every endpoint is in the maps.
 fn view(snapshot: &Snapshot) -> Result<Arc<View>> {
-    Ok(Arc::new(View {
-        snapshot: Arc::new(snapshot.clone()),
-        node: node(0)?,
-        dead: BTreeSet::new(),
-    }))
+    let view = View::new(Arc::new(snapshot.clone()), node(0)?);
+    Ok(Arc::new(view))
 }
 
 fn node(number: usize) -> Result<NodeName> {

@@ -46,8 +46,11 @@ fn policy(field: &str, text: Option<&str>) -> Checked<Policy> {
         None | Some("random") => Ok(Policy::Random),
         Some("consistent-hash") => Ok(Policy::ConsistentHash),
         Some("round-robin") => Ok(Policy::RoundRobin),
+        Some("least-latency") => Ok(Policy::LeastLatency),
         Some(other) => {
-            let text = format!("{other:?} is not one of random, consistent-hash and round-robin");
+            let text = format!(
+                "{other:?} is not one of random, consistent-hash, round-robin and least-latency"
+            );
             Err(FieldProblem::new(field, text))
         }
     }

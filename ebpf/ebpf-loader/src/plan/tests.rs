@@ -170,6 +170,78 @@ fn at_a_limit_the_first_in_order_stay_and_the_rest_is_counted() {
     );
 }
 
+/// For clients from outside, from these networks of 10.0.0.0/8 alone.
+fn outside(address: &str, networks: &[u8]) -> (Frontend, Backends) {
+    let clients = Clients::Outside;
+    let frontend = Frontend {
+        clients,
+        ..frontend(address)
+    };
+    let range = |&network: &u8| ([10, network, 0, 0].into(), 16);
+    let ranges = Some(networks.iter().map(range).collect());
+    (
+        frontend,
+        Backends {
+            ranges,
+            ..backends(&["10.0.0.1:80"])
+        },
+    )
+}
+
+#[test]
+fn prefixes_beyond_the_limit_are_left_out_and_nobody_is_let_in_for_it() {
+    let wanted = [
+        outside("10.96.0.1:80", &[1, 2]),
+        outside("10.96.0.2:80", &[3, 4]),
+        outside("10.96.0.3:80", &[5]),
+    ];
+    let limits = Limits { ranges: 3, ..ROOMY };
+    let plan = plan(&BTreeMap::from(wanted), &BTreeMap::new(), limits);
+    let fitting = [
+        outside("10.96.0.1:80", &[1, 2]),
+        outside("10.96.0.2:80", &[3]),
+        outside("10.96.0.3:80", &[]),
+    ];
+    let fitting = fitting.map(|(frontend, backends)| Change::Set(frontend, backends));
+    assert_eq!(plan.changes, fitting);
+    assert_eq!(
+        (plan.left_out.ranges, plan.left_out.is_nothing()),
+        (2, false)
+    );
+}
+
+#[test]
+fn what_keeps_clients_out_comes_first_and_goes_last() {
+    let (kept_out, backends) = outside("10.96.0.9:80", &[1]);
+    let mut wanted = desired(&[("10.96.0.1:80", &["10.0.0.1:80"])]);
+    wanted.insert(kept_out, backends.clone());
+    let one = Limits {
+        frontends: 1,
+        ..ROOMY
+    };
+    let set = Change::Set(kept_out, backends);
+    let both = plan(&wanted, &BTreeMap::new(), ROOMY).changes;
+    assert_eq!((both.len(), both.first()), (2, Some(&set)));
+    assert_eq!(plan(&wanted, &BTreeMap::new(), one).changes, [set]);
+    let list = EndpointList::new(1, 1);
+    let installed = wanted.into_iter();
+    let installed = installed.map(|(frontend, backends)| (frontend, Installed { list, backends }));
+    let gone = plan(&BTreeMap::new(), &installed.collect(), ROOMY).changes;
+    let last = Change::Remove(kept_out);
+    assert_eq!((gone.len(), gone.last()), (2, Some(&last)));
+}
+
+#[test]
+fn other_prefixes_are_a_difference() {
+    let (frontend, backends) = outside("10.96.0.1:80", &[1, 2]);
+    let list = EndpointList::new(1, 1);
+    let actual = BTreeMap::from([(frontend, Installed { list, backends })]);
+    for (networks, unchanged) in [(&[1, 2][..], 1), (&[1], 0), (&[], 0)] {
+        let wanted = BTreeMap::from([outside("10.96.0.1:80", networks)]);
+        assert_eq!(plan(&wanted, &actual, ROOMY).unchanged, unchanged);
+    }
+}
+
 fn services() -> impl Strategy<Value = BTreeMap<Frontend, Backends>> {
     let endpoint = (0u8..9).prop_map(|n| SocketAddr::from(([10, 0, 0, n], 80)));
     let frontend = (0u8..9).prop_map(|n| frontend(&format!("10.96.0.{n}:80")));

@@ -13,6 +13,8 @@ mod coexistence;
 #[cfg(test)]
 mod connected;
 #[cfg(test)]
+mod connects;
+#[cfg(test)]
 mod kept;
 #[cfg(test)]
 #[path = "../common/kube_proxy.rs"]
@@ -504,7 +506,7 @@ fn dropping_it_leaves_nothing_in_the_kernel() {
     );
     drop(TcpStream::connect(family.asked()).unwrap());
     let ids = lab::own_bpf_objects();
-    assert_eq!((ids.programs.len(), ids.links.len()), (8, 8), "{ids:?}");
+    assert_eq!((ids.programs.len(), ids.links.len()), (9, 8), "{ids:?}");
     assert!(ids.maps.len() >= 6, "{ids:?}");
     drop(lab.take_services());
     ids.wait_until_gone();

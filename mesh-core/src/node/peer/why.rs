@@ -1,6 +1,11 @@
 //! Reasons and reports for people.
 
-use mesh_wire::{id::Via, peer::NatKind};
+use std::time::Duration;
+
+use mesh_wire::{
+    id::{NodeName, Via},
+    peer::NatKind,
+};
 
 use super::{Path, PathKind, Peer, PeerState, Phase, Reason};
 use crate::node::{
@@ -45,6 +50,12 @@ impl Peer {
             _ if direct().next().is_none() => Reason::NoCandidates,
             _ => Reason::Silent,
         }
+    }
+
+    /// What a packet costs by the path in use.
+    pub(crate) fn cost(&self) -> Option<(NodeName, Duration)> {
+        let in_use = self.primary.and_then(|via| self.paths.get(&via))?;
+        Some((self.known.name.clone(), in_use.cost()?))
     }
 
     pub(crate) fn report(&self, us: &Us) -> PeerReport {

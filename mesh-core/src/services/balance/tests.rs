@@ -1,4 +1,5 @@
 use super::*;
+use crate::services::Tier;
 use crate::snapshot::{Place, WEIGHT_MAX, Weight};
 
 fn endpoint(number: usize) -> SocketAddr {
@@ -6,7 +7,7 @@ fn endpoint(number: usize) -> SocketAddr {
     ([10, 42, high, low], 80).into()
 }
 
-fn at(tier: Tier, number: usize, weight: u16) -> Weighted {
+fn at<T>(tier: T, number: usize, weight: u16) -> Weighted<T> {
     let endpoint = endpoint(number);
     Weighted {
         tier,
@@ -47,7 +48,7 @@ fn without_weights_each_endpoint_is_there_once_sorted_and_nearest_counts() {
     let list = slots(&Balance::default(), chosen);
     assert_eq!(list, [endpoint(1), endpoint(2)]);
     for policy in [Policy::Random, Policy::ConsistentHash, Policy::RoundRobin] {
-        assert_eq!(slots(&weighted(policy), Vec::new()), []);
+        assert_eq!(slots::<Tier>(&weighted(policy), Vec::new()), []);
     }
 }
 
@@ -130,7 +131,7 @@ fn who_comes_next_takes_what_the_nearest_are_too_few_for() {
             "{enough} {per_tier:?}"
         );
     }
-    assert_eq!(last_tier(&spilling(3), std::iter::empty()), None);
+    assert_eq!(last_tier::<Tier>(&spilling(3), std::iter::empty()), None);
 }
 
 #[test]

@@ -59,6 +59,43 @@ fn check(change: impl FnOnce(&mut View), services: usize, changed: usize) {
     assert_eq!(all, table(&now));
 }
 
+#[test]
+fn an_ejected_endpoint_costs_the_services_that_have_it() {
+    let at = |number: u8, index: u8| SocketAddr::from(([10, 42, index, number], 8080));
+    check(|view| view.ejected = [at(7, 1)].into(), 1, 1);
+    check(|view| view.ejected = [at(7, 2), at(8, 1)].into(), 2, 1);
+    check(|view| view.ejected = [at(7, 9)].into(), 0, 0);
+    // A node's own address, by which a slice calls it and to which nobody is led.
+    let host = |view: &mut View| {
+        slice_of(view, 7).endpoints[0].address = [192, 0, 2, 1].into();
+    };
+    let mut now = hundred();
+    host(&mut now);
+    let mut followed = Table::default();
+    followed.update(&Arc::new(now.clone()));
+    now.ejected = [SocketAddr::from(([100, 96, 0, 1], 8080))].into();
+    let update = followed.update(&Arc::new(now));
+    assert_eq!((update.services, update.changed.len()), (1, 1));
+}
+
+#[test]
+fn a_cost_costs_the_services_that_go_by_it_and_have_endpoints_there() {
+    let costs = |view: &mut View| {
+        view.costs = [("far".parse().unwrap(), Duration::from_millis(9))].into();
+    };
+    check(costs, 0, 0);
+    let mut now = hundred();
+    for number in 0..10 {
+        let services = &mut Arc::make_mut(&mut now.snapshot).services;
+        let service = Arc::make_mut(services.get_mut(&named(number)).unwrap());
+        service.balance.policy = Policy::LeastLatency;
+    }
+    let mut followed = Table::default();
+    followed.update(&Arc::new(now.clone()));
+    costs(&mut now);
+    assert_eq!(followed.update(&Arc::new(now)).services, 2);
+}
+
 fn slice_of(view: &mut View, number: usize) -> &mut EndpointSlice {
     let slices = &mut Arc::make_mut(&mut view.snapshot).slices;
     let slices = slices.get_mut(&named(number)).unwrap();

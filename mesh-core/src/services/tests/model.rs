@@ -119,13 +119,38 @@ fn endpoints(
     if all.iter().any(alive) {
         all.retain(alive);
     }
+    // Row "connects fail": at most half of them.
+    let fails = |one: &Seen<'_>| port.protocol == Protocol::Tcp && view.ejected.contains(&one.at);
+    let addresses = |fail: bool| {
+        let those = all.iter().filter(|one| fails(one) == fail);
+        those.map(|one| one.at).collect::<BTreeSet<_>>().len()
+    };
+    if addresses(true) <= addresses(false) {
+        all.retain(|one| !fails(one));
+    }
     // Row "spill-over": those that come next as well, until there are enough.
     let enough = usize::from(service.balance.spill_over.max(1));
     let mut chosen: BTreeMap<IpAddr, Vec<SocketAddr>> = BTreeMap::new();
     for near in order {
-        if chosen.len() < enough {
-            for one in all.iter().filter(|one| near(one)) {
-                chosen.entry(one.at.ip()).or_default().push(one.at);
+        // Row "least-latency": of those that come next, first those that cost about as little as the
+        // least, or nobody knows what. Those that came before are not asked again.
+        let (here, rest): (Vec<_>, Vec<_>) = all.into_iter().partition(|one| near(one));
+        all = rest;
+        let cost = |one: &Seen<'_>| match one.node? {
+            name if *name == view.node => Some(0),
+            name => Some(view.costs.get(name)?.as_millis()),
+        };
+        let least = here.iter().filter_map(cost).min().unwrap_or(0);
+        let by_cost = service.balance.policy == Policy::LeastLatency;
+        let dear = |one: &Seen<'_>| {
+            by_cost && cost(one).is_some_and(|cost| cost > least + 2 && cost * 4 > least * 5)
+        };
+        let (dear, cheap): (Vec<_>, Vec<_>) = here.into_iter().partition(dear);
+        for group in [cheap, dear] {
+            if chosen.len() < enough {
+                for one in group {
+                    chosen.entry(one.at.ip()).or_default().push(one.at);
+                }
             }
         }
     }
@@ -320,7 +345,13 @@ fn service() -> impl Strategy<Value = Service> {
     let distribution = option::of(select(
         [TrafficDistribution::SameNode, TrafficDistribution::SameZone].as_slice(),
     ));
-    let policy = select([Policy::Random, Policy::ConsistentHash, Policy::RoundRobin].as_slice());
+    let policies = [
+        Policy::Random,
+        Policy::ConsistentHash,
+        Policy::RoundRobin,
+        Policy::LeastLatency,
+    ];
+    let policy = select(policies.to_vec());
     let said = (
         vec(mostly(false), 3),
         distribution,
@@ -380,7 +411,16 @@ fn service() -> impl Strategy<Value = Service> {
 pub(super) fn any_view() -> impl Strategy<Value = View> {
     let services = vec((service(), vec(slice(), 0..3)), 1..4);
     let dead = subsequence(NODES.to_vec(), 0..3);
-    (vec(node(), 0..5), services, dead).prop_map(|(nodes, services, dead)| {
+    let overlay = [100, 96, 0, 2].into();
+    let addresses = [endpoint_addresses(), vec![overlay]].concat();
+    let ejected = vec((select(addresses), select(NUMBERS.as_slice())), 0..6);
+    // The limits of what counts as alike: a quarter, and 2 ms.
+    let costs = vec(
+        option::of(select([1, 3, 4, 40, 50, 51].as_slice())),
+        NODES.len(),
+    );
+    let seen = (dead, ejected, costs);
+    (vec(node(), 0..5), services, seen).prop_map(|(nodes, services, (dead, ejected, costs))| {
         let mesh = MeshId([1; 32]);
         let mut snapshot = Snapshot::empty(MeshSettings::with_defaults(mesh, "test"));
         for (index, (name, (locality, underlay_addresses))) in (1_u8..).zip(NODES.iter().zip(nodes))
@@ -409,10 +449,18 @@ pub(super) fn any_view() -> impl Strategy<Value = View> {
                 .insert(service.name.clone(), service.into());
         }
         let dead = dead.iter().map(|name| name.parse().unwrap());
+        let at = |(address, port)| SocketAddr::new(address, port);
+        let costs = NODES
+            .iter()
+            .zip(costs)
+            .filter_map(|(node, ms)| Some((node, ms?)));
         View {
-            snapshot: Arc::new(snapshot),
-            node: "n0".parse().unwrap(),
             dead: dead.collect(),
+            ejected: ejected.into_iter().map(at).collect(),
+            costs: costs
+                .map(|(node, ms)| (node.parse().unwrap(), Duration::from_millis(ms)))
+                .collect(),
+            ..View::new(Arc::new(snapshot), "n0".parse().unwrap())
         }
     })
 }
