@@ -19,7 +19,7 @@ fn main() -> ExitCode {
     let remove = Subcommand {
         name: "remove",
         about: "Ends the services that a stopped agent left in the kernel",
-        run: agent::remove,
+        run: |settings| agent::remove(&settings),
     };
     daemon.main_with(Settings::read, agent::run, &[remove])
 }
