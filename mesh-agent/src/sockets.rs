@@ -1,6 +1,6 @@
 //! Ends connected UDP sockets whose endpoint is gone from its service. The kernel asks nobody about the
 //! datagrams of a connected socket, so that they would go there for ever; an application whose socket
-//! ends (`ECONNABORTED`) connects again.
+//! ends (`ECONNABORTED` on `recv`, `EDESTADDRREQ` on `send`) connects again.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

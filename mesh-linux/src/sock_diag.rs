@@ -43,8 +43,8 @@ const IPPROTO_UDP: u8 = 17;
 const RECEIVE_BYTES: usize = 64 << 10;
 
 /// Ends connected UDP sockets of the calling thread's network namespace: those that have one of the
-/// numbers (`SO_COOKIE`) in `wanted` and are connected to the address there. Their owners' next call
-/// fails with `ECONNABORTED`. Removes from `wanted` those that it found; returns how many were ended:
+/// numbers (`SO_COOKIE`) in `wanted` and are connected to the address there. Their owners' next
+/// `recv` fails with `ECONNABORTED`, or their next `send` with `EDESTADDRREQ`. Removes from `wanted` those that it found; returns how many were ended:
 /// the others closed meanwhile.
 ///
 /// # Errors

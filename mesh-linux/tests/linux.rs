@@ -544,6 +544,8 @@ fn a_udp_socket_ends_by_its_number_where_it_is_and_no_other_does() {
             assert!(socket.take_error().unwrap().is_none(), "{peer}");
             socket.peer_addr().unwrap();
         }
+        let error = ended.send(b"?").unwrap_err().raw_os_error();
+        assert_eq!(error, Some(rustix::io::Errno::DESTADDRREQ.raw_os_error()));
         ended.connect(peer).unwrap(); // It may be used again.
         ended.send(b"?").unwrap();
     }
