@@ -11,6 +11,7 @@ pub mod control;
 pub mod desired;
 pub mod history;
 pub mod manifests;
+pub mod policy_test;
 pub mod run;
 pub mod state;
 pub mod store;

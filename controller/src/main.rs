@@ -4,14 +4,20 @@
 
 #![forbid(unsafe_code)]
 
-use std::process::ExitCode;
+use std::{env, ffi::OsString, process::ExitCode};
 
 use anyhow::Context as _;
-use mesh_controller::{config::Settings, run::run};
+use mesh_controller::{config::Settings, policy_test, run::run};
 use mesh_daemon::Daemon;
 use tokio_util::sync::CancellationToken;
 
 fn main() -> ExitCode {
+    let arguments: Vec<OsString> = env::args_os().skip(1).collect();
+    if let Some((command, rest)) = arguments.split_first()
+        && command == policy_test::COMMAND
+    {
+        return policy_test::main(rest);
+    }
     let daemon = Daemon {
         name: "mesh-controller",
         about: "Desired state, node registry, certificate authority, delta distribution",

@@ -14,7 +14,7 @@ use ebpf_loader::Services;
 use futures_util::{Stream, stream};
 use mesh_api::{
     admin::{
-        DnsQueryRequest, DnsQueryResponse, PathWhyRequest, PathWhyResponse, PeersRequest,
+        DnsQueryRequest, DnsQueryResponse, Health, PathWhyRequest, PathWhyResponse, PeersRequest,
         PeersResponse, PingRequest, PingResponse, ServicesRequest, ServicesResponse, StatusRequest,
         StatusResponse,
         agent_admin_server::{AgentAdmin, AgentAdminServer},
@@ -31,6 +31,7 @@ use tonic::{Request, Response, Status, transport::Server};
 use crate::{
     driver::{Driver, DriverHandle},
     interfaces::AllServed,
+    policy::{self, Enforcer},
     report,
     sync::Connection,
 };
@@ -71,6 +72,8 @@ pub struct Facts {
     pub services: Option<Arc<Mutex<Services>>>,
     /// Why they end with this process, if they do.
     pub services_unkept: Option<String>,
+    /// What is enforced of the mesh's policies.
+    pub enforcer: Arc<Mutex<Enforcer>>,
     /// Interfaces whose devices use services through this node.
     pub served: watch::Receiver<AllServed>,
 }
@@ -117,18 +120,47 @@ impl Admin {
         };
         let counters = task::spawn_blocking(move || {
             let services = services.lock().unwrap_or_else(PoisonError::into_inner);
-            services.packet_counters()
+            let packets = services.packet_counters();
+            packets.and_then(|packets| Ok((packets, services.redirect_counters()?)))
         });
         let counters = counters
             .await
             .map_err(|error| Status::internal(error.to_string()))?;
-        let counters = counters.map_err(|error| {
+        let (packets, redirected) = counters.map_err(|error| {
             Status::internal(format!("the kernel does not tell the counters: {error}"))
         })?;
-        let counted = counters.into_iter().filter(|(_, count)| *count > 0);
-        Ok(counted
-            .map(|(counter, count)| (counter.as_str().to_owned(), count))
-            .collect())
+        let packets = packets.into_iter();
+        let packets = packets.map(|(counter, count)| (counter.as_str().to_owned(), count));
+        let redirected = redirected.into_iter();
+        let redirected =
+            redirected.map(|(counter, count)| (format!("redirect_{}", counter.as_str()), count));
+        let counted = packets.chain(redirected).filter(|(_, count)| *count > 0);
+        Ok(counted.collect())
+    }
+
+    /// Beside the driver, as above.
+    async fn add_policy(&self, status: &mut StatusResponse) -> Result<(), Status> {
+        let enforcer = Arc::clone(&self.facts.enforcer);
+        let report = task::spawn_blocking(move || {
+            let mut enforcer = enforcer.lock().unwrap_or_else(PoisonError::into_inner);
+            enforcer.report()
+        });
+        let policy::Report {
+            enforced,
+            packets,
+            events,
+            problems,
+        } = report
+            .await
+            .map_err(|error| Status::internal(error.to_string()))?;
+        if !problems.is_empty() && status.health() == Health::Ok {
+            status.set_health(Health::Degraded);
+        }
+        status.problems.extend(problems);
+        status.policy_enforced = enforced;
+        status.policy_packets = packets;
+        status.policy_events = events;
+        Ok(())
     }
 
     async fn ask<T: Send + 'static>(
@@ -152,6 +184,7 @@ impl AgentAdmin for Admin {
             .ask(move |driver| report::status(driver, &facts, &connection))
             .await?;
         status.service_packets = self.service_packets().await?;
+        self.add_policy(&mut status).await?;
         Ok(Response::new(status))
     }
 

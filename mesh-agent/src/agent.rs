@@ -44,7 +44,9 @@ use crate::{
     interfaces::{self, AllServed, Wanted},
     links::Links,
     network::{self, Local},
-    outliers, publish,
+    outliers,
+    policy::{self, Enforcer},
+    publish,
     state::StateFolder,
     sync::{self, Sync},
 };
@@ -146,6 +148,12 @@ async fn start(
         dns: link_local(&settings.dns.listen),
         serves_devices: !settings.service_interfaces.is_empty(),
     };
+    let mut enforcer = Enforcer::new(settings.node_name.clone(), interface.0, settings.policy);
+    // Before the device is up: nobody comes in unjudged.
+    enforcer
+        .take(&snapshot)
+        .context("cannot enforce the mesh's policies (`policy = false`: this node never does)")?;
+    let enforcer = Arc::new(Mutex::new(enforcer));
     prepare_device(&netlink, &interface, &snapshot, &settings, &local).await?;
     let sockets = UdpPair::bind_many(settings.listen_port, settings.packet_threads);
     let sockets = sockets.with_context(|| {
@@ -218,6 +226,8 @@ async fn start(
         let keeper = outliers::keep_outliers(Arc::clone(services), driver, stop.clone());
         supervisor.spawn("outliers", keeper);
     }
+    let keeper = policy::keep_policy(Arc::clone(&enforcer), view.clone(), stop.clone());
+    supervisor.spawn("policy", keeper);
     let (told, served) = watch::channel(AllServed::default());
     let wanted = Wanted {
         names: settings.service_interfaces,
@@ -272,6 +282,7 @@ async fn start(
         services: services.clone(),
         services_unkept,
         served,
+        enforcer,
     };
     let admin = Admin::new(
         DriverHandle(events),
@@ -343,6 +354,7 @@ async fn after(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     tokio::select! {
+        biased; // Who fills the maps stops as well.
         () = stop.cancelled() => return Ok(()),
         filled = filled.wait_for(|filled| *filled) => drop(filled?),
     }

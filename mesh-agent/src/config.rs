@@ -37,6 +37,8 @@ pub struct Settings {
     pub cgroup: Option<PathBuf>,
     /// Whether to load the eBPF programs.
     pub services: bool,
+    /// Whether the mesh's policies are enforced on this node.
+    pub policy: bool,
     /// Interfaces whose devices use services through this node.
     pub service_interfaces: BTreeSet<String>,
     /// Interfaces between which, and the mesh's own, packets go past the host's stack.
@@ -114,6 +116,8 @@ struct ConfigFile {
     cgroup: Option<PathBuf>,
     #[serde(default = "default_true")]
     services: bool,
+    #[serde(default = "default_true")]
+    policy: bool,
     #[serde(default)]
     service_interfaces: Vec<String>,
     #[serde(default)]
@@ -246,6 +250,7 @@ impl Settings {
             admin_socket: file.admin_socket,
             cgroup: file.cgroup,
             services: file.services,
+            policy: file.policy,
             service_interfaces,
             pod_interfaces,
             static_candidates: file.static_candidates,
@@ -341,7 +346,7 @@ mod tests {
         assert_eq!(example.listen_port, defaults.listen_port);
         assert_eq!(example.admin_socket, defaults.admin_socket);
         assert_eq!(example.dns.listen, defaults.dns.listen);
-        assert!(example.services);
+        assert!(example.services && example.policy);
     }
 
     #[test]

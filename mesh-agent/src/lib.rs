@@ -20,6 +20,7 @@ pub mod interfaces;
 pub mod links;
 pub mod network;
 pub mod outliers;
+pub mod policy;
 pub mod publish;
 pub mod redirect;
 pub mod report;

@@ -95,6 +95,9 @@ pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> Status
         services_unkept: facts.services_unkept.clone().unwrap_or_default(),
         // Added by who may wait for it.
         service_packets: BTreeMap::new(),
+        policy_enforced: false,
+        policy_packets: BTreeMap::new(),
+        policy_events: Vec::new(),
     }
 }
 

@@ -36,6 +36,11 @@ pub(crate) struct Status {
     pub(crate) service_interfaces: BTreeMap<String, bool>,
     /// What became of those packets.
     pub(crate) service_packets: BTreeMap<String, u64>,
+    /// Whether policies are enforced here.
+    pub(crate) policy_enforced: bool,
+    pub(crate) policy_packets: BTreeMap<String, u64>,
+    /// Denied or audited last, the newest at the end.
+    pub(crate) policy_events: Vec<String>,
     /// Why services end with the agent; `null`: they go on without it, or are off.
     pub(crate) services_unkept: Option<String>,
     pub(crate) certificate_expires_unix_s: Option<i64>,
@@ -98,6 +103,9 @@ impl From<admin::StatusResponse> for Status {
             service_interfaces: said.service_interfaces,
             service_packets: said.service_packets,
             services_unkept: some(said.services_unkept),
+            policy_enforced: said.policy_enforced,
+            policy_packets: said.policy_packets,
+            policy_events: said.policy_events,
             certificate_expires_unix_s: (said.certificate_expires_unix_s != 0)
                 .then_some(said.certificate_expires_unix_s),
         }

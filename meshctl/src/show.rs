@@ -27,6 +27,9 @@ pub(crate) trait Report: Serialize {
     }
 }
 
+/// The newest of what was denied or audited: half a screen with the rest. `--json` has all.
+const POLICY_EVENTS_SHOWN_MAX: usize = 8;
+
 impl Report for Status {
     fn text(&self, colours: bool) -> String {
         let health = match self.verdict() {
@@ -54,6 +57,10 @@ impl Report for Status {
         let services_unkept = self.services_unkept.as_deref();
         let services_unkept =
             services_unkept.map_or_else(String::new, |why| format!("services: {why}"));
+        let policy = match self.policy_enforced {
+            true => "enforced",
+            false => "",
+        };
         let served = self.service_interfaces.iter();
         let served = served.map(|(name, attached)| match attached {
             true => name.clone(),
@@ -82,8 +89,16 @@ impl Report for Status {
             row("serves", served.collect::<Vec<_>>().join(", ")),
             row("served", counted(&self.service_packets)),
             row("not kept", services_unkept),
-            row("drops", counted(&self.drops)),
+            row("policy", policy),
+            row("judged", counted(&self.policy_packets)),
         ]);
+        let events = self
+            .policy_events
+            .iter()
+            .rev()
+            .take(POLICY_EVENTS_SHOWN_MAX);
+        rows.extend(events.map(|event| row("", event)));
+        rows.push(row("drops", counted(&self.drops)));
         rows.retain(|row| row.get(1) != Some(&Cell::from("")));
         let mut text = columns(&rows, colours);
         if !self.relays.is_empty() {

@@ -27,9 +27,10 @@ pub use packets::{
 };
 pub use policy::{
     POLICY_ADDRESSES_MAX, POLICY_ALLOWED, POLICY_AUDITED, POLICY_DECIDER_BIT,
-    POLICY_EVENT_INTERVAL_MS, POLICY_EVENTS_BYTES, POLICY_FLOWS_MAX, POLICY_IN, POLICY_OUT,
-    POLICY_PAIRS_MAX, POLICY_PORTS_MAX, POLICY_PROTOCOL_OTHER, PolicyCounter, PolicyEvent,
-    PolicyFlow, PolicyPair, PolicyPairRules, PolicyPort, PolicySeen, PolicyState,
+    POLICY_EVENT_INTERVAL_MS, POLICY_EVENTS_BYTES, POLICY_FLOWS_MAX, POLICY_GIVEN_PORT_FIRST,
+    POLICY_IN, POLICY_OUT, POLICY_PAIRS_MAX, POLICY_PORTS_MAX, POLICY_PROTOCOL_OTHER,
+    PolicyCounter, PolicyEvent, PolicyFlow, PolicyPair, PolicyPairRules, PolicyPort, PolicySeen,
+    PolicyState,
 };
 pub use redirect::{REDIRECTS_MAX, ROUTES_MAX, RedirectCounter, Route, RoutePrefix};
 

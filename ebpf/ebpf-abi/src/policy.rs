@@ -26,6 +26,9 @@ limits! {
     POLICY_EVENTS_BYTES = 65_536;
     /// At most one event so often on each processor: 100 a second.
     POLICY_EVENT_INTERVAL_MS = 10;
+    /// The first port that Linux gives to sockets that ask for any
+    /// (`net.ipv4.ip_local_port_range`): by it is told who opened a TCP flow that nobody remembers.
+    POLICY_GIVEN_PORT_FIRST = 32_768;
     /// The end on this node was called.
     POLICY_IN = 0;
     /// The end on this node calls.

@@ -226,35 +226,55 @@ static __always_inline void turn(const struct policy_flow *flow, struct policy_f
     other->direction = flow->direction == POLICY_IN ? POLICY_OUT : POLICY_IN;
 }
 
-/* `opens`: the packet is never an answer. */
+/* What a packet says of who opened its flow: it does, it is unknown, or the other end did. The last
+ * counts only where the flow is not remembered. */
+enum opener { THIS, UNKNOWN, OTHER };
+
+static __always_inline enum opener tcp_opener(__u8 flags, const struct policy_flow *flow)
+{
+    if (flags & TCP_SYN)
+        return flags & TCP_ACK ? OTHER : THIS;
+    /* From the middle of a flow. Whoever has a port of those that are given out calls. Nobody comes in
+     * by lying: without SYN there is no flow. */
+    return bpf_ntohs(flow->from.port) < POLICY_GIVEN_PORT_FIRST &&
+                   bpf_ntohs(flow->to.port) >= POLICY_GIVEN_PORT_FIRST
+               ? OTHER
+               : UNKNOWN;
+}
+
 static __noinline int on_flow(const struct policy_flow *flow, const struct policy_state *state,
-                              bool opens)
+                              enum opener opener)
 {
     __u64 now_ns = bpf_ktime_get_ns();
     struct policy_seen fresh = {.seen_ns = now_ns, .generation = state->generation};
     __u8 protocol = flow->to.protocol;
+    const struct policy_flow *opened = flow;
     struct policy_flow other;
     struct policy_seen *seen;
 
+    turn(flow, &other);
     seen = bpf_map_lookup_elem(&hf_pol_flows, flow);
     if (seen && !is_over(seen, protocol, now_ns))
         return on_known(verdict_now(flow, seen, state, now_ns), POLICY_passed);
-    if (!opens) {
-        turn(flow, &other);
+    if (opener != THIS) {
         seen = bpf_map_lookup_elem(&hf_pol_flows, &other);
         if (seen && !is_over(seen, protocol, now_ns))
             return on_known(verdict_now(&other, seen, state, now_ns), POLICY_answered);
     }
-    fresh.verdict = judge(flow);
+    if (opener == OTHER)
+        opened = &other;
+    fresh.verdict = judge(opened);
     if (!(fresh.verdict & POLICY_ALLOWED)) {
         tell(flow, fresh.verdict, now_ns);
         return drop(fresh.verdict ? POLICY_denied : POLICY_no_room);
     }
-    count(bpf_map_update_elem(&hf_pol_flows, flow, &fresh, BPF_ANY) ? POLICY_flow_lost
+    count(bpf_map_update_elem(&hf_pol_flows, opened, &fresh, BPF_ANY) ? POLICY_flow_lost
                                                                      : POLICY_flow_opened);
     if (fresh.verdict & POLICY_AUDITED)
         tell(flow, fresh.verdict, now_ns);
-    return pass(fresh.verdict & POLICY_AUDITED ? POLICY_audited : POLICY_passed);
+    if (fresh.verdict & POLICY_AUDITED)
+        return pass(POLICY_audited);
+    return pass(opener == OTHER ? POLICY_answered : POLICY_passed);
 }
 
 /* Whether the flow is remembered, and allowed. */
@@ -365,7 +385,7 @@ static __always_inline int on_ip(struct __sk_buff *skb, struct packet *packet, _
 {
     __u32 parsed = parse(skb, packet, l3);
     struct policy_flow flow = {};
-    bool opens = false;
+    enum opener opener = UNKNOWN;
     __u16 ports[2] = {};
     __u8 type = 0;
     int action;
@@ -385,7 +405,7 @@ static __always_inline int on_ip(struct __sk_buff *skb, struct packet *packet, _
     if (packet->protocol == PROTOCOL_TCP) {
         if (bpf_skb_load_bytes(skb, packet->l4 + TCP_FLAGS_OFFSET, &type, sizeof(type)))
             return on_unclear(&flow);
-        opens = (type & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+        opener = tcp_opener(type, &flow);
     } else if (packet->protocol == SCTP) {
         if (bpf_skb_load_bytes(skb, packet->l4, ports, sizeof(ports)))
             return on_unclear(&flow);
@@ -398,15 +418,16 @@ static __always_inline int on_ip(struct __sk_buff *skb, struct packet *packet, _
             return pass(POLICY_control);
         if (is_error(type, packet->v6))
             return on_error(skb, &flow, packet->l4 + ICMP_HEADER_LEN, packet->v6);
-        opens = type == (packet->v6 ? ICMPV6_ECHO : ICMP_ECHO);
-        if (opens || type == (packet->v6 ? ICMPV6_ECHO_REPLY : ICMP_ECHO_REPLY)) {
+        if (type == (packet->v6 ? ICMPV6_ECHO : ICMP_ECHO))
+            opener = THIS;
+        if (opener == THIS || type == (packet->v6 ? ICMPV6_ECHO_REPLY : ICMP_ECHO_REPLY)) {
             if (bpf_skb_load_bytes(skb, packet->l4 + ICMP_ID_OFFSET, ports, sizeof(*ports)))
                 return on_unclear(&flow);
             flow.from.port = ports[0];
             flow.to.port = ports[0];
         }
     }
-    action = on_flow(&flow, state, opens);
+    action = on_flow(&flow, state, opener);
     if (packet->fragment)
         remember_first(packet, direction, state, action);
     return action;

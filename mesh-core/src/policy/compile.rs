@@ -19,6 +19,9 @@ use super::{
 };
 use crate::snapshot::Snapshot;
 
+/// Meetings of classes whose rules are remembered while tables are made: 100 bytes and the rules' each.
+const MEETINGS_MAX: usize = 65_536;
+
 /// Makes one node's tables, and remembers which number means what, so that what did not change
 /// keeps its number.
 #[derive(Debug)]
@@ -167,32 +170,43 @@ impl Compiler {
             .iter()
             .filter(|one| local.contains(&one.class))
             .collect();
+        let lacking = tables.left_out.addresses > 0;
+        let kept: BTreeSet<Class> = tables.addresses.values().copied().collect();
+        let is_kept = |class| class == Class::STRICT || kept.contains(&class);
         let mut made = BTreeMap::new();
-        let mut between = BTreeMap::new();
+        let mut strict = Strict::default();
         for one in &here {
             for other in &all {
                 for direction in Direction::ALL {
+                    if !lacking && tables.pairs.len() == self.limits.pairs {
+                        tables.left_out.pairs += 1;
+                        continue;
+                    }
+                    if made.len() == MEETINGS_MAX {
+                        made.clear();
+                    }
                     let meeting = rules.meeting(one, other, direction);
                     let by_port = made
                         .entry(meeting)
-                        .or_insert_with_key(|meeting| Arc::new(rules.by_port(meeting, one, other)));
+                        .or_insert_with_key(|meeting| rules.by_port(meeting, one, other));
                     let pair = Pair {
                         local: one.class,
                         remote: other.class,
                         direction,
                     };
-                    between.insert(pair, Arc::clone(by_port));
+                    if lacking {
+                        strict.add(pair, by_port);
+                    }
+                    if is_kept(pair.local) && is_kept(pair.remote) {
+                        self.insert_pair(pair, by_port, tables);
+                    }
                 }
             }
         }
-        if tables.left_out.addresses > 0 {
-            add_strict(&mut between);
-            let kept: BTreeSet<Class> = tables.addresses.values().copied().collect();
-            let is_kept = |class| class == Class::STRICT || kept.contains(&class);
-            between.retain(|pair, _| is_kept(pair.local) && is_kept(pair.remote));
-        }
-        for (pair, by_port) in between {
-            self.insert_pair(pair, &by_port, tables);
+        for (pair, by_port) in strict.0 {
+            if is_kept(pair.local) && is_kept(pair.remote) {
+                self.insert_pair(pair, &by_port, tables);
+            }
         }
     }
 
@@ -259,31 +273,32 @@ fn leave_out(tables: &mut Tables, room: usize) {
 }
 
 /// What holds for addresses without a class: the strictest of what holds for any class.
-fn add_strict(between: &mut BTreeMap<Pair, Arc<ByPort>>) {
-    let mut strict: BTreeMap<Pair, ByPort> = BTreeMap::new();
-    for (pair, rules) in &*between {
+#[derive(Default)]
+struct Strict(BTreeMap<Pair, ByPort>);
+
+impl Strict {
+    fn add(&mut self, pair: Pair, rules: &ByPort) {
         let of_remote = Pair {
             remote: Class::STRICT,
-            ..*pair
+            ..pair
         };
         let of_local = Pair {
             local: Class::STRICT,
-            ..*pair
+            ..pair
         };
         let of_both = Pair {
             local: Class::STRICT,
             ..of_remote
         };
         for pair in [of_remote, of_local, of_both] {
-            let stricter = strict.get(&pair).map(|known| known.and(rules));
-            strict.insert(pair, stricter.unwrap_or_else(|| ByPort::clone(rules)));
+            match self.0.get_mut(&pair) {
+                Some(known) => *known = known.and(rules),
+                None => {
+                    self.0.insert(pair, rules.clone());
+                }
+            }
         }
     }
-    between.extend(
-        strict
-            .into_iter()
-            .map(|(pair, rules)| (pair, Arc::new(rules))),
-    );
 }
 
 /// Rules that may be about an end on this node.

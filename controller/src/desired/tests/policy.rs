@@ -1,19 +1,15 @@
-use std::{sync::Arc, time::SystemTime};
+use std::sync::Arc;
 
-use mesh_api::{
-    control::SyncResponse,
-    resources::{State, Trust},
-};
 use mesh_core::{
     policy::{
         Compiler, Direction, Flow, Limits,
         resources::{DefaultAction, IpProtocol},
     },
-    snapshot::{Generation, Snapshot},
+    snapshot::Snapshot,
 };
-use mesh_identity::authority::CertificateAuthority;
 
 use super::*;
+use crate::policy_test;
 
 const MANIFESTS: &str = "
 apiVersion: mesh.holdfast.dev/v1alpha1
@@ -79,30 +75,10 @@ spec: {audit: true, rules: [{action: deny, ports: [{port: 81}]}]}
 ";
 
 fn snapshot(text: &str) -> (Snapshot, Vec<String>) {
-    let authority = CertificateAuthority::generate("demo", SystemTime::now()).unwrap();
     let parsed = parse_file("m.yaml", text.trim_start_matches('\n'));
     assert_eq!(parsed.problems, Vec::<String>::new());
     let objects: Vec<_> = parsed.objects.iter().collect();
-    let nodes = ["a", "b"].iter().zip(1..).map(|(name, seed)| {
-        let registered = Registered {
-            id: NodeId([seed; 32]),
-            overlay_v4: Ipv4Addr::new(100, 96, 0, seed),
-        };
-        (name.parse().unwrap(), registered)
-    });
-    let desired = desired(&objects, &nodes.collect(), authority.mesh_id(), "demo");
-    let resources = desired.wanted.into_values().map(|wanted| match wanted {
-        Wanted::Resource(resource) => resource,
-        Wanted::Node(record) => node_resource(record, Vec::new()),
-    });
-    let mut state = State::new(authority.certificate_der().clone()).unwrap();
-    let response = SyncResponse {
-        full: true,
-        set: resources.collect(),
-        ..SyncResponse::default()
-    };
-    assert!(state.apply(response, Trust::Checked).is_empty());
-    (state.snapshot(Generation(1)).unwrap(), desired.problems)
+    policy_test::snapshot(&objects).unwrap()
 }
 
 #[test]

@@ -19,6 +19,8 @@ use crate::{
     wire::{self, ETHERNET, IcmpError, Net, ip_nets, without_ethernet},
 };
 
+mod differential;
+
 /// Nobody in particular, this node, and a friend of it.
 const ANYBODY: u32 = 1;
 const OWN: u32 = 2;
@@ -292,6 +294,32 @@ fn an_open_flow_is_cut_both_ways_by_a_change_and_goes_on_after_another() {
     }
 }
 
+/// As after a restart, and where there were no policies until now.
+#[test]
+fn a_flow_that_nobody_remembers_is_judged_by_who_has_a_port_that_is_given_out() {
+    for Net {
+        client, endpoint, ..
+    } in ip_nets()
+    {
+        let lab = Lab::new();
+        assert!(lab.passes(Out, &ack(endpoint, client)));
+        assert!(lab.passes(In, &ack(client, endpoint)));
+        // With SYN it is no answer.
+        let mut lab = Lab::new();
+        assert!(!lab.passes(Out, &syn(endpoint, client)));
+        // Denied to the caller, though the called end may call.
+        lab.ports(2, &[]);
+        lab.pair(FRIEND, In, DENIED, Some(2));
+        lab.pair(FRIEND, Out, ALLOWED, None);
+        lab.apply();
+        for _ in 0..2 {
+            assert!(!lab.passes(Out, &ack(endpoint, client)));
+            assert!(!lab.passes(In, &ack(client, endpoint)));
+        }
+        assert!(lab.passes(Out, &syn(endpoint, client)));
+    }
+}
+
 #[test]
 fn audit_passes_counts_and_tells() {
     for Net {
@@ -560,4 +588,30 @@ fn the_verifier_s_work_is_bounded() {
         println!("{direction:?}: {instructions}");
         assert!(instructions < 40_000, "{direction:?}: {instructions}");
     }
+}
+
+/// What a packet costs, for the documentation: `--nocapture`.
+#[test]
+fn a_known_flow_and_a_new_one_are_judged_many_times_over() {
+    const TIMES: u32 = 100_000;
+    let lab = Lab::new();
+    let [net, _] = ip_nets();
+    let rows = [
+        ("known flow", ack(net.client, net.endpoint)),
+        ("denied", syn(net.client, at(net.endpoint, 1))),
+    ];
+    assert!(lab.passes(In, &syn(net.client, net.endpoint)));
+    for (name, packet) in rows {
+        let packet = without_ethernet(packet);
+        let options = TestRunOptions {
+            data_in: Some(&packet),
+            repeat: TIMES,
+            ..TestRunOptions::new()
+        };
+        let ran = lab.policy.program(In).unwrap().test_run(options).unwrap();
+        println!("{name}: {:?} a packet", ran.duration);
+    }
+    let counted = lab.policy.counters().unwrap();
+    let times = u64::from(TIMES);
+    assert_eq!((counted[&Passed], counted[&Denied]), (times + 1, times));
 }

@@ -1,0 +1,336 @@
+//! Who may speak with whom: what the snapshot says of it, kept in the kernel's tables.
+//!
+//! The programs are there while there is something to enforce, and judge before the first packet
+//! comes: at the start they are filled from the snapshot on the disk before the device is up.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use ebpf_loader::policy as kernel;
+use mesh_core::{
+    policy::{
+        Class, Compiler, Direction, Limits, PairRules, PortPrefix, Tables, Verdict,
+        resources::IpProtocol,
+    },
+    services::View,
+    snapshot::Snapshot,
+};
+use mesh_linux::IfIndex;
+use mesh_wire::id::NodeName;
+use tokio::{sync::watch, task, time};
+use tokio_util::sync::CancellationToken;
+
+use crate::network::chain;
+
+/// Pause before the tables are written again when the kernel refused a part, for want of memory.
+const RETRY: Duration = Duration::from_secs(5);
+
+const LIMITS: Limits = Limits {
+    addresses: kernel::ADDRESSES_MAX,
+    pairs: kernel::PAIRS_MAX,
+    ports: kernel::PORTS_MAX,
+};
+
+/// What is enforced on this node, and by what.
+#[derive(Debug)]
+pub struct Enforcer {
+    compiler: Compiler,
+    tunnel: IfIndex,
+    /// Otherwise the configuration says that nothing is enforced here.
+    wanted: bool,
+    programs: Option<kernel::Policy>,
+    /// What the kernel refused.
+    refused: Option<String>,
+}
+
+/// How it stands, for people.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Whether packets are judged.
+    pub enforced: bool,
+    /// What became of them.
+    pub packets: BTreeMap<String, u64>,
+    /// Those that were denied or audited last, a line each.
+    pub events: Vec<String>,
+    /// What does not work that should.
+    pub problems: Vec<String>,
+}
+
+impl Enforcer {
+    /// For `node` and its tunnel's interface, with nothing to enforce yet. If not `wanted`, never.
+    #[must_use]
+    pub fn new(node: NodeName, tunnel: IfIndex, wanted: bool) -> Self {
+        Self {
+            compiler: Compiler::new(node, LIMITS),
+            tunnel,
+            wanted,
+            programs: None,
+            refused: None,
+        }
+    }
+
+    /// Enforces what `snapshot` says. It takes system calls.
+    ///
+    /// # Errors
+    ///
+    /// If the programs cannot be loaded or attached: the node must not be reached then. What the kernel
+    /// refuses of the tables is denied, told, and tried again with the next call.
+    pub fn take(&mut self, snapshot: &Arc<Snapshot>) -> anyhow::Result<()> {
+        let changed = self.compiler.update(snapshot);
+        if !self.wanted || (!changed && self.refused.is_none()) {
+            return Ok(());
+        }
+        let tables = self.compiler.tables();
+        if !tables.enforced {
+            self.refused = None;
+            if self.programs.take().is_some() {
+                tracing::info!("there are no policies for this node any more");
+            }
+            return Ok(());
+        }
+        let fresh = self.programs.is_none();
+        let programs = match &mut self.programs {
+            Some(programs) => programs,
+            none => none.insert(kernel::Policy::load()?),
+        };
+        let applied = programs.apply(&convert(tables));
+        // After the tables: what comes before them passes as it did until now.
+        programs.attach_tunnel(self.tunnel.0)?;
+        let left_out = tables.left_out;
+        if !left_out.is_nothing() {
+            tracing::warn!(?left_out, "the policy tables are full: judged strictly");
+        }
+        if fresh {
+            tracing::info!("policies are enforced");
+        }
+        self.refused = applied.err().map(|error| chain(&error));
+        if let Some(problem) = &self.refused {
+            tracing::warn!(%problem, "policy is not complete in the kernel: what is missing is denied");
+        }
+        Ok(())
+    }
+
+    /// How it stands.
+    pub fn report(&mut self) -> Report {
+        let tables = self.compiler.tables();
+        let mut problems = Vec::new();
+        if tables.enforced && !self.wanted {
+            problems.push("policies are not enforced here (`policy = false`)".to_owned());
+        }
+        let left_out = tables.left_out;
+        if !left_out.is_nothing() {
+            problems.push(format!(
+                "the policy tables are full: {} prefixes are judged strictly, nothing passes between {} pairs of classes",
+                left_out.addresses, left_out.pairs
+            ));
+        }
+        if let Some(refused) = &self.refused {
+            problems.push(format!("{refused}: what is missing is denied"));
+        }
+        let mut report = Report {
+            enforced: self.programs.is_some(),
+            problems,
+            ..Report::default()
+        };
+        let Some(programs) = &mut self.programs else {
+            return report;
+        };
+        match programs.counters() {
+            Ok(counters) => {
+                let counted = counters.into_iter().filter(|(_, count)| *count > 0);
+                report.packets = counted
+                    .map(|(counter, count)| (counter.as_str().to_owned(), count))
+                    .collect();
+            }
+            Err(error) => report.problems.push(chain(&error)),
+        }
+        report.events = programs.events().map(|event| line(event, tables)).collect();
+        report
+    }
+}
+
+/// Follows the view until `stop`.
+///
+/// # Errors
+///
+/// If policies cannot be enforced at all: a node that lets everybody in is worse than none.
+pub async fn keep_policy(
+    enforcer: Arc<Mutex<Enforcer>>,
+    mut views: watch::Receiver<Option<Arc<View>>>,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    loop {
+        let view = views.borrow_and_update().clone();
+        let mut again = false;
+        if let Some(view) = view {
+            let enforcer = Arc::clone(&enforcer);
+            let taken = task::spawn_blocking(move || {
+                let mut enforcer = enforcer.lock().unwrap_or_else(PoisonError::into_inner);
+                enforcer.take(&view.snapshot)?;
+                anyhow::Ok(enforcer.refused.is_some())
+            });
+            again = taken.await?.context("policies cannot be enforced")?;
+        }
+        tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            changed = views.changed() => changed?,
+            () = time::sleep(RETRY), if again => {}
+        }
+    }
+}
+
+/// `audited by MeshPolicy trial: TCP 100.96.0.1:40000 to 100.96.0.2:22, in`.
+fn line(event: &kernel::Event, tables: &Tables) -> String {
+    let word = if event.verdict.allowed {
+        "audited"
+    } else {
+        "denied"
+    };
+    let by = tables.name(mesh_core::policy::Decider(event.verdict.decider));
+    let protocol = match event.protocol {
+        1 | 58 => "ICMP".to_owned(),
+        6 => "TCP".to_owned(),
+        17 => "UDP".to_owned(),
+        132 => "SCTP".to_owned(),
+        other => format!("protocol {other}"),
+    };
+    let way = match event.direction {
+        kernel::Direction::In => "in",
+        kernel::Direction::Out => "out",
+    };
+    format!(
+        "{word} by {by}: {protocol} {} to {}, {way}",
+        event.from, event.to
+    )
+}
+
+/// As the kernel's side is told.
+#[must_use]
+pub fn convert(tables: &Tables) -> kernel::Tables {
+    let addresses = tables.addresses.iter();
+    let pairs = tables.pairs.iter();
+    let ports = tables.ports.iter();
+    kernel::Tables {
+        enforced: tables.enforced,
+        addresses: addresses
+            .map(|(prefix, Class(class))| ((prefix.network(), prefix.prefix_len()), *class))
+            .collect(),
+        pairs: pairs
+            .map(|(pair, PairRules { strictest, ports })| {
+                let pair = kernel::Pair {
+                    local: pair.local.0,
+                    remote: pair.remote.0,
+                    direction: match pair.direction {
+                        Direction::In => kernel::Direction::In,
+                        Direction::Out => kernel::Direction::Out,
+                    },
+                };
+                let rules = kernel::PairRules {
+                    strictest: verdict(*strictest),
+                    rule_set: ports.and_then(|rules| rules.0.try_into().ok()),
+                };
+                (pair, rules)
+            })
+            .collect(),
+        ports: ports
+            .map(|(prefix, said)| (port_prefix(prefix), verdict(*said)))
+            .collect(),
+    }
+}
+
+fn verdict(said: Verdict) -> kernel::Verdict {
+    kernel::Verdict {
+        allowed: said.allowed,
+        audited: said.allowed && !said.unaudited,
+        decider: said.decider.0,
+    }
+}
+
+fn port_prefix(prefix: &PortPrefix) -> kernel::PortPrefix {
+    kernel::PortPrefix {
+        rule_set: prefix.rules.0,
+        protocol: prefix.protocol.map(number),
+        port: prefix.port,
+        bits: prefix.bits,
+    }
+}
+
+/// IANA's number.
+fn number(protocol: IpProtocol) -> u8 {
+    match protocol {
+        IpProtocol::Icmp => 1,
+        IpProtocol::Tcp => 6,
+        IpProtocol::Udp => 17,
+        IpProtocol::Sctp => 132,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mesh_core::policy::{Decider, Pair, RuleSet};
+
+    use super::*;
+
+    fn said(allowed: bool, unaudited: bool) -> Verdict {
+        Verdict {
+            allowed,
+            unaudited,
+            decider: Decider(7),
+        }
+    }
+
+    #[test]
+    fn the_kernel_is_told_the_numbers_of_protocols_and_who_decides() {
+        let mut tables = Tables::default();
+        let pair = Pair {
+            local: Class(2),
+            remote: Class(3),
+            direction: Direction::Out,
+        };
+        let rules = PairRules {
+            strictest: said(false, true),
+            ports: Some(RuleSet(5)),
+        };
+        tables.pairs.insert(pair, rules);
+        for protocol in IpProtocol::ALL {
+            let prefix = PortPrefix {
+                rules: RuleSet(5),
+                protocol: Some(protocol),
+                port: 80,
+                bits: 16,
+            };
+            tables.ports.insert(prefix, said(true, false));
+        }
+        let told = convert(&tables);
+        let (pair, rules) = told.pairs.first_key_value().unwrap();
+        assert_eq!((pair.local, pair.remote), (2, 3));
+        assert_eq!(pair.direction, kernel::Direction::Out);
+        assert_eq!(rules.rule_set.map(std::num::NonZeroU32::get), Some(5));
+        assert!(!rules.strictest.allowed && !rules.strictest.audited);
+        let numbers: Vec<_> = told.ports.keys().filter_map(|one| one.protocol).collect();
+        assert_eq!(numbers, [1, 6, 17, 132]);
+        let mut verdicts = told.ports.values();
+        assert!(verdicts.all(|one| one.allowed && one.audited && one.decider == 7));
+    }
+
+    #[test]
+    fn an_event_is_a_line_with_the_policy_s_name() {
+        let mut tables = Tables::default();
+        tables
+            .deciders
+            .insert(Decider(7), "MeshPolicy trial".to_owned());
+        let event = kernel::Event {
+            from: "100.96.0.1:4000".parse().unwrap(),
+            to: "100.96.0.2:22".parse().unwrap(),
+            protocol: 6,
+            direction: kernel::Direction::In,
+            verdict: verdict(said(true, false)),
+        };
+        let expected = "audited by MeshPolicy trial: TCP 100.96.0.1:4000 to 100.96.0.2:22, in";
+        assert_eq!(line(&event, &tables), expected);
+    }
+}
