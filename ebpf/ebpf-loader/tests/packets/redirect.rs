@@ -1,17 +1,22 @@
 //! Real sockets in pods of one node, past its stack.
 
 use std::{
-    fs,
-    io::ErrorKind,
+    fs::{self, File},
+    io::{ErrorKind, Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
     num::NonZeroU32,
-    time::Duration,
+    os::unix::fs::OpenOptionsExt as _,
+    thread,
+    time::{Duration, Instant},
 };
 
 use ebpf_abi::{PacketCounter, ROUTES_MAX, RedirectCounter};
 use ebpf_loader::{InterfaceError, LinkHeader, RedirectKind, RedirectLink, Services};
+use etherparse::IpHeaders;
 use rustix::{
+    fs::OFlags,
     io::Errno,
+    ioctl::{Opcode, Setter, ioctl},
     net::{
         AddressFamily, Protocol, RecvFlags, SocketType, connect, recv,
         sockopt::{Timeout, set_ip_ttl, set_socket_timeout},
@@ -23,7 +28,7 @@ use crate::{
     netns::ip,
     pods::{A, B, C, Node, Pod, SERVICES, exchange, forwarded, host, patient},
     sockets::{PATIENCE, transfer},
-    wire::{ETHERNET, TTL},
+    wire::{ETHERNET, TTL, udp, without_ethernet},
 };
 
 /// Each way.
@@ -334,4 +339,93 @@ fn an_interface_that_is_not_there_is_told_and_the_others_are_redirected() {
     let mut sockets_alone = Services::load(node.cgroup()).unwrap();
     let error = sockets_alone.redirect(&node.redirects).unwrap_err();
     assert!(matches!(error, InterfaceError::SocketsAlone), "{error:?}");
+}
+
+/// A TUN device of the thread's namespace, gone when it is closed.
+fn tun(name: &str) -> File {
+    #[repr(C)]
+    struct Request {
+        name: [u8; 16],
+        flags: u16,
+        rest: [u8; 22],
+    }
+    const TUNSETIFF: Opcode = 0x4004_54ca;
+    const TUN_WITHOUT_PREFIX: u16 = 0x1001;
+    let mut request = Request {
+        name: [0; 16],
+        flags: TUN_WITHOUT_PREFIX,
+        rest: [0; 22],
+    };
+    request.name[..name.len()].copy_from_slice(name.as_bytes());
+    let nonblocking = OFlags::NONBLOCK.bits().cast_signed();
+    let mut options = File::options();
+    options.read(true).write(true).custom_flags(nonblocking);
+    let tun = options.open("/dev/net/tun").unwrap();
+    #[expect(unsafe_code, reason = "rustix has no call for it")]
+    // SAFETY: linux/if_tun.h: TUNSETIFF reads a `struct ifreq`, whose 40 bytes these are.
+    unsafe { ioctl(&tun, Setter::<TUNSETIFF, Request>::new(request)) }.unwrap();
+    ip(&["link", "set", name, "up"]);
+    tun
+}
+
+/// The next packet for this address.
+fn read_for(mut tun: &File, address: IpAddr) -> (IpHeaders, Vec<u8>) {
+    let deadline = Instant::now() + PATIENCE;
+    while Instant::now() < deadline {
+        let mut bytes = [0; 2_000];
+        let Ok(length) = tun.read(&mut bytes) else {
+            thread::sleep(Duration::from_millis(1));
+            continue;
+        };
+        let (ip, payload) = IpHeaders::from_slice(&bytes[..length]).unwrap();
+        let to: IpAddr = match &ip {
+            IpHeaders::Ipv4(header, _) => header.destination.into(),
+            IpHeaders::Ipv6(header, _) => header.destination.into(),
+        };
+        if to == address {
+            return (ip, payload.payload.to_vec());
+        }
+    }
+    panic!("nothing for {address}");
+}
+
+#[test]
+fn a_pod_speaks_with_the_tunnel_past_the_stack() {
+    let (mut node, a, _b) = Node::with_pods();
+    let tun = tun("tun0");
+    let link = RedirectLink {
+        kind: RedirectKind::Tunnel,
+        mtu_bytes: 1_400,
+    };
+    node.redirects.links.insert(index("tun0"), link);
+    let nets = [("10.245.0.0", 16), ("fd45::", 64)];
+    for (net, length) in nets {
+        ip(&["route", "add", &format!("{net}/{length}"), "dev", "tun0"]);
+        let prefix = (net.parse().unwrap(), length);
+        node.redirects.routes.insert(prefix, Some(index("tun0")));
+    }
+    assert_eq!(node.tell().attached, 1);
+    let before = forwarded();
+    for (own, far) in A
+        .addresses()
+        .into_iter()
+        .zip(["10.245.0.9:9", "[fd45::9]:9"])
+    {
+        let far: SocketAddr = far.parse().unwrap();
+        let socket = a.socket(own);
+        socket.send_to(b"question", far).unwrap();
+        let (ip, payload) = read_for(&tun, far.ip());
+        let hops = match &ip {
+            IpHeaders::Ipv4(header, _) => header.time_to_live,
+            IpHeaders::Ipv6(header, _) => header.hop_limit,
+        };
+        assert_eq!((hops, &payload[8..]), (TTL - 1, &b"question"[..]));
+        let answer = without_ethernet(udp(far, socket.local_addr().unwrap(), b"answer"));
+        (&tun).write_all(&answer).unwrap();
+        let mut bytes = [0; 8];
+        let (length, from) = socket.recv_from(&mut bytes).unwrap();
+        assert_eq!((&bytes[..length], from), (&b"answer"[..], far));
+    }
+    assert_eq!(forwarded(), before, "the stack handed nothing on");
+    assert_eq!(node.counted(RedirectCounter::ToTunnel), 2);
 }
