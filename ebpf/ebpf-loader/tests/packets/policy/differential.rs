@@ -198,10 +198,10 @@ fn any_step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(16))]
 
     #[test]
-    fn packets_are_judged_as_the_tables_say(first in any_tables(), steps in vec(any_step(), 1..120)) {
+    fn packets_are_judged_as_the_tables_say(first in any_tables(), steps in vec(any_step(), 1..250)) {
         let policy = Policy::load().unwrap();
         let mut lab = Lab { policy, tables: Tables::default() };
         let mut model = Model::default();
