@@ -62,7 +62,13 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("meshctl", &["mesh-api"]),
     (
         "services-bench",
-        &["mesh-wire", "mesh-core", "ebpf-loader", "mesh-agent"],
+        &[
+            "mesh-wire",
+            "mesh-core",
+            "mesh-linux",
+            "ebpf-loader",
+            "mesh-agent",
+        ],
     ),
     ("netns-tests", &["mesh-linux"]),
     ("xtask", &["netns-tests"]),
