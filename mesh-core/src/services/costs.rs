@@ -78,6 +78,14 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "where virtual time begins does not matter"
+    )]
+    fn start() -> Instant {
+        Instant::now()
+    }
+
     fn told(costs: &mut Costs, measured: &[(&str, u64)], now: Instant) -> Option<Vec<u128>> {
         let measured = measured
             .iter()
@@ -89,7 +97,7 @@ mod tests {
     #[test]
     fn what_changes_little_is_not_told_and_what_creeps_is() {
         let mut costs = Costs::default();
-        let mut now = Instant::now();
+        let mut now = start();
         assert_eq!(
             told(&mut costs, &[("a", 100), ("b", 3)], now),
             Some(vec![100, 3])
@@ -114,7 +122,7 @@ mod tests {
     #[test]
     fn changes_wait_for_each_other() {
         let mut costs = Costs::default();
-        let mut now = Instant::now();
+        let mut now = start();
         assert_eq!(told(&mut costs, &[("a", 10)], now), Some(vec![10]));
         for ms in [20, 40] {
             now += PAUSE / 2 - SECOND;
@@ -130,17 +138,17 @@ mod tests {
     #[test]
     fn a_path_that_is_not_measured_any_more_is_forgotten() {
         let mut costs = Costs::default();
-        let start = Instant::now();
+        let begin = start();
         assert_eq!(
-            told(&mut costs, &[("a", 10), ("b", 10)], start),
+            told(&mut costs, &[("a", 10), ("b", 10)], begin),
             Some(vec![10, 10])
         );
         assert_eq!(
-            told(&mut costs, &[("a", 10)], start + FORGET - SECOND),
+            told(&mut costs, &[("a", 10)], begin + FORGET - SECOND),
             None
         );
         assert_eq!(
-            told(&mut costs, &[("a", 10)], start + FORGET),
+            told(&mut costs, &[("a", 10)], begin + FORGET),
             Some(vec![10])
         );
     }

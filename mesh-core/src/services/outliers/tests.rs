@@ -4,6 +4,14 @@ use super::*;
 
 const SECOND: Duration = Duration::from_secs(1);
 
+#[expect(
+    clippy::disallowed_methods,
+    reason = "where virtual time begins does not matter"
+)]
+fn start() -> Instant {
+    Instant::now()
+}
+
 fn endpoint(last: u16) -> SocketAddr {
     let [high, low] = last.to_be_bytes();
     SocketAddr::from(([10, 42, high, low], 8080))
@@ -21,7 +29,7 @@ impl Lab {
         Self {
             outliers: Outliers::default(),
             counted: Failures::default(),
-            now: Instant::now(),
+            now: start(),
         }
     }
 
@@ -114,7 +122,7 @@ fn a_trial_that_nobody_makes_is_forgotten() {
 #[test]
 fn at_the_limit_others_are_not_ejected_until_one_is_forgotten() {
     let mut outliers = Outliers::default();
-    let now = Instant::now();
+    let now = start();
     let bad = Failures {
         failed: 5,
         in_a_row: FAILURES_MAX,
