@@ -16,7 +16,7 @@ use std::{
 use ipnet::IpNet;
 use mesh_linux::{
     IfIndex,
-    netlink::{Changes, LocalAddress, Netlink, NetlinkError, Route},
+    netlink::{Changes, LocalAddress, Netlink, NetlinkError, Route, Veth},
     netns, sock_diag,
     tun::{Tun, TunError, VnetHeader},
     udp::{Ecn, IpFields, LocalEnd, ReceiveBatch, UdpPair},
@@ -562,4 +562,67 @@ fn namespaces_are_found_by_name_and_by_process_each_once() {
         let times = all.iter().filter(|&&one| one == wanted).count();
         assert_eq!(times, 1, "{wanted} in {all:?}");
     }
+}
+
+#[test]
+fn how_packets_are_handed_on_is_told_as_the_kernel_does_it() {
+    let (namespace, pod) = (Namespace::new(), Namespace::new());
+    let veth = "link add port address 02:00:00:00:00:01 type veth";
+    let peer = "peer name eth0 address 02:00:00:00:00:02 netns";
+    namespace.ip(&format!("{veth} {peer} {}", pod.0));
+    pod.ip("link set eth0 up");
+    namespace.ip("link set port mtu 1400 up");
+    namespace.add_link("d0");
+    namespace.ip("link set d0 up");
+    namespace.ip("addr add 10.9.1.1/24 dev d0");
+    for route in [
+        "10.9.0.5/32 dev port",
+        "fd09::5/128 dev port",
+        "10.9.0.0/16 dev d0",
+        "10.9.0.0/16 dev port metric 5",
+        "blackhole 10.8.0.0/16",
+        "10.7.0.0/16 dev d0 mtu 1300",
+        "10.5.0.0/16 nexthop dev d0 nexthop dev port",
+        "local 10.6.0.0/16 dev lo",
+        "10.6.1.0/24 dev d0",
+        "10.4.0.0/16 dev d0 table 100",
+    ] {
+        namespace.ip(&format!("route add {route}"));
+    }
+    let forwarding =
+        || namespace.block_on(async || Netlink::connect().unwrap().forwarding().await.unwrap());
+    let told = forwarding();
+    assert!(told.by_destination);
+    let named = |name: &str| {
+        let mut links = told.links.iter();
+        links.find(|(_, link)| link.name == name).unwrap()
+    };
+    let ((&port, link), (&d0, other)) = (named("port"), named("d0"));
+    assert_eq!((link.mtu_bytes, link.is_free), (1_400, true));
+    let veth = Veth {
+        mac: [2, 0, 0, 0, 0, 1],
+        peer_mac: [2, 0, 0, 0, 0, 2],
+    };
+    assert_eq!(link.veth, Some(veth));
+    assert_eq!(other.veth, None, "its other end is here");
+    for (net, way) in [
+        ("10.9.0.5/32", Some(Some(port))),
+        ("fd09::5/128", Some(Some(port))),
+        ("10.9.0.0/16", Some(Some(d0))),
+        ("10.9.1.0/24", Some(Some(d0))),
+        ("10.9.1.1/32", Some(None)),
+        ("10.8.0.0/16", Some(None)),
+        ("10.7.0.0/16", Some(None)),
+        ("10.5.0.0/16", Some(None)),
+        ("10.6.1.0/24", Some(None)),
+        ("10.4.0.0/16", None),
+    ] {
+        assert_eq!(
+            told.routes.get(&net.parse().unwrap()).copied(),
+            way,
+            "{net}"
+        );
+    }
+    namespace.ip("rule add fwmark 5 lookup 100");
+    assert!(!forwarding().by_destination);
 }
