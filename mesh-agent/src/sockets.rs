@@ -49,10 +49,9 @@ pub fn end_stale(table: &Table, services: &Mutex<Services>) -> anyhow::Result<()
         "UDP sockets ended: their endpoints are gone"
     );
     let mut services = services();
-    let forgotten = stale.into_keys();
+    let mut forgotten = stale.into_keys();
     forgotten
-        .map(|cookie| services.forget_connected(cookie))
-        .collect::<Result<(), _>>()
+        .try_for_each(|cookie| services.forget_connected(cookie))
         .context("cannot forget ended UDP sockets")
 }
 
