@@ -288,7 +288,8 @@ fn a_service_goes_on_while_its_agent_is_replaced() -> Result<()> {
 
 /// Its endpoint is there still and answers, but is no endpoint any more: nothing but the agent tells the client.
 #[test]
-fn a_connected_udp_socket_ends_when_its_endpoint_leaves_the_service_and_no_other_does() -> Result<()> {
+fn a_connected_udp_socket_ends_when_its_endpoint_leaves_the_service_and_no_other_does() -> Result<()>
+{
     let mesh = Mesh::two_sites()?;
     let says = |port: u16| -> Result<()> {
         let text = KIOSK_MANIFEST
@@ -347,7 +348,10 @@ const KIOSK_MANIFEST: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: ki
                 ports: [{port: 8080, protocol: TCP}]\nendpoints: [{addresses: [127.0.0.1]}]\n";
 
 fn kiosk(mesh: &Mesh) -> Result<()> {
-    Ok(fs::write(mesh.manifests().join("kiosk.yaml"), KIOSK_MANIFEST)?)
+    Ok(fs::write(
+        mesh.manifests().join("kiosk.yaml"),
+        KIOSK_MANIFEST,
+    )?)
 }
 
 #[test]
