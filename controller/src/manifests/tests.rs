@@ -73,7 +73,7 @@ fn each_problem_names_file_line_document_object_and_field() {
 fn documents_and_list_items_are_counted_and_one_broken_one_hides_no_other() {
     let item = SERVICE.replace('\n', "\n  ").replace("inventory", "listed");
     let text = format!(
-        "# first a comment\n---\n{SERVICE}---\nbroken: [\n---\napiVersion: v1\nkind: List\nitems:\n- {item}\n- apiVersion: v1\n  kind: Pod\n"
+        "# first a comment\n---\n{SERVICE}---\nbroken: [\n---\napiVersion: v1\nkind: List\nitems:\n- {item}\n- apiVersion: v1\n  kind: Gizmo\n"
     );
     let parsed = parse_file("all.yaml", &text);
     let names: Vec<_> = parsed
@@ -87,7 +87,7 @@ fn documents_and_list_items_are_counted_and_one_broken_one_hides_no_other() {
         "{:?}",
         parsed.problems
     );
-    let expected = "all.yaml:11: document 3: items[1]: kind: Pod of v1 is not known here";
+    let expected = "all.yaml:11: document 3: items[1]: kind: Gizmo of v1 is not known here";
     assert!(
         parsed.problems[1].starts_with(expected),
         "{:?}",
