@@ -146,9 +146,14 @@ impl Batch {
         true
     }
 
+    /// Bytes that did not leave yet.
+    pub(crate) fn unsent(&self) -> usize {
+        self.used - self.left
+    }
+
     /// Gives up what could not be sent; how many datagrams.
     pub(crate) fn abandon(&mut self) -> usize {
-        let unsent = (self.used - self.left).div_ceil(self.segment_len.max(1));
+        let unsent = self.unsent().div_ceil(self.segment_len.max(1));
         self.clear();
         unsent
     }

@@ -230,8 +230,15 @@ impl<'a> Worker<'a> {
 
     /// Returns false when the socket is full.
     fn try_send(&mut self, now: Instant) -> bool {
-        if self.blocked_since.is_some() && !self.out.flush(self.tunnel) {
-            return false;
+        if self.blocked_since.is_some() {
+            let before = self.out.batch.unsent();
+            let all_left = self.out.flush(self.tunnel);
+            if self.out.batch.unsent() < before {
+                self.blocked_since = None; // A slow link is not a dead one.
+            }
+            if !all_left {
+                return false;
+            }
         }
         let mut sealed = 0;
         while sealed < SEAL_BYTES {
