@@ -198,6 +198,14 @@ fn a_device_uses_services_of_another_site_as_itself() -> Result<()> {
     assert_eq!(gateway.tcx_programs("lan0")?, 2);
     let mut agent = mesh.take("edge-a1", "mesh-agent")?;
     assert!(agent.terminate(SOON)?.success(), "{}", agent.log());
+    assert_eq!(
+        gateway.tcx_programs("lan0")?,
+        2,
+        "they stay for the next agent"
+    );
+    let config = gateway.dir().join("agent.toml").display().to_string();
+    let remove = [&mesh.bin("mesh-agent"), "--config", &config, "remove"];
+    gateway.run(&remove, SOON)?.ok()?;
     assert_eq!(gateway.tcx_programs("lan0")?, 0);
     Ok(())
 }
