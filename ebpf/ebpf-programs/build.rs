@@ -10,8 +10,9 @@ use std::{
 /// Each becomes an object of its own.
 const SOURCES: [&str; 2] = ["src/programs.c", "src/policy.c"];
 /// What they include.
-const PARTS: [&str; 6] = [
+const PARTS: [&str; 7] = [
     "src/services.c",
+    "src/common.h",
     "src/parse.h",
     "src/packets.c",
     "src/masquerade.c",

@@ -78,7 +78,7 @@ impl Batch {
             if room(self.used) {
                 return true;
             }
-            let rest = self.used - self.left;
+            let rest = self.unsent();
             if room(rest) {
                 self.bytes.copy_within(self.left..self.used, 0);
                 (self.left, self.used) = (0, rest);
@@ -132,7 +132,7 @@ impl Batch {
         let full =
             transmit::segments_at_once(target.primary.via, self.segment_len) * self.segment_len;
         let least = if also_rest { 1 } else { full };
-        while self.used - self.left >= least {
+        while self.unsent() >= least {
             let end = self.used.min(self.left + full);
             let call = self.bytes.get(self.left..end).unwrap_or_default();
             self.left += send(&target, call, self.segment_len);

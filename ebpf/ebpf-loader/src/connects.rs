@@ -9,7 +9,7 @@ use aya::{
 };
 use ebpf_abi::{Failing, PROTOCOL_TCP, SocketAddress};
 
-use crate::{LoadError, Services, absent_is_gone, cgroup::open_cgroup2, missing};
+use crate::{LoadError, Services, absent_is_gone, cgroup::open_cgroup2, missing, program};
 
 pub(crate) const PROGRAM: &str = "hf_sock_ops";
 
@@ -37,7 +37,7 @@ impl Services {
             self.watching = None;
         } else if self.watching.is_none() {
             let folder = open_cgroup2(&self.cgroup)?;
-            let link = program(&mut self.ebpf).and_then(|program| {
+            let link = program::<SockOps>(&mut self.ebpf, PROGRAM).and_then(|program| {
                 let link = program.attach(folder, CgroupAttachMode::Single)?;
                 program.take_link(link)
             });
@@ -86,12 +86,5 @@ impl Services {
 }
 
 pub(crate) fn load(ebpf: &mut Ebpf) -> Result<(), ProgramError> {
-    program(ebpf)?.load()
-}
-
-fn program(ebpf: &mut Ebpf) -> Result<&mut SockOps, ProgramError> {
-    let found = ebpf.program_mut(PROGRAM);
-    found
-        .ok_or(ProgramError::UnexpectedProgramType)
-        .and_then(TryInto::try_into)
+    program::<SockOps>(ebpf, PROGRAM)?.load()
 }

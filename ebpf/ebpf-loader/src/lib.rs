@@ -28,7 +28,8 @@ use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{HashMap, LpmTrie, MapData, MapError, PerCpuArray, lpm_trie::Key},
     programs::{
-        CgroupAttachMode, CgroupSockAddr, ProgramError, links::LinkError, sock_ops::SockOpsLink,
+        CgroupAttachMode, CgroupSockAddr, Program, ProgramError, links::LinkError,
+        sock_ops::SockOpsLink,
     },
 };
 use ebpf_abi::{
@@ -702,15 +703,16 @@ fn take_map<T>(
 }
 
 fn load<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut CgroupSockAddr, ProgramError> {
-    let program = socket_program(ebpf, name)?;
+    let program: &mut CgroupSockAddr = program(ebpf, name)?;
     program.load()?;
     Ok(program)
 }
 
-fn socket_program<'a>(
-    ebpf: &'a mut Ebpf,
-    name: &str,
-) -> Result<&'a mut CgroupSockAddr, ProgramError> {
+/// A program of the object, by its kind.
+pub(crate) fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, ProgramError>
+where
+    &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
+{
     let found = ebpf.program_mut(name);
     found
         .ok_or(ProgramError::UnexpectedProgramType)
@@ -725,7 +727,7 @@ fn attach(
     name: &str,
     folder: &File,
 ) -> Result<KeptLink, ProgramError> {
-    let program = socket_program(ebpf, name)?;
+    let program: &mut CgroupSockAddr = program(ebpf, name)?;
     // `Single` is for links no exclusion: other loaders' programs on the cgroup run as well.
     let link = program.attach(folder, CgroupAttachMode::Single)?;
     let link = program.take_link(link)?;

@@ -29,7 +29,7 @@ use crate::{
     leftover::prefix,
     missing, no_link,
     pins::{Keeper, KeptLink},
-    redirect, rejected,
+    program, redirect, rejected,
 };
 
 const COUNTERS: &str = "hf_pkt_counters";
@@ -92,7 +92,7 @@ impl Interfaces {
     pub(crate) fn load(ebpf: &mut Ebpf) -> Result<Self, LoadError> {
         let for_clients = LinkHeader::ALL.into_iter().flat_map(LinkHeader::programs);
         for (name, _) in for_clients.chain(TUNNEL_PROGRAMS) {
-            program(ebpf, name)
+            program::<SchedClassifier>(ebpf, name)
                 .and_then(SchedClassifier::load)
                 .map_err(|error| rejected(name, error.into()))?;
         }
@@ -352,16 +352,6 @@ pub(crate) fn single_entry_maps(packets: bool) -> &'static [&'static str] {
     if packets { &[] } else { &FLOW_MAPS }
 }
 
-pub(crate) fn program<'a>(
-    ebpf: &'a mut Ebpf,
-    name: &str,
-) -> Result<&'a mut SchedClassifier, ProgramError> {
-    let found = ebpf.program_mut(name);
-    found
-        .ok_or(ProgramError::UnexpectedProgramType)
-        .and_then(TryInto::try_into)
-}
-
 /// Whether the interface has the program where it belongs.
 pub(crate) fn is_attached(
     ebpf: &mut Ebpf,
@@ -369,7 +359,7 @@ pub(crate) fn is_attached(
     interface: &str,
     direction: TcAttachType,
 ) -> bool {
-    let own = program(ebpf, name).and_then(|program| Ok(program.info()?.id()));
+    let own = program::<SchedClassifier>(ebpf, name).and_then(|program| Ok(program.info()?.id()));
     let there = SchedClassifier::query_tcx(interface, direction);
     own.is_ok_and(|own| there.is_ok_and(|(_, programs)| programs.iter().any(|one| one.id() == own)))
 }
@@ -391,7 +381,7 @@ fn attach(
     {
         return Ok(keeper.claim(&pin, link));
     }
-    let program = program(ebpf, name)?;
+    let program = program::<SchedClassifier>(ebpf, name)?;
     // What comes by the tunnel is judged by policy before anything changes it.
     let order = match name {
         "hf_entering" => LinkOrder::last(),
@@ -405,7 +395,7 @@ fn attach(
 
 /// In one step for packets (`BPF_LINK_UPDATE`).
 fn replace(ebpf: &mut Ebpf, name: &str, left: FdLink) -> Result<FdLink, ProgramError> {
-    let program = program(ebpf, name)?;
+    let program = program::<SchedClassifier>(ebpf, name)?;
     let link = program.attach_to_link(left.try_into().map_err(no_link)?)?;
     program.take_link(link)?.try_into().map_err(no_link)
 }

@@ -29,8 +29,8 @@ use rustix::io::Errno;
 
 use crate::{
     LoadError, absent_is_gone, check_capabilities,
-    packets::{InterfaceError, interface_name, is_attached, key, program},
-    rejected, sums, take_map,
+    packets::{InterfaceError, interface_name, is_attached, key},
+    program, rejected, sums, take_map,
 };
 
 const COUNTERS: &str = "hf_pol_counters";
@@ -227,7 +227,7 @@ impl Policy {
             .load(ebpf_programs::POLICY)
             .map_err(|source| rejected("the maps of policy", source))?;
         for (name, _) in PROGRAMS {
-            program(&mut ebpf, name)
+            program::<SchedClassifier>(&mut ebpf, name)
                 .and_then(SchedClassifier::load)
                 .map_err(|error| rejected(name, error.into()))?;
         }
@@ -266,11 +266,12 @@ impl Policy {
                 TcAttachType::Egress => LinkOrder::last(),
                 TcAttachType::Ingress | TcAttachType::Custom(_) => LinkOrder::first(),
             };
-            let attached = program(&mut self.ebpf, program_name).and_then(|program| {
-                let order = TcAttachOptions::TcxOrder(order);
-                let link = program.attach_with_options(&name, way, order)?;
-                program.take_link(link)
-            });
+            let attached =
+                program::<SchedClassifier>(&mut self.ebpf, program_name).and_then(|program| {
+                    let order = TcAttachOptions::TcxOrder(order);
+                    let link = program.attach_with_options(&name, way, order)?;
+                    program.take_link(link)
+                });
             links.push(attached.map_err(|source| InterfaceError::Attach {
                 program: program_name,
                 index,

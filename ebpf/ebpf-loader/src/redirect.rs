@@ -25,8 +25,8 @@ use rustix::io::Errno;
 
 use crate::{
     LinkHeader, LoadError, Services, absent_is_gone,
-    packets::{InterfaceError, interface_name, is_attached, key, map_of, program},
-    rejected,
+    packets::{InterfaceError, interface_name, is_attached, key, map_of},
+    program, rejected,
 };
 
 const HOSTS: &str = "hf_hosts";
@@ -112,7 +112,7 @@ impl Told {
     pub(crate) fn load(ebpf: &mut Ebpf) -> Result<Self, LoadError> {
         for header in [LinkHeader::Ethernet, LinkHeader::Ip] {
             let name = program_for(header);
-            program(ebpf, name)
+            program::<SchedClassifier>(ebpf, name)
                 .and_then(SchedClassifier::load)
                 .map_err(|error| rejected(name, error.into()))?;
         }
@@ -351,7 +351,7 @@ fn attach_last(
     interface: &str,
     direction: TcAttachType,
 ) -> Result<SchedClassifierLink, ProgramError> {
-    let program = program(ebpf, name)?;
+    let program = program::<SchedClassifier>(ebpf, name)?;
     let last = TcAttachOptions::TcxOrder(LinkOrder::last());
     let link = program.attach_with_options(interface, direction, last)?;
     program.take_link(link)

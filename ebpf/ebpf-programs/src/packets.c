@@ -82,10 +82,7 @@ struct {
 
 static __always_inline void count_packet(__u32 counter)
 {
-    __u64 *value = bpf_map_lookup_elem(&hf_pkt_counters, &counter);
-
-    if (value)
-        *value += 1;
+    add_one(&hf_pkt_counters, counter);
 }
 
 /* On to the next program, or the stack. */

@@ -17,7 +17,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
-#include "ebpf_abi.h"
+#include "common.h"
 
 #define ICMP 1
 #define ICMPV6 58

@@ -94,10 +94,7 @@ struct {
 
 static __always_inline void count(__u32 counter)
 {
-    __u64 *value = bpf_map_lookup_elem(&hf_pol_counters, &counter);
-
-    if (value)
-        *value += 1;
+    add_one(&hf_pol_counters, counter);
 }
 
 static __always_inline int pass(__u32 counter)
@@ -113,12 +110,6 @@ static __always_inline int drop(__u32 counter)
 }
 
 /* ---- Judging ---- */
-
-static __always_inline bool same_ip(const struct socket_address *a, const struct socket_address *b)
-{
-    return a->ip[0] == b->ip[0] && a->ip[1] == b->ip[1] && a->ip[2] == b->ip[2] &&
-           a->ip[3] == b->ip[3];
-}
 
 static __noinline __u32 class_of(const struct socket_address *address)
 {

@@ -52,10 +52,7 @@ struct {
 
 static __always_inline void count_redirect(__u32 counter)
 {
-    __u64 *value = bpf_map_lookup_elem(&hf_redir_counters, &counter);
-
-    if (value)
-        *value += 1;
+    add_one(&hf_redir_counters, counter);
 }
 
 /* As far as the stack would look at it. */

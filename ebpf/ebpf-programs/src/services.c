@@ -18,7 +18,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
-#include "ebpf_abi.h"
+#include "common.h"
 
 #define ECONNREFUSED 111
 #define LIST_AFFINITY (1ULL << LIST_AFFINITY_BIT)
@@ -121,16 +121,7 @@ struct {
 
 static __always_inline void count(__u32 counter)
 {
-    __u64 *value = bpf_map_lookup_elem(&hf_counters, &counter);
-
-    if (value)
-        *value += 1; /* Its own CPU's; a preempted increment may be lost. */
-}
-
-static __always_inline bool same_ip(const struct socket_address *a, const struct socket_address *b)
-{
-    return a->ip[3] == b->ip[3] && a->ip[2] == b->ip[2] && a->ip[1] == b->ip[1] &&
-           a->ip[0] == b->ip[0];
+    add_one(&hf_counters, counter);
 }
 
 static __always_inline bool same_address(const struct socket_address *a,

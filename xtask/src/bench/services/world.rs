@@ -133,16 +133,13 @@ impl World {
 
     fn sockets(&self, case: &Case, cluster: Cluster) -> Result<Way> {
         let way = self.in_cgroup(case, at(cluster.asked()))?;
-        let node = &self.plain.node;
-        held(
-            node,
-            &self.program,
-            case,
-            cluster,
-            &self.cgroup(case)?,
-            &[],
-            way,
-        )
+        self.held(case, cluster, &[], way)
+    }
+
+    /// By a process of the shared node, for this case's cgroup.
+    fn held(&self, case: &Case, cluster: Cluster, interfaces: &[&str], way: Way) -> Result<Way> {
+        let (node, cgroup) = (&self.plain.node, self.cgroup(case)?);
+        held(node, &self.program, case, cluster, &cgroup, interfaces, way)
     }
 
     /// Between pods of a node of their own: the shared server's packets stay as they are. The client's services are
@@ -188,17 +185,7 @@ impl World {
         let pod = self.plain.pod(&self.lab, case.name, &port, &[address])?;
         let client = Client::start(&pod, &self.program, pod.cgroup())?;
         let way = Way::new(client, at(cluster.asked()));
-        let serve = format!("serve={port}");
-        let node = &self.plain.node;
-        held(
-            node,
-            &self.program,
-            case,
-            cluster,
-            &self.cgroup(case)?,
-            &[&serve],
-            way,
-        )
+        self.held(case, cluster, &[&format!("serve={port}")], way)
     }
 
     /// A client of the shared pod, in a cgroup of its own.
