@@ -7,7 +7,7 @@ use crate::{
 
 limits! {
     /// Flows through a gateway: 250 devices with 250 flows each are 62,500. The least recently
-    /// used goes first. Each takes 120 bytes in the map of flows, 112 in the map of answers and in
+    /// used goes first. Each takes 120 bytes in the map of flows and in the map of answers, 112 in
     /// each of the two maps of masqueraded clients, and 64 of buckets: 33 MiB, always, where packets
     /// are looked at; elsewhere the maps have 1 entry.
     TRACKED_MAX = 65_536;
@@ -15,12 +15,19 @@ limits! {
     /// 136 a second. 4,096 × (112 + 16) bytes: 512 KiB.
     FRAGMENTED_MAX = 4_096;
     /// The endpoints tried for a new flow before it is refused, one after the other from a random
-    /// one on: the client may be the endpoint itself, or speak with it by another service
-    /// already, or the list may have been replaced under the program's eyes.
+    /// one on: the client may speak with it by another service already, or the list may have been
+    /// replaced under the program's eyes.
     ENDPOINT_ATTEMPTS = 4;
     /// Extension headers looked through in an IPv6 packet: hop-by-hop, destination options,
     /// routing, fragment (RFC 8200, 4.1, recommends this order, each once).
     EXTENSION_HEADERS_MAX = 4;
+    /// When a flow's last packet passed is noted so often at most, and as often it is seen to that both
+    /// its entries stay, and that what answers is of a flow at all: two CPUs that wrote it with each
+    /// packet would wait for each other. A flow lasts by so much longer than its timeout says.
+    SEEN_INTERVAL_MS = 1_000;
+    /// A SYN that is sent again so long after the first one, without any answer, has failed: systems
+    /// send it again after a second (RFC 6298, 2), and the clock used here is late by a tick or two.
+    CONNECT_PATIENCE_MS = 900;
     /// UDP flows without a packet for so long are over (RFC 4787, REQ-5: 2 minutes or more).
     UDP_TIMEOUT_S = 120;
     /// TCP flows that opened and did not close, as `kube-proxy` sets it
@@ -49,6 +56,8 @@ limits! {
     SEEN_RESET = 4;
     /// In [`Tracked::seen`]: the endpoint sent anything.
     SEEN_ANSWER = 8;
+    /// In [`Tracked::seen`]: it began with a SYN, and what becomes of that is not known yet.
+    SEEN_CONNECTING = 16;
 }
 
 layouts! {
@@ -62,12 +71,22 @@ layouts! {
 
     /// Where a flow's packets go.
     pub struct Tracked as "tracked" {
-        /// When its last packet passed, either way, by `CLOCK_MONOTONIC`.
+        /// When its last packet passed, either way, by `CLOCK_MONOTONIC`; see [`SEEN_INTERVAL_MS`].
         seen_ns: u64,
         /// Chosen at its first packet.
         endpoint: SocketAddress,
         /// `SEEN_…`
         seen: u32,
+    }
+
+    /// For which service an endpoint answers.
+    pub struct Answered as "answered" {
+        /// When it last was of a flow that is open, by `CLOCK_MONOTONIC`; 0: that has to be seen.
+        checked_ns: u64,
+        /// As the client asks for it.
+        service: SocketAddress,
+        /// Always 0.
+        zero: u32,
     }
 
     /// A packet in fragments, before translation. Only the first fragment has ports.
@@ -126,6 +145,7 @@ const _: () = assert!(size_of::<Masquerade>() == 32 && size_of::<KeptPrefix>() =
 const _: () = assert!(size_of::<SourceRange>() == 28);
 const _: () = assert!(size_of::<TrackedFlow>() == 40 && align_of::<TrackedFlow>() == 4);
 const _: () = assert!(size_of::<Tracked>() == 32 && align_of::<Tracked>() == 8);
+const _: () = assert!(size_of::<Answered>() == 32 && align_of::<Answered>() == 8);
 const _: () = assert!(size_of::<Fragmented>() == 40 && align_of::<Fragmented>() == 4);
 const _: () = assert!(size_of::<FragmentedTo>() == 24 && align_of::<FragmentedTo>() == 8);
 
@@ -160,8 +180,11 @@ counters! {
         /// No endpoint, and no answer can be given to this packet: a RST, a fragment, UDP behind
         /// IPv6 extension headers. Dropped.
         RefusedSilently = "refused_silently",
-        /// The only endpoints found were the client itself: refused.
+        /// A packet of a client that is its own endpoint went back to it, or an ICMP error about one;
+        /// a new flow's is counted as opened as well.
         Hairpin = "hairpin",
+        /// A TCP connect was reset by its endpoint, unreachable, or had no answer for a second.
+        ConnectFailed = "connect_failed",
         /// The client's port already speaks with the endpoints found by another service: refused.
         Clash = "clash",
         /// A new flow by a client outside the prefixes that the load balancer's address takes

@@ -66,7 +66,7 @@ static __noinline bool unmask(const struct tracked_flow *seen, struct socket_add
 {
     struct socket_address *found = bpf_map_lookup_elem(&hf_unmasked, seen);
     struct tracked_flow flow = {.address = seen->address};
-    struct socket_address *masked, service;
+    struct socket_address *masked, service = {};
 
     if (!found)
         return false;

@@ -6,7 +6,8 @@
  *
  * In by the interface, a service's address becomes an endpoint's, chosen at the flow's first
  * packet; out by it, the endpoint's becomes the service's again. The kernel's own routing, filters
- * and connection tracking are between and see the endpoint alone.
+ * and connection tracking are between and see the endpoint alone. A client that is the endpoint gets
+ * its packets back at once, each of its two ends with the service's address at the other.
  *
  * Invariant: what is not a service passes untouched, and so does what cannot be understood. Every
  * packet is counted, by what became of it.
@@ -19,6 +20,7 @@
 
 #define PACKET_HOST 0
 #define NS_PER_S 1000000000ll
+#define NS_PER_MS 1000000ll
 #define TTL 64
 #define EEXIST 17
 
@@ -45,7 +47,7 @@ struct {
 struct {
     __uint(type, BPF_MAP_TYPE_LRU_HASH);
     __type(key, struct tracked_flow);
-    __type(value, struct socket_address);
+    __type(value, struct answered);
     __uint(max_entries, TRACKED_MAX);
 } hf_answers SEC(".maps");
 
@@ -112,63 +114,183 @@ static __always_inline bool is_complete(struct __sk_buff *skb, struct packet *pa
     if (packet->l3 + packet->size > skb->len || packet->l4 + header > packet->l3 + packet->size)
         return false;
     return packet->later || packet->protocol != PROTOCOL_TCP ||
-           !bpf_skb_load_bytes(skb, packet->l4 + TCP_FLAGS_OFFSET, &packet->tcp_flags, 1);
+           !LOAD(skb, packet->l4 + TCP_FLAGS_OFFSET, &packet->tcp_flags);
 }
 
 /* ---- Changing: all of these say 0 when done, as the helpers do ---- */
 
-/* `check` is the offset of the transport checksum that covers the address; 0: none does. */
-static __always_inline long change_address(struct __sk_buff *skb, const struct packet *packet,
-                                           bool source, struct socket_address *from,
-                                           struct socket_address *to, __u32 check, __u64 flags)
+static __always_inline __u32 fold(__u32 sum)
 {
-    __u32 at = packet->l3 + ADDRESS_OFFSET(packet->v6, source);
-    __s64 difference;
-
-    if (packet->v6) {
-        if (!check)
-            return bpf_skb_store_bytes(skb, at, to->ip, sizeof(to->ip), BPF_F_RECOMPUTE_CSUM);
-        difference = bpf_csum_diff(from->ip, sizeof(from->ip), to->ip, sizeof(to->ip), 0);
-        flags |= BPF_F_PSEUDO_HDR;
-        if (bpf_l4_csum_replace(skb, check, 0, difference, flags | L4_IPV6) &&
-            bpf_l4_csum_replace(skb, check, 0, difference, flags))
-            return -1;
-        return bpf_skb_store_bytes(skb, at, to->ip, sizeof(to->ip), 0);
-    }
-    if (check && bpf_l4_csum_replace(skb, check, from->ip[3], to->ip[3],
-                                     flags | BPF_F_PSEUDO_HDR | sizeof(__u32)))
-        return -1;
-    if (bpf_l3_csum_replace(skb, packet->l3 + offsetof(struct iphdr, check), from->ip[3],
-                            to->ip[3], sizeof(__u32)))
-        return -1;
-    return bpf_skb_store_bytes(skb, at, &to->ip[3], sizeof(__u32), 0);
+    sum = (sum & 0xffff) + (sum >> 16);
+    return (sum & 0xffff) + (sum >> 16);
 }
 
-/* The source or the destination, address and port, and remembers it for later fragments. */
-static __noinline long change(struct __sk_buff *skb, struct packet *packet, bool source,
-                              struct socket_address *to)
+/* RFC 1624. */
+static __always_inline __u16 updated_check(__u16 check, __u32 difference)
+{
+    return ~fold(fold(difference) + (__u16)~check);
+}
+
+/* What the other address does to a sum, as bpf_csum_diff() says it. Of IPv4, the ::ffff before the
+ * addresses does nothing. */
+static __always_inline __u32 address_difference(const struct socket_address *from,
+                                                const struct socket_address *to)
+{
+    __u64 sum = 0;
+
+    for (int i = 0; i < 4; i++)
+        sum += (__u64)to->ip[i] + (__u32)~from->ip[i];
+    sum = (sum & 0xffffffff) + (sum >> 32);
+    return (sum & 0xffffffff) + (sum >> 32);
+}
+
+/* The transport checksum at `check`, which covers an address that changed. */
+static __always_inline long cover_address(struct __sk_buff *skb, const struct packet *packet,
+                                          __u32 difference, __u32 check, __u64 flags)
+{
+    flags |= BPF_F_PSEUDO_HDR;
+    if (packet->v6 && !bpf_l4_csum_replace(skb, check, 0, difference, flags | L4_IPV6))
+        return 0;
+    return bpf_l4_csum_replace(skb, check, 0, difference, flags);
+}
+
+/* Addresses, and ports where it has them, become what `packet` says: in one step where they are next
+ * to each other, as each costs about as much. `difference` is what that does to the sum of the
+ * addresses, which IPv4's header has to make up for. Not static: so the verifier looks at it once for
+ * all that change something. */
+__noinline int write_ends(struct __sk_buff *skb, const struct packet *packet, __u32 difference)
+{
+    bool has_ports, at_once;
+    __u16 ports[2];
+    __u32 plain;
+    struct {
+        __u16 check;
+        __u16 source[2];
+        __u16 destination[2];
+        __u16 ports[2];
+    } v4;
+    struct {
+        __u32 source[4];
+        __u32 destination[4];
+        __u16 ports[2];
+    } v6;
+
+    if (!packet)
+        return -1;
+    plain = packet->l3 + (packet->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr));
+    has_ports = packet->source.protocol;
+    at_once = has_ports && packet->l4 == plain;
+    ports[0] = packet->source.port;
+    ports[1] = packet->destination.port;
+    if (has_ports && !at_once && bpf_skb_store_bytes(skb, packet->l4, ports, sizeof(ports), 0))
+        return -1;
+    if (packet->v6) {
+        __builtin_memcpy(v6.source, packet->source.ip, sizeof(v6.source));
+        __builtin_memcpy(v6.destination, packet->destination.ip, sizeof(v6.destination));
+        __builtin_memcpy(v6.ports, ports, sizeof(v6.ports));
+        /* Of later fragments no other change makes up for it. */
+        return bpf_skb_store_bytes(skb, packet->l3 + offsetof(struct ipv6hdr, saddr), &v6,
+                                   at_once ? sizeof(v6) : offsetof(typeof(v6), ports),
+                                   packet->later ? BPF_F_RECOMPUTE_CSUM : 0);
+    }
+    if (LOAD(skb, packet->l3 + offsetof(struct iphdr, check), &v4.check))
+        return -1;
+    v4.check = updated_check(v4.check, difference);
+    __builtin_memcpy(v4.source, &packet->source.ip[3], sizeof(v4.source));
+    __builtin_memcpy(v4.destination, &packet->destination.ip[3], sizeof(v4.destination));
+    __builtin_memcpy(v4.ports, ports, sizeof(v4.ports));
+    return bpf_skb_store_bytes(skb, packet->l3 + offsetof(struct iphdr, check), &v4,
+                               at_once ? sizeof(v4) : offsetof(typeof(v4), ports), 0);
+}
+
+/* For later fragments of a packet whose source or destination becomes `ip`. */
+static __always_inline void remember_fragmented(const struct packet *packet, bool source,
+                                                const __u32 *ip)
+{
+    struct fragmented_to value = {.seen_ns = bpf_ktime_get_coarse_ns()};
+    struct fragmented key = {.id = packet->id, .answer = source};
+
+    __builtin_memcpy(key.source, packet->source.ip, sizeof(key.source));
+    __builtin_memcpy(key.destination, packet->destination.ip, sizeof(key.destination));
+    key.protocol = packet->v6 ? 0 : packet->protocol;
+    __builtin_memcpy(value.ip, ip, sizeof(value.ip));
+    /* Not remembered: the rest passes untouched and is counted as such. */
+    bpf_map_update_elem(&hf_fragmented, &key, &value, BPF_ANY);
+}
+
+static __always_inline void put_ip(struct socket_address *address, const __u32 *ip)
+{
+    __builtin_memcpy(address->ip, ip, sizeof(address->ip));
+}
+
+static __always_inline long change_port(struct __sk_buff *skb, struct packet *packet, bool source,
+                                        __u16 to, __u64 flags)
 {
     struct socket_address *from = source ? &packet->source : &packet->destination;
     __u32 check = packet->l4 + CHECK_OFFSET(packet->protocol);
-    __u32 port = packet->l4 + (source ? 0 : sizeof(__u16));
-    __u64 flags = packet->protocol == PROTOCOL_UDP ? BPF_F_MARK_MANGLED_0 : 0;
+    __u16 before = from->port;
 
-    if (packet->fragment) {
-        struct fragmented_to value = {.seen_ns = bpf_ktime_get_ns()};
-        struct fragmented key = {.id = packet->id, .answer = source};
+    from->port = to;
+    return before == to ? 0
+                        : bpf_l4_csum_replace(skb, check, before, to, flags | sizeof(__u16));
+}
 
-        __builtin_memcpy(key.source, packet->source.ip, sizeof(key.source));
-        __builtin_memcpy(key.destination, packet->destination.ip, sizeof(key.destination));
-        key.protocol = packet->v6 ? 0 : packet->protocol;
-        __builtin_memcpy(value.ip, to->ip, sizeof(value.ip));
-        /* Not remembered: the rest passes untouched and is counted as such. */
-        bpf_map_update_elem(&hf_fragmented, &key, &value, BPF_ANY);
-    }
-    if (from->port != to->port &&
-        (bpf_l4_csum_replace(skb, check, from->port, to->port, flags | sizeof(__u16)) ||
-         bpf_skb_store_bytes(skb, port, &to->port, sizeof(to->port), 0)))
+#define CHECK_FLAGS(packet) ((packet)->protocol == PROTOCOL_UDP ? BPF_F_MARK_MANGLED_0 : 0)
+
+/* The source or the destination, address and port. */
+static __noinline long change(struct __sk_buff *skb, struct packet *packet, bool source,
+                              const struct socket_address *to)
+{
+    struct socket_address *from = source ? &packet->source : &packet->destination;
+    __u32 difference = address_difference(from, to);
+    __u64 flags = CHECK_FLAGS(packet);
+
+    if (packet->fragment)
+        remember_fragmented(packet, source, to->ip);
+    if (change_port(skb, packet, source, to->port, flags) ||
+        cover_address(skb, packet, difference, packet->l4 + CHECK_OFFSET(packet->protocol), flags))
         return -1;
-    return change_address(skb, packet, source, from, to, check, flags);
+    put_ip(from, to->ip);
+    return write_ends(skb, packet, difference);
+}
+
+static __always_inline long swap_ethernet(struct __sk_buff *skb, const struct packet *packet)
+{
+    __u8 from[2 * ETH_ALEN];
+    __u8 to[2 * ETH_ALEN];
+
+    if (!packet->l3)
+        return 0;
+    if (bpf_skb_load_bytes(skb, 0, from, sizeof(from)))
+        return -1;
+    __builtin_memcpy(to, from + ETH_ALEN, ETH_ALEN);
+    __builtin_memcpy(to + ETH_ALEN, from, ETH_ALEN);
+    return bpf_skb_store_bytes(skb, 0, to, sizeof(to), 0);
+}
+
+/* Back to the client that is its own endpoint: who sent it and to whom change places, which no sum
+ * of them notices. */
+static __always_inline int send_back(struct __sk_buff *skb, struct packet *packet)
+{
+    struct socket_address source = packet->source;
+
+    put_ip(&packet->source, packet->destination.ip);
+    put_ip(&packet->destination, source.ip);
+    if (write_ends(skb, packet, 0) || swap_ethernet(skb, packet))
+        return drop(PACKET_change_failed);
+    count_packet(PACKET_hairpin);
+    return bpf_redirect(skb->ifindex, 0);
+}
+
+/* With the endpoint's port as its destination, or with the service's as its source. */
+static __noinline int on_hairpin(struct __sk_buff *skb, struct packet *packet, bool source,
+                                 __u16 port)
+{
+    if (packet->fragment)
+        remember_fragmented(packet, false, packet->source.ip);
+    if (change_port(skb, packet, source, port, CHECK_FLAGS(packet)))
+        return drop(PACKET_change_failed);
+    return send_back(skb, packet);
 }
 
 static __noinline int on_later_fragment(struct __sk_buff *skb, struct packet *packet, bool answer)
@@ -177,16 +299,21 @@ static __noinline int on_later_fragment(struct __sk_buff *skb, struct packet *pa
     struct fragmented key = {.id = packet->id, .answer = answer};
     struct socket_address to = {};
     struct fragmented_to *known;
+    __u32 difference;
 
     __builtin_memcpy(key.source, packet->source.ip, sizeof(key.source));
     __builtin_memcpy(key.destination, packet->destination.ip, sizeof(key.destination));
     key.protocol = packet->v6 ? 0 : packet->protocol;
     known = bpf_map_lookup_elem(&hf_fragmented, &key);
-    if (!known ||
-        (__s64)(bpf_ktime_get_ns() - known->seen_ns) > (__s64)FRAGMENT_TIMEOUT_S * NS_PER_S)
+    if (!known || (__s64)(bpf_ktime_get_coarse_ns() - known->seen_ns) >
+                      (__s64)FRAGMENT_TIMEOUT_S * NS_PER_S)
         return pass(PACKET_fragment_passed);
-    __builtin_memcpy(to.ip, known->ip, sizeof(to.ip));
-    if (change_address(skb, packet, answer, from, &to, 0, 0))
+    put_ip(&to, known->ip);
+    if (!answer && same_ip(&to, &packet->source))
+        return send_back(skb, packet);
+    difference = address_difference(from, &to);
+    put_ip(from, to.ip);
+    if (write_ends(skb, packet, difference))
         return drop(PACKET_change_failed);
     return pass(PACKET_fragment_translated);
 }
@@ -209,11 +336,11 @@ static __always_inline bool is_over(const struct tracked *tracked, __u8 protocol
     else if (is_closed(tracked) || !(tracked->seen & SEEN_ANSWER))
         timeout_s = TCP_TRANSITORY_TIMEOUT_S;
     /* Another CPU may have seen a packet since `now_ns`. */
-    return (__s64)(now_ns - tracked->seen_ns) > timeout_s * NS_PER_S;
+    return (__s64)(now_ns - tracked->seen_ns) >=
+           timeout_s * NS_PER_S + SEEN_INTERVAL_MS * NS_PER_MS;
 }
 
-static __always_inline void see(struct tracked *tracked, const struct packet *packet, __u32 fin,
-                                __u64 now_ns)
+static __always_inline __u32 seen_by(const struct packet *packet, __u32 fin)
 {
     __u32 seen = fin == SEEN_ENDPOINT_FIN ? SEEN_ANSWER : 0;
 
@@ -221,56 +348,133 @@ static __always_inline void see(struct tracked *tracked, const struct packet *pa
         seen |= fin;
     if (packet->tcp_flags & TCP_RST)
         seen |= SEEN_RESET;
-    tracked->seen_ns = now_ns;
-    if ((tracked->seen & seen) != seen)
-        __sync_fetch_and_or(&tracked->seen, seen);
+    return seen;
 }
 
-/* Whether answers to `answer` belong to a flow by another service. */
-static __noinline bool is_taken(struct tracked_flow *answer, const struct socket_address *asked,
+/* Whether that was worth noting beyond this entry: for the first time in a while, or because it may
+ * end the flow. Two CPUs that wrote the time with each packet would wait for each other. */
+static __always_inline bool see(struct tracked *tracked, const struct packet *packet, __u32 fin,
                                 __u64 now_ns)
 {
-    struct socket_address *service = bpf_map_lookup_elem(&hf_answers, answer);
+    __u32 seen = seen_by(packet, fin);
+
+    if ((tracked->seen & seen) != seen)
+        __sync_fetch_and_or(&tracked->seen, seen);
+    if ((__s64)(now_ns - tracked->seen_ns) < SEEN_INTERVAL_MS * NS_PER_MS &&
+        !(packet->tcp_flags & (TCP_FIN | TCP_RST)))
+        return false;
+    tracked->seen_ns = now_ns;
+    return true;
+}
+
+/* Whether it is now that a connect ends, well or not: of one flow, once. */
+static __always_inline bool ends_connect(struct tracked *tracked)
+{
+    return (tracked->seen & SEEN_CONNECTING) &&
+           (__sync_fetch_and_and(&tracked->seen, ~SEEN_CONNECTING) & SEEN_CONNECTING);
+}
+
+static __noinline void connect_failed(struct tracked *tracked,
+                                      const struct socket_address *endpoint)
+{
+    if (!ends_connect(tracked))
+        return;
+    count_packet(PACKET_connect_failed);
+    endpoint_failed(endpoint);
+}
+
+static __noinline long put_answers(const struct tracked_flow *answer,
+                                   const struct socket_address *service)
+{
+    struct answered answered = {.service = *service};
+
+    return bpf_map_update_elem(&hf_answers, answer, &answered, BPF_ANY);
+}
+
+/* Both entries of a flow are kept by its packets both ways: looking one up keeps it. What answers is
+ * then looked at closely again. */
+static __noinline long keep_answers(const struct tracked_flow *flow,
+                                    const struct socket_address *endpoint)
+{
+    struct tracked_flow answer = {.client = flow->client, .address = *endpoint};
+    struct answered *known = bpf_map_lookup_elem(&hf_answers, &answer);
+
+    if (!known)
+        return put_answers(&answer, &flow->address);
+    known->checked_ns = 0;
+    return 0;
+}
+
+enum place { FREE, OURS, TAKEN };
+
+/* Whose the answers to `answer` are; TAKEN: a flow's by another service. */
+static __noinline enum place whose(const struct tracked_flow *answer,
+                                   const struct socket_address *asked, __u64 now_ns)
+{
+    struct answered *answered = bpf_map_lookup_elem(&hf_answers, answer);
     struct tracked_flow flow = {.client = answer->client};
     struct tracked *tracked;
 
-    if (!service || same_address(service, asked))
-        return false;
-    flow.address = *service;
+    if (!answered)
+        return FREE;
+    if (same_address(&answered->service, asked)) {
+        answered->checked_ns = 0;
+        return OURS;
+    }
+    flow.address = answered->service;
     tracked = bpf_map_lookup_elem(&hf_tracked, &flow);
     return tracked && same_address(&tracked->endpoint, &answer->address) &&
-           !is_over(tracked, flow.client.protocol, now_ns);
+                   !is_over(tracked, flow.client.protocol, now_ns)
+               ? TAKEN
+               : FREE;
+}
+
+/* The list that leads the client, one for clients from outside before that for all; false: it asks
+ * for no service. Not static, and neither is the next: so the verifier looks at them once, not at
+ * each attempt. */
+__noinline __u32 read_list(struct tracked_flow *flow, __u64 *list)
+{
+    __u64 *value;
+
+    if (!flow || !list)
+        return false;
+    flow->address.outside = 0;
+    value = bpf_map_lookup_elem(&hf_frontends, &flow->address);
+    if (!value)
+        return false;
+    *list = *(volatile __u64 *)value;
+    flow->address.outside = 1;
+    value = bpf_map_lookup_elem(&hf_frontends, &flow->address);
+    if (value)
+        *list = *(volatile __u64 *)value;
+    else
+        flow->address.outside = 0;
+    return true;
 }
 
 /* The endpoint of one attempt, read as in services.c: the list, the endpoint, and the list again.
- * CHOSEN with `endpoint->port` 0: the list was replaced meanwhile. */
-static __noinline enum verdict choose_near(const struct tracked_flow *flow, __u32 random,
-                                           __u32 attempt, struct socket_address *endpoint)
+ * False: it was replaced meanwhile. */
+__noinline __u32 choose_near(const struct tracked_flow *flow, __u64 list, __u32 random,
+                             __u32 attempt, struct socket_address *endpoint)
 {
-    const struct socket_address *service = &flow->address;
-    const __u32 *client = flow->client.ip;
-    volatile __u64 *value = bpf_map_lookup_elem(&hf_frontends, service);
     struct socket_address *found;
-    __u64 list, slot;
+    const __u32 *client;
+    volatile __u64 *value;
+    __u64 slot;
     __u32 hash;
 
-    endpoint->port = 0;
-    if (!value)
-        return NOT_A_SERVICE;
-    list = *value;
-    if (!(list & LIST_LENGTH_MASK))
-        return NO_ENDPOINT;
+    if (!flow || !endpoint)
+        return false;
+    client = flow->client.ip;
     hash = hash_client(((__u64)client[0] << 32 | client[1]) * 31 +
                        ((__u64)client[2] << 32 | client[3]));
     slot = pick_slot(list, random, hash, attempt);
     found = bpf_map_lookup_elem(&hf_endpoints, &slot);
     if (!found)
-        return CHOSEN;
+        return false;
     *endpoint = *found;
-    value = bpf_map_lookup_elem(&hf_frontends, service);
-    if (!value || *value != list)
-        endpoint->port = 0;
-    return CHOSEN;
+    value = bpf_map_lookup_elem(&hf_frontends, &flow->address);
+    return value && *value == list;
 }
 
 static __always_inline struct tracked_flow source_of(const struct tracked_flow *flow)
@@ -317,36 +521,18 @@ static __noinline bool recall_source(const struct tracked_flow *flow, struct cho
     return false;
 }
 
-/* If the service keeps its clients. */
 static __noinline void keep_source(const struct tracked_flow *flow, const struct choice *choice)
 {
     struct affinity affinity = {.choice = *choice, .used_ns = bpf_ktime_get_boot_ns()};
     struct tracked_flow source = source_of(flow);
-    __u64 *list = bpf_map_lookup_elem(&hf_frontends, &flow->address);
-    long failed;
+    long failed = bpf_map_update_elem(&hf_sources, &source, &affinity, BPF_ANY);
 
-    if (!list || !(*list & LIST_AFFINITY))
-        return;
-    failed = bpf_map_update_elem(&hf_sources, &source, &affinity, BPF_ANY);
     source.address.port = 0;
     source.address.protocol = 0;
     affinity.choice.slot = NO_SLOT; /* Lists are of one port each. */
     affinity.choice.endpoint.port = 0;
     if (bpf_map_update_elem(&hf_sources, &source, &affinity, BPF_ANY) || failed)
         count_packet(PACKET_not_remembered);
-}
-
-/* Whether the service leads clients from outside elsewhere than all others. Not static, and neither
- * is the next: so the verifier looks at them once, and at what comes after them once for both. */
-__noinline __u32 differs_outside(const struct tracked_flow *flow)
-{
-    struct socket_address asked;
-
-    if (!flow)
-        return 0;
-    asked = flow->address;
-    asked.outside = 1;
-    return bpf_map_lookup_elem(&hf_frontends, &asked) != NULL;
 }
 
 /* Whether the client may use the service: it is in one of the list's prefixes, or the list has
@@ -386,52 +572,46 @@ static __always_inline bool has_others(const struct tracked_flow *flow)
     return list && (*list & LIST_LENGTH_MASK);
 }
 
-/* Gives a new flow its endpoint; meanwhile it asks as clients from outside. */
+/* Gives a new flow its endpoint. */
 static __noinline __u32 open_flow(struct tracked_flow *flow, struct tracked *tracked)
 {
     struct tracked_flow answer = {.client = flow->client};
     __u32 refused = PACKET_refused_silently;
     __u32 random = bpf_get_prandom_u32();
-    struct choice kept = {};
+    struct choice kept = {.slot = NO_SLOT};
+    enum place place = TAKEN;
     struct tracked *others;
+    __u64 list = 0;
     long failed;
 
-    flow->address.outside = differs_outside(flow);
-    if (!is_in_range(flow))
-        return PACKET_not_in_range;
-    if (recall_source(flow, &kept)) {
-        answer.address = kept.endpoint;
-        if (!same_ip(&answer.address, &flow->client) &&
-            !is_taken(&answer, &flow->address, tracked->seen_ns)) {
-            count_packet(PACKET_affinity_kept);
-            goto chosen;
-        }
-    }
-    kept.slot = NO_SLOT;
-    for (__u32 attempt = 0; attempt < ENDPOINT_ATTEMPTS; attempt++) {
-        enum verdict verdict = choose_near(flow, random, attempt, &answer.address);
-
-        if (verdict == NOT_A_SERVICE && !flow->address.outside)
+    for (__u32 attempt = 0; attempt < ENDPOINT_ATTEMPTS && place == TAKEN; attempt++) {
+        if (!read_list(flow, &list)) /* Meanwhile it asks as one from outside, if that matters. */
             return PACKET_request_passed;
-        if (verdict != CHOSEN)
+        if ((list & LIST_RANGES) && !is_in_range(flow))
+            return PACKET_not_in_range;
+        if (!(list & LIST_LENGTH_MASK)) {
+            if (!flow->address.outside)
+                return PACKET_refused_silently;
             flow->address.outside = 0;
-        if (verdict == NOT_A_SERVICE) /* There is no difference any more. */
-            continue;
-        if (verdict == NO_ENDPOINT)
             return has_others(flow) ? PACKET_not_local : PACKET_refused_silently;
-        if (!answer.address.port)
-            continue;
-        if (same_ip(&answer.address, &flow->client))
-            refused = PACKET_hairpin;
-        else if (is_taken(&answer, &flow->address, tracked->seen_ns))
+        }
+        if (!attempt && (list & LIST_AFFINITY) && recall_source(flow, &kept)) {
+            answer.address = kept.endpoint;
+        } else {
+            kept.slot = NO_SLOT;
+            if (!choose_near(flow, list, random, attempt, &answer.address))
+                continue;
+        }
+        flow->address.outside = 0;
+        place = whose(&answer, &flow->address, tracked->seen_ns);
+        if (place == TAKEN)
             refused = PACKET_clash;
-        else
-            goto chosen;
     }
-    return refused;
+    if (place == TAKEN)
+        return refused;
+    if (kept.slot != NO_SLOT)
+        count_packet(PACKET_affinity_kept);
 
-chosen:
-    flow->address.outside = 0;
     tracked->endpoint = answer.address;
     failed = bpf_map_update_elem(&hf_tracked, flow, tracked, BPF_NOEXIST);
     if (failed == -EEXIST) { /* Another CPU had a packet of the flow. */
@@ -440,23 +620,20 @@ chosen:
             return PACKET_flow_lost;
         answer.address = others->endpoint;
         tracked->endpoint = answer.address;
+        place = FREE;
     } else if (failed) {
         return PACKET_flow_lost;
     }
-    if (bpf_map_update_elem(&hf_answers, &answer, &flow->address, BPF_ANY))
+    if (place != OURS && put_answers(&answer, &flow->address))
         return PACKET_flow_lost;
-    kept.endpoint = answer.address;
-    keep_source(flow, &kept);
+    if (list & LIST_AFFINITY) {
+        kept.endpoint = answer.address;
+        keep_source(flow, &kept);
+    }
     return PACKET_flow_opened;
 }
 
 /* ---- No endpoint: an answer at once, back out by the interface ---- */
-
-static __always_inline __u32 fold(__u32 sum)
-{
-    sum = (sum & 0xffff) + (sum >> 16);
-    return (sum & 0xffff) + (sum >> 16);
-}
 
 /* Of the answer to `packet`. In the sum, the ::ffff before an IPv4 address is a zero. */
 static __always_inline __u32 pseudo_sum(const struct packet *packet, __u32 length, __u32 protocol)
@@ -483,20 +660,6 @@ static __always_inline bool is_partial(struct __sk_buff *skb, __u32 at)
     bpf_l4_csum_replace(skb, at, 0, 1, sizeof(__u16));
     bpf_skb_load_bytes(skb, at, &after, sizeof(after));
     return before == after;
-}
-
-static __always_inline long swap_ethernet(struct __sk_buff *skb, const struct packet *packet)
-{
-    __u8 from[2 * ETH_ALEN];
-    __u8 to[2 * ETH_ALEN];
-
-    if (!packet->l3)
-        return 0;
-    if (bpf_skb_load_bytes(skb, 0, from, sizeof(from)))
-        return -1;
-    __builtin_memcpy(to, from + ETH_ALEN, ETH_ALEN);
-    __builtin_memcpy(to + ETH_ALEN, from, ETH_ALEN);
-    return bpf_skb_store_bytes(skb, 0, to, sizeof(to), 0);
 }
 
 static __always_inline void answer_v4(const struct packet *packet, struct iphdr *ip,
@@ -641,27 +804,82 @@ static __always_inline int refuse_packet(struct __sk_buff *skb, const struct pac
 
 /* ---- From the client, to the client ---- */
 
+/* The service for which `answer` answers; false: none. Once in a while, and from when the flow may
+ * have ended, whether it is of a flow at all. Not static: so the verifier looks at it once. */
+__noinline __u32 find_service(const struct tracked_flow *answer, const struct packet *packet,
+                              struct socket_address *found)
+{
+    struct tracked_flow flow = {};
+    struct answered *answered;
+    struct tracked *tracked;
+    bool connected;
+    __u64 now_ns;
+
+    if (!answer || !found)
+        return false;
+    answered = bpf_map_lookup_elem(&hf_answers, answer);
+    if (!answered)
+        return false;
+    now_ns = bpf_ktime_get_coarse_ns();
+    *found = answered->service;
+    if ((__s64)(now_ns - answered->checked_ns) < SEEN_INTERVAL_MS * NS_PER_MS &&
+        !(packet && packet->tcp_flags & (TCP_FIN | TCP_RST)))
+        return true;
+    flow.client = answer->client;
+    flow.address = answered->service;
+    tracked = bpf_map_lookup_elem(&hf_tracked, &flow);
+    if (!tracked || !same_address(&tracked->endpoint, &answer->address) ||
+        is_over(tracked, flow.client.protocol, now_ns))
+        return false;
+    if (!packet)
+        return true;
+    connected = (packet->tcp_flags & TCP_SYN) && !(tracked->seen & SEEN_ANSWER);
+    see(tracked, packet, SEEN_ENDPOINT_FIN, now_ns);
+    if (packet->tcp_flags & TCP_RST) {
+        connect_failed(tracked, &answer->address);
+    } else if (connected) { /* Late, maybe. */
+        ends_connect(tracked);
+        endpoint_connected(&answer->address);
+    }
+    answered->checked_ns = is_closed(tracked) ? 0 : now_ns;
+    return true;
+}
+
+/* The service by whose address a client that is its own endpoint answers itself. */
+static __noinline bool find_hairpin(const struct socket_address *endpoint,
+                                    const struct socket_address *asked,
+                                    const struct packet *packet, struct socket_address *service)
+{
+    struct tracked_flow answer = {.client = *endpoint, .address = *endpoint};
+
+    answer.client.port = asked->port;
+    return find_service(&answer, packet, service) && same_ip(service, asked);
+}
+
 static __noinline int on_request(struct __sk_buff *skb, struct packet *packet)
 {
     struct tracked_flow flow = {.client = packet->source, .address = packet->destination};
-    struct tracked opened = {.seen_ns = bpf_ktime_get_ns()};
-    struct tracked *known = bpf_map_lookup_elem(&hf_tracked, &flow);
-    struct tracked_flow answer = {.client = packet->source};
     bool opens = (packet->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+    struct tracked opened = {.seen_ns = bpf_ktime_get_coarse_ns()};
+    struct tracked *known = bpf_map_lookup_elem(&hf_tracked, &flow);
+    struct socket_address to = {};
     __u32 counter;
 
     if (known && !is_over(known, packet->protocol, opened.seen_ns) &&
         !(opens && is_closed(known))) {
-        see(known, packet, SEEN_CLIENT_FIN, opened.seen_ns);
-        answer.address = known->endpoint;
-        /* Looking it up keeps it: both entries of a flow are used by its packets both ways. */
-        if (!bpf_map_lookup_elem(&hf_answers, &answer) &&
-            bpf_map_update_elem(&hf_answers, &answer, &flow.address, BPF_ANY))
+        to = known->endpoint;
+        /* Its first SYN alone has been seen until now. */
+        if (opens &&
+            (__s64)(opened.seen_ns - known->seen_ns) >= CONNECT_PATIENCE_MS * NS_PER_MS)
+            connect_failed(known, &to);
+        if (see(known, packet, SEEN_CLIENT_FIN, opened.seen_ns) && keep_answers(&flow, &to))
             return drop(PACKET_flow_lost);
+    } else if (!opens && find_hairpin(&flow.client, &flow.address, packet, &to)) {
+        return on_hairpin(skb, packet, true, to.port);
     } else {
         if (known)
             bpf_map_delete_elem(&hf_tracked, &flow);
-        see(&opened, packet, SEEN_CLIENT_FIN, opened.seen_ns);
+        opened.seen = seen_by(packet, SEEN_CLIENT_FIN) | (opens ? SEEN_CONNECTING : 0);
         counter = open_flow(&flow, &opened);
         if (counter == PACKET_request_passed)
             return pass(counter);
@@ -674,40 +892,19 @@ static __noinline int on_request(struct __sk_buff *skb, struct packet *packet)
             return refuse_packet(skb, packet);
         }
         count_packet(counter);
-        answer.address = opened.endpoint;
+        to = opened.endpoint;
     }
-    if (change(skb, packet, false, &answer.address))
+    if (same_ip(&to, &packet->source))
+        return on_hairpin(skb, packet, false, to.port);
+    if (change(skb, packet, false, &to))
         return drop(PACKET_change_failed);
     return pass(PACKET_request_translated);
-}
-
-/* The service for which `answer` answers; false: none. */
-static __always_inline bool find_service(const struct tracked_flow *answer,
-                                         const struct packet *packet,
-                                         struct socket_address *found)
-{
-    struct socket_address *service = bpf_map_lookup_elem(&hf_answers, answer);
-    struct tracked_flow flow = {.client = answer->client};
-    __u64 now_ns = bpf_ktime_get_ns();
-    struct tracked *tracked;
-
-    if (!service)
-        return false;
-    flow.address = *service;
-    tracked = bpf_map_lookup_elem(&hf_tracked, &flow);
-    if (!tracked || !same_address(&tracked->endpoint, &answer->address) ||
-        is_over(tracked, flow.client.protocol, now_ns))
-        return false;
-    if (packet)
-        see(tracked, packet, SEEN_ENDPOINT_FIN, now_ns);
-    *found = flow.address;
-    return true;
 }
 
 static __noinline int on_answer(struct __sk_buff *skb, struct packet *packet)
 {
     struct tracked_flow answer = {.client = packet->destination, .address = packet->source};
-    struct socket_address service;
+    struct socket_address service = {};
 
     if (!find_service(&answer, packet, &service))
         return pass(PACKET_answer_passed);
@@ -723,12 +920,6 @@ static __always_inline bool is_error(const struct packet *packet, __u8 type)
     if (packet->v6)
         return type >= 1 && type <= 4; /* RFC 4443: unreachable, too big, time, parameter. */
     return type == 3 || type == 11 || type == 12; /* RFC 792: unreachable, time, parameter. */
-}
-
-/* RFC 1624. */
-static __always_inline __u16 updated_check(__u16 check, __u32 difference)
-{
-    return ~fold(fold(difference) + (__u16)~check);
 }
 
 /* Two bytes of a quoted packet, and what that does to the sum of it all. */
@@ -790,8 +981,7 @@ static __noinline __u32 read_quote(struct __sk_buff *skb, const struct packet *p
 {
     __u8 type;
 
-    if (packet->fragment || bpf_skb_load_bytes(skb, packet->l4, &type, sizeof(type)) ||
-        !is_error(packet, type))
+    if (packet->fragment || LOAD(skb, packet->l4, &type) || !is_error(packet, type))
         return PACKET_other;
     quoted->v6 = packet->v6;
     if (parse(skb, quoted, packet->l4 + sizeof(struct icmp)) != PARSED || quoted->later ||
@@ -799,6 +989,33 @@ static __noinline __u32 read_quote(struct __sk_buff *skb, const struct packet *p
         !same_ip(&quoted->source, &packet->destination))
         return PACKET_error_passed;
     return PARSED;
+}
+
+/* The source or destination in the quote, and the error's own checksum. */
+static __noinline long change_quoted_end(struct __sk_buff *skb, const struct packet *packet,
+                                         const struct packet *quoted, bool source,
+                                         struct socket_address *to)
+{
+    __u32 check_at = packet->l4 + offsetof(struct icmp, check);
+    __u32 difference = 0;
+
+    if (change_quote(skb, quoted, source, to, &difference))
+        return -1;
+    return bpf_l4_csum_replace(skb, check_at, 0, difference, 0);
+}
+
+/* The error's own source or destination. */
+static __noinline long change_error_end(struct __sk_buff *skb, struct packet *packet, bool source,
+                                        const struct socket_address *to)
+{
+    struct socket_address *from = source ? &packet->source : &packet->destination;
+    __u32 difference = address_difference(from, to);
+    __u32 check_at = packet->l4 + offsetof(struct icmp, check);
+
+    if (packet->v6 && cover_address(skb, packet, difference, check_at, 0))
+        return -1;
+    put_ip(from, to->ip);
+    return write_ends(skb, packet, difference);
 }
 
 /* What becomes of an error's own address: where it is that of the quote, it changes with it, and a
@@ -811,42 +1028,90 @@ static __noinline int change_error(struct __sk_buff *skb, struct packet *packet,
                                    struct socket_address *to)
 {
     bool source = what != DESTINATION;
-    __u32 check_at = packet->l4 + offsetof(struct icmp, check);
-    struct socket_address *outer = source ? &packet->source : &packet->destination;
+    const struct socket_address *outer = source ? &packet->source : &packet->destination;
     const struct socket_address *inner = source ? &quoted->destination : &quoted->source;
-    __u32 difference = 0;
 
-    if (change_quote(skb, quoted, !source, to, &difference) ||
-        bpf_l4_csum_replace(skb, check_at, 0, difference, 0))
-        return drop(PACKET_change_failed);
-    if ((what == SOURCE_ALWAYS || same_ip(outer, inner)) &&
-        change_address(skb, packet, source, outer, to, packet->v6 ? check_at : 0, 0))
+    if (change_quoted_end(skb, packet, quoted, !source, to) ||
+        ((what == SOURCE_ALWAYS || same_ip(outer, inner)) &&
+         change_error_end(skb, packet, source, to)))
         return drop(PACKET_change_failed);
     return pass(PACKET_error_translated);
 }
 
+/* Of a client that is its own endpoint, about what it was sent as one of the two: to the other. */
+static __noinline int on_hairpin_error(struct __sk_buff *skb, struct packet *packet,
+                                       const struct packet *quoted, bool source, __u16 port)
+{
+    struct socket_address from = quoted->destination, to = quoted->source;
+    bool is_its_own = same_ip(&packet->source, &quoted->destination);
+
+    from.port = source ? port : quoted->source.port;
+    to.port = source ? quoted->destination.port : port;
+    if (change_quoted_end(skb, packet, quoted, true, &from) ||
+        change_quoted_end(skb, packet, quoted, false, &to) ||
+        change_error_end(skb, packet, false, &from) ||
+        (is_its_own && change_error_end(skb, packet, true, &to)) || swap_ethernet(skb, packet))
+        return drop(PACKET_change_failed);
+    count_packet(PACKET_hairpin);
+    return bpf_redirect(skb->ifindex, 0);
+}
+
+/* Whether whoever connects gives up by such an error: by all but what asks for smaller packets. */
+static __always_inline bool ends_connects(struct __sk_buff *skb, const struct packet *packet)
+{
+    struct {
+        __u8 type;
+        __u8 code;
+    } icmp;
+
+    if (LOAD(skb, packet->l4, &icmp))
+        return false;
+    return packet->v6 ? icmp.type != 2 : icmp.type != 3 || icmp.code != 4;
+}
+
+static __noinline int on_answered_error(struct __sk_buff *skb, struct packet *packet,
+                                        const struct packet *quoted)
+{
+    struct tracked_flow flow = {.client = quoted->source, .address = quoted->destination};
+    struct socket_address service = {};
+    struct tracked *tracked;
+
+    if (!find_service(&flow, NULL, &service))
+        return pass(PACKET_error_passed);
+    flow.address = service;
+    tracked = bpf_map_lookup_elem(&hf_tracked, &flow);
+    if (tracked && same_address(&tracked->endpoint, &quoted->destination) &&
+        ends_connects(skb, packet))
+        connect_failed(tracked, &quoted->destination);
+    return change_error(skb, packet, quoted, SOURCE, &service);
+}
+
+/* By the client, or a router near it, about what it was sent. */
+static __noinline int on_client_s_error(struct __sk_buff *skb, struct packet *packet,
+                                        const struct packet *quoted)
+{
+    struct tracked_flow flow = {.client = quoted->destination, .address = quoted->source};
+    struct tracked *tracked = bpf_map_lookup_elem(&hf_tracked, &flow);
+    struct socket_address to = {};
+
+    if (tracked) {
+        to = tracked->endpoint;
+        if (same_ip(&to, &quoted->destination))
+            return on_hairpin_error(skb, packet, quoted, true, to.port);
+        return change_error(skb, packet, quoted, DESTINATION, &to);
+    }
+    if (find_hairpin(&quoted->destination, &quoted->source, NULL, &to))
+        return on_hairpin_error(skb, packet, quoted, false, to.port);
+    return pass(PACKET_error_passed);
+}
+
 static __noinline int on_icmp(struct __sk_buff *skb, struct packet *packet, bool answer)
 {
-    struct tracked_flow flow = {};
     struct packet quoted = {};
-    struct socket_address to;
-    struct tracked *tracked;
     __u32 read = read_quote(skb, packet, &quoted);
 
     if (read != PARSED)
         return pass(read);
-    if (answer) { /* About what the client sent. */
-        flow.client = quoted.source;
-        flow.address = quoted.destination;
-        if (!find_service(&flow, NULL, &to))
-            return pass(PACKET_error_passed);
-    } else { /* By the client, or a router near it, about what it was sent. */
-        flow.client = quoted.destination;
-        flow.address = quoted.source;
-        tracked = bpf_map_lookup_elem(&hf_tracked, &flow);
-        if (!tracked)
-            return pass(PACKET_error_passed);
-        to = tracked->endpoint;
-    }
-    return change_error(skb, packet, &quoted, answer ? SOURCE : DESTINATION, &to);
+    return answer ? on_answered_error(skb, packet, &quoted)
+                  : on_client_s_error(skb, packet, &quoted);
 }

@@ -50,6 +50,24 @@ struct packet {
 
 #define PARSED PACKET_COUNTERS_MAX /* Else the counter for what it is. */
 
+#define OFFSET_MASK 0x7fff /* Of what is read in place: the verifier asks for a bound. */
+
+/* `*to` becomes what is at `at` in the packet; else than 0: it ends before. Read in place where the
+ * kernel has it in one piece, as it mostly has headers: a helper costs several times as much. */
+#define LOAD(skb, at, to)                                                                      \
+    ({                                                                                         \
+        const __u32 at_ = (at);                                                                \
+        void *from_ = (void *)(long)(skb)->data + (at_ & OFFSET_MASK);                         \
+        long failed_ = 0;                                                                      \
+                                                                                               \
+        asm volatile("" : "+r"(from_)); /* What is compared is what is read. */                \
+        if (at_ <= OFFSET_MASK && from_ + sizeof(*(to)) <= (void *)(long)(skb)->data_end)      \
+            *(to) = *(typeof(to))from_;                                                        \
+        else                                                                                   \
+            failed_ = bpf_skb_load_bytes(skb, at_, to, sizeof(*(to)));                         \
+        failed_;                                                                               \
+    })
+
 static __always_inline void put_v4(struct socket_address *address, __u32 ip)
 {
     address->ip[0] = 0;
@@ -71,7 +89,7 @@ static __always_inline __u32 parse_v4(struct __sk_buff *skb, struct packet *pack
     struct iphdr ip;
     __u32 fragment;
 
-    if (bpf_skb_load_bytes(skb, packet->l3, &ip, sizeof(ip)))
+    if (LOAD(skb, packet->l3, &ip))
         return PACKET_truncated;
     if (ip.version != 4 || ip.ihl < 5)
         return PACKET_other;
@@ -109,7 +127,7 @@ static __always_inline __u32 parse_v6(struct __sk_buff *skb, struct packet *pack
     __u32 at = packet->l3 + sizeof(ip);
     __u8 next;
 
-    if (bpf_skb_load_bytes(skb, packet->l3, &ip, sizeof(ip)))
+    if (LOAD(skb, packet->l3, &ip))
         return PACKET_truncated;
     if (ip.version != 6)
         return PACKET_other;
@@ -148,22 +166,28 @@ static __always_inline __u32 parse_v6(struct __sk_buff *skb, struct packet *pack
     return PARSED;
 }
 
-/* The packet whose IP header is at `l3`: the one on the wire, or one quoted in an ICMP error. */
-static __noinline __u32 parse(struct __sk_buff *skb, struct packet *packet, __u32 l3)
+/* The packet whose IP header is at `l3`: the one on the wire, or one quoted in an ICMP error. Not
+ * static: so the verifier looks at it once for both. */
+__noinline __u32 parse(struct __sk_buff *skb, struct packet *packet, __u32 l3)
 {
+    struct {
+        __u16 source;
+        __u16 destination;
+    } ports;
     __u32 parsed;
-    __u16 ports[2];
 
+    if (!packet)
+        return PACKET_other;
     packet->l3 = l3;
     parsed = packet->v6 ? parse_v6(skb, packet) : parse_v4(skb, packet);
     if (parsed != PARSED || packet->later)
         return parsed;
     if (packet->protocol != PROTOCOL_TCP && packet->protocol != PROTOCOL_UDP)
         return packet->protocol == (packet->v6 ? ICMPV6 : ICMP) ? PARSED : PACKET_other;
-    if (bpf_skb_load_bytes(skb, packet->l4, ports, sizeof(ports)))
+    if (LOAD(skb, packet->l4, &ports))
         return PACKET_truncated;
-    packet->source.port = ports[0];
-    packet->destination.port = ports[1];
+    packet->source.port = ports.source;
+    packet->destination.port = ports.destination;
     packet->source.protocol = packet->protocol;
     packet->destination.protocol = packet->protocol;
     return PARSED;
@@ -179,8 +203,7 @@ static __always_inline __u32 skip_ethernet(struct __sk_buff *skb, __u16 *protoco
         __u16 tagged_type;
     } behind;
 
-    if (bpf_skb_load_bytes(skb, offsetof(struct ethhdr, h_proto), &behind, sizeof(behind)) ||
-        behind.type != *protocol)
+    if (LOAD(skb, offsetof(struct ethhdr, h_proto), &behind) || behind.type != *protocol)
         return 0;
     if (behind.type != bpf_htons(ETH_P_8021Q) && behind.type != bpf_htons(ETH_P_8021AD))
         return ETH_HLEN;

@@ -493,6 +493,27 @@ static __always_inline int on_peer_name(struct bpf_sock_addr *ctx, bool v6)
 
 /* ---- How connects end ---- */
 
+static __always_inline void endpoint_connected(const struct socket_address *endpoint)
+{
+    struct failing *failing = bpf_map_lookup_elem(&hf_failing, endpoint);
+
+    if (failing && failing->in_a_row)
+        failing->in_a_row = 0;
+}
+
+static __always_inline void endpoint_failed(const struct socket_address *endpoint)
+{
+    struct failing first = {.failed = 1, .in_a_row = 1};
+    struct failing *failing = bpf_map_lookup_elem(&hf_failing, endpoint);
+
+    if (failing) {
+        __sync_fetch_and_add(&failing->failed, 1);
+        __sync_fetch_and_add(&failing->in_a_row, 1);
+    } else {
+        bpf_map_update_elem(&hf_failing, endpoint, &first, BPF_ANY);
+    }
+}
+
 /* What a socket was led to; NULL: it was not. */
 static __always_inline struct peer *led(struct bpf_sock_ops *ctx)
 {
@@ -508,31 +529,19 @@ static __always_inline struct peer *led(struct bpf_sock_ops *ctx)
 static __always_inline void on_connected(struct bpf_sock_ops *ctx)
 {
     struct peer *peer = led(ctx);
-    struct failing *failing;
 
-    if (!peer)
-        return;
-    failing = bpf_map_lookup_elem(&hf_failing, &peer->endpoint);
-    if (failing && failing->in_a_row)
-        failing->in_a_row = 0;
+    if (peer)
+        endpoint_connected(&peer->endpoint);
 }
 
 static __always_inline void on_failed(struct bpf_sock_ops *ctx)
 {
-    struct failing first = {.failed = 1, .in_a_row = 1};
     struct peer *peer = led(ctx);
-    struct failing *failing;
 
     if (!peer)
         return;
     count(COUNT_connect_failed);
-    failing = bpf_map_lookup_elem(&hf_failing, &peer->endpoint);
-    if (failing) {
-        __sync_fetch_and_add(&failing->failed, 1);
-        __sync_fetch_and_add(&failing->in_a_row, 1);
-    } else {
-        bpf_map_update_elem(&hf_failing, &peer->endpoint, &first, BPF_ANY);
-    }
+    endpoint_failed(&peer->endpoint);
 }
 
 /* Of a socket that was led, timeouts and changes of state are told: two or three of a connection,

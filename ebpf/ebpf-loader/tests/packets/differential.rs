@@ -6,6 +6,7 @@ use std::{
 };
 
 use ebpf_abi::EndpointList;
+use etherparse::TcpHeader;
 use proptest::{
     collection::{btree_map, btree_set, vec},
     option,
@@ -15,7 +16,8 @@ use proptest::{
 };
 
 use crate::{
-    machine::{Machine, Verdict},
+    hairpin::back,
+    machine::{Machine, Verdict, next},
     wire::{tcp, udp},
 };
 
@@ -48,18 +50,21 @@ fn place(ports: &'static [u16]) -> impl Strategy<Value = Place> {
     parts.prop_map(|(v4, last, port)| Place { v4, last, port })
 }
 
-/// How many endpoints a service has, how many of them for clients from outside, and the last numbers of
-/// those clients.
+/// How many endpoints a service has, the first of them a client, maybe; how many of them for clients from
+/// outside, and the last numbers of those clients.
 #[derive(Debug, Clone)]
 struct Served {
     endpoints: u8,
+    first_is_client: bool,
     outside: Option<(u8, Option<BTreeSet<u8>>)>,
 }
 
 fn served() -> impl Strategy<Value = Served> {
     let only = option::of(btree_set(1..4_u8, 0..3));
-    (0..5_u8, option::of((0..5_u8, only))).prop_map(|(endpoints, outside)| Served {
+    let parts = (0..5_u8, any::<bool>(), option::of((0..5_u8, only)));
+    parts.prop_map(|(endpoints, first_is_client, outside)| Served {
         endpoints,
+        first_is_client,
         outside: outside.map(|(some, only)| (some.min(endpoints), only)),
     })
 }
@@ -101,10 +106,16 @@ fn serve(machine: &mut Machine, services: &BTreeMap<Place, Served>) -> BTreeMap<
     let mut table = BTreeMap::new();
     // No endpoint is of two services: which one a client asks for would not be told apart.
     for (index, (service, served)) in (1_u8..).zip(services) {
-        let endpoints = (0..served.endpoints).map(|port| {
+        let endpoints = (0..served.endpoints).map(|number| {
+            let port = 8_000 + u16::from(number);
+            if number == 0 && served.first_is_client {
+                let port = port + u16::from(index);
+                let (last, v4) = (1, service.v4);
+                return Place { v4, last, port }.at(CLIENTS);
+            }
             let place = Place {
                 last: index,
-                port: 8_000 + u16::from(port),
+                port,
                 ..*service
             };
             place.at(ENDPOINTS)
@@ -141,13 +152,15 @@ fn check((services, flows): Case) -> Result<(), TestCaseError> {
         }
         .at(CLIENTS);
         let service = service.at(SERVICES);
-        let packet = |from, to| {
-            if by_tcp {
-                tcp(from, to, |header| header.syn = true, b"")
-            } else {
-                udp(from, to, b"hello")
+        let segment = |from, to, ack| {
+            let set = |header: &mut TcpHeader| (header.syn, header.ack) = (true, ack);
+            match by_tcp {
+                true => tcp(from, to, set, b""),
+                false => udp(from, to, b"hello"),
             }
         };
+        let packet = |from, to| segment(from, to, false);
+        let answer = |from, to| segment(from, to, true);
         for _ in 0..2 {
             let asked = packet(client, service);
             let ran = machine.request(&asked);
@@ -162,13 +175,23 @@ fn check((services, flows): Case) -> Result<(), TestCaseError> {
                     continue;
                 }
             };
-            let there = |&&endpoint: &&SocketAddr| packet(client, endpoint) == ran.packet;
+            // A client that is the endpoint sees the service at both its ends.
+            let seen = SocketAddr::new(service.ip(), client.port());
+            let led = |endpoint: SocketAddr| match endpoint.ip() == client.ip() {
+                true => back(packet(seen, endpoint)),
+                false => next(packet(client, endpoint)),
+            };
+            let there = |&&endpoint: &&SocketAddr| led(endpoint) == ran;
             let endpoint = endpoints.iter().find(there);
             let endpoint = *endpoint.ok_or_else(|| TestCaseError::fail("to none of the list"))?;
             let first = *chosen.entry((client, service, by_tcp)).or_insert(endpoint);
             prop_assert_eq!(first, endpoint, "a flow moved");
-            let answered = machine.answer(&packet(endpoint, client));
-            prop_assert_eq!(answered.packet, packet(service, client));
+            let shown = answer(service, client);
+            if endpoint.ip() == client.ip() {
+                prop_assert_eq!(machine.request(&answer(endpoint, seen)), back(shown));
+            } else {
+                prop_assert_eq!(machine.answer(&answer(endpoint, client)), next(shown));
+            }
         }
     }
     Ok(())

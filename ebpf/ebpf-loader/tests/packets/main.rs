@@ -9,7 +9,11 @@ mod bpffs;
 #[cfg(test)]
 mod coexistence;
 #[cfg(test)]
+mod connects;
+#[cfg(test)]
 mod differential;
+#[cfg(test)]
+mod hairpin;
 #[cfg(test)]
 mod kept;
 #[cfg(test)]

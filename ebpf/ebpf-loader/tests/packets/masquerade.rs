@@ -7,8 +7,8 @@ use std::{
 
 use aya::maps::{Array, LpmTrie, MapData, lpm_trie::Key};
 use ebpf_abi::{
-    MASQUERADE_PORT_FIRST, MASQUERADE_PORTS, Masquerade, PacketCounter, SocketAddress, Tracked,
-    TrackedFlow,
+    Answered, MASQUERADE_PORT_FIRST, MASQUERADE_PORTS, Masquerade, PacketCounter, SocketAddress,
+    Tracked, TrackedFlow,
 };
 use etherparse::TcpHeader;
 
@@ -239,8 +239,13 @@ fn take_all_but(machine: &mut Machine, net: &Net, free: Option<u16>) {
         map.insert(flow(seen, endpoint), client, 0).unwrap();
         let mut map = machine.map::<TrackedFlow, SocketAddress>("hf_masked");
         map.insert(flow(client, endpoint), seen, 0).unwrap();
-        let mut map = machine.map::<TrackedFlow, SocketAddress>("hf_answers");
-        map.insert(flow(client, endpoint), service, 0).unwrap();
+        let answered = Answered {
+            checked_ns: 0,
+            service,
+            zero: 0,
+        };
+        let mut map = machine.map::<TrackedFlow, Answered>("hf_answers");
+        map.insert(flow(client, endpoint), answered, 0).unwrap();
         let tracked = Tracked {
             seen_ns: u64::try_from(i64::MAX).unwrap(), // Later than now.
             endpoint,

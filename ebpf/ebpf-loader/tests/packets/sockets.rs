@@ -48,13 +48,20 @@ pub(crate) fn connected(
     family: &Family,
     listener: &TcpListener,
 ) -> (TcpStream, TcpStream) {
+    connected_to(lan, family, listener, family.client)
+}
+
+/// The same, where the server sees another address than the client's.
+pub(crate) fn connected_to(
+    lan: &Lan,
+    family: &Family,
+    listener: &TcpListener,
+    seen: IpAddr,
+) -> (TcpStream, TcpStream) {
     let client = connect(lan, family).unwrap();
     let (server, from) = listener.accept().unwrap();
-    assert_eq!(
-        from,
-        client.local_addr().unwrap(),
-        "the client's address is kept"
-    );
+    let own = client.local_addr().unwrap();
+    assert_eq!(from, SocketAddr::new(seen, own.port()));
     assert_eq!(client.peer_addr().unwrap(), family.service);
     server.set_read_timeout(Some(PATIENCE)).unwrap();
     server.set_write_timeout(Some(PATIENCE)).unwrap();
@@ -88,14 +95,23 @@ pub(crate) fn client_socket(lan: &Lan, family: &Family) -> UdpSocket {
 /// A question to the service and an answer of as many bytes.
 #[track_caller]
 pub(crate) fn ask(client: &UdpSocket, server: &UdpSocket, family: &Family, bytes: usize) {
+    ask_as(client, server, family, bytes, client.local_addr().unwrap());
+}
+
+/// The same, where the server sees another address than the client's.
+#[track_caller]
+pub(crate) fn ask_as(
+    client: &UdpSocket,
+    server: &UdpSocket,
+    family: &Family,
+    bytes: usize,
+    seen: SocketAddr,
+) {
     let sent: Vec<u8> = (0..bytes).map(|n| (n % 251).to_le_bytes()[0]).collect();
     let mut received = vec![0; bytes + 1];
     client.send_to(&sent, family.service).unwrap();
     let (length, from) = server.recv_from(&mut received).unwrap();
-    assert_eq!(
-        (&received[..length], from),
-        (&sent[..], client.local_addr().unwrap())
-    );
+    assert_eq!((&received[..length], from), (&sent[..], seen));
     server.send_to(&sent, from).unwrap();
     let (length, from) = client.recv_from(&mut received).unwrap();
     assert_eq!((&received[..length], from), (&sent[..], family.service));

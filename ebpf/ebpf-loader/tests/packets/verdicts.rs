@@ -17,29 +17,30 @@ use crate::{
 };
 
 /// The verifier's work for each program, with room for a tenth more than when this was written: it
-/// gives up at a million. `hf_requests` took 98,000 before it knew of `sessionAffinity`.
-const VERIFIED_INSTRUCTIONS_MAX: u32 = 162_000;
+/// gives up at a million. `hf_requests` took 148,940 before functions that several others call were verified by
+/// themselves.
+const VERIFIED_INSTRUCTIONS_MAX: u32 = 26_300;
 
-fn syn(header: &mut TcpHeader) {
+pub(crate) fn syn(header: &mut TcpHeader) {
     header.syn = true;
 }
 
-fn ack(header: &mut TcpHeader) {
+pub(crate) fn ack(header: &mut TcpHeader) {
     header.ack = true;
     header.acknowledgment_number = 2_000;
 }
 
-fn fin(header: &mut TcpHeader) {
+pub(crate) fn fin(header: &mut TcpHeader) {
     header.fin = true;
     ack(header);
 }
 
-fn rst(header: &mut TcpHeader) {
+pub(crate) fn rst(header: &mut TcpHeader) {
     header.rst = true;
 }
 
 /// One service with one endpoint.
-fn served(net: &Net) -> Machine {
+pub(crate) fn served(net: &Net) -> Machine {
     let mut machine = Machine::new();
     machine.serve(net.service, &[net.endpoint]);
     machine
@@ -319,7 +320,7 @@ fn a_first_fragment_without_a_transport_header_passes() {
 }
 
 /// What an ICMP error quotes: the IP header and so much behind it.
-fn quote(packet: &[u8], net: &Net, bytes: usize) -> Vec<u8> {
+pub(crate) fn quote(packet: &[u8], net: &Net, bytes: usize) -> Vec<u8> {
     packet[ETHERNET..packet.len().min(net.l4() + bytes)].to_vec()
 }
 
@@ -519,11 +520,15 @@ fn went_to(machine: &Machine, net: &Net, packet: &[u8]) -> u16 {
 
 /// As if the last packet of every flow had passed so long ago.
 fn age(machine: &mut Machine, seconds: u32) {
+    age_ms(machine, 1_000 * seconds);
+}
+
+pub(crate) fn age_ms(machine: &mut Machine, milliseconds: u32) {
     let mut map = machine.map::<TrackedFlow, Tracked>("hf_tracked");
     let entries: Vec<_> = map.iter().map(Result::unwrap).collect();
     assert!(!entries.is_empty());
     for (key, mut tracked) in entries {
-        let ns = u64::from(seconds) * 1_000_000_000;
+        let ns = u64::from(milliseconds) * 1_000_000;
         tracked.seen_ns = tracked.seen_ns.wrapping_sub(ns);
         map.insert(key, tracked, 0).unwrap();
     }
@@ -630,29 +635,14 @@ fn tcp_stays_open_for_a_day_and_a_closed_flow_starts_anew() {
 }
 
 #[test]
-fn a_client_never_gets_itself_as_its_endpoint() {
-    for net in &nets() {
-        let mut machine = Machine::new();
-        machine.serve(net.service, &[port(net.client, 8_080)]);
-        let refused = machine.request(&tcp(net.client, net.service, syn, b""));
-        assert_eq!(refused.verdict, Verdict::Returned);
-        assert_counted(
-            &machine,
-            &[(PacketCounter::Hairpin, 1), (PacketCounter::RefusedTcp, 1)],
-        );
-    }
-}
-
-#[test]
 fn where_there_is_another_endpoint_nobody_is_refused() {
     for net in &nets() {
         let mut machine = Machine::new();
-        let itself = port(net.client, 8_080);
         let taken = port(net.endpoint, 1);
         let free = port(net.endpoint, 2);
         let other = port(net.service, 443);
         machine.serve(other, &[taken]);
-        machine.serve(net.service, &[itself, taken, free]);
+        machine.serve(net.service, &[taken, free]);
         for n in 0..TRIES {
             let client = port(net.client, 5_000 + n);
             went_to(&machine, net, &udp(client, other, b"?"));
@@ -686,32 +676,70 @@ fn two_services_of_one_endpoint_are_not_confused() {
     }
 }
 
+/// A segment that opens a flow each time, the last one's end being in it.
+fn syn_and_rst(header: &mut TcpHeader) {
+    header.syn = true;
+    header.rst = true;
+}
+
 #[test]
 fn what_a_packet_costs() {
     for net in &nets() {
         let mut machine = Machine::new();
         // Its own endpoint, so that the same packet can be translated again and again.
         machine.serve(net.service, &[net.service]);
-        let other = udp(net.client, net.endpoint, b"?");
-        let service = udp(net.client, net.service, b"?");
-        let answer = udp(net.service, net.client, b"!");
-        let [other, service, answer] = [
-            machine.cost("hf_requests", &other),
-            machine.cost("hf_requests", &service),
-            machine.cost("hf_answers_out", &answer),
+        let costs = [
+            (
+                "other datagram",
+                "hf_requests",
+                udp(net.client, net.endpoint, b"?"),
+            ),
+            (
+                "other segment",
+                "hf_requests",
+                tcp(net.client, net.endpoint, ack, b"?"),
+            ),
+            (
+                "datagram",
+                "hf_requests",
+                udp(net.client, net.service, b"?"),
+            ),
+            (
+                "its answer",
+                "hf_answers_out",
+                udp(net.service, net.client, b"!"),
+            ),
+            (
+                "other answer",
+                "hf_answers_out",
+                udp(net.endpoint, net.client, b"!"),
+            ),
+            (
+                "first segment",
+                "hf_requests",
+                tcp(net.client, net.service, syn_and_rst, b""),
+            ),
+            (
+                "segment",
+                "hf_requests",
+                tcp(port(net.client, 7), net.service, ack, b"?"),
+            ),
+            (
+                "its answer",
+                "hf_answers_out",
+                tcp(net.service, port(net.client, 7), ack, b"!"),
+            ),
         ];
-        println!(
-            "{}: other {other:?}, request {service:?}, answer {answer:?}",
-            net.service
-        );
+        let costs = costs.map(|(what, program, packet)| (what, machine.cost(program, &packet)));
+        println!("{}: {costs:?}", net.service);
         let counted = machine.counted();
-        let [translated, answered] = [
+        assert_eq!(
             counted[&PacketCounter::RequestTranslated],
-            counted[&PacketCounter::AnswerTranslated],
-        ];
-        assert_eq!(translated, answered);
+            counted[&PacketCounter::AnswerTranslated] + counted[&PacketCounter::FlowOpened] - 2
+        );
         // Fifty times more than here: what is looked through one by one would show.
-        assert!(service.max(answer) < Duration::from_micros(20));
+        let most = costs.iter().map(|(_, cost)| *cost).max().unwrap();
+        assert!(most < Duration::from_micros(40), "{costs:?}");
     }
 }
 
