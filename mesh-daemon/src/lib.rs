@@ -18,7 +18,9 @@ use clap::{Arg, Command, value_parser};
 pub use sd_notify::NotifyState;
 use serde::de::DeserializeOwned;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{
+    Layer as _, filter::Targets, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _,
+};
 
 /// Bad arguments or configuration: the operator must change them (`EX_USAGE`, sysexits.h).
 pub const EXIT_CONFIG: u8 = 64;
@@ -81,9 +83,10 @@ impl Daemon {
                 };
             }
         };
-        if let Some(filter) = arguments.get_one::<EnvFilter>("log").cloned() {
-            let log = tracing_subscriber::fmt().with_env_filter(filter);
-            log.with_writer(io::stderr).with_ansi(false).init();
+        if let Some(filter) = arguments.get_one::<Targets>("log").cloned() {
+            let lines = fmt::layer().with_writer(io::stderr).with_ansi(false);
+            let log = tracing_subscriber::registry();
+            log.with(lines.with_filter(filter)).init();
         }
         let config = arguments.get_one::<PathBuf>("config");
         let settings = match read(config.map_or(Path::new(self.config), PathBuf::as_path)) {
@@ -122,7 +125,7 @@ impl Daemon {
                     .help("The configuration file (TOML)"),
             )
             .arg(
-                log.value_parser(|text: &str| text.parse::<EnvFilter>())
+                log.value_parser(|text: &str| text.parse::<Targets>())
                     .default_value(DEFAULT_LOG)
                     .help("What to log: info, debug, mesh_core=debug,info, …"),
             )
