@@ -41,7 +41,7 @@ use crate::{
     config::Settings,
     driver::{self, Driver, DriverHandle, Event},
     health,
-    interfaces::{self, AllServed, Wanted},
+    interfaces::{self, AllServed, Programs, Wanted},
     links::Links,
     network::{self, Local},
     outliers,
@@ -154,6 +154,10 @@ async fn start(
         .take(&snapshot)
         .context("cannot enforce the mesh's policies (`policy = false`: this node never does)")?;
     let enforcer = Arc::new(Mutex::new(enforcer));
+    if !settings.pod_interfaces.is_empty() {
+        let pods = &settings.pod_interfaces;
+        interfaces::guard_pods(&enforcer, &netlink, pods, interface.0).await?;
+    }
     prepare_device(&netlink, &interface, &snapshot, &settings, &local).await?;
     let sockets = UdpPair::bind_many(settings.listen_port, settings.packet_threads);
     let sockets = sockets.with_context(|| {
@@ -236,7 +240,10 @@ async fn start(
     if let Some(services) = services.as_ref().filter(|_| !wanted.is_empty()) {
         let changes = Changes::listen().context("cannot listen for changes of the network")?;
         let keeper = interfaces::keep_interfaces(
-            Arc::clone(services),
+            Programs {
+                services: Arc::clone(services),
+                enforcer: Arc::clone(&enforcer),
+            },
             interface.clone(),
             wanted,
             netlink.clone(),

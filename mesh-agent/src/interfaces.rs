@@ -5,7 +5,6 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     net::IpAddr,
-    num::NonZeroU32,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -16,7 +15,7 @@ use ebpf_loader::{InterfaceError, Services};
 use ipnet::IpNet;
 use mesh_linux::{
     IfIndex,
-    netlink::{Changes, LinkHeader, Netlink, NetlinkError},
+    netlink::{Changes, Forwarding, LinkHeader, Netlink, NetlinkError},
 };
 use tokio::{
     sync::watch,
@@ -27,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     network::chain,
+    policy::Enforcer,
     redirect::{self, Found, NamePattern},
 };
 
@@ -57,7 +57,8 @@ pub type AllServed = BTreeMap<String, Served>;
 pub struct Wanted {
     /// Whose devices use services through this node.
     pub names: BTreeSet<String>,
-    /// Between which, and the tunnel, packets go past the host's stack. None: nothing does.
+    /// Pods': where policy is enforced, and between which, and the tunnel, packets go past the host's stack. None:
+    /// nothing does.
     pub pods: BTreeSet<NamePattern>,
 }
 
@@ -69,14 +70,23 @@ impl Wanted {
     }
 }
 
+/// What is told of interfaces, by whoever holds it at the time.
+#[derive(Debug, Clone)]
+pub struct Programs {
+    /// Services, and redirection.
+    pub services: Arc<Mutex<Services>>,
+    /// Policy.
+    pub enforcer: Arc<Mutex<Enforcer>>,
+}
+
 /// Keeps the programs on the interfaces of these names, whatever index they have, and on the tunnel's,
-/// until `stop`. The programs leave with the last reference to `services`.
+/// until `stop`. They leave with the last reference to `programs`.
 ///
 /// # Errors
 ///
 /// If the kernel tells no changes any more; what it refuses is told, and tried again.
 pub async fn keep_interfaces(
-    services: Arc<Mutex<Services>>,
+    programs: Programs,
     (tunnel, tunnel_name): (IfIndex, String),
     Wanted { names, pods }: Wanted,
     netlink: Netlink,
@@ -92,7 +102,7 @@ pub async fn keep_interfaces(
         }
         let here = found.values().flatten();
         let here: BTreeMap<_, _> = here.map(|found| (found.index, found.header)).collect();
-        let results = attach(&services, tunnel, attached, here).await?;
+        let results = attach(&programs.services, tunnel, attached, here).await?;
         let all = results.iter().filter(|(_, result)| result.is_ok());
         attached = all.map(|(&index, _)| index).collect();
         let served = found.into_iter().map(|(name, found)| {
@@ -108,7 +118,7 @@ pub async fn keep_interfaces(
             served.insert(tunnel_name.clone(), refused);
         }
         if !pods.is_empty() {
-            served.extend(redirect(&services, &netlink, &pods, tunnel).await?);
+            served.extend(keep_pods(&programs, &netlink, &pods, tunnel).await?);
         }
         tell(&told, served.clone());
         let retry = Instant::now() + RETRY;
@@ -188,52 +198,102 @@ async fn attach(
     Ok(results.await?)
 }
 
-/// Tells the programs how packets are handed on now. Returns what cannot be.
-async fn redirect(
-    services: &Arc<Mutex<Services>>,
+/// Enforces policy at the pods' interfaces that are there already.
+///
+/// # Errors
+///
+/// If the kernel does not say which interfaces there are.
+pub async fn guard_pods(
+    enforcer: &Arc<Mutex<Enforcer>>,
+    netlink: &Netlink,
+    pods: &BTreeSet<NamePattern>,
+    tunnel: IfIndex,
+) -> anyhow::Result<()> {
+    let Found { pods, .. } = find_pods(netlink, pods, tunnel).await?.1;
+    let enforcer = Arc::clone(enforcer);
+    let guarded = task::spawn_blocking(move || {
+        let mut enforcer = enforcer.lock().unwrap_or_else(PoisonError::into_inner);
+        enforcer.guard_pods(pods);
+    });
+    Ok(guarded.await?)
+}
+
+async fn find_pods(
+    netlink: &Netlink,
+    pods: &BTreeSet<NamePattern>,
+    tunnel: IfIndex,
+) -> anyhow::Result<(Forwarding, Found)> {
+    let forwarding = netlink.forwarding().await;
+    let forwarding = forwarding.context("read how packets are handed on")?;
+    let found = redirect::redirects(&forwarding, pods, Some(tunnel), forwards);
+    Ok((forwarding, found))
+}
+
+/// Tells the programs which interfaces are pods' and how packets are handed on now: policy before redirection, which
+/// goes past what policy does not see. Returns what cannot be.
+async fn keep_pods(
+    programs: &Programs,
     netlink: &Netlink,
     pods: &BTreeSet<NamePattern>,
     tunnel: IfIndex,
 ) -> anyhow::Result<AllServed> {
-    let forwarding = netlink.forwarding().await;
-    let forwarding = forwarding.context("read how packets are handed on")?;
+    let (forwarding, found) = find_pods(netlink, pods, tunnel).await?;
     let Found {
-        redirects,
+        pods,
+        mut redirects,
         problems,
-    } = redirect::redirects(&forwarding, pods, Some(tunnel), forwards);
-    let services = Arc::clone(services);
-    let report = task::spawn_blocking(move || {
+    } = found;
+    let Programs { services, enforcer } = programs.clone();
+    let told = task::spawn_blocking(move || {
+        let mut enforcer = enforcer.lock().unwrap_or_else(PoisonError::into_inner);
+        let unguarded = enforcer.guard_pods(pods);
+        drop(enforcer);
+        let links = &mut redirects.links;
+        links.retain(|index, _| !unguarded.contains_key(&IfIndex(*index)));
         let mut services = services.lock().unwrap_or_else(PoisonError::into_inner);
-        services.redirect(&redirects)
+        (unguarded, services.redirect(&redirects))
     });
-    let mut said: Vec<(String, String)> = problems.into_iter().collect();
-    match report.await? {
+    let (unguarded, report) = told.await?;
+    let name = |index: IfIndex| {
+        let found = forwarding.links.get(&index);
+        found.map_or_else(|| index.to_string(), |link| link.name.clone())
+    };
+    let not_redirected = |problem| format!("packets are not redirected: {problem}");
+    let problems = problems.into_iter();
+    let mut said: Vec<(String, String)> = problems
+        .map(|(name, problem)| (name, not_redirected(problem)))
+        .collect();
+    let unguarded = unguarded.into_iter();
+    said.extend(unguarded.map(|(index, problem)| {
+        let problem = format!("policy does not see its packets: {problem}");
+        (name(index), problem)
+    }));
+    match report {
         Ok(report) => {
             if report.attached > 0 {
                 tracing::info!(interfaces = report.attached, "packets are redirected");
             }
-            let name = |index: NonZeroU32| {
-                let mut links = forwarding.links.iter();
-                let found = links.find(|(link, _)| link.0 == index);
-                found.map_or_else(|| index.to_string(), |(_, link)| link.name.clone())
-            };
             let failed = report.failed.iter();
-            said.extend(failed.map(|(&index, error)| (name(index), chain(error))));
+            said.extend(failed.map(|(&index, error)| {
+                let problem = not_redirected(chain(error));
+                (name(IfIndex(index)), problem)
+            }));
             if report.left_out > 0 {
                 let problem = format!("{} have no room, or too many routes", report.left_out);
-                said.push((ALL_PODS.to_owned(), problem));
+                said.push((ALL_PODS.to_owned(), not_redirected(problem)));
             }
         }
-        Err(error) => said.push((ALL_PODS.to_owned(), chain(&error))),
+        Err(error) => said.push((ALL_PODS.to_owned(), not_redirected(chain(&error)))),
     }
-    let refused = |problem| Served {
-        attached: false,
-        problem: Some(format!("packets are not redirected: {problem}")),
-    };
-    let said = said.into_iter();
-    Ok(said
-        .map(|(name, problem)| (name, refused(problem)))
-        .collect())
+    let mut problems = AllServed::new();
+    for (name, problem) in said {
+        let one = &mut problems.entry(name).or_default().problem;
+        *one = Some(match one.take() {
+            Some(before) => format!("{before}; {problem}"),
+            None => problem,
+        });
+    }
+    Ok(problems)
 }
 
 fn report(

@@ -4,7 +4,7 @@
 //! comes: at the start they are filled from the snapshot on the disk before the device is up.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -43,6 +43,8 @@ pub struct Enforcer {
     /// Otherwise the configuration says that nothing is enforced here.
     wanted: bool,
     programs: Option<kernel::Policy>,
+    /// Pods' own interfaces, as far as is known.
+    pods: BTreeSet<IfIndex>,
     /// What the kernel refused.
     refused: Option<String>,
 }
@@ -69,8 +71,45 @@ impl Enforcer {
             tunnel,
             wanted,
             programs: None,
+            pods: BTreeSet::new(),
             refused: None,
         }
+    }
+
+    /// From now on `pods` are the interfaces that lead into one each: all their packets are judged, while there is
+    /// anything to enforce. Returns those where they are not, and why. It takes system calls; to be called whenever an
+    /// interface has changed.
+    pub fn guard_pods(&mut self, pods: BTreeSet<IfIndex>) -> BTreeMap<IfIndex, String> {
+        self.pods = pods;
+        self.attach_pods()
+    }
+
+    fn attach_pods(&mut self) -> BTreeMap<IfIndex, String> {
+        let Some(programs) = &mut self.programs else {
+            return BTreeMap::new();
+        };
+        let wanted = self.pods.iter().map(|index| index.0).collect();
+        let report = match programs.attach_pods(&wanted) {
+            Ok(report) => report,
+            Err(error) => {
+                let all = self.pods.iter();
+                return all.map(|&index| (index, chain(&error))).collect();
+            }
+        };
+        if report.attached > 0 {
+            tracing::info!(
+                interfaces = report.attached,
+                "policies are enforced at pods' interfaces"
+            );
+        }
+        let failed = report.failed.iter();
+        let failed = failed.map(|(&index, error)| (IfIndex(index), chain(error)));
+        let left_out = report.left_out.into_iter();
+        let left_out = left_out.map(|index| {
+            let problem = format!("there is room for {} interfaces", kernel::PODS_MAX);
+            (IfIndex(index), problem)
+        });
+        failed.chain(left_out).collect()
     }
 
     /// Enforces what `snapshot` says. It takes system calls.
@@ -84,8 +123,7 @@ impl Enforcer {
         if !self.wanted || (!changed && self.refused.is_none()) {
             return Ok(());
         }
-        let tables = self.compiler.tables();
-        if !tables.enforced {
+        if !self.compiler.tables().enforced {
             self.refused = None;
             if self.programs.take().is_some() {
                 tracing::info!("there are no policies for this node any more");
@@ -97,19 +135,27 @@ impl Enforcer {
             Some(programs) => programs,
             none => none.insert(kernel::Policy::load()?),
         };
-        let applied = programs.apply(&convert(tables));
+        let applied = programs.apply(&convert(self.compiler.tables()));
         // After the tables: what comes before them passes as it did until now.
         programs.attach_tunnel(self.tunnel.0)?;
-        let left_out = tables.left_out;
+        let unguarded = self.attach_pods();
+        let left_out = self.compiler.tables().left_out;
         if !left_out.is_nothing() {
             tracing::warn!(?left_out, "the policy tables are full: judged strictly");
         }
         if fresh {
             tracing::info!("policies are enforced");
         }
-        self.refused = applied.err().map(|error| chain(&error));
+        let refused = applied.err();
+        let refused = refused.map(|error| format!("{}: what is missing is denied", chain(&error)));
+        self.refused = refused.or_else(|| {
+            let (index, problem) = unguarded.into_iter().next()?;
+            Some(format!(
+                "policy does not see the packets of interface {index}: {problem}"
+            ))
+        });
         if let Some(problem) = &self.refused {
-            tracing::warn!(%problem, "policy is not complete in the kernel: what is missing is denied");
+            tracing::warn!(%problem, "policy is not complete in the kernel");
         }
         Ok(())
     }
@@ -128,9 +174,7 @@ impl Enforcer {
                 left_out.addresses, left_out.pairs
             ));
         }
-        if let Some(refused) = &self.refused {
-            problems.push(format!("{refused}: what is missing is denied"));
-        }
+        problems.extend(self.refused.clone());
         let mut report = Report {
             enforced: self.programs.is_some(),
             problems,

@@ -1,5 +1,5 @@
-//! Between which interfaces packets go past the host's stack: what the configuration names, as far as the kernel hands
-//! packets on there in a way that the programs know.
+//! Which interfaces are pods', and between which of them packets go past the host's stack: what the configuration names,
+//! as far as the kernel hands packets on there in a way that the programs know.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -37,9 +37,11 @@ impl NamePattern {
 /// What [`redirects`] found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Found {
+    /// Pods' own interfaces, at which policy is enforced.
+    pub pods: BTreeSet<IfIndex>,
     /// To be told to the programs.
     pub redirects: Redirects,
-    /// Interfaces that are meant but cannot be redirected to, by name.
+    /// Interfaces that are meant but cannot be redirected to, or are no pod's, by name.
     pub problems: BTreeMap<String, String>,
 }
 
@@ -57,7 +59,10 @@ pub fn redirects(
         let kind = if Some(index) == tunnel {
             Ok(RedirectKind::Tunnel)
         } else if pods.iter().any(|pattern| pattern.matches(&link.name)) {
-            pod(link)
+            let pod = pod(link).inspect(|_| {
+                found.pods.insert(index);
+            });
+            pod.map_err(|problem| format!("{problem}; policy does not see its packets"))
         } else {
             continue;
         };

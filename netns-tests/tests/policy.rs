@@ -3,13 +3,13 @@
 use std::{
     fs,
     io::{Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::atomic::{AtomicU8, Ordering},
     time::Duration,
 };
 
 use anyhow::{Result, bail, ensure};
-use netns_tests::{mesh::Mesh, tool};
+use netns_tests::{mesh::Mesh, node::Node, tool};
 use serde_json::Value;
 
 /// Until a manifest is in force on both nodes.
@@ -69,9 +69,13 @@ fn silent(from: &mut TcpStream, to: &mut TcpStream) -> Result<()> {
 }
 
 fn counted(mesh: &Mesh, node: &str, counter: &str) -> Result<u64> {
+    number(mesh, node, &format!("/policy_packets/{counter}"))
+}
+
+fn number(mesh: &Mesh, node: &str, pointer: &str) -> Result<u64> {
     let status = mesh.status(node)?;
-    let count = status.pointer(&format!("/policy_packets/{counter}"));
-    Ok(count.and_then(Value::as_u64).unwrap_or_default())
+    let number = status.pointer(pointer).and_then(Value::as_u64);
+    Ok(number.unwrap_or_default())
 }
 
 fn restart(mesh: &Mesh, node: &str, lines: &str) -> Result<()> {
@@ -171,4 +175,210 @@ fn the_receiver_enforces_what_the_sender_does_not_also_without_the_controller() 
         connect(&mesh, A, B, OTHER_PORT)
     })?;
     Ok(())
+}
+
+/// Packets past the host's stack at every interface of a pod.
+const PODS: &str = "pod_interfaces = [\"pod-*\"]\n";
+
+/// A pod and how it is linked to its node.
+struct Pod {
+    node: Node,
+    /// By both families.
+    addresses: [IpAddr; 2],
+}
+
+impl Pod {
+    /// As a CNI plug-in makes it; its addresses end with `number`.
+    fn new(mesh: &Mesh, on: &str, name: &str, number: u8) -> Result<Self> {
+        let site = if on == A { 1 } else { 2 };
+        let (host, node) = (mesh.node(on)?, mesh.lab().add_node(name)?);
+        let port = format!("pod-{name}");
+        mesh.lab().veth(&node, "eth0", &host, &port)?;
+        let gateways = [format!("10.244.{site}.1"), format!("fd44:{site}::1")];
+        let addresses = [
+            format!("10.244.{site}.{number}"),
+            format!("fd44:{site}::{number}"),
+        ];
+        let (mut there, mut here) = (String::new(), String::new());
+        for (gateway, address) in gateways.iter().zip(&addresses) {
+            let nodad = if address.contains(':') { " nodad" } else { "" };
+            there +=
+                &format!("addr add {gateway} dev {port}{nodad}\nroute add {address} dev {port}\n");
+            here += &format!(
+                "addr add {address} dev eth0{nodad}\nroute add default via {gateway} dev eth0 onlink\n"
+            );
+        }
+        tool::ip(host.netns(), &there)?;
+        tool::ip(node.netns(), &here)?;
+        let [v4, v6] = addresses;
+        let addresses = [v4.parse()?, v6.parse()?];
+        Ok(Self { node, addresses })
+    }
+
+    /// As the manifest says.
+    fn manifest(&self, on: &str, name: &str) -> String {
+        let [v4, v6] = self.addresses;
+        format!(
+            "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, labels: {{app: {name}}}}}\nspec: \
+             {{nodeName: {on}, containers: []}}\nstatus: {{podIP: {v4}, podIPs: [{{ip: {v4}}}, {{ip: \"{v6}\"}}]}}\n"
+        )
+    }
+
+    fn listen(&self, address: IpAddr) -> Result<TcpListener> {
+        Ok(self.node.enter(|| TcpListener::bind((address, PORT)))??)
+    }
+
+    fn socket(&self, address: IpAddr) -> Result<UdpSocket> {
+        let socket = self.node.enter(|| UdpSocket::bind((address, PORT)))??;
+        socket.set_read_timeout(Some(ANSWER_LIMIT))?;
+        Ok(socket)
+    }
+
+    fn connect(&self, to: IpAddr) -> Result<TcpStream> {
+        let to = SocketAddr::new(to, PORT);
+        Ok(self
+            .node
+            .enter(|| TcpStream::connect_timeout(&to, ANSWER_LIMIT))??)
+    }
+}
+
+/// A datagram there and one back.
+fn ask(from: &UdpSocket, to: &UdpSocket) -> Result<()> {
+    let mut bytes = [0; 1];
+    from.send_to(b"?", to.local_addr()?)?;
+    let (_, asked_by) = to.recv_from(&mut bytes)?;
+    ensure!(asked_by == from.local_addr()?, "as {asked_by}");
+    to.send_to(b"!", asked_by)?;
+    from.recv_from(&mut bytes)?;
+    Ok(())
+}
+
+/// The mesh knows where pods are; with more manifests about them.
+fn tell_of_pods(mesh: &Mesh, text: &str) -> Result<()> {
+    let path = mesh.manifests().join("mesh.yaml");
+    let nodes = fs::read_to_string(&path)?;
+    let own = [
+        "overlayIPv4: 100.96.1.1\n",
+        "prefixes: [\"fd42:b1::/64\"]\n",
+    ];
+    ensure!(own.iter().all(|own| nodes.contains(own)), "{nodes}");
+    let prefixes = |site| format!("prefixes: [\"10.244.{site}.0/24\", \"fd44:{site}::/64\"]\n");
+    let nodes = nodes.replace(own[0], &format!("{}  {}", own[0], prefixes(1)));
+    fs::write(&path, nodes.replace(own[1], &prefixes(2)))?;
+    Ok(fs::write(mesh.manifests().join("pods.yaml"), text)?)
+}
+
+/// What `db` receives.
+fn ingress(mesh: &Mesh, rules: &str) -> Result<()> {
+    let text = format!(
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: db, namespace: shop}}\nspec:\n  \
+         podSelector: {{matchLabels: {{app: db}}}}\n  ingress: {rules}\n"
+    );
+    Ok(fs::write(mesh.manifests().join("policy.yaml"), text)?)
+}
+
+/// How often packets went past the stack into the tunnel, and into pods.
+fn redirected(mesh: &Mesh, node: &str) -> Result<[u64; 2]> {
+    let count = |counter| number(mesh, node, &format!("/service_packets/redirect_{counter}"));
+    Ok([count("to_tunnel")?, count("to_pod")?])
+}
+
+#[test]
+fn pods_of_two_nodes_speak_past_both_stacks_and_policy_is_enforced_at_the_pods() -> Result<()> {
+    let mesh = Mesh::two_sites()?;
+    for node in [A, B] {
+        let node = mesh.node(node)?;
+        node.sysctl("net/ipv4/ip_forward", "1")?;
+        node.sysctl("net/ipv6/conf/all/forwarding", "1")?;
+    }
+    let web = Pod::new(&mesh, A, "web", 5)?;
+    let db = Pod::new(&mesh, B, "db", 5)?;
+    let near = Pod::new(&mesh, B, "near", 6)?;
+    let pods = [
+        web.manifest(A, "web"),
+        db.manifest(B, "db"),
+        near.manifest(B, "near"),
+    ];
+    tell_of_pods(&mesh, &pods.concat())?;
+    for node in [A, B] {
+        restart(&mesh, node, PODS)?;
+    }
+    let mut flows = Vec::new();
+    for (own, other) in web.addresses.into_iter().zip(db.addresses) {
+        let listener = db.listen(other)?;
+        let mut client = tool::eventually("a path", SOON, || web.connect(other))?;
+        let (mut server, from) = listener.accept()?;
+        ensure!(from.ip() == own, "{from}");
+        let sockets = (web.socket(own)?, db.socket(other)?);
+        // Once both ends redirect, nothing else hands packets on.
+        tool::eventually("both ends redirect", SOON, || {
+            for (from, to) in [(A, B), (B, A)] {
+                let before = (redirected(&mesh, from)?[0], redirected(&mesh, to)?[1]);
+                for _ in 0..10 {
+                    talk(&mut client, &mut server)?;
+                    talk(&mut server, &mut client)?;
+                    ask(&sockets.0, &sockets.1)?;
+                }
+                let now = (redirected(&mesh, from)?[0], redirected(&mesh, to)?[1]);
+                ensure!(
+                    now.0 >= before.0 + 20 && now.1 >= before.1 + 20,
+                    "{before:?} {now:?}"
+                );
+            }
+            Ok(())
+        })?;
+        flows.push((listener, client, server, sockets, other));
+    }
+
+    ingress(&mesh, "[]")?;
+    for (listener, client, server, (asking, asked), other) in &mut flows {
+        tool::eventually("the open flow is cut", SOON, || silent(client, server))?;
+        silent(server, client)?;
+        ensure!(ask(asking, asked).is_err());
+        // Pods of its own node as well, and not the node.
+        for pod in [&web, &near] {
+            let refused = pod.connect(*other);
+            ensure!(refused.is_err(), "{refused:?}");
+        }
+        let at = SocketAddr::new(*other, PORT);
+        let host = mesh.node(B)?;
+        host.enter(|| TcpStream::connect_timeout(&at, ANSWER_LIMIT))??;
+        listener.accept()?;
+    }
+    for counter in ["denied", "flow_ended", "own_node"] {
+        ensure!(counted(&mesh, B, counter)? > 0, "{counter}");
+    }
+    let events = mesh.status(B)?;
+    let events = events.pointer("/policy_events").map(Value::to_string);
+    let events = events.unwrap_or_default();
+    ensure!(
+        events.contains("denied by NetworkPolicy shop/db"),
+        "{events}"
+    );
+
+    let web_by_tcp = format!(
+        "[{{from: [{{podSelector: {{matchLabels: {{app: web}}}}}}], ports: [{{port: {PORT}}}]}}]"
+    );
+    ingress(&mesh, &web_by_tcp)?;
+    let before = redirected(&mesh, B)?[1];
+    for (listener, client, server, (asking, asked), other) in &mut flows {
+        tool::eventually("the open flow goes on", SOON, || talk(client, server))?;
+        talk(server, client)?;
+        ensure!(ask(asking, asked).is_err(), "UDP is not allowed");
+        let refused = near.connect(*other);
+        ensure!(refused.is_err(), "{refused:?}");
+        web.connect(*other)?;
+        listener.accept()?;
+    }
+    ensure!(
+        redirected(&mesh, B)?[1] > before,
+        "what may pass goes past the stack"
+    );
+    ensure!(counted(&mesh, B, "spoofed")? == 0);
+    for node in [A, B] {
+        let problems = mesh.status(node)?;
+        let problems = problems.pointer("/problems").map(Value::to_string);
+        ensure!(!problems.unwrap_or_default().contains("pod-"), "{node}");
+    }
+    mesh.all_run()
 }

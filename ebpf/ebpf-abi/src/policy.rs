@@ -18,10 +18,15 @@ limits! {
     /// Port prefixes of all rule sets: 2,000 sets of one range at its worst, 30 prefixes. Allocated
     /// as they are written: 65,536 × 2 × 64 bytes, 8 MiB at most.
     POLICY_PORTS_MAX = 65_536;
-    /// Flows that were let pass, so that their answers are: 110 pods with 500 each are 55,000.
+    /// Flows that were let pass, so that their answers are: 110 pods with 500 each are 55,000. One between
+    /// two pods of this node is two: each end judges for itself.
     /// The least recently used goes first: what its opener sends next is judged as a new flow, and
     /// so is what the other end sends. 65,536 × 128 bytes: 8 MiB, always.
     POLICY_FLOWS_MAX = 65_536;
+    /// Pods' interfaces: the kubelet starts 110 pods unless told otherwise, and large nodes are told
+    /// 500. Policy does not see the packets of those beyond it, and the status says so. 4,096 × 64 bytes and
+    /// 64 KiB of buckets: 320 KiB at most.
+    POLICY_PODS_MAX = 4_096;
     /// What waits for user space: 64 KiB, 1,000 events. A full one loses events, never packets.
     POLICY_EVENTS_BYTES = 65_536;
     /// At most one event so often on each processor: 100 a second.
@@ -51,6 +56,8 @@ layouts! {
         enforced: u32,
         /// Another one: open flows are judged again.
         generation: u32,
+        /// The index of the tunnel's interface; 0: there is none.
+        tunnel: u32,
     }
 
     /// The classes of a flow's ends.
@@ -156,5 +163,9 @@ counters! {
         Malformed = "malformed",
         /// What a link needs, as ARP and neighbour discovery: passed.
         Control = "control",
+        /// Between a pod and its own node: passed.
+        OwnNode = "own_node",
+        /// From or to a pod's interface, by whom the node's routes do not lead to its source: dropped.
+        Spoofed = "spoofed",
     }
 }

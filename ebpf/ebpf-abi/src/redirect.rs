@@ -63,7 +63,8 @@ counters! {
         Gone = "gone",
         /// To the node itself, or where the stack alone knows the way: left to it.
         Elsewhere = "elsewhere",
-        /// With options, link-local, marked by somebody, tagged, or not IP: left to the stack.
+        /// With options, link-local, marked by somebody, tagged, not IP, or from the tunnel to clients that are served
+        /// by packet: left to the stack.
         Other = "other",
         /// The kernel refused a change to the packet: dropped, it may be half changed.
         ChangeFailed = "change_failed",

@@ -9,6 +9,7 @@
 mod cgroup;
 mod connects;
 mod leftover;
+mod order;
 mod packets;
 mod pins;
 mod plan;

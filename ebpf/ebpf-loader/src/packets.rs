@@ -12,9 +12,7 @@ use std::{
 use aya::{
     Ebpf,
     maps::{Array, LpmTrie, Map, MapData, MapError, lpm_trie::Key, xdp::XdpMapError},
-    programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType, links::FdLink, tc::TcAttachOptions,
-    },
+    programs::{ProgramError, SchedClassifier, TcAttachType, links::FdLink},
 };
 use ebpf_abi::{
     KEPT_PREFIXES_MAX, KeptPrefix, MASQUERADE_PORT_FIRST, PacketCounter, SocketAddress,
@@ -27,7 +25,7 @@ use rustix::{
 use crate::{
     LoadError, Services, absent_is_gone,
     leftover::prefix,
-    missing, no_link,
+    missing, no_link, order,
     pins::{Keeper, KeptLink},
     program, redirect, rejected,
 };
@@ -161,6 +159,9 @@ pub enum InterfaceError {
     /// The kernel refused a change of the routes that redirected packets follow.
     #[error("cannot write where packets are redirected to")]
     Redirect(#[from] XdpMapError),
+    /// The kernel refused to let the programs of policy know the interface.
+    #[error("cannot write which interfaces policy knows")]
+    Policy(#[source] XdpMapError),
 }
 
 impl Services {
@@ -364,8 +365,7 @@ pub(crate) fn is_attached(
     own.is_ok_and(|own| there.is_ok_and(|(_, programs)| programs.iter().any(|one| one.id() == own)))
 }
 
-/// Puts the program in the place of the one that an earlier process left there, else before all others;
-/// what clients' packets become that come by the tunnel, after them.
+/// Puts the program in the place of the one that an earlier process left there, else where it belongs.
 fn attach(
     ebpf: &mut Ebpf,
     keeper: &mut Keeper,
@@ -381,15 +381,7 @@ fn attach(
     {
         return Ok(keeper.claim(&pin, link));
     }
-    let program = program::<SchedClassifier>(ebpf, name)?;
-    // What comes by the tunnel is judged by policy before anything changes it.
-    let order = match name {
-        "hf_entering" => LinkOrder::last(),
-        _ => LinkOrder::first(),
-    };
-    let options = TcAttachOptions::TcxOrder(order);
-    let link = program.attach_with_options(interface, direction, options)?;
-    let link = program.take_link(link)?;
+    let link = order::attach(ebpf, name, interface, direction)?;
     keeper.keep(&pin, link.try_into().map_err(no_link)?)
 }
 

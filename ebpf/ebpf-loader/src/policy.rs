@@ -1,4 +1,4 @@
-//! Policy in the kernel: who may speak with whom, at the tunnel's interface.
+//! Policy in the kernel: who may speak with whom, at the tunnel's interface and at pods'.
 //!
 //! An object of its own, with its own maps: nodes without policies do not load it. What the maps do
 //! not have does not pass, so that nothing that was denied passes while they are written: a new
@@ -7,38 +7,49 @@
 //! classes that meet for the first time.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     net::{IpAddr, SocketAddr},
     num::NonZeroU32,
 };
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, HashMap, LpmTrie, MapData, MapError, RingBuf, lpm_trie::Key},
-    programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
-        tc::{SchedClassifierLink, TcAttachOptions},
+    maps::{
+        Array, HashMap, LpmTrie, MapData, MapError, RingBuf,
+        lpm_trie::Key,
+        xdp::{DevMapHash, XdpMapError},
     },
+    programs::{ProgramError, SchedClassifier, TcAttachType, tc::SchedClassifierLink},
 };
 use ebpf_abi::{
     POLICY_ADDRESSES_MAX, POLICY_ALLOWED, POLICY_AUDITED, POLICY_DECIDER_BIT, POLICY_IN,
-    POLICY_OUT, POLICY_PAIRS_MAX, POLICY_PORTS_MAX, POLICY_PROTOCOL_OTHER, PolicyCounter,
-    PolicyEvent, PolicyPair, PolicyPairRules, PolicyPort, PolicyState, SocketAddress,
+    POLICY_OUT, POLICY_PAIRS_MAX, POLICY_PODS_MAX, POLICY_PORTS_MAX, POLICY_PROTOCOL_OTHER,
+    PolicyCounter, PolicyEvent, PolicyPair, PolicyPairRules, PolicyPort, PolicyState,
+    SocketAddress,
 };
 use rustix::io::Errno;
 
 use crate::{
-    LoadError, absent_is_gone, check_capabilities,
+    LoadError, absent_is_gone, check_capabilities, order,
     packets::{InterfaceError, interface_name, is_attached, key},
     program, rejected, sums, take_map,
 };
 
 const COUNTERS: &str = "hf_pol_counters";
 
+/// By name, and where they belong.
+type Programs = [(&'static str, TcAttachType); 2];
+
 /// Next to the wire on both ways: what other programs make of a packet is nobody's but this node's.
-const PROGRAMS: [(&str, TcAttachType); 2] = [
+const FOR_TUNNEL: Programs = [
     ("hf_policy_in", TcAttachType::Ingress),
     ("hf_policy_out", TcAttachType::Egress),
+];
+
+/// Between the services' programs and all others.
+const FOR_PODS: Programs = [
+    ("hf_policy_from", TcAttachType::Ingress),
+    ("hf_policy_to", TcAttachType::Egress),
 ];
 
 /// Prefixes with a class that [`Policy::apply`] takes.
@@ -50,6 +61,9 @@ pub const PAIRS_MAX: usize = POLICY_PAIRS_MAX as usize;
 /// Port prefixes.
 pub const PORTS_MAX: usize = POLICY_PORTS_MAX as usize;
 
+/// Pods' interfaces that [`Policy::attach_pods`] takes.
+pub const PODS_MAX: usize = POLICY_PODS_MAX as usize;
+
 /// Events that are kept for whoever asks: a page of them.
 pub const EVENTS_KEPT_MAX: usize = 64;
 
@@ -60,6 +74,15 @@ pub enum Direction {
     In,
     /// It calls.
     Out,
+}
+
+/// Where packets are looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum At {
+    /// The tunnel's interface.
+    Tunnel,
+    /// The node's end of a pod's own.
+    Pod,
 }
 
 /// What becomes of packets.
@@ -167,6 +190,17 @@ pub struct ApplyReport {
     pub removed: usize,
 }
 
+/// What [`Policy::attach_pods`] did.
+#[derive(Debug, Default)]
+pub struct PodsReport {
+    /// Interfaces at which the programs were not before.
+    pub attached: usize,
+    /// Interfaces whose packets are not seen, and why.
+    pub failed: BTreeMap<NonZeroU32, InterfaceError>,
+    /// Those for which there is no room.
+    pub left_out: BTreeSet<NonZeroU32>,
+}
+
 /// A packet that was denied, or would be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Event {
@@ -197,11 +231,14 @@ pub struct Policy {
     addresses: LpmTrie<MapData, [u32; 4], u32>,
     pairs: HashMap<MapData, PolicyPair, PolicyPairRules>,
     ports: LpmTrie<MapData, [u8; 8], u32>,
+    pods: DevMapHash<MapData>,
     events: RingBuf<MapData>,
     told: VecDeque<Event>,
     /// What the maps hold.
     installed: Tables,
     generation: u32,
+    tunnel: Option<NonZeroU32>,
+    /// By interface; dropping them detaches the programs.
     links: BTreeMap<NonZeroU32, Vec<SchedClassifierLink>>,
     ebpf: Ebpf,
 }
@@ -226,7 +263,7 @@ impl Policy {
         let mut ebpf = EbpfLoader::new()
             .load(ebpf_programs::POLICY)
             .map_err(|source| rejected("the maps of policy", source))?;
-        for (name, _) in PROGRAMS {
+        for (name, _) in FOR_TUNNEL.into_iter().chain(FOR_PODS) {
             program::<SchedClassifier>(&mut ebpf, name)
                 .and_then(SchedClassifier::load)
                 .map_err(|error| rejected(name, error.into()))?;
@@ -236,10 +273,12 @@ impl Policy {
             addresses: take_map(&mut ebpf, "hf_pol_addrs", LpmTrie::try_from)?,
             pairs: take_map(&mut ebpf, "hf_pol_pairs", HashMap::try_from)?,
             ports: take_map(&mut ebpf, "hf_pol_ports", LpmTrie::try_from)?,
+            pods: take_map(&mut ebpf, "hf_pol_pods", DevMapHash::try_from)?,
             events: take_map(&mut ebpf, "hf_pol_events", RingBuf::try_from)?,
             told: VecDeque::new(),
             installed: Tables::default(),
             generation: 0,
+            tunnel: None,
             links: BTreeMap::new(),
             ebpf,
         })
@@ -253,27 +292,67 @@ impl Policy {
     ///
     /// [`InterfaceError`]; nothing stays attached.
     pub fn attach_tunnel(&mut self, index: NonZeroU32) -> Result<bool, InterfaceError> {
+        if self.tunnel != Some(index) {
+            self.tunnel = Some(index);
+            let written = self.write_state(self.installed.enforced);
+            written.map_err(|source| InterfaceError::Policy(XdpMapError::MapError(source)))?;
+        }
+        self.attach(index, FOR_TUNNEL)
+    }
+
+    /// Judges all that pods send and receive by these interfaces, each a pod's own, and by no others any more: also
+    /// what [`crate::Services::redirect`] hands on past them. Whose an address is, the node's routes say: what a pod
+    /// sends from another one is dropped, and so is what comes to a pod from an address that is behind another of
+    /// these interfaces, or behind the tunnel, than it came by. To be called again whenever an interface has changed:
+    /// also for interfaces that look the same, as an index may have come to another one.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError`] if the kernel does not say which it knows. What it refuses is in the report: call it again.
+    pub fn attach_pods(&mut self, wanted: &BTreeSet<NonZeroU32>) -> Result<PodsReport, MapError> {
+        let mut report = PodsReport {
+            left_out: wanted.iter().skip(PODS_MAX).copied().collect(),
+            ..PodsReport::default()
+        };
+        let wanted: BTreeSet<_> = wanted.iter().take(PODS_MAX).copied().collect();
+        let tunnel = self.tunnel;
+        self.links
+            .retain(|index, _| Some(*index) == tunnel || wanted.contains(index));
+        let there: Vec<u32> = self.pods.keys().collect::<Result<_, _>>()?;
+        let is_wanted =
+            |index: &u32| NonZeroU32::new(*index).is_some_and(|index| wanted.contains(&index));
+        for index in there.iter().filter(|index| !is_wanted(index)) {
+            absent_is_gone(self.pods.remove(*index))?;
+        }
+        for index in wanted {
+            let known = match there.contains(&index.get()) {
+                true => Ok(()),
+                false => self.pods.insert(index.get(), index.get(), None, 0),
+            };
+            let attached = known.map_err(InterfaceError::Policy);
+            match attached.and_then(|()| self.attach(index, FOR_PODS)) {
+                Ok(is_new) => report.attached += usize::from(is_new),
+                Err(error) => {
+                    report.failed.insert(index, error);
+                }
+            }
+        }
+        Ok(report)
+    }
+
+    fn attach(&mut self, index: NonZeroU32, programs: Programs) -> Result<bool, InterfaceError> {
         let name = interface_name(index)?;
-        let mut all = PROGRAMS.iter();
+        let mut all = programs.iter();
         let there = all.all(|(program, way)| is_attached(&mut self.ebpf, program, &name, *way));
         if there && self.links.contains_key(&index) {
             return Ok(false);
         }
         self.links.remove(&index);
-        let mut links = Vec::with_capacity(PROGRAMS.len());
-        for (program_name, way) in PROGRAMS {
-            let order = match way {
-                TcAttachType::Egress => LinkOrder::last(),
-                TcAttachType::Ingress | TcAttachType::Custom(_) => LinkOrder::first(),
-            };
-            let attached =
-                program::<SchedClassifier>(&mut self.ebpf, program_name).and_then(|program| {
-                    let order = TcAttachOptions::TcxOrder(order);
-                    let link = program.attach_with_options(&name, way, order)?;
-                    program.take_link(link)
-                });
+        let mut links = Vec::with_capacity(programs.len());
+        for (program, way) in programs {
+            let attached = order::attach(&mut self.ebpf, program, &name, way);
             links.push(attached.map_err(|source| InterfaceError::Attach {
-                program: program_name,
+                program,
                 index,
                 source,
             })?);
@@ -287,16 +366,17 @@ impl Policy {
         Ok(true)
     }
 
-    /// What looks at packets of that direction: for the kernel's test run.
+    /// What looks at packets of that direction, as the end on this node sees it: for the kernel's test run.
     ///
     /// # Errors
     ///
     /// None that could happen after [`Self::load`].
-    pub fn program(&self, direction: Direction) -> Result<&SchedClassifier, ProgramError> {
-        let [(incoming, _), (outgoing, _)] = PROGRAMS;
-        let name = match direction {
-            Direction::In => incoming,
-            Direction::Out => outgoing,
+    pub fn program(&self, at: At, direction: Direction) -> Result<&SchedClassifier, ProgramError> {
+        let name = match (at, direction) {
+            (At::Tunnel, Direction::In) => "hf_policy_in",
+            (At::Tunnel, Direction::Out) => "hf_policy_out",
+            (At::Pod, Direction::In) => "hf_policy_to",
+            (At::Pod, Direction::Out) => "hf_policy_from",
         };
         let found = self.ebpf.program(name);
         found
@@ -400,18 +480,22 @@ impl Policy {
 
     fn switch(&mut self, enforced: bool) -> Result<(), ApplyError> {
         self.generation = self.generation.wrapping_add(1);
-        let state = PolicyState {
-            enforced: enforced.into(),
-            generation: self.generation,
-        };
-        let written = self.state.set(0, state, 0);
-        written.map_err(|source| ApplyError {
+        self.write_state(enforced).map_err(|source| ApplyError {
             doing: "write",
             what: "state",
             source,
         })?;
         self.installed.enforced = enforced;
         Ok(())
+    }
+
+    fn write_state(&mut self, enforced: bool) -> Result<(), MapError> {
+        let state = PolicyState {
+            enforced: enforced.into(),
+            generation: self.generation,
+            tunnel: self.tunnel.map_or(0, NonZeroU32::get),
+        };
+        self.state.set(0, state, 0)
     }
 
     fn remove_others(

@@ -15,16 +15,13 @@ use aya::{
         HashMap, LpmTrie, MapData, MapError,
         xdp::{DevMapHash, XdpMapError},
     },
-    programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
-        tc::{SchedClassifierLink, TcAttachOptions},
-    },
+    programs::{SchedClassifier, TcAttachType, tc::SchedClassifierLink},
 };
 use ebpf_abi::{REDIRECTS_MAX, ROUTES_MAX, RedirectCounter, Route};
 use rustix::io::Errno;
 
 use crate::{
-    LinkHeader, LoadError, Services, absent_is_gone,
+    LinkHeader, LoadError, Services, absent_is_gone, order,
     packets::{InterfaceError, interface_name, is_attached, key, map_of},
     program, rejected,
 };
@@ -317,7 +314,6 @@ fn tell_links(
     Ok(failed)
 }
 
-/// Behind all others: what they do to a packet is done before it leaves.
 fn attach(
     ebpf: &mut Ebpf,
     told: &mut Told,
@@ -330,7 +326,7 @@ fn attach(
         return Ok(false);
     }
     told.links.remove(&index);
-    let link = attach_last(ebpf, name, &interface, direction);
+    let link = order::attach(ebpf, name, &interface, direction);
     let link = link.map_err(|source| InterfaceError::Attach {
         program: name,
         index,
@@ -343,16 +339,4 @@ fn attach(
     }
     told.links.insert(index, link);
     Ok(true)
-}
-
-fn attach_last(
-    ebpf: &mut Ebpf,
-    name: &str,
-    interface: &str,
-    direction: TcAttachType,
-) -> Result<SchedClassifierLink, ProgramError> {
-    let program = program::<SchedClassifier>(ebpf, name)?;
-    let last = TcAttachOptions::TcxOrder(LinkOrder::last());
-    let link = program.attach_with_options(interface, direction, last)?;
-    program.take_link(link)
 }

@@ -1,7 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
  * Who may speak with whom: drops what policy denies, where packets leave this node for the mesh and
- * where they come from it. An object of its own: nodes without policies do not load it.
+ * where they come from it, and at pods' own interfaces. An object of its own: nodes without policies
+ * do not load it.
+ *
+ * At a pod's interface packets count as whose address they have only if the node's routes say so. A
+ * packet that redirect.c hands on does not pass the hook of the pod that it goes to: so what one pod
+ * sends to another is judged for both where it comes in. By the stack it comes to the other's hook
+ * as well, which finds the flow as it was decided: nobody knows here what the stack will have made
+ * of the packet.
  *
  * An address has a class, a pair of classes has rules by destination port. A flow that was let
  * pass is remembered, so that its answers pass as well, with the generation of the tables by which
@@ -13,6 +20,12 @@
  * classes that may say anything to each other. Every packet is counted, by what became of it.
  */
 #include "parse.h"
+
+#define AF_INET 2
+#define AF_INET6 10
+
+/* linux/bpf.h before 6.3 does not name it. */
+#define FIB_SKIP_NEIGH (1u << 2)
 
 #define SCTP 132
 #define NS_PER_MS 1000000ll
@@ -72,6 +85,15 @@ struct {
     __uint(max_entries, FRAGMENTED_MAX);
 } hf_pol_frags SEC(".maps");
 
+/* Index to itself, of interfaces with hf_policy_to. The kernel itself takes one out before its index
+ * can come to another interface. */
+struct {
+    __uint(type, BPF_MAP_TYPE_DEVMAP_HASH);
+    __type(key, __u32);
+    __type(value, struct bpf_devmap_val);
+    __uint(max_entries, POLICY_PODS_MAX);
+} hf_pol_pods SEC(".maps");
+
 struct {
     __uint(type, BPF_MAP_TYPE_RINGBUF);
     __uint(max_entries, POLICY_EVENTS_BYTES);
@@ -111,12 +133,21 @@ static __always_inline int drop(__u32 counter)
 
 /* ---- Judging ---- */
 
+static __always_inline bool is_v4(const struct socket_address *address)
+{
+    return !address->ip[0] && !address->ip[1] && address->ip[2] == bpf_htonl(0xffff);
+}
+
+/* Of nobody, if it only says whose it is. */
 static __noinline __u32 class_of(const struct socket_address *address)
 {
     struct kept_prefix key = {.prefix_len = 8 * sizeof(key.ip)};
     __u32 *class;
 
-    __builtin_memcpy(key.ip, address->ip, sizeof(key.ip));
+    if (!address->outside)
+        __builtin_memcpy(key.ip, address->ip, sizeof(key.ip));
+    else if (is_v4(address)) /* 0.0.0.0: anybody's. */
+        key.ip[2] = bpf_htonl(0xffff);
     class = bpf_map_lookup_elem(&hf_pol_addrs, &key);
     return class ? *class : 0; /* 0: the strict one. */
 }
@@ -190,12 +221,12 @@ static __always_inline bool is_over(const struct policy_seen *seen, __u8 protoco
 
 /* What holds for a flow that is remembered. */
 static __always_inline __u32 verdict_now(const struct policy_flow *flow, struct policy_seen *seen,
-                                         const struct policy_state *state, __u64 now_ns)
+                                         __u32 generation, __u64 now_ns)
 {
-    if (seen->generation != state->generation) {
+    if (seen->generation != generation) {
         /* In this order: who reads between the two judges once more. */
         seen->verdict = judge(flow);
-        seen->generation = state->generation;
+        seen->generation = generation;
         if (!(seen->verdict & POLICY_ALLOWED) || (seen->verdict & POLICY_AUDITED))
             tell(flow, seen->verdict, now_ns);
     }
@@ -221,23 +252,23 @@ static __always_inline void turn(const struct policy_flow *flow, struct policy_f
  * counts only where the flow is not remembered. */
 enum opener { THIS, UNKNOWN, OTHER };
 
-static __always_inline enum opener tcp_opener(__u8 flags, const struct policy_flow *flow)
+static __always_inline enum opener tcp_opener(__u8 flags, const struct packet *packet)
 {
     if (flags & TCP_SYN)
         return flags & TCP_ACK ? OTHER : THIS;
     /* From the middle of a flow. Whoever has a port of those that are given out calls. Nobody comes in
      * by lying: without SYN there is no flow. */
-    return bpf_ntohs(flow->from.port) < POLICY_GIVEN_PORT_FIRST &&
-                   bpf_ntohs(flow->to.port) >= POLICY_GIVEN_PORT_FIRST
+    return bpf_ntohs(packet->source.port) < POLICY_GIVEN_PORT_FIRST &&
+                   bpf_ntohs(packet->destination.port) >= POLICY_GIVEN_PORT_FIRST
                ? OTHER
                : UNKNOWN;
 }
 
-static __noinline int on_flow(const struct policy_flow *flow, const struct policy_state *state,
+static __noinline int on_flow(const struct policy_flow *flow, __u32 generation,
                               enum opener opener)
 {
     __u64 now_ns = bpf_ktime_get_ns();
-    struct policy_seen fresh = {.seen_ns = now_ns, .generation = state->generation};
+    struct policy_seen fresh = {.seen_ns = now_ns, .generation = generation};
     __u8 protocol = flow->to.protocol;
     const struct policy_flow *opened = flow;
     struct policy_flow other;
@@ -246,11 +277,11 @@ static __noinline int on_flow(const struct policy_flow *flow, const struct polic
     turn(flow, &other);
     seen = bpf_map_lookup_elem(&hf_pol_flows, flow);
     if (seen && !is_over(seen, protocol, now_ns))
-        return on_known(verdict_now(flow, seen, state, now_ns), POLICY_passed);
+        return on_known(verdict_now(flow, seen, generation, now_ns), POLICY_passed);
     if (opener != THIS) {
         seen = bpf_map_lookup_elem(&hf_pol_flows, &other);
         if (seen && !is_over(seen, protocol, now_ns))
-            return on_known(verdict_now(&other, seen, state, now_ns), POLICY_answered);
+            return on_known(verdict_now(&other, seen, generation, now_ns), POLICY_answered);
     }
     if (opener == OTHER)
         opened = &other;
@@ -329,7 +360,7 @@ static __always_inline void put_fragmented(struct fragmented *key, const struct 
 }
 
 static __noinline int on_later(const struct packet *packet, const struct policy_flow *flow,
-                               const struct policy_state *state)
+                               __u32 generation)
 {
     struct fragmented key = {};
     struct policy_seen *seen;
@@ -337,18 +368,18 @@ static __noinline int on_later(const struct packet *packet, const struct policy_
 
     put_fragmented(&key, packet, flow->direction);
     seen = bpf_map_lookup_elem(&hf_pol_frags, &key);
-    if (seen && seen->generation == state->generation &&
+    if (seen && seen->generation == generation &&
         (__s64)(now_ns - seen->seen_ns) <= (__s64)FRAGMENT_TIMEOUT_S * NS_PER_S)
         return seen->verdict ? pass(POLICY_fragment_passed) : drop(POLICY_fragment_denied);
     return is_free(flow) ? pass(POLICY_fragment_passed) : drop(POLICY_fragment_denied);
 }
 
 static __always_inline void remember_first(const struct packet *packet, __u32 direction,
-                                           const struct policy_state *state, int action)
+                                           __u32 generation, int action)
 {
     struct policy_seen seen = {
         .seen_ns = bpf_ktime_get_ns(),
-        .generation = state->generation,
+        .generation = generation,
         .verdict = action == TC_ACT_UNSPEC,
     };
     struct fragmented key = {};
@@ -371,62 +402,189 @@ static __always_inline bool is_link_control(__u8 type)
     return (type >= 130 && type <= 137) || type == 143;
 }
 
-static __always_inline int on_ip(struct __sk_buff *skb, struct packet *packet, __u32 l3,
-                                 __u32 direction, const struct policy_state *state)
+/* What a packet is to policy. */
+enum what { FLOW, LATER, ERROR, UNCLEAR, CONTROL, MALFORMED };
+
+struct subject {
+    struct packet packet; /* SCTP has ports, too, and echoes their identifier as both. */
+    enum what what;
+    enum opener opener;
+};
+
+static __always_inline enum what read_icmp(struct __sk_buff *skb, struct packet *packet,
+                                           enum opener *opener)
+{
+    __u8 type;
+    __u16 id;
+
+    if (bpf_skb_load_bytes(skb, packet->l4, &type, sizeof(type)))
+        return UNCLEAR;
+    if (packet->v6 && is_link_control(type))
+        return CONTROL;
+    if (is_error(type, packet->v6))
+        return ERROR;
+    if (type == (packet->v6 ? ICMPV6_ECHO : ICMP_ECHO))
+        *opener = THIS;
+    else if (type != (packet->v6 ? ICMPV6_ECHO_REPLY : ICMP_ECHO_REPLY))
+        return FLOW;
+    if (bpf_skb_load_bytes(skb, packet->l4 + ICMP_ID_OFFSET, &id, sizeof(id)))
+        return UNCLEAR;
+    packet->source.port = id;
+    packet->destination.port = id;
+    return FLOW;
+}
+
+static __always_inline enum what read_packet(struct __sk_buff *skb, struct packet *packet,
+                                             __u32 l3, enum opener *opener)
 {
     __u32 parsed = parse(skb, packet, l3);
-    struct policy_flow flow = {};
-    enum opener opener = UNKNOWN;
-    __u16 ports[2] = {};
-    __u8 type = 0;
-    int action;
+    __u16 ports[2];
+    __u8 flags;
 
+    *opener = UNKNOWN;
     if (!(packet->destination.ip[0] | packet->destination.ip[1] | packet->destination.ip[2] |
           packet->destination.ip[3]))
-        return drop(POLICY_malformed);
+        return MALFORMED;
     packet->source.protocol = packet->protocol;
     packet->destination.protocol = packet->protocol;
+    if (parsed == PACKET_truncated || parsed == PACKET_extensions)
+        return UNCLEAR;
+    if (packet->later)
+        return LATER;
+    if (packet->protocol == PROTOCOL_TCP) {
+        if (bpf_skb_load_bytes(skb, packet->l4 + TCP_FLAGS_OFFSET, &flags, sizeof(flags)))
+            return UNCLEAR;
+        *opener = tcp_opener(flags, packet);
+    } else if (packet->protocol == SCTP) {
+        if (bpf_skb_load_bytes(skb, packet->l4, ports, sizeof(ports)))
+            return UNCLEAR;
+        packet->source.port = ports[0];
+        packet->destination.port = ports[1];
+    } else if (packet->protocol == (packet->v6 ? ICMPV6 : ICMP)) {
+        return read_icmp(skb, packet, opener);
+    }
+    return FLOW;
+}
+
+/* What becomes of a packet of an end on this node. Not static: so the verifier looks at it once for
+ * both ends. */
+__noinline int decide(struct __sk_buff *skb, const struct subject *subject, __u32 direction,
+                      __u32 generation)
+{
+    const struct packet *packet;
+    struct policy_flow flow;
+    int action;
+
+    if (!subject)
+        return TC_ACT_SHOT;
+    packet = &subject->packet;
     put_flow(&flow, packet, direction);
     if (same_ip(&flow.from, &flow.to))
         return pass(POLICY_passed);
-    if (parsed == PACKET_truncated || parsed == PACKET_extensions)
+    if (subject->what == LATER)
+        return on_later(packet, &flow, generation);
+    if (subject->what == ERROR)
+        return on_error(skb, &flow, packet->l4 + ICMP_HEADER_LEN, packet->v6);
+    if (subject->what == UNCLEAR)
         return on_unclear(&flow);
-    if (packet->later)
-        return on_later(packet, &flow, state);
-    if (packet->protocol == PROTOCOL_TCP) {
-        if (bpf_skb_load_bytes(skb, packet->l4 + TCP_FLAGS_OFFSET, &type, sizeof(type)))
-            return on_unclear(&flow);
-        opener = tcp_opener(type, &flow);
-    } else if (packet->protocol == SCTP) {
-        if (bpf_skb_load_bytes(skb, packet->l4, ports, sizeof(ports)))
-            return on_unclear(&flow);
-        flow.from.port = ports[0];
-        flow.to.port = ports[1];
-    } else if (packet->protocol == (packet->v6 ? ICMPV6 : ICMP)) {
-        if (bpf_skb_load_bytes(skb, packet->l4, &type, sizeof(type)))
-            return on_unclear(&flow);
-        if (packet->v6 && is_link_control(type))
-            return pass(POLICY_control);
-        if (is_error(type, packet->v6))
-            return on_error(skb, &flow, packet->l4 + ICMP_HEADER_LEN, packet->v6);
-        if (type == (packet->v6 ? ICMPV6_ECHO : ICMP_ECHO))
-            opener = THIS;
-        if (opener == THIS || type == (packet->v6 ? ICMPV6_ECHO_REPLY : ICMP_ECHO_REPLY)) {
-            if (bpf_skb_load_bytes(skb, packet->l4 + ICMP_ID_OFFSET, ports, sizeof(*ports)))
-                return on_unclear(&flow);
-            flow.from.port = ports[0];
-            flow.to.port = ports[0];
-        }
-    }
-    action = on_flow(&flow, state, opener);
+    action = on_flow(&flow, generation, subject->opener);
     if (packet->fragment)
-        remember_first(packet, direction, state, action);
+        remember_first(packet, direction, generation, action);
     return action;
 }
 
-static __always_inline int on_packet(struct __sk_buff *skb, bool ethernet, __u32 direction)
+/* ---- At pods' interfaces ---- */
+
+#define HERE 0       /* This node has the address, or nobody that it knows. */
+#define NOWHERE (~0u) /* The node does not forward there. */
+
+/* By which interface the node sends to an address. */
+static __noinline __u32 home_of(struct __sk_buff *skb, const struct socket_address *address)
 {
-    struct packet packet = {};
+    /* The length: else it would be compared with the interface's MTU. */
+    struct bpf_fib_lookup way = {.ifindex = skb->ifindex, .tot_len = 1};
+    long found;
+
+    if (is_v4(address)) {
+        way.family = AF_INET;
+        way.ipv4_dst = address->ip[3];
+    } else {
+        way.family = AF_INET6;
+        __builtin_memcpy(way.ipv6_dst, address->ip, sizeof(way.ipv6_dst));
+    }
+    found = bpf_fib_lookup(skb, &way, sizeof(way), FIB_SKIP_NEIGH);
+    if (found == BPF_FIB_LKUP_RET_NOT_FWDED)
+        return HERE;
+    return found == BPF_FIB_LKUP_RET_SUCCESS ? way.ifindex : NOWHERE;
+}
+
+static __always_inline bool is_pod(__u32 interface)
+{
+    return bpf_map_lookup_elem(&hf_pol_pods, &interface) != NULL;
+}
+
+/* Who has no other address never leaves the link: the stack forwards nothing of his. */
+static __always_inline bool stays_on_link(const struct socket_address *source)
+{
+    if (is_v4(source))
+        return !source->ip[3];
+    return (source->ip[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000) ||
+           !(source->ip[0] | source->ip[1] | source->ip[2] | source->ip[3]);
+}
+
+static __always_inline int from_pod(struct __sk_buff *skb, const struct subject *subject,
+                                    const struct policy_state *state)
+{
+    const struct packet *packet = &subject->packet;
+    __u32 generation = state->generation, to;
+    int action;
+
+    if (stays_on_link(&packet->source))
+        return pass(POLICY_own_node);
+    if (home_of(skb, &packet->source) != skb->ifindex)
+        return drop(POLICY_spoofed);
+    to = home_of(skb, &packet->destination);
+    if (to == HERE)
+        return pass(POLICY_own_node);
+    action = decide(skb, subject, POLICY_OUT, generation);
+    if (action != TC_ACT_UNSPEC || to == skb->ifindex || !is_pod(to))
+        return action;
+    return decide(skb, subject, POLICY_IN, generation);
+}
+
+static __always_inline int to_pod(struct __sk_buff *skb, struct subject *subject,
+                                  const struct policy_state *state)
+{
+    struct socket_address *source = &subject->packet.source;
+    __u32 by = skb->ingress_ifindex, home;
+
+    if (!by) /* Made by this node. */
+        return pass(POLICY_own_node);
+    if (by == skb->ifindex) /* The pod's own, or the answer that packets.c made of it. */
+        return pass(POLICY_passed);
+    home = home_of(skb, source);
+    if (home != by && (home == state->tunnel || is_pod(home)))
+        return drop(POLICY_spoofed);
+    /* It came from elsewhere and has an address of this node, given to it by somebody's NAT at best. */
+    source->outside = home == HERE;
+    return decide(skb, subject, POLICY_IN, state->generation);
+}
+
+/* ---- Programs ---- */
+
+enum place { FROM_TUNNEL, TO_TUNNEL, FROM_POD, TO_POD };
+
+/* What the stack takes for IP, maybe only behind more tags. */
+static __always_inline bool may_be_ip(__u16 protocol)
+{
+    return protocol == bpf_htons(ETH_P_IP) || protocol == bpf_htons(ETH_P_IPV6) ||
+           protocol == bpf_htons(ETH_P_8021Q) || protocol == bpf_htons(ETH_P_8021AD);
+}
+
+static __always_inline int on_packet(struct __sk_buff *skb, enum place place)
+{
+    bool ethernet = place == FROM_POD || place == TO_POD;
+    struct subject subject = {};
     __u16 protocol = skb->protocol;
     struct policy_state *state;
     __u32 l3 = 0, zero = 0;
@@ -434,24 +592,32 @@ static __always_inline int on_packet(struct __sk_buff *skb, bool ethernet, __u32
     state = bpf_map_lookup_elem(&hf_pol_state, &zero);
     if (!state || !state->enforced)
         return TC_ACT_UNSPEC;
-    if (ethernet) {
+    if (ethernet)
         l3 = skip_ethernet(skb, &protocol);
-        if (!l3)
-            return pass(POLICY_control);
-    }
-    packet.v6 = protocol == bpf_htons(ETH_P_IPV6);
-    if (!packet.v6 && protocol != bpf_htons(ETH_P_IP))
-        return ethernet ? pass(POLICY_control) : drop(POLICY_malformed);
-    return on_ip(skb, &packet, l3, direction, state);
+    subject.packet.v6 = protocol == bpf_htons(ETH_P_IPV6);
+    if ((ethernet && !l3) || (!subject.packet.v6 && protocol != bpf_htons(ETH_P_IP)))
+        return ethernet && !may_be_ip(protocol) ? pass(POLICY_control) : drop(POLICY_malformed);
+    subject.what = read_packet(skb, &subject.packet, l3, &subject.opener);
+    if (subject.what == MALFORMED)
+        return drop(POLICY_malformed);
+    if (subject.what == CONTROL)
+        return pass(POLICY_control);
+    if (place == FROM_POD)
+        return from_pod(skb, &subject, state);
+    if (place == TO_POD)
+        return to_pod(skb, &subject, state);
+    return decide(skb, &subject, place == FROM_TUNNEL ? POLICY_IN : POLICY_OUT,
+                  state->generation);
 }
 
-#define PROGRAM(name, ethernet, direction)          \
-    SEC("classifier")                               \
-    int name(struct __sk_buff *skb)                 \
-    {                                               \
-        return on_packet(skb, ethernet, direction); \
+#define PROGRAM(name, place)         \
+    SEC("classifier")                \
+    int name(struct __sk_buff *skb)  \
+    {                                \
+        return on_packet(skb, place); \
     }
 
-/* For the tunnel's interface. */
-PROGRAM(hf_policy_in, false, POLICY_IN)
-PROGRAM(hf_policy_out, false, POLICY_OUT)
+PROGRAM(hf_policy_in, FROM_TUNNEL)
+PROGRAM(hf_policy_out, TO_TUNNEL)
+PROGRAM(hf_policy_from, FROM_POD)
+PROGRAM(hf_policy_to, TO_POD)

@@ -9,7 +9,7 @@
  * hides a longer one of somebody else. Whether an interface is still there, the kernel says.
  *
  * Egress hooks of the pod's interface are not passed. What has to look at packets into a pod does
- * so in before_pod(), too.
+ * so in before_pod(), too; policy.c did where they came in.
  */
 
 #define TCP_DATA_OFFSET 12 /* The byte with it. */
@@ -163,9 +163,9 @@ static __noinline __u32 find_way(struct __sk_buff *skb, __u32 l3, struct route *
 }
 
 /* All that looks at packets into a pod. Other than TC_ACT_UNSPEC, what becomes of the packet. */
-static __always_inline int before_pod(struct __sk_buff *skb, bool ethernet, const struct route *way)
+static __always_inline int before_pod(struct __sk_buff *skb, const struct route *way)
 {
-    return way->is_served ? on_packet(skb, ethernet, ANSWERS) : TC_ACT_UNSPEC;
+    return way->is_served ? on_packet(skb, true, ANSWERS) : TC_ACT_UNSPEC;
 }
 
 /* One hop less. */
@@ -226,8 +226,14 @@ static __always_inline int redirect(struct __sk_buff *skb, bool ethernet)
         count_redirect(found);
         return TC_ACT_UNSPEC;
     }
+    if (way.is_pod && way.is_served && !ethernet) {
+        /* It may have been for the node until masquerade.c gave it to the pod: policy has yet to judge
+         * it as the pod's. */
+        count_redirect(REDIRECT_other);
+        return TC_ACT_UNSPEC;
+    }
     if (way.is_pod) {
-        verdict = before_pod(skb, ethernet, &way);
+        verdict = before_pod(skb, &way);
         if (verdict != TC_ACT_UNSPEC)
             return verdict; /* And counted. */
     }

@@ -740,3 +740,49 @@ fn numbers_stay_with_what_they_mean() {
     assert!(compiler.update(&Arc::new(snapshot)));
     assert_eq!(class(&before, NODE_C), class(compiler.tables(), NODE_C));
 }
+
+#[test]
+fn pods_of_one_node_are_judged_for_each_of_them_and_the_world_as_well() {
+    const CACHE: &str = "10.2.0.11";
+    let mut snapshot = world();
+    let cache = pod("shop/cache", "b", "app=cache", &[CACHE]);
+    snapshot
+        .policy
+        .pods
+        .insert(cache.name.clone(), cache.into());
+    let sql = [range(IpProtocol::Tcp, 5432, 5432)];
+    let from_cache = from_pods("app=cache", None, &sql);
+    network(&mut snapshot, "shop/db", "app=db", Some(vec![from_cache]));
+    let world = NetworkPeer::Block {
+        cidr: "8.8.0.0/16".parse().unwrap(),
+        except: vec!["8.8.4.0/24".parse().unwrap()],
+    };
+    let policy = NetworkPolicy {
+        name: name("shop/cache"),
+        pods: selector("app=cache"),
+        ingress: None,
+        egress: Some(vec![NetworkRule {
+            peers: vec![world],
+            ports: Vec::new(),
+        }]),
+    };
+    let key = policy.name.clone();
+    snapshot.policy.network.insert(key, policy.into());
+    for (direction, flow, passes) in [
+        // What one end receives is no matter of what the other one may send.
+        (Direction::In, tcp(CACHE, DB, 5432), true),
+        (Direction::Out, tcp(CACHE, DB, 5432), false),
+        (Direction::In, tcp(CACHE, DB, 80), false),
+        (Direction::Out, tcp(DB, CACHE, 80), true),
+        (Direction::In, tcp(DB, CACHE, 80), true),
+        (Direction::In, tcp("8.8.8.8", DB, 5432), false),
+        (Direction::In, tcp("8.8.8.8", CACHE, 80), true),
+        (Direction::Out, tcp(CACHE, "8.8.8.8", 53), true),
+        (Direction::Out, tcp(CACHE, "8.8.4.4", 53), false),
+        (Direction::Out, tcp(CACHE, "9.9.9.9", 53), false),
+        (Direction::In, tcp(NODE_B, DB, 80), true),
+        (Direction::Out, tcp(CACHE, NODE_B, 10250), true),
+    ] {
+        check(&snapshot, "b", direction, flow, passes);
+    }
+}

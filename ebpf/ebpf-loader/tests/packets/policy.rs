@@ -9,6 +9,7 @@ use std::{
 use aya::programs::{TestRun, TestRunOptions};
 use ebpf_abi::PolicyCounter::{self, *};
 use ebpf_loader::policy::{
+    At,
     Direction::{self, In, Out},
     Pair, PairRules, Policy, PortPrefix, Tables, Verdict,
 };
@@ -20,6 +21,7 @@ use crate::{
 };
 
 mod differential;
+mod interfaces;
 
 /// Nobody in particular, this node, and a friend of it.
 const ANYBODY: u32 = 1;
@@ -133,7 +135,7 @@ impl Lab {
             data_in: Some(packet),
             ..TestRunOptions::new()
         };
-        let program = self.policy.program(direction).unwrap();
+        let program = self.policy.program(At::Tunnel, direction).unwrap();
         let ran = program.test_run(options).unwrap();
         match ran.return_value {
             u32::MAX => true, // TC_ACT_UNSPEC: on to the next.
@@ -582,11 +584,17 @@ fn an_update_costs_what_it_changes() {
 #[test]
 fn the_verifier_s_work_is_bounded() {
     let lab = Lab::new();
-    for direction in [In, Out] {
-        let info = lab.policy.program(direction).unwrap().info().unwrap();
+    for (at, direction) in [At::Tunnel, At::Pod]
+        .into_iter()
+        .flat_map(|at| [(at, In), (at, Out)])
+    {
+        let info = lab.policy.program(at, direction).unwrap().info().unwrap();
         let instructions = info.verified_instruction_count().unwrap();
-        println!("{direction:?}: {instructions}");
-        assert!(instructions < 60_000, "{direction:?}: {instructions}");
+        println!("{at:?}, {direction:?}: {instructions}");
+        assert!(
+            instructions < 60_000,
+            "{at:?}, {direction:?}: {instructions}"
+        );
     }
 }
 
@@ -608,7 +616,12 @@ fn a_known_flow_and_a_new_one_are_judged_many_times_over() {
             repeat: TIMES,
             ..TestRunOptions::new()
         };
-        let ran = lab.policy.program(In).unwrap().test_run(options).unwrap();
+        let ran = lab
+            .policy
+            .program(At::Tunnel, In)
+            .unwrap()
+            .test_run(options)
+            .unwrap();
         println!("{name}: {:?} a packet", ran.duration);
     }
     let counted = lab.policy.counters().unwrap();

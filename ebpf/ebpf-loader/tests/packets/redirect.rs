@@ -342,7 +342,7 @@ fn an_interface_that_is_not_there_is_told_and_the_others_are_redirected() {
 }
 
 /// A TUN device of the thread's namespace, gone when it is closed.
-fn tun(name: &str) -> File {
+pub(crate) fn tun(name: &str) -> File {
     #[repr(C)]
     struct Request {
         name: [u8; 16],
@@ -369,7 +369,7 @@ fn tun(name: &str) -> File {
 }
 
 /// The next packet for this address.
-fn read_for(mut tun: &File, address: IpAddr) -> (IpHeaders, Vec<u8>) {
+pub(crate) fn read_for(mut tun: &File, address: IpAddr) -> (IpHeaders, Vec<u8>) {
     let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
         let mut bytes = [0; 2_000];
