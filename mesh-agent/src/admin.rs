@@ -76,6 +76,8 @@ pub struct Facts {
     pub enforcer: Arc<Mutex<Enforcer>>,
     /// Interfaces whose devices use services through this node.
     pub served: watch::Receiver<AllServed>,
+    /// Where health checks of services are not answered that should be.
+    pub health_checks: watch::Receiver<Vec<String>>,
 }
 
 impl Admin {

@@ -221,8 +221,9 @@ async fn start(
         let publisher = publish::keep_services(services, view.clone(), published, stop.clone());
         supervisor.spawn("services", publisher);
     }
+    let (unanswered, health_checks) = watch::channel(Vec::new());
     if services.is_some() {
-        let checks = health::keep_health_checks(view.clone(), stop.clone());
+        let checks = health::keep_health_checks(view.clone(), unanswered, stop.clone());
         supervisor.spawn("health checks", checks);
     }
     if let Some(services) = &services {
@@ -289,6 +290,7 @@ async fn start(
         services: services.clone(),
         services_unkept,
         served,
+        health_checks,
         enforcer,
     };
     let admin = Admin::new(

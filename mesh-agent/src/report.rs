@@ -50,6 +50,7 @@ pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> Status
         let problem = one.problem.as_ref()?;
         Some(format!("interface {name}: {problem}"))
     }));
+    problems.extend(facts.health_checks.borrow().iter().cloned());
     StatusResponse {
         node: driver.name().to_string(),
         public_key: driver.tunnel.node_id().to_string(),

@@ -112,10 +112,16 @@ fn said(mesh: &Mesh) -> Result<(bool, String)> {
     let attached = status.pointer("/service_interfaces/lan0");
     let attached = attached.and_then(Value::as_bool);
     let attached = attached.with_context(|| format!("no lan0: {status}"))?;
-    let problems = status.pointer("/problems").and_then(Value::as_array);
-    let problems = problems.into_iter().flatten().filter_map(Value::as_str);
+    let problems = problems(mesh)?.into_iter();
     let of_lan: Vec<_> = problems.filter(|one| one.contains("lan0")).collect();
     Ok((attached, of_lan.join("; ")))
+}
+
+fn problems(mesh: &Mesh) -> Result<Vec<String>> {
+    let status = mesh.status("edge-a1")?;
+    let problems = status.pointer("/problems").and_then(Value::as_array);
+    let problems = problems.into_iter().flatten().filter_map(Value::as_str);
+    Ok(problems.map(str::to_owned).collect())
 }
 
 fn serves(mesh: &Mesh) -> Result<()> {
@@ -275,7 +281,25 @@ fn a_device_is_kept_to_the_gateway_s_own_endpoint_and_to_the_source_ranges() -> 
     forward(&mesh)?;
     serves(&mesh)?;
     let far = ("100.96.2.1", "edge-b1");
+    let others = ["http", "edge-a1", "[::]:30090"];
+    mesh.serve("edge-a1", "others", &others)?;
     for_outside(&mesh, "", &[far])?;
+    let unanswered = || -> Result<Vec<String>> {
+        let problems = problems(&mesh)?.into_iter();
+        Ok(problems
+            .filter(|one| one.contains("health checks"))
+            .collect())
+    };
+    tool::eventually("the health check's port is somebody else's", SOON, || {
+        let said = unanswered()?.join("; ");
+        ensure!(
+            said.contains("shop/kiosk")
+                && said.contains("192.168.7.1:30090: Address already in use"),
+            "{said}"
+        );
+        Ok(())
+    })?;
+    mesh.kill("edge-a1", "others")?;
     let said = |node: u64| {
         let service = serde_json::json!({"namespace": "shop", "name": "kiosk"});
         serde_json::json!({"service": service, "localEndpoints": node, "serviceProxyHealthy": true})
@@ -283,6 +307,10 @@ fn a_device_is_kept_to_the_gateway_s_own_endpoint_and_to_the_source_ranges() -> 
     tool::eventually("the gateway has no endpoint", SOON, || {
         let health = health(&device)?;
         ensure!(health == ("503".to_owned(), said(0)), "{health:?}");
+        Ok(())
+    })?;
+    tool::eventually("nothing is said of it any more", SOON, || {
+        ensure!(unanswered()?.is_empty());
         Ok(())
     })?;
     for url in [NODE_PORT, LOAD_BALANCER] {
@@ -375,6 +403,59 @@ fn a_device_s_next_flow_goes_elsewhere_when_the_endpoint_s_node_dies() -> Result
         for _ in 0..8 {
             let hello = ask(&mesh, url)?;
             ensure!(hello.node != kept, "{kept}");
+        }
+        Ok(())
+    })
+}
+
+/// Endpoints that the gateway leaves alone because connects to them failed.
+fn ejected(mesh: &Mesh) -> Result<Vec<String>> {
+    let services = mesh.ask("edge-a1", &["services"])?;
+    let services = services.pointer("/services").and_then(Value::as_array);
+    let services = services.context("no services")?.iter();
+    let endpoints = services.filter_map(|one| one.pointer("/endpoints").and_then(Value::as_array));
+    let endpoints = endpoints.flatten();
+    let ejected = endpoints
+        .filter(|one| one.pointer("/ejected").and_then(Value::as_bool) == Some(true))
+        .filter_map(|one| one.pointer("/address").and_then(Value::as_str));
+    Ok(ejected.map(str::to_owned).collect())
+}
+
+/// No socket of the gateway makes these connects: packets alone tell.
+#[test]
+fn a_device_is_led_past_an_endpoint_that_resets_its_connects_until_it_does_not() -> Result<()> {
+    /// Trials come after 10 s, 20 s and 40 s.
+    const TRIED: Duration = Duration::from_secs(90);
+    let mesh = mesh()?;
+    device(&mesh)?;
+    forward(&mesh)?;
+    serves(&mesh)?;
+    let [url, _] = TCP;
+    // The gateway's own is the nearest, and nobody is there.
+    let both = [("100.96.1.1", "edge-a1"), ("100.96.2.1", "edge-b1")];
+    kiosk(&mesh, "", &both, &[])?;
+    tool::eventually("the nearest has the flows", SOON, || {
+        let refused = ask(&mesh, url).err().context("the other answers")?;
+        drop(refused);
+        Ok(())
+    })?;
+    tool::eventually("the other has them", SOON, || {
+        let node = ask(&mesh, url)?.node;
+        ensure!(node == "edge-b1", "{node}");
+        Ok(())
+    })?;
+    assert!(counted(&mesh, "connect_failed")? >= 5);
+    let ejected = ejected(&mesh)?;
+    assert!(
+        ejected.iter().all(|one| one.starts_with("100.96.1.1")),
+        "{ejected:?}"
+    );
+
+    mesh.serve("edge-a1", "kiosk", &["http", "edge-a1", "[::]:8080"])?;
+    tool::eventually("the nearest is tried again, and keeps them", TRIED, || {
+        for _ in 0..4 {
+            let node = ask(&mesh, url)?.node;
+            ensure!(node == "edge-a1", "{node}");
         }
         Ok(())
     })
