@@ -345,7 +345,7 @@ fn pods_of_two_nodes_speak_past_both_stacks_and_policy_is_enforced_at_the_pods()
         host.enter(|| TcpStream::connect_timeout(&at, ANSWER_LIMIT))??;
         listener.accept()?;
     }
-    for counter in ["denied", "flow_ended", "own_node"] {
+    for counter in ["denied", "own_node"] {
         ensure!(counted(&mesh, B, counter)? > 0, "{counter}");
     }
     let events = mesh.status(B)?;
@@ -374,6 +374,15 @@ fn pods_of_two_nodes_speak_past_both_stacks_and_policy_is_enforced_at_the_pods()
         redirected(&mesh, B)?[1] > before,
         "what may pass goes past the stack"
     );
+    // Now it is remembered.
+    ingress(&mesh, "[]")?;
+    for (_, client, server, ..) in &mut flows {
+        tool::eventually("the open flow is cut again", SOON, || {
+            silent(client, server)
+        })?;
+        silent(server, client)?;
+    }
+    ensure!(counted(&mesh, B, "flow_ended")? > 0);
     ensure!(counted(&mesh, B, "spoofed")? == 0);
     for node in [A, B] {
         let problems = mesh.status(node)?;
