@@ -13,6 +13,7 @@ use crate::{
     lan::{Lan, families},
     machine::{Machine, Ran, Verdict, next},
     sockets::{PATIENCE, ask_as, client_socket, connected_to, transfer},
+    verdicts::{ack, fin, syn},
     wire::{ETHERNET, IcmpError, Net, error, fragments, ip_nets, nets, tcp, udp, without_ethernet},
 };
 
@@ -71,12 +72,7 @@ fn a_client_that_is_its_own_endpoint_gets_its_packets_back() {
             let answered = machine.request(&udp(server, seen, payload));
             assert_eq!(answered, back(udp(service, client, payload)));
         }
-        let flags: [(fn(&mut TcpHeader), &[u8]); 3] = [
-            (|header| header.syn = true, b""),
-            (|header| header.ack = true, b"GET /"),
-            (|header| (header.fin, header.ack) = (true, true), b""),
-        ];
-        for (set, payload) in flags {
+        for (set, payload) in [(syn as fn(&mut _), &b""[..]), (ack, b"GET /"), (fin, b"")] {
             let asked = machine.request(&tcp(client, service, set, payload));
             assert_eq!(asked, back(tcp(seen, server, set, payload)));
             let set = |header: &mut TcpHeader| {
@@ -149,7 +145,6 @@ fn fragments_follow_the_first() {
 
 #[test]
 fn icmp_errors_go_to_the_other_end() {
-    let ack = |header: &mut TcpHeader| header.ack = true;
     for net in &nets() {
         let (machine, own) = served(net);
         let Own {
