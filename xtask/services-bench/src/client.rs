@@ -1,18 +1,23 @@
 //! The end that asks, and measures.
 
 use std::{
+    collections::VecDeque,
     fs,
     io::{self, Read as _, Write as _},
     net::{Shutdown, SocketAddr, TcpStream, UdpSocket},
     os::fd::OwnedFd,
     path::Path,
+    thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use rustix::net::{
-    AddressFamily, SocketFlags, SocketType, connect, socket_with,
-    sockopt::{Timeout, set_socket_linger, set_socket_timeout},
+use rustix::{
+    io::{Errno, ioctl_fionbio},
+    net::{
+        AddressFamily, SocketFlags, SocketType, connect, getpeername, socket_with,
+        sockopt::{Timeout, set_socket_linger, set_socket_timeout},
+    },
 };
 
 use crate::{
@@ -22,6 +27,12 @@ use crate::{
 
 /// What takes longer never ends.
 const LIMIT: Duration = Duration::from_secs(5);
+
+/// Between the beginnings of connects of which is asked whether they are answered,
+const CONNECT_EVERY: Duration = Duration::from_millis(5);
+
+/// which they are by then, some ten times the round trip, or not before the SYN is sent again.
+const ANSWER_LIMIT: Duration = Duration::from_millis(500);
 
 /// Payload of a round trip and of a datagram: a small question.
 const MESSAGE_BYTES: usize = 64;
@@ -71,6 +82,7 @@ fn answer(question: &str, number: usize) -> Result<Vec<u64>> {
         "first_byte" => each(first_byte),
         "datagram" => each(datagram),
         "round_trip" => round_trips(next()?, amount),
+        "unanswered" => unanswered(next()?, Duration::from_millis(amount as u64)),
         "bulk" => bulk(next()?, Duration::from_millis(amount as u64)),
         _ => bail!("no such question"),
     }
@@ -102,6 +114,37 @@ fn connect_alone(target: SocketAddr) -> Result<Duration> {
     let began = Instant::now();
     connect(&socket, &target)?;
     Ok(began.elapsed())
+}
+
+/// Begins a connect every [`CONNECT_EVERY`]: how many were not answered, and the nanoseconds from the first of those
+/// until the last.
+fn unanswered(target: SocketAddr, time: Duration) -> Result<Vec<u64>> {
+    let mut waiting: VecDeque<(Duration, OwnedFd)> = VecDeque::new();
+    let mut lost = Vec::new();
+    let began = Instant::now();
+    while began.elapsed() < time || !waiting.is_empty() {
+        if began.elapsed() < time {
+            let socket = tcp_socket()?;
+            ioctl_fionbio(&socket, true)?;
+            match connect(&socket, &target) {
+                Ok(()) | Err(Errno::INPROGRESS) => waiting.push_back((began.elapsed(), socket)),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        while let Some((at, socket)) = waiting.pop_front() {
+            if began.elapsed() < at + ANSWER_LIMIT {
+                waiting.push_front((at, socket));
+                break;
+            }
+            if getpeername(&socket).is_err() {
+                lost.push(at);
+            }
+        }
+        thread::sleep(CONNECT_EVERY);
+    }
+    let times = lost.first().zip(lost.last());
+    let between = times.map_or(Duration::ZERO, |(&first, &last)| last - first);
+    Ok(vec![lost.len().try_into()?, nanoseconds(between)?])
 }
 
 /// How long it takes from `connect` until the answer to one byte, which is one byte.

@@ -17,7 +17,7 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 const USAGE: &str = "usage: services-bench serve ADDR:PORT…  answers by TCP and UDP, for ever
        services-bench ask CGROUP        moves there; then a question a line on standard input:
            connect|first_byte|round_trip|datagram ADDR:PORT[,ADDR:PORT…] COUNT
-           bulk ADDR:PORT[,ADDR:PORT…] MILLISECONDS
+           bulk|unanswered ADDR:PORT[,ADDR:PORT…] MILLISECONDS
        services-bench hold CGROUP TABLE [serve=INTERFACE] [pod=INTERFACE…]
                                         fills the maps from a file, a line each frontend (tcp|udp ADDR:PORT
                                         ENDPOINT…), for the processes of the cgroup, and for what comes in by

@@ -14,11 +14,13 @@
 //! | `cpu_per_gb` | for how long the machine's processors worked during it (both ends, the kernel's packet work, and everybody else), for 10⁹ bytes |
 //! | `load` | from nothing until the kernel has all services, once |
 //! | `one_change`, `one_change_max` | from a snapshot in which one endpoint of 250,000 is not ready any more, or again, until the maps are as it says: the core's table and the loader's `apply`; median and highest of 51 |
+//! | `last_flow`, `last_flow_max` | how long after the path to an endpoint died new flows still go there, with real agents: from the first connect without an answer until the last, 5 ms apart; median and highest of 5 |
 //! | `map_memory` | what the kernel accounts all of Holdfast's maps at with those 250,000, those of the packet level too |
 
 mod cases;
 mod client;
 mod cluster;
+mod dead;
 mod world;
 
 use std::time::Duration;
@@ -29,7 +31,7 @@ use anyhow::{Context as _, Result, ensure};
 pub(super) use self::cases::is_case;
 pub(super) use self::cases::is_other;
 use self::{
-    cases::{CASES, CHANGE, Case, Kind},
+    cases::{CASES, CHANGE, Case, DEAD_PATH, Kind},
     client::Flow,
     world::{Way, World},
 };
@@ -95,7 +97,7 @@ pub(super) fn run(options: &Options, samples: &mut Samples) -> Result<bool> {
     let chosen = cases::choose(&options.only)?;
     let world = World::new(&options.bins)?;
     let mut running = Vec::new();
-    for &case in chosen.iter().filter(|case| case.kind != Kind::Change) {
+    for &case in chosen.iter().filter(|case| case.kind.is_way()) {
         eprintln!("setting up {}", case.name);
         match get(case, samples).and_then(|()| world.way(case)) {
             Ok(way) => {
@@ -124,6 +126,14 @@ pub(super) fn run(options: &Options, samples: &mut Samples) -> Result<bool> {
                 Ok(changes) => tell_changes(case, &changes, samples)?,
                 Err(error) => samples.error(case.name, &error),
             }
+        }
+    }
+    drop((running, world)); // Agents that have to be quick are not kept waiting by others.
+    if let Some(case) = chosen.iter().find(|case| case.kind == Kind::DeadPath) {
+        eprintln!("cutting paths");
+        match dead::measure(&options.bins) {
+            Ok(times) => tell_deaths(case, times, samples)?,
+            Err(error) => samples.error(case.name, &error),
         }
     }
     Ok(samples.errors().all(|(case, _)| is_other(case)))
@@ -225,6 +235,15 @@ fn tell_changes(case: &Case, changes: &world::Changes, samples: &mut Samples) ->
     Ok(())
 }
 
+fn tell_deaths(case: &Case, mut times: Vec<Duration>, samples: &mut Samples) -> Result<()> {
+    times.sort_unstable();
+    for (metric, share) in [("last_flow", 0.5), ("last_flow_max", 1.0)] {
+        let time = percentile(&times, share).context("no path died")?;
+        samples.add(case.name, metric, "ms", time.as_secs_f64() * 1e3);
+    }
+    Ok(())
+}
+
 /// Installs what a case needs of other programs, and notes what they say of themselves.
 fn get(case: &Case, samples: &mut Samples) -> Result<()> {
     let (program, package, word) = match case.kind {
@@ -236,7 +255,8 @@ fn get(case: &Case, samples: &mut Samples) -> Result<()> {
         | Kind::Redirect(_)
         | Kind::Packets(_)
         | Kind::PacketsRedirect(_)
-        | Kind::Change => return Ok(()),
+        | Kind::Change
+        | Kind::DeadPath => return Ok(()),
     };
     setup::install(&[(program, package)])?;
     let said = super::said(program, &[word]);
@@ -266,7 +286,7 @@ pub(super) fn overview(figures: &[Figure]) -> String {
     let (ways, changes): (Vec<_>, Vec<_>) = figures
         .iter()
         .cloned()
-        .partition(|figure| figure.case != CHANGE);
+        .partition(|figure| figure.case != CHANGE && figure.case != DEAD_PATH);
     // Not in the order of the figures: the tables' loading is the first that is known.
     let known = CASES.iter().map(|case| case.name);
     let names = known.filter(|name| ways.iter().any(|figure| figure.case == *name));

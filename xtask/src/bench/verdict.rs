@@ -174,9 +174,11 @@ fn services_rules() -> Vec<Rule> {
         }
     }
     let (change, memory) = (Number(5.0, "5 ms"), Number(131_072.0, "128 MiB"));
+    let second = Number(1_000.0, "1 s");
     rules.extend([
         rule("holdfast-250000", "one_change", change, AtMost(1.0)),
         rule("holdfast-250000", "map_memory", memory, AtMost(1.0)),
+        rule("holdfast-dead-path", "last_flow_max", second, AtMost(1.0)),
     ]);
     rules
 }

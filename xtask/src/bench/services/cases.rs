@@ -32,6 +32,8 @@ pub(super) enum Kind {
     Haproxy,
     /// Nobody asks: Holdfast's tables with 250,000 endpoints, and one of them changes.
     Change,
+    /// Real agents: the path to an endpoint dies.
+    DeadPath,
 }
 
 const ONE: Cluster = Cluster { services: 1 };
@@ -44,6 +46,9 @@ const fn case(name: &'static str, kind: Kind) -> Case {
 
 /// The case without a client.
 pub(super) const CHANGE: &str = "holdfast-250000";
+
+/// The case with agents.
+pub(super) const DEAD_PATH: &str = "holdfast-dead-path";
 
 pub(super) const CASES: &[Case] = &[
     case("direct", Kind::Direct),
@@ -75,9 +80,15 @@ pub(super) const CASES: &[Case] = &[
     case("iptables-10000", Kind::Iptables(TEN_THOUSAND)),
     case("userspace-proxy", Kind::Haproxy),
     case(CHANGE, Kind::Change),
+    case(DEAD_PATH, Kind::DeadPath),
 ];
 
 impl Kind {
+    /// Whether a client asks by it, in turns with all others that do.
+    pub(super) fn is_way(self) -> bool {
+        self != Self::Change && self != Self::DeadPath
+    }
+
     /// Whether a client can do this here. The connection to a proxy process is none to the service, and haproxy
     /// passes on no datagrams.
     pub(super) fn does(self, verb: &str) -> bool {
@@ -93,7 +104,8 @@ impl Kind {
             | Self::Redirect(_)
             | Self::Packets(_)
             | Self::PacketsRedirect(_)
-            | Self::Change => false,
+            | Self::Change
+            | Self::DeadPath => false,
         }
     }
 }

@@ -64,6 +64,20 @@ impl Client {
         })
     }
 
+    /// Begins connects for `time`, 5 ms apart: how many were not answered, and the time from the first of those
+    /// until the last.
+    ///
+    /// # Errors
+    ///
+    /// If none could be begun.
+    pub(super) fn unanswered(&mut self, address: &str, time: Duration) -> Result<(u64, Duration)> {
+        let said = self.ask(&format!("unanswered {address} {}", time.as_millis()))?;
+        let &[count, nanoseconds] = said.as_slice() else {
+            return Err(anyhow!("unanswered: {said:?}"));
+        };
+        Ok((count, Duration::from_nanos(nanoseconds)))
+    }
+
     fn ask(&mut self, question: &str) -> Result<Vec<u64>> {
         writeln!(self.questions, "{question}").context("the client ended")?;
         let mut answer = String::new();

@@ -109,7 +109,7 @@ impl World {
     /// If something cannot be had, or nobody answers.
     pub(super) fn way(&self, case: &Case) -> Result<Way> {
         let mut way = match case.kind {
-            Kind::Direct | Kind::Change => self.direct(case),
+            Kind::Direct | Kind::Change | Kind::DeadPath => self.direct(case),
             Kind::Sockets(cluster) => self.sockets(case, cluster),
             Kind::Packets(cluster) => self.packets(case, cluster),
             Kind::Redirect(cluster) => self.redirect(case, cluster, false),
