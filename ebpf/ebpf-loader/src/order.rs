@@ -102,9 +102,9 @@ fn place(order: &[(&str, Edge)], name: &str, there: &[Option<&str>]) -> (Edge, O
 mod tests {
     use super::*;
 
-    /// Where the programs stand that came in this order, `other` ones first and last of all.
+    /// Where the programs stand that came in this order, where another one was before.
     fn after(order: &[(&str, Edge)], coming: &[&'static str]) -> Vec<&'static str> {
-        let mut there = Vec::new();
+        let mut there = vec!["other"];
         for name in coming {
             let names: Vec<_> = there.iter().map(|name| Some(*name)).collect();
             let index = match place(order, name, &names) {
@@ -118,42 +118,27 @@ mod tests {
 
     #[test]
     fn whoever_comes_first_they_stand_in_order_and_around_others() {
-        let pod = ["hf_requests", "hf_policy_from", "hf_redirect"];
-        let tunnel = ["hf_policy_in", "hf_entering", "hf_redirect_ip"];
-        for names in [pod, tunnel] {
-            for [a, b, c] in [
-                [0, 1, 2],
-                [0, 2, 1],
-                [1, 0, 2],
-                [1, 2, 0],
-                [2, 0, 1],
-                [2, 1, 0],
-            ] {
-                let coming = [names[a], "other", names[b], names[c]];
-                let mut there = after(&INGRESS, &coming);
-                let other = there.iter().position(|one| *one == "other").unwrap();
-                there.remove(other);
-                assert_eq!(there, names, "{coming:?}");
-                let firsts = INGRESS
-                    .iter()
-                    .filter(|(name, edge)| *edge == Edge::First && names.contains(name));
-                assert_eq!(other, firsts.count(), "{coming:?}");
+        type Order<'a> = &'a [(&'a str, Edge)];
+        let at_pod = ["hf_requests", "hf_policy_from", "other", "hf_redirect"];
+        let at_tunnel = ["hf_policy_in", "other", "hf_entering", "hf_redirect_ip"];
+        let to_pod = ["hf_policy_to", "hf_answers_out", "other"];
+        let to_tunnel = ["hf_leaving", "other", "hf_policy_out"];
+        let cases: [(Order<'_>, &[&'static str]); 4] = [
+            (&INGRESS, &at_pod),
+            (&INGRESS, &at_tunnel),
+            (&EGRESS, &to_pod),
+            (&EGRESS, &to_tunnel),
+        ];
+        for (order, expected) in cases {
+            let names = expected.iter().copied().filter(|name| *name != "other");
+            let mut names: Vec<_> = names.collect();
+            for _ in 0..names.len() {
+                names.rotate_left(1);
+                assert_eq!(after(order, &names), expected, "{names:?}");
+                let mut turned = names.clone();
+                turned.reverse();
+                assert_eq!(after(order, &turned), expected, "{turned:?}");
             }
         }
-        let out = ["hf_policy_to", "hf_answers_out"];
-        assert_eq!(
-            after(&EGRESS, &["other", out[0], out[1]]),
-            [out[0], out[1], "other"]
-        );
-        assert_eq!(
-            after(&EGRESS, &["other", out[1], out[0]]),
-            [out[0], out[1], "other"]
-        );
-        let leaving = ["hf_leaving", "other", "hf_policy_out"];
-        assert_eq!(
-            after(&EGRESS, &["hf_policy_out", "other", "hf_leaving"])[0],
-            leaving[0]
-        );
-        assert_eq!(after(&EGRESS, &["other", leaving[0], leaving[2]]), leaving);
     }
 }

@@ -522,11 +522,10 @@ fn what_may_be_ip_behind_more_tags_than_are_looked_through_is_dropped() {
 
 #[test]
 fn an_interface_that_is_gone_is_said_so_and_who_has_its_index_is_guarded_anew() {
-    let (_node, _a, b) = Node::with_pods();
+    let (_node, _a, _old) = Node::with_pods();
     let mut guarded = Guarded::new();
     assert_eq!(guarded.attach(), 0);
     let number = index(B.port);
-    drop(b);
     ip(&["link", "del", B.port]);
     let report = guarded
         .policy
