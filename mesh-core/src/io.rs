@@ -192,7 +192,7 @@ pub enum Event {
     Liveness {
         /// The peer.
         peer: NodeId,
-        /// Whether it has a live path, or none is known to be dead.
+        /// Whether it has a path that is not in doubt, or none is known to be dead.
         alive: bool,
     },
     /// Remember these addresses of a peer for the next boot.

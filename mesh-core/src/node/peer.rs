@@ -593,6 +593,9 @@ impl Peer {
 
     /// Lets go of everything that costs.
     fn go_idle(&mut self, ctx: &mut Context) {
+        if self.is_up() {
+            self.set_alive(true, ctx); // Nobody will settle a doubt that there may be.
+        }
         self.watch = Watch::Calm;
         self.set_primary(None, None, ctx);
         self.paths.clear();

@@ -170,6 +170,32 @@ fn goodbye_moves_traffic_away_at_once_and_a_handshake_brings_it_back() {
 }
 
 #[test]
+fn new_flows_avoid_a_silent_peer_before_it_is_dead_and_come_back_with_the_first_answer() {
+    let mut core = relayed();
+    let (peer, via) = (id(1), Via::Relay(r1()));
+    let traffic = |sent, received| Input::Traffic {
+        peer,
+        sent,
+        received,
+    };
+    let alive = |alive| Output::Event(Event::Liveness { peer, alive });
+    core.handle_input(traffic(true, vec![]), at(5_000));
+    let mut said_at = None;
+    for ms in (5_000..6_000).step_by(10) {
+        core.handle_input(Input::Timeout, at(ms));
+        if drain(&mut core).contains(&alive(false)) {
+            said_at.get_or_insert(ms);
+        }
+    }
+    assert!(said_at.is_some_and(|ms| ms < 5_800), "{said_at:?}");
+    let state = |core: &Core| core.peer_report(&peer).unwrap().state;
+    assert_eq!(state(&core), PeerState::Suspect);
+    core.handle_input(traffic(false, vec![via]), at(6_000));
+    assert!(drain(&mut core).contains(&alive(true)));
+    assert_eq!(state(&core), PeerState::Relayed);
+}
+
+#[test]
 fn a_node_that_stops_says_goodbye_to_those_it_talks_to() {
     let mut core = relayed();
     core.shut_down();

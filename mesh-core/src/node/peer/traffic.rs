@@ -143,6 +143,9 @@ impl Peer {
         if let Via::Relay(relay) = via {
             ctx.wishes.push(RelayWish::Heard(relay));
         }
+        if self.is_up() {
+            self.set_alive(true, ctx); // It was in doubt at most.
+        }
         if self.is_up() && self.primary == Some(via) {
             self.handle_watch(WatchInput::Received, ctx);
         } else if self.is_up() && self.known.plain {
@@ -212,7 +215,11 @@ impl Peer {
         match verdict {
             Verdict::Nothing => {}
             Verdict::Probe => self.probe_primary(ctx),
-            Verdict::Doubt => self.on_doubt(Reason::Silent, ctx),
+            Verdict::Doubt => {
+                // "Dead" comes too late for those who could go elsewhere meanwhile.
+                self.set_alive(false, ctx);
+                self.on_doubt(Reason::Silent, ctx);
+            }
             Verdict::ProbeAll => self.probe_all(ctx),
             Verdict::Cleared => self.on_cleared(ctx),
             Verdict::Dead => self.on_primary_dead(since.unwrap_or(ctx.now), ctx),
