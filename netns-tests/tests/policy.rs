@@ -68,6 +68,13 @@ fn silent(from: &mut TcpStream, to: &mut TcpStream) -> Result<()> {
     }
 }
 
+/// What policy told last on a node, as JSON.
+fn events(mesh: &Mesh, node: &str) -> Result<String> {
+    let status = mesh.status(node)?;
+    let events = status.pointer("/policy_events").map(Value::to_string);
+    Ok(events.unwrap_or_default())
+}
+
 fn counted(mesh: &Mesh, node: &str, counter: &str) -> Result<u64> {
     number(mesh, node, &format!("/policy_packets/{counter}"))
 }
@@ -109,9 +116,7 @@ fn a_policy_denies_a_port_cuts_the_open_flow_and_audits() -> Result<()> {
     back.accept()?;
     // The sender drops it already, and says who decided.
     ensure!(counted(&mesh, A, "denied")? > 0);
-    let status = mesh.status(A)?;
-    let events = status.pointer("/policy_events").map(Value::to_string);
-    let events = events.unwrap_or_default();
+    let events = events(&mesh, A)?;
     ensure!(
         events.contains("denied by MeshPolicy no-9100: TCP"),
         "{events}"
@@ -348,9 +353,7 @@ fn pods_of_two_nodes_speak_past_both_stacks_and_policy_is_enforced_at_the_pods()
     for counter in ["denied", "own_node"] {
         ensure!(counted(&mesh, B, counter)? > 0, "{counter}");
     }
-    let events = mesh.status(B)?;
-    let events = events.pointer("/policy_events").map(Value::to_string);
-    let events = events.unwrap_or_default();
+    let events = events(&mesh, B)?;
     ensure!(
         events.contains("denied by NetworkPolicy shop/db"),
         "{events}"

@@ -56,6 +56,14 @@ struct Lab {
     tables: Tables,
 }
 
+fn rules(strictest: Verdict, set: Option<u32>) -> PairRules {
+    let rule_set = set.map(|set| NonZeroU32::new(set).unwrap());
+    PairRules {
+        strictest,
+        rule_set,
+    }
+}
+
 impl Lab {
     /// The friend may call 8080 by TCP and 53 by UDP. This node may call anybody, but not its friend.
     fn new() -> Self {
@@ -92,12 +100,7 @@ impl Lab {
             remote,
             direction,
         };
-        let rule_set = set.map(|set| NonZeroU32::new(set).unwrap());
-        let rules = PairRules {
-            strictest,
-            rule_set,
-        };
-        self.tables.pairs.insert(pair, rules);
+        self.tables.pairs.insert(pair, rules(strictest, set));
     }
 
     /// Denied but for these.

@@ -143,14 +143,15 @@ impl Peer {
         if let Via::Relay(relay) = via {
             ctx.wishes.push(RelayWish::Heard(relay));
         }
-        if self.is_up() {
-            self.set_alive(true, ctx); // It was in doubt at most.
+        if !self.is_up() {
+            return;
         }
-        if self.is_up() && self.primary == Some(via) {
+        self.set_alive(true, ctx); // It was in doubt at most.
+        if self.primary == Some(via) {
             self.handle_watch(WatchInput::Received, ctx);
-        } else if self.is_up() && self.known.plain {
+        } else if self.known.plain {
             self.set_primary(Some(via), None, ctx); // It roamed.
-        } else if self.is_up() {
+        } else {
             self.take_hint(via, ctx);
             self.probe_new_way(via, ctx);
         }

@@ -106,12 +106,7 @@ impl Guarded {
             remote,
             direction,
         };
-        let rule_set = set.map(|set| NonZeroU32::new(set).unwrap());
-        let rules = PairRules {
-            strictest,
-            rule_set,
-        };
-        self.tables.pairs.insert(pair, rules);
+        self.tables.pairs.insert(pair, rules(strictest, set));
     }
 
     fn apply(&mut self) {
