@@ -71,6 +71,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         ],
     ),
     ("netns-tests", &["mesh-linux"]),
+    ("integration", &["mesh-api", "mesh-linux"]),
     ("xtask", &["netns-tests"]),
 ];
 
