@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod cni;
 pub mod connect;
 pub mod convert;
 pub mod crd;

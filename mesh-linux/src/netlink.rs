@@ -6,6 +6,7 @@
 //! [`Netlink::apply_routes`].
 
 mod forwarding;
+mod veth;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -31,7 +32,10 @@ use rtnetlink::{
 };
 use tokio::sync::Mutex;
 
-pub use self::forwarding::{Forwarding, ForwardingLink, Veth};
+pub use self::{
+    forwarding::{Forwarding, ForwardingLink, Veth},
+    veth::{ExactRoute, LinkDetail, LinkRoute, NewVeth},
+};
 use crate::IfIndex;
 
 /// The `proto` of our routes in `ip route`: a number that iproute2's `rt_protos` and the routing

@@ -9,7 +9,7 @@ use std::{
     thread,
 };
 
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
 /// Where `ip netns add` puts the names.
 pub const NAMED_DIR: &str = "/run/netns";
@@ -84,6 +84,34 @@ pub fn all() -> io::Result<Vec<File>> {
         }
     }
     Ok(found.into_values().collect())
+}
+
+/// Makes a network namespace with nothing in it but a loopback that is down. It has no name, and ends with the last
+/// that uses it; until then `/proc/<pid>/fd/<number>` of the file is its path.
+///
+/// # Errors
+///
+/// If the caller may not (`CAP_SYS_ADMIN`), or the kernel has no room for one more.
+pub fn make() -> io::Result<File> {
+    thread::scope(|scope| {
+        let inside = scope.spawn(|| {
+            unshare_network()?;
+            File::open("/proc/thread-self/ns/net")
+        });
+        inside
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the thread of the new namespace panicked")))
+    })
+}
+
+/// Moves the calling thread, and no other, into a new network namespace.
+#[expect(
+    unsafe_code,
+    reason = "rustix marks unshare unsafe for its CLONE_FILES flag"
+)]
+fn unshare_network() -> io::Result<()> {
+    // SAFETY: `NEWNET` leaves the file descriptor table alone.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.map_err(Into::into)
 }
 
 /// Moves the calling thread, and no other, into a network namespace.

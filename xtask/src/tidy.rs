@@ -59,6 +59,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "mesh-relay",
         ],
     ),
+    ("mesh-cni", &["mesh-api", "mesh-linux"]),
     ("meshctl", &["mesh-api"]),
     (
         "services-bench",
@@ -72,7 +73,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ),
     ("netns-tests", &["mesh-linux"]),
     ("integration", &["mesh-api", "mesh-linux"]),
-    ("xtask", &["netns-tests"]),
+    ("xtask", &["mesh-api", "netns-tests"]),
 ];
 
 /// Where `unsafe` may stand: the adapters, the loader, and the lab's two system calls.

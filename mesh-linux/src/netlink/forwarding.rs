@@ -139,7 +139,7 @@ impl Peer {
     }
 }
 
-fn mac_of(link: &LinkMessage) -> Option<[u8; 6]> {
+pub(super) fn mac_of(link: &LinkMessage) -> Option<[u8; 6]> {
     link.attributes.iter().find_map(|attribute| {
         if let LinkAttribute::Address(bytes) = attribute {
             return bytes.as_slice().try_into().ok();
