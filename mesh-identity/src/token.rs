@@ -20,6 +20,8 @@ const ID_LEN: usize = 6;
 
 const PREFIX: &str = "hf1.";
 
+const ANCHOR_PREFIX: &str = "hfmesh1.";
+
 /// A join token: `hf1.<trust domain>.<id>.<secret>.<mesh id>`.
 ///
 /// It names the mesh (so that the node knows the right controller when it sees one) and proves
@@ -121,6 +123,46 @@ impl FromStr for JoinToken {
     }
 }
 
+/// Which mesh it is, for a node that proves in another way than by a [`JoinToken`] that it may join:
+/// `hfmesh1.<trust domain>.<mesh id>`. It holds no secret.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MeshAnchor {
+    /// The mesh's name.
+    pub trust_domain: String,
+    /// The mesh, and so the authority that the controller's certificate must come from.
+    pub mesh: MeshId,
+}
+
+/// Why a text is not an anchor.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "not a mesh's anchor: {0} (expected hfmesh1.<mesh>.<mesh id>, as the controller publishes it)"
+)]
+pub struct BadAnchor(&'static str);
+
+impl fmt::Display for MeshAnchor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { trust_domain, mesh } = self;
+        write!(f, "{ANCHOR_PREFIX}{trust_domain}.{mesh}")
+    }
+}
+
+impl FromStr for MeshAnchor {
+    type Err = BadAnchor;
+
+    fn from_str(text: &str) -> Result<Self, BadAnchor> {
+        let rest = text.trim().strip_prefix(ANCHOR_PREFIX);
+        let rest = rest.ok_or(BadAnchor("it does not begin with `hfmesh1.`"))?;
+        let parts = rest.rsplit_once('.');
+        let (trust_domain, mesh) = parts.ok_or(BadAnchor("a part is missing"))?;
+        check_trust_domain(trust_domain).map_err(|_| BadAnchor("its mesh name is none"))?;
+        Ok(Self {
+            trust_domain: trust_domain.to_owned(),
+            mesh: parse_mesh_id(mesh).ok_or(BadAnchor("its mesh id is not 64 hex digits"))?,
+        })
+    }
+}
+
 fn random<const N: usize>() -> Result<Zeroizing<[u8; N]>, NoRandomness> {
     let mut bytes = Zeroizing::new([0; N]);
     let filled = SystemRandom::new().fill(bytes.as_mut_slice());
@@ -150,6 +192,28 @@ mod tests {
         for trust_domain in ["demo", "mesh.example.org"] {
             let token = JoinToken::generate(trust_domain, MeshId([7; 32])).unwrap();
             assert_eq!(token.to_string().parse(), Ok(token));
+        }
+    }
+
+    #[test]
+    fn an_anchor_reads_back_and_nothing_else_is_one() {
+        for trust_domain in ["demo", "mesh.example.org"] {
+            let anchor = MeshAnchor {
+                trust_domain: trust_domain.to_owned(),
+                mesh: MeshId([7; 32]),
+            };
+            let text = anchor.to_string();
+            assert_eq!(format!("{text}\n").parse(), Ok(anchor));
+            let short = text.get(..text.len() - 1).unwrap();
+            for bad in [
+                short,
+                "",
+                "hfmesh1.",
+                "hf1.demo",
+                text.replace(trust_domain, "").as_str(),
+            ] {
+                assert!(bad.parse::<MeshAnchor>().is_err(), "{bad}");
+            }
         }
     }
 

@@ -1,5 +1,5 @@
 //! What developers and CI call: `demo`, `test`, `bench`, `instructions`, `soak`, `wireguard-netns`,
-//! `tidy`.
+//! `crdgen`, `tidy`.
 //!
 //! **Invariant:** nothing here is needed to build or to run the product, and nothing is skipped in
 //! silence: what cannot run is a failure that says what is missing.
@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod crdgen;
 mod demo;
 mod instructions;
 mod report;
@@ -98,6 +99,8 @@ enum Verb {
         #[arg(long, default_value_t = 1)]
         runs: u32,
     },
+    /// Writes the custom resources to `deploy/kubernetes/crds/`.
+    Crdgen,
     /// Checks the rules that no compiler knows.
     Tidy,
 }
@@ -126,6 +129,7 @@ fn main() -> ExitCode {
         Verb::Instructions { save } => instructions::run(save),
         Verb::Soak { seconds, nightly } => soak::run(seconds, nightly),
         Verb::WireguardNetns { script, runs } => wireguard_netns::run(script.as_deref(), runs),
+        Verb::Crdgen => crdgen::run(),
         Verb::Tidy => tidy::run(),
     };
     match held {
