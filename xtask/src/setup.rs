@@ -27,6 +27,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("ps", "procps"),
     ("nsenter", "util-linux"),
     ("bpftool", "bpftool"),
+    ("kubectl", "kubernetes-client"),
 ];
 
 /// WireGuard programs that tests talk to, and the packages of crates.io that bring them.
