@@ -3,6 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
+use ipnet::IpNet;
 
 /// Looks into a Holdfast mesh, and runs its controller.
 ///
@@ -64,6 +65,42 @@ pub(crate) enum Command {
     /// The controller itself.
     #[command(subcommand)]
     Controller(Controller),
+    /// Says whether this machine, or a cluster, can have Holdfast.
+    Install(Install),
+    /// Takes Holdfast from the cluster that kubectl speaks with, and from every node of it.
+    Uninstall(Uninstall),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Uninstall {
+    /// Yes: all resources of the mesh and every node's keys are deleted.
+    #[arg(long, required = true)]
+    pub(crate) yes: bool,
+    /// How long nodes are waited for: 90s, 30m.
+    #[arg(long, default_value = "5m", value_parser = parse_ttl)]
+    pub(crate) wait: Duration,
+    /// Give up nodes that were not reached: what agents left there stays until `mesh-agent purge`.
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Install {
+    /// Only look; nothing is changed. What installs is `kubectl apply -k deploy/kubernetes`, or the Debian package.
+    #[arg(long, required = true)]
+    pub(crate) check: bool,
+    /// Look at the cluster that kubectl speaks with, not at this machine.
+    #[arg(long, conflicts_with_all = ["listen_port", "overlay", "interface"])]
+    pub(crate) cluster: bool,
+    /// The agent's `listen_port`.
+    #[arg(long, value_name = "PORT", default_value_t = 51_820, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) listen_port: u16,
+    /// The MeshConfig's `overlayIPv4CIDR`.
+    #[arg(long, value_name = "CIDR", default_value = "100.96.0.0/12")]
+    pub(crate) overlay: IpNet,
+    /// The agent's `interface`.
+    #[arg(long, value_name = "NAME", default_value = "holdfast0")]
+    pub(crate) interface: String,
 }
 
 #[derive(Debug, Args)]

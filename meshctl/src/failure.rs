@@ -20,6 +20,8 @@ pub(crate) enum Failure {
     Failed(String),
     /// A file could not be written.
     File(String),
+    /// The cluster, or kubectl.
+    Cluster(String),
 }
 
 /// Which daemon is talked to.
@@ -76,9 +78,11 @@ impl Failure {
     pub(crate) fn verdict(&self) -> Verdict {
         match self {
             Self::Refused(_) => Verdict::Usage,
-            Self::Unreachable(_) | Self::Slow(..) | Self::Failed(_) | Self::File(_) => {
-                Verdict::Down
-            }
+            Self::Unreachable(_)
+            | Self::Slow(..)
+            | Self::Failed(_)
+            | Self::File(_)
+            | Self::Cluster(_) => Verdict::Down,
         }
     }
 
@@ -89,6 +93,7 @@ impl Failure {
             Self::Refused(_) => "refused",
             Self::Failed(_) => "failed",
             Self::File(_) => "file",
+            Self::Cluster(_) => "cluster",
         };
         serde_json::json!({ "error": { "kind": kind, "message": self.to_string() } })
     }
@@ -122,9 +127,10 @@ impl From<Status> for Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Unreachable(message) | Self::Refused(message) | Self::File(message) => {
-                f.write_str(message)
-            }
+            Self::Unreachable(message)
+            | Self::Refused(message)
+            | Self::File(message)
+            | Self::Cluster(message) => f.write_str(message),
             Self::Failed(message) => write!(f, "the daemon says: {message}"),
             Self::Slow(name, limit) => write!(
                 f,

@@ -9,10 +9,13 @@ mod cli;
 mod connect;
 mod failure;
 mod files;
+mod kubectl;
+mod preflight;
 mod report;
 mod run;
 mod show;
 mod table;
+mod uninstall;
 
 use std::{
     io::{self, IsTerminal as _, Write as _},

@@ -2,10 +2,12 @@
 //!
 //! Absent knowledge is `null`, never a made-up number. Times end in their unit.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use mesh_api::admin;
 use serde::Serialize;
+
+use crate::preflight::{Check, Level};
 
 /// `status`.
 #[derive(Debug, Serialize)]
@@ -485,4 +487,45 @@ fn some(text: String) -> Option<String> {
 /// Protobuf's 0 is "not measured".
 fn measured(rtt_ms: f64) -> Option<f64> {
     (rtt_ms > 0.0).then_some(rtt_ms)
+}
+
+/// `install --check`.
+#[derive(Debug, Serialize)]
+pub(crate) struct Preflight {
+    /// `ok`, `warning` or `error`: the worst of the checks.
+    pub(crate) level: Level,
+    pub(crate) checks: Vec<Check>,
+}
+
+impl Preflight {
+    pub(crate) fn new(checks: Vec<Check>) -> Self {
+        let levels = checks.iter().map(|check| check.level);
+        let level = levels.max().unwrap_or(Level::Ok);
+        Self { level, checks }
+    }
+}
+
+/// `uninstall`.
+#[derive(Debug, Serialize)]
+pub(crate) struct Uninstalled {
+    /// Nodes from which everything is gone.
+    pub(crate) nodes_cleaned: BTreeSet<String>,
+    /// Nodes that were not reached.
+    pub(crate) nodes_left: BTreeSet<String>,
+    /// What was deleted from the cluster; empty while nodes are left.
+    pub(crate) deleted: Vec<String>,
+}
+
+impl Uninstalled {
+    pub(crate) fn new(
+        nodes_cleaned: BTreeSet<String>,
+        nodes_left: BTreeSet<String>,
+        deleted: Vec<String>,
+    ) -> Self {
+        Self {
+            nodes_cleaned,
+            nodes_left,
+            deleted,
+        }
+    }
 }

@@ -20,12 +20,14 @@ use crate::{
         Failure,
     },
     files,
+    preflight::{self, Wanted},
     report::{
         ControllerStatus, CreatedToken, DnsQuery, Nodes, PathWhy, Peers, Ping, PingReply,
-        RevokedToken, Services, Status, Tokens,
+        Preflight, RevokedToken, Services, Status, Tokens,
     },
     show::{Report, WithEndpoints},
     table::duration,
+    uninstall,
 };
 
 /// How to show things.
@@ -111,7 +113,26 @@ pub(crate) async fn run(cli: Cli, screen: Screen) -> Result<Verdict, Failure> {
             let said = ask(Controller, controller.status(ControllerStatusRequest {})).await?;
             screen.show(&ControllerStatus::from(said))
         }
+        Command::Uninstall(cli::Uninstall { wait, force, .. }) => {
+            screen.show(&uninstall::uninstall(wait, force).await?)
+        }
+        Command::Install(arguments) => screen.show(&preflight(arguments).await),
     }
+}
+
+async fn preflight(arguments: cli::Install) -> Preflight {
+    if arguments.cluster {
+        return Preflight::new(preflight::cluster::judge(
+            &preflight::cluster::gather().await,
+        ));
+    }
+    let wanted = Wanted {
+        listen_port: arguments.listen_port,
+        overlay: arguments.overlay,
+        interface: arguments.interface,
+    };
+    let facts = preflight::facts::gather(&wanted);
+    Preflight::new(preflight::judge(&facts, &wanted))
 }
 
 async fn ping(

@@ -9,9 +9,11 @@ use serde::Serialize;
 
 use crate::{
     Verdict,
+    preflight::{Check, Level},
     report::{
         ControllerStatus, CreatedToken, DnsQuery, Endpoint, Nodes, PathWhy, Peers, Ping, PingReply,
-        RelayFiles, RevokedToken, Service, Services, Status, StatusRelay, Tokens,
+        Preflight, RelayFiles, RevokedToken, Service, Services, Status, StatusRelay, Tokens,
+        Uninstalled,
     },
     table::{Cell, Tone, bytes, columns, duration, milliseconds, printable, table},
 };
@@ -313,6 +315,59 @@ fn path_row(path: &crate::report::Path) -> Vec<Cell> {
         format!("{}/{}", path.probes_answered, path.probes_sent).into(),
         if path.full_size_ok { "yes" } else { "no" }.into(),
     ]
+}
+
+impl Report for Uninstalled {
+    fn text(&self, _colours: bool) -> String {
+        let mut text = format!("{} nodes are clean\n", self.nodes_cleaned.len());
+        for node in &self.nodes_left {
+            let line = format!("{node}: not reached");
+            text.push_str(&printable(&line));
+            text.push('\n');
+        }
+        if !self.nodes_left.is_empty() && self.deleted.is_empty() {
+            text.push_str("they are cleaned when they come back: run this again then, or with --force to give them up\n");
+        }
+        for name in &self.deleted {
+            text.push_str(&printable(&format!("deleted {name}")));
+            text.push('\n');
+        }
+        text
+    }
+
+    fn verdict(&self) -> Verdict {
+        match self.nodes_left.is_empty() {
+            true => Verdict::Ok,
+            false => Verdict::Degraded,
+        }
+    }
+}
+
+impl Report for Preflight {
+    fn text(&self, colours: bool) -> String {
+        let row = |check: &Check| {
+            let (word, tone) = match check.level {
+                Level::Ok => ("ok", Tone::Good),
+                Level::Warning => ("warning", Tone::Warning),
+                Level::Error => ("error", Tone::Bad),
+            };
+            vec![
+                Cell::new(word, tone),
+                (&check.name).into(),
+                (&check.text).into(),
+            ]
+        };
+        let rows: Vec<_> = self.checks.iter().map(row).collect();
+        columns(&rows, colours)
+    }
+
+    fn verdict(&self) -> Verdict {
+        match self.level {
+            Level::Ok => Verdict::Ok,
+            Level::Warning => Verdict::Degraded,
+            Level::Error => Verdict::Down,
+        }
+    }
 }
 
 impl Report for Services {
