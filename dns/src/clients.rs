@@ -61,6 +61,7 @@ mod tests {
                 overlay_v4: [100, 96, 0, number].into(),
                 overlay_v6: snapshot.mesh.id.overlay_v6(&NodeId([number; 32])),
                 prefixes: vec![format!("10.2.{number}.0/24").parse().unwrap()],
+                pod_prefixes: Vec::new(),
                 underlay_addresses: vec![IpAddr::from([192, 168, 7, number])],
                 static_candidates: Vec::new(),
             };

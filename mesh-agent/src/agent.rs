@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs, io,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::{
@@ -13,6 +14,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use ebpf_loader::{BPFFS, Pins, PinsError, Services};
+use mesh_api::cni::NETWORK_FILE;
 use mesh_core::{
     node::{Core, CoreConfig},
     snapshot::Snapshot,
@@ -38,6 +40,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     admin::{Admin, Facts},
+    cni::{self, Attachments},
     config::Settings,
     driver::{self, Driver, DriverHandle, Event},
     health,
@@ -105,6 +108,43 @@ pub fn remove(settings: &Settings) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Takes away everything that agents left on this node: what [`remove`] does, and what they keep in the state folder.
+///
+/// # Errors
+///
+/// If an agent runs, or with what could not be taken away.
+pub fn purge(settings: &Settings) -> anyhow::Result<()> {
+    let state = StateFolder::open(&settings.state_dir)?;
+    remove(settings)?;
+    let files = [settings.admin_socket.clone()];
+    let network = settings.cni.iter().map(|folder| folder.join(NETWORK_FILE));
+    for path in files.into_iter().chain(network) {
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("remove {}", path.display()));
+            }
+            _ => {}
+        }
+    }
+    Ok(state.purge()?)
+}
+
+/// Waits for SIGTERM or SIGINT.
+///
+/// # Errors
+///
+/// If signals cannot be waited for.
+pub fn stay() -> anyhow::Result<()> {
+    let runtime = runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let mut supervisor = Supervisor::new(CancellationToken::new());
+        supervisor.stop_on_signal()?;
+        supervisor.run().await
+    })
+}
+
 /// What must be ended in order once the tasks are gone.
 struct Running {
     workers: Workers,
@@ -154,9 +194,21 @@ async fn start(
         .take(&snapshot)
         .context("cannot enforce the mesh's policies (`policy = false`: this node never does)")?;
     let enforcer = Arc::new(Mutex::new(enforcer));
-    if !settings.pod_interfaces.is_empty() {
-        let pods = &settings.pod_interfaces;
-        interfaces::guard_pods(&enforcer, &netlink, pods, interface.0).await?;
+    if let Some(folder) = &settings.cni {
+        let network = cni::network(&snapshot, &settings.node_name);
+        if let Err(error) = cni::publish(folder, network.as_ref()) {
+            tracing::warn!(folder = %folder.display(), %error, "cannot tell the CNI plug-in the pods' ranges");
+        }
+    }
+    let attachments = settings.cni.as_deref().map(Attachments::follow);
+    let wanted = Wanted {
+        names: settings.service_interfaces.clone(),
+        pods: settings.pod_interfaces.clone(),
+        attachments: attachments.transpose()?,
+    };
+    if wanted.has_pods() {
+        let (pods, _) = wanted.pods_now();
+        interfaces::guard_pods(&enforcer, &netlink, &pods, interface.0).await?;
     }
     prepare_device(&netlink, &interface, &snapshot, &settings, &local).await?;
     let sockets = UdpPair::bind_many(settings.listen_port, settings.packet_threads);
@@ -233,11 +285,11 @@ async fn start(
     }
     let keeper = policy::keep_policy(Arc::clone(&enforcer), view.clone(), stop.clone());
     supervisor.spawn("policy", keeper);
+    if let Some(folder) = settings.cni {
+        let keeper = cni::keep_network(folder, view.clone(), stop.clone());
+        supervisor.spawn("cni", keeper);
+    }
     let (told, served) = watch::channel(AllServed::default());
-    let wanted = Wanted {
-        names: settings.service_interfaces,
-        pods: settings.pod_interfaces,
-    };
     if let Some(services) = services.as_ref().filter(|_| !wanted.is_empty()) {
         let changes = Changes::listen().context("cannot listen for changes of the network")?;
         let keeper = interfaces::keep_interfaces(
@@ -407,7 +459,8 @@ fn load_services(settings: &Settings) -> anyhow::Result<Loaded> {
         let said = |error| tracing::warn!(%error, "no packets are looked at (`service_interfaces`, `pod_interfaces`)");
         loaded.map_err(said).ok()
     };
-    let wanted = !settings.service_interfaces.is_empty() || !settings.pod_interfaces.is_empty();
+    let pods = !settings.pod_interfaces.is_empty() || settings.cni.is_some();
+    let wanted = !settings.service_interfaces.is_empty() || pods;
     let services = match wanted.then(with_packets).flatten() {
         Some(services) => services,
         None => Services::take_over(&cgroup, pins().ok(), false).with_context(|| {

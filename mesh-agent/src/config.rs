@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    env,
     net::SocketAddr,
     num::NonZeroUsize,
     path::{Path, PathBuf},
@@ -43,6 +44,8 @@ pub struct Settings {
     pub service_interfaces: BTreeSet<String>,
     /// Interfaces between which, and the mesh's own, packets go past the host's stack.
     pub pod_interfaces: BTreeSet<NamePattern>,
+    /// Where this node's CNI plug-in looks; `None`: it has none.
+    pub cni: Option<PathBuf>,
     /// Addresses where this node's UDP socket is reachable for sure.
     pub static_candidates: Vec<SocketAddr>,
     /// Where DNS listens, and what it forwards to.
@@ -58,6 +61,13 @@ pub enum TokenSource {
     Inline(SecretText),
     /// In this file.
     File(PathBuf),
+    /// The node is one of a Kubernetes cluster, and its pod's ServiceAccount token counts.
+    ServiceAccount {
+        /// The token, written by the kubelet again and again.
+        token: PathBuf,
+        /// Which mesh it is, as the controller published it.
+        mesh: PathBuf,
+    },
 }
 
 /// A text that must not be logged.
@@ -96,13 +106,28 @@ impl Default for DnsConfig {
     }
 }
 
+/// The `[cni]` table.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CniConfig {
+    /// `stateDir` of the plug-in's network configuration.
+    #[serde(default = "default_cni_state_dir")]
+    state_dir: PathBuf,
+}
+
+fn default_cni_state_dir() -> PathBuf {
+    mesh_api::cni::STATE_DIR.into()
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ConfigFile {
-    node_name: NodeName,
+    node_name: Option<NodeName>,
     controller: Option<String>,
     token: Option<SecretText>,
     token_file: Option<PathBuf>,
+    service_account_token_file: Option<PathBuf>,
+    mesh_file: Option<PathBuf>,
     #[serde(default = "default_state_dir")]
     state_dir: PathBuf,
     #[serde(default = "default_interface")]
@@ -122,6 +147,7 @@ struct ConfigFile {
     service_interfaces: Vec<String>,
     #[serde(default)]
     pod_interfaces: Vec<String>,
+    cni: Option<CniConfig>,
     #[serde(default)]
     static_candidates: Vec<SocketAddr>,
     #[serde(default)]
@@ -163,6 +189,9 @@ fn default_admin_socket() -> PathBuf {
 fn default_true() -> bool {
     true
 }
+
+/// The node's name where the configuration is the same for all nodes: in Kubernetes, from `spec.nodeName`.
+const NODE_NAME_VARIABLE: &str = "HOLDFAST_NODE_NAME";
 
 /// Longest name of a network interface (`IFNAMSIZ` − 1, linux/if.h).
 const INTERFACE_NAME_LEN_MAX: usize = 15;
@@ -209,9 +238,25 @@ impl Settings {
             key,
             problem,
         };
+        let node_name = match (file.node_name.clone(), env::var(NODE_NAME_VARIABLE)) {
+            (Some(name), _) => name,
+            (None, Ok(text)) => text.parse().map_err(|error| {
+                bad(
+                    "node_name",
+                    format!("{NODE_NAME_VARIABLE}={text:?}: {error}"),
+                )
+            })?,
+            (None, Err(_)) => {
+                let text = format!("missing: say it here, or in {NODE_NAME_VARIABLE}");
+                return Err(bad("node_name", text));
+            }
+        };
         check_interface_name(&file.interface).map_err(|problem| bad("interface", problem))?;
         let service_interfaces =
             service_interfaces(&file).map_err(|problem| bad("service_interfaces", problem))?;
+        if file.cni.is_some() && !file.services {
+            return Err(bad("cni", "needs `services = true`".to_owned()));
+        }
         let pod_interfaces =
             pod_interfaces(&file).map_err(|problem| bad("pod_interfaces", problem))?;
         if file.listen_port == 0 {
@@ -228,19 +273,13 @@ impl Settings {
                 format!("{controller:?} is not `host:port`"),
             ));
         }
-        let token = match (file.token, file.token_file) {
-            (None, None) => TokenSource::None,
-            (Some(token), None) => TokenSource::Inline(token),
-            (None, Some(file)) => TokenSource::File(file),
-            (Some(_), Some(_)) => {
-                return Err(bad(
-                    "token",
-                    "give `token` or `token_file`, not both".to_owned(),
-                ));
-            }
-        };
+        let token = token_source(
+            (file.token, file.token_file),
+            (file.service_account_token_file, file.mesh_file),
+        );
+        let token = token.map_err(|(key, problem)| bad(key, problem.to_owned()))?;
         Ok(Self {
-            node_name: file.node_name,
+            node_name,
             controller: file.controller,
             token,
             state_dir: file.state_dir,
@@ -253,9 +292,32 @@ impl Settings {
             policy: file.policy,
             service_interfaces,
             pod_interfaces,
+            cni: file.cni.map(|cni| cni.state_dir),
             static_candidates: file.static_candidates,
             dns: file.dns,
         })
+    }
+}
+
+/// The one source that is named, or the key that is wrong and why.
+fn token_source(
+    (token, file): (Option<SecretText>, Option<PathBuf>),
+    (account, mesh): (Option<PathBuf>, Option<PathBuf>),
+) -> Result<TokenSource, (&'static str, &'static str)> {
+    match (token, file, account, mesh) {
+        (None, None, None, None) => Ok(TokenSource::None),
+        (Some(token), None, None, None) => Ok(TokenSource::Inline(token)),
+        (None, Some(file), None, None) => Ok(TokenSource::File(file)),
+        (None, None, Some(token), Some(mesh)) => Ok(TokenSource::ServiceAccount { token, mesh }),
+        (None, None, Some(_), None) => Err((
+            "service_account_token_file",
+            "needs `mesh_file`: by what it says the node knows the controller",
+        )),
+        (_, _, None, Some(_)) => Err(("mesh_file", "is only for `service_account_token_file`")),
+        _ => Err((
+            "token",
+            "give one of `token`, `token_file` and `service_account_token_file`",
+        )),
     }
 }
 
@@ -364,6 +426,15 @@ mod tests {
             ("listen_port", "listen_port = 0"),
             ("controller", "controller = 'nowhere'"),
             ("token", "token = 'a'\ntoken_file = 'b'"),
+            (
+                "token",
+                "token = 'a'\nservice_account_token_file = 'b'\nmesh_file = 'c'",
+            ),
+            (
+                "service_account_token_file",
+                "service_account_token_file = 'b'",
+            ),
+            ("mesh_file", "token_file = 'b'\nmesh_file = 'c'"),
             ("node_name", "node_name = 'Edge'"),
             ("service_interfaces", "service_interfaces = ['br lan']"),
             ("service_interfaces", "service_interfaces = ['holdfast0']"),

@@ -25,6 +25,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    cni::Attachments,
     network::chain,
     policy::Enforcer,
     redirect::{self, Found, NamePattern},
@@ -53,20 +54,46 @@ pub struct Served {
 pub type AllServed = BTreeMap<String, Served>;
 
 /// On which interfaces programs are wanted.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub struct Wanted {
     /// Whose devices use services through this node.
     pub names: BTreeSet<String>,
     /// Pods': where policy is enforced, and between which, and the tunnel, packets go past the host's stack. None:
     /// nothing does.
     pub pods: BTreeSet<NamePattern>,
+    /// Further ones of pods, as the CNI plug-in records them.
+    pub attachments: Option<Attachments>,
 }
 
 impl Wanted {
     /// Whether there are none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.names.is_empty() && self.pods.is_empty()
+        self.names.is_empty() && !self.has_pods()
+    }
+
+    /// Whether pods are followed at all.
+    #[must_use]
+    pub fn has_pods(&self) -> bool {
+        !self.pods.is_empty() || self.attachments.is_some()
+    }
+
+    /// Which interfaces are pods' now, and why some may be missing.
+    #[must_use]
+    pub fn pods_now(&self) -> (BTreeSet<NamePattern>, Option<String>) {
+        let Some(attachments) = &self.attachments else {
+            return (self.pods.clone(), None);
+        };
+        let (mut pods, problem) = attachments.interfaces();
+        pods.extend(self.pods.iter().cloned());
+        (pods, problem)
+    }
+
+    async fn changed(&self) {
+        match &self.attachments {
+            Some(attachments) => attachments.changed().await,
+            None => std::future::pending().await,
+        }
     }
 }
 
@@ -88,7 +115,7 @@ pub struct Programs {
 pub async fn keep_interfaces(
     programs: Programs,
     (tunnel, tunnel_name): (IfIndex, String),
-    Wanted { names, pods }: Wanted,
+    wanted: Wanted,
     netlink: Netlink,
     mut changes: Changes,
     told: watch::Sender<AllServed>,
@@ -97,7 +124,7 @@ pub async fn keep_interfaces(
     let mut attached = BTreeSet::new();
     loop {
         let mut found = BTreeMap::new();
-        for name in &names {
+        for name in &wanted.names {
             found.insert(name.clone(), find(&netlink, name).await);
         }
         let here = found.values().flatten();
@@ -117,8 +144,12 @@ pub async fn keep_interfaces(
             };
             served.insert(tunnel_name.clone(), refused);
         }
-        if !pods.is_empty() {
+        if wanted.has_pods() {
+            let (pods, problem) = wanted.pods_now();
             served.extend(keep_pods(&programs, &netlink, &pods, tunnel).await?);
+            if let Some(problem) = problem {
+                served.entry(ALL_PODS.to_owned()).or_default().problem = Some(problem);
+            }
         }
         tell(&told, served.clone());
         let retry = Instant::now() + RETRY;
@@ -128,11 +159,12 @@ pub async fn keep_interfaces(
                 change = changes.next() => {
                     let change = change.context("the kernel closed the netlink socket")?;
                     let routes = change.routes || change.own_routes;
-                    if change.links || change.addresses || (routes && !pods.is_empty()) {
+                    if change.links || change.addresses || (routes && wanted.has_pods()) {
                         time::sleep(SETTLE).await;
                         break;
                     }
                 }
+                () = wanted.changed() => break,
                 () = time::sleep_until(retry), if has_problem(&served) => break,
             }
         }

@@ -21,5 +21,15 @@ fn main() -> ExitCode {
         about: "Ends the services that a stopped agent left in the kernel",
         run: |settings| agent::remove(&settings),
     };
-    daemon.main_with(Settings::read, agent::run, &[remove])
+    let purge = Subcommand {
+        name: "purge",
+        about: "The same, and forgets who this node is: its keys, certificate and snapshot",
+        run: |settings| agent::purge(&settings),
+    };
+    let stay = Subcommand {
+        name: "stay",
+        about: "Does nothing until it is stopped: what a DaemonSet needs after its init containers",
+        run: |_| agent::stay(),
+    };
+    daemon.main_with(Settings::read, agent::run, &[remove, purge, stay])
 }

@@ -228,6 +228,7 @@ mod tests {
                 overlay_v4: [100, 96, 0, index].into(),
                 overlay_v6: mesh.overlay_v6(&id),
                 prefixes: vec![prefix.parse().unwrap()],
+                pod_prefixes: Vec::new(),
                 underlay_addresses: Vec::new(),
                 static_candidates: Vec::new(),
             };

@@ -14,7 +14,7 @@ use mesh_tunnel::tunnel::PrivateKey;
 use mesh_wire::id::NodeId;
 use zeroize::Zeroizing;
 
-use crate::store::write_atomically;
+use crate::store::{SLOTS, slot_name, temporary, write_atomically};
 
 /// Permissions of the folder: keys are in it.
 const FOLDER_MODE: u32 = 0o700;
@@ -24,6 +24,12 @@ const WIREGUARD_KEY_FILE: &str = "wireguard.key";
 
 /// Certificate chain, private key and authority, PEM, in this order.
 const IDENTITY_FILE: &str = "identity.pem";
+
+/// Addresses that worked.
+const PEERS_FILE: &str = "peers";
+
+/// Who holds it may use the folder.
+const LOCK_FILE: &str = "lock";
 
 /// Between the parts of the identity: PEM readers skip text outside the blocks.
 const SEPARATOR: &str = "\n# next\n";
@@ -96,7 +102,7 @@ impl StateFolder {
             .map_err(|source| io_error("create", path, source))?;
         let permissions = fs::Permissions::from_mode(FOLDER_MODE);
         fs::set_permissions(path, permissions).map_err(|e| io_error("protect", path, e))?;
-        let lock_path = path.join("lock");
+        let lock_path = path.join(LOCK_FILE);
         let lock = File::create(&lock_path).map_err(|e| io_error("create", &lock_path, e))?;
         match lock.try_lock() {
             Ok(()) => Ok(Self {
@@ -182,7 +188,11 @@ impl StateFolder {
     /// it only saves time.
     #[must_use]
     pub fn remembered(&self) -> BTreeMap<NodeId, Vec<SocketAddr>> {
-        let text = self.read_text("peers").ok().flatten().unwrap_or_default();
+        let text = self
+            .read_text(PEERS_FILE)
+            .ok()
+            .flatten()
+            .unwrap_or_default();
         let line = |line: &str| {
             let mut words = line.split(' ');
             let peer = words.next()?.parse().ok()?;
@@ -201,7 +211,31 @@ impl StateFolder {
             let words = addresses.iter().map(|address| format!(" {address}"));
             format!("{peer}{}\n", words.collect::<String>())
         };
-        self.write_text("peers", &peers.iter().map(line).collect::<String>())
+        self.write_text(PEERS_FILE, &peers.iter().map(line).collect::<String>())
+    }
+
+    /// Removes every file that agents keep here, and the folder if nothing else is in it.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError::Io`]; what was not reached is still there.
+    pub fn purge(self) -> Result<(), StateError> {
+        let files = [WIREGUARD_KEY_FILE, IDENTITY_FILE, PEERS_FILE, LOCK_FILE];
+        let slots = (0..SLOTS).map(slot_name);
+        for name in slots.chain(files.map(str::to_owned)) {
+            let path = self.path.join(name);
+            for path in [temporary(&path), path] {
+                match fs::remove_file(&path) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        return Err(io_error("remove", &path, error));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        // Another's file, or a volume that is mounted here: then it stays.
+        fs::remove_dir(&self.path).ok();
+        Ok(())
     }
 
     fn read_text(&self, name: &str) -> Result<Option<String>, StateError> {
@@ -249,6 +283,28 @@ mod tests {
         ));
         drop(first);
         StateFolder::open(&path).unwrap();
+    }
+
+    #[test]
+    fn purging_takes_what_is_the_agent_s_and_nothing_else() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("state");
+        let fill = || {
+            let state = StateFolder::open(&path).unwrap();
+            state.set_wireguard_key(&[7; 32]).unwrap();
+            state.remember(&BTreeMap::new()).unwrap();
+            for name in ["identity.pem", "identity.tmp", "snapshot.0", "snapshot.1"] {
+                fs::write(path.join(name), "x").unwrap();
+            }
+            state
+        };
+        fill().purge().unwrap();
+        assert!(!path.exists());
+        let state = fill();
+        fs::write(path.join("notes"), "somebody else's").unwrap();
+        state.purge().unwrap();
+        let left: Vec<_> = fs::read_dir(&path).unwrap().collect();
+        assert_eq!(left.len(), 1, "{left:?}");
     }
 
     #[test]

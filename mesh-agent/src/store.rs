@@ -18,6 +18,9 @@ const MAGIC: &[u8; 8] = b"HFSNAP1\n";
 /// Largest slot that is read: 100,000 nodes and 250,000 endpoints at about 150 bytes are 53 MB.
 pub const SLOT_LEN_MAX: u64 = 256 << 20;
 
+/// How many slots there are.
+pub const SLOTS: usize = 2;
+
 const HEADER_LEN: usize = MAGIC.len() + 8;
 
 /// The two slots in one folder.
@@ -63,7 +66,7 @@ impl Store {
         };
         let mut payload = None;
         let mut damaged = Vec::new();
-        for slot in 0..2 {
+        for slot in 0..SLOTS {
             match read_slot(&store.path(slot)) {
                 Ok((sequence, content)) => {
                     if store.newest.is_none_or(|(newest, _)| sequence > newest) {
@@ -104,8 +107,20 @@ impl Store {
     }
 
     fn path(&self, slot: usize) -> PathBuf {
-        self.folder.join(format!("snapshot.{slot}"))
+        self.folder.join(slot_name(slot))
     }
+}
+
+/// The name of a slot's file.
+#[must_use]
+pub fn slot_name(slot: usize) -> String {
+    format!("snapshot.{slot}")
+}
+
+/// Where what will be at `path` is written first.
+#[must_use]
+pub fn temporary(path: &Path) -> PathBuf {
+    path.with_extension("tmp")
 }
 
 /// Replaces the file at `path` by `content`, or leaves it as it was. Mode 0600.
@@ -114,7 +129,7 @@ impl Store {
 ///
 /// Any of the file system's; the temporary file is removed then.
 pub fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
-    let temporary = path.with_extension("tmp");
+    let temporary = temporary(path);
     let written = write_synced(&temporary, content).and_then(|()| fs::rename(&temporary, path));
     if written.is_err() {
         // The first error is the one that matters; a leftover is overwritten by the next try.

@@ -150,6 +150,7 @@ pub fn node_record_bytes(node: &Node) -> Vec<u8> {
         overlay_v4: node.overlay_v4.to_string(),
         overlay_v6: node.overlay_v6.to_string(),
         prefixes: texts(&node.prefixes),
+        pod_prefixes: texts(&node.pod_prefixes),
         site: site.as_ref().map(ToString::to_string).unwrap_or_default(),
         zone: zone.clone().unwrap_or_default(),
         region: region.clone().unwrap_or_default(),
@@ -336,6 +337,7 @@ fn decode_node(node: &control::Node) -> Result<Node, FieldError> {
         overlay_v4: parse("overlay_v4", &node.overlay_v4)?,
         overlay_v6: parse("overlay_v6", &node.overlay_v6)?,
         prefixes: parse_list("prefixes", &node.prefixes)?,
+        pod_prefixes: parse_list("pod_prefixes", &node.pod_prefixes)?,
         underlay_addresses: parse_list("underlay_addresses", &node.underlay_addresses)?,
         static_candidates: parse_list("static_candidates", &node.static_candidates)?,
     })

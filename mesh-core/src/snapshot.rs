@@ -98,6 +98,8 @@ pub struct Node {
     pub overlay_v6: Ipv6Addr,
     /// Further prefixes behind it: pods, LAN subnets, external peers it is the gateway of.
     pub prefixes: Vec<IpNet>,
+    /// Those of `prefixes` from which its pods get their addresses (`spec.podCIDRs` in Kubernetes).
+    pub pod_prefixes: Vec<IpNet>,
     /// Addresses of its own outside the mesh (`status.addresses` in Kubernetes): an endpoint
     /// with one of these is the node itself.
     pub underlay_addresses: Vec<IpAddr>,

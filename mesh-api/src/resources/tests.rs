@@ -383,6 +383,7 @@ fn node(mesh: &CertificateAuthority, name: &str, seed: u8) -> Node {
         overlay_v4: [100, 96, 0, seed].into(),
         overlay_v6: mesh.mesh_id().overlay_v6(&id),
         prefixes: Vec::new(),
+        pod_prefixes: Vec::new(),
         underlay_addresses: Vec::new(),
         static_candidates: Vec::new(),
     }

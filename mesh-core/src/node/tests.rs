@@ -54,6 +54,7 @@ fn node(number: u32) -> Node {
         overlay_v4: [100, 96, 0, 1].into(),
         overlay_v6: MeshId([0; 32]).overlay_v6(&id(number)),
         prefixes: Vec::new(),
+        pod_prefixes: Vec::new(),
         underlay_addresses: Vec::new(),
         static_candidates: Vec::new(),
     }

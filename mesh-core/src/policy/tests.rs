@@ -42,6 +42,7 @@ fn node(index: u8, (name, site, prefixes): (&str, &str, &[&str])) -> Node {
         overlay_v4: [100, 96, 0, index].into(),
         overlay_v6: [0xfd00, 0, 0, 0, 0, 0, 0, index.into()].into(),
         prefixes: prefixes.iter().map(|net| net.parse().unwrap()).collect(),
+        pod_prefixes: Vec::new(),
         underlay_addresses: vec![[10, 9, 0, index].into()],
         static_candidates: Vec::new(),
     }

@@ -36,6 +36,7 @@ fn view() -> View {
             overlay_v4: [100, 96, 0, index].into(),
             overlay_v6: mesh.overlay_v6(&id),
             prefixes: Vec::new(),
+            pod_prefixes: Vec::new(),
             underlay_addresses: vec![[192, 0, 2, index].into()],
             static_candidates: Vec::new(),
         };

@@ -251,6 +251,7 @@ impl World {
                 overlay_v4: Ipv4Addr::new(100, 96, 0, 1),
                 overlay_v6: mesh.overlay_v6(&node.id),
                 prefixes: Vec::new(),
+                pod_prefixes: Vec::new(),
                 underlay_addresses: Vec::new(),
                 static_candidates: Vec::new(),
             };

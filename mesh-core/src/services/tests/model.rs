@@ -433,6 +433,7 @@ pub(super) fn any_view() -> impl Strategy<Value = View> {
                 overlay_v4: [100, 96, 0, index].into(),
                 overlay_v6: mesh.overlay_v6(&id),
                 prefixes: Vec::new(),
+                pod_prefixes: Vec::new(),
                 underlay_addresses,
                 static_candidates: Vec::new(),
             };
