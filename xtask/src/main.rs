@@ -1,5 +1,5 @@
 //! What developers and CI call: `demo`, `test`, `bench`, `instructions`, `soak`, `wireguard-netns`,
-//! `crdgen`, `tidy`.
+//! `crdgen`, `package`, `tidy`.
 //!
 //! **Invariant:** nothing here is needed to build or to run the product, and nothing is skipped in
 //! silence: what cannot run is a failure that says what is missing.
@@ -10,6 +10,7 @@ mod bench;
 mod crdgen;
 mod demo;
 mod instructions;
+mod package;
 mod report;
 mod setup;
 mod soak;
@@ -101,6 +102,15 @@ enum Verb {
     },
     /// Writes the custom resources to `deploy/kubernetes/crds/`.
     Crdgen,
+    /// Makes what is installed: static binaries, Debian packages or container images, in `target/package/`.
+    Package {
+        what: package::What,
+        #[arg(long, default_value = "amd64")]
+        machine: package::Machine,
+        /// Use the binaries in this folder instead of building static ones.
+        #[arg(long)]
+        bins: Option<PathBuf>,
+    },
     /// Checks the rules that no compiler knows.
     Tidy,
 }
@@ -130,6 +140,11 @@ fn main() -> ExitCode {
         Verb::Soak { seconds, nightly } => soak::run(seconds, nightly),
         Verb::WireguardNetns { script, runs } => wireguard_netns::run(script.as_deref(), runs),
         Verb::Crdgen => crdgen::run(),
+        Verb::Package {
+            what,
+            machine,
+            bins,
+        } => package::run(what, machine, bins),
         Verb::Tidy => tidy::run(),
     };
     match held {

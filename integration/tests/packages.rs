@@ -1,0 +1,104 @@
+//! The Debian packages, made by the real tool and installed by the real one, in a root folder of their own.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may fail loudly")]
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use netns_tests::tool::binary;
+
+const PACKAGES: [&str; 3] = ["holdfast-agent", "holdfast-controller", "holdfast-relay"];
+
+#[test]
+fn packages_install_keep_the_operator_s_configuration_and_purge_without_a_trace() {
+    let bins = binary("mesh-agent").unwrap();
+    let made = run(Command::new(binary("xtask").unwrap())
+        .args(["package", "deb", "--bins"])
+        .arg(bins.parent().unwrap()));
+    let packages = made.lines().map(|line| line.split(' ').next().unwrap());
+    let packages: Vec<PathBuf> = packages.map(PathBuf::from).collect();
+    assert_eq!(packages.len(), PACKAGES.len(), "{made}");
+
+    let root = tempfile::tempdir().unwrap();
+    let root = root.path();
+    for folder in ["var/lib/dpkg/info", "var/lib/dpkg/updates", "var/log", "etc"] {
+        fs::create_dir_all(root.join(folder)).unwrap();
+    }
+    for file in ["status", "available"] {
+        fs::write(root.join("var/lib/dpkg").join(file), "").unwrap();
+    }
+    let before = tree(root);
+    for _ in ["first", "again, as an upgrade does"] {
+        run(dpkg(root).arg("--install").args(&packages));
+    }
+    let agent = root.join("usr/bin/mesh-agent");
+    let version = run(Command::new(&agent).arg("--version"));
+    assert_eq!(version.trim(), concat!("mesh-agent ", env!("CARGO_PKG_VERSION")));
+    // No daemon may start before the operator said something.
+    for unit in ["mesh-agent", "mesh-controller", "mesh-relay"] {
+        let path = root.join(format!("usr/lib/systemd/system/{unit}.service"));
+        let text = fs::read_to_string(path).unwrap();
+        let condition = text.lines().find_map(|line| line.strip_prefix("ConditionPathExists="));
+        let program = text.lines().find_map(|line| line.strip_prefix("ExecStart="));
+        let program = program.unwrap();
+        assert!(program.ends_with(condition.unwrap()), "{program}");
+        let (binary, _) = program.split_once(' ').unwrap();
+        assert!(root.join(&binary[1..]).is_file(), "{binary}");
+    }
+    let configuration = root.join("etc/holdfast/agent.toml");
+    fs::create_dir_all(configuration.parent().unwrap()).unwrap();
+    fs::write(&configuration, "node_name = \"a\"\n").unwrap();
+    let key = root.join("var/lib/holdfast/wireguard.key");
+    fs::create_dir_all(key.parent().unwrap()).unwrap();
+    fs::write(&key, "key").unwrap();
+
+    run(dpkg(root).arg("--remove").args(PACKAGES));
+    assert!(!agent.exists() && key.exists() && configuration.exists());
+    fs::remove_file(&configuration).unwrap();
+    run(dpkg(root).arg("--purge").args(PACKAGES));
+    let left: Vec<_> = tree(root)
+        .into_iter()
+        .filter(|path| !before.contains(path) && !path.starts_with("var/lib/dpkg"))
+        .collect();
+    assert_eq!(left, [PathBuf::from("var/log/dpkg.log")]);
+}
+
+fn dpkg(root: &Path) -> Command {
+    let mut command = Command::new("dpkg");
+    command
+        .arg("--root")
+        .arg(root)
+        .arg("--log")
+        .arg(root.join("var/log/dpkg.log"))
+        .arg("--force-script-chrootless")
+        .env("PATH", "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin");
+    command
+}
+
+fn run(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let said = text(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {said}{}", text(&output.stdout));
+    text(&output.stdout)
+}
+
+/// Everything below `root`, relative to it.
+fn tree(root: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut open = vec![root.to_owned()];
+    while let Some(folder) = open.pop() {
+        for entry in fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() && !path.is_symlink() {
+                open.push(path.clone());
+            }
+            found.push(path.strip_prefix(root).unwrap().to_owned());
+        }
+    }
+    found.sort();
+    found
+}

@@ -1,0 +1,254 @@
+//! `cargo xtask package`: what is installed. Binaries that need nothing but a kernel, Debian packages and images made of them.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::{cargo, root};
+
+/// The binaries that are installed anywhere, and the packages of the workspace that have them.
+const BINARIES: [(&str, &str); 5] = [
+    ("mesh-agent", "mesh-agent"),
+    ("mesh-cni", "mesh-cni"),
+    ("mesh-controller", "mesh-controller"),
+    ("mesh-relay", "mesh-relay"),
+    ("meshctl", "meshctl"),
+];
+
+/// Targets of `deploy/images/Containerfile`, and the name of each one's image.
+const IMAGES: [(&str, &str); 5] = [
+    ("agent", "holdfast-agent"),
+    ("cni", "holdfast-cni"),
+    ("controller", "holdfast-controller"),
+    ("relay", "holdfast-relay"),
+    ("meshctl", "holdfast-meshctl"),
+];
+
+/// A Debian package.
+struct Package {
+    name: &'static str,
+    about: &'static str,
+    binaries: &'static [&'static str],
+    /// Its systemd unit, without `.service`.
+    unit: &'static str,
+    /// In `examples/`.
+    example: &'static str,
+    /// What a purge takes away.
+    state: &'static str,
+}
+
+const PACKAGES: [Package; 3] = [
+    Package {
+        name: "holdfast-agent",
+        about: "Mesh data plane: the agent of a node, and meshctl",
+        binaries: &["mesh-agent", "meshctl"],
+        unit: "mesh-agent",
+        example: "agent.toml",
+        state: "/var/lib/holdfast",
+    },
+    Package {
+        name: "holdfast-controller",
+        about: "Mesh data plane: the controller of a mesh",
+        binaries: &["mesh-controller"],
+        unit: "mesh-controller",
+        example: "controller.toml",
+        state: "/var/lib/holdfast-controller",
+    },
+    Package {
+        name: "holdfast-relay",
+        about: "Mesh data plane: a relay for nodes behind NAT",
+        binaries: &["mesh-relay"],
+        unit: "mesh-relay",
+        example: "relay.toml",
+        state: "/etc/holdfast/relay",
+    },
+];
+
+/// What to make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum What {
+    /// Static binaries.
+    Binaries,
+    /// Debian packages.
+    Deb,
+    /// Container images, by `buildah`, as archives.
+    Images,
+}
+
+/// A machine that packages are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Machine {
+    Amd64,
+    Arm64,
+}
+
+impl Machine {
+    /// As Debian and container images call it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Amd64 => "amd64",
+            Self::Arm64 => "arm64",
+        }
+    }
+
+    fn target(self) -> &'static str {
+        match self {
+            Self::Amd64 => "x86_64-unknown-linux-gnu",
+            Self::Arm64 => "aarch64-unknown-linux-gnu",
+        }
+    }
+}
+
+/// Makes it, from the binaries in `bins` or from ones built for the purpose, and says where it is.
+///
+/// # Errors
+///
+/// If a tool is missing, or fails.
+pub(crate) fn run(what: What, machine: Machine, bins: Option<PathBuf>) -> Result<bool> {
+    let out = root().join("target/package");
+    let staged = out.join(machine.name());
+    let bins = match bins {
+        Some(bins) => bins,
+        None => build(machine)?,
+    };
+    fs::create_dir_all(&staged).with_context(|| format!("make {}", staged.display()))?;
+    for (binary, _) in BINARIES {
+        install(&bins.join(binary), &staged.join(binary), 0o755)?;
+    }
+    let made = match what {
+        What::Binaries => BINARIES.iter().map(|(name, _)| staged.join(name)).collect(),
+        What::Deb => PACKAGES
+            .iter()
+            .map(|package| deb(package, &staged, &out, machine))
+            .collect::<Result<Vec<_>>>()?,
+        What::Images => IMAGES
+            .iter()
+            .map(|(target, image)| build_image(target, image, &out, machine))
+            .collect::<Result<Vec<_>>>()?,
+    };
+    for path in made {
+        let bytes = fs::metadata(&path).with_context(|| path.display().to_string())?;
+        println!("{} ({} KiB)", path.display(), bytes.len() >> 10);
+    }
+    Ok(true)
+}
+
+/// Static ones: they run in an empty image, and on any distribution.
+fn build(machine: Machine) -> Result<PathBuf> {
+    let target = machine.target();
+    let mut words = vec!["build", "--release", "--locked", "--target", target];
+    for (_, package) in BINARIES {
+        words.extend(["-p", package]);
+    }
+    eprintln!("building static binaries for {target} …");
+    let mut command = cargo(&words);
+    command
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .env("CARGO_PROFILE_RELEASE_STRIP", "symbols");
+    done(command)?;
+    Ok(root().join("target").join(target).join("release"))
+}
+
+fn install(from: &Path, to: &Path, mode: u32) -> Result<()> {
+    fs::copy(from, to).with_context(|| format!("copy {} to {}", from.display(), to.display()))?;
+    fs::set_permissions(to, fs::Permissions::from_mode(mode))?;
+    Ok(())
+}
+
+fn deb(package: &Package, staged: &Path, out: &Path, machine: Machine) -> Result<PathBuf> {
+    let version = env!("CARGO_PKG_VERSION");
+    let tree = tempfile::tempdir().context("make a temporary folder")?;
+    let at = |path: &str| tree.path().join(path);
+    let unit = format!("{}.service", package.unit);
+    for folder in ["DEBIAN", "usr/bin", "usr/lib/systemd/system"] {
+        fs::create_dir_all(at(folder))?;
+    }
+    let documents = at("usr/share/doc").join(package.name);
+    fs::create_dir_all(&documents)?;
+    for binary in package.binaries {
+        install(&staged.join(binary), &at("usr/bin").join(binary), 0o755)?;
+    }
+    let deploy = root().join("deploy");
+    install(
+        &deploy.join("systemd").join(&unit),
+        &at("usr/lib/systemd/system").join(&unit),
+        0o644,
+    )?;
+    install(
+        &root().join("examples").join(package.example),
+        &documents.join(package.example),
+        0o644,
+    )?;
+    install(&root().join("LICENSE"), &documents.join("copyright"), 0o644)?;
+    for script in ["postinst", "prerm", "postrm"] {
+        let text = fs::read_to_string(deploy.join("debian").join(script))?;
+        let text = text.replace("@UNIT@", package.unit);
+        let text = text.replace("@STATE@", &format!("\"$DPKG_ROOT{}\"", package.state));
+        let path = at("DEBIAN").join(script);
+        fs::write(&path, text)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    }
+    let control = format!(
+        "Package: {}\nVersion: {version}\nArchitecture: {}\nSection: net\nPriority: optional\n\
+         Maintainer: Holdfast <holdfast@localhost>\nDescription: {}\n",
+        package.name,
+        machine.name(),
+        package.about
+    );
+    fs::write(at("DEBIAN/control"), control)?;
+    let path = out.join(format!("{}_{version}_{}.deb", package.name, machine.name()));
+    let mut command = Command::new("dpkg-deb");
+    command.args(["--root-owner-group", "--build"]);
+    command.arg(tree.path()).arg(&path);
+    done(command)?;
+    Ok(path)
+}
+
+fn build_image(target: &str, image: &str, out: &Path, machine: Machine) -> Result<PathBuf> {
+    let version = env!("CARGO_PKG_VERSION");
+    let tag = format!("{image}:{version}");
+    let archive = out.join(format!("{image}_{version}_{}.tar", machine.name()));
+    // Buildah's own storage would be left behind: this one goes with the command.
+    let storage = tempfile::tempdir().context("make a temporary folder")?;
+    let buildah = || {
+        let mut command = Command::new("buildah");
+        command.arg("--root").arg(storage.path().join("root"));
+        command.arg("--runroot").arg(storage.path().join("run"));
+        command.args(["--storage-driver", "vfs"]);
+        command
+    };
+    let mut command = buildah();
+    let platform = format!("linux/{}", machine.name());
+    command.args(["build", "--isolation", "chroot", "--target", target]);
+    command.args(["--platform", &platform, "--tag", &tag, "--file"]);
+    command
+        .arg(root().join("deploy/images/Containerfile"))
+        .arg(out);
+    done(command)?;
+    if archive.exists() {
+        fs::remove_file(&archive)?; // Buildah adds to an archive that is there.
+    }
+    let mut command = buildah();
+    command.args(["push", &tag]);
+    command.arg(format!("docker-archive:{}:{tag}", archive.display()));
+    done(command)?;
+    Ok(archive)
+}
+
+fn done(mut command: Command) -> Result<()> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let status = match command.status() {
+        Ok(status) => status,
+        Err(error) => bail!("{name} cannot be run ({error}): install its Debian package"),
+    };
+    ensure!(
+        status.success(),
+        "{name} failed: {status}; it says why above"
+    );
+    Ok(())
+}
