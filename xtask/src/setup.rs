@@ -27,6 +27,11 @@ const PACKAGES: &[(&str, &str)] = &[
     ("ps", "procps"),
     ("nsenter", "util-linux"),
     ("bpftool", "bpftool"),
+    ("/usr/lib/cni/bridge", "containernetworking-plugins"),
+    ("podman", "podman"),
+    ("containerd", "containerd"),
+    ("runc", "runc"),
+    ("busybox", "busybox-static"),
     ("kubectl", "kubernetes-client"),
 ];
 

@@ -76,7 +76,8 @@ pub struct LinkRoute {
 }
 
 impl Netlink {
-    /// Makes a veth. The end that is here is up, the other one is down.
+    /// Makes a veth. The end that is here is up, the other one is down. Each has one queue: a veth hands packets on at
+    /// once, and what the kernel makes for each core's queue is most of the time that this takes.
     ///
     /// # Errors
     ///
@@ -86,12 +87,16 @@ impl Netlink {
             .name(new.peer_name)
             .address(new.peer_mac.to_vec())
             .mtu(new.mtu_bytes)
+            .append_extra_attribute(LinkAttribute::NumTxQueues(1))
+            .append_extra_attribute(LinkAttribute::NumRxQueues(1))
             .setns_by_fd(new.peer_namespace.as_raw_fd())
             .build();
         let message = LinkMessageBuilder::<LinkVeth>::new_with_info_kind(InfoKind::Veth)
             .name(new.name)
             .address(new.mac.to_vec())
             .mtu(new.mtu_bytes)
+            .append_extra_attribute(LinkAttribute::NumTxQueues(1))
+            .append_extra_attribute(LinkAttribute::NumRxQueues(1))
             .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
             .up()
             .build();
