@@ -1,21 +1,27 @@
 //! `Join`, `Renew` and `Sync`, over TLS.
 
-use std::{pin::Pin, sync::Arc};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures_util::{Stream, stream};
 use mesh_api::{
     control::{
         JoinRequest, JoinResponse, RenewRequest, SyncRequest, SyncResponse, control_server::Control,
     },
+    resources::SYNC_BYTES_MAX,
     serve::caller,
 };
 use mesh_identity::{authority::IssueError, token::JoinToken};
 use mesh_wire::id::{Identity, NodeId, NodeName};
-use tokio::{sync::watch, task::spawn_blocking};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    task::spawn_blocking,
+    time::{Instant, sleep_until},
+};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
+    kubernetes::{ReviewError, Reviewer},
     state::{PrepareError, SessionGuard, State},
     store::JoinError,
     token::Refusal,
@@ -24,18 +30,68 @@ use crate::{
 /// Longest request: a certificate request and a token, ten times over.
 pub const REQUEST_BYTES_MAX: usize = 16 << 10;
 
+/// Most bytes of full answers under way. An answer is in memory until the node's connection has taken it: with
+/// 100,000 endpoints 10 MB, so that 1,000 agents that come back at once would need 10 GB. They
+/// get it six at a time, or one of the largest; what changed since is always told at once.
+const FULL_ANSWERS_BYTES_MAX: usize = SYNC_BYTES_MAX;
+
+/// [`FULL_ANSWERS_BYTES_MAX`] is counted in such units.
+const FULL_ANSWERS_UNIT: usize = 1 << 10;
+
+/// How long a node keeps its turn without saying that it has the answer: 10 MB at 3 Mb/s take 27 s. Then the next
+/// one begins.
+const TURN_MAX: Duration = Duration::from_secs(30);
+
 /// The service.
 #[derive(Debug, Clone)]
 pub struct ControlService {
     state: Arc<State>,
+    /// Who is asked about ServiceAccount tokens; `None`: nobody, and none counts.
+    reviewer: Option<Reviewer>,
+    /// For full answers, one for each [`FULL_ANSWERS_UNIT`].
+    turns: Arc<Semaphore>,
     stop: CancellationToken,
 }
 
+/// What lets a node in.
+enum Pass {
+    /// A token of ours.
+    Token(Box<JoinToken>),
+    /// The API server's word.
+    Reviewed,
+}
+
 impl ControlService {
-    /// Serves `state` until `stop`.
+    /// Serves `state` until `stop`; `reviewer` judges ServiceAccount tokens.
     #[must_use]
-    pub fn new(state: Arc<State>, stop: CancellationToken) -> Self {
-        Self { state, stop }
+    pub fn new(state: Arc<State>, reviewer: Option<Reviewer>, stop: CancellationToken) -> Self {
+        Self {
+            state,
+            reviewer,
+            turns: Arc::new(Semaphore::new(FULL_ANSWERS_BYTES_MAX / FULL_ANSWERS_UNIT)),
+            stop,
+        }
+    }
+
+    async fn pass(&self, request: &JoinRequest, name: &NodeName) -> Result<Pass, Status> {
+        let account = request.service_account_token.as_str();
+        match (request.token.as_str(), account, &self.reviewer) {
+            (token, "", _) => Ok(Pass::Token(Box::new(parse("token", token)?))),
+            ("", account, Some(reviewer)) => {
+                let reviewed = reviewer.review(account, name).await;
+                reviewed.map(|()| Pass::Reviewed).map_err(|error| {
+                    tracing::warn!(node = %name, %error, "join refused");
+                    review_status(&error)
+                })
+            }
+            ("", _, None) => Err(Status::unimplemented(
+                "this controller knows no Kubernetes cluster: join with a token of `meshctl token create`",
+            )),
+            (_, _, _) => {
+                let text = "give `token` or `service_account_token`, not both";
+                Err(Status::invalid_argument(text))
+            }
+        }
     }
 
     /// The node that called, if its certificate is this mesh's and its key still registered.
@@ -65,13 +121,17 @@ impl Control for ControlService {
     async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinResponse>, Status> {
         let address = caller(&request)?.address;
         let request = request.into_inner();
-        let token: JoinToken = parse("token", request.token.as_str())?;
         let name: NodeName = parse("node_name", &request.node_name)?;
         let id = NodeId::try_from(request.wireguard_public_key.as_slice());
         let id = id.map_err(|error| invalid("wireguard_public_key", &error))?;
+        let pass = self.pass(&request, &name).await?;
         let state = self.state.clone();
         let (csr, applicant) = (request.csr_der, name.clone());
-        let joined = spawn_blocking(move || state.join(&token, &applicant, id, &csr)).await;
+        let joined = spawn_blocking(move || match pass {
+            Pass::Token(token) => state.join(&token, &applicant, id, &csr),
+            Pass::Reviewed => state.enroll(&applicant, id, &csr),
+        });
+        let joined = joined.await;
         let joined = joined.map_err(|error| Status::internal(error.to_string()))?;
         match joined {
             Ok(response) => {
@@ -112,6 +172,7 @@ impl Control for ControlService {
             requests: Some(request.into_inner()),
             has: Has::NotSaid,
             changes: self.state.changes(),
+            turn: None,
         };
         tracing::debug!(node = %session.name, "sync begins");
         let responses = stream::unfold(Some(session), async |session| {
@@ -136,6 +197,8 @@ struct SyncSession {
     requests: Option<Streaming<SyncRequest>>,
     has: Has,
     changes: watch::Receiver<u64>,
+    /// While a full answer is under way, and until when at most.
+    turn: Option<(OwnedSemaphorePermit, Instant)>,
 }
 
 /// What the node has.
@@ -153,13 +216,20 @@ impl SyncSession {
     /// The next answer; `None`: the node is gone.
     async fn next(&mut self) -> Option<Result<SyncResponse, Status>> {
         loop {
-            if let Some(response) = self.due() {
+            let full_bytes = self.full_bytes();
+            let units = full_bytes.div_ceil(FULL_ANSWERS_UNIT);
+            let units = units.min(FULL_ANSWERS_BYTES_MAX / FULL_ANSWERS_UNIT);
+            let waits = units > 0 && self.turn.is_none();
+            if !waits && let Some(response) = self.due() {
                 return Some(
                     self.service
                         .check_registered(&self.name, self.id)
                         .map(|()| response),
                 );
             }
+            let turns = self.service.turns.clone();
+            let units = u32::try_from(units).unwrap_or(u32::MAX);
+            let turn_ends = self.turn.as_ref().map(|(_, ends)| *ends);
             tokio::select! {
                 biased;
                 () = self.service.stop.cancelled() => {
@@ -169,8 +239,23 @@ impl SyncSession {
                     return Some(Err(Status::aborted("the node opened another stream")));
                 }
                 request = next_request(&mut self.requests) => self.handle_request(request?),
-                changed = self.changes.changed() => changed.ok()?,
+                turn = turns.acquire_many_owned(units), if waits => {
+                    self.turn = Some((turn.ok()?, Instant::now() + TURN_MAX));
+                }
+                () = sleep_until(turn_ends.unwrap_or_else(Instant::now)), if turn_ends.is_some() => {
+                    self.turn = None;
+                }
+                changed = self.changes.changed(), if !waits => changed.ok()?,
             }
+        }
+    }
+
+    /// The size of the next answer, if it has to be everything.
+    fn full_bytes(&self) -> usize {
+        match self.has {
+            Has::NotSaid => 0,
+            Has::Said(known) => self.service.state.full_bytes(known),
+            Has::Sent(generation) => self.service.state.full_bytes(Some(generation)),
         }
     }
 
@@ -193,6 +278,9 @@ impl SyncSession {
 
     fn handle_request(&mut self, request: SyncRequest) {
         let ours = request.store_id == self.service.state.store_id();
+        if matches!(self.has, Has::Sent(_)) {
+            self.turn = None;
+        }
         if ours {
             self.guard.acknowledge(request.generation);
         }
@@ -237,9 +325,24 @@ fn join_status(error: &JoinError<PrepareError>) -> Status {
                 Refusal::NameTaken(_) | Refusal::KeyTaken(_) => Status::already_exists(text),
             }
         }
+        // Both pass: whoever asks should ask again.
+        JoinError::Prepare(PrepareError::NotReady | PrepareError::NotApproved(_)) => {
+            Status::unavailable(text)
+        }
         JoinError::Prepare(PrepareError::NoAddress) => Status::resource_exhausted(text),
         JoinError::Prepare(PrepareError::Issue(error)) => issue_status(error),
         JoinError::Store(_) => Status::unavailable(text),
+    }
+}
+
+fn review_status(error: &ReviewError) -> Status {
+    let text = error.to_string();
+    match error {
+        ReviewError::Unavailable(_) => Status::unavailable(text),
+        ReviewError::Unknown(_) | ReviewError::Audience => Status::unauthenticated(text),
+        ReviewError::Account { .. } | ReviewError::Unbound | ReviewError::Node { .. } => {
+            Status::permission_denied(text)
+        }
     }
 }
 

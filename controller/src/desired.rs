@@ -6,6 +6,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr},
+    sync::Arc,
 };
 
 use ipnet::IpNet;
@@ -13,8 +14,7 @@ use mesh_api::{
     control::{Resource, ResourceKey},
     convert::{
         external_peer_resource, key, mesh_resource, node_record_bytes, node_resource,
-        policy::{mesh_policy_resource, namespace_resource, network_policy_resource, pod_resource},
-        relay_resource, service_resource, slice_resource,
+        service_resource,
     },
 };
 use mesh_core::{
@@ -27,7 +27,7 @@ use mesh_wire::id::{MeshId, NodeId, NodeName};
 
 use crate::{
     history::Wanted,
-    manifests::{Loaded, NodeFacts, Object},
+    manifests::{Loaded, NodeFacts, Object, ObjectId},
     store::Nodes,
 };
 
@@ -44,8 +44,21 @@ pub struct Desired {
     pub claims: Claims,
     /// Overlay addresses that the manifests give to nodes, whether they joined or not.
     pub pins: BTreeMap<NodeName, Ipv4Addr>,
+    /// Nodes that may join: all (`None`), or those that somebody approved.
+    pub approved: Option<BTreeSet<NodeName>>,
     /// What was left out and why, a line each.
     pub problems: Vec<String>,
+    /// Objects of which something was left out: the first reason, without the object's name.
+    pub rejected: BTreeMap<ObjectId, Rejected>,
+}
+
+/// Why the mesh does not act on an object as a whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rejected {
+    /// The field, and what is wrong with it.
+    pub text: String,
+    /// Nothing is wrong with it: this version does not act on such objects.
+    pub not_implemented: bool,
 }
 
 /// What the mesh `id` is, by these manifests (in the order in which they count) and these nodes.
@@ -59,7 +72,9 @@ pub fn desired(objects: &[&Loaded], nodes: &Nodes, id: MeshId, trust_domain: &st
             wanted: BTreeMap::new(),
             claims: Claims::default(),
             pins: BTreeMap::new(),
+            approved: None,
             problems: Vec::new(),
+            rejected: BTreeMap::new(),
         },
         keys: nodes.values().map(|node| node.id).collect(),
         cluster_ips: BTreeMap::new(),
@@ -142,20 +157,7 @@ struct Builder {
 
 impl Builder {
     fn settings(&mut self, objects: &[&Loaded]) {
-        let configs = objects.iter().filter_map(|loaded| match &loaded.object {
-            Object::Config(config) => Some(config),
-            Object::Service(_)
-            | Object::Slice(..)
-            | Object::Node(_)
-            | Object::MeshNode(_)
-            | Object::Relay(_)
-            | Object::ExternalPeer(_)
-            | Object::Balance(..)
-            | Object::MeshPolicy(_)
-            | Object::NetworkPolicy(_)
-            | Object::Pod(_)
-            | Object::Namespace(..) => None,
-        });
+        let configs = objects.iter().filter_map(|loaded| loaded.config());
         for config in configs {
             let mesh = &mut self.desired.mesh;
             mesh.overlay_v4 = config.overlay_v4.unwrap_or(mesh.overlay_v4).trunc();
@@ -167,19 +169,19 @@ impl Builder {
             if let Some(domain) = &config.node_domain {
                 mesh.node_domain.clone_from(domain);
             }
+            self.desired.approved = config.manual_approval.then(BTreeSet::new);
         }
     }
 
     fn balances(&mut self, objects: &[&Loaded]) {
-        let is_service = |wanted: &ServiceName| {
-            let mut objects = objects.iter().map(|loaded| &loaded.object);
-            objects.any(|object| {
-                matches!(object, Object::Service(Some(service)) if service.name == *wanted)
-            })
-        };
+        let services: BTreeSet<&ServiceName> = objects
+            .iter()
+            .filter_map(|loaded| loaded.service())
+            .map(|service| &service.name)
+            .collect();
         for loaded in objects {
             if let Object::Balance(service, balance) = &loaded.object {
-                if is_service(service) {
+                if services.contains(service) {
                     self.balances.insert(service.clone(), balance.clone());
                 } else {
                     let text = format!("there is no Service {service}; this has no effect");
@@ -199,6 +201,7 @@ impl Builder {
                 overlay_v4: registered.overlay_v4,
                 overlay_v6,
                 prefixes: Vec::new(),
+                pod_prefixes: Vec::new(),
                 underlay_addresses: Vec::new(),
                 static_candidates: Vec::new(),
             };
@@ -228,29 +231,43 @@ impl Builder {
             | Object::Service(None)
             | Object::Pod(_)
             | Object::Namespace(..) => {}
-            Object::MeshPolicy(policy) => self.want(mesh_policy_resource(policy)),
-            Object::NetworkPolicy(policy) => self.want(network_policy_resource(policy)),
+            Object::MeshPolicy(_)
+            | Object::NetworkPolicy(_)
+            | Object::Slice(..)
+            | Object::Relay(_) => self.want_own(loaded),
             Object::Service(Some(service)) => self.service(loaded, service),
-            Object::Slice(service, slice) => self.want(slice_resource(service, slice)),
+            Object::Route(gateway, prefixes) => {
+                self.prefixes(loaded, gateway, prefixes, "spec.subnets");
+            }
+            Object::Inert(text) => self.inert(loaded, text),
             Object::Node(facts) => {
-                self.prefixes(loaded, facts);
+                self.prefixes(loaded, &facts.name, &facts.prefixes, "spec.podCIDRs");
                 if let Some(node) = self.desired.nodes.get_mut(&facts.name) {
                     node.underlay_addresses
                         .clone_from(&facts.underlay_addresses);
+                    let granted = |net: &&IpNet| node.prefixes.contains(&net.trunc());
+                    node.pod_prefixes = facts
+                        .prefixes
+                        .iter()
+                        .filter(granted)
+                        .map(IpNet::trunc)
+                        .collect();
                     let said = std::mem::take(&mut node.locality);
                     node.locality = or(said, &facts.locality);
                 }
             }
             Object::MeshNode(facts) => {
+                if let Some(approved) = self.desired.approved.as_mut().filter(|_| facts.approved) {
+                    approved.insert(facts.name.clone());
+                }
                 self.pin(loaded, facts);
-                self.prefixes(loaded, facts);
+                self.prefixes(loaded, &facts.name, &facts.prefixes, "spec.prefixes");
                 if let Some(node) = self.desired.nodes.get_mut(&facts.name) {
                     node.static_candidates.clone_from(&facts.static_candidates);
                     // What the operator says comes before Kubernetes' labels.
                     node.locality = or(facts.locality.clone(), &node.locality);
                 }
             }
-            Object::Relay(relay) => self.want(relay_resource(relay)),
             Object::ExternalPeer(peer) => self.external_peer(loaded, peer),
         }
     }
@@ -271,44 +288,28 @@ impl Builder {
             self.cluster_ips.insert(*address, service.name.clone());
         }
         // What the mesh's own manifest says replaces the annotations as a whole.
-        let said = self.balances.get(&service.name).cloned();
-        self.want(service_resource(&Service {
-            balance: said.unwrap_or_else(|| service.balance.clone()),
-            ..service.clone()
-        }));
+        match self.balances.get(&service.name) {
+            None => self.want_own(loaded),
+            Some(said) => self.want(service_resource(&Service {
+                balance: said.clone(),
+                ..service.clone()
+            })),
+        }
     }
 
     /// Pods and namespaces, where there are policies: nobody else asks for them. A pod's address is
     /// nobody else's, or policies about one would be about the other.
     fn selected(&mut self, objects: &[&Loaded]) {
-        let is_policy = |loaded: &&Loaded| {
-            matches!(
-                loaded.object,
-                Object::MeshPolicy(_) | Object::NetworkPolicy(_)
-            )
-        };
-        if !objects.iter().any(is_policy) {
+        if !objects.iter().any(|loaded| loaded.is_policy()) {
             return;
         }
         let mut taken: BTreeMap<IpAddr, &ObjectName> = BTreeMap::new();
         for loaded in objects {
-            let pod = match &loaded.object {
-                Object::Namespace(name, labels) => {
-                    self.want(namespace_resource(name, labels));
-                    continue;
-                }
-                Object::Pod(Some(pod)) => pod,
-                Object::Pod(None)
-                | Object::Service(_)
-                | Object::Slice(..)
-                | Object::Node(_)
-                | Object::MeshNode(_)
-                | Object::Relay(_)
-                | Object::ExternalPeer(_)
-                | Object::Config(_)
-                | Object::Balance(..)
-                | Object::MeshPolicy(_)
-                | Object::NetworkPolicy(_) => continue,
+            if matches!(loaded.object, Object::Namespace(..)) {
+                self.want_own(loaded);
+            }
+            let Object::Pod(Some(pod)) = &loaded.object else {
+                continue;
             };
             let addresses = pod.addresses.iter().filter(|_| !pod.host_network);
             let owner = pod.node.as_ref().map(owner).unwrap_or_default();
@@ -324,7 +325,7 @@ impl Builder {
                 continue;
             }
             taken.extend(addresses.map(|&address| (address, &pod.name)));
-            self.want(pod_resource(pod));
+            self.want_own(loaded);
         }
     }
 
@@ -355,22 +356,16 @@ impl Builder {
 
     /// Claims also those of nodes that have not joined yet: that they do must not take anything
     /// away from others.
-    fn prefixes(&mut self, loaded: &Loaded, facts: &NodeFacts) {
-        for prefix in facts.prefixes.iter().map(IpNet::trunc) {
-            match self.desired.claims.claim(prefix, &owner(&facts.name)) {
+    fn prefixes(&mut self, loaded: &Loaded, name: &NodeName, prefixes: &[IpNet], field: &str) {
+        for prefix in prefixes.iter().map(IpNet::trunc) {
+            match self.desired.claims.claim(prefix, &owner(name)) {
                 Ok(()) => {
-                    let node = self.desired.nodes.get_mut(&facts.name);
+                    let node = self.desired.nodes.get_mut(name);
                     if let Some(node) = node.filter(|node| !node.prefixes.contains(&prefix)) {
                         node.prefixes.push(prefix);
                     }
                 }
                 Err((taken, by)) => {
-                    let kubernetes = matches!(loaded.object, Object::Node(_));
-                    let field = if kubernetes {
-                        "spec.podCIDRs"
-                    } else {
-                        "spec.prefixes"
-                    };
                     let text = format!("{prefix} overlaps {taken} of {by}; left out");
                     self.problem(loaded, field, &text);
                 }
@@ -421,14 +416,37 @@ impl Builder {
     fn want(&mut self, resource: Resource) {
         // What was just made from checked parts has a key.
         if let Ok(key) = key(&resource) {
-            self.desired.wanted.insert(key, Wanted::Resource(resource));
+            let resource = Wanted::Resource(Arc::new(resource));
+            self.desired.wanted.insert(key, resource);
+        }
+    }
+
+    /// What `loaded` says by itself.
+    fn want_own(&mut self, loaded: &Loaded) {
+        if let Some((key, resource)) = &loaded.resource {
+            let resource = Wanted::Resource(Arc::clone(resource));
+            self.desired.wanted.insert(key.clone(), resource);
         }
     }
 
     fn problem(&mut self, loaded: &Loaded, field: &str, text: &str) {
-        let Loaded { id, source, .. } = loaded;
-        let problem = format!("{source}: {id}: {field}: {text}");
+        let text = format!("{field}: {text}");
+        self.reject(loaded, text, false);
+    }
+
+    fn inert(&mut self, loaded: &Loaded, text: &str) {
+        self.reject(loaded, text.to_owned(), true);
+    }
+
+    fn reject(&mut self, loaded: &Loaded, text: String, not_implemented: bool) {
+        let problem = format!("{}: {text}", loaded.place());
         self.desired.problems.push(problem);
+        let rejected = Rejected {
+            text,
+            not_implemented,
+        };
+        let rejections = &mut self.desired.rejected;
+        rejections.entry(loaded.id.clone()).or_insert(rejected);
     }
 }
 

@@ -4,9 +4,13 @@
 //! tombstone with the generation of its removal. What changed since generation `g` is then what
 //! has a later one: each key once, however often it changed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use mesh_api::control::{Resource, ResourceKey, SyncResponse, resource};
+use prost::Message as _;
 
 /// Most removed resources that are remembered: at 100 bytes, 1 MB. An agent that missed the
 /// removal of an older one gets everything anew.
@@ -29,18 +33,14 @@ pub struct Entry {
     /// When it last changed.
     pub generation: u64,
     /// `None`: it was removed then.
-    pub resource: Option<Resource>,
+    pub resource: Option<Arc<Resource>>,
 }
 
 /// What a resource should be.
 #[derive(Debug, Clone, PartialEq)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "nearly all are resources: a box each would cost more than it spares"
-)]
 pub enum Wanted {
-    /// This.
-    Resource(Resource),
+    /// This, shared with the object that it was made from: what did not change is known by its place.
+    Resource(Arc<Resource>),
     /// A node with this record. It is signed only if the record is new: signatures are random,
     /// and another signature would be a change.
     Node(Vec<u8>),
@@ -80,6 +80,14 @@ impl History {
         self.generation
     }
 
+    /// The size of all resources, encoded.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let resources = self.entries.values();
+        let resources = resources.filter_map(|entry| entry.resource.as_deref());
+        resources.map(Resource::encoded_len).sum()
+    }
+
     /// The step to `wanted`, if anything is different. `sign` is asked only for new records.
     ///
     /// # Errors
@@ -107,11 +115,14 @@ impl History {
         for (key, wanted) in wanted {
             let now = self.entries.get(&key);
             let now = now.and_then(|entry| entry.resource.as_ref());
+            let same = |resource: &Arc<Resource>| {
+                now.is_some_and(|now| Arc::ptr_eq(now, resource) || now == resource)
+            };
             let resource = match wanted {
-                Wanted::Resource(resource) if now == Some(&resource) => continue,
+                Wanted::Resource(resource) if same(&resource) => continue,
                 Wanted::Resource(resource) => resource,
                 Wanted::Node(record) if signed_record(now) == Some(record.as_slice()) => continue,
-                Wanted::Node(record) => sign(record)?,
+                Wanted::Node(record) => Arc::new(sign(record)?),
             };
             let resource = Some(resource);
             changed.insert(
@@ -149,10 +160,16 @@ impl History {
         }
     }
 
+    /// What an agent that has `generation` of this store can be told the changes since; `None`: it needs everything.
+    #[must_use]
+    pub fn known(&self, generation: Option<u64>) -> Option<u64> {
+        generation.filter(|&had| had >= self.floor && had <= self.generation)
+    }
+
     /// What an agent that has `generation` of this store must be told.
     #[must_use]
     pub fn since(&self, store_id: &[u8], generation: Option<u64>) -> SyncResponse {
-        let known = generation.filter(|&had| had >= self.floor && had <= self.generation);
+        let known = self.known(generation);
         let mut response = SyncResponse {
             store_id: store_id.to_vec(),
             generation: self.generation,
@@ -162,7 +179,7 @@ impl History {
         let Some(known) = known else {
             let resources = self.entries.values();
             response.set = resources
-                .filter_map(|entry| entry.resource.clone())
+                .filter_map(|entry| entry.resource.as_deref().cloned())
                 .collect();
             return response;
         };
@@ -171,7 +188,7 @@ impl History {
             match self
                 .entries
                 .get(key)
-                .and_then(|entry| entry.resource.clone())
+                .and_then(|entry| entry.resource.as_deref().cloned())
             {
                 Some(resource) => response.set.push(resource),
                 None => response.removed.push(key.clone()),
@@ -214,7 +231,7 @@ impl History {
     }
 }
 
-fn signed_record(resource: Option<&Resource>) -> Option<&[u8]> {
+fn signed_record(resource: Option<&Arc<Resource>>) -> Option<&[u8]> {
     match resource?.kind.as_ref()? {
         resource::Kind::Node(signed) => Some(&signed.record),
         resource::Kind::Mesh(_)

@@ -6,13 +6,16 @@
 #![forbid(unsafe_code)]
 
 pub mod admin;
+pub mod cluster;
 pub mod config;
 pub mod control;
 pub mod desired;
 pub mod history;
+pub mod kubernetes;
 pub mod manifests;
 pub mod policy_test;
 pub mod run;
 pub mod state;
+pub mod status;
 pub mod store;
 pub mod token;

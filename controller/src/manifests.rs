@@ -4,8 +4,17 @@ use std::{
     collections::BTreeMap,
     fmt, fs, io,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
+use mesh_api::{
+    control::{Resource, ResourceKey},
+    convert::{
+        key,
+        policy::{mesh_policy_resource, namespace_resource, network_policy_resource, pod_resource},
+        relay_resource, service_resource, slice_resource,
+    },
+};
 use mesh_core::{
     policy::resources::{DefaultAction, Labels, MeshPolicy, NetworkPolicy, Pod},
     snapshot::{Balance, EndpointSlice, ExternalPeer, Locality, Relay, Service, ServiceName},
@@ -21,7 +30,7 @@ use self::parse::parse_file;
 pub mod parse;
 pub mod watch;
 
-mod kinds;
+pub(crate) mod kinds;
 
 /// Longest manifest file: 20,000 endpoints at some 200 bytes, four times over.
 pub const FILE_BYTES_MAX: u64 = 16 << 20;
@@ -29,31 +38,54 @@ pub const FILE_BYTES_MAX: u64 = 16 << 20;
 /// Most manifest files.
 pub const FILES_MAX: usize = 10_000;
 
-/// Where an object stands.
+/// Where an object stands. The order is that in which objects count when they collide.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Source {
-    /// The file's name in the folder.
-    pub file: String,
-    /// The document in it, from 1.
-    pub document: usize,
-    /// The item of a `kind: List`, from 0.
-    pub item: Option<usize>,
-    /// The line in the file at which the document begins, from 1.
-    pub line: usize,
+pub enum Source {
+    /// In a manifest.
+    File {
+        /// The file's name in the folder.
+        file: String,
+        /// The document in it, from 1.
+        document: usize,
+        /// The item of a `kind: List`, from 0.
+        item: Option<usize>,
+        /// The line in the file at which the document begins, from 1.
+        line: usize,
+    },
+    /// In a Kubernetes cluster: who was made first comes first.
+    Cluster {
+        /// When it was made, as Unix seconds.
+        created_unix_s: i64,
+    },
 }
 
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            file,
-            document,
-            item,
-            line,
-        } = self;
-        write!(f, "{file}:{line}: document {document}")?;
-        match item {
-            Some(item) => write!(f, ": items[{item}]"),
-            None => Ok(()),
+        match self {
+            Self::File {
+                file,
+                document,
+                item,
+                line,
+            } => {
+                write!(f, "{file}:{line}: document {document}")?;
+                match item {
+                    Some(item) => write!(f, ": items[{item}]"),
+                    None => Ok(()),
+                }
+            }
+            Self::Cluster { .. } => f.write_str("the cluster"),
+        }
+    }
+}
+
+impl Source {
+    /// The place of the object `id` here, for people.
+    #[must_use]
+    pub fn place(&self, id: &ObjectId) -> String {
+        match self {
+            Self::File { .. } => format!("{self}: {id}"),
+            Self::Cluster { .. } => id.to_string(),
         }
     }
 }
@@ -79,6 +111,10 @@ pub enum Kind {
     MeshService,
     /// Who may speak with whom.
     MeshPolicy,
+    /// LAN subnets behind gateways.
+    SiteRoute,
+    /// Sites that may connect directly.
+    Community,
     /// `networking.k8s.io/v1`.
     NetworkPolicy,
     /// `v1`: whom policies select.
@@ -140,6 +176,10 @@ pub enum Object {
     Pod(Option<Pod>),
     /// A namespace's labels.
     Namespace(String, Labels),
+    /// LAN subnets behind a node.
+    Route(NodeName, Vec<IpNet>),
+    /// In order, but this version does not act on it, and why.
+    Inert(&'static str),
 }
 
 /// What a manifest says of a node.
@@ -157,6 +197,8 @@ pub struct NodeFacts {
     pub underlay_addresses: Vec<IpAddr>,
     /// Addresses where it is reachable for sure.
     pub static_candidates: Vec<SocketAddr>,
+    /// Whether it may join although joining needs approval.
+    pub approved: bool,
 }
 
 /// What a manifest says of the mesh.
@@ -172,10 +214,12 @@ pub struct Config {
     pub mtu_bytes: Option<u16>,
     /// What happens to flows of which no policy says anything.
     pub default_action: Option<DefaultAction>,
+    /// Whether nodes wait until they are approved.
+    pub manual_approval: bool,
 }
 
 /// An object and where it stands.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Loaded {
     /// What it is.
     pub id: ObjectId,
@@ -183,6 +227,84 @@ pub struct Loaded {
     pub source: Source,
     /// What it says.
     pub object: Object,
+    /// What agents are told of it, when no other object changes that: made once, and shared with what is published.
+    pub(crate) resource: Option<(ResourceKey, Arc<Resource>)>,
+}
+
+impl Loaded {
+    /// The object `id` at `source`.
+    #[must_use]
+    pub fn new(id: ObjectId, source: Source, object: Object) -> Self {
+        let resource = own_resource(&object).and_then(|resource| {
+            // What was just made from checked parts has a key.
+            let key = key(&resource).ok()?;
+            Some((key, Arc::new(resource)))
+        });
+        Self {
+            id,
+            source,
+            object,
+            resource,
+        }
+    }
+
+    /// The mesh's settings, if it is such.
+    #[must_use]
+    pub fn config(&self) -> Option<&Config> {
+        if let Object::Config(config) = &self.object {
+            Some(config)
+        } else {
+            None
+        }
+    }
+
+    /// The service, if it is one of ours.
+    #[must_use]
+    pub fn service(&self) -> Option<&Service> {
+        if let Object::Service(Some(service)) = &self.object {
+            Some(service)
+        } else {
+            None
+        }
+    }
+
+    /// Whether it is a policy of either kind.
+    #[must_use]
+    pub fn is_policy(&self) -> bool {
+        matches!(
+            self.object,
+            Object::MeshPolicy(_) | Object::NetworkPolicy(_)
+        )
+    }
+
+    /// Where it stands and what it is, for people.
+    #[must_use]
+    pub fn place(&self) -> String {
+        self.source.place(&self.id)
+    }
+}
+
+/// What agents are told of `object`, if that depends on nothing else (of a service: unless a
+/// MeshService says more).
+fn own_resource(object: &Object) -> Option<Resource> {
+    match object {
+        Object::Service(Some(service)) => Some(service_resource(service)),
+        Object::Slice(service, slice) => Some(slice_resource(service, slice)),
+        Object::Relay(relay) => Some(relay_resource(relay)),
+        Object::MeshPolicy(policy) => Some(mesh_policy_resource(policy)),
+        Object::NetworkPolicy(policy) => Some(network_policy_resource(policy)),
+        Object::Pod(Some(pod)) => Some(pod_resource(pod)),
+        Object::Namespace(name, labels) => Some(namespace_resource(name, labels)),
+        Object::Service(None)
+        | Object::Pod(None)
+        | Object::Node(_)
+        | Object::MeshNode(_)
+        | Object::ExternalPeer(_)
+        | Object::Config(_)
+        | Object::Balance(..)
+        | Object::Route(..)
+        | Object::Inert(_) => None,
+    }
 }
 
 /// The folder as it last was good.
@@ -325,9 +447,11 @@ fn by_id(objects: Vec<Loaded>, problems: &mut Vec<String>) -> BTreeMap<ObjectId,
     found
 }
 
-fn duplicate(loaded: &Loaded, first: &Source) -> String {
-    let Loaded { id, source, .. } = loaded;
-    format!("{source}: {id}: is already at {first}; this one is left out")
+pub(crate) fn duplicate(loaded: &Loaded, first: &Source) -> String {
+    format!(
+        "{}: is already at {first}; this one is left out",
+        loaded.place()
+    )
 }
 
 /// Manifest files directly in the folder, by name. Hidden ones and other endings are passed over:

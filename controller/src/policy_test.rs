@@ -195,18 +195,12 @@ pub fn snapshot(objects: &[&Loaded]) -> Result<(Snapshot, Vec<String>)> {
     let empty = desired(objects, &Nodes::default(), mesh, "test");
     let names: BTreeSet<NodeName> = objects
         .iter()
-        .filter_map(|loaded| match &loaded.object {
-            Object::Node(facts) | Object::MeshNode(facts) => Some(facts.name.clone()),
-            Object::Service(_)
-            | Object::Slice(..)
-            | Object::Relay(_)
-            | Object::ExternalPeer(_)
-            | Object::Config(_)
-            | Object::Balance(..)
-            | Object::MeshPolicy(_)
-            | Object::NetworkPolicy(_)
-            | Object::Pod(_)
-            | Object::Namespace(..) => None,
+        .filter_map(|loaded| {
+            if let Object::Node(facts) | Object::MeshNode(facts) = &loaded.object {
+                Some(facts.name.clone())
+            } else {
+                None
+            }
         })
         .collect();
     let taken: BTreeSet<_> = empty.pins.values().copied().collect();
@@ -226,7 +220,7 @@ pub fn snapshot(objects: &[&Loaded]) -> Result<(Snapshot, Vec<String>)> {
     }
     let desired = desired(objects, &nodes, mesh, "test");
     let resources = desired.wanted.into_values().map(|wanted| match wanted {
-        Wanted::Resource(resource) => resource,
+        Wanted::Resource(resource) => Arc::unwrap_or_clone(resource),
         Wanted::Node(record) => node_resource(record, Vec::new()),
     });
     let response = SyncResponse {

@@ -27,7 +27,8 @@ use crate::{
     admin::AdminService,
     config::Settings,
     control::{ControlService, REQUEST_BYTES_MAX},
-    manifests::watch::Watch,
+    kubernetes::{self, Reviewer},
+    manifests::watch::{RESCAN, Watch},
     state::State,
 };
 
@@ -59,7 +60,16 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> Result<()> {
 
     let mut supervisor = Supervisor::new(stop.clone());
     supervisor.stop_on_signal()?;
-    let agents = control(state.clone(), listener, certificate.clone(), stop.clone());
+    let mut reviewer = None;
+    if let Some(settings) = &state.settings().kubernetes {
+        let client = kubernetes::client(settings).await?;
+        let (namespace, account) = (&settings.namespace, &settings.agent_service_account);
+        reviewer = Some(Reviewer::new(client.clone(), namespace, account));
+        let cluster = kubernetes::run(state.clone(), client, stop.clone());
+        supervisor.spawn("kubernetes", cluster);
+    }
+    let service = ControlService::new(state.clone(), reviewer, stop.clone());
+    let agents = control(service, listener, certificate.clone(), stop.clone());
     supervisor.spawn("control", agents);
     supervisor.spawn("admin", admin(state.clone(), socket, stop.clone()));
     supervisor.spawn("manifests", manifests(state, certificate, stop));
@@ -68,12 +78,11 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> Result<()> {
 }
 
 async fn control(
-    state: Arc<State>,
+    service: ControlService,
     listener: TcpListener,
     certificate: OwnCertificate,
     stop: CancellationToken,
 ) -> Result<()> {
-    let service = ControlService::new(state, stop.clone());
     let service = ControlServer::new(service).max_decoding_message_size(REQUEST_BYTES_MAX);
     let refused = |peer: SocketAddr, problem: &str| {
         tracing::debug!(%peer, problem, "connection refused");
@@ -102,7 +111,8 @@ async fn manifests(
     certificate: OwnCertificate,
     stop: CancellationToken,
 ) -> Result<()> {
-    let mut watch = Watch::new(state.settings().manifests.clone());
+    let folder = state.settings().manifests.clone();
+    let mut watch = folder.map(Watch::new);
     loop {
         // Something may have changed between the first reading and the watch.
         let scanning = state.clone();
@@ -110,8 +120,15 @@ async fn manifests(
         certificate.renew(&state)?;
         tokio::select! {
             () = stop.cancelled() => return Ok(()),
-            () = watch.changed() => {}
+            () = changed(watch.as_mut()) => {}
         }
+    }
+}
+
+async fn changed(watch: Option<&mut Watch>) {
+    match watch {
+        Some(watch) => watch.changed().await,
+        None => tokio::time::sleep(RESCAN).await,
     }
 }
 

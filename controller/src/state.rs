@@ -29,10 +29,12 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    cluster::{Changed, Cluster, Event},
     config::Settings,
-    desired::{Desired, desired},
+    desired::{Desired, Rejected, desired},
     history::{History, Wanted},
-    manifests::Folder,
+    manifests::{Folder, Loaded, ObjectId, duplicate},
+    status::{self, Due, Pending, Seen},
     store::{JoinError, Nodes, Registered, Store, StoreError},
     token::{Applicant, DEFAULT_TTL_S, Refusal, TTL_S_MAX, TokenRecord, USES_MAX},
 };
@@ -50,15 +52,22 @@ pub struct State {
     /// Held for moments: from anywhere.
     published: RwLock<Published>,
     generation: watch::Sender<u64>,
-    sessions: Mutex<BTreeMap<NodeName, Session>>,
+    sessions: Mutex<Sessions>,
     next_session: AtomicU64,
+    began_unix_s: i64,
 }
 
 #[derive(Debug)]
 struct Work {
     store: Store,
     folder: Folder,
+    /// What the cluster says, if there is one.
+    cluster: Option<Cluster>,
+    /// Whether `desired` was ever worked out from all of it.
+    ready: bool,
     desired: Desired,
+    /// Nodes that wait for approval.
+    pending: BTreeMap<NodeName, Pending>,
     /// What the store refused to take; tried again at the next scan.
     unsaved: Option<String>,
     /// Manifests to be remembered that the store did not take yet.
@@ -72,6 +81,15 @@ struct Published {
     registry: Nodes,
     nodes: BTreeMap<NodeName, Node>,
     problems: Vec<String>,
+    /// Size of everything, encoded.
+    bytes: usize,
+}
+
+#[derive(Debug, Default)]
+struct Sessions {
+    open: BTreeMap<NodeName, Session>,
+    /// Of every node that had one since the controller began: no more than there are nodes.
+    seen: BTreeMap<NodeName, Seen>,
 }
 
 #[derive(Debug)]
@@ -80,6 +98,10 @@ struct Session {
     replaced: CancellationToken,
     generation: u64,
 }
+
+/// Most nodes that wait for approval: whoever has a good token can be one more. At 200 bytes each,
+/// 200 KB; another has to wait until one of them is in.
+pub const PENDING_MAX: usize = 1000;
 
 /// Why the controller cannot begin.
 #[derive(Debug, thiserror::Error)]
@@ -112,6 +134,12 @@ pub enum PrepareError {
     /// It is not allowed.
     #[error(transparent)]
     Refused(#[from] Refusal),
+    /// Not everything is read yet that the mesh is made from.
+    #[error("the controller has not read the whole cluster yet: try again")]
+    NotReady,
+    /// Somebody has to approve it first.
+    #[error("waits for approval: set spec.approved to true in MeshNode {0}")]
+    NotApproved(NodeName),
     /// The overlay is full.
     #[error("the overlay has no free IPv4 address: widen spec.overlayIPv4CIDR in the MeshConfig")]
     NoAddress,
@@ -158,32 +186,42 @@ impl State {
         let authority = contents.authority;
         let not_before = Validity::of(authority.certificate_der())?.not_before;
         let generation = contents.history.generation();
-        let nothing = desired(&[], &Nodes::new(), authority.mesh_id(), &settings.mesh_name);
-        let state = Self {
+        let (mesh, name) = (authority.mesh_id(), &settings.mesh_name);
+        let nothing = desired(&[], &contents.nodes, mesh, name);
+        let nodes = nothing.nodes.clone();
+        let folder = settings.manifests.as_ref();
+        let folder = folder.map(|_| Folder::restore(&contents.manifests));
+        let mut state = Self {
             not_before,
             store_id: contents.store_id,
             work: Mutex::new(Work {
                 store,
-                folder: Folder::restore(&contents.manifests),
+                folder: folder.unwrap_or_default(),
+                cluster: settings.kubernetes.as_ref().map(|_| Cluster::default()),
+                ready: false,
                 desired: nothing,
+                pending: BTreeMap::new(),
                 unsaved: None,
                 remember: BTreeMap::new(),
                 logged: BTreeSet::new(),
             }),
             published: RwLock::new(Published {
+                bytes: contents.history.bytes(),
                 history: contents.history,
+                nodes,
                 registry: contents.nodes,
                 ..Published::default()
             }),
             generation: watch::Sender::new(generation),
             sessions: Mutex::default(),
             next_session: AtomicU64::new(0),
+            began_unix_s: 0,
             settings,
             authority,
         };
+        state.began_unix_s = state.now_unix_s();
         let mut work = state.work();
-        let scanned = work.folder.scan(&state.settings.manifests);
-        work.remember = scanned.remember;
+        state.scan_folder(&mut work);
         state.refresh(&mut work);
         drop(work);
         Ok(state)
@@ -232,6 +270,16 @@ impl State {
         self.published(|published| published.history.since(&self.store_id, generation))
     }
 
+    /// How large the answer to an agent that has `generation` is, in bytes, if it has to be told everything;
+    /// 0 if not.
+    #[must_use]
+    pub fn full_bytes(&self, generation: Option<u64>) -> usize {
+        self.published(|published| match published.history.known(generation) {
+            Some(_) => 0,
+            None => published.bytes,
+        })
+    }
+
     /// Whether `name` is registered with the key `id`.
     #[must_use]
     pub fn is_registered(&self, name: &NodeName, id: NodeId) -> bool {
@@ -247,7 +295,10 @@ impl State {
         let nodes: Vec<_> = self.published(|published| published.nodes.values().cloned().collect());
         let sessions = lock(&self.sessions);
         let view = |node: Node| NodeView {
-            generation: sessions.get(&node.name).map(|session| session.generation),
+            generation: sessions
+                .open
+                .get(&node.name)
+                .map(|session| session.generation),
             node,
         };
         nodes.into_iter().map(view).collect()
@@ -256,7 +307,7 @@ impl State {
     /// The generation, how many nodes and sessions there are, and what is wrong.
     #[must_use]
     pub fn summary(&self) -> (u64, usize, usize, Vec<String>) {
-        let sessions = lock(&self.sessions).len();
+        let sessions = lock(&self.sessions).open.len();
         self.published(|published| {
             let generation = published.history.generation();
             (
@@ -311,11 +362,50 @@ impl State {
     /// Reads the folder again, and publishes what changed. Blocks on the disk.
     pub fn scan(&self) {
         let mut work = self.work();
-        let scanned = work.folder.scan(&self.settings.manifests);
-        work.remember.extend(scanned.remember);
-        if scanned.changed || work.unsaved.is_some() || !work.remember.is_empty() {
+        let changed = self.scan_folder(&mut work);
+        if changed || work.unsaved.is_some() || !work.remember.is_empty() {
             self.refresh(&mut work);
         }
+    }
+
+    /// Takes in what was heard of the cluster, and publishes what changed. Blocks on the disk. Says
+    /// whether there are policies, so that pods are needed.
+    pub fn hear(&self, events: Vec<Event>) -> bool {
+        let mut work = self.work();
+        let mut changed = Changed::default();
+        let Some(cluster) = &mut work.cluster else {
+            return false;
+        };
+        for event in events {
+            changed |= cluster.handle(event);
+        }
+        if changed.desired {
+            self.refresh(&mut work);
+        }
+        work.has_policies()
+    }
+
+    /// What is to be written to the cluster; `None`: there is none, or it was not read yet.
+    #[must_use]
+    pub fn due(&self) -> Option<Due> {
+        let work = self.work();
+        let cluster = work.cluster.as_ref().filter(|_| work.ready)?;
+        let sessions = lock(&self.sessions);
+        let mut due = status::due(&status::Mesh {
+            cluster,
+            desired: &work.desired,
+            seen: &sessions.seen,
+            pending: &work.pending,
+            began_unix_s: self.began_unix_s,
+            now_unix_s: self.now_unix_s(),
+        });
+        drop(sessions);
+        // Whoever keeps a MeshNode in the folder gets no second one.
+        let (kept, _) = work.folder.objects();
+        let kept: BTreeSet<_> = kept.iter().map(|loaded| &loaded.id).collect();
+        due.missing
+            .retain(|name| !kept.contains(&status::mesh_node_id(name)));
+        Some(due)
     }
 
     /// Lets a node in. Blocks on the disk.
@@ -339,21 +429,98 @@ impl State {
             id,
             secret_hash: token.secret_hash(),
         };
-        let Work { store, desired, .. } = &mut *work;
-        let prepare = |had: Option<Ipv4Addr>| {
-            self.check_key(name, id)?;
-            let address = match had {
-                Some(address) => address,
-                None => free_address(desired, name).ok_or(PrepareError::NoAddress)?,
-            };
-            let response = self.node_certificate(name, id, csr_der)?;
-            Ok((address, response))
-        };
         let now = self.now_unix_s();
-        let (registered, response) = store.join(&token.id, &applicant, now, prepare)?;
-        self.register(name, registered);
-        self.refresh(&mut work);
-        Ok(response)
+        let Work {
+            store,
+            desired,
+            ready,
+            ..
+        } = &mut *work;
+        let prepare =
+            |had: Option<&Registered>| self.prepare(desired, *ready, name, id, had, csr_der);
+        let joined = store.join(&token.id, &applicant, now, prepare);
+        self.joined(&mut work, name, id, joined)
+    }
+
+    /// Lets a node in for which the API server vouches, with whatever key it has now. Blocks on
+    /// the disk.
+    ///
+    /// # Errors
+    ///
+    /// [`JoinError`]; nothing changed then.
+    pub fn enroll(
+        &self,
+        name: &NodeName,
+        id: NodeId,
+        csr_der: &[u8],
+    ) -> Result<JoinResponse, JoinError<PrepareError>> {
+        let mut work = self.work();
+        let Work {
+            store,
+            desired,
+            ready,
+            ..
+        } = &mut *work;
+        let prepare =
+            |had: Option<&Registered>| self.prepare(desired, *ready, name, id, had, csr_der);
+        let joined = store.enroll(name, id, prepare);
+        self.joined(&mut work, name, id, joined)
+    }
+
+    /// A place in the overlay and a certificate for a node that was let in, and had `had` before.
+    fn prepare(
+        &self,
+        desired: &Desired,
+        ready: bool,
+        name: &NodeName,
+        id: NodeId,
+        had: Option<&Registered>,
+        csr_der: &[u8],
+    ) -> Result<(Ipv4Addr, JoinResponse), PrepareError> {
+        self.check_key(name, id)?;
+        let again = had.is_some_and(|had| had.id == id);
+        let approved = desired.approved.as_ref();
+        if !again && !ready {
+            return Err(PrepareError::NotReady);
+        }
+        if !again && approved.is_some_and(|approved| !approved.contains(name)) {
+            return Err(PrepareError::NotApproved(name.clone()));
+        }
+        let address = match had {
+            Some(had) => had.overlay_v4,
+            None => free_address(desired, name).ok_or(PrepareError::NoAddress)?,
+        };
+        let response = self.node_certificate(name, id, csr_der)?;
+        Ok((address, response))
+    }
+
+    fn joined(
+        &self,
+        work: &mut Work,
+        name: &NodeName,
+        id: NodeId,
+        joined: Result<(Registered, JoinResponse), JoinError<PrepareError>>,
+    ) -> Result<JoinResponse, JoinError<PrepareError>> {
+        match joined {
+            Ok((registered, response)) => {
+                work.pending.remove(name);
+                self.register(name, registered);
+                self.refresh(work);
+                Ok(response)
+            }
+            Err(error) => {
+                let waits = matches!(error, JoinError::Prepare(PrepareError::NotApproved(_)));
+                if waits && work.pending.len() < PENDING_MAX {
+                    let since_unix_s = self.now_unix_s();
+                    let waiting = Pending { id, since_unix_s };
+                    let before = work.pending.insert(name.clone(), waiting);
+                    if before.is_none_or(|before| before.id != id) {
+                        self.refresh(work);
+                    }
+                }
+                Err(error)
+            }
+        }
     }
 
     /// Makes a token. Blocks on the disk.
@@ -416,9 +583,12 @@ impl State {
             replaced: replaced.clone(),
             generation: 0,
         };
-        if let Some(before) = lock(&self.sessions).insert(name.clone(), session) {
+        let mut sessions = lock(&self.sessions);
+        sessions.see(name, true, self.now_unix_s());
+        if let Some(before) = sessions.open.insert(name.clone(), session) {
             before.replaced.cancel();
         }
+        drop(sessions);
         SessionGuard {
             state: self.clone(),
             name: name.clone(),
@@ -459,15 +629,27 @@ impl State {
         published.registry.insert(name.clone(), registered);
     }
 
-    /// Works out what the mesh is now, writes what changed, and only then tells the agents.
+    fn scan_folder(&self, work: &mut Work) -> bool {
+        let Some(folder) = &self.settings.manifests else {
+            return false;
+        };
+        let scanned = work.folder.scan(folder);
+        work.remember.extend(scanned.remember);
+        scanned.changed
+    }
+
+    /// Works out what the mesh is now, writes what changed, and only then tells the agents. While
+    /// the cluster is not read as a whole, all stays as it is.
     fn refresh(&self, work: &mut Work) {
-        let (objects, mut problems) = work.folder.objects();
-        let registry = self.published(|published| published.registry.clone());
-        let (mesh, name) = (self.authority.mesh_id(), &self.settings.mesh_name);
-        work.desired = desired(&objects, &registry, mesh, name);
-        problems.extend(work.desired.problems.iter().cloned());
-        work.unsaved = self.publish(work).err();
-        problems.extend(work.unsaved.clone());
+        let mut problems = Vec::new();
+        let awaited = work.awaited();
+        if awaited.is_none() {
+            self.renew(work, &mut problems);
+        } else {
+            let cluster = work.cluster.as_ref();
+            problems.extend(cluster.map(Cluster::problems).unwrap_or_default());
+        }
+        problems.extend(awaited);
         let now: BTreeSet<_> = problems.iter().cloned().collect();
         for problem in now.difference(&work.logged) {
             tracing::warn!(%problem, "problem in the desired state");
@@ -486,8 +668,29 @@ impl State {
         self.generation.send_replace(generation);
     }
 
+    fn renew(&self, work: &mut Work, problems: &mut Vec<String>) {
+        let (objects, wrong, duplicates) = work.objects();
+        problems.extend(wrong);
+        let registry = self.published(|published| published.registry.clone());
+        let (mesh, name) = (self.authority.mesh_id(), &self.settings.mesh_name);
+        let mut renewed = desired(&objects, &registry, mesh, name);
+        renewed.rejected.extend(duplicates);
+        work.desired = renewed;
+        if work.desired.approved.is_none() {
+            work.pending.clear();
+        }
+        problems.extend(work.desired.problems.iter().cloned());
+        problems.extend(work.pending.keys().map(|name| {
+            let error = PrepareError::NotApproved(name.clone());
+            format!("node {name}: {error}")
+        }));
+        work.unsaved = self.publish(work).err();
+        work.ready = true;
+        problems.extend(work.unsaved.clone());
+    }
+
     fn publish(&self, work: &mut Work) -> Result<(), String> {
-        let wanted = work.desired.wanted.clone();
+        let wanted = std::mem::take(&mut work.desired.wanted);
         let size: usize = wanted.values().map(size).sum();
         if size > SYNC_BYTES_MAX {
             return Err(format!(
@@ -513,6 +716,7 @@ impl State {
             .write()
             .unwrap_or_else(PoisonError::into_inner);
         published.nodes.clone_from(&work.desired.nodes);
+        published.bytes = size;
         if let Some(step) = step {
             tracing::info!(
                 generation = step.generation,
@@ -538,6 +742,70 @@ impl State {
     }
 }
 
+impl Sessions {
+    fn see(&mut self, name: &NodeName, connected: bool, at_unix_s: i64) {
+        let open = self.open.get(name).map(|session| session.generation);
+        let before = self.seen.get(name).map(|seen| seen.generation);
+        let seen = Seen {
+            connected,
+            at_unix_s,
+            generation: open.or(before).unwrap_or_default(),
+        };
+        self.seen.insert(name.clone(), seen);
+    }
+}
+
+impl Work {
+    /// Every object that is in force, in the order in which they count; what is wrong; and the
+    /// cluster's objects that the folder has too.
+    fn objects(&self) -> (Vec<&Loaded>, Vec<String>, Vec<(ObjectId, Rejected)>) {
+        let (mut objects, mut problems) = self.folder.objects();
+        let Some(cluster) = &self.cluster else {
+            return (objects, problems, Vec::new());
+        };
+        problems.extend(cluster.problems());
+        let first: BTreeMap<_, _> = objects
+            .iter()
+            .map(|loaded| (&loaded.id, &loaded.source))
+            .collect();
+        let (mut added, mut duplicates) = (Vec::new(), Vec::new());
+        for loaded in cluster.objects() {
+            match first.get(&loaded.id) {
+                None => added.push(loaded),
+                Some(first) => {
+                    problems.push(duplicate(loaded, first));
+                    let rejected = Rejected {
+                        text: format!("is already at {first}; this one is left out"),
+                        not_implemented: false,
+                    };
+                    duplicates.push((loaded.id.clone(), rejected));
+                }
+            }
+        }
+        objects.extend(added);
+        (objects, problems, duplicates)
+    }
+
+    fn has_policies(&self) -> bool {
+        let in_folder = || self.folder.objects().0.iter().any(|one| one.is_policy());
+        let in_cluster = self.cluster.as_ref().is_some_and(Cluster::has_policies);
+        in_cluster || in_folder()
+    }
+
+    /// What of the cluster is not read yet, for people; `None`: all is.
+    fn awaited(&self) -> Option<String> {
+        let cluster = self.cluster.as_ref()?;
+        let awaited = cluster.awaited(self.has_policies());
+        let kinds: Vec<_> = awaited.iter().map(|kind| format!("{kind:?}")).collect();
+        (!kinds.is_empty()).then(|| {
+            format!(
+                "not all of the cluster is read yet ({} is missing): everything stays as it is",
+                kinds.join(", ")
+            )
+        })
+    }
+}
+
 /// A Sync session of a node, as long as this lives.
 #[derive(Debug)]
 pub struct SessionGuard {
@@ -551,20 +819,24 @@ pub struct SessionGuard {
 impl SessionGuard {
     /// Remembers the generation that the node says it has.
     pub fn acknowledge(&self, generation: u64) {
+        let now_unix_s = self.state.now_unix_s();
         let mut sessions = lock(&self.state.sessions);
-        let session = sessions.get_mut(&self.name);
+        let session = sessions.open.get_mut(&self.name);
         if let Some(session) = session.filter(|session| session.number == self.number) {
             session.generation = generation;
+            sessions.see(&self.name, true, now_unix_s);
         }
     }
 }
 
 impl Drop for SessionGuard {
     fn drop(&mut self) {
+        let now_unix_s = self.state.now_unix_s();
         let mut sessions = lock(&self.state.sessions);
-        let current = sessions.get(&self.name);
+        let current = sessions.open.get(&self.name);
         if current.is_some_and(|session| session.number == self.number) {
-            sessions.remove(&self.name);
+            sessions.see(&self.name, false, now_unix_s);
+            sessions.open.remove(&self.name);
         }
     }
 }

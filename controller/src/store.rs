@@ -7,6 +7,7 @@ use std::{
     net::Ipv4Addr,
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
+    sync::Arc,
     time::SystemTime,
 };
 
@@ -16,7 +17,7 @@ use mesh_wire::id::{NodeId, NodeName};
 use prost::Message as _;
 use redb::{
     Database, DatabaseError, ReadTransaction, ReadableDatabase as _, ReadableTable as _,
-    StorageError, TableDefinition, TransactionError, WriteTransaction,
+    StorageError, Table, TableDefinition, TransactionError, WriteTransaction,
 };
 use ring::rand::{SecureRandom as _, SystemRandom};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -38,6 +39,10 @@ const AUTHORITY_KEY: &str = "authority_key";
 const STORE_ID: &str = "store_id";
 const GENERATION: &str = "generation";
 const FLOOR: &str = "floor";
+
+/// What the database may keep in memory besides what the controller itself has there: enough for the pages of one
+/// step. (Its own default is a gigabyte.)
+const CACHE_BYTES: usize = 16 << 20;
 
 /// A node that joined.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -249,15 +254,13 @@ impl Store {
         token_id: &str,
         applicant: &Applicant,
         now_unix_s: i64,
-        prepare: impl FnOnce(Option<Ipv4Addr>) -> Result<(Ipv4Addr, T), E>,
+        prepare: impl FnOnce(Option<&Registered>) -> Result<(Ipv4Addr, T), E>,
     ) -> Result<(Registered, T), JoinError<E>> {
         let path = self.path.clone();
         let storage = |error: redb::Error| JoinError::Store(storage(&path, error));
         let transaction = self.begin()?;
         let name = applicant.name.as_str();
-        let registered;
-        let prepared;
-        {
+        let placed = {
             let mut tokens = transaction
                 .open_table(TOKENS)
                 .map_err(|e| storage(e.into()))?;
@@ -269,29 +272,41 @@ impl Store {
                 .map(|raw| raw.value().to_vec())
                 .ok_or(Refusal::Unknown)?;
             let mut token: TokenRecord = decode(&path, "a token", &raw)?;
-            let before = nodes.get(name).map_err(|e| storage(e.into()))?;
-            let before = before
-                .map(|raw| decode_node(&path, name, raw.value()))
-                .transpose()?;
+            let before = registered_as(&path, &nodes, name)?;
             token.admit(applicant, before.as_ref().map(|node| node.id), now_unix_s)?;
-            let address = before.as_ref().map(|node| node.overlay_v4);
-            let (overlay_v4, made) = prepare(address).map_err(JoinError::Prepare)?;
-            prepared = made;
-            registered = Registered {
-                id: applicant.id,
-                overlay_v4,
-            };
-            let record = NodeRecord {
-                public_key: registered.id.to_string(),
-                overlay_v4,
-            };
+            let placed = place(&mut nodes, name, applicant.id, before, prepare)
+                .map_err(|error| in_store(&path, error))?;
             let inserted = tokens.insert(token_id, encode(&token).as_slice());
             inserted.map_err(|e| storage(e.into()))?;
-            let inserted = nodes.insert(name, encode(&record).as_slice());
-            inserted.map_err(|e| storage(e.into()))?;
-        }
+            placed
+        };
         transaction.commit().map_err(|e| storage(e.into()))?;
-        Ok((registered, prepared))
+        Ok(placed)
+    }
+
+    /// Lets a node in for which somebody else vouches, with whatever key it has now.
+    ///
+    /// # Errors
+    ///
+    /// [`JoinError`]; nothing was written then.
+    pub fn enroll<T, E>(
+        &mut self,
+        name: &NodeName,
+        id: NodeId,
+        prepare: impl FnOnce(Option<&Registered>) -> Result<(Ipv4Addr, T), E>,
+    ) -> Result<(Registered, T), JoinError<E>> {
+        let path = self.path.clone();
+        let storage = |error: redb::Error| JoinError::Store(storage(&path, error));
+        let transaction = self.begin()?;
+        let placed = {
+            let nodes = transaction.open_table(NODES);
+            let mut nodes = nodes.map_err(|e| storage(e.into()))?;
+            let before = registered_as(&path, &nodes, name.as_str())?;
+            place(&mut nodes, name.as_str(), id, before, prepare)
+                .map_err(|error| in_store(&path, error))?
+        };
+        transaction.commit().map_err(|e| storage(e.into()))?;
+        Ok(placed)
     }
 
     /// Writes a step of the history.
@@ -306,7 +321,7 @@ impl Store {
                 table.remove((key.kind, key.name.as_str()))?;
             }
             for (key, entry) in &step.changed {
-                let resource = entry.resource.as_ref();
+                let resource = entry.resource.as_deref();
                 let bytes = resource.map(Resource::encode_to_vec).unwrap_or_default();
                 let value = (entry.generation, bytes.as_slice());
                 table.insert((key.kind, key.name.as_str()), value)?;
@@ -414,7 +429,7 @@ impl Store {
             let (key, value) = row.map_err(|e| storage(e.into()))?;
             let ((kind, name), (generation, bytes)) = (key.value(), value.value());
             let resource = (!bytes.is_empty())
-                .then(|| Resource::decode(bytes))
+                .then(|| Resource::decode(bytes).map(Arc::new))
                 .transpose()
                 .map_err(|_| damaged(&path, name))?;
             let name = name.to_owned();
@@ -524,7 +539,9 @@ impl Store {
             path: path.clone(),
             source,
         })?;
-        let database = Database::create(path).map_err(|error| {
+        let mut builder = Database::builder();
+        let database = builder.set_cache_size(CACHE_BYTES).create(path);
+        let database = database.map_err(|error| {
             if matches!(error, DatabaseError::DatabaseAlreadyOpen) {
                 StoreError::InUse(path.clone())
             } else {
@@ -534,6 +551,48 @@ impl Store {
         self.database = Some(database);
         Ok(())
     }
+}
+
+fn registered_as(
+    path: &Path,
+    nodes: &Table<&'static str, &'static [u8]>,
+    name: &str,
+) -> Result<Option<Registered>, StoreError> {
+    let raw = nodes.get(name);
+    let raw = raw.map_err(|error| storage(path, error.into()))?;
+    raw.map(|raw| decode_node(path, name, raw.value()))
+        .transpose()
+}
+
+/// Why a node got no place.
+enum PlaceError<E> {
+    Prepare(E),
+    Storage(StorageError),
+}
+
+fn in_store<E>(path: &Path, error: PlaceError<E>) -> JoinError<E> {
+    match error {
+        PlaceError::Prepare(error) => JoinError::Prepare(error),
+        PlaceError::Storage(error) => JoinError::Store(storage(path, error.into())),
+    }
+}
+
+fn place<T, E>(
+    nodes: &mut Table<&'static str, &'static [u8]>,
+    name: &str,
+    id: NodeId,
+    before: Option<Registered>,
+    prepare: impl FnOnce(Option<&Registered>) -> Result<(Ipv4Addr, T), E>,
+) -> Result<(Registered, T), PlaceError<E>> {
+    let (overlay_v4, prepared) = prepare(before.as_ref()).map_err(PlaceError::Prepare)?;
+    let record = NodeRecord {
+        public_key: id.to_string(),
+        overlay_v4,
+    };
+    nodes
+        .insert(name, encode(&record).as_slice())
+        .map_err(PlaceError::Storage)?;
+    Ok((Registered { id, overlay_v4 }, prepared))
 }
 
 fn make_private(folder: &Path) -> Result<(), StoreError> {

@@ -4,6 +4,7 @@
 
 use std::{
     fs,
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -19,7 +20,12 @@ use mesh_api::{
     resources::{SnapshotError, State, Trust},
 };
 use mesh_core::snapshot::{Generation, Snapshot};
-use mesh_identity::{authority::new_key, credentials::Credentials, tls, token::JoinToken};
+use mesh_identity::{
+    authority::new_key,
+    credentials::Credentials,
+    tls,
+    token::{JoinToken, MeshAnchor},
+};
 use mesh_wire::id::{Identity, NodeId, NodeName};
 use prost::Message as _;
 use tokio::{
@@ -431,9 +437,10 @@ fn check_identity(
     Ok(())
 }
 
-/// Joins the mesh; tries until the controller answers.
+/// Joins the mesh; tries until the controller answers. What a join token does not open stays shut; a
+/// ServiceAccount token is another in an hour, and what refuses it can be mended without this node.
 async fn join(settings: &Settings, state: &StateFolder, id: NodeId) -> anyhow::Result<Credentials> {
-    let token = read_token(settings)?;
+    let renewed = matches!(settings.token, TokenSource::ServiceAccount { .. });
     let Some(controller) = &settings.controller else {
         bail!("this node has not joined a mesh yet: set `controller` in the configuration");
     };
@@ -441,42 +448,71 @@ async fn join(settings: &Settings, state: &StateFolder, id: NodeId) -> anyhow::R
     let mut pause = RETRY_MIN;
     let mut told = String::new();
     loop {
-        match try_join(controller, &token, settings, id, new.csr_der.clone()).await {
+        let tried = match read_pass(&settings.token) {
+            Ok(pass) => try_join(controller, pass, settings, id, new.csr_der.clone()).await,
+            Err(error) if renewed => Err(JoinError::Unreachable(error)),
+            Err(error) => return Err(error),
+        };
+        let problem = match tried {
             Ok(response) => {
                 let credentials = credentials_from(response, &new.key_pem)?;
                 state.set_identity(&files_of(&credentials))?;
                 tracing::info!(mesh = credentials.trust_domain(), "joined");
                 return Ok(credentials);
             }
-            Err(JoinError::Refused(status)) => {
-                bail!(
-                    "the controller {controller} refused to let this node join: {}",
-                    status.message()
-                );
-            }
-            Err(JoinError::Unreachable(error)) => {
-                let problem = format!("{error:#}");
-                if problem != told {
-                    tracing::warn!(%controller, %problem, "cannot join yet; trying again");
-                    told = problem;
-                }
-            }
+            Err(JoinError::Refused(status)) if renewed => said(status),
+            Err(JoinError::Refused(status)) => bail!(
+                "the controller {controller} refused to let this node join: {}",
+                status.message()
+            ),
+            Err(JoinError::Unreachable(error)) => error,
+        };
+        let problem = format!("{problem:#}");
+        if problem != told {
+            tracing::warn!(%controller, %problem, "cannot join yet; trying again");
+            told = problem;
         }
         time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
         pause = (pause * 2).min(RETRY_MAX);
     }
 }
 
-fn read_token(settings: &Settings) -> anyhow::Result<JoinToken> {
-    let text = match &settings.token {
+/// What lets this node in, and by what it knows the controller.
+struct Pass {
+    mesh: MeshAnchor,
+    token: String,
+    service_account_token: String,
+}
+
+/// Reads it anew: a kubelet writes another ServiceAccount token long before the last one is over.
+fn read_pass(source: &TokenSource) -> anyhow::Result<Pass> {
+    let read = |key: &str, path: &Path| {
+        fs::read_to_string(path).with_context(|| format!("cannot read `{key}` {}", path.display()))
+    };
+    let token = match source {
         TokenSource::None => bail!(
-            "this node has not joined a mesh yet: set `token` or `token_file` (made by `meshctl token create`)"
+            "this node has not joined a mesh yet: set `token` or `token_file` (made by `meshctl token create`), or `service_account_token_file`"
         ),
         TokenSource::Inline(text) => text.0.clone(),
-        TokenSource::File(path) => fs::read_to_string(path)
-            .with_context(|| format!("cannot read `token_file` {}", path.display()))?,
+        TokenSource::File(path) => read("token_file", path)?,
+        TokenSource::ServiceAccount { token, mesh } => {
+            let anchor = read("mesh_file", mesh)?.parse::<MeshAnchor>();
+            return Ok(Pass {
+                mesh: anchor.with_context(|| format!("`mesh_file` {}", mesh.display()))?,
+                token: String::new(),
+                service_account_token: read("service_account_token_file", token)?.trim().to_owned(),
+            });
+        }
     };
-    Ok(text.trim().parse::<JoinToken>()?)
+    let token = token.trim().parse::<JoinToken>()?;
+    Ok(Pass {
+        mesh: MeshAnchor {
+            trust_domain: token.trust_domain.clone(),
+            mesh: token.mesh,
+        },
+        token: token.to_string(),
+        service_account_token: String::new(),
+    })
 }
 
 enum JoinError {
@@ -488,24 +524,25 @@ enum JoinError {
 
 async fn try_join(
     controller: &str,
-    token: &JoinToken,
+    pass: Pass,
     settings: &Settings,
     id: NodeId,
     csr_der: Vec<u8>,
 ) -> Result<JoinResponse, JoinError> {
-    let mut client = connect_to_join(controller, token)
+    let mut client = connect_to_join(controller, &pass.mesh)
         .await
         .map_err(JoinError::Unreachable)?;
     let request = JoinRequest {
-        token: token.to_string(),
+        token: pass.token,
         node_name: settings.node_name.to_string(),
         csr_der,
         wireguard_public_key: id.0.to_vec(),
+        service_account_token: pass.service_account_token,
     };
     match client.join(request).await {
         Ok(response) => Ok(response.into_inner()),
         Err(status) if is_refusal(status.code()) => Err(JoinError::Refused(status)),
-        Err(status) => Err(JoinError::Unreachable(status.into())),
+        Err(status) => Err(JoinError::Unreachable(said(status))),
     }
 }
 
@@ -523,10 +560,10 @@ fn is_refusal(code: Code) -> bool {
 
 async fn connect_to_join(
     controller: &str,
-    token: &JoinToken,
+    anchor: &MeshAnchor,
 ) -> anyhow::Result<ControlClient<Channel>> {
-    let config = Arc::new(tls::join_client_config(token.mesh, ALPN)?);
-    let name = tls::server_name(&token.trust_domain, &Identity::Controller)?;
+    let config = Arc::new(tls::join_client_config(anchor.mesh, ALPN)?);
+    let name = tls::server_name(&anchor.trust_domain, &Identity::Controller)?;
     Ok(control_client(
         control_channel(controller, config, name).await?,
     ))
@@ -548,5 +585,40 @@ fn files_of(credentials: &Credentials) -> IdentityFiles {
         certificate: credentials.chain_pem(),
         key: credentials.key_pem().to_string(),
         ca: credentials.authority_pem(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_service_account_s_token_is_read_anew_and_never_shown() {
+        let folder = tempfile::tempdir().unwrap();
+        let (token, mesh) = (folder.path().join("token"), folder.path().join("mesh"));
+        let source = TokenSource::ServiceAccount {
+            token: token.clone(),
+            mesh: mesh.clone(),
+        };
+        let problem = || read_pass(&source).err().map(|error| format!("{error:#}"));
+        assert!(problem().unwrap().contains("cannot read `mesh_file`"));
+        fs::write(&mesh, "nothing of the kind").unwrap();
+        assert!(problem().unwrap().contains("not a mesh's anchor"));
+        fs::write(&mesh, format!("hfmesh1.demo.{}\n", "07".repeat(32))).unwrap();
+        let missing = problem().unwrap();
+        assert!(
+            missing.contains("cannot read `service_account_token_file`"),
+            "{missing}"
+        );
+        for text in ["first", "second"] {
+            fs::write(&token, format!("{text}\n")).unwrap();
+            let pass = read_pass(&source).unwrap();
+            assert_eq!(pass.service_account_token, text);
+            assert_eq!(
+                (pass.token.as_str(), pass.mesh.trust_domain.as_str()),
+                ("", "demo")
+            );
+        }
+        assert!(!format!("{source:?}").contains("second"));
     }
 }

@@ -4,6 +4,11 @@
 //! Values are text as the user wrote it. The API server checks their form by the schemas here; the
 //! controller checks them again, and says in `status.conditions` what it thinks of them.
 
+#![expect(
+    clippy::duplicated_attributes,
+    reason = "columns that kubectl prints have a type each, mostly the same"
+)]
+
 use kube::CustomResourceExt;
 use serde_json::{Value, json};
 
@@ -54,7 +59,7 @@ pub const CONFIG_NAME: &str = "default";
 /// Every `CustomResourceDefinition`, as an API server takes it, in the order of their names.
 #[must_use]
 pub fn definitions() -> Vec<Value> {
-    let mut all = vec![
+    vec![
         definition::<Community>(None),
         definition::<ExternalPeer>(None),
         definition::<MeshConfig>(Some(json!([{
@@ -66,9 +71,7 @@ pub fn definitions() -> Vec<Value> {
         definition::<MeshRelay>(None),
         definition::<MeshService>(None),
         definition::<SiteRoute>(None),
-    ];
-    all.sort_by_key(|definition| definition["metadata"]["name"].to_string());
-    all
+    ]
 }
 
 fn definition<K: CustomResourceExt>(root_rules: Option<Value>) -> Value {

@@ -123,7 +123,7 @@ spec: {{policy: consistent-hash}}
         });
         let found = desired.wanted.get(&key(&expected).unwrap());
         assert!(
-            matches!(found, Some(Wanted::Resource(resource)) if *resource == expected),
+            matches!(found, Some(Wanted::Resource(resource)) if **resource == expected),
             "{found:?}"
         );
         assert_eq!(desired.problems, problems);
@@ -168,6 +168,75 @@ fn a_peer_with_a_node_s_key_is_left_out() {
     let built = build(&text, &["a"]);
     assert!(built.problems[0].contains("is the key of another node or peer"));
     assert_eq!(built.nodes["a"].prefixes, []);
+}
+
+#[test]
+fn a_site_route_without_mapping_leads_to_its_gateway_and_any_other_says_that_it_does_not() {
+    let route = |name: &str, gateways: &str, subnets: &str| {
+        format!(
+            "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: SiteRoute\nmetadata: {{name: {name}}}\nspec: {{gateways: [{gateways}], subnets: [{subnets}]}}\n---\n"
+        )
+    };
+    let text = route(
+        "plain",
+        "a",
+        "{subnet: 192.168.1.7/24}, {subnet: 'fd00:1::/64'}",
+    ) + &route(
+        "same",
+        "a",
+        "{subnet: 192.168.2.0/24, mappedTo: 192.168.2.0/24}",
+    ) + &route(
+        "mapped",
+        "a",
+        "{subnet: 192.168.3.0/24, mappedTo: 10.3.0.0/24}",
+    ) + &route("two", "'a', b", "{subnet: 192.168.4.0/24}")
+        + &route("again", "b", "{subnet: 192.168.1.0/25}");
+    let built = build(&text, &["a", "b"]);
+    let prefixes: Vec<_> = built.nodes["a"]
+        .prefixes
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    assert_eq!(
+        prefixes,
+        ["192.168.1.0/24", "fd00:1::/64", "192.168.2.0/24"]
+    );
+    assert_eq!(built.nodes["b"].prefixes, []);
+    let rejected = built.rejected.iter();
+    let rejected: Vec<_> = rejected
+        .map(|(id, rejected)| (id.name.as_str(), rejected.not_implemented))
+        .collect();
+    assert_eq!(
+        rejected,
+        [("again", false), ("mapped", true), ("two", true)]
+    );
+    let longer = text.replace("10.3.0.0/24", "10.3.0.0/16");
+    let problems = parse_file("m.yaml", &longer).problems;
+    let expected =
+        "spec.subnets[0].mappedTo: 10.3.0.0/16 has not as many addresses as 192.168.3.0/24";
+    assert!(problems[0].ends_with(expected), "{problems:?}");
+}
+
+#[test]
+fn only_those_whom_somebody_approved_may_join_where_joining_needs_that() {
+    let config = |approval: &str| {
+        format!(
+            "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: MeshConfig\nmetadata: {{name: default}}\nspec: {{joinApproval: {approval}}}\n---\n"
+        )
+    };
+    let node = |name: &str, approved: bool| {
+        format!(
+            "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: MeshNode\nmetadata: {{name: {name}}}\nspec: {{approved: {approved}}}\n---\n"
+        )
+    };
+    // The config may come last.
+    let nodes = node("a", true) + &node("b", false);
+    assert_eq!(
+        build(&(nodes.clone() + &config("automatic")), &[]).approved,
+        None
+    );
+    let approved = build(&(nodes + &config("manual")), &[]).approved;
+    assert_eq!(approved, Some(["a".parse().unwrap()].into()));
 }
 
 proptest! {

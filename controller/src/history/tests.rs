@@ -104,7 +104,8 @@ fn go(history: &mut History, wanted: &[(&str, u16)]) {
 
 fn plan(history: &History, wanted: &[(&str, u16)]) -> Option<Step> {
     let wanted = wanted.iter();
-    let wanted = wanted.map(|(name, port)| (key(name), Wanted::Resource(relay(name, *port))));
+    let wanted =
+        wanted.map(|(name, port)| (key(name), Wanted::Resource(relay(name, *port).into())));
     let unsigned = |_| Ok::<_, Infallible>(Resource::default());
     let Ok(step) = history.plan(wanted.collect(), unsigned);
     step

@@ -2,20 +2,25 @@
 
 use std::{collections::BTreeMap, fmt::Display, net::IpAddr, str::FromStr, time::Duration};
 
+use ipnet::IpNet;
 use k8s_openapi::api::{
     core::v1::Node,
     discovery::v1::{Endpoint as KubeEndpoint, EndpointSlice as KubeSlice},
 };
-use mesh_api::crd::{ExternalPeerSpec, MeshConfigSpec, MeshNodeSpec, MeshRelaySpec, SITE_LABEL};
+use mesh_api::crd::{
+    CONFIG_NAME, CommunitySpec, ExternalPeerSpec, MeshConfigSpec, MeshNodeSpec, MeshRelaySpec,
+    SITE_LABEL, SiteRouteSpec,
+};
 use mesh_core::snapshot::{
     DEFAULT_MTU_BYTES, Endpoint, EndpointPort, EndpointSlice, ExternalPeer, Hints, Locality,
     Protocol, Relay, ServiceName,
 };
 use mesh_identity::authority::check_trust_domain;
+use mesh_wire::id::{NodeName, SiteName};
 
 use super::{Config, NodeFacts, Object, ObjectId, parse::FieldProblem};
 
-pub(super) use self::{
+pub(crate) use self::{
     balance::mesh_service,
     policy::{mesh_policy, namespace, network_policy, pod},
     service::service,
@@ -39,7 +44,7 @@ const SERVICE_LABEL: &str = "kubernetes.io/service-name";
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 const REGION_LABEL: &str = "topology.kubernetes.io/region";
 
-pub(super) fn slice(id: &ObjectId, slice: &KubeSlice) -> Checked<Object> {
+pub(crate) fn slice(id: &ObjectId, slice: &KubeSlice) -> Checked<Object> {
     let labels = slice.metadata.labels.as_ref();
     let service = labels.and_then(|labels| labels.get(SERVICE_LABEL));
     let service = service.ok_or_else(|| {
@@ -120,7 +125,7 @@ fn endpoint(field: &str, raw: &KubeEndpoint, v4: bool) -> Checked<Endpoint> {
     })
 }
 
-pub(super) fn node(id: &ObjectId, node: &Node) -> Checked<Object> {
+pub(crate) fn node(id: &ObjectId, node: &Node) -> Checked<Object> {
     let empty = BTreeMap::new();
     let labels = node.metadata.labels.as_ref().unwrap_or(&empty);
     let label = |name: &str| labels.get(name).filter(|text| !text.is_empty()).cloned();
@@ -157,10 +162,11 @@ pub(super) fn node(id: &ObjectId, node: &Node) -> Checked<Object> {
         prefixes: list("spec.podCIDRs", &cidrs)?,
         underlay_addresses,
         static_candidates: Vec::new(),
+        approved: false,
     }))
 }
 
-pub(super) fn mesh_node(id: &ObjectId, spec: &MeshNodeSpec) -> Checked<Object> {
+pub(crate) fn mesh_node(id: &ObjectId, spec: &MeshNodeSpec) -> Checked<Object> {
     Ok(Object::MeshNode(NodeFacts {
         name: parse("metadata.name", &id.name)?,
         overlay_v4: optional("spec.overlayIPv4", spec.overlay_ipv4.as_deref())?,
@@ -172,10 +178,11 @@ pub(super) fn mesh_node(id: &ObjectId, spec: &MeshNodeSpec) -> Checked<Object> {
         prefixes: list("spec.prefixes", &spec.prefixes)?,
         underlay_addresses: Vec::new(),
         static_candidates: list("spec.staticCandidates", &spec.static_candidates)?,
+        approved: spec.approved,
     }))
 }
 
-pub(super) fn relay(id: &ObjectId, spec: &MeshRelaySpec) -> Checked<Object> {
+pub(crate) fn relay(id: &ObjectId, spec: &MeshRelaySpec) -> Checked<Object> {
     let or_https =
         |field: &str, given: Option<u16>| port(field, given.unwrap_or(DEFAULT_HTTPS_PORT).into());
     let quic_port = or_https("spec.quicPort", spec.quic_port)?;
@@ -199,7 +206,7 @@ pub(super) fn relay(id: &ObjectId, spec: &MeshRelaySpec) -> Checked<Object> {
     }))
 }
 
-pub(super) fn external_peer(id: &ObjectId, spec: &ExternalPeerSpec) -> Checked<Object> {
+pub(crate) fn external_peer(id: &ObjectId, spec: &ExternalPeerSpec) -> Checked<Object> {
     let keepalive = spec.keepalive_seconds.filter(|&seconds| seconds != 0);
     if spec.addresses.is_empty() {
         return Err(FieldProblem::new(
@@ -217,12 +224,10 @@ pub(super) fn external_peer(id: &ObjectId, spec: &ExternalPeerSpec) -> Checked<O
     }))
 }
 
-pub(super) fn config(id: &ObjectId, spec: &MeshConfigSpec) -> Checked<Object> {
-    if id.name != "default" {
-        return Err(FieldProblem::new(
-            "metadata.name",
-            "the only MeshConfig is named default",
-        ));
+pub(crate) fn config(id: &ObjectId, spec: &MeshConfigSpec) -> Checked<Object> {
+    if id.name != CONFIG_NAME {
+        let text = format!("the only MeshConfig is named {CONFIG_NAME}");
+        return Err(FieldProblem::new("metadata.name", text));
     }
     let domain = |field: &str, text: &Option<String>| match text {
         None => Ok(None),
@@ -245,7 +250,56 @@ pub(super) fn config(id: &ObjectId, spec: &MeshConfigSpec) -> Checked<Object> {
         node_domain: domain("spec.nodeDomain", &spec.node_domain)?,
         mtu_bytes: spec.mtu_bytes,
         default_action: policy::default_action(spec.default_action.as_deref())?,
+        manual_approval: match spec.join_approval.as_deref() {
+            None | Some("automatic") => false,
+            Some("manual") => true,
+            Some(other) => {
+                let text = format!("{other:?} is not one of automatic and manual");
+                return Err(FieldProblem::new("spec.joinApproval", text));
+            }
+        },
     }))
+}
+
+pub(crate) fn site_route(_: &ObjectId, spec: &SiteRouteSpec) -> Checked<Object> {
+    let gateways: Vec<NodeName> = list("spec.gateways", &spec.gateways)?;
+    let mut prefixes: Vec<IpNet> = Vec::new();
+    let mut mapped = false;
+    for (index, subnet) in spec.subnets.iter().enumerate() {
+        let at = |name: &str| format!("spec.subnets[{index}].{name}");
+        let own: IpNet = parse(&at("subnet"), &subnet.subnet)?;
+        let seen_as: Option<IpNet> = optional(&at("mappedTo"), subnet.mapped_to.as_deref())?;
+        if let Some(seen_as) = seen_as {
+            if seen_as.max_prefix_len() != own.max_prefix_len()
+                || seen_as.prefix_len() != own.prefix_len()
+            {
+                let text = format!("{seen_as} has not as many addresses as {own}");
+                return Err(FieldProblem::new(at("mappedTo"), text));
+            }
+            mapped |= seen_as.trunc() != own.trunc();
+        }
+        prefixes.push(own);
+    }
+    match <[NodeName; 1]>::try_from(gateways) {
+        Ok([gateway]) if !mapped => Ok(Object::Route(gateway, prefixes)),
+        Ok(_) => Ok(Object::Inert(
+            "spec.subnets: this version maps no subnet to another (mappedTo); the route has no effect",
+        )),
+        Err(none) if none.is_empty() => Err(FieldProblem::new(
+            "spec.gateways",
+            "empty: nothing would lead to the subnets",
+        )),
+        Err(_) => Ok(Object::Inert(
+            "spec.gateways: this version knows one gateway for a route; the route has no effect",
+        )),
+    }
+}
+
+pub(crate) fn community(_: &ObjectId, spec: &CommunitySpec) -> Checked<Object> {
+    list::<SiteName>("spec.sites", &spec.sites)?;
+    Ok(Object::Inert(
+        "this version does not act on a Community: every two sites may connect directly",
+    ))
 }
 
 fn protocol(field: &str, text: Option<&str>) -> Checked<Protocol> {

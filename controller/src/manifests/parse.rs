@@ -1,11 +1,16 @@
 //! From the text of a file to checked objects, and to sentences about the rest.
 
+use std::fmt;
+
 use k8s_openapi::api::{
     core::v1::{Namespace, Node, Pod, Service},
     discovery::v1::EndpointSlice,
     networking::v1::NetworkPolicy,
 };
-use mesh_api::crd::{self, ExternalPeer, MeshConfig, MeshNode, MeshPolicy, MeshRelay, MeshService};
+use mesh_api::crd::{
+    self, Community, ExternalPeer, MeshConfig, MeshNode, MeshPolicy, MeshRelay, MeshService,
+    SiteRoute,
+};
 use serde::{Deserialize, Deserializer};
 use serde_yaml_ng::Value;
 
@@ -22,11 +27,22 @@ pub struct Parsed {
 
 /// A field that is not what it must be.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct FieldProblem {
+pub struct FieldProblem {
     /// Its path; empty: the object as a whole.
     pub(crate) field: String,
     /// What is wrong.
     pub(crate) text: String,
+}
+
+impl fmt::Display for FieldProblem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { field, text } = self;
+        if field.is_empty() {
+            f.write_str(text)
+        } else {
+            write!(f, "{field}: {text}")
+        }
+    }
 }
 
 impl FieldProblem {
@@ -43,7 +59,7 @@ impl FieldProblem {
 pub fn parse_file(name: &str, text: &str) -> Parsed {
     let mut parsed = Parsed::default();
     for (index, (line, document)) in split(text).into_iter().enumerate() {
-        let source = Source {
+        let source = Source::File {
             file: name.to_owned(),
             document: index + 1,
             item: None,
@@ -107,12 +123,12 @@ fn parse_document(source: &Source, value: &Value, text: &str, parsed: &mut Parse
         let problem = format!("{source}: List: items: a list of objects is missing");
         return parsed.problems.push(problem);
     };
-    for (index, item) in items.iter().enumerate() {
-        let source = Source {
-            item: Some(index),
-            ..source.clone()
-        };
-        take(parse_object(&source, item, item), parsed);
+    for (index, value) in items.iter().enumerate() {
+        let mut source = source.clone();
+        if let Source::File { item, .. } = &mut source {
+            *item = Some(index);
+        }
+        take(parse_object(&source, value, value), parsed);
     }
 }
 
@@ -137,8 +153,8 @@ fn parse_object<'de>(
         _ => format!(
             "{source}: kind: {kind_text} of {version} is not known here (known: v1 Service, Node, \
              Pod and Namespace, discovery.k8s.io/v1 EndpointSlice, networking.k8s.io/v1 \
-             NetworkPolicy, {} MeshNode, MeshRelay, ExternalPeer, MeshConfig, MeshService and \
-             MeshPolicy)",
+             NetworkPolicy, {} MeshNode, MeshRelay, ExternalPeer, MeshConfig, MeshService, \
+             MeshPolicy, SiteRoute and Community)",
             crd::API_VERSION
         ),
     })?;
@@ -164,15 +180,8 @@ fn parse_object<'de>(
     };
     let object = check_name(&id.name).and_then(|()| read_object(&id, document));
     match object {
-        Ok(object) => Ok(Loaded {
-            id,
-            source: source.clone(),
-            object,
-        }),
-        Err(FieldProblem { field, text }) if field.is_empty() => {
-            Err(format!("{source}: {id}: {text}"))
-        }
-        Err(FieldProblem { field, text }) => Err(format!("{source}: {id}: {field}: {text}")),
+        Ok(object) => Ok(Loaded::new(id, source.clone(), object)),
+        Err(problem) => Err(format!("{}: {problem}", source.place(&id))),
     }
 }
 
@@ -187,6 +196,8 @@ fn kind(version: &str, kind: &str) -> Option<Kind> {
         (crd::API_VERSION, "MeshConfig") => Some(Kind::MeshConfig),
         (crd::API_VERSION, "MeshService") => Some(Kind::MeshService),
         (crd::API_VERSION, "MeshPolicy") => Some(Kind::MeshPolicy),
+        (crd::API_VERSION, "SiteRoute") => Some(Kind::SiteRoute),
+        (crd::API_VERSION, "Community") => Some(Kind::Community),
         ("networking.k8s.io/v1", "NetworkPolicy") => Some(Kind::NetworkPolicy),
         ("v1", "Pod") => Some(Kind::Pod),
         ("v1", "Namespace") => Some(Kind::Namespace),
@@ -195,7 +206,7 @@ fn kind(version: &str, kind: &str) -> Option<Kind> {
 }
 
 /// Kubernetes' rule for most names (RFC 1123 subdomain); above all, no `/`, which our keys use.
-fn check_name(name: &str) -> Result<(), FieldProblem> {
+pub(crate) fn check_name(name: &str) -> Result<(), FieldProblem> {
     let good = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-' || c == b'.';
     if name.is_empty() {
         Err(FieldProblem::new("metadata.name", "missing"))
@@ -221,6 +232,8 @@ fn read_object<'de>(
         Kind::MeshConfig => kinds::config(id, &typed::<MeshConfig>(document)?.spec),
         Kind::MeshService => kinds::mesh_service(id, &typed::<MeshService>(document)?.spec),
         Kind::MeshPolicy => kinds::mesh_policy(id, &typed::<MeshPolicy>(document)?.spec),
+        Kind::SiteRoute => kinds::site_route(id, &typed::<SiteRoute>(document)?.spec),
+        Kind::Community => kinds::community(id, &typed::<Community>(document)?.spec),
         Kind::NetworkPolicy => kinds::network_policy(id, &typed::<NetworkPolicy>(document)?),
         Kind::Pod => kinds::pod(id, &typed::<Pod>(document)?),
         Kind::Namespace => Ok(kinds::namespace(id, typed::<Namespace>(document)?)),

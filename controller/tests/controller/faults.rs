@@ -66,7 +66,7 @@ fn a_wrong_configuration_exits_with_64_and_names_file_line_and_key() {
         "{said}"
     );
     assert!(
-        said.contains("`mesh_name`, `listen`, `state_dir`, `manifests`, `admin_socket`"),
+        said.contains("`mesh_name`, `listen`, `state_dir`, `manifests`, `kubernetes`"),
         "{said}"
     );
 

@@ -152,6 +152,7 @@ impl Lab {
             node_name: name.to_owned(),
             csr_der: key.csr_der,
             wireguard_public_key: vec![seed; 32],
+            ..JoinRequest::default()
         };
         let response = client.join(request).await?.into_inner();
         let chain = response.certificate_chain_der.into_iter();

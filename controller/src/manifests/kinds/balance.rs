@@ -9,7 +9,7 @@ use mesh_core::snapshot::{
 
 use super::{Checked, FieldProblem, Object, ObjectId, parse};
 
-pub(in super::super) fn mesh_service(id: &ObjectId, spec: &MeshServiceSpec) -> Checked<Object> {
+pub(crate) fn mesh_service(id: &ObjectId, spec: &MeshServiceSpec) -> Checked<Object> {
     if spec.weights.len() > WEIGHTS_MAX {
         let text = format!("are {}, more than {WEIGHTS_MAX}", spec.weights.len());
         return Err(FieldProblem::new("spec.weights", text));

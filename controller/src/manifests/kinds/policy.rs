@@ -35,7 +35,7 @@ pub(super) fn default_action(text: Option<&str>) -> Checked<Option<DefaultAction
     }
 }
 
-pub(in super::super) fn mesh_policy(id: &ObjectId, spec: &MeshPolicySpec) -> Checked<Object> {
+pub(crate) fn mesh_policy(id: &ObjectId, spec: &MeshPolicySpec) -> Checked<Object> {
     check_count("spec.rules", spec.rules.len())?;
     Ok(Object::MeshPolicy(MeshPolicy {
         name: id.name.clone(),
@@ -102,7 +102,7 @@ fn account(field: &str, text: &String) -> Checked<ObjectName> {
     }
 }
 
-pub(in super::super) fn network_policy(id: &ObjectId, raw: &net::NetworkPolicy) -> Checked<Object> {
+pub(crate) fn network_policy(id: &ObjectId, raw: &net::NetworkPolicy) -> Checked<Object> {
     let spec = raw.spec.clone().unwrap_or_default();
     let egress_said = spec.egress.is_some();
     let ingress = spec.ingress.unwrap_or_default();
@@ -280,7 +280,7 @@ fn port_match(
     Ok(PortMatch { protocol, ports })
 }
 
-pub(in super::super) fn pod(id: &ObjectId, raw: &core::Pod) -> Checked<Object> {
+pub(crate) fn pod(id: &ObjectId, raw: &core::Pod) -> Checked<Object> {
     let status = raw.status.clone().unwrap_or_default();
     let spec = raw.spec.clone().unwrap_or_default();
     let several = status.pod_ips.unwrap_or_default().into_iter();
@@ -321,7 +321,7 @@ pub(in super::super) fn pod(id: &ObjectId, raw: &core::Pod) -> Checked<Object> {
     })))
 }
 
-pub(in super::super) fn namespace(id: &ObjectId, raw: core::Namespace) -> Object {
+pub(crate) fn namespace(id: &ObjectId, raw: core::Namespace) -> Object {
     let labels: Labels = raw.metadata.labels.unwrap_or_default();
     Object::Namespace(id.name.clone(), labels)
 }

@@ -21,7 +21,7 @@ const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 const AFFINITY_DEFAULT_S: i32 = 10_800;
 const AFFINITY_MAX_S: i32 = 86_400;
 
-pub(in super::super) fn service(id: &ObjectId, service: &KubeService) -> Checked<Object> {
+pub(crate) fn service(id: &ObjectId, service: &KubeService) -> Checked<Object> {
     let labels = service.metadata.labels.as_ref();
     if labels.is_some_and(|labels| labels.contains_key(PROXY_NAME_LABEL)) {
         return Ok(Object::Service(None));

@@ -1,0 +1,309 @@
+//! What is to be written about the objects of a cluster: statuses of Holdfast's own kinds, Events
+//! about others. Pure: from what the mesh is to the differences from what stands there.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::jiff::Timestamp;
+use mesh_core::snapshot::Node;
+use mesh_wire::id::{NodeId, NodeName};
+use serde_json::{Map, Value, json};
+
+use crate::{
+    cluster::{Cluster, Item},
+    desired::Desired,
+    manifests::{Kind, ObjectId},
+};
+
+/// How often a connected node's `lastSeen` is written: for 100,000 nodes, 28 writes a second.
+/// What else a status has is written when it changes.
+pub const LAST_SEEN_S: i64 = 3600;
+
+/// How long after its start the controller says of no node that it is not connected: they all come
+/// back at their own pace, within half a minute (`RETRY_MAX` of the agent).
+pub const START_GRACE_S: i64 = 90;
+
+/// Longest note of an Event (`events.k8s.io/v1`).
+const NOTE_LEN_MAX: usize = 1024;
+
+/// When a node was last seen, and with which generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    /// Whether it is connected.
+    pub connected: bool,
+    /// When its stream last began, said something or ended, as Unix seconds.
+    pub at_unix_s: i64,
+    /// The generation that it said it had.
+    pub generation: u64,
+}
+
+/// A node that waits for approval.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pending {
+    /// Its WireGuard key.
+    pub id: NodeId,
+    /// When it first asked, as Unix seconds.
+    pub since_unix_s: i64,
+}
+
+/// What statuses are made from.
+#[derive(Debug)]
+pub struct Mesh<'a> {
+    /// The objects.
+    pub cluster: &'a Cluster,
+    /// What became of them.
+    pub desired: &'a Desired,
+    /// Nodes that were seen since the controller began.
+    pub seen: &'a BTreeMap<NodeName, Seen>,
+    /// Nodes that wait.
+    pub pending: &'a BTreeMap<NodeName, Pending>,
+    /// When the controller began.
+    pub began_unix_s: i64,
+    /// Now.
+    pub now_unix_s: i64,
+}
+
+/// What is to be written.
+#[derive(Debug, Default, PartialEq)]
+pub struct Due {
+    /// Statuses that are others than those that stand there.
+    pub statuses: BTreeMap<ObjectId, Value>,
+    /// MeshNodes that nobody made yet.
+    pub missing: Vec<NodeName>,
+    /// Objects that are not Holdfast's, of which something is left out.
+    pub events: Vec<Event>,
+}
+
+/// A rejected object that has no place for a status of ours.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Event {
+    /// Which.
+    pub id: ObjectId,
+    /// `metadata.uid`.
+    pub uid: String,
+    /// What is wrong.
+    pub note: String,
+}
+
+/// A condition's status, reason and message.
+type Verdict = (&'static str, &'static str, String);
+
+/// What is to be written now.
+#[must_use]
+pub fn due(mesh: &Mesh) -> Due {
+    let mut due = Due::default();
+    for item in mesh.cluster.items() {
+        if is_own(item.id.kind) {
+            if let Some(status) = mesh.changed(item) {
+                due.statuses.insert(item.id.clone(), status);
+            }
+        } else if let Some(text) = mesh.wrong(item) {
+            due.events.push(Event {
+                id: item.id.clone(),
+                uid: item.uid.clone(),
+                note: text
+                    .get(..text.floor_char_boundary(NOTE_LEN_MAX))
+                    .unwrap_or_default()
+                    .to_owned(),
+            });
+        }
+    }
+    let joined = mesh.desired.nodes.keys();
+    let missing = joined.chain(mesh.pending.keys()).filter(|name| {
+        let id = mesh_node_id(name);
+        mesh.cluster.get(&id).is_none()
+    });
+    due.missing = missing.cloned().collect();
+    due.missing.dedup();
+    due
+}
+
+/// The id of the MeshNode of the node `name`.
+#[must_use]
+pub fn mesh_node_id(name: &NodeName) -> ObjectId {
+    ObjectId {
+        kind: Kind::MeshNode,
+        namespace: String::new(),
+        name: name.to_string(),
+    }
+}
+
+/// Whether `kind` is one of Holdfast's own.
+#[must_use]
+pub fn is_own(kind: Kind) -> bool {
+    match kind {
+        Kind::MeshNode
+        | Kind::MeshRelay
+        | Kind::ExternalPeer
+        | Kind::MeshConfig
+        | Kind::MeshService
+        | Kind::MeshPolicy
+        | Kind::SiteRoute
+        | Kind::Community => true,
+        Kind::Service
+        | Kind::EndpointSlice
+        | Kind::Node
+        | Kind::NetworkPolicy
+        | Kind::Pod
+        | Kind::Namespace => false,
+    }
+}
+
+impl Mesh<'_> {
+    /// The status of `item`, if it is another than the one that stands there.
+    fn changed(&self, item: &Item) -> Option<Value> {
+        let accepted = self.condition(item, "Accepted", self.accepted(item));
+        let status = if item.id.kind == Kind::MeshNode {
+            self.mesh_node(item, accepted)
+        } else {
+            let mut status = Map::new();
+            status.insert("observedGeneration".to_owned(), json!(item.generation));
+            status.insert("conditions".to_owned(), json!([accepted]));
+            Value::Object(status)
+        };
+        (status != item.status).then_some(status)
+    }
+
+    fn accepted(&self, item: &Item) -> Verdict {
+        if let Some(problem) = &item.problem {
+            let before = if item.loaded.is_some() {
+                " (what it said before stays in force)"
+            } else {
+                ""
+            };
+            return ("False", "Invalid", format!("{problem}{before}"));
+        }
+        match self.desired.rejected.get(&item.id) {
+            None => {
+                let text = "the mesh acts on it".to_owned();
+                ("True", "Accepted", text)
+            }
+            Some(rejected) if rejected.not_implemented => {
+                ("False", "NotImplemented", rejected.text.clone())
+            }
+            Some(rejected) => ("False", "Conflict", rejected.text.clone()),
+        }
+    }
+
+    /// What is wrong with an object that is not ours.
+    fn wrong(&self, item: &Item) -> Option<String> {
+        let own = item.problem.as_ref().map(ToString::to_string);
+        let rejected = self.desired.rejected.get(&item.id);
+        own.or_else(|| Some(rejected?.text.clone()))
+    }
+
+    fn mesh_node(&self, item: &Item, accepted: Value) -> Value {
+        let name = item.id.name.as_str();
+        let node = self.desired.nodes.get(name);
+        let seen = self.seen.get(name).copied();
+        let old = &item.status;
+        let connected = match seen {
+            Some(seen) => seen.connected,
+            // It may come back in a moment.
+            None if self.now_unix_s - self.began_unix_s < START_GRACE_S => old["connected"] == true,
+            None => false,
+        };
+        let mut status = Map::new();
+        let mut set = |name: &str, value: Value| {
+            if !value.is_null() {
+                status.insert(name.to_owned(), value);
+            }
+        };
+        set("observedGeneration", json!(item.generation));
+        set("connected", json!(connected));
+        set("lastSeen", self.last_seen(&old["lastSeen"], seen));
+        if let Some(node) = node {
+            set("wireguardPublicKey", json!(node.id.to_string()));
+            set(
+                "overlayAddresses",
+                json!([node.overlay_v4, node.overlay_v6]),
+            );
+        }
+        let joined = self.condition(item, "Joined", self.joined(name, node));
+        let ready = self.condition(item, "Ready", readiness(node.is_some(), connected));
+        set("conditions", json!([accepted, joined, ready]));
+        set("snapshotGeneration", old["snapshotGeneration"].clone());
+        // A generation alone is no reason to write: it changes with everything in the mesh.
+        if let Some(seen) = seen
+            && Value::Object(status.clone()) != *old
+        {
+            let generation = json!(seen.generation);
+            status.insert("snapshotGeneration".to_owned(), generation);
+        }
+        Value::Object(status)
+    }
+
+    fn joined(&self, name: &str, node: Option<&Node>) -> Verdict {
+        if let Some(pending) = self.pending.get(name) {
+            let text = format!(
+                "it asked to join with key {}: set spec.approved to true to let it in",
+                pending.id
+            );
+            return ("False", "AwaitingApproval", text);
+        }
+        match node {
+            Some(_) => ("True", "Joined", "it is in the mesh".to_owned()),
+            None => {
+                let text = "no node of this name has joined yet".to_owned();
+                ("False", "NeverJoined", text)
+            }
+        }
+    }
+
+    fn last_seen(&self, old: &Value, seen: Option<Seen>) -> Value {
+        let Some(seen) = seen else {
+            return old.clone();
+        };
+        if !seen.connected {
+            return json!(moment(seen.at_unix_s));
+        }
+        let before = old.as_str().and_then(|text| text.parse::<Timestamp>().ok());
+        match before {
+            Some(before) if (0..LAST_SEEN_S).contains(&(self.now_unix_s - before.as_second())) => {
+                old.clone()
+            }
+            Some(_) | None => json!(moment(self.now_unix_s)),
+        }
+    }
+
+    /// A condition, with the time of the one that stands there if that says the same.
+    fn condition(&self, item: &Item, name: &str, (status, reason, message): Verdict) -> Value {
+        let old = item.status.get("conditions").and_then(Value::as_array);
+        let old = old.and_then(|all| {
+            all.iter()
+                .find(|one| one["type"] == name && one["status"] == status)
+        });
+        let since = old.and_then(|old| old["lastTransitionTime"].as_str());
+        let since = since.map_or_else(|| moment(self.now_unix_s), str::to_owned);
+        json!({
+            "type": name,
+            "status": status,
+            "observedGeneration": item.generation,
+            "lastTransitionTime": since,
+            "reason": reason,
+            "message": message,
+        })
+    }
+}
+
+fn readiness(joined: bool, connected: bool) -> Verdict {
+    match (joined, connected) {
+        (false, _) => ("False", "NotJoined", "it is not in the mesh".to_owned()),
+        (true, true) => {
+            let text = "it has a stream to the controller".to_owned();
+            ("True", "Connected", text)
+        }
+        (true, false) => {
+            let text =
+                "it has no stream to the controller; it serves what it has on its disk".to_owned();
+            ("False", "Disconnected", text)
+        }
+    }
+}
+
+fn moment(unix_s: i64) -> String {
+    let moment = Timestamp::from_second(unix_s).unwrap_or(Timestamp::UNIX_EPOCH);
+    moment.to_string()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,208 @@
+use mesh_wire::id::MeshId;
+
+use super::*;
+use crate::{
+    cluster,
+    desired::desired,
+    manifests::{
+        Object,
+        parse::{FieldProblem, parse_file},
+    },
+    store::{Nodes, Registered},
+};
+
+const T0: i64 = 1_800_000_000;
+
+#[test]
+fn an_accepted_object_is_told_once() {
+    let mut lab = Lab::new("kind: MeshRelay\nspec: {addresses: [192.0.2.1]}", &[]);
+    let due = lab.due(T0);
+    let status = &due.statuses[&lab.id(Kind::MeshRelay)];
+    assert_eq!(status["conditions"][0]["reason"], "Accepted");
+    assert_eq!(
+        status["conditions"][0]["lastTransitionTime"],
+        "2027-01-15T08:00:00Z"
+    );
+    lab.write(&due);
+    assert_eq!(lab.due(T0 + 9), Due::default());
+}
+
+#[test]
+fn a_condition_keeps_its_time_while_it_says_the_same() {
+    let mut lab = Lab::new("kind: Community\nspec: {sites: [a]}", &[]);
+    let due = lab.due(T0);
+    let id = lab.id(Kind::Community);
+    let condition = &due.statuses[&id]["conditions"][0];
+    assert_eq!(condition["reason"], "NotImplemented");
+    assert_eq!(condition["status"], "False");
+    lab.write(&due);
+    let mut item = lab.cluster.get(&id).unwrap().clone();
+    item.generation = 2;
+    lab.cluster.handle(cluster::Event::Set(item.into()));
+    let due = lab.due(T0 + 60);
+    let condition = &due.statuses[&id]["conditions"][0];
+    assert_eq!(condition["observedGeneration"], 2);
+    assert_eq!(condition["lastTransitionTime"], "2027-01-15T08:00:00Z");
+}
+
+#[test]
+fn what_is_wrong_with_ours_is_a_condition_and_with_others_an_event() {
+    let mut lab = Lab::new("kind: MeshRelay\nspec: {addresses: [192.0.2.1]}", &[]);
+    for kind in [Kind::MeshRelay, Kind::Service] {
+        let problem = FieldProblem::new("spec.x", "is odd".repeat(400));
+        let item = Item::new(lab.id(kind), T0, Err(problem));
+        lab.cluster.handle(cluster::Event::Set(item.into()));
+    }
+    let due = lab.due(T0);
+    let condition = &due.statuses[&lab.id(Kind::MeshRelay)]["conditions"][0];
+    assert_eq!(condition["reason"], "Invalid");
+    let message = condition["message"].as_str().unwrap();
+    assert!(message.starts_with("spec.x: is odd"), "{message}");
+    assert!(message.ends_with("(what it said before stays in force)"));
+    let [event] = due.events.as_slice() else {
+        panic!("{:?}", due.events);
+    };
+    assert_eq!(
+        (event.id.kind, event.note.len()),
+        (Kind::Service, NOTE_LEN_MAX)
+    );
+}
+
+#[test]
+fn a_node_is_seen_to_the_hour_and_its_end_to_the_second() {
+    let mut lab = Lab::new("kind: MeshNode\nspec: {}", &["a"]);
+    let id = lab.id(Kind::MeshNode);
+    lab.see(true, T0, 5);
+    let due = lab.due(T0);
+    let status = due.statuses[&id].clone();
+    assert_eq!(status["connected"], true);
+    assert_eq!(status["lastSeen"], "2027-01-15T08:00:00Z");
+    assert_eq!(status["snapshotGeneration"], 5);
+    assert_eq!(status["overlayAddresses"][0], "100.96.0.1");
+    lab.write(&due);
+    // Thousands of generations later, nothing is written.
+    lab.see(true, T0 + 3000, 9000);
+    assert_eq!(lab.due(T0 + LAST_SEEN_S - 1), Due::default());
+    let due = lab.due(T0 + LAST_SEEN_S);
+    assert_eq!(due.statuses[&id]["snapshotGeneration"], 9000);
+    lab.write(&due);
+    lab.see(false, T0 + 4000, 9001);
+    let due = lab.due(T0 + 4001);
+    let status = &due.statuses[&id];
+    assert_eq!(status["lastSeen"], "2027-01-15T09:06:40Z");
+    assert_eq!(status["conditions"][2]["reason"], "Disconnected");
+    assert_eq!(status["connected"], false);
+}
+
+#[test]
+fn a_controller_that_begins_says_of_nobody_that_it_is_gone() {
+    let mut lab = Lab::new("kind: MeshNode\nspec: {}", &["a"]);
+    lab.see(true, T0, 5);
+    let due = lab.due(T0);
+    lab.write(&due);
+    lab.seen.clear();
+    lab.began = T0 + 100;
+    assert_eq!(lab.due(T0 + 100), Due::default());
+    assert_eq!(lab.due(T0 + 100 + START_GRACE_S).statuses.len(), 1);
+}
+
+#[test]
+fn nodes_without_an_object_get_one_and_those_that_wait_are_told_how_to_get_in() {
+    let mut lab = Lab::new("kind: MeshNode\nspec: {}", &["a", "b"]);
+    let pending = Pending {
+        id: NodeId([7; 32]),
+        since_unix_s: T0,
+    };
+    lab.pending.insert("c".parse().unwrap(), pending);
+    let missing: Vec<_> = lab.due(T0).missing;
+    let missing: Vec<_> = missing.iter().map(|name| name.as_str()).collect();
+    assert_eq!(missing, ["b", "c"]);
+
+    lab.pending.insert("a".parse().unwrap(), pending);
+    let due = lab.due(T0);
+    let joined = &due.statuses[&lab.id(Kind::MeshNode)]["conditions"][1];
+    assert_eq!(joined["reason"], "AwaitingApproval");
+    assert!(
+        joined["message"]
+            .as_str()
+            .unwrap()
+            .contains("spec.approved")
+    );
+}
+
+struct Lab {
+    cluster: Cluster,
+    desired: Desired,
+    seen: BTreeMap<NodeName, Seen>,
+    pending: BTreeMap<NodeName, Pending>,
+    began: i64,
+}
+
+impl Lab {
+    /// An object named `a`, and nodes that joined.
+    fn new(object: &str, nodes: &[&str]) -> Self {
+        let head = "apiVersion: mesh.holdfast.dev/v1alpha1\nmetadata: {name: a}\n";
+        let parsed = parse_file("m.yaml", &format!("{head}{object}"));
+        assert_eq!(parsed.problems, [""; 0]);
+        let mut cluster = Cluster::default();
+        for loaded in parsed.objects {
+            let object: Object = loaded.object;
+            let mut item = Item::new(loaded.id, T0, Ok(object));
+            item.generation = 1;
+            cluster.handle(cluster::Event::Set(item.into()));
+        }
+        let nodes = nodes.iter().zip(1..).map(|(name, seed)| {
+            let registered = Registered {
+                id: NodeId([seed; 32]),
+                overlay_v4: [100, 96, 0, seed].into(),
+            };
+            (name.parse().unwrap(), registered)
+        });
+        let nodes: Nodes = nodes.collect();
+        let desired = desired(&cluster.objects(), &nodes, MeshId([3; 32]), "demo");
+        Self {
+            cluster,
+            desired,
+            seen: BTreeMap::new(),
+            pending: BTreeMap::new(),
+            began: T0,
+        }
+    }
+
+    fn due(&self, now_unix_s: i64) -> Due {
+        due(&Mesh {
+            cluster: &self.cluster,
+            desired: &self.desired,
+            seen: &self.seen,
+            pending: &self.pending,
+            began_unix_s: self.began,
+            now_unix_s,
+        })
+    }
+
+    fn id(&self, kind: Kind) -> ObjectId {
+        ObjectId {
+            kind,
+            namespace: String::new(),
+            name: "a".to_owned(),
+        }
+    }
+
+    fn see(&mut self, connected: bool, at_unix_s: i64, generation: u64) {
+        let seen = Seen {
+            connected,
+            at_unix_s,
+            generation,
+        };
+        self.seen.insert("a".parse().unwrap(), seen);
+    }
+
+    /// As if the API server had taken it, and the watch told so.
+    fn write(&mut self, due: &Due) {
+        for (id, status) in &due.statuses {
+            let mut item = self.cluster.get(id).unwrap().clone();
+            item.status = status.clone();
+            self.cluster.handle(cluster::Event::Set(item.into()));
+        }
+    }
+}
