@@ -19,7 +19,7 @@ use crate::{
     error::{CniError, Code},
     kernel::{self, attach, detach, host_end, kernel, look, macs, noted, open_namespace},
     result::{Previous, render},
-    store::{LOCK_WAIT, Last, Store},
+    store::{LOCK_WAIT, Last, Store, held},
     version::Version,
 };
 
@@ -121,6 +121,8 @@ struct Reserved {
     name: FileName,
     attachment: Attachment,
     veth: VethRecord,
+    /// Nobody knew of the attachment before.
+    is_new: bool,
 }
 
 impl<'a> Node<'a> {
@@ -161,15 +163,17 @@ impl<'a> Node<'a> {
             // Made before, and not there any more: made again, with the same addresses if they are of this node still.
             if !self.suits(&network, &reserved.name.held) {
                 detach(&self.netlink, &id).await?;
-                self.store.lock(LOCK_WAIT)?.remove(&reserved.name)?;
+                self.store.remove(&reserved.name)?;
                 reserved = self.reserve(&id, target, &network).await?;
             }
             reserved.attachment.host = None;
             reserved.attachment.netns = netns.to_owned();
             reserved.attachment.pod.clone_from(&target.pod);
         }
-        // What a killed ADD, or somebody's hand, left.
-        detach(&self.netlink, &id).await?;
+        if !reserved.is_new {
+            // What a killed ADD, or somebody's hand, left.
+            detach(&self.netlink, &id).await?;
+        }
         let done = self.make(&namespace, &mut reserved).await;
         match done {
             Ok(()) => Ok(self.result(&reserved)),
@@ -198,11 +202,12 @@ impl<'a> Node<'a> {
             name,
             attachment,
             veth,
+            ..
         } = reserved;
         let Attachment { id, addresses, .. } = attachment;
         let host = attach(&self.netlink, namespace, id, addresses, veth).await?;
         attachment.host = Some(host);
-        self.store.lock(LOCK_WAIT)?.write(name, attachment)
+        self.store.write(name, attachment)
     }
 
     /// Takes back what a failed ADD did. What cannot be taken back stays recorded, for DEL and GC.
@@ -210,8 +215,7 @@ impl<'a> Node<'a> {
         if let Err(more) = detach(&self.netlink, &reserved.attachment.id).await {
             return error.with(more);
         }
-        let lock = self.store.lock(LOCK_WAIT);
-        match lock.and_then(|lock| lock.remove(&reserved.name)) {
+        match self.store.remove(&reserved.name) {
             Ok(()) => error,
             Err(more) => error.with(more),
         }
@@ -225,10 +229,14 @@ impl<'a> Node<'a> {
         network: &NodeNetwork,
     ) -> Result<Reserved, CniError> {
         let lock = self.store.lock(LOCK_WAIT)?;
-        let mut held = None;
-        if let Some(name) = self.store.find(&id.key())? {
-            let recorded = self.store.read(&name);
-            if let Some(attachment) = recorded {
+        let mut names = self.store.names()?;
+        let key = id.key();
+        let own = names.iter().position(|name| name.key == key);
+        let own = own.map(|place| names.swap_remove(place));
+        let is_new = own.is_none();
+        let mut kept = None;
+        if let Some(name) = own {
+            if let Some(attachment) = self.store.read(&name) {
                 if attachment.id != *id {
                     return Err(same_key(id, &attachment.id));
                 }
@@ -237,27 +245,27 @@ impl<'a> Node<'a> {
                         name,
                         attachment,
                         veth,
+                        is_new,
                     });
                 }
             }
             if self.suits(network, &name.held) {
-                held = Some(name.held);
+                kept = Some(name.held);
             } else {
                 detach(&self.netlink, id).await?;
-                lock.remove(&name)?;
+                self.store.remove(&name)?;
             }
         }
-        let addresses = match held {
+        let addresses = match kept {
             Some(addresses) => addresses,
             None => {
-                let mut last = lock.last();
-                let taken = lock.held()?;
-                if self.store.names()?.len() >= ATTACHMENTS_MAX {
+                if names.len() >= ATTACHMENTS_MAX {
                     let message = format!("this node has {ATTACHMENTS_MAX} attachments already");
                     return Err(CniError::new(Code::Exhausted, message)
                         .with("DEL or GC takes away those that are not used"));
                 }
-                let addresses = self.choose(network, &taken, last).await?;
+                let mut last = lock.last();
+                let addresses = self.choose(network, &held(&names), last).await?;
                 last.note(&addresses);
                 lock.set_last(last);
                 addresses
@@ -270,7 +278,7 @@ impl<'a> Node<'a> {
             mtu_bytes: network.mtu_bytes,
         };
         let name = FileName {
-            key: id.key(),
+            key,
             held: addresses.clone(),
         };
         let attachment = Attachment {
@@ -281,11 +289,12 @@ impl<'a> Node<'a> {
             veth: Some(veth),
             pod: target.pod.clone(),
         };
-        lock.write(&name, &attachment)?;
+        self.store.write(&name, &attachment)?;
         Ok(Reserved {
             name,
             attachment,
             veth,
+            is_new,
         })
     }
 
@@ -384,32 +393,31 @@ impl<'a> Node<'a> {
             pod: target.pod.clone(),
             id,
         };
-        let lock = self.store.lock(LOCK_WAIT)?;
+        drop(self.store.lock(LOCK_WAIT)?); // The folder is there then.
         if let Some(old) = self.store.find(&name.key)? {
             let other = self.store.read(&old).filter(|old| old.id != attachment.id);
             if let Some(other) = other {
                 return Err(same_key(&attachment.id, &other.id));
             }
             if old != name {
-                lock.remove(&old)?;
+                self.store.remove(&old)?;
             }
         }
-        lock.write(&name, &attachment)
+        self.store.write(&name, &attachment)
     }
 
     async fn del(&self, target: &Target) -> Result<(), CniError> {
         let id = self.config.id(target);
         // Before the address is free, nobody has it.
         detach(&self.netlink, &id).await?;
-        if !self.store.is_there() {
-            return Ok(());
-        }
-        let lock = self.store.lock(LOCK_WAIT)?;
         let Some(name) = self.store.find(&id.key())? else {
             return Ok(());
         };
         let other = self.store.read(&name).is_some_and(|found| found.id != id);
-        if other { Ok(()) } else { lock.remove(&name) }
+        if other {
+            return Ok(());
+        }
+        self.store.remove(&name)
     }
 
     async fn check(&self, target: &Target) -> Result<(), CniError> {
@@ -477,7 +485,7 @@ impl<'a> Node<'a> {
                 .with("without it everything would be removed"));
         };
         let mut failed = Vec::new();
-        let lock = self.store.lock(LOCK_WAIT)?;
+        let _alone = self.store.lock(LOCK_WAIT)?;
         let links = self.netlink.links().await.map_err(kernel)?;
         for link in &links {
             let id = link.alias.as_deref().and_then(noted);
@@ -508,10 +516,10 @@ impl<'a> Node<'a> {
                 }
             };
             if is_gone {
-                failed.extend(lock.remove(&name).err());
+                failed.extend(self.store.remove(&name).err());
             }
         }
-        failed.extend(lock.sweep().err());
+        failed.extend(self.store.sweep().err());
         let Some((first, rest)) = failed.split_first() else {
             return Ok(());
         };
@@ -537,7 +545,8 @@ impl<'a> Node<'a> {
         if !self.config.chained {
             self.network()?;
         }
-        self.store.lock(LOCK_WAIT)?.probe()
+        drop(self.store.lock(LOCK_WAIT)?);
+        self.store.probe()
     }
 
     fn network(&self) -> Result<NodeNetwork, CniError> {

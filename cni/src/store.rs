@@ -1,8 +1,9 @@
 //! Attachments on disk: who may change them, and how.
 //!
-//! Whoever holds the lock is alone. Files appear and vanish by one rename or unlink, so that a kill at any point leaves
-//! the old or the new state, and one temporary file at most, which the next holder overwrites. Nothing waits for the
-//! disk: see [`mesh_api::cni`] for why power loss needs no care.
+//! Addresses are chosen by whoever holds the lock. Files appear and vanish by one rename or unlink, so that a kill at any
+//! point leaves the old or the new state, and a temporary file at most, which GC and the same attachment's next file take
+//! away. A runtime does one thing at a time for an attachment, so its own file needs no lock. Nothing waits for the disk:
+//! see [`mesh_api::cni`] for why power loss needs no care.
 
 use std::{
     collections::BTreeSet,
@@ -26,9 +27,6 @@ pub const LOCK_WAIT: Duration = Duration::from_secs(10);
 
 const LOCK_FILE: &str = "lock";
 
-/// The one temporary file.
-const NEW_FILE: &str = ".new";
-
 /// The attachments of this boot.
 #[derive(Debug, Clone)]
 pub struct Store {
@@ -36,12 +34,9 @@ pub struct Store {
     folder: PathBuf,
 }
 
-/// The right to change attachments, until it is dropped.
+/// The right to choose addresses, until it is dropped.
 #[derive(Debug)]
-pub struct Lock<'a> {
-    store: &'a Store,
-    file: File,
-}
+pub struct Lock(File);
 
 /// The addresses that were given last; kept in the lock's own file, which is there anyway.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -88,19 +83,13 @@ impl Store {
         }
     }
 
-    /// Whether there is anything at all.
-    #[must_use]
-    pub fn is_there(&self) -> bool {
-        self.folder.is_dir()
-    }
-
     /// Takes the lock, with folders made that are missing. Attachments of earlier boots go with the first one of this
     /// boot: their namespaces are gone.
     ///
     /// # Errors
     ///
     /// [`Code::TryAgain`] if others hold it for `wait`; [`Code::Io`] if a file cannot be made.
-    pub fn lock(&self, wait: Duration) -> Result<Lock<'_>, CniError> {
+    pub fn lock(&self, wait: Duration) -> Result<Lock, CniError> {
         let mut builder = DirBuilder::new();
         builder.recursive(true).mode(0o700);
         let made = builder.create(&self.state_dir);
@@ -124,7 +113,7 @@ impl Store {
             let made = builder.create(&self.folder);
             made.map_err(io_error("make the folder", &self.folder))?;
         }
-        Ok(Lock { store: self, file })
+        Ok(Lock(file))
     }
 
     /// All attachments' names, in order.
@@ -152,39 +141,15 @@ impl Store {
         read_attachment(&self.path(name)).ok()
     }
 
-    fn path(&self, name: &FileName) -> PathBuf {
-        self.folder.join(name.to_string())
-    }
-}
-
-impl Lock<'_> {
-    /// What was given last. A file that does not say it is as good as a new one.
-    #[must_use]
-    pub fn last(&self) -> Last {
-        let mut text = [0; Last::LEN];
-        let read = self.file.read_exact_at(&mut text, 0);
-        let last = read.ok().and_then(|()| serde_json::from_slice(&text).ok());
-        last.unwrap_or_default()
-    }
-
-    /// Notes what was given last. If that fails, an address may be given again sooner, and nothing else.
-    pub fn set_last(&self, last: Last) {
-        let text = serde_json::to_string(&last).unwrap_or_default();
-        let text = format!("{text:<width$}", width = Last::LEN);
-        self.file.write_all_at(text.as_bytes(), 0).ok();
-    }
-
     /// Writes an attachment, in place of the one with this name, or none.
     ///
     /// # Errors
     ///
     /// [`Code::Io`], a full disk among others; nothing has changed then.
     pub fn write(&self, name: &FileName, attachment: &Attachment) -> Result<(), CniError> {
-        let path = self.store.path(name);
+        let (new, path) = (self.new_file(&name.key), self.path(name));
         let content = serde_json::to_vec(attachment).unwrap_or_default();
-        let written = self.write_new(&content);
-        let new = self.store.folder.join(NEW_FILE);
-        let written = written.and_then(|()| fs::rename(&new, &path));
+        let written = write_new(&new, &content).and_then(|()| fs::rename(&new, &path));
         if written.is_err() {
             // It takes room on a disk that is full, perhaps.
             fs::remove_file(&new).ok();
@@ -198,17 +163,10 @@ impl Lock<'_> {
     ///
     /// [`Code::Io`].
     pub fn probe(&self) -> Result<(), CniError> {
-        let new = self.store.folder.join(NEW_FILE);
-        let written = self.write_new(&[b' '; 1_024]);
-        let removed = fs::remove_file(&new);
+        let new = self.new_file("probe");
+        let written = write_new(&new, &[b' '; 1_024]);
+        let removed = gone(fs::remove_file(&new));
         written.and(removed).map_err(io_error("write", &new))
-    }
-
-    fn write_new(&self, content: &[u8]) -> io::Result<()> {
-        let mut options = File::options();
-        let options = options.write(true).create(true).truncate(true).mode(0o600);
-        let mut file = options.open(self.store.folder.join(NEW_FILE))?;
-        file.write_all(content)
     }
 
     /// Removes an attachment. One that is gone is fine.
@@ -217,29 +175,65 @@ impl Lock<'_> {
     ///
     /// [`Code::Io`].
     pub fn remove(&self, name: &FileName) -> Result<(), CniError> {
-        let path = self.store.path(name);
+        let path = self.path(name);
+        fs::remove_file(self.new_file(&name.key)).ok(); // What a kill may have left.
         gone(fs::remove_file(&path)).map_err(io_error("remove", &path))
     }
 
-    /// Removes what kills left, and the attachments of earlier boots.
+    /// Removes what kills left, and the attachments of earlier boots. Nobody else may be at work.
     ///
     /// # Errors
     ///
     /// [`Code::Io`].
     pub fn sweep(&self) -> Result<(), CniError> {
-        let new = self.store.folder.join(NEW_FILE);
-        gone(fs::remove_file(&new)).map_err(io_error("remove", &new))?;
-        remove_other_boots(&self.store.folder)
+        let entries = fs::read_dir(&self.folder).map_err(io_error("list", &self.folder))?;
+        for entry in entries.flatten() {
+            let path = entry.path();
+            if entry.file_name().as_encoded_bytes().starts_with(b".") {
+                gone(fs::remove_file(&path)).map_err(io_error("remove", &path))?;
+            }
+        }
+        remove_other_boots(&self.folder)
     }
 
-    /// The addresses that attachments hold.
-    ///
-    /// # Errors
-    ///
-    /// [`Code::Io`].
-    pub fn held(&self) -> Result<BTreeSet<IpAddr>, CniError> {
-        let names = self.store.names()?;
-        Ok(names.into_iter().flat_map(|name| name.held).collect())
+    fn path(&self, name: &FileName) -> PathBuf {
+        self.folder.join(name.to_string())
+    }
+
+    fn new_file(&self, key: &str) -> PathBuf {
+        self.folder.join(format!(".{key}.new"))
+    }
+}
+
+fn write_new(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut options = File::options();
+    let options = options.write(true).create(true).truncate(true);
+    let mut file = options.mode(0o600).open(path)?;
+    file.write_all(content)
+}
+
+/// The addresses that these attachments hold.
+#[must_use]
+pub fn held(names: &[FileName]) -> BTreeSet<IpAddr> {
+    let held = names.iter().flat_map(|name| &name.held);
+    held.copied().collect()
+}
+
+impl Lock {
+    /// What was given last. A file that does not say it is as good as a new one.
+    #[must_use]
+    pub fn last(&self) -> Last {
+        let mut text = [0; Last::LEN];
+        let read = self.0.read_exact_at(&mut text, 0);
+        let last = read.ok().and_then(|()| serde_json::from_slice(&text).ok());
+        last.unwrap_or_default()
+    }
+
+    /// Notes what was given last. If that fails, an address may be given again sooner, and nothing else.
+    pub fn set_last(&self, last: Last) {
+        let text = serde_json::to_string(&last).unwrap_or_default();
+        let text = format!("{text:<width$}", width = Last::LEN);
+        self.0.write_all_at(text.as_bytes(), 0).ok();
     }
 }
 
@@ -331,13 +325,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::new(folder.path(), "b1");
         let (name, one) = attachment("c1", "10.0.0.1");
-        let lock = store.lock(LOCK_WAIT).unwrap();
-        lock.write(&name, &one).unwrap();
+        drop(store.lock(LOCK_WAIT).unwrap());
+        store.write(&name, &one).unwrap();
         assert_eq!(store.find(&one.id.key()).unwrap(), Some(name.clone()));
         assert_eq!(store.read(&name), Some(one));
-        assert_eq!(lock.held().unwrap(), BTreeSet::from([name.held[0]]));
-        lock.remove(&name).unwrap();
-        lock.remove(&name).unwrap();
+        assert_eq!(
+            held(&store.names().unwrap()),
+            BTreeSet::from([name.held[0]])
+        );
+        store.remove(&name).unwrap();
+        store.remove(&name).unwrap();
         assert!(store.names().unwrap().is_empty());
     }
 
@@ -352,7 +349,7 @@ mod tests {
         {
             let store = Store::new(folder.path(), "b1");
             let lock = store.lock(LOCK_WAIT).unwrap();
-            lock.write(&name, &one).unwrap();
+            store.write(&name, &one).unwrap();
             lock.set_last(last);
         }
         let store = Store::new(folder.path(), "b2");
@@ -373,12 +370,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::new(folder.path(), "b1");
         let (name, one) = attachment("c1", "10.0.0.1");
-        let lock = store.lock(LOCK_WAIT).unwrap();
-        lock.write(&name, &one).unwrap();
+        drop(store.lock(LOCK_WAIT).unwrap());
+        store.write(&name, &one).unwrap();
         for garbage in [&b""[..], b"{", b"\0\0\0\0", br#"{"id":{}}"#] {
             fs::write(store.path(&name), garbage).unwrap();
             assert_eq!(store.read(&name), None);
-            assert_eq!(lock.held().unwrap().len(), 1);
+            assert_eq!(held(&store.names().unwrap()).len(), 1);
         }
     }
 
@@ -421,14 +418,14 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::new(folder.path(), "b1");
         let (name, one) = attachment("c1", "10.0.0.1");
-        let lock = store.lock(LOCK_WAIT).unwrap();
-        lock.write(&name, &one).unwrap();
-        fs::write(store.folder.join(NEW_FILE), "half").unwrap();
+        drop(store.lock(LOCK_WAIT).unwrap());
+        store.write(&name, &one).unwrap();
+        fs::write(store.new_file("killed"), "half").unwrap();
         fs::create_dir(boots_dir(folder.path()).join("b0")).unwrap();
-        lock.sweep().unwrap();
+        store.sweep().unwrap();
         assert_eq!(fs::read_dir(&store.folder).unwrap().count(), 1);
         assert_eq!(fs::read_dir(boots_dir(folder.path())).unwrap().count(), 1);
-        lock.probe().unwrap();
+        store.probe().unwrap();
         assert_eq!(fs::read_dir(&store.folder).unwrap().count(), 1);
     }
 }
