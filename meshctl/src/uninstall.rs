@@ -12,7 +12,7 @@ use crate::{failure::Failure, kubectl, report::Uninstalled};
 
 const NAMESPACE: &str = "holdfast";
 
-/// What cleans a node. Its images are those that the agents had.
+/// What cleans a node, with placeholders for what the agents had.
 const CLEANER: &str = include_str!("../../deploy/kubernetes/uninstall/daemonset.yaml");
 
 /// Group of the custom resources.
@@ -27,11 +27,14 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// A namespace or a custom resource goes when all in it is gone.
 const DELETE_MAX: Duration = Duration::from_secs(120);
 
-/// The images of the agents, which clean as well; as the cleaner's manifest calls them.
+/// What the agents had, and cleaning needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Images {
-    agent: String,
-    cni: String,
+struct Agents {
+    image: String,
+    /// The image of the CNI plug-in; `None`: the agents' pods did not install it.
+    cni: Option<String>,
+    /// The ConfigMap with their configuration.
+    config: String,
 }
 
 /// Takes everything away. Where nodes are not reached within `patience`, what cleans them stays, and the rest too:
@@ -67,8 +70,8 @@ async fn clean_nodes(patience: Duration) -> Result<Cleaned, String> {
     };
     let agents = kubectl::object(&get("mesh-agent")).await?;
     let cleaner = kubectl::object(&get("mesh-uninstall")).await?;
-    match (images(&agents), cleaner.is_null()) {
-        (Some(images), _) => {
+    match (had(&agents), cleaner.is_null()) {
+        (Some(had), _) => {
             let delete = [
                 "delete",
                 "daemonset",
@@ -84,7 +87,7 @@ async fn clean_nodes(patience: Duration) -> Result<Cleaned, String> {
             if !deleted.success {
                 eprintln!("meshctl: agents still end: {}", deleted.complaint);
             }
-            let manifest = manifest(&images);
+            let manifest = manifest(&had);
             let apply = ["apply", "--server-side", "--force-conflicts", "-f", "-"];
             kubectl::done(&apply, &manifest, Duration::ZERO).await?;
         }
@@ -113,31 +116,44 @@ async fn clean_nodes(patience: Duration) -> Result<Cleaned, String> {
     }
 }
 
-/// Those of a DaemonSet of agents.
-fn images(agents: &Value) -> Option<Images> {
-    let image = |list: &str, name: &str| {
-        let containers = agents.pointer(&format!("/spec/template/spec/{list}"))?;
-        let mut containers = containers.as_array()?.iter();
-        let container = containers.find(|container| container["name"] == name)?;
-        container.get("image")?.as_str().map(str::to_owned)
+/// Read from the agents' DaemonSet.
+fn had(agents: &Value) -> Option<Agents> {
+    let named = |list: &str, name: &str, at: &str| {
+        let list = agents.pointer(&format!("/spec/template/spec/{list}"))?;
+        let mut list = list.as_array()?.iter();
+        let one = list.find(|one| one["name"] == name)?;
+        one.pointer(at)?.as_str().map(str::to_owned)
     };
-    Some(Images {
-        agent: image("containers", "mesh-agent")?,
-        cni: image("initContainers", "install-cni")?,
+    Some(Agents {
+        image: named("containers", "mesh-agent", "/image")?,
+        cni: named("initContainers", "install-cni", "/image"),
+        config: named("volumes", "config", "/configMap/name")?,
     })
 }
 
-fn manifest(images: &Images) -> String {
-    let lines = CLEANER.lines().map(|line| {
-        let image = |name: &str, with: &str| {
-            let spaces = line.strip_suffix(&format!("image: {name}"))?;
-            Some(format!("{spaces}image: {with:?}\n"))
+fn manifest(agents: &Agents) -> String {
+    let mut text = String::new();
+    let mut left_out = false;
+    for line in CLEANER.lines() {
+        let comment = line.trim_start();
+        if comment.starts_with("# cni:") {
+            left_out = agents.cni.is_none();
+        } else if comment == "# cni ends." {
+            left_out = false;
+        }
+        let filled = |placeholder: &str, with: Option<&String>| {
+            let key = line.strip_suffix(placeholder)?;
+            Some(format!("{key}{:?}", with?))
         };
-        let changed = image("holdfast-agent", &images.agent);
-        let changed = changed.or_else(|| image("holdfast-cni", &images.cni));
-        changed.unwrap_or_else(|| format!("{line}\n"))
-    });
-    lines.collect()
+        let changed = filled("holdfast-agent", Some(&agents.image))
+            .or_else(|| filled("holdfast-cni", agents.cni.as_ref()))
+            .or_else(|| filled("mesh-agent-config", Some(&agents.config)));
+        if !left_out {
+            text.push_str(changed.as_deref().unwrap_or(line));
+            text.push('\n');
+        }
+    }
+    text
 }
 
 /// Every node has been told, and has done it.
@@ -210,16 +226,25 @@ mod tests {
 
     #[test]
     fn nodes_are_cleaned_by_the_images_that_the_agents_had() {
-        let agents = json!({"spec": {"template": {"spec": {
+        let set = json!({"spec": {"template": {"spec": {
             "initContainers": [{"name": "install-cni", "image": "mirror:5000/holdfast-cni:1"}],
             "containers": [{"name": "mesh-agent", "image": "mirror:5000/holdfast-agent:1"}],
+            "volumes": [{"name": "config", "configMap": {"name": "mesh-agent-2f9k"}}],
         }}}});
-        let manifest = manifest(&images(&agents).unwrap());
-        let count = |text: &str| manifest.matches(text).count();
-        assert_eq!(count("image: \"mirror:5000/holdfast-agent:1\"\n"), 2);
-        assert_eq!(count("image: \"mirror:5000/holdfast-cni:1\"\n"), 1);
-        assert_eq!(count("image: "), 3);
-        assert_eq!(images(&Value::Null), None);
+        let mut agents = had(&set).unwrap();
+        let with = manifest(&agents);
+        let count = |manifest: &str, text: &str| manifest.matches(text).count();
+        let image = "image: \"mirror:5000/holdfast-agent:1\"\n";
+        assert_eq!(count(&with, image), 2);
+        assert_eq!(count(&with, "image: \"mirror:5000/holdfast-cni:1\"\n"), 1);
+        assert_eq!(count(&with, "image: "), 3);
+        assert_eq!(count(&with, "name: \"mesh-agent-2f9k\"\n"), 1);
+        agents.cni = None;
+        let without = manifest(&agents);
+        assert_eq!(count(&without, "image: "), 2);
+        assert_eq!(count(&without, "- name: cni\n"), 0);
+        assert_eq!(count(&without, "- name: agent\n"), 1);
+        assert_eq!(had(&Value::Null), None);
     }
 
     #[test]
