@@ -76,8 +76,9 @@ pub struct LinkRoute {
 }
 
 impl Netlink {
-    /// Makes a veth. The end that is here is up, the other one is down. Each has one queue: a veth hands packets on at
-    /// once, and what the kernel makes for each core's queue is most of the time that this takes.
+    /// Makes a veth whose ends are down. Take both up before their state is asked for: the kernel waits for all packets
+    /// under way when it notices that one is up without the other. Each has one queue: a veth hands packets on at once,
+    /// and what the kernel makes for each core's queue is most of the time that this takes.
     ///
     /// # Errors
     ///
@@ -98,7 +99,6 @@ impl Netlink {
             .append_extra_attribute(LinkAttribute::NumTxQueues(1))
             .append_extra_attribute(LinkAttribute::NumRxQueues(1))
             .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
-            .up()
             .build();
         let result = self.handle.link().add(message).execute().await;
         result.map_err(refused(|| {
