@@ -151,7 +151,7 @@ async fn configure_pod(
     veth: &VethRecord,
 ) -> Result<(), CniError> {
     if let Some(loopback) = IfIndex::new(LOOPBACK) {
-        netlink.set_up(loopback, None).await.map_err(kernel)?;
+        netlink.set_up(loopback).await.map_err(kernel)?;
     }
     if addresses.iter().any(IpAddr::is_ipv6) {
         // Nobody else is on the link: no address is anybody's twice, and nobody advertises anything.
@@ -163,7 +163,7 @@ async fn configure_pod(
             set(&format!("ipv6/conf/{}/{name}", id.interface), value)?;
         }
     }
-    netlink.set_up(link, None).await.map_err(kernel)?;
+    netlink.set_up(link).await.map_err(kernel)?;
     for &address in addresses {
         let (net, gateway) = (IpNet::from(address), gateway(address));
         netlink.add_address(link, net).await.map_err(kernel)?;
@@ -190,17 +190,13 @@ async fn configure_host(
     veth: &VethRecord,
 ) -> Result<(), CniError> {
     let name = id.key();
-    if addresses.iter().any(IpAddr::is_ipv4) {
-        set(&format!("ipv4/conf/{name}/forwarding"), "1")?;
-        // What comes from the pod has the pod's address, or is dropped.
-        set(&format!("ipv4/conf/{name}/rp_filter"), "1")?;
-    }
     if addresses.iter().any(IpAddr::is_ipv6) {
         set(&format!("ipv6/conf/{name}/accept_ra"), "0")?;
         // Before Linux 6.17 the node's own `ipv6.conf.all.forwarding` decides, which is not ours to change.
         set_if_known(&format!("ipv6/conf/{name}/force_forwarding"), "1")?;
     }
-    let up = netlink.set_up(link, Some(&note(id))).await;
+    // Forwards; and what comes from the pod has the pod's address, or is dropped.
+    let up = netlink.set_up_for_another(link, &note(id)).await;
     up.map_err(kernel)?;
     for &address in addresses {
         let neighbour = netlink.set_neighbour(link, address, veth.mac);

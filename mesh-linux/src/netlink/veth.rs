@@ -15,7 +15,9 @@ use netlink_packet_route::{
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
     route::{RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope},
 };
-use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use rtnetlink::{
+    LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder, packet_core::DefaultNla,
+};
 
 use super::{
     Netlink, NetlinkError, collect, done_unless, forwarding::mac_of, ip_of, is, link_name, refused,
@@ -109,20 +111,40 @@ impl Netlink {
         }))
     }
 
-    /// Takes the interface up, and notes `alias` (at most 255 bytes) at it.
+    /// Takes the interface up.
     ///
     /// # Errors
     ///
     /// If the kernel refuses.
-    pub async fn set_up(&self, link: IfIndex, alias: Option<&str>) -> Result<(), NetlinkError> {
-        let mut builder = LinkMessageBuilder::<LinkUnspec>::new()
+    pub async fn set_up(&self, link: IfIndex) -> Result<(), NetlinkError> {
+        let message = LinkMessageBuilder::<LinkUnspec>::new()
             .index(link.get())
-            .up();
-        if let Some(alias) = alias {
-            builder = builder.alias(alias);
-        }
-        let result = self.handle.link().set(builder.build()).execute().await;
+            .up()
+            .build();
+        let result = self.handle.link().set(message).execute().await;
         result.map_err(refused(|| format!("take interface {link} up")))
+    }
+
+    /// Takes the interface up as one behind which somebody else is: notes `alias` at it (at most 255 bytes), forwards
+    /// IPv4 packets that come in by it, and drops those whose source is not routed there. All at once, for the files
+    /// of `/proc/sys` that do the same make their writers spin while the kernel is busy with other interfaces.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub async fn set_up_for_another(&self, link: IfIndex, alias: &str) -> Result<(), NetlinkError> {
+        let settings = [(IPV4_FORWARDING, 1), (IPV4_RP_FILTER, 1)];
+        let settings =
+            settings.map(|(setting, value): (u16, u32)| attribute(setting, &value.to_ne_bytes()));
+        let family = attribute(AF_INET, &attribute(IFLA_INET_CONF, &settings.concat()));
+        let message = LinkMessageBuilder::<LinkUnspec>::new()
+            .index(link.get())
+            .alias(alias)
+            .append_extra_attribute(LinkAttribute::Other(DefaultNla::new(IFLA_AF_SPEC, family)))
+            .up()
+            .build();
+        let result = self.handle.link().set(message).execute().await;
+        result.map_err(refused(|| format!("take interface {link} up as {alias:?}")))
     }
 
     /// Removes the interface; of a veth both ends go. One that is gone is fine.
@@ -314,6 +336,19 @@ impl Netlink {
         });
         Ok(own.filter_map(neighbour).collect())
     }
+}
+
+/// Of linux/if_link.h, linux/socket.h and linux/ip.h (`IPV4_DEVCONF_…`).
+const IFLA_AF_SPEC: u16 = 26;
+const AF_INET: u16 = 2;
+const IFLA_INET_CONF: u16 = 1;
+const IPV4_FORWARDING: u16 = 1;
+const IPV4_RP_FILTER: u16 = 8;
+
+/// `struct nlattr` of linux/netlink.h, with what it holds; all of ours are multiples of four bytes.
+fn attribute(kind: u16, content: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(content.len() + 4).unwrap_or(u16::MAX);
+    [&length.to_ne_bytes(), &kind.to_ne_bytes(), content].concat()
 }
 
 /// The one interface that was asked for, if it is there.
