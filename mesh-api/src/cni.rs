@@ -4,7 +4,7 @@
 //! /var/lib/holdfast/cni/
 //!   network.json                                  the agent's: NodeNetwork
 //!   attachments/<boot id>/<interface>,<addresses>.json   the plug-in's: an Attachment for each pod
-//!   lock                                          the plug-in's: who holds it may change attachments
+//!   lock                                          the plug-in's: who holds it may choose addresses
 //! ```
 //!
 //! An attachment lives as long as its pod's network namespace, and that ends with the machine's boot at the latest:

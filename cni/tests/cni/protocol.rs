@@ -374,3 +374,36 @@ fn each_wrong_input_has_its_code_and_leaves_nothing() -> Result<()> {
     assert!(machine.attachments()?.is_empty());
     Ok(())
 }
+
+#[test]
+fn uninstalling_takes_pods_interfaces_and_records_if_it_is_asked_to() -> Result<()> {
+    let machine = Machine::new()?;
+    let pod = Pod::new("one")?;
+    machine.call("ADD", &pod, &machine.config())?.done();
+    let path = |name: &str| machine.state_dir().join(name).display().to_string();
+    let (conf, bin, state) = (path("net.d"), path("bin"), path(""));
+    let places = [
+        "--conf-dir",
+        &conf,
+        "--bin-dir",
+        &bin,
+        "--state-dir",
+        &state,
+    ];
+    let program = plugin().display().to_string();
+    let call = |words: &[&str]| {
+        let words = [words, &places[..]].concat();
+        inside(&machine.namespace, || run(&program, &words))
+    };
+    call(&["install"])?;
+    call(&["uninstall"])?;
+    assert_eq!(machine.ports()?, [pod.port()], "pods live on");
+    call(&["uninstall", "--purge"])?;
+    assert!(machine.ports()?.is_empty());
+    assert!(machine.attachments()?.is_empty());
+    assert!(
+        machine.state_dir().join(NETWORK_FILE).exists(),
+        "it is the agent's"
+    );
+    Ok(())
+}
