@@ -1,0 +1,379 @@
+//! One API server, one controller with exactly the rights that `deploy/` gives it, and agents made of
+//! the libraries.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::SocketAddr,
+    os::unix::net::UnixDatagram,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use kube::{
+    Api, Client,
+    api::{DeleteParams, Patch, PatchParams},
+    core::{ApiResource, DynamicObject, GroupVersionKind},
+};
+use mesh_api::{
+    connect::{ALPN, control_channel, control_client},
+    control::{JoinRequest, SyncRequest, SyncResponse, control_client::ControlClient},
+    resources::{Resources, apply},
+};
+use mesh_identity::{
+    authority::new_key,
+    credentials::Credentials,
+    tls::{client_config, join_client_config, server_name},
+    token::MeshAnchor,
+};
+use mesh_wire::id::Identity;
+use netns_tests::tool::binary;
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::{
+    sync::mpsc,
+    time::{sleep, timeout},
+};
+use tokio_rustls::rustls::ClientConfig;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming, transport::Channel};
+
+/// No test waits longer for anything.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How often is asked whether something is so.
+const ASK: Duration = Duration::from_millis(20);
+
+/// The controller's process, with its folder.
+pub(crate) struct Controller {
+    pub(crate) folder: TempDir,
+    pub(crate) address: SocketAddr,
+    child: Child,
+}
+
+impl Controller {
+    /// A controller that is ready, which reaches the API server by `kubeconfig`.
+    pub(crate) fn start(kubeconfig: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("kubeconfig"), kubeconfig).unwrap();
+        Self::start_in(folder, SocketAddr::from(([127, 0, 0, 1], 0)))
+    }
+
+    fn start_in(folder: TempDir, listen: SocketAddr) -> Self {
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        let config = format!(
+            "mesh_name = \"demo\"\nlisten = \"{listen}\"\nstate_dir = \"{}\"\nadmin_socket = \"{}\"\n[kubernetes]\nkubeconfig = \"{}\"\n",
+            path("state"),
+            path("admin.sock"),
+            path("kubeconfig"),
+        );
+        fs::write(folder.path().join("controller.toml"), config).unwrap();
+        let ready = UnixDatagram::bind(folder.path().join("notify")).unwrap();
+        ready.set_read_timeout(Some(PATIENCE)).unwrap();
+        let child = Command::new(binary("mesh-controller").unwrap())
+            .args(["--config", &path("controller.toml")])
+            .env("NOTIFY_SOCKET", folder.path().join("notify"))
+            .env("NO_COLOR", "1")
+            .env("HOLDFAST_LOG", "debug,h2=info,hyper_util=info,tower=info")
+            .stdin(Stdio::null())
+            .stderr(fs::File::create(folder.path().join("log")).unwrap())
+            .spawn()
+            .unwrap();
+        let mut message = [0; 64];
+        let told = ready.recv(&mut message);
+        assert!(told.is_ok(), "not ready: {}", log(folder.path()));
+        drop(ready);
+        fs::remove_file(folder.path().join("notify")).unwrap();
+        let address = listening(&log(folder.path()));
+        Self {
+            folder,
+            address,
+            child,
+        }
+    }
+
+    /// Killed, and started again at the same address with what it has on its disk.
+    pub(crate) fn restart(mut self) -> Self {
+        self.kill();
+        let folder = std::mem::replace(&mut self.folder, tempfile::tempdir().unwrap());
+        Self::start_in(folder, self.address)
+    }
+
+    pub(crate) fn log(&self) -> String {
+        log(self.folder.path())
+    }
+
+    pub(crate) async fn logged(&self, text: &str) {
+        until(text, async || self.log().contains(text).then_some(())).await;
+    }
+
+    fn kill(&mut self) {
+        // It may have ended already.
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+impl Drop for Controller {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Asks until there is an answer.
+pub(crate) async fn until<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(answer) = ask().await {
+            return answer;
+        }
+        assert!(Instant::now() < deadline, "in vain: {what}");
+        sleep(ASK).await;
+    }
+}
+
+/// What an administrator does.
+#[derive(Clone)]
+pub(crate) struct Admin {
+    pub(crate) client: Client,
+}
+
+impl Admin {
+    /// Applies every document of `text`.
+    pub(crate) async fn apply(&self, text: &str) {
+        for document in documents(text) {
+            let objects = self.api(&document);
+            let name = document["metadata"]["name"].as_str().unwrap();
+            let patch = Patch::Apply(&document);
+            let parameters = PatchParams::apply("test").force();
+            let applied = objects.patch(name, &parameters, &patch).await;
+            applied.unwrap_or_else(|error| panic!("{document}: {error}"));
+        }
+    }
+
+    /// Writes the status of every document of `text`, as another controller would.
+    pub(crate) async fn apply_status(&self, text: &str) {
+        for document in documents(text) {
+            let objects = self.api(&document);
+            let name = document["metadata"]["name"].as_str().unwrap();
+            let patch = Patch::Merge(&document);
+            let parameters = PatchParams::default();
+            objects
+                .patch_status(name, &parameters, &patch)
+                .await
+                .unwrap();
+        }
+    }
+
+    pub(crate) async fn delete(&self, kind: &str, namespace: &str, name: &str) {
+        let objects = self.objects(kind, namespace);
+        objects
+            .delete(name, &DeleteParams::default())
+            .await
+            .unwrap();
+    }
+
+    /// The object, once `wanted` says that it is as it should be.
+    pub(crate) async fn wait(
+        &self,
+        kind: &str,
+        namespace: &str,
+        name: &str,
+        wanted: impl Fn(&Value) -> bool,
+    ) -> Value {
+        let objects = self.objects(kind, namespace);
+        let last = std::cell::RefCell::new(Value::Null);
+        let ask = async || {
+            let found = objects.get_opt(name).await.unwrap()?;
+            let found = serde_json::to_value(found).unwrap();
+            last.replace(found.clone());
+            wanted(&found).then_some(found)
+        };
+        let deadline = timeout(PATIENCE, async {
+            loop {
+                if let Some(found) = ask().await {
+                    return found;
+                }
+                sleep(ASK).await;
+            }
+        });
+        let found = deadline.await;
+        found.unwrap_or_else(|_| panic!("{kind} {name} in vain: {}", last.borrow()))
+    }
+
+    pub(crate) fn objects(&self, kind: &str, namespace: &str) -> Api<DynamicObject> {
+        let (group, version) = match kind {
+            "Service" | "Node" | "ConfigMap" | "Namespace" | "Pod" | "ServiceAccount" => ("", "v1"),
+            "EndpointSlice" => ("discovery.k8s.io", "v1"),
+            "Event" => ("events.k8s.io", "v1"),
+            "NetworkPolicy" => ("networking.k8s.io", "v1"),
+            _ => ("mesh.holdfast.dev", "v1alpha1"),
+        };
+        let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind));
+        if namespace.is_empty() {
+            Api::all_with(self.client.clone(), &resource)
+        } else {
+            Api::namespaced_with(self.client.clone(), namespace, &resource)
+        }
+    }
+
+    fn api(&self, document: &Value) -> Api<DynamicObject> {
+        let text = |name: &str| document[name].as_str().unwrap();
+        let (group, version) = text("apiVersion")
+            .rsplit_once('/')
+            .unwrap_or(("", text("apiVersion")));
+        let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, text("kind")));
+        match document["metadata"]["namespace"].as_str() {
+            None => Api::all_with(self.client.clone(), &resource),
+            Some(namespace) => Api::namespaced_with(self.client.clone(), namespace, &resource),
+        }
+    }
+}
+
+/// The condition `name` in `object`'s status.
+pub(crate) fn condition<'a>(object: &'a Value, name: &str) -> &'a Value {
+    let conditions = object["status"]["conditions"].as_array();
+    let conditions = conditions.map(Vec::as_slice).unwrap_or_default();
+    let found = conditions.iter().find(|one| one["type"] == name);
+    found.unwrap_or(&Value::Null)
+}
+
+fn documents(text: &str) -> Vec<Value> {
+    use serde::Deserialize as _;
+    let documents = serde_yaml_ng::Deserializer::from_str(text);
+    let documents = documents.map(|one| Value::deserialize(one).unwrap());
+    documents.filter(|one| !one.is_null()).collect()
+}
+
+/// Where `deploy/` is.
+pub(crate) fn deploy() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/kubernetes")
+}
+
+/// A node that wants to join.
+pub(crate) struct Applicant<'a> {
+    pub(crate) node: &'a str,
+    /// Its WireGuard key is made of this.
+    pub(crate) seed: u8,
+    pub(crate) service_account_token: &'a str,
+}
+
+/// Joins the mesh that `anchor` names.
+pub(crate) async fn join(
+    controller: SocketAddr,
+    anchor: &MeshAnchor,
+    applicant: Applicant<'_>,
+) -> Result<Credentials, Status> {
+    let config = join_client_config(anchor.mesh, ALPN).unwrap();
+    let mut client = connect(controller, config).await;
+    let key = new_key().unwrap();
+    let request = JoinRequest {
+        node_name: applicant.node.to_owned(),
+        csr_der: key.csr_der,
+        wireguard_public_key: vec![applicant.seed; 32],
+        service_account_token: applicant.service_account_token.to_owned(),
+        ..JoinRequest::default()
+    };
+    let response = client.join(request).await?.into_inner();
+    let chain = response.certificate_chain_der.into_iter();
+    let chain = chain.map(Into::into).collect();
+    let authority = response.ca_certificate_der.into();
+    Ok(Credentials::from_parts(chain, &key.key_pem, authority).unwrap())
+}
+
+async fn connect(controller: SocketAddr, config: ClientConfig) -> ControlClient<Channel> {
+    let name = server_name("demo", &Identity::Controller).unwrap();
+    let channel = control_channel(&controller.to_string(), Arc::new(config), name).await;
+    control_client(channel.unwrap())
+}
+
+/// An agent's stream, and what it has.
+pub(crate) struct Agent {
+    stream: Streaming<SyncResponse>,
+    say: mpsc::Sender<SyncRequest>,
+    pub(crate) resources: Resources,
+    /// Everything it was ever told.
+    pub(crate) told: Vec<SyncResponse>,
+    pub(crate) has: SyncRequest,
+}
+
+impl Agent {
+    /// Begins with nothing, or with what an agent before it had.
+    pub(crate) async fn new(
+        controller: SocketAddr,
+        credentials: &Credentials,
+        before: Option<Self>,
+    ) -> Self {
+        let (resources, has) = before.map_or_else(
+            || (Resources::new(), SyncRequest::default()),
+            |before| (before.resources, before.has),
+        );
+        let config = client_config(credentials, ALPN).unwrap();
+        let mut client = connect(controller, config).await;
+        let (say, said) = mpsc::channel(4);
+        say.send(has.clone()).await.unwrap();
+        let stream = client.sync(ReceiverStream::new(said)).await;
+        let mut agent = Self {
+            stream: stream.unwrap().into_inner(),
+            say,
+            resources,
+            told: Vec::new(),
+            has,
+        };
+        agent.next().await;
+        agent
+    }
+
+    pub(crate) async fn next(&mut self) {
+        let message = timeout(PATIENCE, self.stream.message()).await;
+        let told = message.expect("no answer in time").unwrap();
+        let told = told.expect("the stream ended");
+        self.has = SyncRequest {
+            store_id: told.store_id.clone(),
+            generation: told.generation,
+        };
+        self.say.send(self.has.clone()).await.unwrap();
+        assert_eq!(apply(&mut self.resources, told.clone()), []);
+        self.told.push(told);
+    }
+
+    /// Takes answers until it has what `wanted` looks for.
+    pub(crate) async fn until(&mut self, wanted: impl Fn(&BTreeMap<String, String>) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !wanted(&self.view()) {
+            assert!(Instant::now() < deadline, "{:#?}", self.view());
+            self.next().await;
+        }
+    }
+
+    /// What it has, by key, as text.
+    pub(crate) fn view(&self) -> BTreeMap<String, String> {
+        let view = self.resources.iter();
+        view.map(|(key, resource)| (key.to_string(), format!("{resource:?}")))
+            .collect()
+    }
+
+    /// The keys of everything that was taken away since it began.
+    pub(crate) fn removed(&self) -> Vec<String> {
+        let told = self.told.iter();
+        told.flat_map(|told| told.removed.iter().map(ToString::to_string))
+            .collect()
+    }
+}
+
+fn log(folder: &Path) -> String {
+    fs::read_to_string(folder.join("log")).unwrap()
+}
+
+fn listening(log: &str) -> SocketAddr {
+    let line = log
+        .lines()
+        .find(|line| line.contains("mesh-controller serves"));
+    let line = line.unwrap_or_else(|| panic!("{log}"));
+    let field = line
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("address="));
+    field.unwrap().parse().unwrap()
+}

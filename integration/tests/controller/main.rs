@@ -1,0 +1,15 @@
+//! The real `mesh-controller` against the API server's stand-in, with the rights that `deploy/` gives it.
+
+#![forbid(unsafe_code)]
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "tests may fail loudly, and clippy sees only functions marked as such"
+)]
+
+mod following;
+mod joining;
+mod lab;
+mod telling;
+mod world;

@@ -1,0 +1,253 @@
+//! The API server, and what is in it before a test begins.
+
+use std::{fs, net::SocketAddr};
+
+use integration::apiserver::{Options, Standin};
+use mesh_api::{
+    admin::{
+        ControllerStatusRequest, ListNodesRequest, controller_admin_client::ControllerAdminClient,
+    },
+    connect::admin_channel,
+};
+use mesh_identity::{credentials::Credentials, token::MeshAnchor};
+use serde_json::{Value, json};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::watch,
+    task::JoinHandle,
+};
+use tonic::{Status, transport::Channel};
+
+use crate::lab::{Admin, Agent, Applicant, Controller, deploy, join, until};
+
+pub(crate) const SHOP: &str = "apiVersion: v1
+kind: Namespace
+metadata: {name: shop}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: inventory, namespace: shop}
+spec: {clusterIP: 10.96.0.10, ports: [{name: http, port: 80}]}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: inventory-1, namespace: shop, labels: {kubernetes.io/service-name: inventory}}
+addressType: IPv4
+ports: [{name: http, port: 8080, protocol: TCP}]
+endpoints: [{addresses: [10.244.1.7], nodeName: edge-a1}]
+";
+
+pub(crate) const NODES: &str = "apiVersion: v1
+kind: Node
+metadata: {name: edge-a1, labels: {mesh.holdfast.dev/site: a}}
+spec: {podCIDR: 10.244.1.0/24, podCIDRs: [10.244.1.0/24]}
+---
+apiVersion: v1
+kind: Node
+metadata: {name: edge-b1, labels: {mesh.holdfast.dev/site: b}}
+spec: {podCIDR: 10.244.2.0/24, podCIDRs: [10.244.2.0/24]}
+";
+
+/// An API server with what `deploy/` puts there, and a controller that follows it.
+pub(crate) struct World {
+    pub(crate) standin: Standin,
+    pub(crate) admin: Admin,
+    pub(crate) controller: Controller,
+    gate: Gate,
+}
+
+impl World {
+    pub(crate) async fn new() -> Self {
+        Self::with(|_| ()).await
+    }
+
+    /// With an API server that is prepared in some way.
+    pub(crate) async fn with(prepare: impl FnOnce(&Standin)) -> Self {
+        let standin = Standin::start(Options::default()).await.unwrap();
+        prepare(&standin);
+        let client = standin.client().await.unwrap();
+        let admin = Admin { client };
+        for entry in fs::read_dir(deploy().join("crds")).unwrap() {
+            let path = entry.unwrap().path();
+            if !path.ends_with("kustomization.yaml") {
+                admin.apply(&fs::read_to_string(path).unwrap()).await;
+            }
+        }
+        let namespace = "apiVersion: v1\nkind: Namespace\nmetadata: {name: holdfast}\n";
+        admin.apply(namespace).await;
+        let rules = deploy().join("controller/rbac.yaml");
+        admin.apply(&fs::read_to_string(rules).unwrap()).await;
+        admin.apply(ACCOUNTS).await;
+        admin.apply(NODES).await;
+        let token = standin.token("holdfast", "mesh-controller", &[], None);
+        let gate = Gate::new(standin.address()).await;
+        let kubeconfig = standin.kubeconfig_with_token(&token.unwrap());
+        let kubeconfig = kubeconfig.replace(&standin.url(), &format!("https://{}", gate.address));
+        let controller = Controller::start(&kubeconfig);
+        Self {
+            standin,
+            admin,
+            controller,
+            gate,
+        }
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.controller.address
+    }
+
+    /// From now on nobody reaches the API server from the controller.
+    pub(crate) fn stop_api(&self) {
+        self.gate.open.send_replace(false);
+    }
+
+    pub(crate) fn start_api(&self) {
+        self.gate.open.send_replace(true);
+    }
+
+    /// Cuts every watch; `forget`: and what it would go on from is forgotten.
+    pub(crate) fn drop_watches(&self, forget: bool) {
+        if forget {
+            self.standin.compact();
+        }
+        self.standin.faults().drop_watches();
+    }
+
+    pub(crate) fn restart_controller(self) -> Self {
+        Self {
+            controller: self.controller.restart(),
+            ..self
+        }
+    }
+
+    /// A ServiceAccount token, of a pod on `node` if there is one.
+    pub(crate) fn token(&self, account: &str, audiences: &[&str], node: Option<&str>) -> String {
+        let pod = node.map(|node| format!("{account}-{node}"));
+        if let (Some(node), Some(pod)) = (node, &pod) {
+            let object = json!({
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {"name": pod, "namespace": "holdfast"},
+                "spec": {
+                    "nodeName": node,
+                    "serviceAccountName": account,
+                    "hostNetwork": true,
+                    "containers": [{"name": "agent", "image": "agent"}],
+                },
+            });
+            self.standin.insert(&object).unwrap();
+        }
+        let token = self
+            .standin
+            .token("holdfast", account, audiences, pod.as_deref());
+        token.unwrap()
+    }
+
+    /// What the controller published for agents.
+    pub(crate) async fn anchor(&self) -> MeshAnchor {
+        let published = |map: &Value| map["data"]["mesh"].is_string();
+        let map = self
+            .admin
+            .wait("ConfigMap", "holdfast", "holdfast-mesh", published);
+        map.await["data"]["mesh"].as_str().unwrap().parse().unwrap()
+    }
+
+    /// Joins as a node of the cluster, once the controller has read it.
+    pub(crate) async fn join(&self, node: &str, seed: u8) -> Result<Credentials, Status> {
+        let token = self.token("mesh-agent", &["holdfast"], Some(node));
+        let anchor = self.anchor().await;
+        until("the controller is ready", async || {
+            let applicant = Applicant {
+                node,
+                seed,
+                service_account_token: &token,
+            };
+            match join(self.address(), &anchor, applicant).await {
+                Err(status) if status.message().contains("not read the whole cluster") => None,
+                joined => Some(joined),
+            }
+        })
+        .await
+    }
+
+    pub(crate) async fn agent(&self, credentials: &Credentials) -> Agent {
+        Agent::new(self.address(), credentials, None).await
+    }
+
+    /// The nodes that joined.
+    pub(crate) async fn joined(&self) -> Vec<String> {
+        let nodes = self.socket().await.list_nodes(ListNodesRequest {}).await;
+        let nodes = nodes.unwrap().into_inner().nodes.into_iter();
+        nodes.map(|node| node.name).collect()
+    }
+
+    /// What `meshctl` says is wrong.
+    pub(crate) async fn problems(&self) -> Vec<String> {
+        let status = self.socket().await.status(ControllerStatusRequest {}).await;
+        status.unwrap().into_inner().problems
+    }
+
+    pub(crate) async fn version(&self, kind: &str, namespace: &str, name: &str) -> String {
+        let object = self.admin.objects(kind, namespace).get(name).await.unwrap();
+        object.metadata.resource_version.unwrap()
+    }
+
+    async fn socket(&self) -> ControllerAdminClient<Channel> {
+        let socket = self.controller.folder.path().join("admin.sock");
+        ControllerAdminClient::new(admin_channel(&socket).await.unwrap())
+    }
+}
+
+const ACCOUNTS: &str = "apiVersion: v1
+kind: ServiceAccount
+metadata: {name: mesh-agent, namespace: holdfast}
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: default, namespace: holdfast}
+";
+
+/// The way from the controller to the API server: open, or gone.
+struct Gate {
+    address: SocketAddr,
+    open: watch::Sender<bool>,
+    task: JoinHandle<()>,
+}
+
+impl Gate {
+    async fn new(to: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (open, is_open) = watch::channel(true);
+        let task = tokio::spawn(async move {
+            while let Ok((inner, _)) = listener.accept().await {
+                tokio::spawn(pass(inner, to, is_open.clone()));
+            }
+        });
+        Self {
+            address,
+            open,
+            task,
+        }
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// One connection, as long as the gate is open.
+async fn pass(mut inner: TcpStream, to: SocketAddr, mut is_open: watch::Receiver<bool>) {
+    if !*is_open.borrow() {
+        return;
+    }
+    let Ok(mut outer) = TcpStream::connect(to).await else {
+        return;
+    };
+    tokio::select! {
+        _ = tokio::io::copy_bidirectional(&mut inner, &mut outer) => {}
+        _ = is_open.wait_for(|open| !open) => {}
+    }
+}
