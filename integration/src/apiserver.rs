@@ -11,6 +11,7 @@ mod auth;
 mod builtin;
 mod cel;
 mod cel_check;
+mod cel_cost;
 mod crd;
 mod decode;
 mod discovery;
@@ -26,6 +27,7 @@ mod object;
 mod openapi;
 mod patch;
 mod pods;
+mod protobuf;
 mod rbac;
 mod registry;
 mod request;
@@ -70,6 +72,8 @@ pub struct Options {
     pub service_ranges: Vec<IpNet>,
     /// How often a watch that allows bookmarks gets one.
     pub bookmark_interval: Duration,
+    /// How long the content of a deleted namespace stays; the real server waits 5 s.
+    pub namespace_grace: Duration,
 }
 
 impl Default for Options {
@@ -78,8 +82,12 @@ impl Default for Options {
         let ranges = ["10.96.0.0/12", "fd00:10:96::/112"];
         Self {
             listen: (Ipv4Addr::LOCALHOST, 0).into(),
-            service_ranges: ranges.iter().filter_map(|range| range.parse().ok()).collect(),
+            service_ranges: ranges
+                .iter()
+                .filter_map(|range| range.parse().ok())
+                .collect(),
             bookmark_interval: Duration::from_secs(60),
+            namespace_grace: Duration::from_secs(1),
         }
     }
 }
@@ -109,7 +117,10 @@ impl Standin {
             .await
             .with_context(|| format!("listen at {}", options.listen))?;
         let address = listener.local_addr()?;
+        let authority = Authority::new()?;
         let mut state = State {
+            ca_pem: authority.ca_pem.clone(),
+            ending: Vec::new(),
             store: Store::default(),
             catalog: Catalog::default(),
             pools: Pools::new(options.service_ranges.clone()),
@@ -122,7 +133,7 @@ impl Standin {
         for object in rbac::bootstrap() {
             state.insert(object)?;
         }
-        let shared = Arc::new(Shared::new(options, Authority::new()?, state));
+        let shared = Arc::new(Shared::new(options, authority, state));
         let server = tokio::spawn(server::serve(listener, Arc::clone(&shared)));
         Ok(Self {
             shared,
@@ -217,7 +228,9 @@ impl Standin {
     ///
     /// If the client cannot be made.
     pub async fn client_with_token(&self, token: &str) -> Result<kube::Client> {
-        Ok(kube::Client::try_from(self.client_config_with_token(token).await?)?)
+        Ok(kube::Client::try_from(
+            self.client_config_with_token(token).await?,
+        )?)
     }
 
     /// Creates or replaces an object as it is, with its status and unchecked, as a test's fixture;

@@ -208,7 +208,9 @@ async fn metadata_watches_carry_no_bodies() -> Result<()> {
     let api_bodies: Api<ConfigMap> = Api::namespaced(standin.client().await?, "default");
     let version = standin.version().to_string();
     standin.insert(&config_map("one", "secret"))?;
-    let list = api_bodies.list_metadata(&ListParams::default().labels("app=one")).await?;
+    let list = api_bodies
+        .list_metadata(&ListParams::default().labels("app=one"))
+        .await?;
     ensure!(list.items.len() == 1);
     drop(api);
     let mut events = api_bodies
@@ -231,10 +233,16 @@ async fn bookmarks_tell_how_far_a_quiet_watch_is() -> Result<()> {
     let standin = standin().await?;
     let api: Api<Node> = Api::all(standin.client().await?);
     let from = standin.version();
-    let mut events = api.watch(&WatchParams::default(), &from.to_string()).await?.boxed();
+    let mut events = api
+        .watch(&WatchParams::default(), &from.to_string())
+        .await?
+        .boxed();
     standin.insert(&config_map("elsewhere", "1"))?;
     loop {
-        match soon("a bookmark", events.try_next()).await??.context("end")? {
+        match soon("a bookmark", events.try_next())
+            .await??
+            .context("end")?
+        {
             WatchEvent::Bookmark(bookmark) => {
                 let version: u64 = bookmark.metadata.resource_version.parse()?;
                 if version > from {
@@ -283,7 +291,11 @@ async fn a_stale_version_conflicts_and_a_stale_list_is_older() -> Result<()> {
     ensure!(list.items == [old], "{list:?}");
     standin.freeze_lists(false);
     let list = api.list(&ListParams::default().labels("app=one")).await?;
-    let data = list.items.first().and_then(|one| one.data.clone()).unwrap_or_default();
+    let data = list
+        .items
+        .first()
+        .and_then(|one| one.data.clone())
+        .unwrap_or_default();
     ensure!(data.get("key").map(String::as_str) == Some("2"));
     Ok(())
 }
@@ -304,7 +316,10 @@ async fn appliers_own_fields_and_conflict() -> Result<()> {
     let spec = made.spec.context("spec")?;
     ensure!(spec.cluster_ip.is_some() && spec.ip_families.is_some());
     let again = api.patch("web", &one, &service(80, "l")).await?;
-    ensure!(again.metadata.resource_version == made.metadata.resource_version, "no change");
+    ensure!(
+        again.metadata.resource_version == made.metadata.resource_version,
+        "no change"
+    );
 
     let rename = Patch::Apply(json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"},
@@ -315,12 +330,21 @@ async fn appliers_own_fields_and_conflict() -> Result<()> {
         bail!("a conflict is refused");
     };
     ensure!(status.code == 409, "{status:?}");
-    let causes = status.details.clone().map(|details| details.causes).unwrap_or_default();
+    let causes = status
+        .details
+        .clone()
+        .map(|details| details.causes)
+        .unwrap_or_default();
     let cause = causes.first().context("a cause")?;
     ensure!(cause.reason == "FieldManagerConflict", "{cause:?}");
     ensure!(cause.message == "conflict with \"one\"", "{cause:?}");
-    ensure!(cause.field == ".spec.ports[port=80,protocol=\"TCP\"].name", "{cause:?}");
-    let forced = api.patch("web", &PatchParams::apply("two").force(), &rename).await?;
+    ensure!(
+        cause.field == ".spec.ports[port=80,protocol=\"TCP\"].name",
+        "{cause:?}"
+    );
+    let forced = api
+        .patch("web", &PatchParams::apply("two").force(), &rename)
+        .await?;
     let ports = forced.spec.and_then(|spec| spec.ports).unwrap_or_default();
     ensure!(ports.len() == 1 && ports.iter().all(|port| port.name.as_deref() == Some("www")));
 
@@ -348,12 +372,15 @@ async fn leases_are_taken_by_one() -> Result<()> {
         let spec = lease.spec.as_mut().context("spec")?;
         spec.holder_identity = Some(holder.to_owned());
     }
-    api.replace("leader", &PostParams::default(), &first).await?;
+    api.replace("leader", &PostParams::default(), &first)
+        .await?;
     let lost = api.replace("leader", &PostParams::default(), &second).await;
     ensure!(code(&lost.err().context("409")?) == 409);
     let mut unlocked = first;
     unlocked.metadata.resource_version = None;
-    let refused = api.replace("leader", &PostParams::default(), &unlocked).await;
+    let refused = api
+        .replace("leader", &PostParams::default(), &unlocked)
+        .await;
     ensure!(code(&refused.err().context("422")?) == 422);
     Ok(())
 }
@@ -372,7 +399,10 @@ async fn service_account(client: &Client, rules: Value) -> Result<()> {
     for object in created {
         let object: DynamicObject = serde_json::from_value(object)?;
         let types = object.types.clone().context("types")?;
-        let (group, version) = types.api_version.split_once('/').unwrap_or(("", &types.api_version));
+        let (group, version) = types
+            .api_version
+            .split_once('/')
+            .unwrap_or(("", &types.api_version));
         let gvk = kube::core::GroupVersionKind::gvk(group, version, &types.kind);
         let api: Api<DynamicObject> =
             Api::namespaced_with(client.clone(), "default", &ApiResource::from_gvk(&gvk));
@@ -402,13 +432,21 @@ async fn tokens_are_made_reviewed_and_have_rights() -> Result<()> {
             "metadata": {}, "spec": {"token": token, "audiences": [audience]},
         }))?)
     };
-    let status = reviews.create(&PostParams::default(), &review("mesh")?).await?.status;
+    let status = reviews
+        .create(&PostParams::default(), &review("mesh")?)
+        .await?
+        .status;
     let status = status.context("status")?;
     ensure!(status.authenticated == Some(true), "{status:?}");
     let name = status.user.and_then(|user| user.username);
     ensure!(name.as_deref() == Some("system:serviceaccount:default:agent"));
-    let status = reviews.create(&PostParams::default(), &review("other")?).await?.status;
-    ensure!(status.is_some_and(|status| status.authenticated != Some(true) && status.error.is_some()));
+    let status = reviews
+        .create(&PostParams::default(), &review("other")?)
+        .await?
+        .status;
+    ensure!(
+        status.is_some_and(|status| status.authenticated != Some(true) && status.error.is_some())
+    );
 
     // Its audience is not the server's: it opens nothing there.
     let stranger: Api<ConfigMap> =
@@ -422,11 +460,20 @@ async fn tokens_are_made_reviewed_and_have_rights() -> Result<()> {
     let list = agent.list(&ListParams::default()).await;
     ensure!(code(&list.err().context("403")?) == 403);
     let used = standin.faults().used_rights();
-    ensure!(used.iter().any(|right| right.user.ends_with(":agent") && right.verb == "get"));
-    ensure!(!used.iter().any(|right| right.user.ends_with(":agent") && right.verb == "list"));
+    ensure!(
+        used.iter()
+            .any(|right| right.user.ends_with(":agent") && right.verb == "get")
+    );
+    ensure!(
+        !used
+            .iter()
+            .any(|right| right.user.ends_with(":agent") && right.verb == "list")
+    );
 
     standin.faults().refuse_token_reviews(true);
-    let refused = reviews.create(&PostParams::default(), &review("mesh")?).await;
+    let refused = reviews
+        .create(&PostParams::default(), &review("mesh")?)
+        .await;
     ensure!(code(&refused.err().context("500")?) == 500);
     Ok(())
 }
@@ -502,7 +549,10 @@ async fn custom_resources_have_schemas_rules_defaults_and_status() -> Result<()>
         .await;
     ensure!(code(&refused.err().context("422")?) == 422);
     definitions
-        .create(&PostParams::default(), &serde_json::from_value(thing(true))?)
+        .create(
+            &PostParams::default(),
+            &serde_json::from_value(thing(true))?,
+        )
         .await?;
 
     let gvk = kube::core::GroupVersionKind::gvk("example.dev", "v1", "Thing");
@@ -516,17 +566,30 @@ async fn custom_resources_have_schemas_rules_defaults_and_status() -> Result<()>
     for (spec, said) in [
         (json!({}), "spec.site: Required value"),
         (json!({"site": 1}), "must be of type string"),
-        (json!({"site": "a", "mtu": 1}), "greater than or equal to 576"),
+        (
+            json!({"site": "a", "mtu": 1}),
+            "greater than or equal to 576",
+        ),
         (json!({"site": "a", "ports": [0]}), "ports are positive"),
     ] {
         let refused = things.create(&PostParams::default(), &object(spec)?).await;
         let error = refused.err().context("422")?;
-        ensure!(code(&error) == 422 && error.to_string().contains(said), "{error}");
+        ensure!(
+            code(&error) == 422 && error.to_string().contains(said),
+            "{error}"
+        );
     }
     let made = things
-        .create(&PostParams::default(), &object(json!({"site": "a", "unknown": 1}))?)
+        .create(
+            &PostParams::default(),
+            &object(json!({"site": "a", "unknown": 1}))?,
+        )
         .await?;
-    ensure!(made.data["spec"] == json!({"site": "a", "mtu": 1280}), "{}", made.data);
+    ensure!(
+        made.data["spec"] == json!({"site": "a", "mtu": 1280}),
+        "{}",
+        made.data
+    );
     ensure!(made.data.get("status").is_none());
     ensure!(made.metadata.generation == Some(1));
 
@@ -535,7 +598,9 @@ async fn custom_resources_have_schemas_rules_defaults_and_status() -> Result<()>
     let error = error.err().context("422")?;
     ensure!(error.to_string().contains("a site is for ever"), "{error}");
     let status = Patch::Merge(json!({"status": {"seen": "today"}, "spec": {"mtu": 9000}}));
-    let seen = things.patch_status("one", &PatchParams::default(), &status).await?;
+    let seen = things
+        .patch_status("one", &PatchParams::default(), &status)
+        .await?;
     ensure!(seen.data["status"]["seen"] == "today" && seen.data["spec"]["mtu"] == 1280);
     ensure!(seen.metadata.generation == Some(1));
     let patch = Patch::Merge(json!({"spec": {"mtu": 9000}, "status": {"seen": "no"}}));
@@ -558,10 +623,17 @@ async fn finalizers_hold_and_owners_take_along() -> Result<()> {
     standin.insert(&owned)?;
     let deleted = api.delete("owner", &DeleteParams::default()).await?;
     ensure!(deleted.left().is_some(), "it is held");
-    ensure!(api.get("owner").await?.metadata.deletion_timestamp.is_some());
+    ensure!(
+        api.get("owner")
+            .await?
+            .metadata
+            .deletion_timestamp
+            .is_some()
+    );
     ensure!(api.get_opt("owned").await?.is_some());
     let release = Patch::Merge(json!({"metadata": {"finalizers": null}}));
-    api.patch("owner", &PatchParams::default(), &release).await?;
+    api.patch("owner", &PatchParams::default(), &release)
+        .await?;
     ensure!(api.get_opt("owner").await?.is_none());
     ensure!(api.get_opt("owned").await?.is_none());
     Ok(())
@@ -602,7 +674,14 @@ async fn five_thousand_nodes_and_250_000_endpoints_are_held() -> Result<()> {
         }))?;
     }
     let nodes: Api<Node> = Api::all(client.clone());
-    ensure!(nodes.list_metadata(&ListParams::default()).await?.items.len() == 5_000);
+    ensure!(
+        nodes
+            .list_metadata(&ListParams::default())
+            .await?
+            .items
+            .len()
+            == 5_000
+    );
     let slices: Api<k8s_openapi::api::discovery::v1::EndpointSlice> = Api::all(client);
     let list = slices.list(&ListParams::default().limit(500)).await?;
     ensure!(list.items.len() == 500 && list.metadata.remaining_item_count == Some(2_000));

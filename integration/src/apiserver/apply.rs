@@ -148,8 +148,7 @@ pub(crate) fn track_update(
     // A client may write the list itself, above all to empty it.
     let given = object::at(new, &["metadata", "managedFields"]).is_some();
     let mut managers = entries(if given { new } else { live });
-    let (mut changed, mut removed) =
-        typed.compare(&without_managers(live), &without_managers(new));
+    let (mut changed, mut removed) = typed.compare(&without_managers(live), &without_managers(new));
     strip(&mut changed, &writer.subresource, has_status);
     strip(&mut removed, &writer.subresource, has_status);
     if !managers.iter().any(|entry| entry.is(writer, false)) && !changed.is_empty() {
@@ -314,12 +313,20 @@ mod tests {
         let said = applied(&one, &json!({"spec": {"a": 2}}), "two", false).unwrap_err();
         assert_eq!(said, [("\"one\"".to_owned(), ".spec.a".to_owned())]);
         let forced = applied(&one, &json!({"spec": {"a": 2}}), "two", true).unwrap();
-        assert_eq!(owners(&forced), [("two".to_owned(), vec![".spec.a".to_owned()])]);
+        assert_eq!(
+            owners(&forced),
+            [("two".to_owned(), vec![".spec.a".to_owned()])]
+        );
     }
 
     #[test]
     fn what_is_no_longer_applied_goes() {
-        let one = applied(&json!({}), &json!({"spec": {"a": 1, "deep": {"c": 1}}}), "one", false);
+        let one = applied(
+            &json!({}),
+            &json!({"spec": {"a": 1, "deep": {"c": 1}}}),
+            "one",
+            false,
+        );
         let live = one.unwrap();
         let less = applied(&live, &json!({"spec": {"a": 1}}), "one", false).unwrap();
         assert_eq!(less["spec"], json!({"a": 1}));
@@ -340,7 +347,10 @@ mod tests {
             ]
         );
         let said = applied(&new, &json!({"spec": {"a": 1, "b": 1}}), "one", false).unwrap_err();
-        assert!(said[0].0.starts_with("\"kubectl\" using x/v1 at "), "{said:?}");
+        assert!(
+            said[0].0.starts_with("\"kubectl\" using x/v1 at "),
+            "{said:?}"
+        );
     }
 
     #[test]
@@ -366,6 +376,9 @@ mod tests {
         let mut door = writer("one");
         door.subresource = "status".to_owned();
         let live = apply(&json!({}), &config, &door, false, typed, true).unwrap();
-        assert_eq!(owners(&live), [("one".to_owned(), vec![".status.s".to_owned()])]);
+        assert_eq!(
+            owners(&live),
+            [("one".to_owned(), vec![".status.s".to_owned()])]
+        );
     }
 }

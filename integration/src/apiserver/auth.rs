@@ -162,7 +162,9 @@ impl Authority {
         now_s: i64,
     ) -> Result<(User, Vec<String>), &'static str> {
         if token == self.admin_token {
-            let groups = [MASTERS, "system:authenticated"].map(str::to_owned).to_vec();
+            let groups = [MASTERS, "system:authenticated"]
+                .map(str::to_owned)
+                .to_vec();
             let user = User {
                 name: "kubernetes-admin".to_owned(),
                 groups,
@@ -186,11 +188,6 @@ impl Authority {
         }
         let user = bound_user(store, &claims)?;
         Ok((user, shared))
-    }
-
-    /// A text that nobody guesses.
-    pub(crate) fn random_text(&self) -> String {
-        random_text(&self.random).unwrap_or_default()
     }
 }
 
@@ -225,10 +222,22 @@ fn server_config(
 
 /// What holds a token: its account, and the pod and node it is bound to; all must still be there.
 const BOUND: &[(&str, &str, &str)] = &[
-    ("serviceaccount", SERVICE_ACCOUNTS, "service account UID claim does not match"),
+    (
+        "serviceaccount",
+        SERVICE_ACCOUNTS,
+        "service account UID claim does not match",
+    ),
     ("pod", "/pods", "pod UID does not match or the pod is gone"),
-    ("secret", "/secrets", "secret UID does not match or the secret is gone"),
-    ("node", "/nodes", "node UID does not match or the node is gone"),
+    (
+        "secret",
+        "/secrets",
+        "secret UID does not match or the secret is gone",
+    ),
+    (
+        "node",
+        "/nodes",
+        "node UID does not match or the node is gone",
+    ),
 ];
 
 fn bound_user(store: &Store, claims: &Value) -> Result<User, &'static str> {
@@ -280,8 +289,7 @@ mod tests {
 
     fn store() -> Store {
         let mut store = Store::default();
-        let object =
-            |name: &str| json!({"metadata": {"name": name, "namespace": "n", "uid": format!("uid-{name}")}});
+        let object = |name: &str| json!({"metadata": {"name": name, "namespace": "n", "uid": format!("uid-{name}")}});
         store.put(SERVICE_ACCOUNTS, object("sa"));
         store.put("/pods", object("p"));
         store
@@ -301,8 +309,9 @@ mod tests {
     fn a_token_says_who_and_what_for() {
         let authority = Authority::new().unwrap();
         let token = authority.sign(&claims()).unwrap();
-        let (user, audiences) =
-            authority.user_of_token(&store(), &token, &["b", "c"], 99).unwrap();
+        let (user, audiences) = authority
+            .user_of_token(&store(), &token, &["b", "c"], 99)
+            .unwrap();
         assert_eq!(user.name, "system:serviceaccount:n:sa");
         assert_eq!(audiences, ["b"]);
         assert_eq!(user.extra["authentication.kubernetes.io/pod-name"], ["p"]);
@@ -313,7 +322,9 @@ mod tests {
         let authority = Authority::new().unwrap();
         let token = authority.sign(&claims()).unwrap();
         let check = |store: &Store, token: &str, audience: &str, now_s: i64| {
-            authority.user_of_token(store, token, &[audience], now_s).is_err()
+            authority
+                .user_of_token(store, token, &[audience], now_s)
+                .is_err()
         };
         assert!(check(&store(), &token, "a", 100), "expired");
         assert!(check(&store(), &token, "c", 1), "for others");

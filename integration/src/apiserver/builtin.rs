@@ -10,23 +10,79 @@ pub(crate) const NAMESPACES: &str = "/namespaces";
 
 /// Values that a field may have, by kind and path; `*` is every item of a list.
 const ENUMS: &[(&str, &[&str], &[&str])] = &[
-    ("Service", &["spec", "type"], &["ClusterIP", "ExternalName", "LoadBalancer", "NodePort"]),
-    ("Service", &["spec", "sessionAffinity"], &["ClientIP", "None"]),
-    ("Service", &["spec", "internalTrafficPolicy"], &["Cluster", "Local"]),
-    ("Service", &["spec", "externalTrafficPolicy"], &["Cluster", "Local"]),
-    ("Service", &["spec", "ipFamilyPolicy"], &["PreferDualStack", "RequireDualStack", "SingleStack"]),
-    ("Service", &["spec", "trafficDistribution"], &["PreferClose", "PreferSameNode", "PreferSameZone"]),
-    ("Service", &["spec", "ports", "*", "protocol"], &["SCTP", "TCP", "UDP"]),
+    (
+        "Service",
+        &["spec", "type"],
+        &["ClusterIP", "ExternalName", "LoadBalancer", "NodePort"],
+    ),
+    (
+        "Service",
+        &["spec", "sessionAffinity"],
+        &["ClientIP", "None"],
+    ),
+    (
+        "Service",
+        &["spec", "internalTrafficPolicy"],
+        &["Cluster", "Local"],
+    ),
+    (
+        "Service",
+        &["spec", "externalTrafficPolicy"],
+        &["Cluster", "Local"],
+    ),
+    (
+        "Service",
+        &["spec", "ipFamilyPolicy"],
+        &["PreferDualStack", "RequireDualStack", "SingleStack"],
+    ),
+    (
+        "Service",
+        &["spec", "trafficDistribution"],
+        &["PreferClose", "PreferSameNode", "PreferSameZone"],
+    ),
+    (
+        "Service",
+        &["spec", "ports", "*", "protocol"],
+        &["SCTP", "TCP", "UDP"],
+    ),
     ("EndpointSlice", &["addressType"], &["FQDN", "IPv4", "IPv6"]),
-    ("EndpointSlice", &["ports", "*", "protocol"], &["SCTP", "TCP", "UDP"]),
-    ("DaemonSet", &["spec", "updateStrategy", "type"], &["OnDelete", "RollingUpdate"]),
-    ("Deployment", &["spec", "strategy", "type"], &["Recreate", "RollingUpdate"]),
-    ("NetworkPolicy", &["spec", "policyTypes", "*"], &["Egress", "Ingress"]),
+    (
+        "EndpointSlice",
+        &["ports", "*", "protocol"],
+        &["SCTP", "TCP", "UDP"],
+    ),
+    (
+        "DaemonSet",
+        &["spec", "updateStrategy", "type"],
+        &["OnDelete", "RollingUpdate"],
+    ),
+    (
+        "Deployment",
+        &["spec", "strategy", "type"],
+        &["Recreate", "RollingUpdate"],
+    ),
+    (
+        "NetworkPolicy",
+        &["spec", "policyTypes", "*"],
+        &["Egress", "Ingress"],
+    ),
     ("Event", &["type"], &["Normal", "Warning"]),
-    ("RoleBinding", &["roleRef", "kind"], &["ClusterRole", "Role"]),
+    (
+        "RoleBinding",
+        &["roleRef", "kind"],
+        &["ClusterRole", "Role"],
+    ),
     ("ClusterRoleBinding", &["roleRef", "kind"], &["ClusterRole"]),
-    ("RoleBinding", &["subjects", "*", "kind"], &["Group", "ServiceAccount", "User"]),
-    ("ClusterRoleBinding", &["subjects", "*", "kind"], &["Group", "ServiceAccount", "User"]),
+    (
+        "RoleBinding",
+        &["subjects", "*", "kind"],
+        &["Group", "ServiceAccount", "User"],
+    ),
+    (
+        "ClusterRoleBinding",
+        &["subjects", "*", "kind"],
+        &["Group", "ServiceAccount", "User"],
+    ),
 ];
 
 /// Fields that never change.
@@ -53,7 +109,11 @@ pub(crate) fn fill_in(kind: &Kind, value: &mut Value) {
     match kind.kind.as_str() {
         "Namespace" => {
             let name = object::name(value).to_owned();
-            object::set(value, &["metadata", "labels", "kubernetes.io/metadata.name"], name);
+            object::set(
+                value,
+                &["metadata", "labels", "kubernetes.io/metadata.name"],
+                name,
+            );
             object::set_default(value, &["spec", "finalizers"], json!(["kubernetes"]));
             object::set_default(value, &["status", "phase"], "Active");
         }
@@ -107,9 +167,39 @@ pub(crate) fn fill_in(kind: &Kind, value: &mut Value) {
                 }
             }
         }
+        "StatefulSet" => {
+            pods::fill_in(value, &["spec", "template", "spec"]);
+            object::set_default(value, &["spec", "replicas"], 1);
+            object::set_default(value, &["spec", "revisionHistoryLimit"], 10);
+            object::set_default(value, &["spec", "podManagementPolicy"], "OrderedReady");
+            let policy = json!({"whenDeleted": "Retain", "whenScaled": "Retain"});
+            object::set_default(
+                value,
+                &["spec", "persistentVolumeClaimRetentionPolicy"],
+                policy,
+            );
+            object::set_default(value, &["spec", "updateStrategy", "type"], "RollingUpdate");
+            if object::text(value, &["spec", "updateStrategy", "type"]) == Some("RollingUpdate") {
+                let place = ["spec", "updateStrategy", "rollingUpdate", "partition"];
+                object::set_default(value, &place, 0);
+            }
+            let claims = value
+                .get_mut("spec")
+                .and_then(|spec| spec.get_mut("volumeClaimTemplates"));
+            for claim in claims.and_then(Value::as_array_mut).into_iter().flatten() {
+                object::set_default(claim, &["apiVersion"], "v1");
+                object::set_default(claim, &["kind"], "PersistentVolumeClaim");
+                object::set_default(claim, &["spec", "volumeMode"], "Filesystem");
+                object::set_default(claim, &["status", "phase"], "Pending");
+            }
+        }
         "NetworkPolicy" => {
             let egress = object::at(value, &["spec", "egress"]).is_some();
-            let types = if egress { json!(["Ingress", "Egress"]) } else { json!(["Ingress"]) };
+            let types = if egress {
+                json!(["Ingress", "Egress"])
+            } else {
+                json!(["Ingress"])
+            };
             object::set_default(value, &["spec", "policyTypes"], types);
         }
         "RoleBinding" | "ClusterRoleBinding" => {
@@ -128,13 +218,13 @@ pub(crate) fn fill_in(kind: &Kind, value: &mut Value) {
 }
 
 /// What controllers of a real cluster put into every namespace.
-pub(crate) fn furniture(namespace: &str) -> [Value; 2] {
+pub(crate) fn furniture(namespace: &str, ca_pem: &str) -> [Value; 2] {
     let metadata = |name: &str| json!({"name": name, "namespace": namespace});
     [
         json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata("default")}),
         json!({
             "apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata("kube-root-ca.crt"),
-            "data": {"ca.crt": ""},
+            "data": {"ca.crt": ca_pem},
         }),
     ]
 }
@@ -167,6 +257,12 @@ pub(crate) fn check(kind: &Kind, old: Option<&Value>, new: &Value) -> Vec<Cause>
             }
         }
         "DaemonSet" | "Deployment" => check_workload(name, new, &mut causes),
+        "StatefulSet" => {
+            check_workload(name, new, &mut causes);
+            if let Some(old) = old {
+                check_set_update(old, new, &mut causes);
+            }
+        }
         "Role" | "ClusterRole" => check_rules(name, new, &mut causes),
         "RoleBinding" | "ClusterRoleBinding" => check_binding(new, &mut causes),
         "PodDisruptionBudget" => {
@@ -199,7 +295,13 @@ fn check_enum(
             check_enum(item, rest, format!("{place}[{index}]"), known, causes);
         }
     } else if let Some(member) = value.get(*step) {
-        check_enum(member, rest, super::schema::join(&place, step), known, causes);
+        check_enum(
+            member,
+            rest,
+            super::schema::join(&place, step),
+            known,
+            causes,
+        );
     }
 }
 
@@ -232,15 +334,24 @@ fn check_slice(slice: &Value, causes: &mut Vec<Cause>) {
                 address.is_loopback() || address.is_unspecified() || address.is_multicast()
             });
             if !good || special {
-                let why = format!("must be a valid {kind} address, and neither loopback nor multicast");
-                causes.push(Cause::invalid(format!("{path}[{index}]"), &address.into(), &why));
+                let why =
+                    format!("must be a valid {kind} address, and neither loopback nor multicast");
+                causes.push(Cause::invalid(
+                    format!("{path}[{index}]"),
+                    &address.into(),
+                    &why,
+                ));
             }
         }
         if let Some(host) = object::text(endpoint, &["hostname"])
             && !super::names::is_label(host)
         {
             let field = format!("endpoints[{index}].hostname");
-            causes.push(Cause::invalid(field, &host.into(), "must be an RFC 1123 label"));
+            causes.push(Cause::invalid(
+                field,
+                &host.into(),
+                "must be an RFC 1123 label",
+            ));
         }
     }
     let ports = object::list(slice, &["ports"]);
@@ -251,7 +362,10 @@ fn check_slice(slice: &Value, causes: &mut Vec<Cause>) {
     for (index, port) in ports.iter().enumerate() {
         let name = object::text(port, &["name"]).unwrap_or_default();
         if !seen.insert(name) {
-            causes.push(Cause::duplicate(format!("ports[{index}].name"), &name.into()));
+            causes.push(Cause::duplicate(
+                format!("ports[{index}].name"),
+                &name.into(),
+            ));
         }
     }
 }
@@ -271,7 +385,8 @@ fn check_data(old: Option<&Value>, new: &Value, causes: &mut Vec<Cause>) {
             bytes += key.len() + value.as_str().map_or(0, str::len);
             let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
             if !key.chars().all(good) || key.starts_with("..") || key == "." || key.len() > 253 {
-                let why = "a valid config key must consist of alphanumeric characters, '-', '_' or '.'";
+                let why =
+                    "a valid config key must consist of alphanumeric characters, '-', '_' or '.'";
                 causes.push(Cause::invalid(list, &key.as_str().into(), why));
             }
         }
@@ -287,7 +402,10 @@ fn check_data(old: Option<&Value>, new: &Value, causes: &mut Vec<Cause>) {
     if old.get("immutable") == Some(&Value::Bool(true)) {
         for key in ["data", "binaryData", "immutable"] {
             if old.get(key) != new.get(key) {
-                causes.push(Cause::forbidden(key, "field is immutable when `immutable` is set"));
+                causes.push(Cause::forbidden(
+                    key,
+                    "field is immutable when `immutable` is set",
+                ));
             }
         }
     }
@@ -299,7 +417,11 @@ fn check_lease(lease: &Value, causes: &mut Vec<Cause>) {
         && seconds <= 0
     {
         let why = "must be greater than 0";
-        causes.push(Cause::invalid("spec.leaseDurationSeconds", &seconds.into(), why));
+        causes.push(Cause::invalid(
+            "spec.leaseDurationSeconds",
+            &seconds.into(),
+            why,
+        ));
     }
     if let Some(count) = number("leaseTransitions")
         && count < 0
@@ -339,16 +461,32 @@ fn check_event(kind: &Kind, event: &Value, causes: &mut Vec<Cause>) {
     let controller = object::text(event, &["reportingController"]).unwrap_or_default();
     if !controller.is_empty() && !selector::is_label_key(&controller.to_lowercase()) {
         let why = "must be a qualified name";
-        causes.push(Cause::invalid("reportingController", &controller.into(), why));
+        causes.push(Cause::invalid(
+            "reportingController",
+            &controller.into(),
+            why,
+        ));
     }
     if object::text(event, &["note"]).is_some_and(|note| note.len() > 1_024) {
-        causes.push(Cause::invalid("note", &"".into(), "can have at most 1024 characters"));
+        causes.push(Cause::invalid(
+            "note",
+            &"".into(),
+            "can have at most 1024 characters",
+        ));
     }
     let namespace = object::text(event, &["regarding", "namespace"]).unwrap_or_default();
-    let expected = if namespace.is_empty() { "default" } else { namespace };
+    let expected = if namespace.is_empty() {
+        "default"
+    } else {
+        namespace
+    };
     if object::namespace(event) != expected {
         let why = "does not match event.namespace";
-        causes.push(Cause::invalid("regarding.namespace", &namespace.into(), why));
+        causes.push(Cause::invalid(
+            "regarding.namespace",
+            &namespace.into(),
+            why,
+        ));
     }
 }
 
@@ -367,7 +505,14 @@ fn check_workload(kind: &str, new: &Value, causes: &mut Vec<Cause>) {
         }
         Some(_) => {}
     }
-    pods::check(new, &["spec", "template", "spec"], causes);
+    // Mounts of claims are mounts of volumes that the set makes.
+    let mut made = new.clone();
+    let mut volumes = object::list(template, &["spec", "volumes"]).to_vec();
+    for claim in object::list(new, &["spec", "volumeClaimTemplates"]) {
+        volumes.push(json!({"name": object::name(claim)}));
+    }
+    object::set(&mut made, &["spec", "template", "spec", "volumes"], volumes);
+    pods::check(&made, &["spec", "template", "spec"], causes);
     let restart = object::text(template, &["spec", "restartPolicy"]).unwrap_or_default();
     if restart != "Always" {
         let field = "spec.template.spec.restartPolicy";
@@ -379,7 +524,8 @@ fn check_workload(kind: &str, new: &Value, causes: &mut Vec<Cause>) {
             let value = object::at(new, &place);
             value.is_none_or(|value| *value == json!(0) || *value == json!("0%"))
         };
-        let rolling = object::text(new, &["spec", "updateStrategy", "type"]) == Some("RollingUpdate");
+        let rolling =
+            object::text(new, &["spec", "updateStrategy", "type"]) == Some("RollingUpdate");
         if rolling && zero("maxUnavailable") == zero("maxSurge") {
             let why = "cannot be 0 when `maxSurge` is 0, and not both may be set";
             let field = "spec.updateStrategy.rollingUpdate.maxUnavailable";
@@ -388,12 +534,40 @@ fn check_workload(kind: &str, new: &Value, causes: &mut Vec<Cause>) {
     }
 }
 
+/// Of a stateful set's specification, little may change.
+fn check_set_update(old: &Value, new: &Value, causes: &mut Vec<Cause>) {
+    let fixed = |value: &Value| {
+        let mut spec = value.get("spec").cloned().unwrap_or_default();
+        for key in [
+            "replicas",
+            "ordinals",
+            "template",
+            "updateStrategy",
+            "revisionHistoryLimit",
+            "persistentVolumeClaimRetentionPolicy",
+            "minReadySeconds",
+        ] {
+            object::remove(&mut spec, &[key]);
+        }
+        spec
+    };
+    if fixed(old) != fixed(new) {
+        let why = "updates to statefulset spec for fields other than 'replicas', 'ordinals', \
+                   'template', 'updateStrategy', 'revisionHistoryLimit', \
+                   'persistentVolumeClaimRetentionPolicy' and 'minReadySeconds' are forbidden";
+        causes.push(Cause::forbidden("spec", why));
+    }
+}
+
 fn check_rules(kind: &str, role: &Value, causes: &mut Vec<Cause>) {
     for (index, rule) in object::list(role, &["rules"]).iter().enumerate() {
         let path = format!("rules[{index}]");
         let has = |key: &str| !object::list(rule, &[key]).is_empty();
         if !has("verbs") {
-            causes.push(Cause::required(format!("{path}.verbs"), "verbs must contain at least one value"));
+            causes.push(Cause::required(
+                format!("{path}.verbs"),
+                "verbs must contain at least one value",
+            ));
         }
         if has("nonResourceURLs") {
             let field = format!("{path}.nonResourceURLs");
@@ -463,16 +637,23 @@ mod tests {
 
     #[test]
     fn slices_have_addresses_of_their_family() {
-        let slice = |family: &str, address: &str| {
-            json!({"addressType": family, "endpoints": [{"addresses": [address]}]})
-        };
+        let slice = |family: &str, address: &str| json!({"addressType": family, "endpoints": [{"addresses": [address]}]});
         let wrong = |value| wrong("discovery.k8s.io", "endpointslices", value);
         assert_eq!(wrong(slice("IPv4", "10.0.0.1")), Vec::<String>::new());
-        assert_eq!(wrong(slice("IPv4", "fd00::1")), ["endpoints[0].addresses[0]"]);
-        assert_eq!(wrong(slice("IPv4", "127.0.0.1")), ["endpoints[0].addresses[0]"]);
+        assert_eq!(
+            wrong(slice("IPv4", "fd00::1")),
+            ["endpoints[0].addresses[0]"]
+        );
+        assert_eq!(
+            wrong(slice("IPv4", "127.0.0.1")),
+            ["endpoints[0].addresses[0]"]
+        );
         assert_eq!(wrong(slice("v4", "a"))[0], "addressType");
         let many = vec![json!({"addresses": ["10.0.0.1"]}); SLICE_ENDPOINTS_MAX + 1];
-        assert_eq!(wrong(json!({"addressType": "IPv4", "endpoints": many})), ["endpoints"]);
+        assert_eq!(
+            wrong(json!({"addressType": "IPv4", "endpoints": many})),
+            ["endpoints"]
+        );
     }
 
     #[test]
@@ -496,13 +677,27 @@ mod tests {
     #[test]
     fn roles_and_bindings_are_whole() {
         let group = "rbac.authorization.k8s.io";
-        assert_eq!(wrong(group, "roles", json!({"rules": [{"resources": ["pods"], "apiGroups": [""]}]})), ["rules[0].verbs"]);
         assert_eq!(
-            wrong(group, "roles", json!({"rules": [{"verbs": ["get"], "nonResourceURLs": ["/"]}]})),
+            wrong(
+                group,
+                "roles",
+                json!({"rules": [{"resources": ["pods"], "apiGroups": [""]}]})
+            ),
+            ["rules[0].verbs"]
+        );
+        assert_eq!(
+            wrong(
+                group,
+                "roles",
+                json!({"rules": [{"verbs": ["get"], "nonResourceURLs": ["/"]}]})
+            ),
             ["rules[0].nonResourceURLs"]
         );
         let binding = json!({"roleRef": {"kind": "Role", "name": "r"}, "subjects": [{"kind": "ServiceAccount", "name": "s"}]});
-        assert_eq!(wrong(group, "rolebindings", binding), ["subjects[0].namespace"]);
+        assert_eq!(
+            wrong(group, "rolebindings", binding),
+            ["subjects[0].namespace"]
+        );
     }
 
     #[test]
@@ -511,6 +706,9 @@ mod tests {
         assert_eq!(wrong("coordination.k8s.io", "leases", lease).len(), 2);
         let event = json!({"metadata": {"namespace": "default"}, "eventTime": "x", "type": "Bad"});
         let said = wrong("events.k8s.io", "events", event);
-        assert!(said.contains(&"type".to_owned()) && said.contains(&"reason".to_owned()), "{said:?}");
+        assert!(
+            said.contains(&"type".to_owned()) && said.contains(&"reason".to_owned()),
+            "{said:?}"
+        );
     }
 }

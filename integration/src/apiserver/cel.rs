@@ -8,7 +8,7 @@ use std::{
 use cel::{Context, Env, Program};
 use serde_json::Value;
 
-use super::{cel_check, error::Cause, schema::Schema};
+use super::{cel_check, cel_cost, error::Cause, schema::Schema};
 
 /// One of `x-kubernetes-validations`.
 #[derive(Clone)]
@@ -27,7 +27,9 @@ pub(crate) struct Rule {
 
 impl std::fmt::Debug for Rule {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Rule").field("source", &self.source).finish_non_exhaustive()
+        f.debug_struct("Rule")
+            .field("source", &self.source)
+            .finish_non_exhaustive()
     }
 }
 
@@ -36,7 +38,10 @@ static ENVIRONMENT: LazyLock<Arc<Env>> = LazyLock::new(|| {
     let mut env = Env::stdlib();
     // Each fails only if its names are taken, which a test would show.
     type Extension = fn(&mut Env) -> Result<(), cel::DeclarationError>;
-    for extend in [cel::extensions::strings as Extension, cel::extensions::lists] {
+    for extend in [
+        cel::extensions::strings as Extension,
+        cel::extensions::lists,
+    ] {
         env.add_extension(extend).unwrap_or_default();
     }
     Arc::new(env)
@@ -92,6 +97,11 @@ impl Rule {
                 .map_err(|error| format!("compilation failed: {error}"))?;
         }
         Ok(())
+    }
+
+    /// The most that it can cost once.
+    pub(crate) fn cost(&self, schema: &Schema) -> f64 {
+        cel_cost::cost(self.program.expression(), schema)
     }
 
     /// What is wrong with `value` by this rule; nothing if it does not apply.
@@ -152,12 +162,15 @@ impl Rule {
     }
 
     fn said(&self, context: &Context<'_, '_>) -> String {
-        let computed = self.message_program.as_ref().and_then(|program| {
-            match program.execute(context) {
-                Ok(cel::Value::String(text)) if !text.trim().is_empty() => Some(text.to_string()),
-                _ => None,
-            }
-        });
+        let computed =
+            self.message_program
+                .as_ref()
+                .and_then(|program| match program.execute(context) {
+                    Ok(cel::Value::String(text)) if !text.trim().is_empty() => {
+                        Some(text.to_string())
+                    }
+                    _ => None,
+                });
         computed
             .or_else(|| self.message.clone())
             .unwrap_or_else(|| format!("failed rule: {}", self.source))
@@ -182,13 +195,22 @@ fn cel_value(value: &Value, schema: Option<&Schema>) -> cel::Value {
         Value::String(text) => cel::Value::String(Arc::new(text.clone())),
         Value::Array(items) => {
             let of = schema.and_then(|schema| schema.items.as_deref());
-            cel::Value::List(Arc::new(items.iter().map(|item| cel_value(item, of)).collect()))
+            cel::Value::List(Arc::new(
+                items.iter().map(|item| cel_value(item, of)).collect(),
+            ))
         }
         Value::Object(map) => {
             let member = |(key, value): (&String, &Value)| {
                 let declared = schema.is_some_and(|schema| schema.properties.contains_key(key));
-                let name = if declared { cel_check::escape(key) } else { key.clone() };
-                (name, cel_value(value, schema.and_then(|schema| schema.member(key))))
+                let name = if declared {
+                    cel_check::escape(key)
+                } else {
+                    key.clone()
+                };
+                (
+                    name,
+                    cel_value(value, schema.and_then(|schema| schema.member(key))),
+                )
             };
             let map: std::collections::HashMap<String, cel::Value> =
                 map.iter().map(member).collect();
@@ -263,7 +285,8 @@ mod tests {
 
     fn said(rule: &str, value: &Value, old: Option<&Value>) -> Option<String> {
         let rule = Rule::parse(&json!({"rule": rule})).unwrap();
-        rule.broken(&Schema::default(), value, old, "spec").map(|cause| cause.message)
+        rule.broken(&Schema::default(), value, old, "spec")
+            .map(|cause| cause.message)
     }
 
     #[test]
@@ -278,12 +301,24 @@ mod tests {
             ("isCIDR(self)", json!("10.0.0.0"), false),
             ("isIP(self)", json!("fd00::1"), true),
             ("ip(self).family() == 6", json!("fd00::1"), true),
-            ("cidr(self).containsIP('10.1.2.3')", json!("10.0.0.0/8"), true),
-            ("cidr(self).prefixLength() <= 24", json!("10.0.0.0/28"), false),
+            (
+                "cidr(self).containsIP('10.1.2.3')",
+                json!("10.0.0.0/8"),
+                true,
+            ),
+            (
+                "cidr(self).prefixLength() <= 24",
+                json!("10.0.0.0/28"),
+                false,
+            ),
             ("self.exists(k, k == 'x')", json!({"x": 1}), true),
             ("self.split(',').size() == 2", json!("a,b"), true),
         ] {
-            assert_eq!(said(rule, &value, None).is_none(), holds, "{rule} on {value}");
+            assert_eq!(
+                said(rule, &value, None).is_none(),
+                holds,
+                "{rule} on {value}"
+            );
         }
     }
 
@@ -302,8 +337,13 @@ mod tests {
             "message": "immutable",
         });
         let rule = Rule::parse(&rule).unwrap();
-        assert!(rule.broken(&Schema::default(), &json!("a"), None, "spec").is_none());
-        let cause = rule.broken(&Schema::default(), &json!("a"), Some(&json!("b")), "spec").unwrap();
+        assert!(
+            rule.broken(&Schema::default(), &json!("a"), None, "spec")
+                .is_none()
+        );
+        let cause = rule
+            .broken(&Schema::default(), &json!("a"), Some(&json!("b")), "spec")
+            .unwrap();
         assert!(cause.message.ends_with("immutable"), "{}", cause.message);
     }
 
@@ -314,8 +354,18 @@ mod tests {
             "messageExpression": "'min is ' + string(self.min)", "reason": "FieldValueForbidden",
         });
         let rule = Rule::parse(&rule).unwrap();
-        let cause = rule.broken(&Schema::default(), &json!({"min": 2, "max": 1}), None, "spec").unwrap();
-        assert_eq!((cause.field.as_str(), cause.reason), ("spec.min", "FieldValueForbidden"));
+        let cause = rule
+            .broken(
+                &Schema::default(),
+                &json!({"min": 2, "max": 1}),
+                None,
+                "spec",
+            )
+            .unwrap();
+        assert_eq!(
+            (cause.field.as_str(), cause.reason),
+            ("spec.min", "FieldValueForbidden")
+        );
         assert_eq!(cause.message, "Forbidden: min is 2");
     }
 

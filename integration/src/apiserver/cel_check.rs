@@ -8,8 +8,27 @@ use super::schema::{Schema, Type};
 
 /// Words that CEL keeps for itself: as names of members they are written `__word__`.
 const RESERVED: &[&str] = &[
-    "as", "break", "const", "continue", "else", "false", "for", "function", "if", "import", "in",
-    "let", "loop", "namespace", "null", "package", "return", "true", "var", "void", "while",
+    "as",
+    "break",
+    "const",
+    "continue",
+    "else",
+    "false",
+    "for",
+    "function",
+    "if",
+    "import",
+    "in",
+    "let",
+    "loop",
+    "namespace",
+    "null",
+    "package",
+    "return",
+    "true",
+    "var",
+    "void",
+    "while",
 ];
 
 /// A member's name as expressions write it.
@@ -25,15 +44,78 @@ pub(crate) fn escape(name: &str) -> String {
 
 /// Functions that rules can call: CEL's own, its extensions for strings and lists, and Kubernetes'.
 const FUNCTIONS: &[&str] = &[
-    "all", "bool", "bytes", "ceil", "charAt", "cidr", "contains", "containsCIDR", "containsIP",
-    "distinct", "double", "duration", "dyn", "endsWith", "exists", "exists_one", "family", "filter",
-    "first", "flatten", "format", "getDate", "getDayOfMonth", "getDayOfWeek", "getDayOfYear",
-    "getFullYear", "getHours", "getMilliseconds", "getMinutes", "getMonth", "getSeconds", "has",
-    "hasValue", "indexOf", "int", "ip", "isCIDR", "isIP", "isSorted", "join", "last", "lastIndexOf",
-    "lowerAscii", "map", "masked", "matches", "max", "min", "optional.none", "optional.of",
-    "optional.ofNonZeroValue", "orValue", "prefixLength", "quote", "range", "replace", "reverse",
-    "size", "slice", "sort", "sortBy", "split", "startsWith", "string", "substring", "sum",
-    "timestamp", "trim", "type", "uint", "upperAscii", "value",
+    "all",
+    "bool",
+    "bytes",
+    "ceil",
+    "charAt",
+    "cidr",
+    "contains",
+    "containsCIDR",
+    "containsIP",
+    "distinct",
+    "double",
+    "duration",
+    "dyn",
+    "endsWith",
+    "exists",
+    "exists_one",
+    "family",
+    "filter",
+    "first",
+    "flatten",
+    "format",
+    "getDate",
+    "getDayOfMonth",
+    "getDayOfWeek",
+    "getDayOfYear",
+    "getFullYear",
+    "getHours",
+    "getMilliseconds",
+    "getMinutes",
+    "getMonth",
+    "getSeconds",
+    "has",
+    "hasValue",
+    "indexOf",
+    "int",
+    "ip",
+    "isCIDR",
+    "isIP",
+    "isSorted",
+    "join",
+    "last",
+    "lastIndexOf",
+    "lowerAscii",
+    "map",
+    "masked",
+    "matches",
+    "max",
+    "min",
+    "optional.none",
+    "optional.of",
+    "optional.ofNonZeroValue",
+    "orValue",
+    "prefixLength",
+    "quote",
+    "range",
+    "replace",
+    "reverse",
+    "size",
+    "slice",
+    "sort",
+    "sortBy",
+    "split",
+    "startsWith",
+    "string",
+    "substring",
+    "sum",
+    "timestamp",
+    "trim",
+    "type",
+    "uint",
+    "upperAscii",
+    "value",
 ];
 
 struct Scope<'a> {
@@ -44,7 +126,11 @@ struct Scope<'a> {
 /// # Errors
 ///
 /// A sentence about the first name that is unknown.
-pub(crate) fn check(expression: &IdedExpr, schema: &Schema, optional_old: bool) -> Result<(), String> {
+pub(crate) fn check(
+    expression: &IdedExpr,
+    schema: &Schema,
+    optional_old: bool,
+) -> Result<(), String> {
     let old = (!optional_old).then_some(schema);
     let mut scope = Scope {
         bound: vec![("self", Some(schema)), ("oldSelf", old)],
@@ -64,7 +150,9 @@ impl<'a> Scope<'a> {
                 let name = call.func_name.as_str();
                 let operator = name.starts_with(|c: char| !c.is_ascii_alphabetic());
                 if !operator && !FUNCTIONS.contains(&name) {
-                    return Err(format!("undeclared reference to '{name}' (in container '')"));
+                    return Err(format!(
+                        "undeclared reference to '{name}' (in container '')"
+                    ));
                 }
                 // `optional.of` and its kin: a namespace, and no name of a value.
                 let target = call.target.as_deref();
@@ -89,7 +177,9 @@ impl<'a> Scope<'a> {
                 self.type_of(&loops.accu_init)?;
                 let before = self.bound.len();
                 self.bound.push((&loops.accu_var, None));
-                let item = range.filter(|range| range.kind == Type::Array).and_then(element);
+                let item = range
+                    .filter(|range| range.kind == Type::Array)
+                    .and_then(element);
                 match &loops.iter_var2 {
                     Some(second) => {
                         self.bound.push((&loops.iter_var, None));
@@ -138,13 +228,25 @@ impl<'a> Scope<'a> {
             return Ok(*schema);
         }
         let types = [
-            "bool", "bytes", "double", "duration", "int", "list", "map", "null_type", "string",
-            "timestamp", "type", "uint",
+            "bool",
+            "bytes",
+            "double",
+            "duration",
+            "int",
+            "list",
+            "map",
+            "null_type",
+            "string",
+            "timestamp",
+            "type",
+            "uint",
         ];
         if name.starts_with('@') || types.contains(&name) {
             return Ok(None);
         }
-        Err(format!("undeclared reference to '{name}' (in container '')"))
+        Err(format!(
+            "undeclared reference to '{name}' (in container '')"
+        ))
     }
 }
 

@@ -32,23 +32,39 @@ pub(crate) fn check(crd: &Value) -> Vec<Cause> {
         let why = "must be spec.names.plural+\".\"+spec.group";
         causes.push(Cause::invalid("metadata.name", &name, why));
     }
-    for (field, label) in [("plural", &plural), ("singular", &spec(&["names", "singular"]))] {
-        if !label.is_empty() && !names::is_rfc1035_label(label) || field == "plural" && label.is_empty()
+    for (field, label) in [
+        ("plural", &plural),
+        ("singular", &spec(&["names", "singular"])),
+    ] {
+        if !label.is_empty() && !names::is_rfc1035_label(label)
+            || field == "plural" && label.is_empty()
         {
             let field = format!("spec.names.{field}");
-            causes.push(Cause::invalid(field, &label.as_str().into(), "must be a DNS-1035 label"));
+            causes.push(Cause::invalid(
+                field,
+                &label.as_str().into(),
+                "must be a DNS-1035 label",
+            ));
         }
     }
     let kind = spec(&["names", "kind"]);
     if !names::is_rfc1035_label(&kind.to_lowercase()) {
         let why = "may have mixed case, but should otherwise match a DNS-1035 label";
-        causes.push(Cause::invalid("spec.names.kind", &kind.as_str().into(), why));
+        causes.push(Cause::invalid(
+            "spec.names.kind",
+            &kind.as_str().into(),
+            why,
+        ));
     }
     for list in ["shortNames", "categories"] {
         for word in object::texts(crd, &["spec", "names", list]) {
             if !names::is_rfc1035_label(word) {
                 let field = format!("spec.names.{list}");
-                causes.push(Cause::invalid(field, &word.into(), "must be a DNS-1035 label"));
+                causes.push(Cause::invalid(
+                    field,
+                    &word.into(),
+                    "must be a DNS-1035 label",
+                ));
             }
         }
     }
@@ -86,12 +102,19 @@ fn check_versions(crd: &Value, causes: &mut Vec<Cause>) {
             }
             None => {
                 let why = "schemas are required";
-                causes.push(Cause::required(format!("{path}.schema.openAPIV3Schema"), why));
+                causes.push(Cause::required(
+                    format!("{path}.schema.openAPIV3Schema"),
+                    why,
+                ));
             }
         }
         let columns = object::list(version, &["additionalPrinterColumns"]);
         for (index, column) in columns.iter().enumerate() {
-            check_column(column, &format!("{path}.additionalPrinterColumns[{index}]"), causes);
+            check_column(
+                column,
+                &format!("{path}.additionalPrinterColumns[{index}]"),
+                causes,
+            );
         }
     }
 }
@@ -100,12 +123,20 @@ fn check_column(column: &Value, path: &str, causes: &mut Vec<Cause>) {
     let known = ["boolean", "date", "integer", "number", "string"];
     let kind = object::text(column, &["type"]).unwrap_or_default();
     if !known.contains(&kind) {
-        causes.push(Cause::not_supported(format!("{path}.type"), &kind.into(), &known));
+        causes.push(Cause::not_supported(
+            format!("{path}.type"),
+            &kind.into(),
+            &known,
+        ));
     }
     let json_path = object::text(column, &["jsonPath"]).unwrap_or_default();
     if !json_path.starts_with('.') {
         let why = "must be a simple json path starting with .";
-        causes.push(Cause::invalid(format!("{path}.jsonPath"), &json_path.into(), why));
+        causes.push(Cause::invalid(
+            format!("{path}.jsonPath"),
+            &json_path.into(),
+            why,
+        ));
     }
     if object::text(column, &["name"]).is_none_or(str::is_empty) {
         causes.push(Cause::required(format!("{path}.name"), ""));
@@ -118,7 +149,9 @@ fn flag(value: &Value, key: &str) -> bool {
 
 /// Fills in what the real server fills in: names, list kind, conversion.
 pub(crate) fn fill_in(crd: &mut Value) {
-    let kind = object::text(crd, &["spec", "names", "kind"]).unwrap_or_default().to_owned();
+    let kind = object::text(crd, &["spec", "names", "kind"])
+        .unwrap_or_default()
+        .to_owned();
     object::set_default(crd, &["spec", "names", "singular"], kind.to_lowercase());
     object::set_default(crd, &["spec", "names", "listKind"], format!("{kind}List"));
     object::set_default(crd, &["spec", "conversion"], json!({"strategy": "None"}));
@@ -138,22 +171,41 @@ pub(crate) fn establish(crd: &mut Value, taken: Option<&str>, now: &str) {
     let conditions = match taken {
         None => json!([
             condition("NamesAccepted", true, "NoConflicts", "no conflicts found"),
-            condition("Established", true, "InitialNamesAccepted", "the initial names have been accepted"),
+            condition(
+                "Established",
+                true,
+                "InitialNamesAccepted",
+                "the initial names have been accepted"
+            ),
         ]),
         Some(name) => json!([
-            condition("NamesAccepted", false, "KindConflict", &format!("{name:?} is already in use")),
-            condition("Established", false, "NotAccepted", "not all names are accepted"),
+            condition(
+                "NamesAccepted",
+                false,
+                "KindConflict",
+                &format!("{name:?} is already in use")
+            ),
+            condition(
+                "Established",
+                false,
+                "NotAccepted",
+                "not all names are accepted"
+            ),
         ]),
     };
     let same = object::list(crd, &["status", "conditions"])
         .iter()
         .zip(conditions.as_array().into_iter().flatten())
-        .filter(|(old, new)| old.get("type") == new.get("type") && old.get("status") == new.get("status"))
+        .filter(|(old, new)| {
+            old.get("type") == new.get("type") && old.get("status") == new.get("status")
+        })
         .count();
     if same != 2 {
         object::set(crd, &["status", "conditions"], conditions);
     }
-    let names = object::at(crd, &["spec", "names"]).cloned().unwrap_or_default();
+    let names = object::at(crd, &["spec", "names"])
+        .cloned()
+        .unwrap_or_default();
     object::set(crd, &["status", "acceptedNames"], names);
     let mut stored = object::texts(crd, &["status", "storedVersions"])
         .into_iter()
@@ -171,10 +223,12 @@ pub(crate) fn establish(crd: &mut Value, taken: Option<&str>, now: &str) {
 
 /// The kinds of a definition that is in use: one for each served version.
 pub(crate) fn kinds(crd: &Value) -> Vec<Arc<Kind>> {
-    let established = object::list(crd, &["status", "conditions"]).iter().any(|condition| {
-        object::text(condition, &["type"]) == Some("Established")
-            && object::text(condition, &["status"]) == Some("True")
-    });
+    let established = object::list(crd, &["status", "conditions"])
+        .iter()
+        .any(|condition| {
+            object::text(condition, &["type"]) == Some("Established")
+                && object::text(condition, &["status"]) == Some("True")
+        });
     if !established {
         return Vec::new();
     }
@@ -226,8 +280,14 @@ fn open_api(version: &Value, group: &str, name: &str, kind: &str) -> Value {
         .unwrap_or_default();
     let text = |description: &str| json!({"type": "string", "description": description});
     let properties = [
-        ("apiVersion", text("APIVersion defines the versioned schema of this representation of an object.")),
-        ("kind", text("Kind is a string value representing the REST resource this object represents.")),
+        (
+            "apiVersion",
+            text("APIVersion defines the versioned schema of this representation of an object."),
+        ),
+        (
+            "kind",
+            text("Kind is a string value representing the REST resource this object represents."),
+        ),
         (
             "metadata",
             json!({
@@ -302,7 +362,12 @@ mod tests {
         assert_eq!(kinds.len(), 1);
         let kind = &kinds[0];
         assert_eq!(
-            (kind.singular.as_str(), kind.definition.as_str(), kind.has_status, kind.columns.len()),
+            (
+                kind.singular.as_str(),
+                kind.definition.as_str(),
+                kind.has_status,
+                kind.columns.len()
+            ),
             ("thing", "dev.example.v1.Thing", true, 1)
         );
         assert!(kind.schema.properties.contains_key("metadata"));
@@ -312,10 +377,22 @@ mod tests {
     #[test]
     fn wrong_definitions_are_refused_with_their_place() {
         for (path, value, place) in [
-            (["metadata", "name"].as_slice(), json!("thing.example.dev"), "metadata.name"),
+            (
+                ["metadata", "name"].as_slice(),
+                json!("thing.example.dev"),
+                "metadata.name",
+            ),
             (&["spec", "scope"], json!("Global"), "spec.scope"),
-            (&["spec", "names", "shortNames"], json!(["T"]), "spec.names.shortNames"),
-            (&["spec", "names", "kind"], json!("A thing"), "spec.names.kind"),
+            (
+                &["spec", "names", "shortNames"],
+                json!(["T"]),
+                "spec.names.shortNames",
+            ),
+            (
+                &["spec", "names", "kind"],
+                json!("A thing"),
+                "spec.names.kind",
+            ),
             (&["spec", "versions"], json!([]), "spec.versions"),
         ] {
             let mut crd = crd();

@@ -42,9 +42,8 @@ pub(crate) fn decode(bytes: &[u8]) -> ApiResult<Body> {
     if let Ok(value) = read.and_then(|value| json.end().map(|()| value)) {
         return Ok(Body { value, duplicates });
     }
-    let value = serde_yaml_ng::from_slice::<Value>(bytes).map_err(|error| {
-        ApiError::bad_request(format!("error decoding request body: {error}"))
-    })?;
+    let value = serde_yaml_ng::from_slice::<Value>(bytes)
+        .map_err(|error| ApiError::bad_request(format!("error decoding request body: {error}")))?;
     Ok(value.into())
 }
 
@@ -132,7 +131,10 @@ mod tests {
 
     #[test]
     fn json_and_yaml_are_read() {
-        assert_eq!(decode(b"{\"a\": [1, -2, 1.5, null]}").unwrap().value, json!({"a": [1, -2, 1.5, null]}));
+        assert_eq!(
+            decode(b"{\"a\": [1, -2, 1.5, null]}").unwrap().value,
+            json!({"a": [1, -2, 1.5, null]})
+        );
         assert_eq!(decode(b"a:\n- b\n").unwrap().value, json!({"a": ["b"]}));
         assert!(decode(b"{\"a\": ").is_err());
     }

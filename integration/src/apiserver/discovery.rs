@@ -95,8 +95,10 @@ fn aggregate(catalog: &Catalog, core: bool) -> Value {
             let versions: Vec<_> = versions
                 .iter()
                 .map(|version| {
-                    let resources: Vec<_> =
-                        catalog.of_version(group, version).map(|kind| aggregated(kind)).collect();
+                    let resources: Vec<_> = catalog
+                        .of_version(group, version)
+                        .map(|kind| aggregated(kind))
+                        .collect();
                     json!({"version": version, "resources": resources, "freshness": "Current"})
                 })
                 .collect();
@@ -140,15 +142,25 @@ mod tests {
     fn both_ways_of_discovery_know_the_same_resources() {
         let catalog = Catalog::default();
         let list = answer(&catalog, "/apis/apps/v1", false).unwrap();
-        let names: Vec<_> = list["resources"].as_array().unwrap().iter()
+        let names: Vec<_> = list["resources"]
+            .as_array()
+            .unwrap()
+            .iter()
             .filter_map(|resource| resource["name"].as_str())
             .filter(|name| !name.contains('/'))
             .collect();
-        assert_eq!(names, ["daemonsets", "deployments"]);
+        assert_eq!(names, ["daemonsets", "deployments", "statefulsets"]);
         let all = answer(&catalog, "/apis", true).unwrap();
-        let apps = all["items"].as_array().unwrap().iter()
-            .find(|item| item["metadata"]["name"] == "apps").unwrap();
-        let again: Vec<_> = apps["versions"][0]["resources"].as_array().unwrap().iter()
+        let apps = all["items"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|item| item["metadata"]["name"] == "apps")
+            .unwrap();
+        let again: Vec<_> = apps["versions"][0]["resources"]
+            .as_array()
+            .unwrap()
+            .iter()
             .filter_map(|resource| resource["resource"].as_str())
             .collect();
         assert_eq!(again, names);

@@ -290,23 +290,28 @@ impl<'a> Typed<'a> {
             (None, None) => return,
             (None | Some(Shape::Map(_)), None | Some(Shape::Map(_))) => {
                 let map = |value: Option<&'_ Value>| {
-                    value.and_then(Value::as_object).cloned().unwrap_or_default()
+                    value
+                        .and_then(Value::as_object)
+                        .cloned()
+                        .unwrap_or_default()
                 };
                 let (old, new) = (map(old), map(new));
-                for name in old.keys().chain(new.keys().filter(|key| !old.contains_key(*key))) {
+                for name in old
+                    .keys()
+                    .chain(new.keys().filter(|key| !old.contains_key(*key)))
+                {
                     let step = format!("f:{name}");
                     child(step, self.member(name), old.get(name), new.get(name));
                 }
             }
-            (
-                None | Some(Shape::List(..)),
-                None | Some(Shape::List(..)),
-            ) => {
+            (None | Some(Shape::List(..)), None | Some(Shape::List(..))) => {
                 let (before, after) = (self.by_step(old), self.by_step(new));
                 let items = self.with(self.schema.and_then(|schema| schema.items.as_deref()));
-                let steps = before
-                    .iter()
-                    .chain(after.iter().filter(|(step, _)| find(&before, step).is_none()));
+                let steps = before.iter().chain(
+                    after
+                        .iter()
+                        .filter(|(step, _)| find(&before, step).is_none()),
+                );
                 for (step, _) in steps {
                     child(step.clone(), items, find(&before, step), find(&after, step));
                 }
@@ -356,7 +361,9 @@ impl<'a> Typed<'a> {
                     Some(applied) => self.with(schema).merge(live, applied),
                     None => (*live).clone(),
                 });
-                let new = after.iter().filter(|(step, _)| find(&before, step).is_none());
+                let new = after
+                    .iter()
+                    .filter(|(step, _)| find(&before, step).is_none());
                 kept.chain(new.map(|(_, item)| (*item).clone())).collect()
             }
             _ => applied.clone(),
@@ -387,14 +394,16 @@ impl<'a> Typed<'a> {
             return;
         }
         if let Some(map) = value.as_object_mut() {
-            map.retain(|name, value| match fields.children.get(&format!("f:{name}")) {
-                Some(child) if child.member => false,
-                Some(child) => {
-                    self.member(name).remove(value, child);
-                    true
-                }
-                None => true,
-            });
+            map.retain(
+                |name, value| match fields.children.get(&format!("f:{name}")) {
+                    Some(child) if child.member => false,
+                    Some(child) => {
+                        self.member(name).remove(value, child);
+                        true
+                    }
+                    None => true,
+                },
+            );
         }
     }
 }

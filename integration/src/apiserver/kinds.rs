@@ -106,6 +106,7 @@ impl Kind {
             "NetworkPolicy",
             "Pod",
             "PodDisruptionBudget",
+            "StatefulSet",
         ];
         self.custom || counts.contains(&self.kind.as_str())
     }
@@ -132,9 +133,9 @@ impl Default for Catalog {
 
 impl Catalog {
     pub(crate) fn find(&self, group: &str, version: &str, plural: &str) -> Option<&Arc<Kind>> {
-        self.kinds.iter().find(|kind| {
-            kind.plural == plural && kind.group == group && kind.version == version
-        })
+        self.kinds
+            .iter()
+            .find(|kind| kind.plural == plural && kind.group == group && kind.version == version)
     }
 
     pub(crate) fn of_object(&self, object: &Value) -> Option<&Arc<Kind>> {
@@ -308,6 +309,10 @@ impl Builder {
             categories: ALL,
             ..status(&["deploy"])
         });
+        self.add::<apps::StatefulSet>(Extra {
+            categories: ALL,
+            ..status(&["sts"])
+        });
         self.add::<discovery::EndpointSlice>(NAMESPACED);
         self.add::<events::Event>(short(&["ev"]));
         self.add::<coordination::Lease>(NAMESPACED);
@@ -332,7 +337,8 @@ impl Builder {
             namespaced: true,
             ..ASKED
         });
-        self.generator.subschema_for::<authentication::TokenRequest>();
+        self.generator
+            .subschema_for::<authentication::TokenRequest>();
         self.generator.subschema_for::<meta::DeleteOptions>();
         self.generator.subschema_for::<meta::Status>();
     }
@@ -463,7 +469,9 @@ mod tests {
             }
         }
         let mut found = Vec::new();
-        raw_definitions().values().for_each(|raw| references(raw, &mut found));
+        raw_definitions()
+            .values()
+            .for_each(|raw| references(raw, &mut found));
         assert!(found.len() > 100);
         for name in found {
             assert!(definitions().contains_key(&name), "{name}");

@@ -33,7 +33,8 @@ pub(crate) fn new_uid() -> String {
     let number = u128::from_be_bytes(random::<16>());
     let number = number & !(0xf000 << 64) & !(0xc000 << 48) | (0x4000 << 64) | (0x8000 << 48);
     let hex = format!("{number:032x}");
-    let parts = [0..8, 8..12, 12..16, 16..20, 20..32].map(|range| hex.get(range).unwrap_or_default());
+    let parts =
+        [0..8, 8..12, 12..16, 16..20, 20..32].map(|range| hex.get(range).unwrap_or_default());
     parts.join("-")
 }
 
@@ -101,6 +102,21 @@ pub(crate) fn begin(kind: &Kind, value: &mut Value, now: &str) {
     }
 }
 
+/// Empty maps and lists are as good as none, here as in the real server's own types.
+pub(crate) fn tidy(value: &mut Value) {
+    for key in ["labels", "annotations", "finalizers", "ownerReferences"] {
+        let empty = match object::at(value, &["metadata", key]) {
+            Some(Value::Object(map)) => map.is_empty(),
+            Some(Value::Array(list)) => list.is_empty(),
+            Some(Value::Null) => true,
+            Some(Value::Bool(_) | Value::Number(_) | Value::String(_)) | None => false,
+        };
+        if empty {
+            object::remove(value, &["metadata", key]);
+        }
+    }
+}
+
 /// What no update changes.
 pub(crate) fn keep(old: &Value, new: &mut Value) {
     for key in [
@@ -131,7 +147,11 @@ pub(crate) fn count_generation(kind: &Kind, old: &Value, new: &mut Value) {
     };
     if kind.counts_generation() && body(old) != body(new) {
         let generation = object::at(old, &["metadata", "generation"]).and_then(Value::as_i64);
-        object::set(new, &["metadata", "generation"], generation.unwrap_or(0) + 1);
+        object::set(
+            new,
+            &["metadata", "generation"],
+            generation.unwrap_or(0) + 1,
+        );
     }
 }
 
@@ -160,7 +180,10 @@ pub(crate) fn check(kind: &Kind, value: &Value) -> Vec<Cause> {
         ),
     };
     if name.is_empty() {
-        causes.push(Cause::required("metadata.name", "name or generateName is required"));
+        causes.push(Cause::required(
+            "metadata.name",
+            "name or generateName is required",
+        ));
     } else if !good {
         causes.push(Cause::invalid("metadata.name", &name.into(), why));
     }
@@ -170,7 +193,11 @@ pub(crate) fn check(kind: &Kind, value: &Value) -> Vec<Cause> {
             causes.push(Cause::invalid("metadata.labels", &key.as_str().into(), why));
         }
         if !label.as_str().is_some_and(selector::is_label_value) {
-            causes.push(Cause::invalid("metadata.labels", label, "must be a label value"));
+            causes.push(Cause::invalid(
+                "metadata.labels",
+                label,
+                "must be a label value",
+            ));
         }
     }
     let mut bytes = 0;
@@ -178,7 +205,11 @@ pub(crate) fn check(kind: &Kind, value: &Value) -> Vec<Cause> {
         bytes += key.len() + annotation.as_str().map_or(0, str::len);
         if !selector::is_label_key(&key.to_lowercase()) {
             let why = "must be a qualified name";
-            causes.push(Cause::invalid("metadata.annotations", &key.as_str().into(), why));
+            causes.push(Cause::invalid(
+                "metadata.annotations",
+                &key.as_str().into(),
+                why,
+            ));
         }
     }
     if bytes > ANNOTATIONS_MAX {
@@ -188,7 +219,10 @@ pub(crate) fn check(kind: &Kind, value: &Value) -> Vec<Cause> {
             message: format!("Too long: may not be more than {ANNOTATIONS_MAX} bytes"),
         });
     }
-    for (index, finalizer) in object::texts(value, &["metadata", "finalizers"]).into_iter().enumerate() {
+    for (index, finalizer) in object::texts(value, &["metadata", "finalizers"])
+        .into_iter()
+        .enumerate()
+    {
         let known = matches!(finalizer, "foregroundDeletion" | "orphan" | "kubernetes");
         if !known && !(finalizer.contains('/') && selector::is_label_key(finalizer)) {
             let field = format!("metadata.finalizers[{index}]");
@@ -210,7 +244,11 @@ pub(crate) fn check(kind: &Kind, value: &Value) -> Vec<Cause> {
         .filter(|owner| owner.get("controller").and_then(Value::as_bool) == Some(true));
     if controllers.count() > 1 {
         let why = "only one reference can have Controller set to true";
-        causes.push(Cause::invalid("metadata.ownerReferences", &Value::Null, why));
+        causes.push(Cause::invalid(
+            "metadata.ownerReferences",
+            &Value::Null,
+            why,
+        ));
     }
     causes
 }
@@ -238,10 +276,22 @@ mod tests {
         for (metadata, field) in [
             (json!({}), "metadata.name"),
             (json!({"name": "A"}), "metadata.name"),
-            (json!({"name": "a", "labels": {"x y": "z"}}), "metadata.labels"),
-            (json!({"name": "a", "labels": {"x": "y z"}}), "metadata.labels"),
-            (json!({"name": "a", "annotations": {"/x": "y"}}), "metadata.annotations"),
-            (json!({"name": "a", "finalizers": ["mine"]}), "metadata.finalizers[0]"),
+            (
+                json!({"name": "a", "labels": {"x y": "z"}}),
+                "metadata.labels",
+            ),
+            (
+                json!({"name": "a", "labels": {"x": "y z"}}),
+                "metadata.labels",
+            ),
+            (
+                json!({"name": "a", "annotations": {"/x": "y"}}),
+                "metadata.annotations",
+            ),
+            (
+                json!({"name": "a", "finalizers": ["mine"]}),
+                "metadata.finalizers[0]",
+            ),
             (
                 json!({"name": "a", "ownerReferences": [{"apiVersion": "v1", "kind": "Pod", "name": "p"}]}),
                 "metadata.ownerReferences[0].uid",

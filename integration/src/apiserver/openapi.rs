@@ -86,7 +86,11 @@ fn add_paths(kind: &Kind, paths: &mut Map<String, Value>) {
     } else {
         format!("/apis/{}/{}", kind.group, kind.version)
     };
-    let scope = if kind.namespaced { "/namespaces/{namespace}" } else { "" };
+    let scope = if kind.namespaced {
+        "/namespaces/{namespace}"
+    } else {
+        ""
+    };
     let collection = format!("{root}{scope}/{}", kind.plural);
     let operation = |action: &str, parameters: &[&str]| {
         let parameters: Vec<_> = parameters
@@ -123,7 +127,11 @@ fn add_paths(kind: &Kind, paths: &mut Map<String, Value>) {
     }
     let mut many = json!({"post": operation("post", &writes)});
     if !kind.ask_only {
-        object::set(&mut many, &["get"], operation("list", &["labelSelector", "fieldSelector"]));
+        object::set(
+            &mut many,
+            &["get"],
+            operation("list", &["labelSelector", "fieldSelector"]),
+        );
     }
     paths.insert(collection, many);
 }

@@ -20,8 +20,9 @@ pub(crate) fn merge(target: &mut Value, patch: &Value) {
 pub(crate) fn json(target: &mut Value, patch: &Value) -> ApiResult<()> {
     let patch: json_patch::Patch = serde_json::from_value(patch.clone())
         .map_err(|error| ApiError::bad_request(format!("error decoding patch: {error}")))?;
-    json_patch::patch(target, &patch)
-        .map_err(|error| ApiError::new(422, "Invalid", format!("the patch does not apply: {error}")))
+    json_patch::patch(target, &patch).map_err(|error| {
+        ApiError::new(422, "Invalid", format!("the patch does not apply: {error}"))
+    })
 }
 
 /// Kubernetes' own: lists with keys merge by item, and `$patch` and its kin direct.
@@ -65,7 +66,11 @@ pub(crate) fn strategic(
                     _ => Vec::new(),
                 };
                 merge_list(&mut list, items, member, definitions);
-                order(&mut list, patch.get(&format!("$setElementOrder/{key}")), member);
+                order(
+                    &mut list,
+                    patch.get(&format!("$setElementOrder/{key}")),
+                    member,
+                );
                 map.insert(key.clone(), Value::Array(list));
             }
             (Some(member), Value::Object(inner)) => {
@@ -98,15 +103,9 @@ fn merge_key(schema: &Schema) -> Option<&str> {
     }
 }
 
-fn merge_list(
-    list: &mut Vec<Value>,
-    items: &[Value],
-    schema: &Schema,
-    definitions: &Definitions,
-) {
-    let directive = |item: &Value, word: &str| {
-        item.get("$patch").and_then(Value::as_str) == Some(word)
-    };
+fn merge_list(list: &mut Vec<Value>, items: &[Value], schema: &Schema, definitions: &Definitions) {
+    let directive =
+        |item: &Value, word: &str| item.get("$patch").and_then(Value::as_str) == Some(word);
     if items.iter().any(|item| directive(item, "replace")) {
         list.clear();
     }
@@ -204,16 +203,33 @@ mod tests {
             })
         );
         let patch = json!({"spec": {"$patch": "replace", "type": "ClusterIP"}});
-        assert_eq!(patched(&service(), &patch)["spec"], json!({"type": "ClusterIP"}));
+        assert_eq!(
+            patched(&service(), &patch)["spec"],
+            json!({"type": "ClusterIP"})
+        );
     }
 
     #[test]
     fn a_json_patch_that_does_not_apply_is_refused() {
         let mut value = json!({"a": 1});
         let patch = json!([{"op": "test", "path": "/a", "value": 2}]);
-        assert!(json(&mut value, &patch).unwrap_err().to_string().starts_with("422"));
-        assert!(json(&mut value, &json!({})).unwrap_err().to_string().starts_with("400"));
-        json(&mut value, &json!([{"op": "add", "path": "/b", "value": 2}])).unwrap();
+        assert!(
+            json(&mut value, &patch)
+                .unwrap_err()
+                .to_string()
+                .starts_with("422")
+        );
+        assert!(
+            json(&mut value, &json!({}))
+                .unwrap_err()
+                .to_string()
+                .starts_with("400")
+        );
+        json(
+            &mut value,
+            &json!([{"op": "add", "path": "/b", "value": 2}]),
+        )
+        .unwrap();
         assert_eq!(value, json!({"a": 1, "b": 2}));
     }
 }

@@ -30,7 +30,10 @@ pub(crate) fn fill_in(value: &mut Value, path: &[&str]) {
         object::set_default(value, &at("serviceAccount"), account);
     }
     for list in CONTAINERS {
-        let Some(spec) = path.iter().try_fold(&mut *value, |value, step| value.get_mut(*step)) else {
+        let Some(spec) = path
+            .iter()
+            .try_fold(&mut *value, |value, step| value.get_mut(*step))
+        else {
             return;
         };
         let Some(Value::Array(containers)) = spec.get_mut(list) else {
@@ -48,7 +51,11 @@ fn fill_in_container(container: &mut Value) {
     let latest = !name.contains('@') && (!name.contains(':') || name.ends_with(":latest"));
     let pull = if latest { "Always" } else { "IfNotPresent" };
     object::set_default(container, &["imagePullPolicy"], pull);
-    object::set_default(container, &["terminationMessagePath"], "/dev/termination-log");
+    object::set_default(
+        container,
+        &["terminationMessagePath"],
+        "/dev/termination-log",
+    );
     object::set_default(container, &["terminationMessagePolicy"], "File");
     object::set_default(container, &["resources"], json!({}));
     for probe in ["livenessProbe", "readinessProbe", "startupProbe"] {
@@ -76,11 +83,18 @@ pub(crate) fn check(value: &Value, path: &[&str], causes: &mut Vec<Cause>) {
     let place = path.join(".");
     for (key, known) in [
         ("restartPolicy", &["Always", "Never", "OnFailure"][..]),
-        ("dnsPolicy", &["ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"]),
+        (
+            "dnsPolicy",
+            &["ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"],
+        ),
     ] {
         let got = object::text(spec, &[key]).unwrap_or_default();
         if !known.contains(&got) {
-            causes.push(Cause::not_supported(format!("{place}.{key}"), &got.into(), known));
+            causes.push(Cause::not_supported(
+                format!("{place}.{key}"),
+                &got.into(),
+                known,
+            ));
         }
     }
     if object::list(spec, &["containers"]).is_empty() {
@@ -88,7 +102,12 @@ pub(crate) fn check(value: &Value, path: &[&str], causes: &mut Vec<Cause>) {
     }
     let mut volumes = BTreeSet::new();
     for (index, volume) in object::list(spec, &["volumes"]).iter().enumerate() {
-        check_volume(volume, &format!("{place}.volumes[{index}]"), &mut volumes, causes);
+        check_volume(
+            volume,
+            &format!("{place}.volumes[{index}]"),
+            &mut volumes,
+            causes,
+        );
     }
     let host_network = spec.get("hostNetwork") == Some(&Value::Bool(true));
     let mut seen = BTreeSet::new();
@@ -110,12 +129,17 @@ pub(crate) fn check(value: &Value, path: &[&str], causes: &mut Vec<Cause>) {
         let has = |key: &str| object::text(toleration, &[key]).is_some_and(|text| !text.is_empty());
         if operator == "Exists" && has("value") || operator == "Equal" && !has("key") {
             let field = format!("{place}.tolerations[{index}].operator");
-            let why = "value must be empty when `operator` is 'Exists', and key is needed otherwise";
+            let why =
+                "value must be empty when `operator` is 'Exists', and key is needed otherwise";
             causes.push(Cause::invalid(field, &operator.into(), why));
         }
         if !matches!(operator, "Exists" | "Equal") {
             let field = format!("{place}.tolerations[{index}].operator");
-            causes.push(Cause::not_supported(field, &operator.into(), &["Equal", "Exists"]));
+            causes.push(Cause::not_supported(
+                field,
+                &operator.into(),
+                &["Equal", "Exists"],
+            ));
         }
     }
 }
@@ -133,12 +157,23 @@ fn check_volume<'a>(
     } else if !seen.insert(name) {
         causes.push(Cause::duplicate(format!("{place}.name"), &name.into()));
     }
-    let sources = object::members(volume, &[]).filter(|(key, _)| *key != "name").count();
+    let sources = object::members(volume, &[])
+        .filter(|(key, _)| *key != "name")
+        .count();
     if sources > 1 {
-        causes.push(Cause::forbidden(place, "may not specify more than 1 volume type"));
+        causes.push(Cause::forbidden(
+            place,
+            "may not specify more than 1 volume type",
+        ));
     }
     let host_kinds = [
-        "", "BlockDevice", "CharDevice", "Directory", "DirectoryOrCreate", "File", "FileOrCreate",
+        "",
+        "BlockDevice",
+        "CharDevice",
+        "Directory",
+        "DirectoryOrCreate",
+        "File",
+        "FileOrCreate",
         "Socket",
     ];
     if let Some(host) = volume.get("hostPath") {
@@ -147,7 +182,11 @@ fn check_volume<'a>(
             let field = format!("{place}.hostPath.type");
             causes.push(Cause::not_supported(field, &kind.into(), &host_kinds));
         }
-        if object::text(host, &["path"]).unwrap_or_default().split('/').any(|part| part == "..") {
+        if object::text(host, &["path"])
+            .unwrap_or_default()
+            .split('/')
+            .any(|part| part == "..")
+        {
             let field = format!("{place}.hostPath.path");
             causes.push(Cause::invalid(field, &Value::Null, "must not contain '..'"));
         }
@@ -181,7 +220,10 @@ fn check_container(
         causes.push(Cause::not_supported(field, &pull.into(), &known));
     }
     let mut paths = BTreeSet::new();
-    for (index, mount) in object::list(container, &["volumeMounts"]).iter().enumerate() {
+    for (index, mount) in object::list(container, &["volumeMounts"])
+        .iter()
+        .enumerate()
+    {
         let place = format!("{place}.volumeMounts[{index}]");
         let name = object::text(mount, &["name"]).unwrap_or_default();
         if !volumes.contains(name) {
@@ -194,7 +236,11 @@ fn check_container(
         let path = object::text(mount, &["mountPath"]).unwrap_or_default();
         if !paths.insert(path) {
             let why = "must be unique";
-            causes.push(Cause::invalid(format!("{place}.mountPath"), &path.into(), why));
+            causes.push(Cause::invalid(
+                format!("{place}.mountPath"),
+                &path.into(),
+                why,
+            ));
         }
     }
     for (index, variable) in object::list(container, &["env"]).iter().enumerate() {
@@ -210,7 +256,10 @@ fn check_container(
     for probe in ["livenessProbe", "readinessProbe", "startupProbe"] {
         let handlers = ["exec", "httpGet", "tcpSocket", "grpc"];
         if let Some(found) = container.get(probe) {
-            let count = handlers.iter().filter(|one| found.get(**one).is_some()).count();
+            let count = handlers
+                .iter()
+                .filter(|one| found.get(**one).is_some())
+                .count();
             if count != 1 {
                 let why = "must specify one handler type";
                 causes.push(Cause::required(format!("{place}.{probe}"), why));
@@ -228,7 +277,11 @@ fn check_container(
                 let why = "quantities must match the regular expression of resource.Quantity";
                 causes.push(Cause::invalid(field, quantity, why));
             } else if !selector::is_label_key(key) {
-                causes.push(Cause::invalid(field, &key.as_str().into(), "must be a resource's name"));
+                causes.push(Cause::invalid(
+                    field,
+                    &key.as_str().into(),
+                    "must be a resource's name",
+                ));
             }
         }
     }
@@ -242,7 +295,11 @@ fn check_ports(container: &Value, place: &str, host_network: bool, causes: &mut 
         let container_port = number("containerPort").unwrap_or(0);
         if !(1..=65_535).contains(&container_port) {
             let why = "must be between 1 and 65535, inclusive";
-            causes.push(Cause::invalid(format!("{place}.containerPort"), &container_port.into(), why));
+            causes.push(Cause::invalid(
+                format!("{place}.containerPort"),
+                &container_port.into(),
+                why,
+            ));
         }
         if host_network && number("hostPort").is_some_and(|port| port != container_port) {
             let why = "must match `containerPort` when `hostNetwork` is true";
@@ -251,7 +308,11 @@ fn check_ports(container: &Value, place: &str, host_network: bool, causes: &mut 
         let protocol = object::text(port, &["protocol"]).unwrap_or_default();
         if !["TCP", "UDP", "SCTP"].contains(&protocol) {
             let field = format!("{place}.protocol");
-            causes.push(Cause::not_supported(field, &protocol.into(), &["SCTP", "TCP", "UDP"]));
+            causes.push(Cause::not_supported(
+                field,
+                &protocol.into(),
+                &["SCTP", "TCP", "UDP"],
+            ));
         }
         if let Some(name) = object::text(port, &["name"]) {
             let good = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
@@ -275,7 +336,12 @@ fn is_quantity(text: &str) -> bool {
 pub(crate) fn check_update(old: &Value, new: &Value, causes: &mut Vec<Cause>) {
     let fixed = |value: &Value| {
         let mut spec = value.get("spec").cloned().unwrap_or_default();
-        for key in ["activeDeadlineSeconds", "terminationGracePeriodSeconds", "tolerations", "nodeName"] {
+        for key in [
+            "activeDeadlineSeconds",
+            "terminationGracePeriodSeconds",
+            "tolerations",
+            "nodeName",
+        ] {
             object::remove(&mut spec, &[key]);
         }
         for list in CONTAINERS {
@@ -287,7 +353,9 @@ pub(crate) fn check_update(old: &Value, new: &Value, causes: &mut Vec<Cause>) {
         spec
     };
     let node = |value: &Value| {
-        object::text(value, &["spec", "nodeName"]).unwrap_or_default().to_owned()
+        object::text(value, &["spec", "nodeName"])
+            .unwrap_or_default()
+            .to_owned()
     };
     let moved = !node(old).is_empty() && node(old) != node(new);
     if fixed(old) != fixed(new) || moved {
@@ -332,7 +400,10 @@ mod tests {
                 container(json!({"resources": {"limits": {"memory": "1 GB"}}})),
                 "spec.containers[0].resources.limits[memory]",
             ),
-            (container(json!({"livenessProbe": {}})), "spec.containers[0].livenessProbe"),
+            (
+                container(json!({"livenessProbe": {}})),
+                "spec.containers[0].livenessProbe",
+            ),
             (
                 json!({"hostNetwork": true, "containers": [{
                     "name": "c", "image": "i",
@@ -340,8 +411,14 @@ mod tests {
                 }]}),
                 "spec.containers[0].ports[0].hostPort",
             ),
-            (json!({"volumes": [{"name": "v", "emptyDir": {}, "hostPath": {"path": "/"}}]}), "spec.volumes[0]"),
-            (json!({"tolerations": [{"operator": "Exists", "value": "v"}]}), "spec.tolerations[0].operator"),
+            (
+                json!({"volumes": [{"name": "v", "emptyDir": {}, "hostPath": {"path": "/"}}]}),
+                "spec.volumes[0]",
+            ),
+            (
+                json!({"tolerations": [{"operator": "Exists", "value": "v"}]}),
+                "spec.tolerations[0].operator",
+            ),
         ] {
             assert_eq!(wrong(spec.clone()), [field], "{spec}");
         }

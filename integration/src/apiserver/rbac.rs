@@ -55,9 +55,7 @@ impl Action {
         };
         let verb = &self.verb;
         let group = &self.group;
-        format!(
-            "User {who:?} cannot {verb} resource {resource:?} in API group {group:?} {scope}"
-        )
+        format!("User {who:?} cannot {verb} resource {resource:?} in API group {group:?} {scope}")
     }
 }
 
@@ -169,7 +167,11 @@ pub(crate) fn beyond(held: &[Value], wanted: &[Value]) -> Option<Action> {
         for verb in words(rule, "verbs") {
             for path in words(rule, "nonResourceURLs") {
                 let verb = verb.clone();
-                actions.push(Action { verb, path, ..Action::default() });
+                actions.push(Action {
+                    verb,
+                    path,
+                    ..Action::default()
+                });
             }
             for group in words(rule, "apiGroups") {
                 for resource in words(rule, "resources") {
@@ -225,8 +227,17 @@ pub(crate) fn bootstrap() -> Vec<Value> {
         })
     };
     let paths = [
-        "/api", "/api/*", "/apis", "/apis/*", "/healthz", "/livez", "/openapi", "/openapi/*",
-        "/readyz", "/version", "/version/",
+        "/api",
+        "/api/*",
+        "/apis",
+        "/apis/*",
+        "/healthz",
+        "/livez",
+        "/openapi",
+        "/openapi/*",
+        "/readyz",
+        "/version",
+        "/version/",
     ];
     let public = ["/healthz", "/livez", "/readyz", "/version", "/version/"];
     vec![
@@ -238,9 +249,15 @@ pub(crate) fn bootstrap() -> Vec<Value> {
             ]),
         ),
         bind("cluster-admin", &[MASTERS]),
-        role("system:discovery", json!([{"nonResourceURLs": paths, "verbs": ["get"]}])),
+        role(
+            "system:discovery",
+            json!([{"nonResourceURLs": paths, "verbs": ["get"]}]),
+        ),
         bind("system:discovery", &["system:authenticated"]),
-        role("system:public-info-viewer", json!([{"nonResourceURLs": public, "verbs": ["get"]}])),
+        role(
+            "system:public-info-viewer",
+            json!([{"nonResourceURLs": public, "verbs": ["get"]}]),
+        ),
         bind(
             "system:public-info-viewer",
             &["system:authenticated", "system:unauthenticated"],
@@ -285,7 +302,10 @@ mod tests {
 
     fn store(rules: Value) -> Store {
         let mut store = Store::default();
-        store.put(CLUSTER_ROLES, json!({"metadata": {"name": "r"}, "rules": rules}));
+        store.put(
+            CLUSTER_ROLES,
+            json!({"metadata": {"name": "r"}, "rules": rules}),
+        );
         let binding = |namespace: Value| {
             json!({
                 "metadata": {"name": "b", "namespace": namespace},
@@ -362,10 +382,26 @@ mod tests {
             ..Action::default()
         };
         assert!(allowed(&store, &user(MASTERS), &get("secrets", "x", "y")));
-        assert!(allowed(&store, &user("system:authenticated"), &path("/apis/apps/v1")));
-        assert!(!allowed(&store, &user("system:authenticated"), &path("/metrics")));
-        assert!(allowed(&store, &user("system:unauthenticated"), &path("/version")));
-        assert!(!allowed(&store, &user("system:unauthenticated"), &path("/apis")));
+        assert!(allowed(
+            &store,
+            &user("system:authenticated"),
+            &path("/apis/apps/v1")
+        ));
+        assert!(!allowed(
+            &store,
+            &user("system:authenticated"),
+            &path("/metrics")
+        ));
+        assert!(allowed(
+            &store,
+            &user("system:unauthenticated"),
+            &path("/version")
+        ));
+        assert!(!allowed(
+            &store,
+            &user("system:unauthenticated"),
+            &path("/apis")
+        ));
     }
 
     #[test]

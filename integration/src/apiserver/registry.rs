@@ -69,6 +69,10 @@ pub(crate) struct State {
     pub(crate) store: Store,
     pub(crate) catalog: Catalog,
     pub(crate) pools: Pools,
+    /// Namespaces that were deleted, and whose content is still to go.
+    pub(crate) ending: Vec<String>,
+    /// The certificate that every namespace is told to trust.
+    pub(crate) ca_pem: String,
 }
 
 impl State {
@@ -119,7 +123,12 @@ impl State {
         if version.is_empty() && !kind.updates_unconditionally() {
             let why = "must be specified for an update";
             let cause = Cause::invalid("metadata.resourceVersion", &"0x0".into(), why);
-            return Err(ApiError::invalid(&kind.group, &kind.kind, place.name, &[cause]));
+            return Err(ApiError::invalid(
+                &kind.group,
+                &kind.kind,
+                place.name,
+                &[cause],
+            ));
         }
         self.replace(kind, old, new, place, options, false)
     }
@@ -176,7 +185,12 @@ impl State {
         if options.manager.is_empty() {
             let why = "is required for apply patch";
             let cause = Cause::required("fieldManager", why);
-            return Err(ApiError::invalid("meta.k8s.io", "PatchOptions", "", &[cause]));
+            return Err(ApiError::invalid(
+                "meta.k8s.io",
+                "PatchOptions",
+                "",
+                &[cause],
+            ));
         }
         if object::at(&config, &["metadata", "managedFields"])
             .is_some_and(|given| given.as_array().is_none_or(|given| !given.is_empty()))
@@ -211,8 +225,14 @@ impl State {
         }
         let uid = object::uid(&config);
         if old.is_none() && !uid.is_empty() {
-            let why = "uid mismatch: the provided object specified uid, and no existing object was found";
-            return Err(ApiError::conflict(&kind.group, &kind.plural, place.name, why));
+            let why =
+                "uid mismatch: the provided object specified uid, and no existing object was found";
+            return Err(ApiError::conflict(
+                &kind.group,
+                &kind.plural,
+                place.name,
+                why,
+            ));
         }
         if old.is_none() {
             self.check_namespace(kind, place.namespace)?;
@@ -223,8 +243,15 @@ impl State {
         let writer = writer(kind, place.subresource, options);
         let live = old.clone().unwrap_or_else(|| json!({}));
         let typed = Typed::new(&kind.schema, definitions());
-        let merged = apply::apply(&live, &config, &writer, options.force, typed, kind.has_status)
-            .map_err(|conflicts| ApiError::apply_conflict(&conflicts))?;
+        let merged = apply::apply(
+            &live,
+            &config,
+            &writer,
+            options.force,
+            typed,
+            kind.has_status,
+        )
+        .map_err(|conflicts| ApiError::apply_conflict(&conflicts))?;
         match old {
             Some(old) => self.replace(kind, old, merged, place, options, true),
             None => self.write(kind, None, merged, "", options, true),
@@ -271,13 +298,17 @@ impl State {
     fn remove(&mut self, kind: &Kind, old: &Value, orphan: bool, now: &str) -> Value {
         let (namespace, name) = (object::namespace(old), object::name(old));
         let held = !object::list(old, &["metadata", "finalizers"]).is_empty();
-        let filled = kind.resource == builtin::NAMESPACES && self.empty_namespace(name, now);
-        if held || filled {
+        let is_namespace = kind.resource == builtin::NAMESPACES;
+        let going = object::at(old, &["metadata", "deletionTimestamp"]).is_some();
+        if is_namespace && !going {
+            self.ending.push(name.to_owned());
+        }
+        if held || is_namespace && !(going && self.is_empty(name)) {
             let mut marked = old.clone();
-            if object::at(&marked, &["metadata", "deletionTimestamp"]).is_none() {
+            if !going {
                 object::set(&mut marked, &["metadata", "deletionTimestamp"], now);
                 object::set(&mut marked, &["metadata", "deletionGracePeriodSeconds"], 0);
-                if kind.resource == builtin::NAMESPACES {
+                if is_namespace {
                     object::set(&mut marked, &["status", "phase"], "Terminating");
                 }
                 return self.store.put(&kind.resource, marked).value();
@@ -299,22 +330,26 @@ impl State {
         last
     }
 
-    /// Deletes everything in a namespace; whether something is left.
-    fn empty_namespace(&mut self, namespace: &str, now: &str) -> bool {
-        let mut left = false;
+    /// Deletes everything in a namespace that is to end, and the namespace once it is empty.
+    pub(crate) fn end_namespace(&mut self, namespace: &str, now: &str) {
         for resource in self.store.resources() {
             let Some(kind) = self.catalog.of_resource(&resource).cloned() else {
                 continue;
             };
-            if !kind.namespaced {
-                continue;
+            if kind.namespaced {
+                for stored in self.store.list(&resource, Some(namespace)) {
+                    self.remove(&kind, &stored.value(), true, now);
+                }
             }
-            for stored in self.store.list(&resource, Some(namespace)) {
-                self.remove(&kind, &stored.value(), true, now);
-            }
-            left |= !self.store.list(&resource, Some(namespace)).is_empty();
         }
-        left
+        self.finish_namespace(namespace, now);
+    }
+
+    fn is_empty(&self, namespace: &str) -> bool {
+        let resources = self.store.resources().into_iter();
+        resources
+            .filter(|resource| resource != builtin::NAMESPACES)
+            .all(|resource| self.store.list(&resource, Some(namespace)).is_empty())
     }
 
     /// A namespace that only waited for its last object goes with it.
@@ -323,14 +358,11 @@ impl State {
             return;
         };
         let value = stored.value();
-        if object::at(&value, &["metadata", "deletionTimestamp"]).is_none() {
-            return;
-        }
-        let filled = self.store.resources().into_iter().any(|resource| {
-            resource != builtin::NAMESPACES
-                && !self.store.list(&resource, Some(namespace)).is_empty()
-        });
-        if !filled && let Some(kind) = self.catalog.of_resource(builtin::NAMESPACES).cloned() {
+        let going = object::at(&value, &["metadata", "deletionTimestamp"]).is_some();
+        if going
+            && self.is_empty(namespace)
+            && let Some(kind) = self.catalog.of_resource(builtin::NAMESPACES).cloned()
+        {
             self.remove(&kind, &value, true, now);
         }
     }
@@ -409,7 +441,10 @@ impl State {
     }
 
     fn check_type(&self, kind: &Kind, value: &Value) -> ApiResult<()> {
-        for (key, wanted) in [("kind", kind.kind.clone()), ("apiVersion", kind.api_version())] {
+        for (key, wanted) in [
+            ("kind", kind.kind.clone()),
+            ("apiVersion", kind.api_version()),
+        ] {
             let got = object::text(value, &[key]).unwrap_or_default();
             if got.is_empty() && !kind.custom || got == wanted {
                 continue;
@@ -431,7 +466,9 @@ impl State {
             object::strip_nulls(&mut value);
         }
         let unknown = kind.schema.prune(&mut value, definitions());
-        let unknown = unknown.iter().map(|field| format!("unknown field {field:?}"));
+        let unknown = unknown
+            .iter()
+            .map(|field| format!("unknown field {field:?}"));
         let twice = body.duplicates.iter();
         let said: Vec<_> = unknown
             .chain(twice.map(|field| format!("duplicate field {field:?}")))
@@ -503,6 +540,7 @@ impl State {
                 object::remove(&mut new, &["status"]);
             }
         }
+        metadata::tidy(&mut new);
         kind.schema.fill_in(&mut new, definitions());
         self.fill_in(kind, old.as_ref(), &mut new, options)?;
         self.check(kind, old.as_ref(), &new, options)?;
@@ -565,7 +603,9 @@ impl State {
     ) -> ApiResult<()> {
         let mut causes = metadata::check(kind, new);
         let wrong = kind.schema.check(new, old, definitions());
-        let wrong_type = wrong.iter().find(|cause| cause.reason == "FieldValueTypeInvalid");
+        let wrong_type = wrong
+            .iter()
+            .find(|cause| cause.reason == "FieldValueTypeInvalid");
         if let (Some(cause), false) = (wrong_type, kind.custom) {
             return Err(ApiError::bad_request(format!(
                 "{} in version {:?} cannot be handled as a {}: json: cannot unmarshal: {}",
@@ -574,7 +614,8 @@ impl State {
         }
         // Built-in statuses are written by those who know them; what they lack is not an error.
         causes.extend(wrong.into_iter().filter(|cause| {
-            kind.custom || !(cause.reason == "FieldValueRequired" && cause.field.starts_with("status"))
+            kind.custom
+                || !(cause.reason == "FieldValueRequired" && cause.field.starts_with("status"))
         }));
         if causes.is_empty() && !kind.custom {
             causes.extend(builtin::check(kind, old, new));
@@ -601,7 +642,11 @@ impl State {
                 Some("ClusterRole") => "clusterroles",
                 _ => "roles",
             };
-            ("bind", resource, object::text(role, &["name"]).unwrap_or_default())
+            (
+                "bind",
+                resource,
+                object::text(role, &["name"]).unwrap_or_default(),
+            )
         } else {
             ("escalate", kind.plural.as_str(), object::name(new))
         };
@@ -660,7 +705,7 @@ impl State {
 
     /// What the controllers of a real cluster put into every namespace.
     fn furnish(&mut self, namespace: &str) {
-        for object in builtin::furniture(namespace) {
+        for object in builtin::furniture(namespace, &self.ca_pem) {
             let Some(kind) = self.catalog.of_object(&object).cloned() else {
                 continue;
             };

@@ -184,7 +184,14 @@ mod tests {
 
     fn resource(path: &str) -> [String; 6] {
         match target(path) {
-            Target::Resource(r) => [r.group, r.version, r.namespace, r.plural, r.name, r.subresource],
+            Target::Resource(r) => [
+                r.group,
+                r.version,
+                r.namespace,
+                r.plural,
+                r.name,
+                r.subresource,
+            ],
             Target::Path(path) => panic!("{path}"),
         }
     }
@@ -193,19 +200,44 @@ mod tests {
     fn paths_lead_to_resources() {
         for (path, expected) in [
             ("/api/v1/pods", ["", "v1", "", "pods", "", ""]),
-            ("/api/v1/namespaces/a/pods/p/status", ["", "v1", "a", "pods", "p", "status"]),
+            (
+                "/api/v1/namespaces/a/pods/p/status",
+                ["", "v1", "a", "pods", "p", "status"],
+            ),
             ("/api/v1/namespaces", ["", "v1", "", "namespaces", "", ""]),
-            ("/api/v1/namespaces/a", ["", "v1", "", "namespaces", "a", ""]),
-            ("/api/v1/namespaces/a/status", ["", "v1", "", "namespaces", "a", "status"]),
-            ("/apis/apps/v1/namespaces/a/deployments", ["apps", "v1", "a", "deployments", "", ""]),
+            (
+                "/api/v1/namespaces/a",
+                ["", "v1", "", "namespaces", "a", ""],
+            ),
+            (
+                "/api/v1/namespaces/a/status",
+                ["", "v1", "", "namespaces", "a", "status"],
+            ),
+            (
+                "/apis/apps/v1/namespaces/a/deployments",
+                ["apps", "v1", "a", "deployments", "", ""],
+            ),
             (
                 "/apis/rbac.authorization.k8s.io/v1/clusterroles/system%3Anode",
-                ["rbac.authorization.k8s.io", "v1", "", "clusterroles", "system:node", ""],
+                [
+                    "rbac.authorization.k8s.io",
+                    "v1",
+                    "",
+                    "clusterroles",
+                    "system:node",
+                    "",
+                ],
             ),
         ] {
             assert_eq!(resource(path), expected, "{path}");
         }
-        for path in ["/version", "/api", "/api/v1", "/apis/apps/v1", "/openapi/v3"] {
+        for path in [
+            "/version",
+            "/api",
+            "/api/v1",
+            "/apis/apps/v1",
+            "/openapi/v3",
+        ] {
             assert_eq!(target(path), Target::Path(path.to_owned()));
         }
     }
@@ -227,7 +259,11 @@ mod tests {
         assert_eq!(verb("GET", "/api/v1/pods", "watch=true"), "watch");
         assert_eq!(verb("GET", "/api/v1/nodes/a", ""), "get");
         assert_eq!(verb("DELETE", "/api/v1/nodes", ""), "deletecollection");
-        let selected = action("GET", &target("/api/v1/nodes"), &Query::parse("fieldSelector=metadata.name%3Da"));
+        let selected = action(
+            "GET",
+            &target("/api/v1/nodes"),
+            &Query::parse("fieldSelector=metadata.name%3Da"),
+        );
         assert_eq!(selected.name, "a");
     }
 }

@@ -47,7 +47,11 @@ pub(crate) fn answer(
         }
     };
     object::set(&mut review, &["status"], status);
-    object::set_default(&mut review, &["metadata"], json!({"creationTimestamp": null}));
+    object::set_default(
+        &mut review,
+        &["metadata"],
+        json!({"creationTimestamp": null}),
+    );
     review
 }
 
@@ -112,7 +116,12 @@ pub(crate) fn token_request(
     let namespace = object::namespace(account);
     let refuse = |field: &str, value: Value, why: &str| {
         let cause = Cause::invalid(field, &value, why);
-        Err(ApiError::invalid("authentication.k8s.io", "TokenRequest", "", &[cause]))
+        Err(ApiError::invalid(
+            "authentication.k8s.io",
+            "TokenRequest",
+            "",
+            &[cause],
+        ))
     };
     let seconds = object::at(&request, &["spec", "expirationSeconds"])
         .and_then(Value::as_i64)
@@ -146,15 +155,25 @@ pub(crate) fn token_request(
             .value();
         if !text("uid").is_empty() && text("uid") != object::uid(&found) {
             let why = "the UID in the bound object reference does not match the UID in record";
-            return Err(ApiError::conflict("", "serviceaccounts/token", object::name(account), why));
+            return Err(ApiError::conflict(
+                "",
+                "serviceaccounts/token",
+                object::name(account),
+                why,
+            ));
         }
         let of_account = object::text(&found, &["spec", "serviceAccountName"]);
         if resource == "/pods" && of_account.unwrap_or("default") != object::name(account) {
             let why = "cannot bind token to pod: pod uses another service account";
             return refuse("spec.boundObjectRef", text("name").into(), why);
         }
-        let reference = |object: &Value| json!({"name": object::name(object), "uid": object::uid(object)});
-        object::set(&mut holder, &[&text("kind").to_lowercase()], reference(&found));
+        let reference =
+            |object: &Value| json!({"name": object::name(object), "uid": object::uid(object)});
+        object::set(
+            &mut holder,
+            &[&text("kind").to_lowercase()],
+            reference(&found),
+        );
         let node = object::text(&found, &["spec", "nodeName"]).filter(|_| resource == "/pods");
         if let Some(node) = node.filter(|node| !node.is_empty()) {
             let known = store.get("/nodes", "", node).map(|node| node.value());
@@ -187,12 +206,16 @@ mod tests {
 
     fn store() -> Store {
         let mut store = Store::default();
-        let object = |name: &str, spec: Value| {
-            json!({"metadata": {"name": name, "namespace": "n", "uid": format!("u-{name}")}, "spec": spec})
-        };
+        let object = |name: &str, spec: Value| json!({"metadata": {"name": name, "namespace": "n", "uid": format!("u-{name}")}, "spec": spec});
         store.put("/serviceaccounts", object("sa", json!({})));
-        store.put("/pods", object("p", json!({"serviceAccountName": "sa", "nodeName": "edge"})));
-        store.put("/nodes", json!({"metadata": {"name": "edge", "uid": "u-edge"}}));
+        store.put(
+            "/pods",
+            object("p", json!({"serviceAccountName": "sa", "nodeName": "edge"})),
+        );
+        store.put(
+            "/nodes",
+            json!({"metadata": {"name": "edge", "uid": "u-edge"}}),
+        );
         store
     }
 
@@ -206,16 +229,38 @@ mod tests {
         let answered = token_request(request, &account, &store, &authority, 0).unwrap();
         let token = answered["status"]["token"].as_str().unwrap();
         let review = json!({"spec": {"token": token, "audiences": ["mesh", "other"]}});
-        let review = answer("TokenReview", review, &User::default(), &store, &authority, 1);
+        let review = answer(
+            "TokenReview",
+            review,
+            &User::default(),
+            &store,
+            &authority,
+            1,
+        );
         assert_eq!(review["status"]["authenticated"], true);
         assert_eq!(review["status"]["audiences"], json!(["mesh"]));
         let user = &review["status"]["user"];
         assert_eq!(user["username"], "system:serviceaccount:n:sa");
-        assert_eq!(user["extra"]["authentication.kubernetes.io/node-name"], json!(["edge"]));
+        assert_eq!(
+            user["extra"]["authentication.kubernetes.io/node-name"],
+            json!(["edge"])
+        );
         let late = json!({"spec": {"token": token, "audiences": ["mesh"]}});
-        let late = answer("TokenReview", late, &User::default(), &store, &authority, 3_600);
+        let late = answer(
+            "TokenReview",
+            late,
+            &User::default(),
+            &store,
+            &authority,
+            3_600,
+        );
         assert!(late["status"]["authenticated"].is_null());
-        assert!(late["status"]["error"].as_str().unwrap().contains("expired"));
+        assert!(
+            late["status"]["error"]
+                .as_str()
+                .unwrap()
+                .contains("expired")
+        );
     }
 
     #[test]

@@ -20,7 +20,7 @@ use super::{
     error::{ApiError, ApiResult, Cause},
     faults::StreamingLists,
     kinds::Kind,
-    metadata, object, openapi,
+    metadata, object, openapi, protobuf,
     rbac::{Action, User},
     registry::{Options, PatchKind, Place, State, Validation},
     request::{Query, ResourcePath, Target},
@@ -46,7 +46,9 @@ pub(crate) struct Call {
 impl Call {
     fn header(&self, name: HeaderName) -> &str {
         let value = self.headers.get(name);
-        value.and_then(|value| value.to_str().ok()).unwrap_or_default()
+        value
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or_default()
     }
 
     fn view(&self) -> ApiResult<View> {
@@ -58,9 +60,19 @@ impl Call {
 
     fn options(&self) -> ApiResult<Options> {
         let given = self.query.text("fieldManager");
-        let client = self.header(USER_AGENT).split('/').next().unwrap_or_default();
-        let applies = self.header(CONTENT_TYPE).starts_with("application/apply-patch");
-        let manager = if given.is_empty() && !applies { client } else { given };
+        let client = self
+            .header(USER_AGENT)
+            .split('/')
+            .next()
+            .unwrap_or_default();
+        let applies = self
+            .header(CONTENT_TYPE)
+            .starts_with("application/apply-patch");
+        let manager = if given.is_empty() && !applies {
+            client
+        } else {
+            given
+        };
         let bad = |key: &str| {
             let why = format!("{key}: unsupported value {:?}", self.query.text(key));
             Err(ApiError::bad_request(why))
@@ -77,7 +89,9 @@ impl Call {
             _ => return bad("fieldValidation"),
         };
         if manager.len() > 128 {
-            return Err(ApiError::bad_request("fieldManager: may not be more than 128 characters"));
+            return Err(ApiError::bad_request(
+                "fieldManager: may not be more than 128 characters",
+            ));
         }
         Ok(Options {
             user: self.user.clone(),
@@ -128,14 +142,14 @@ pub(crate) fn answer(shared: &Arc<Shared>, call: Call) -> ApiResult<Response<Bod
         ("GET" | "HEAD", _) if call.query.flag("watch") => watch(shared, &call, kind, &path, view),
         ("GET" | "HEAD", true) => list(shared, &call, &kind, &path, view),
         ("POST", true) => {
-            let body = decode::decode(json_body(&call)?)?;
+            let body = body(&call)?;
             let write = |state: &mut State, options: &mut Options| {
                 state.create(&kind, &path.namespace, body, options)
             };
             written(shared, &call, &kind, view, 201, write)
         }
         ("PUT", false) => {
-            let body = decode::decode(json_body(&call)?)?;
+            let body = body(&call)?;
             let write = |state: &mut State, options: &mut Options| {
                 state.update(&kind, place(&path), body, options)
             };
@@ -172,10 +186,10 @@ fn answer_path(shared: &Shared, call: &Call, path: &str) -> ApiResult<Response<B
                     .map(|found| json_response(200, &found))
                     .ok_or_else(ApiError::no_such_path);
             }
-            let aggregated = call.header(ACCEPT).contains("as=APIGroupDiscoveryList")
-                && call.header(ACCEPT).contains("v=v2;")
-                || call.header(ACCEPT).contains("v=v2,")
-                || call.header(ACCEPT).ends_with("v=v2;as=APIGroupDiscoveryList");
+            let aggregated = call.header(ACCEPT).split(',').any(|range| {
+                let has = |word: &str| range.split(';').any(|part| part.trim() == word);
+                has("v=v2") && has("as=APIGroupDiscoveryList")
+            });
             let found = discovery::answer(&catalog, path, aggregated);
             let found = found.ok_or_else(ApiError::no_such_path)?;
             let mut answer = json_response(200, &found);
@@ -190,20 +204,22 @@ fn answer_path(shared: &Shared, call: &Call, path: &str) -> ApiResult<Response<B
     }
 }
 
-/// The body of a write, which must be JSON or YAML.
-fn json_body(call: &Call) -> ApiResult<&[u8]> {
+/// The body of a write: JSON, YAML, or what `kubectl` sends as protobuf.
+fn body(call: &Call) -> ApiResult<decode::Body> {
     let kind = call.header(CONTENT_TYPE);
-    let known = ["", "application/json", "application/yaml", "text/plain"];
     let media = kind.split(';').next().unwrap_or_default().trim();
-    if known.contains(&media) {
-        return Ok(&call.body);
+    match media {
+        "" | "application/json" | "application/yaml" | "text/plain" => decode::decode(&call.body),
+        "application/vnd.kubernetes.protobuf" => Ok(protobuf::decode(&call.body)?.into()),
+        _ => {
+            let why = format!("the body of the request was in an unknown format: {kind}");
+            Err(ApiError::new(415, "UnsupportedMediaType", why))
+        }
     }
-    let why = format!("the body of the request was in an unknown format: {kind}");
-    Err(ApiError::new(415, "UnsupportedMediaType", why))
 }
 
 fn written(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     call: &Call,
     kind: &Kind,
     view: View,
@@ -223,13 +239,17 @@ fn written(
 }
 
 fn patch(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     call: &Call,
     kind: &Kind,
     path: &ResourcePath,
     view: View,
 ) -> ApiResult<Response<Body>> {
-    let media = call.header(CONTENT_TYPE).split(';').next().unwrap_or_default();
+    let media = call
+        .header(CONTENT_TYPE)
+        .split(';')
+        .next()
+        .unwrap_or_default();
     let how = match media.trim() {
         "application/json-patch+json" => PatchKind::Json,
         "application/merge-patch+json" => PatchKind::Merge,
@@ -268,7 +288,7 @@ fn delete_options(call: &Call) -> ApiResult<Value> {
     let mut options = if call.body.is_empty() {
         json!({})
     } else {
-        decode::decode(&call.body)?.value
+        body(call)?.value
     };
     let policy = call.query.text("propagationPolicy");
     if !policy.is_empty() {
@@ -278,7 +298,7 @@ fn delete_options(call: &Call) -> ApiResult<Value> {
 }
 
 fn delete(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     call: &Call,
     kind: &Kind,
     path: &ResourcePath,
@@ -300,7 +320,7 @@ fn delete(
 }
 
 fn delete_collection(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     call: &Call,
     kind: &Kind,
     path: &ResourcePath,
@@ -325,7 +345,10 @@ fn delete_collection(
 }
 
 fn selector(call: &Call, kind: &Kind) -> ApiResult<Selector> {
-    let (labels, fields) = (call.query.text("labelSelector"), call.query.text("fieldSelector"));
+    let (labels, fields) = (
+        call.query.text("labelSelector"),
+        call.query.text("fieldSelector"),
+    );
     Selector::parse(&kind.resource, labels, fields)
 }
 
@@ -377,7 +400,9 @@ fn list(
     let (objects, version) = {
         let state = shared.state();
         let version = list_version(shared, &state, call, kind)?;
-        let found = state.store.list_at(&kind.resource, scope(kind, path), version);
+        let found = state
+            .store
+            .list_at(&kind.resource, scope(kind, path), version);
         let found = found.map_err(|old| {
             let why = if token.is_empty() {
                 format!("too old resource version: {version} ({})", old.oldest)
@@ -415,11 +440,18 @@ fn list(
         let selects = !call.query.text("labelSelector").is_empty()
             || !call.query.text("fieldSelector").is_empty();
         if !selects {
-            object::set(&mut metadata, &["remainingItemCount"], objects.len() - limit);
+            object::set(
+                &mut metadata,
+                &["remainingItemCount"],
+                objects.len() - limit,
+            );
         }
         objects.truncate(limit);
     }
-    Ok(bytes_response(200, views::list(kind, &objects, &metadata, view)))
+    Ok(bytes_response(
+        200,
+        views::list(kind, &objects, &metadata, view),
+    ))
 }
 
 fn parse_continue(token: &str) -> ApiResult<Continue> {
@@ -430,12 +462,7 @@ fn parse_continue(token: &str) -> ApiResult<Continue> {
 }
 
 /// The version that a list shows.
-fn list_version(
-    shared: &Shared,
-    state: &State,
-    call: &Call,
-    kind: &Kind,
-) -> ApiResult<u64> {
+fn list_version(shared: &Shared, state: &State, call: &Call, kind: &Kind) -> ApiResult<u64> {
     let newest = state.store.version();
     let (asked, matching) = (
         call.query.number("resourceVersion")?,
@@ -444,7 +471,12 @@ fn list_version(
     let refuse = |field: &str, why: &str| {
         let cause = Cause::forbidden(field, why);
         let options = "ListOptions";
-        Err(ApiError::invalid("meta.k8s.io", options, &kind.kind, &[cause]))
+        Err(ApiError::invalid(
+            "meta.k8s.io",
+            options,
+            &kind.kind,
+            &[cause],
+        ))
     };
     if !matching.is_empty() && asked.is_none() {
         let why = "resourceVersionMatch is forbidden unless resourceVersion is provided";
@@ -454,7 +486,10 @@ fn list_version(
         return refuse("resourceVersionMatch", "unsupported value");
     }
     if call.query.flag("sendInitialEvents") {
-        return refuse("sendInitialEvents", "sendInitialEvents is forbidden for list");
+        return refuse(
+            "sendInitialEvents",
+            "sendInitialEvents is forbidden for list",
+        );
     }
     let token = call.query.text("continue");
     if !token.is_empty() {
@@ -522,7 +557,9 @@ fn watch(
         cut: shared.faults.watch_cuts(),
     };
     if streams && mode == StreamingLists::Broken {
-        watch.fail(&ApiError::internal("streaming lists are broken, as the test asked for"));
+        watch.fail(&ApiError::internal(
+            "streaming lists are broken, as the test asked for",
+        ));
     } else if let Some(listed) = listed {
         watch.begin_with(&listed);
         if streams && bookmarks {
@@ -546,11 +583,17 @@ fn check_watch(
 ) -> ApiResult<()> {
     let refuse = |field: &str, why: &str| {
         let cause = Cause::forbidden(field, why);
-        Err(ApiError::invalid("meta.k8s.io", "ListOptions", &kind.kind, &[cause]))
+        Err(ApiError::invalid(
+            "meta.k8s.io",
+            "ListOptions",
+            &kind.kind,
+            &[cause],
+        ))
     };
     let given = !call.query.text("sendInitialEvents").is_empty();
     if given && mode == StreamingLists::Refused {
-        let why = "sendInitialEvents is forbidden for watch unless the WatchList feature gate is enabled";
+        let why =
+            "sendInitialEvents is forbidden for watch unless the WatchList feature gate is enabled";
         return refuse("sendInitialEvents", why);
     }
     if given && matching != "NotOlderThan" {
@@ -558,7 +601,8 @@ fn check_watch(
         return refuse("resourceVersionMatch", why);
     }
     if !given && !matching.is_empty() {
-        let why = "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided";
+        let why =
+            "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided";
         return refuse("resourceVersionMatch", why);
     }
     if streams && !bookmarks {
@@ -597,7 +641,10 @@ fn initial(
         .unwrap_or(newest);
     let listed = state.store.list_at(&kind.resource, namespace, version);
     let listed = listed.map_err(|old| {
-        ApiError::expired(format!("too old resource version: {version} ({})", old.oldest))
+        ApiError::expired(format!(
+            "too old resource version: {version} ({})",
+            old.oldest
+        ))
     });
     Ok((Some(listed?), version))
 }
@@ -614,7 +661,7 @@ fn review(
     if kind.kind == "TokenReview" && shared.faults.token_reviews_refused() {
         return Err(ApiError::internal("an error that the test asked for"));
     }
-    let mut review = decode::decode(json_body(call)?)?.value;
+    let mut review = body(call)?.value;
     object::set(&mut review, &["kind"], kind.kind.as_str());
     object::set(&mut review, &["apiVersion"], kind.api_version());
     if kind.namespaced {
@@ -635,7 +682,7 @@ fn review(
 }
 
 fn token(shared: &Shared, call: &Call, path: &ResourcePath) -> ApiResult<Response<Body>> {
-    let request = decode::decode(json_body(call)?)?.value;
+    let request = body(call)?.value;
     let state = shared.state();
     let kind = state.catalog.find("", "v1", "serviceaccounts");
     let kind = kind.ok_or_else(ApiError::no_such_path)?;

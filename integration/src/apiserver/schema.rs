@@ -182,6 +182,15 @@ impl Schema {
         self.properties.get(name).or(self.additional.as_deref())
     }
 
+    /// How many characters, items and members there can be, as far as there are limits.
+    pub(crate) fn most(&self) -> (Option<usize>, Option<usize>, Option<usize>) {
+        let words = self.limits.enumeration.iter().flatten();
+        let word = words.filter_map(|word| word.as_str().map(str::len)).max();
+        // A character is 4 bytes at most.
+        let text = self.limits.length.1.map(|length| length * 4);
+        (word.or(text), self.limits.items.1, self.limits.properties.1)
+    }
+
     /// Whether a map of this schema takes any key, or keys that it does not declare.
     fn open(&self) -> bool {
         self.preserve || self.kind == Type::Any && self.properties.is_empty()
@@ -524,7 +533,9 @@ impl Check<'_> {
             Some("cidr") => text.parse::<ipnet::IpNet>().is_ok(),
             Some("byte") => {
                 use base64::Engine as _;
-                base64::engine::general_purpose::STANDARD.decode(text).is_ok()
+                base64::engine::general_purpose::STANDARD
+                    .decode(text)
+                    .is_ok()
             }
             // Formats that the real server does not know are not checked by it either.
             _ => true,
@@ -680,7 +691,10 @@ mod tests {
             (json!({"name": "ab", "mode": "c"}), "mode"),
             (json!({"name": "ab", "tags": {"k": 1}}), "tags.k"),
             (json!({"name": "ab", "tags": {"k.k": 1}}), "tags[k.k]"),
-            (json!({"name": "ab", "ports": [{"n": 1}, {"n": 1}]}), "ports[1]"),
+            (
+                json!({"name": "ab", "ports": [{"n": 1}, {"n": 1}]}),
+                "ports[1]",
+            ),
             (json!({"name": "ab", "either": true}), "either"),
             (json!({"name": null}), "name"),
         ] {

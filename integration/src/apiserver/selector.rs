@@ -38,9 +38,7 @@ impl Requirement {
         let number = || value.and_then(|value| value.parse::<i64>().ok());
         match &self.test {
             Test::In(values) => value.is_some_and(|value| values.iter().any(|one| one == value)),
-            Test::NotIn(values) => {
-                value.is_none_or(|value| !values.iter().any(|one| one == value))
-            }
+            Test::NotIn(values) => value.is_none_or(|value| !values.iter().any(|one| one == value)),
             Test::Exists => value.is_some(),
             Test::Absent => value.is_none(),
             Test::Above(bound) => number().is_some_and(|number| number > *bound),
@@ -56,9 +54,8 @@ impl Selector {
     ///
     /// 400 for what is no selector, and for a field that this resource cannot be selected by.
     pub(crate) fn parse(resource: &str, labels: &str, fields: &str) -> ApiResult<Self> {
-        let labels = parse_labels(labels).map_err(|why| {
-            ApiError::bad_request(format!("unable to parse requirement: {why}"))
-        })?;
+        let labels = parse_labels(labels)
+            .map_err(|why| ApiError::bad_request(format!("unable to parse requirement: {why}")))?;
         let fields = parse_fields(resource, fields).map_err(ApiError::bad_request)?;
         Ok(Self { labels, fields })
     }
@@ -80,16 +77,6 @@ impl Selector {
             requirement.matches(Some(value))
         };
         self.labels.iter().all(label) && self.fields.iter().all(field)
-    }
-
-    /// The name that a field selector asks for alone: RBAC's resource names apply to it.
-    pub(crate) fn single_name(&self) -> Option<&str> {
-        self.fields.iter().find_map(|requirement| {
-            match (requirement.key.as_str(), &requirement.test) {
-                ("metadata.name", Test::In(values)) => values.first().map(String::as_str),
-                _ => None,
-            }
-        })
     }
 }
 
@@ -174,7 +161,9 @@ fn parse_fields(resource: &str, text: &str) -> Result<Vec<Requirement>, String> 
             } else if let Some((key, value)) = term.split_once('=') {
                 (key, value, true)
             } else {
-                return Err(format!("invalid selector: {text:?}; can't understand {term:?}"));
+                return Err(format!(
+                    "invalid selector: {text:?}; can't understand {term:?}"
+                ));
             };
             let known = matches!(key, "metadata.name" | "metadata.namespace")
                 || fields_known(resource).contains(&key);
@@ -182,8 +171,15 @@ fn parse_fields(resource: &str, text: &str) -> Result<Vec<Requirement>, String> 
                 return Err(format!("field label not supported: {key}"));
             }
             let values = vec![value.to_owned()];
-            let test = if equal { Test::In(values) } else { Test::NotIn(values) };
-            Ok(Requirement { key: key.to_owned(), test })
+            let test = if equal {
+                Test::In(values)
+            } else {
+                Test::NotIn(values)
+            };
+            Ok(Requirement {
+                key: key.to_owned(),
+                test,
+            })
         })
         .collect()
 }
@@ -203,7 +199,10 @@ fn terms(text: &str) -> Vec<&str> {
         }
         c == ',' && depth == 0
     });
-    parts.map(str::trim).filter(|part| !part.is_empty()).collect()
+    parts
+        .map(str::trim)
+        .filter(|part| !part.is_empty())
+        .collect()
 }
 
 fn parse_label(term: &str) -> Result<Requirement, String> {
@@ -378,8 +377,7 @@ mod tests {
         let labels = BTreeMap::from([("a".to_owned(), "1".to_owned())]);
         assert!(selects(&json!({}), &labels));
         assert!(selects(&json!({"matchLabels": {"a": "1"}}), &labels));
-        let not =
-            json!({"matchExpressions": [{"key": "a", "operator": "NotIn", "values": ["1"]}]});
+        let not = json!({"matchExpressions": [{"key": "a", "operator": "NotIn", "values": ["1"]}]});
         assert!(!selects(&not, &labels));
     }
 }

@@ -19,6 +19,7 @@ use jiff::Timestamp;
 use serde_json::Value;
 use tokio::{
     net::{TcpListener, TcpStream},
+    runtime::Handle,
     sync::watch,
 };
 use tokio_rustls::TlsAcceptor;
@@ -28,9 +29,10 @@ use super::{
     auth::{Authority, ISSUER},
     error::{ApiError, ApiResult},
     faults::{Faults, UsedRight},
+    metadata,
     rbac::{self, Action, User},
     registry::State,
-    request::{self, Query, Target},
+    request::{self, Query},
     routes,
 };
 
@@ -48,6 +50,7 @@ pub(crate) struct Shared {
     state: Mutex<State>,
     /// The newest version: watches wait for it to change.
     changed: watch::Sender<u64>,
+    runtime: Handle,
 }
 
 impl Shared {
@@ -58,6 +61,7 @@ impl Shared {
             faults: Faults::default(),
             changed: watch::Sender::new(state.store.version()),
             state: Mutex::new(state),
+            runtime: Handle::current(),
         }
     }
 
@@ -66,18 +70,40 @@ impl Shared {
     }
 
     /// Does something to the state, and wakes the watches if it changed anything.
-    pub(crate) fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
-        let (result, version) = {
+    pub(crate) fn change<T>(self: &Arc<Self>, change: impl FnOnce(&mut State) -> T) -> T {
+        let (result, version, ending) = {
             let mut state = self.state();
             let result = change(&mut state);
-            (result, state.store.version())
+            let ending = std::mem::take(&mut state.ending);
+            (result, state.store.version(), ending)
         };
+        for namespace in ending {
+            self.end_later(namespace);
+        }
+        self.wake(version);
+        result
+    }
+
+    /// A deleted namespace keeps its content for a while, as at the real server.
+    fn end_later(self: &Arc<Self>, namespace: String) {
+        let shared = Arc::clone(self);
+        self.runtime.spawn(async move {
+            tokio::time::sleep(shared.options.namespace_grace).await;
+            let version = {
+                let mut state = shared.state();
+                state.end_namespace(&namespace, &metadata::now());
+                state.store.version()
+            };
+            shared.wake(version);
+        });
+    }
+
+    fn wake(&self, version: u64) {
         self.changed.send_if_modified(|seen| {
             let newer = version > *seen;
             *seen = version.max(*seen);
             newer
         });
-        result
     }
 
     pub(crate) fn changes(&self) -> watch::Receiver<u64> {
@@ -143,7 +169,11 @@ async fn answer(
         return refused(&match code {
             429 => ApiError::too_many_requests(1),
             500 => ApiError::internal("an error that the test asked for"),
-            code => ApiError::new(code, "ServiceUnavailable", "an error that the test asked for"),
+            code => ApiError::new(
+                code,
+                "ServiceUnavailable",
+                "an error that the test asked for",
+            ),
         });
     }
     let body = match Limited::new(body, BODY_MAX).collect().await {
@@ -175,6 +205,7 @@ fn checked(
     mut call: routes::Call,
 ) -> ApiResult<Response<Body>> {
     call.user = who(shared, certificate, &call.headers)?;
+    impersonate(shared, &mut call)?;
     let action = request::action(&call.method, &call.target, &call.query);
     check_right(shared, &call.user, &action)?;
     routes::answer(shared, call)
@@ -202,6 +233,46 @@ fn who(shared: &Shared, certificate: Option<User>, headers: &HeaderMap) -> ApiRe
     }))
 }
 
+/// `--as` and `--as-group`: who may, acts for another.
+fn impersonate(shared: &Shared, call: &mut routes::Call) -> ApiResult<()> {
+    let texts = |name: &str| -> Vec<String> {
+        let values = call.headers.get_all(name).iter();
+        values
+            .filter_map(|value| value.to_str().ok().map(str::to_owned))
+            .collect()
+    };
+    let (names, groups) = (texts("impersonate-user"), texts("impersonate-group"));
+    let Some(name) = names.first() else {
+        return Ok(());
+    };
+    let wanted = std::iter::once(("users", name)).chain(groups.iter().map(|one| ("groups", one)));
+    for (resource, name) in wanted {
+        let action = Action {
+            verb: "impersonate".to_owned(),
+            resource: resource.to_owned(),
+            name: name.clone(),
+            ..Action::default()
+        };
+        check_right(shared, &call.user, &action)?;
+    }
+    let mut user = User {
+        name: name.clone(),
+        groups,
+        ..User::default()
+    };
+    if let Some((namespace, _)) = name
+        .strip_prefix("system:serviceaccount:")
+        .and_then(|rest| rest.split_once(':'))
+    {
+        user.groups.push("system:serviceaccounts".to_owned());
+        user.groups
+            .push(format!("system:serviceaccounts:{namespace}"));
+    }
+    user.groups.push("system:authenticated".to_owned());
+    call.user = user;
+    Ok(())
+}
+
 /// # Errors
 ///
 /// 403 if no rule allows it.
@@ -212,7 +283,10 @@ pub(crate) fn check_right(shared: &Shared, user: &User, action: &Action) -> ApiR
             (false, true) => format!("{} is forbidden: ", qualified(action)),
             (false, false) => format!("{} {:?} is forbidden: ", qualified(action), action.name),
         };
-        return Err(ApiError::forbidden(format!("{about}{}", action.refusal(user))));
+        return Err(ApiError::forbidden(format!(
+            "{about}{}",
+            action.refusal(user)
+        )));
     }
     let resource = match (action.resource.is_empty(), action.subresource.is_empty()) {
         (true, _) => action.path.clone(),
@@ -254,7 +328,9 @@ pub(crate) fn json_response(code: u16, value: &Value) -> Response<Body> {
 
 /// An answer whose JSON is ready.
 pub(crate) fn bytes_response(code: u16, bytes: Bytes) -> Response<Body> {
-    let full = Full::new(bytes).map_err(|never| match never {}).boxed_unsync();
+    let full = Full::new(bytes)
+        .map_err(|never| match never {})
+        .boxed_unsync();
     response(code, full)
 }
 

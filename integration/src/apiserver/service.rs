@@ -57,7 +57,9 @@ impl Pools {
     /// Fills in families, addresses and ports of a service, and says what is wrong with those given.
     pub(crate) fn allocate(&mut self, old: Option<&Value>, new: &mut Value) -> Vec<Cause> {
         let text = |value: &Value, key: &str| {
-            object::text(value, &["spec", key]).unwrap_or_default().to_owned()
+            object::text(value, &["spec", key])
+                .unwrap_or_default()
+                .to_owned()
         };
         if text(new, "type") == "ExternalName" {
             for key in ["clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy"] {
@@ -122,8 +124,14 @@ impl Pools {
             "SingleStack"
         };
         object::set_default(new, &["spec", "ipFamilyPolicy"], default);
-        let policy = object::text(new, &["spec", "ipFamilyPolicy"]).unwrap_or_default().to_owned();
-        let has: Vec<_> = self.ranges.iter().map(|range| family(&range.addr())).collect();
+        let policy = object::text(new, &["spec", "ipFamilyPolicy"])
+            .unwrap_or_default()
+            .to_owned();
+        let has: Vec<_> = self
+            .ranges
+            .iter()
+            .map(|range| family(&range.addr()))
+            .collect();
         for (index, one) in given.iter().enumerate() {
             if !has.contains(&one.as_str()) {
                 let field = format!("spec.ipFamilies[{index}]");
@@ -133,11 +141,19 @@ impl Pools {
         }
         if policy == "RequireDualStack" && has.len() < 2 {
             let why = "this cluster is not configured for dual-stack services";
-            causes.push(Cause::invalid("spec.ipFamilyPolicy", &policy.as_str().into(), why));
+            causes.push(Cause::invalid(
+                "spec.ipFamilyPolicy",
+                &policy.as_str().into(),
+                why,
+            ));
         }
         if policy == "SingleStack" && given.len() > 1 {
             let why = "may only hold up to 1 value when ipFamilyPolicy is SingleStack";
-            causes.push(Cause::invalid("spec.ipFamilies", &given.clone().into(), why));
+            causes.push(Cause::invalid(
+                "spec.ipFamilies",
+                &given.clone().into(),
+                why,
+            ));
         }
         let mut families = given;
         if families.is_empty() {
@@ -154,7 +170,9 @@ impl Pools {
     }
 
     fn cluster_ips(&mut self, old: Option<&Value>, new: &mut Value, causes: &mut Vec<Cause>) {
-        let given = object::text(new, &["spec", "clusterIP"]).unwrap_or_default().to_owned();
+        let given = object::text(new, &["spec", "clusterIP"])
+            .unwrap_or_default()
+            .to_owned();
         if given == "None" {
             object::set(new, &["spec", "clusterIPs"], json!(["None"]));
             return;
@@ -179,7 +197,10 @@ impl Pools {
         let mut chosen = Vec::new();
         for (index, one) in families.iter().enumerate() {
             let field = format!("spec.clusterIPs[{index}]");
-            let Some(range) = self.ranges.iter().position(|range| family(&range.addr()) == one)
+            let Some(range) = self
+                .ranges
+                .iter()
+                .position(|range| family(&range.addr()) == one)
             else {
                 continue;
             };
@@ -191,11 +212,14 @@ impl Pools {
                 Some(text) => {
                     let parsed = text.parse::<IpAddr>().ok();
                     let inside = parsed.filter(|address| {
-                        self.ranges.get(range).is_some_and(|range| range.contains(address))
+                        self.ranges
+                            .get(range)
+                            .is_some_and(|range| range.contains(address))
                     });
                     match inside {
                         None => {
-                            let why = "failed to allocate IP: the provided IP is not in the valid range";
+                            let why =
+                                "failed to allocate IP: the provided IP is not in the valid range";
                             causes.push(Cause::invalid(field, &text.as_str().into(), why));
                         }
                         Some(address)
@@ -224,7 +248,9 @@ impl Pools {
             IpNet::V6(net) => (1_u128 << (128 - net.prefix_len()).min(64)) - 1,
         };
         // One turn around the range, or as many steps as there are services in it.
-        let steps = u128::try_from(self.addresses.len()).unwrap_or(u128::MAX).saturating_add(2);
+        let steps = u128::try_from(self.addresses.len())
+            .unwrap_or(u128::MAX)
+            .saturating_add(2);
         for _ in 0..steps.min(size) {
             let offset = *next;
             *next = if *next + 1 >= size { 1 } else { *next + 1 };
@@ -232,9 +258,7 @@ impl Pools {
                 IpNet::V4(net) => IpAddr::V4(Ipv4Addr::from_bits(
                     net.network().to_bits() | u32::try_from(offset).ok()?,
                 )),
-                IpNet::V6(net) => {
-                    IpAddr::V6(Ipv6Addr::from_bits(net.network().to_bits() | offset))
-                }
+                IpNet::V6(net) => IpAddr::V6(Ipv6Addr::from_bits(net.network().to_bits() | offset)),
             };
             if !self.addresses.contains(&address) {
                 return Some(address);
@@ -249,18 +273,26 @@ impl Pools {
             || kind == "LoadBalancer"
                 && object::at(new, &["spec", "allocateLoadBalancerNodePorts"])
                     != Some(&Value::Bool(false));
-        let own: BTreeSet<_> = old.map(node_ports).unwrap_or_default().into_iter().collect();
+        let own: BTreeSet<_> = old
+            .map(node_ports)
+            .unwrap_or_default()
+            .into_iter()
+            .collect();
         let before = old.map(|old| object::list(old, &["spec", "ports"]).to_vec());
-        let Some(Value::Array(ports)) =
-            new.get_mut("spec").and_then(|spec| spec.get_mut("ports"))
+        let Some(Value::Array(ports)) = new.get_mut("spec").and_then(|spec| spec.get_mut("ports"))
         else {
             return;
         };
         let mut chosen = BTreeSet::new();
         for (index, port) in ports.iter_mut().enumerate() {
             let field = format!("spec.ports[{index}].nodePort");
-            let protocol = object::text(port, &["protocol"]).unwrap_or("TCP").to_owned();
-            let given = port.get("nodePort").and_then(Value::as_i64).filter(|port| *port != 0);
+            let protocol = object::text(port, &["protocol"])
+                .unwrap_or("TCP")
+                .to_owned();
+            let given = port
+                .get("nodePort")
+                .and_then(Value::as_i64)
+                .filter(|port| *port != 0);
             if !has_ports {
                 if given.is_some() && kind_forbids(given, old) {
                     let why = "may not be used when `type` is 'ClusterIP'";
@@ -271,9 +303,11 @@ impl Pools {
             }
             let kept = || {
                 let same = before.iter().flatten().find(|one| {
-                    one.get("port") == port.get("port") && one.get("protocol") == port.get("protocol")
+                    one.get("port") == port.get("port")
+                        && one.get("protocol") == port.get("protocol")
                 });
-                same.and_then(|one| one.get("nodePort")).and_then(Value::as_i64)
+                same.and_then(|one| one.get("nodePort"))
+                    .and_then(Value::as_i64)
             };
             let number = match given.or_else(kept) {
                 Some(number) if !NODE_PORTS.contains(&number) => {
@@ -342,7 +376,9 @@ fn node_ports(service: &Value) -> Vec<(i64, String)> {
 pub(crate) fn fill_in(service: &mut Value) {
     object::set_default(service, &["spec", "type"], "ClusterIP");
     object::set_default(service, &["spec", "sessionAffinity"], "None");
-    let kind = object::text(service, &["spec", "type"]).unwrap_or_default().to_owned();
+    let kind = object::text(service, &["spec", "type"])
+        .unwrap_or_default()
+        .to_owned();
     if kind != "ExternalName" {
         object::set_default(service, &["spec", "internalTrafficPolicy"], "Cluster");
     }
@@ -353,10 +389,17 @@ pub(crate) fn fill_in(service: &mut Value) {
         object::set_default(service, &["spec", "allocateLoadBalancerNodePorts"], true);
     }
     if object::text(service, &["spec", "sessionAffinity"]) == Some("ClientIP") {
-        let place = ["spec", "sessionAffinityConfig", "clientIP", "timeoutSeconds"];
+        let place = [
+            "spec",
+            "sessionAffinityConfig",
+            "clientIP",
+            "timeoutSeconds",
+        ];
         object::set_default(service, &place, 10_800);
     }
-    if let Some(Value::Array(ports)) = service.get_mut("spec").and_then(|spec| spec.get_mut("ports"))
+    if let Some(Value::Array(ports)) = service
+        .get_mut("spec")
+        .and_then(|spec| spec.get_mut("ports"))
     {
         for port in ports {
             let number = port.get("port").cloned().unwrap_or_default();
@@ -408,7 +451,12 @@ pub(crate) fn check(service: &Value) -> Vec<Cause> {
     }
     if let Some(seconds) = object::at(
         service,
-        &["spec", "sessionAffinityConfig", "clientIP", "timeoutSeconds"],
+        &[
+            "spec",
+            "sessionAffinityConfig",
+            "clientIP",
+            "timeoutSeconds",
+        ],
     )
     .and_then(Value::as_i64)
         && !(1..=86_400).contains(&seconds)
@@ -417,10 +465,17 @@ pub(crate) fn check(service: &Value) -> Vec<Cause> {
         let why = "must be greater than 0 and less than 86400";
         causes.push(Cause::invalid(field, &seconds.into(), why));
     }
-    for (index, address) in object::texts(service, &["spec", "externalIPs"]).into_iter().enumerate() {
+    for (index, address) in object::texts(service, &["spec", "externalIPs"])
+        .into_iter()
+        .enumerate()
+    {
         if address.parse::<IpAddr>().is_err() {
             let field = format!("spec.externalIPs[{index}]");
-            causes.push(Cause::invalid(field, &address.into(), "must be a valid IP address"));
+            causes.push(Cause::invalid(
+                field,
+                &address.into(),
+                "must be a valid IP address",
+            ));
         }
     }
     causes
@@ -458,7 +513,10 @@ mod tests {
             let spec = made(&mut pools, json!({"ports": ports})).unwrap();
             assert!(seen.insert(spec["clusterIP"].to_string()));
         }
-        assert_eq!(made(&mut pools, json!({"ports": ports})).unwrap_err(), "spec.clusterIPs[0]");
+        assert_eq!(
+            made(&mut pools, json!({"ports": ports})).unwrap_err(),
+            "spec.clusterIPs[0]"
+        );
         let catalog = Catalog::default();
         let kind = catalog.find("", "v1", "services").unwrap();
         pools.release(kind, &json!({"spec": {"clusterIPs": ["10.96.0.3"]}}));
@@ -470,15 +528,29 @@ mod tests {
     fn families_follow_the_policy() {
         let mut pools = pools();
         let ports = json!([{"port": 80}]);
-        let dual =
-            made(&mut pools, json!({"ports": ports, "ipFamilyPolicy": "PreferDualStack"})).unwrap();
+        let dual = made(
+            &mut pools,
+            json!({"ports": ports, "ipFamilyPolicy": "PreferDualStack"}),
+        )
+        .unwrap();
         assert_eq!(dual["ipFamilies"], json!(["IPv4", "IPv6"]));
         assert_eq!(dual["clusterIPs"][1], "fd00:96::1");
         let six = made(&mut pools, json!({"ports": ports, "ipFamilies": ["IPv6"]})).unwrap();
-        assert_eq!((six["ipFamilyPolicy"].as_str(), six["clusterIP"].as_str()), (Some("SingleStack"), Some("fd00:96::2")));
-        let none = made(&mut pools, json!({"clusterIP": "None", "selector": {"a": "b"}})).unwrap();
+        assert_eq!(
+            (six["ipFamilyPolicy"].as_str(), six["clusterIP"].as_str()),
+            (Some("SingleStack"), Some("fd00:96::2"))
+        );
+        let none = made(
+            &mut pools,
+            json!({"clusterIP": "None", "selector": {"a": "b"}}),
+        )
+        .unwrap();
         assert_eq!(none["clusterIPs"], json!(["None"]));
-        let external = made(&mut pools, json!({"type": "ExternalName", "externalName": "a.b"})).unwrap();
+        let external = made(
+            &mut pools,
+            json!({"type": "ExternalName", "externalName": "a.b"}),
+        )
+        .unwrap();
         assert!(external.get("clusterIP").is_none());
     }
 
@@ -491,7 +563,10 @@ mod tests {
         let made_spec = made(&mut pools, spec.clone()).unwrap();
         assert_eq!(made_spec["ports"][0]["nodePort"], 30_000);
         assert_eq!(made_spec["ports"][0]["targetPort"], 80);
-        assert_eq!(made(&mut pools, spec).unwrap_err(), "spec.ports[1].nodePort");
+        assert_eq!(
+            made(&mut pools, spec).unwrap_err(),
+            "spec.ports[1].nodePort"
+        );
     }
 
     #[test]
@@ -499,11 +574,21 @@ mod tests {
         for (spec, field) in [
             (json!({}), "spec.ports"),
             (json!({"ports": [{"port": 0}]}), "spec.ports[0].port"),
-            (json!({"ports": [{"port": 1}, {"port": 2}]}), "spec.ports[0].name"),
-            (json!({"ports": [{"port": 1}], "clusterIP": "10.97.0.1"}), "spec.clusterIPs[0]"),
+            (
+                json!({"ports": [{"port": 1}, {"port": 2}]}),
+                "spec.ports[0].name",
+            ),
+            (
+                json!({"ports": [{"port": 1}], "clusterIP": "10.97.0.1"}),
+                "spec.clusterIPs[0]",
+            ),
             (json!({"type": "ExternalName"}), "spec.externalName"),
         ] {
-            assert_eq!(made(&mut pools(), spec.clone()).unwrap_err(), field, "{spec}");
+            assert_eq!(
+                made(&mut pools(), spec.clone()).unwrap_err(),
+                field,
+                "{spec}"
+            );
         }
     }
 }

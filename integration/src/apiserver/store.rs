@@ -72,7 +72,6 @@ impl Stored {
 /// One thing that happened to one object.
 #[derive(Debug, Clone)]
 pub(crate) struct Change {
-    pub(crate) version: u64,
     /// The object before; none if it was created.
     pub(crate) before: Option<Arc<Stored>>,
     /// The object after; after a deletion its last state, with the version of the deletion.
@@ -100,7 +99,7 @@ impl Table {
         if self.log.len() == LOG_CHANGES_MAX
             && let Some(oldest) = self.log.pop_front()
         {
-            self.forgotten = oldest.version;
+            self.forgotten = oldest.after.version;
         }
         self.log.push_back(change);
     }
@@ -151,7 +150,6 @@ impl Store {
             .objects
             .insert(stored.key.clone(), Arc::clone(&stored));
         table.record(Change {
-            version: self.version,
             before: before.clone(),
             after: Arc::clone(&stored),
             deleted: false,
@@ -201,7 +199,6 @@ impl Store {
         );
         let after = Arc::new(Stored::new(resource, &last, self.version));
         table.record(Change {
-            version: self.version,
             before: Some(Arc::clone(&before)),
             after: Arc::clone(&after),
             deleted: true,
@@ -243,10 +240,9 @@ impl Store {
             });
         }
         let now = self.list(resource, namespace).into_iter();
-        let mut objects: BTreeMap<_, _> =
-            now.map(|stored| (stored.key.clone(), stored)).collect();
+        let mut objects: BTreeMap<_, _> = now.map(|stored| (stored.key.clone(), stored)).collect();
         let undo = table.log.iter().rev();
-        for change in undo.take_while(|change| change.version > version) {
+        for change in undo.take_while(|change| change.after.version > version) {
             let key = &change.after.key;
             if namespace.is_some_and(|namespace| key.namespace != namespace) {
                 continue;
@@ -278,7 +274,9 @@ impl Store {
                 oldest: table.forgotten,
             });
         }
-        let from = table.log.partition_point(|change| change.version <= version);
+        let from = table
+            .log
+            .partition_point(|change| change.after.version <= version);
         Ok(table.log.range(from..).take(max).cloned().collect())
     }
 

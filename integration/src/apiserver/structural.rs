@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use super::{
     cel::Rule,
+    cel_cost,
     error::Cause,
     object,
     schema::{Definitions, Schema},
@@ -81,19 +82,36 @@ const TYPES: &[&str] = &["object", "array", "string", "integer", "number", "bool
 
 /// What is wrong with a schema at `path`.
 pub(crate) fn check(schema: &Value, path: &str) -> Vec<Cause> {
-    let mut check = Check { causes: Vec::new() };
+    let mut check = Check {
+        causes: Vec::new(),
+        cost: 0.0,
+    };
     if object::text(schema, &["type"]) != Some("object") {
         let got = schema.get("type").unwrap_or(&Value::Null);
         let cause = Cause::invalid(format!("{path}.type"), got, "must be object at the root");
         check.causes.push(cause);
     }
     check.root_metadata(schema, path);
-    check.schema(schema, path, true);
+    check.schema(schema, path, true, 1.0);
+    if check.cost > cel_cost::TOTAL_MAX {
+        let why =
+            dear("x-kubernetes-validations estimated rule cost total for entire OpenAPIv3 schema");
+        check.forbid(path.to_owned(), &why);
+    }
     check.causes
 }
 
 struct Check {
     causes: Vec<Cause>,
+    /// Of all rules so far.
+    cost: f64,
+}
+
+fn dear(what: &str) -> String {
+    format!(
+        "{what} exceeds budget (try simplifying the rule, or adding maxItems, maxProperties, and \
+         maxLength where arrays, maps, and strings are declared)"
+    )
 }
 
 impl Check {
@@ -111,8 +129,9 @@ impl Check {
         }
     }
 
-    /// `correlatable`: an old value can be found for this place.
-    fn schema(&mut self, schema: &Value, path: &str, correlatable: bool) {
+    /// `correlatable`: an old value can be found for this place. `count`: how often the place can be
+    /// in an object.
+    fn schema(&mut self, schema: &Value, path: &str, correlatable: bool, count: f64) {
         let Some(map) = schema.as_object() else {
             let why = "must be a schema";
             self.causes.push(Cause::invalid(path, schema, why));
@@ -127,17 +146,30 @@ impl Check {
         }
         self.types(schema, path);
         self.lists(schema, path);
-        self.rules(schema, path, correlatable);
+        let parsed = Schema::parse(schema).unwrap_or_default();
+        self.rules(schema, &parsed, path, correlatable, count);
+        let inside = count * cel_cost::size(&parsed);
         self.default(schema, path);
         for (name, property) in object::members(schema, &["properties"]) {
-            self.schema(property, &format!("{path}.properties[{name}]"), correlatable);
+            self.schema(
+                property,
+                &format!("{path}.properties[{name}]"),
+                correlatable,
+                count,
+            );
         }
         if let Some(items) = schema.get("items") {
             let keyed = object::text(schema, &["x-kubernetes-list-type"]) == Some("map");
-            self.schema(items, &format!("{path}.items"), correlatable && keyed);
+            let path = format!("{path}.items");
+            self.schema(items, &path, correlatable && keyed, inside);
         }
         if let Some(values @ Value::Object(_)) = schema.get("additionalProperties") {
-            self.schema(values, &format!("{path}.additionalProperties"), correlatable);
+            self.schema(
+                values,
+                &format!("{path}.additionalProperties"),
+                correlatable,
+                inside,
+            );
         }
         for junctor in ["allOf", "anyOf", "oneOf"] {
             let int_or_string = flag(schema, "x-kubernetes-int-or-string");
@@ -158,7 +190,8 @@ impl Check {
             None if preserve || int_or_string => {}
             None => {
                 let why = "must not be empty for specified object fields";
-                self.causes.push(Cause::required(format!("{path}.type"), why));
+                self.causes
+                    .push(Cause::required(format!("{path}.type"), why));
             }
             Some(_) if int_or_string => {
                 let why = "must be empty if x-kubernetes-int-or-string is true";
@@ -172,7 +205,8 @@ impl Check {
             }
             Some("array") if schema.get("items").is_none() => {
                 let why = "must be specified";
-                self.causes.push(Cause::required(format!("{path}.items"), why));
+                self.causes
+                    .push(Cause::required(format!("{path}.items"), why));
             }
             Some("object") => {}
             Some(_) if schema.get("properties").is_some() => {
@@ -189,7 +223,8 @@ impl Check {
             self.forbid(format!("{path}.additionalProperties"), why);
         }
         if flag(schema, "uniqueItems") {
-            let why = "uniqueItems cannot be set to true since the runtime complexity becomes quadratic";
+            let why =
+                "uniqueItems cannot be set to true since the runtime complexity becomes quadratic";
             self.forbid(format!("{path}.uniqueItems"), why);
         }
         if flag(schema, "x-kubernetes-embedded-resource")
@@ -198,7 +233,8 @@ impl Check {
         {
             let why = "must not be empty if x-kubernetes-embedded-resource is true without \
                        x-kubernetes-preserve-unknown-fields";
-            self.causes.push(Cause::required(format!("{path}.properties"), why));
+            self.causes
+                .push(Cause::required(format!("{path}.properties"), why));
         }
         if let Err(why) = schema
             .get("pattern")
@@ -207,7 +243,8 @@ impl Check {
         {
             let got = schema.get("pattern").unwrap_or(&Value::Null);
             let why = format!("must be a valid regular expression, but isn't: {why}");
-            self.causes.push(Cause::invalid(format!("{path}.pattern"), got, &why));
+            self.causes
+                .push(Cause::invalid(format!("{path}.pattern"), got, &why));
         }
     }
 
@@ -219,11 +256,15 @@ impl Check {
             None | Some("atomic" | "set" | "map") => {}
             Some(other) => {
                 let known = ["atomic", "set", "map"];
-                self.causes.push(Cause::not_supported(&place, &other.into(), &known));
+                self.causes
+                    .push(Cause::not_supported(&place, &other.into(), &known));
             }
         }
         if list.is_some() && object::text(schema, &["type"]) != Some("array") {
-            self.forbid(place, "must be array if x-kubernetes-list-type is specified");
+            self.forbid(
+                place,
+                "must be array if x-kubernetes-list-type is specified",
+            );
         }
         let keys_place = format!("{path}.x-kubernetes-list-map-keys");
         if list != Some("map") {
@@ -245,7 +286,8 @@ impl Check {
             match object::at(items, &["properties", key]) {
                 None => {
                     let why = "entries must all be names of item properties";
-                    self.causes.push(Cause::invalid(&keys_place, &key.into(), why));
+                    self.causes
+                        .push(Cause::invalid(&keys_place, &key.into(), why));
                 }
                 Some(property) if !required.contains(&key) && property.get("default").is_none() => {
                     let place = format!("{path}.items.properties[{key}].default");
@@ -258,8 +300,18 @@ impl Check {
         }
     }
 
-    fn rules(&mut self, schema: &Value, path: &str, correlatable: bool) {
-        for (index, raw) in object::list(schema, &["x-kubernetes-validations"]).iter().enumerate() {
+    fn rules(
+        &mut self,
+        schema: &Value,
+        parsed: &Schema,
+        path: &str,
+        correlatable: bool,
+        count: f64,
+    ) {
+        for (index, raw) in object::list(schema, &["x-kubernetes-validations"])
+            .iter()
+            .enumerate()
+        {
             let path = format!("{path}.x-kubernetes-validations[{index}]");
             for (key, _) in object::members(raw, &[]) {
                 let known = [
@@ -274,18 +326,26 @@ impl Check {
                     self.forbid(format!("{path}.{key}"), "unknown field");
                 }
             }
-            let parsed = Schema::parse(schema).unwrap_or_default();
-            match Rule::parse(raw).and_then(|rule| rule.fits(&parsed).map(|()| rule)) {
+            match Rule::parse(raw).and_then(|rule| rule.fits(parsed).map(|()| rule)) {
                 Err(why) => {
                     let rule = raw.get("rule").unwrap_or(&Value::Null);
-                    self.causes.push(Cause::invalid(format!("{path}.rule"), rule, &why));
+                    self.causes
+                        .push(Cause::invalid(format!("{path}.rule"), rule, &why));
                 }
                 Ok(rule) if rule.compares() && !correlatable => {
                     let rule = raw.get("rule").unwrap_or(&Value::Null);
                     let why = "oldSelf cannot be used on the uncorrelatable portion of the schema";
-                    self.causes.push(Cause::invalid(format!("{path}.rule"), rule, why));
+                    self.causes
+                        .push(Cause::invalid(format!("{path}.rule"), rule, why));
                 }
-                Ok(_) => {}
+                Ok(rule) => {
+                    let cost = rule.cost(parsed) * count;
+                    self.cost += cost;
+                    if cost > cel_cost::RULE_MAX {
+                        let why = dear("estimated rule cost");
+                        self.forbid(format!("{path}.rule"), &why);
+                    }
+                }
             }
         }
     }
@@ -310,7 +370,8 @@ impl Check {
         for cause in parsed.check(&value, None, &none) {
             let place = format!("{place}.{}", cause.field);
             let place = place.trim_end_matches('.');
-            self.causes.push(Cause::invalid(place, default, &cause.message));
+            self.causes
+                .push(Cause::invalid(place, default, &cause.message));
         }
     }
 
@@ -342,7 +403,12 @@ impl Check {
         }
         for junctor in ["allOf", "anyOf", "oneOf"] {
             for (index, one) in object::list(schema, &[junctor]).iter().enumerate() {
-                self.junctor(one, outer, &format!("{path}.{junctor}[{index}]"), int_or_string);
+                self.junctor(
+                    one,
+                    outer,
+                    &format!("{path}.{junctor}[{index}]"),
+                    int_or_string,
+                );
             }
         }
         if let Some(not) = schema.get("not") {
@@ -363,7 +429,10 @@ mod tests {
 
     fn wrong(property: &Value) -> Vec<String> {
         let schema = json!({"type": "object", "properties": {"p": property}});
-        check(&schema, "s").into_iter().map(|cause| cause.field).collect()
+        check(&schema, "s")
+            .into_iter()
+            .map(|cause| cause.field)
+            .collect()
     }
 
     #[test]
@@ -378,9 +447,9 @@ mod tests {
                 "oneOf": [{"required": ["a"]}, {"properties": {"a": {"enum": ["x"]}}}],
             }),
             json!({
-                "type": "array", "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["n"],
+                "type": "array", "maxItems": 100, "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["n"],
                 "items": {"type": "object", "required": ["n"], "properties": {"n": {
-                    "type": "string",
+                    "type": "string", "maxLength": 63,
                     "x-kubernetes-validations": [{"rule": "self == oldSelf", "message": "m"}],
                 }}},
             }),
@@ -398,21 +467,42 @@ mod tests {
             (json!({"type": "array"}), "p].items"),
             (json!({"type": "string", "$ref": "x"}), "p].$ref"),
             (json!({"type": "string", "titel": "x"}), "p].titel"),
-            (json!({"type": "array", "uniqueItems": true, "items": {"type": "string"}}), "uniqueItems"),
+            (
+                json!({"type": "array", "uniqueItems": true, "items": {"type": "string"}}),
+                "uniqueItems",
+            ),
             (
                 json!({"type": "object", "properties": {"a": {"type": "string"}}, "additionalProperties": true}),
                 "additionalProperties",
             ),
-            (json!({"type": "string", "anyOf": [{"type": "string"}]}), "anyOf[0].type"),
-            (json!({"type": "object", "oneOf": [{"properties": {"a": {}}}]}), "oneOf[0].properties[a]"),
+            (
+                json!({"type": "string", "anyOf": [{"type": "string"}]}),
+                "anyOf[0].type",
+            ),
+            (
+                json!({"type": "object", "oneOf": [{"properties": {"a": {}}}]}),
+                "oneOf[0].properties[a]",
+            ),
             (json!({"type": "integer", "default": "x"}), "default"),
-            (json!({"type": "integer", "minimum": 2, "default": 1}), "default"),
+            (
+                json!({"type": "integer", "minimum": 2, "default": 1}),
+                "default",
+            ),
             (json!({"type": "string", "pattern": "("}), "pattern"),
             (
                 json!({"type": "array", "x-kubernetes-list-type": "map", "items": {"type": "object"}}),
                 "x-kubernetes-list-map-keys",
             ),
-            (json!({"type": "string", "x-kubernetes-validations": [{"rule": "self."}]}), "rule"),
+            (
+                json!({"type": "string", "x-kubernetes-validations": [{"rule": "self."}]}),
+                "rule",
+            ),
+            (
+                json!({"type": "array", "maxItems": 100, "items": {
+                    "type": "string", "x-kubernetes-validations": [{"rule": "isIP(self)"}],
+                }}),
+                "rule",
+            ),
             (
                 json!({"type": "array", "items": {
                     "type": "string", "x-kubernetes-validations": [{"rule": "self == oldSelf"}],

@@ -182,7 +182,10 @@ pub(crate) fn select<'a>(value: &'a Value, path: &str) -> Vec<&'a Value> {
             }
             let (key, after) = after.split_at(end);
             let key = key.replace('\\', "");
-            found = found.into_iter().filter_map(|value| value.get(&key)).collect();
+            found = found
+                .into_iter()
+                .filter_map(|value| value.get(&key))
+                .collect();
             rest = after;
         } else if let Some((inner, after)) =
             rest.strip_prefix('[').and_then(|rest| rest.split_once(']'))
@@ -220,7 +223,9 @@ fn index<'a>(items: &'a [Value], inner: &str) -> Vec<&'a Value> {
 
 /// How long ago, as `kubectl get` says it.
 fn age(time: &Value) -> String {
-    let then = time.as_str().and_then(|text| text.parse::<Timestamp>().ok());
+    let then = time
+        .as_str()
+        .and_then(|text| text.parse::<Timestamp>().ok());
     let Some(then) = then else {
         return "<unknown>".to_owned();
     };
@@ -239,9 +244,17 @@ const COLUMNS: &[(&str, &[(&str, &str, i64)])] = &[
     (
         "Node",
         &[
-            ("Status", ".status.conditions[?(@.type==\"Ready\")].reason", 0),
+            (
+                "Status",
+                ".status.conditions[?(@.type==\"Ready\")].reason",
+                0,
+            ),
             ("Version", ".status.nodeInfo.kubeletVersion", 0),
-            ("Internal-IP", ".status.addresses[?(@.type==\"InternalIP\")].address", 1),
+            (
+                "Internal-IP",
+                ".status.addresses[?(@.type==\"InternalIP\")].address",
+                1,
+            ),
         ],
     ),
     (
@@ -276,10 +289,20 @@ const COLUMNS: &[(&str, &[(&str, &str, i64)])] = &[
             ("Ready", ".status.numberReady", 0),
         ],
     ),
-    ("Deployment", &[("Ready", ".status.readyReplicas", 0), ("Up-to-date", ".status.updatedReplicas", 0)]),
+    (
+        "Deployment",
+        &[
+            ("Ready", ".status.readyReplicas", 0),
+            ("Up-to-date", ".status.updatedReplicas", 0),
+        ],
+    ),
+    ("StatefulSet", &[("Ready", ".status.readyReplicas", 0)]),
     ("Secret", &[("Type", ".type", 0)]),
     ("Lease", &[("Holder", ".spec.holderIdentity", 0)]),
-    ("CustomResourceDefinition", &[("Created At", ".metadata.creationTimestamp", 0)]),
+    (
+        "CustomResourceDefinition",
+        &[("Created At", ".metadata.creationTimestamp", 0)],
+    ),
     ("RoleBinding", &[("Role", ".roleRef.name", 0)]),
     ("ClusterRoleBinding", &[("Role", ".roleRef.name", 0)]),
     (
@@ -301,7 +324,11 @@ fn columns(kind: &Kind) -> Vec<Column> {
     let new_event = |path: &str| matches!(path, ".regarding.name" | ".note");
     let columns = own.into_iter().flat_map(|(_, columns)| columns.iter());
     let columns = columns.filter(|(_, path, _)| {
-        if kind.group.is_empty() { !new_event(path) } else { !core_event(path) }
+        if kind.group.is_empty() {
+            !new_event(path)
+        } else {
+            !core_event(path)
+        }
     });
     let column = |name: &str, path: &str, priority: i64| Column {
         name: name.to_owned(),
@@ -328,7 +355,10 @@ mod tests {
         let metadata = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1";
         assert_eq!(View::of_accept(metadata), Some(View::Metadata));
         assert_eq!(View::of_accept("application/json"), Some(View::Whole));
-        assert_eq!(View::of_accept("application/vnd.kubernetes.protobuf, */*"), Some(View::Whole));
+        assert_eq!(
+            View::of_accept("application/vnd.kubernetes.protobuf, */*"),
+            Some(View::Whole)
+        );
         assert_eq!(View::of_accept("application/vnd.kubernetes.protobuf"), None);
     }
 

@@ -43,7 +43,10 @@ pub(crate) struct Watch {
 impl Watch {
     /// Sends a list first.
     pub(crate) fn begin_with(&mut self, objects: &[Arc<Stored>]) {
-        for stored in objects.iter().filter(|stored| self.selector.matches(stored)) {
+        for stored in objects
+            .iter()
+            .filter(|stored| self.selector.matches(stored))
+        {
             let object = views::one(&self.kind, stored, self.view);
             self.pending.push_back(event("ADDED", &object));
         }
@@ -57,7 +60,8 @@ impl Watch {
 
     /// Ends with an error.
     pub(crate) fn fail(&mut self, error: &ApiError) {
-        self.pending.push_back(event("ERROR", error.body().to_string().as_bytes()));
+        self.pending
+            .push_back(event("ERROR", error.body().to_string().as_bytes()));
         self.ended = true;
     }
 
@@ -121,7 +125,7 @@ impl Watch {
             Ok(changes) => {
                 let full = changes.len() == CHANGES_MAX;
                 for change in &changes {
-                    self.seen = change.version;
+                    self.seen = change.after.version;
                     self.tell(change);
                 }
                 if !full {
@@ -141,19 +145,25 @@ impl Watch {
         if !here {
             return;
         }
-        let before = change.before.as_ref().filter(|stored| self.selector.matches(stored));
+        let before = change
+            .before
+            .as_ref()
+            .filter(|stored| self.selector.matches(stored));
         let after = !change.deleted && self.selector.matches(&change.after);
         let bytes = match (before, after) {
             (None, false) => return,
             (None, true) => event("ADDED", &views::one(&self.kind, &change.after, self.view)),
-            (Some(_), true) => event("MODIFIED", &views::one(&self.kind, &change.after, self.view)),
+            (Some(_), true) => event(
+                "MODIFIED",
+                &views::one(&self.kind, &change.after, self.view),
+            ),
             (Some(_), false) if change.deleted => {
                 event("DELETED", &views::one(&self.kind, &change.after, self.view))
             }
             (Some(before), false) => {
                 // It went out of sight: its last state in sight, with the version of the change.
                 let mut last = shown(&self.kind, before);
-                let version = change.version.to_string();
+                let version = change.after.version.to_string();
                 object::set(&mut last, &["metadata", "resourceVersion"], version);
                 let last = views::show(&self.kind, last, self.view);
                 event("DELETED", last.to_string().as_bytes())
