@@ -24,7 +24,12 @@ fn packages_install_keep_the_operator_s_configuration_and_purge_without_a_trace(
 
     let root = tempfile::tempdir().unwrap();
     let root = root.path();
-    for folder in ["var/lib/dpkg/info", "var/lib/dpkg/updates", "var/log", "etc"] {
+    for folder in [
+        "var/lib/dpkg/info",
+        "var/lib/dpkg/updates",
+        "var/log",
+        "etc",
+    ] {
         fs::create_dir_all(root.join(folder)).unwrap();
     }
     for file in ["status", "available"] {
@@ -36,13 +41,20 @@ fn packages_install_keep_the_operator_s_configuration_and_purge_without_a_trace(
     }
     let agent = root.join("usr/bin/mesh-agent");
     let version = run(Command::new(&agent).arg("--version"));
-    assert_eq!(version.trim(), concat!("mesh-agent ", env!("CARGO_PKG_VERSION")));
+    assert_eq!(
+        version.trim(),
+        concat!("mesh-agent ", env!("CARGO_PKG_VERSION"))
+    );
     // No daemon may start before the operator said something.
     for unit in ["mesh-agent", "mesh-controller", "mesh-relay"] {
         let path = root.join(format!("usr/lib/systemd/system/{unit}.service"));
         let text = fs::read_to_string(path).unwrap();
-        let condition = text.lines().find_map(|line| line.strip_prefix("ConditionPathExists="));
-        let program = text.lines().find_map(|line| line.strip_prefix("ExecStart="));
+        let condition = text
+            .lines()
+            .find_map(|line| line.strip_prefix("ConditionPathExists="));
+        let program = text
+            .lines()
+            .find_map(|line| line.strip_prefix("ExecStart="));
         let program = program.unwrap();
         assert!(program.ends_with(condition.unwrap()), "{program}");
         let (binary, _) = program.split_once(' ').unwrap();
@@ -74,7 +86,10 @@ fn dpkg(root: &Path) -> Command {
         .arg("--log")
         .arg(root.join("var/log/dpkg.log"))
         .arg("--force-script-chrootless")
-        .env("PATH", "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin");
+        .env(
+            "PATH",
+            "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin",
+        );
     command
 }
 
@@ -82,7 +97,11 @@ fn run(command: &mut Command) -> String {
     let output = command.output().unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let said = text(&output.stderr);
-    assert!(output.status.success(), "{command:?}: {said}{}", text(&output.stdout));
+    assert!(
+        output.status.success(),
+        "{command:?}: {said}{}",
+        text(&output.stdout)
+    );
     text(&output.stdout)
 }
 
