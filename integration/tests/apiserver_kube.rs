@@ -48,9 +48,10 @@ async fn soon<T>(what: &str, future: impl Future<Output = T>) -> Result<T> {
 }
 
 fn code(error: &kube::Error) -> u16 {
-    match error {
-        kube::Error::Api(status) => status.code,
-        _ => 0,
+    if let kube::Error::Api(status) = error {
+        status.code
+    } else {
+        0
     }
 }
 
@@ -217,14 +218,13 @@ async fn metadata_watches_carry_no_bodies() -> Result<()> {
         .watch_metadata(&WatchParams::default(), &version)
         .await?
         .boxed();
-    match soon("an event", events.try_next()).await??.context("end")? {
-        WatchEvent::Added(meta) => {
-            ensure!(meta.metadata.name.as_deref() == Some("one"));
-            let text = serde_json::to_string(&meta)?;
-            ensure!(!text.contains("secret"), "{text}");
-        }
-        other => bail!("{other:?}"),
-    }
+    let event = soon("an event", events.try_next()).await??.context("end")?;
+    let WatchEvent::Added(meta) = event else {
+        bail!("{event:?}");
+    };
+    ensure!(meta.metadata.name.as_deref() == Some("one"));
+    let text = serde_json::to_string(&meta)?;
+    ensure!(!text.contains("secret"), "{text}");
     Ok(())
 }
 
@@ -239,17 +239,15 @@ async fn bookmarks_tell_how_far_a_quiet_watch_is() -> Result<()> {
         .boxed();
     standin.insert(&config_map("elsewhere", "1"))?;
     loop {
-        match soon("a bookmark", events.try_next())
+        let event = soon("a bookmark", events.try_next())
             .await??
-            .context("end")?
-        {
-            WatchEvent::Bookmark(bookmark) => {
-                let version: u64 = bookmark.metadata.resource_version.parse()?;
-                if version > from {
-                    return Ok(());
-                }
-            }
-            other => bail!("{other:?}"),
+            .context("end")?;
+        let WatchEvent::Bookmark(bookmark) = event else {
+            bail!("{event:?}");
+        };
+        let version: u64 = bookmark.metadata.resource_version.parse()?;
+        if version > from {
+            return Ok(());
         }
     }
 }

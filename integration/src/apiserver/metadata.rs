@@ -224,7 +224,8 @@ pub(crate) fn check(kind: &Kind, value: &Value) -> Vec<Cause> {
         .enumerate()
     {
         let known = matches!(finalizer, "foregroundDeletion" | "orphan" | "kubernetes");
-        if !known && !(finalizer.contains('/') && selector::is_label_key(finalizer)) {
+        let qualified = finalizer.contains('/') && selector::is_label_key(finalizer);
+        if !known && !qualified {
             let field = format!("metadata.finalizers[{index}]");
             let why = "name is neither a standard finalizer name nor is it fully qualified";
             causes.push(Cause::invalid(field, &finalizer.into(), why));

@@ -269,10 +269,8 @@ fn check_container(
     for list in ["limits", "requests"] {
         for (key, quantity) in object::members(container, &["resources", list]) {
             let field = format!("{place}.resources.{list}[{key}]");
-            let text = match quantity {
-                Value::String(text) => text.clone(),
-                other => other.to_string(),
-            };
+            let text = quantity.as_str();
+            let text = text.map_or_else(|| quantity.to_string(), str::to_owned);
             if !is_quantity(&text) {
                 let why = "quantities must match the regular expression of resource.Quantity";
                 causes.push(Cause::invalid(field, quantity, why));

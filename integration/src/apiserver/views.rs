@@ -238,8 +238,10 @@ fn age(time: &Value) -> String {
     }
 }
 
+type Cells = &'static [(&'static str, &'static str, i64)];
+
 /// Name, path and `-o wide` of what a built-in kind shows beside its name.
-const COLUMNS: &[(&str, &[(&str, &str, i64)])] = &[
+const COLUMNS: &[(&str, Cells)] = &[
     ("Namespace", &[("Status", ".status.phase", 0)]),
     (
         "Node",
