@@ -447,23 +447,21 @@ async fn the_projects_own_manifests_are_taken_and_taken_again() -> Result<()> {
         let only_sets = changed.all(|line| line.starts_with("statefulset"));
         ensure!(only_sets, "{again}");
         kubectl.ok(&["diff", "-k", &folder]).await?;
-        let server = [
-            "apply",
-            "--server-side",
-            "--field-manager=setup",
+        let delete = [
+            "delete",
+            "--ignore-not-found",
             "-k",
             &folder,
+            "--timeout=20s",
         ];
-        kubectl.ok(&server).await?;
-        kubectl
-            .ok(&[
-                "delete",
-                "--ignore-not-found",
-                "-k",
-                &folder,
-                "--timeout=20s",
-            ])
-            .await?;
+        kubectl.ok(&delete).await?;
+        for _ in 0..2 {
+            let said = kubectl
+                .ok(&["apply", "--server-side", "-k", &folder])
+                .await?;
+            ensure!(!said.contains("Warning"), "{said}");
+        }
+        kubectl.ok(&delete).await?;
     }
     Ok(())
 }
