@@ -19,7 +19,6 @@ use mesh_linux::{
     netlink::{LinkDetail, LinkRoute, Netlink, NetlinkError, NewVeth},
     netns,
 };
-use tokio::runtime::Builder;
 
 use crate::{
     check::{Made, Seen},
@@ -29,6 +28,9 @@ use crate::{
 
 /// The loopback's index in each network namespace (`LOOPBACK_IFINDEX` of linux/net_namespace.h).
 const LOOPBACK: u32 = 1;
+
+/// The network namespace of the calling thread.
+const OWN_NAMESPACE: &str = "/proc/thread-self/ns/net";
 
 /// Connects to the kernel, in the namespace of the calling thread.
 ///
@@ -59,7 +61,7 @@ pub fn open_namespace(path: &Path) -> Result<File, CniError> {
         let metadata = metadata.map_err(|error| CniError::new(Code::Io, what.clone()).with(error));
         metadata.map(|metadata| (metadata.dev(), metadata.ino()))
     };
-    if number(file.metadata())? == number(fs::metadata("/proc/thread-self/ns/net"))? {
+    if number(file.metadata())? == number(fs::metadata(OWN_NAMESPACE))? {
         let message = format!("CNI_NETNS is {}: that is the node's own", path.display());
         return Err(CniError::new(Code::BadEnvironment, message)
             .with("pods with the node's network need no plug-in"));
@@ -135,7 +137,8 @@ pub async fn attach(
         .ok_or_else(|| vanished(&name))?;
     inside(namespace, async |netlink| {
         configure_pod(netlink, pod, id, addresses, veth).await
-    })?;
+    })
+    .await?;
     configure_host(netlink, index, id, addresses, veth).await?;
     Ok(HostInterface {
         name,
@@ -155,12 +158,13 @@ async fn configure_pod(
     }
     if addresses.iter().any(IpAddr::is_ipv6) {
         // Nobody else is on the link: no address is anybody's twice, and nobody advertises anything.
-        for (name, value) in [
-            ("disable_ipv6", "0"),
-            ("accept_dad", "0"),
-            ("accept_ra", "0"),
-        ] {
-            set(&format!("ipv6/conf/{}/{name}", id.interface), value)?;
+        for name in ["accept_dad", "accept_ra"] {
+            set(&format!("ipv6/conf/{}/{name}", id.interface), "0")?;
+        }
+        let off = format!("ipv6/conf/{}/disable_ipv6", id.interface);
+        // Writing it waits for all that the kernel does with interfaces, and is seldom needed.
+        if fs::read_to_string(setting(&off)).is_ok_and(|off| off.trim() != "0") {
+            set(&off, "0")?;
         }
     }
     netlink.set_up(link).await.map_err(kernel)?;
@@ -258,7 +262,8 @@ pub async fn look(netlink: &Netlink, namespace: &File, made: Made<'_>) -> Result
         let neighbours = netlink.permanent_neighbours(pod.index).await;
         seen.pod_neighbours = neighbours.map_err(kernel)?;
         Ok(())
-    })?;
+    })
+    .await?;
     Ok(seen)
 }
 
@@ -275,7 +280,8 @@ pub async fn host_end(
 ) -> Result<Option<LinkDetail>, CniError> {
     let pod = inside(namespace, async |netlink| {
         netlink.find_link(name).await.map_err(kernel)
-    })?;
+    })
+    .await?;
     let pod = pod.ok_or_else(|| {
         let message = format!("the pod has no interface {name}");
         CniError::new(Code::BadConfig, message).with("the plug-in before has to make it")
@@ -287,40 +293,46 @@ pub async fn host_end(
     Ok(host.filter(|host| host.veth_peer == Some(pod.index)))
 }
 
-/// Runs `work` in a namespace, with a connection to the kernel there.
-fn inside<T: Send>(
+/// Runs `work` in a namespace, with a connection to the kernel there. The calling thread, which is the only one that
+/// works, goes there and comes back: another one, with a runtime of its own, costs as much as half of the work.
+async fn inside<T>(
     namespace: &File,
-    work: impl AsyncFnOnce(&Netlink) -> Result<T, CniError> + Send,
+    work: impl AsyncFnOnce(&Netlink) -> Result<T, CniError>,
 ) -> Result<T, CniError> {
-    let entered = netns::run_inside(namespace, || {
-        let runtime = Builder::new_current_thread().enable_io().build()?;
-        Ok(runtime.block_on(async { work(&connect()?).await }))
-    });
-    entered
-        .and_then(|done: io::Result<_>| done)
-        .map_err(|error| {
-            CniError::new(Code::Kernel, "cannot work in the pod's network namespace").with(error)
-        })?
+    let failed = |error| {
+        CniError::new(Code::Kernel, "cannot work in the pod's network namespace").with(error)
+    };
+    let home = File::open(OWN_NAMESPACE).map_err(failed)?;
+    netns::enter(namespace).map_err(failed)?;
+    let done = match connect() {
+        Ok(netlink) => work(&netlink).await,
+        Err(error) => Err(error),
+    };
+    netns::enter(&home).map_err(failed)?;
+    done
 }
 
-/// Sets one of `/proc/sys/net`, unless it is so already: it may be read-only then.
+/// Sets one of `/proc/sys/net`. One that cannot be written, but is so already, is fine: it may be read-only.
 fn set(name: &str, value: &str) -> Result<(), CniError> {
     let path = setting(name);
+    let Err(error) = fs::write(&path, value) else {
+        return Ok(());
+    };
     let old = fs::read_to_string(&path);
     if old.is_ok_and(|old| old.trim() == value) {
         return Ok(());
     }
-    fs::write(&path, value).map_err(|error| {
-        let message = format!("cannot write {value} to {}", path.display());
-        CniError::new(Code::Kernel, message).with(error)
-    })
+    let message = format!("cannot write {value} to {}", path.display());
+    Err(CniError::new(Code::Kernel, message).with(error))
 }
 
+/// As [`set`], for one that older kernels do not have.
 fn set_if_known(name: &str, value: &str) -> Result<(), CniError> {
-    if setting(name).exists() {
-        return set(name, value);
+    let done = set(name, value);
+    if done.is_err() && !setting(name).exists() {
+        return Ok(());
     }
-    Ok(())
+    done
 }
 
 fn setting(name: &str) -> PathBuf {
