@@ -8,7 +8,10 @@ use kube::{
     runtime::watcher::{self, Config, Error, InitialListStrategy, watcher},
 };
 use serde::de::DeserializeOwned;
-use tokio::{sync::mpsc, time::sleep};
+use tokio::{
+    sync::mpsc,
+    time::{sleep, timeout},
+};
 
 use crate::{
     cluster::{Event, Item},
@@ -25,6 +28,10 @@ const RETRY_MAX: Duration = Duration::from_secs(20);
 /// How long the API server keeps a watch open. A connection that died in silence is noticed 5 s
 /// after that; a new watch costs one request.
 const WATCH_S: u32 = 60;
+
+/// A watch that says nothing for so long after trouble is well again: a connection that cannot be made
+/// fails within 10 s.
+const CALM: Duration = Duration::from_secs(15);
 
 /// What to follow.
 #[derive(Debug, Clone, Copy)]
@@ -64,16 +71,34 @@ pub(super) async fn follow<K>(
 {
     let mut listing = Listing::Streamed;
     let mut pause = RETRY_MIN;
+    let mut troubled = false;
     loop {
         let mut stream = pin!(watcher(api.clone(), config(source, listing)));
         let mut watching = false;
-        while let Some(next) = stream.next().await {
+        loop {
+            let quiet = if troubled && watching {
+                CALM
+            } else {
+                Duration::MAX
+            };
+            let Ok(next) = timeout(quiet, stream.next()).await else {
+                // It goes on where it was, and nothing changed since: nobody says so.
+                troubled = false;
+                if events.send(Event::Well(source.kind)).await.is_err() {
+                    return;
+                }
+                continue;
+            };
+            let Some(next) = next else {
+                break;
+            };
             let heard = match next {
                 Ok(event) => {
                     watching =
                         !matches!(event, watcher::Event::Init | watcher::Event::InitApply(_));
                     if watching {
                         pause = RETRY_MIN;
+                        troubled = false;
                     }
                     told(source.kind, event, &convert)
                 }
@@ -87,6 +112,7 @@ pub(super) async fn follow<K>(
                     } else if events.send(trouble).await.is_err() {
                         return;
                     } else {
+                        troubled = true;
                         sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
                         pause = (pause * 2).min(RETRY_MAX);
                     }

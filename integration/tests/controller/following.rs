@@ -3,7 +3,7 @@
 use integration::apiserver::StreamingLists;
 
 use crate::{
-    lab::Agent,
+    lab::{Agent, until},
     world::{SHOP, World},
 };
 
@@ -82,6 +82,11 @@ async fn dropped_watches_and_a_forgotten_past_take_nothing_away() {
     }
     assert_eq!(agent.removed(), [""; 0]);
     assert!(agent.told.iter().skip(1).all(|told| !told.full));
+    // Watches of kinds of which nothing is heard are well again too.
+    until("nothing is wrong", async || {
+        world.problems().await.is_empty().then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]
