@@ -1,7 +1,7 @@
 //! `cargo xtask package`: what is installed. Binaries that need nothing but a kernel, Debian packages and images made of them.
 
 use std::{
-    fs,
+    fs, io,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Command,
@@ -96,6 +96,19 @@ impl Machine {
         }
     }
 
+    /// Takes symbols off its programs (binutils, for the other machine its cross variant).
+    fn strip(self) -> &'static str {
+        match self {
+            _ if self.is_this() => "strip",
+            Self::Amd64 => "x86_64-linux-gnu-strip",
+            Self::Arm64 => "aarch64-linux-gnu-strip",
+        }
+    }
+
+    fn is_this(self) -> bool {
+        self.target().starts_with(std::env::consts::ARCH)
+    }
+
     fn target(self) -> &'static str {
         match self {
             Self::Amd64 => "x86_64-unknown-linux-gnu",
@@ -112,13 +125,18 @@ impl Machine {
 pub(crate) fn run(what: What, machine: Machine, bins: Option<PathBuf>) -> Result<bool> {
     let out = root().join("target/package");
     let staged = out.join(machine.name());
+    fs::create_dir_all(&staged).with_context(|| format!("make {}", staged.display()))?;
     let bins = match bins {
         Some(bins) => bins,
         None => build(machine)?,
     };
-    fs::create_dir_all(&staged).with_context(|| format!("make {}", staged.display()))?;
     for (binary, _) in BINARIES {
-        install(&bins.join(binary), &staged.join(binary), 0o755)?;
+        let mut strip = Command::new(machine.strip());
+        strip
+            .arg("-o")
+            .arg(staged.join(binary))
+            .arg(bins.join(binary));
+        done(strip)?;
     }
     let made = match what {
         What::Binaries => BINARIES.iter().map(|(name, _)| staged.join(name)).collect(),
@@ -147,9 +165,7 @@ fn build(machine: Machine) -> Result<PathBuf> {
     }
     eprintln!("building static binaries for {target} …");
     let mut command = cargo(&words);
-    command
-        .env("RUSTFLAGS", "-C target-feature=+crt-static")
-        .env("CARGO_PROFILE_RELEASE_STRIP", "symbols");
+    command.env("RUSTFLAGS", "-C target-feature=+crt-static");
     done(command)?;
     Ok(root().join("target").join(target).join("release"))
 }
@@ -242,7 +258,8 @@ fn build_image(target: &str, image: &str, out: &Path, machine: Machine) -> Resul
 
 fn done(mut command: Command) -> Result<()> {
     let name = command.get_program().to_string_lossy().into_owned();
-    let status = match command.status() {
+    // Standard output is for what was made.
+    let status = match command.stdout(io::stderr()).status() {
         Ok(status) => status,
         Err(error) => bail!("{name} cannot be run ({error}): install its Debian package"),
     };

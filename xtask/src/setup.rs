@@ -17,6 +17,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("/usr/include/linux/bpf.h", "linux-libc-dev"),
     ("cc", "gcc"),
     ("curl", "curl"),
+    ("strip", "binutils"),
+    ("dpkg-deb", "dpkg"),
     ("dig", "dnsutils"),
     ("iperf3", "iperf3"),
     ("openssl", "openssl"),
