@@ -68,8 +68,10 @@ impl Pod {
             addresses: Vec::new(),
         };
         let result = plug_in(mesh, &pod, "ADD")?;
-        for ip in result["ips"].as_array().into_iter().flatten() {
-            let text = ip["address"].as_str().unwrap_or_default();
+        let ips = result.get("ips").and_then(Value::as_array);
+        for ip in ips.into_iter().flatten() {
+            let text = ip.get("address").and_then(Value::as_str);
+            let text = text.unwrap_or_default();
             let (address, _) = text.split_once('/').context("no prefix length")?;
             pod.addresses.push(address.parse()?);
         }

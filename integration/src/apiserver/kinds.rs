@@ -465,7 +465,7 @@ mod tests {
                     map.values().for_each(|value| references(value, found));
                 }
                 Value::Array(items) => items.iter().for_each(|item| references(item, found)),
-                _ => {}
+                Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
             }
         }
         let mut found = Vec::new();

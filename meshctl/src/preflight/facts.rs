@@ -202,7 +202,7 @@ mod tests {
         let mounts = "none /sys/fs/cgroup/unified cgroup2 rw 0 0\nbpf /sys/fs/bpf bpf rw 0 0\n";
         let path = PathBuf::from("/sys/fs/cgroup/unified");
         assert_eq!(mounted(mounts, "cgroup2"), [path]);
-        assert_eq!(mounted(mounts, "tmpfs"), [PathBuf::new(); 0]);
+        assert!(mounted(mounts, "tmpfs").is_empty());
         let lockdown = chosen("none [integrity] confidentiality\n");
         assert_eq!(lockdown.as_deref(), Some("integrity"));
         assert_eq!(

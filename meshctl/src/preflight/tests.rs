@@ -157,7 +157,7 @@ fn the_kubelet_s_first_configuration_counts() {
     let ours = list("05-holdfast.conflist", &["bridge", "mesh-cni"]);
     let late = list("50-holdfast.conflist", &["mesh-cni"]);
     let broken = ("00-x.conf".to_owned(), Err("not JSON".to_owned()));
-    assert!(cni(&[bridge.clone()]).text.contains("chained"));
+    assert!(cni(std::slice::from_ref(&bridge)).text.contains("chained"));
     assert_eq!(cni(&[ours, bridge.clone()]).level, Level::Ok);
     assert_eq!(cni(&[bridge.clone(), late]).level, Level::Warning);
     assert_eq!(cni(&[broken, bridge]).level, Level::Error);
