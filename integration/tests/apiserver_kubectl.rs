@@ -46,7 +46,7 @@ impl Kubectl {
             .kill_on_drop(true);
         let done = tokio::time::timeout(COMMAND_MAX, command.output()).await;
         done.with_context(|| format!("kubectl {arguments:?} does not end"))?
-            .context("run kubectl (Debian package kubernetes-client)")
+            .context("run kubectl (`cargo xtask test` gets one)")
     }
 
     /// What a command that succeeds says.

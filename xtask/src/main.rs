@@ -13,6 +13,7 @@ mod instructions;
 mod package;
 mod report;
 mod setup;
+mod sid;
 mod soak;
 mod test;
 mod tidy;

@@ -1,11 +1,15 @@
 //! What a machine needs for labs, and how it gets it.
 
-use std::{env, fs, path::Path, process::Command};
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use netns_tests::{lab, tool};
 
-use crate::{cargo, root};
+use crate::{cargo, root, sid};
 
 /// A program or a file, and the Debian package that brings it.
 const PACKAGES: &[(&str, &str)] = &[
@@ -34,7 +38,6 @@ const PACKAGES: &[(&str, &str)] = &[
     ("containerd", "containerd"),
     ("runc", "runc"),
     ("busybox", "busybox-static"),
-    ("kubectl", "kubernetes-client"),
 ];
 
 /// WireGuard programs that tests talk to, and the packages of crates.io that bring them.
@@ -45,6 +48,29 @@ const WIREGUARD_PEERS: &[(&str, &str)] = &[
 
 /// tcx links came with Linux 6.6.
 const KERNEL_MIN: (u32, u32) = (6, 6);
+
+/// `kubectl explain`, `apply` and `wait` as the tests use them: OpenAPI 3 came with 1.27. Debian 12 has 1.20.
+const KUBECTL_MIN: (u32, u32) = (1, 27);
+
+/// A folder with a `kubectl` that is new enough, if the system has none.
+///
+/// # Errors
+///
+/// If there is none to be had.
+pub(crate) fn kubectl() -> Result<Option<PathBuf>> {
+    let asked = tool::run("kubectl", &["version", "--client", "-o", "json"], "");
+    let said: Option<serde_json::Value> =
+        asked.ok().and_then(|said| serde_json::from_str(&said).ok());
+    let found = said.and_then(|said| {
+        let text = said.pointer("/clientVersion/gitVersion")?.as_str()?;
+        version(text.trim_start_matches('v'))
+    });
+    if found.is_some_and(|found| found >= KUBECTL_MIN) {
+        return Ok(None);
+    }
+    let program = sid::program("kubectl", "kubectl")?;
+    Ok(program.parent().map(Path::to_owned))
+}
 
 /// Installs what is missing and checks the rest.
 ///

@@ -2,6 +2,8 @@
 
 use std::{
     collections::BTreeMap,
+    env,
+    ffi::{OsStr, OsString},
     fs::File,
     io::{Read as _, Seek as _},
     path::PathBuf,
@@ -42,6 +44,7 @@ struct Row {
 pub(crate) fn run(nightly: bool) -> Result<bool> {
     setup::ready()?;
     setup::wireguard_peers()?;
+    let path = path_with(setup::kubectl()?)?;
     let mut rows = Vec::new();
     let mut add = |row: Row| {
         let mark = if row.failed == 0 { "ok" } else { "FAILED" };
@@ -79,7 +82,7 @@ pub(crate) fn run(nightly: bool) -> Result<bool> {
     for program in programs {
         let rounds = if nightly && program.scenario { 3 } else { 1 };
         for _ in 0..rounds {
-            add(run_tests(&program, nightly));
+            add(run_tests(&program, &path, nightly));
         }
     }
     if nightly {
@@ -88,6 +91,13 @@ pub(crate) fn run(nightly: bool) -> Result<bool> {
     let doc = cargo(&["test", "--workspace", "--doc", "--no-fail-fast", "--quiet"]);
     add(count("documentation examples", doc, true));
     Ok(finish(&rows))
+}
+
+/// Where programs are looked for: in this folder first.
+fn path_with(first: Option<PathBuf>) -> Result<OsString> {
+    let others = env::var_os("PATH").unwrap_or_default();
+    let all = first.into_iter().chain(env::split_paths(&others));
+    env::join_paths(all).context("PATH")
 }
 
 fn finish(rows: &[Row]) -> bool {
@@ -219,11 +229,12 @@ fn test_programs() -> Result<Vec<TestProgram>> {
     Ok(programs.into_values().collect())
 }
 
-fn run_tests(program: &TestProgram, nightly: bool) -> Row {
+fn run_tests(program: &TestProgram, path: &OsStr, nightly: bool) -> Row {
     let mut command = Command::new(&program.path);
     command
         .current_dir(&program.folder)
-        .env("CARGO_MANIFEST_DIR", &program.folder);
+        .env("CARGO_MANIFEST_DIR", &program.folder)
+        .env("PATH", path);
     if program.scenario {
         command.arg(SCENARIOS_AT_ONCE);
     }

@@ -1,18 +1,14 @@
-//! Gets the programs that are measured: the workspace's own, crates, Debian packages, and packages of
-//! Debian's next release, unpacked beside the system.
+//! Gets the programs that are measured: the workspace's own, crates, Debian packages.
 
 use std::{
-    env, fs,
+    env,
     path::{Path, PathBuf},
     process::Command,
 };
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::{cargo, root, setup};
-
-/// Where Debian's next release is.
-const SUITE: &str = "sid";
+use crate::{cargo, root, setup, sid};
 
 /// What makes `mesh-tunnel` leave the payload as it is. No build of the product sets it.
 const NO_CIPHER: &str = "--cfg holdfast_bench_no_cipher";
@@ -98,100 +94,7 @@ pub(super) fn from_debian(package: &'static str, program: &'static str) -> Resul
     Tool::ask(found.context(program)?, "--version")
 }
 
-/// A program of Debian's next release, unpacked beside the system once. Go programs want nothing but a
-/// C library that is older than this machine's.
+/// A program of Debian's next release. Go programs want nothing but a C library that is older than this machine's.
 pub(super) fn from_sid(package: &str, program: &str, version_word: &str) -> Result<Tool> {
-    let unpacked = folder().join(SUITE).join(package);
-    let path = unpacked.join("usr/bin").join(program);
-    if !path.is_file() {
-        eprintln!("unpacking {package} of Debian {SUITE} …");
-        let apt = Apt::new()?;
-        let archive = apt.download(package)?;
-        fs::create_dir_all(&unpacked)?;
-        let mut unpack = Command::new("dpkg");
-        unpack.arg("--extract").arg(archive).arg(&unpacked);
-        succeed(&mut unpack)?;
-    }
-    Tool::ask(path, version_word)
-}
-
-/// `apt-get` with folders of its own: what it knows of another release must not reach the system's.
-struct Apt {
-    folder: PathBuf,
-}
-
-impl Apt {
-    fn new() -> Result<Self> {
-        let apt = Self {
-            folder: folder().join("apt"),
-        };
-        for part in ["lists/partial", "cache/archives/partial", "packages"] {
-            fs::create_dir_all(apt.folder.join(part))?;
-        }
-        let source = format!("deb {} {SUITE} main\n", mirror()?);
-        fs::write(apt.folder.join("sources.list"), source)?;
-        Ok(apt)
-    }
-
-    fn command(&self) -> Command {
-        let at = |key: &str, part: &str| format!("{key}={}", self.folder.join(part).display());
-        let options = [
-            at("Dir::Etc::SourceList", "sources.list"),
-            "Dir::Etc::SourceParts=-".to_owned(),
-            at("Dir::State::Lists", "lists"),
-            at("Dir::Cache", "cache"),
-            "Acquire::Languages=none".to_owned(),
-            "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".to_owned(),
-            "APT::Sandbox::User=root".to_owned(), // Others may not read this folder.
-        ];
-        let mut command = Command::new("apt-get");
-        command.arg("--quiet");
-        for option in options {
-            command.args(["--option", &option]);
-        }
-        command
-    }
-
-    /// The archive of a package, checked against the release's signature by `apt-get`.
-    fn download(&self, package: &str) -> Result<PathBuf> {
-        succeed(self.command().arg("update"))?;
-        let folder = self.folder.join("packages");
-        let mut download = self.command();
-        succeed(download.args(["download", package]).current_dir(&folder))?;
-        let prefix = format!("{package}_");
-        let is_it = |entry: &fs::DirEntry| {
-            let name = entry.file_name();
-            name.to_string_lossy().starts_with(&prefix)
-        };
-        let found = fs::read_dir(&folder)?.flatten().find(is_it);
-        Ok(found.context("apt-get download left no archive")?.path())
-    }
-}
-
-/// Where this machine's own Debian packages come from.
-fn mirror() -> Result<String> {
-    let mut ask = Command::new("apt-get");
-    ask.args(["indextargets", "--format", "$(REPO_URI)"]);
-    ask.args(["Created-By: Packages", "Label: Debian"]);
-    let mut said = succeed(&mut ask)?;
-    if said.is_empty() {
-        // Container images come without lists.
-        succeed(Command::new("apt-get").args(["--quiet", "update"]))?;
-        said = succeed(&mut ask)?;
-    }
-    let first = said.lines().next().map(str::to_owned);
-    first.context("no repository of Debian's is configured in /etc/apt")
-}
-
-fn succeed(command: &mut Command) -> Result<String> {
-    let output = command.env("DEBIAN_FRONTEND", "noninteractive").output();
-    let output = output.with_context(|| format!("start {command:?}"))?;
-    let errors = String::from_utf8_lossy(&output.stderr);
-    ensure!(
-        output.status.success(),
-        "{command:?}: {}: {}",
-        output.status,
-        errors.trim()
-    );
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    Tool::ask(sid::program(package, program)?, version_word)
 }
