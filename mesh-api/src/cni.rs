@@ -430,7 +430,11 @@ mod tests {
         for length in 0..whole.len() {
             fs::write(&path, &whole[..length]).unwrap();
             let found = read_attachments(folder.path()).unwrap();
-            assert_eq!(found.unreadable, std::slice::from_ref(&path), "cut at {length}");
+            assert_eq!(
+                found.unreadable,
+                std::slice::from_ref(&path),
+                "cut at {length}"
+            );
         }
         fs::write(&path, &whole).unwrap();
         let found = read_attachments(folder.path()).unwrap();
