@@ -73,7 +73,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ),
     ("netns-tests", &["mesh-linux"]),
     ("integration", &["mesh-api", "mesh-linux"]),
-    ("xtask", &["mesh-api", "netns-tests"]),
+    ("xtask", &["netns-tests"]),
 ];
 
 /// Where `unsafe` may stand: the adapters, the loader, and the lab's two system calls.

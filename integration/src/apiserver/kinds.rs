@@ -439,7 +439,9 @@ fn wrap_reference(schema: &mut Value) {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::collections::BTreeSet;
+
+    use super::{super::openapi::references, *};
 
     #[test]
     fn every_kind_has_a_schema_with_metadata() {
@@ -456,19 +458,7 @@ mod tests {
 
     #[test]
     fn every_reference_leads_somewhere() {
-        fn references(value: &Value, found: &mut Vec<String>) {
-            match value {
-                Value::Object(map) => {
-                    if let Some(Value::String(place)) = map.get("$ref") {
-                        found.extend(place.rsplit('/').next().map(str::to_owned));
-                    }
-                    map.values().for_each(|value| references(value, found));
-                }
-                Value::Array(items) => items.iter().for_each(|item| references(item, found)),
-                Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
-            }
-        }
-        let mut found = Vec::new();
+        let mut found = BTreeSet::new();
         raw_definitions()
             .values()
             .for_each(|raw| references(raw, &mut found));

@@ -67,7 +67,8 @@ pub(crate) fn document(catalog: &Catalog, path: &str) -> Option<Value> {
     }))
 }
 
-fn references(raw: &Value, found: &mut BTreeSet<String>) {
+/// The names of all definitions that `raw` refers to.
+pub(super) fn references(raw: &Value, found: &mut BTreeSet<String>) {
     match raw {
         Value::Object(map) => {
             if let Some(Value::String(place)) = map.get("$ref") {

@@ -1,25 +1,24 @@
-//! The custom resources as files for `kubectl`, made from the types in `mesh-api`.
+//! `cargo xtask crdgen`: the custom resources as files for `kubectl`, made from the types in `mesh-api`. It is here so that
+//! `xtask` itself needs nothing of Kubernetes: it is the first that a clean checkout builds.
+//!
+//! **Invariant:** it writes in `deploy/kubernetes/crds` and nowhere else.
+
+#![forbid(unsafe_code)]
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result};
 use mesh_api::crd;
 use serde_json::Value;
 
-use crate::root;
-
 const FIRST_LINE: &str = "# Made by `cargo xtask crdgen` from mesh-api/src/crd.\n";
 
 /// Writes every file, and removes those of kinds that are gone.
-///
-/// # Errors
-///
-/// The file that cannot be written.
-pub(crate) fn run() -> Result<bool> {
+fn main() -> Result<()> {
     let folder = folder();
     fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
     let files = files()?;
@@ -32,11 +31,11 @@ pub(crate) fn run() -> Result<bool> {
         fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
         println!("{}", path.display());
     }
-    Ok(true)
+    Ok(())
 }
 
 fn folder() -> PathBuf {
-    root().join("deploy/kubernetes/crds")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/kubernetes/crds")
 }
 
 /// Every file by its name.
