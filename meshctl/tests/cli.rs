@@ -499,6 +499,27 @@ async fn a_daemon_that_hangs_is_given_up() {
 }
 
 #[tokio::test]
+async fn a_machine_is_looked_at_and_what_is_in_the_way_is_named() {
+    let lab = Lab::empty();
+    let taken = std::net::UdpSocket::bind("[::]:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let look = format!("install --check --listen-port {port}");
+    let (code, document) = lab.json(&look).await;
+    assert_eq!((code, &document["level"]), (2, &json!("error")));
+    let checks = document["checks"].as_array().unwrap();
+    let at = |name: &str| checks.iter().find(|check| check["name"] == name).unwrap();
+    assert_eq!(at("UDP port")["level"], "error");
+    let text = at("UDP port")["text"].as_str().unwrap();
+    assert!(text.contains(&format!("{port} cannot be bound")), "{text}");
+    assert_eq!(at("kernel")["level"], "ok");
+    let ran = lab.run(&look).await;
+    assert!(ran.out.contains("error"), "{}", ran.out);
+    // Whoever does not say that it is only to look gets no half of an installation.
+    assert_eq!(lab.run("install").await.code, 64);
+    assert_eq!(lab.run("uninstall").await.code, 64);
+}
+
+#[tokio::test]
 async fn wrong_usage_is_64_and_help_is_0() {
     let lab = Lab::start(admin::Health::Ok).await;
     for (arguments, want) in [
