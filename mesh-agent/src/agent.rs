@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::{
@@ -51,6 +50,7 @@ use crate::{
     policy::{self, Enforcer},
     publish,
     state::StateFolder,
+    store::remove_if_there,
     sync::{self, Sync},
 };
 
@@ -119,12 +119,7 @@ pub fn purge(settings: &Settings) -> anyhow::Result<()> {
     let files = [settings.admin_socket.clone()];
     let network = settings.cni.iter().map(|folder| folder.join(NETWORK_FILE));
     for path in files.into_iter().chain(network) {
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(error).with_context(|| format!("remove {}", path.display()));
-            }
-            _ => {}
-        }
+        remove_if_there(&path).with_context(|| format!("remove {}", path.display()))?;
     }
     Ok(state.purge()?)
 }

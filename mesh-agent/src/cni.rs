@@ -3,8 +3,7 @@
 
 use std::{
     collections::BTreeSet,
-    fs,
-    io::{self, ErrorKind},
+    fs, io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -21,7 +20,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{redirect::NamePattern, store::write_atomically};
+use crate::{
+    redirect::NamePattern,
+    store::{remove_if_there, write_atomically},
+};
 
 /// How soon a file that could not be written is tried again.
 const RETRY: time::Duration = time::Duration::from_secs(5);
@@ -54,10 +56,7 @@ pub fn network(snapshot: &Snapshot, own: &NodeName) -> Option<NodeNetwork> {
 pub fn publish(folder: &Path, network: Option<&NodeNetwork>) -> io::Result<()> {
     let path = folder.join(NETWORK_FILE);
     match network {
-        None => match fs::remove_file(&path) {
-            Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        },
+        None => remove_if_there(&path),
         Some(network) if NodeNetwork::read(folder).ok().as_ref() == Some(network) => Ok(()),
         Some(network) => {
             fs::create_dir_all(folder)?;

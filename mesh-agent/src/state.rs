@@ -14,7 +14,7 @@ use mesh_tunnel::tunnel::PrivateKey;
 use mesh_wire::id::NodeId;
 use zeroize::Zeroizing;
 
-use crate::store::{SLOTS, slot_name, temporary, write_atomically};
+use crate::store::{SLOTS, remove_if_there, slot_name, temporary, write_atomically};
 
 /// Permissions of the folder: keys are in it.
 const FOLDER_MODE: u32 = 0o700;
@@ -225,12 +225,7 @@ impl StateFolder {
         for name in slots.chain(files.map(str::to_owned)) {
             let path = self.path.join(name);
             for path in [temporary(&path), path] {
-                match fs::remove_file(&path) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                        return Err(io_error("remove", &path, error));
-                    }
-                    _ => {}
-                }
+                remove_if_there(&path).map_err(|e| io_error("remove", &path, e))?;
             }
         }
         // Another's file, or a volume that is mounted here: then it stays.

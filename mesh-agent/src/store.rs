@@ -123,6 +123,18 @@ pub fn temporary(path: &Path) -> PathBuf {
     path.with_extension("tmp")
 }
 
+/// Removes the file at `path`, if it is there.
+///
+/// # Errors
+///
+/// Any other of the file system's.
+pub fn remove_if_there(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// Replaces the file at `path` by `content`, or leaves it as it was. Mode 0600.
 ///
 /// # Errors
