@@ -1,4 +1,4 @@
-//! Compiles `src/programs.c` and `src/policy.c` for the kernel.
+//! Compiles `src/programs.c`, `src/policy.c` and `src/mapping.c` for the kernel.
 
 use std::{
     env, fs,
@@ -8,9 +8,10 @@ use std::{
 };
 
 /// Each becomes an object of its own.
-const SOURCES: [&str; 2] = ["src/programs.c", "src/policy.c"];
+const SOURCES: [&str; 3] = ["src/programs.c", "src/policy.c", "src/mapping.c"];
 /// What they include.
-const PARTS: [&str; 7] = [
+const PARTS: [&str; 8] = [
+    "src/change.h",
     "src/services.c",
     "src/common.h",
     "src/parse.h",

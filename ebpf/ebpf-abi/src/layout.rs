@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use crate::{packets, policy, redirect};
+use crate::{mapping, packets, policy, redirect};
 
 /// How a Rust type is written in C.
 pub(crate) trait CType {
@@ -121,7 +121,8 @@ impl fmt::Display for CHeader {
             "#pragma once\n#include <linux/types.h>\n#include <stddef.h>\n"
         )?;
         let limits = crate::LIMITS.iter().chain(packets::LIMITS);
-        for (name, value) in limits.chain(redirect::LIMITS).chain(policy::LIMITS) {
+        let limits = limits.chain(redirect::LIMITS).chain(policy::LIMITS);
+        for (name, value) in limits.chain(mapping::LIMITS) {
             writeln!(f, "#define {name} {value}u")?;
         }
         writeln!(f, "\nenum counter {{")?;
@@ -146,9 +147,17 @@ impl fmt::Display for CHeader {
         for counter in crate::PolicyCounter::ALL {
             writeln!(f, "    POLICY_{},", counter.as_str())?;
         }
-        writeln!(f, "    POLICY_COUNTERS_MAX,\n}};")?;
+        writeln!(
+            f,
+            "    POLICY_COUNTERS_MAX,\n}};\n\nenum mapping_counter {{"
+        )?;
+        for counter in crate::MappingCounter::ALL {
+            writeln!(f, "    MAPPING_{},", counter.as_str())?;
+        }
+        writeln!(f, "    MAPPING_COUNTERS_MAX,\n}};")?;
         let layouts = crate::LAYOUTS.iter().chain(packets::LAYOUTS);
-        let mut layouts = layouts.chain(redirect::LAYOUTS).chain(policy::LAYOUTS);
+        let layouts = layouts.chain(redirect::LAYOUTS).chain(policy::LAYOUTS);
+        let mut layouts = layouts.chain(mapping::LAYOUTS);
         layouts.try_for_each(|layout| write_layout(f, layout))
     }
 }

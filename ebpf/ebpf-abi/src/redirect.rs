@@ -6,11 +6,11 @@ use crate::layout::{counters, layouts, limits};
 limits! {
     /// Interfaces to which packets are redirected: the tunnel's, and one for each pod. The
     /// kubelet starts 110 pods unless told otherwise, and large nodes are told 500. Packets to
-    /// pods beyond it go by the host's stack. 1,024 × 64 bytes and 16 KiB of buckets: 80 KiB.
+    /// pods beyond it go by the host's stack. 1,024 × 8 bytes, and 64 for each that there is: 72 KiB at most.
     REDIRECTS_MAX = 1_024;
     /// Routes of the node: two for each pod, and as many again for other nodes' prefixes, LANs and
     /// its own addresses. Where there are more, nothing is redirected: one left out could be the
-    /// one that leads elsewhere. Allocated as they are written: 8,192 × 2 × 96 bytes, 1.5 MiB at most; as many again, with 128 KiB
+    /// one that leads elsewhere. Allocated as they are written: 8,192 × 2 × 104 bytes, 1.6 MiB at most; as many again, with 128 KiB
     /// of buckets, for those to single addresses.
     ROUTES_MAX = 8_192;
 }
@@ -28,6 +28,8 @@ layouts! {
     pub struct Route as "route" {
         /// Its index; 0: what the host's stack alone knows.
         interface: u32,
+        /// Where it is in the kernel's map of interfaces.
+        slot: u32,
         /// The longest packet by it, from the IP header on. In bytes.
         mtu: u32,
         /// Of the node's end of a pod's veth.
@@ -44,7 +46,7 @@ layouts! {
 }
 
 const _: () = assert!(size_of::<RoutePrefix>() == 20 && align_of::<RoutePrefix>() == 4);
-const _: () = assert!(size_of::<Route>() == 24 && align_of::<Route>() == 4);
+const _: () = assert!(size_of::<Route>() == 28 && align_of::<Route>() == 4);
 
 counters! {
     RedirectCounter {

@@ -9,6 +9,7 @@
 mod cgroup;
 mod connects;
 mod leftover;
+pub mod mapping;
 mod order;
 mod packets;
 mod pins;
@@ -27,9 +28,9 @@ use std::{
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
-    maps::{HashMap, LpmTrie, MapData, MapError, PerCpuArray, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, lpm_trie::Key},
     programs::{
-        CgroupAttachMode, CgroupSockAddr, Program, ProgramError, links::LinkError,
+        CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramError, links::LinkError,
         sock_ops::SockOpsLink,
     },
 };
@@ -45,6 +46,7 @@ use rustix::{
 use crate::{
     cgroup::open_cgroup2,
     leftover::{Leftover, ServiceMaps},
+    packets::map_of,
     pins::{Keeper, KeptLink, Shapes},
     plan::{Change, Installed, Limits, Plan, plan},
 };
@@ -68,8 +70,14 @@ const LIMITS: Limits = Limits {
 const COUNTERS: &str = "hf_counters";
 const CONNECTED: &str = "hf_connected";
 
+/// How many lists were replaced or removed.
+const REPLACED: &str = "hf_replaced";
+
 /// What names of links to cgroups begin with.
 const CGROUP_LINKS: &str = "cgroup_";
+
+/// What is told of each socket that closes.
+const RELEASE: &str = "hf_sock_release";
 
 /// In the order of attaching: what shows the service's address comes before what hides it.
 const PROGRAMS: [&str; 8] = [
@@ -333,6 +341,9 @@ impl Services {
         for name in PROGRAMS {
             load(&mut ebpf, name).map_err(|error| rejected(name, error.into()))?;
         }
+        program::<CgroupSock>(&mut ebpf, RELEASE)
+            .and_then(CgroupSock::load)
+            .map_err(|error| rejected(RELEASE, error.into()))?;
         connects::load(&mut ebpf).map_err(|error| rejected(connects::PROGRAM, error.into()))?;
         let interfaces = packets.then(|| packets::Interfaces::load(&mut ebpf));
         let interfaces = interfaces.transpose()?;
@@ -346,6 +357,7 @@ impl Services {
             ranges: &mut ranges,
         };
         let left = maps.read_back();
+        let left = left.and_then(|left| tell_replaced(&mut ebpf).map(|()| left));
         let Leftover {
             installed,
             next_list,
@@ -391,8 +403,9 @@ impl Services {
             return Ok(());
         }
         let folder = open_cgroup2(&self.cgroup)?;
-        let mut links = Vec::with_capacity(PROGRAMS.len());
-        for name in PROGRAMS {
+        let mut links = Vec::with_capacity(PROGRAMS.len() + 1);
+        // The first, so that nothing is remembered that is not forgotten.
+        for name in [RELEASE].into_iter().chain(PROGRAMS) {
             let link = attach(&mut self.ebpf, &mut self.keeper, name, &folder);
             links.push(link.map_err(|source| LoadError::Attach {
                 program: name,
@@ -554,7 +567,7 @@ impl Services {
         sums(&self.ebpf, map, counters, index)
     }
 
-    /// New list first, then the frontend's value, which is what readers follow, then the old list
+    /// New list first, then the frontend's value, which is what readers follow, then that is told, then the old list
     /// away. A reader between the last two reads again.
     fn set(&mut self, frontend: Frontend, backends: Backends) -> Result<(), MapError> {
         let mut list = EndpointList::new(self.next_list, backends.endpoints.len());
@@ -591,6 +604,7 @@ impl Services {
         if forgets && replaced.backends.affinity.is_some() {
             absent_is_gone(self.timeouts.remove(&frontend.key()))?;
         }
+        tell_replaced(&mut self.ebpf)?;
         self.erase(replaced.list, replaced.backends.ranges.as_ref())
     }
 
@@ -632,6 +646,7 @@ impl Services {
         if removed.backends.affinity.is_some() {
             absent_is_gone(self.timeouts.remove(&frontend.key()))?;
         }
+        tell_replaced(&mut self.ebpf)?;
         self.erase(removed.list, removed.backends.ranges.as_ref())
     }
 
@@ -645,6 +660,13 @@ impl Services {
         }
         Ok(())
     }
+}
+
+/// To be called between what takes a list from readers and what is written next, which may take its place in memory.
+fn tell_replaced(ebpf: &mut Ebpf) -> Result<(), MapError> {
+    let mut replaced: Array<&mut MapData, u64> = map_of(ebpf, REPLACED)?;
+    let count = replaced.get(&0, 0)?;
+    replaced.set(0, count.wrapping_add(1), 0)
 }
 
 /// A prefix of a list, as the programs look for it.
@@ -728,11 +750,18 @@ fn attach(
     name: &str,
     folder: &File,
 ) -> Result<KeptLink, ProgramError> {
-    let program: &mut CgroupSockAddr = program(ebpf, name)?;
     // `Single` is for links no exclusion: other loaders' programs on the cgroup run as well.
-    let link = program.attach(folder, CgroupAttachMode::Single)?;
-    let link = program.take_link(link)?;
-    let link = link.try_into().map_err(no_link)?;
+    let mode = CgroupAttachMode::Single;
+    let link = if name == RELEASE {
+        let program: &mut CgroupSock = program(ebpf, name)?;
+        let link = program.attach(folder, mode)?;
+        program.take_link(link)?.try_into()
+    } else {
+        let program: &mut CgroupSockAddr = program(ebpf, name)?;
+        let link = program.attach(folder, mode)?;
+        program.take_link(link)?.try_into()
+    };
+    let link = link.map_err(no_link)?;
     keeper.keep(&format!("{CGROUP_LINKS}{name}"), link)
 }
 

@@ -24,21 +24,24 @@ enum Edge {
 
 /// For packets that come in. What comes by the tunnel is judged by policy before anything changes it, what a pod
 /// sends as what it became; what is redirected leaves. Who is first among others stands before who is last.
-const INGRESS: [(&str, Edge); 7] = [
+const INGRESS: [(&str, Edge); 8] = [
     ("hf_policy_in", Edge::First),
     ("hf_requests", Edge::First),
     ("hf_requests_ip", Edge::First),
     ("hf_policy_from", Edge::First),
     ("hf_entering", Edge::Last),
+    ("hf_mapped_in", Edge::Last),
     ("hf_redirect", Edge::Last),
     ("hf_redirect_ip", Edge::Last),
 ];
 
-/// For packets that leave. Policy sees endpoints where pods see services, and what the mesh will see.
-const EGRESS: [(&str, Edge); 5] = [
+/// For packets that leave. Policy sees endpoints where pods see services, and what the mesh will see. Whom the mesh
+/// knows by a mapped address goes as that, and not as this node.
+const EGRESS: [(&str, Edge); 6] = [
     ("hf_policy_to", Edge::First),
     ("hf_answers_out", Edge::First),
     ("hf_answers_ip", Edge::First),
+    ("hf_mapped_out", Edge::First),
     ("hf_leaving", Edge::First),
     ("hf_policy_out", Edge::Last),
 ];
@@ -120,9 +123,15 @@ mod tests {
     fn whoever_comes_first_they_stand_in_order_and_around_others() {
         type Order<'a> = &'a [(&'a str, Edge)];
         let at_pod = ["hf_requests", "hf_policy_from", "other", "hf_redirect"];
-        let at_tunnel = ["hf_policy_in", "other", "hf_entering", "hf_redirect_ip"];
+        let at_tunnel = [
+            "hf_policy_in",
+            "other",
+            "hf_entering",
+            "hf_mapped_in",
+            "hf_redirect_ip",
+        ];
         let to_pod = ["hf_policy_to", "hf_answers_out", "other"];
-        let to_tunnel = ["hf_leaving", "other", "hf_policy_out"];
+        let to_tunnel = ["hf_mapped_out", "hf_leaving", "other", "hf_policy_out"];
         let cases: [(Order<'_>, &[&'static str]); 4] = [
             (&INGRESS, &at_pod),
             (&INGRESS, &at_tunnel),

@@ -115,11 +115,6 @@ impl Interfaces {
 /// What names of links to interfaces begin with.
 pub(crate) const LINKS: &str = "tcx_";
 
-/// What names of the links to an interface begin with.
-fn links_of(index: NonZeroU32) -> String {
-    format!("{LINKS}{index}_")
-}
-
 /// As whom clients go by the tunnel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Masquerade {
@@ -225,32 +220,17 @@ impl Services {
         if there && interfaces.links.contains_key(&index) {
             return Ok(false);
         }
-        let mut links = Vec::with_capacity(programs.len());
-        let attached = programs.into_iter().try_for_each(|(program, direction)| {
-            let at = (index, name.as_str());
-            let link = attach(&mut self.ebpf, &mut self.keeper, program, at, direction);
-            links.push(link.map_err(|source| InterfaceError::Attach {
-                program,
-                index,
-                source,
-            })?);
-            Ok(())
-        });
-        // aya takes names, and a name may have gone to another interface meanwhile.
-        let attached = attached.and_then(|()| match interface_name(index)? == name {
-            true => Ok(()),
-            false => Err(InterfaceError::Unknown {
-                index,
-                source: Errno::NODEV,
-            }),
-        });
-        // Of an interface that is gone, if there were any: its index has come to this one.
-        interfaces.links.insert(index, links);
-        if let Err(error) = attached {
-            self.detach_interface(index);
-            return Err(error);
+        match attach_all(&mut self.ebpf, &mut self.keeper, LINKS, programs, index) {
+            Ok(links) => {
+                // In the place of those of an interface that is gone, if its index has come to this one.
+                interfaces.links.insert(index, links);
+                Ok(true)
+            }
+            Err(error) => {
+                self.detach_interface(index);
+                Err(error)
+            }
         }
-        Ok(true)
     }
 
     /// Leaves an interface alone again; whether the programs were there. Open flows of its
@@ -365,24 +345,61 @@ pub(crate) fn is_attached(
     own.is_ok_and(|own| there.is_ok_and(|(_, programs)| programs.iter().any(|one| one.id() == own)))
 }
 
-/// Puts the program in the place of the one that an earlier process left there, else where it belongs.
+/// Puts programs where they belong at the interface of this index, in the place of those that an earlier process left
+/// there under names that begin with `kind`; nothing stays attached if one is refused.
+pub(crate) fn attach_all<const N: usize>(
+    ebpf: &mut Ebpf,
+    keeper: &mut Keeper,
+    kind: &str,
+    programs: [(&'static str, TcAttachType); N],
+    index: NonZeroU32,
+) -> Result<Vec<KeptLink>, InterfaceError> {
+    let interface = interface_name(index)?;
+    let mut links = Vec::with_capacity(N);
+    let attached = programs.into_iter().try_for_each(|(program, direction)| {
+        let pin = format!("{kind}{index}_{program}");
+        let link = attach(ebpf, keeper, program, (&pin, &interface), direction);
+        links.push(link.map_err(|source| InterfaceError::Attach {
+            program,
+            index,
+            source,
+        })?);
+        Ok(())
+    });
+    // aya takes names, and a name may have gone to another interface meanwhile.
+    let attached = attached.and_then(|()| match interface_name(index)? == interface {
+        true => Ok(()),
+        false => Err(InterfaceError::Unknown {
+            index,
+            source: Errno::NODEV,
+        }),
+    });
+    match attached {
+        Ok(()) => Ok(links),
+        Err(error) => {
+            links.into_iter().for_each(KeptLink::remove);
+            Err(error)
+        }
+    }
+}
+
+/// Puts the program in the place of the one that an earlier process left there under this name, else where it belongs.
 fn attach(
     ebpf: &mut Ebpf,
     keeper: &mut Keeper,
     name: &str,
-    (index, interface): (NonZeroU32, &str),
+    (pin, interface): (&str, &str),
     direction: TcAttachType,
 ) -> Result<KeptLink, ProgramError> {
-    let pin = format!("{}{name}", links_of(index));
-    if let Some(left) = keeper.found(&pin)
+    if let Some(left) = keeper.found(pin)
         && let Ok(link) = replace(ebpf, name, left)
         // Else the interface that it was on is gone, or in another namespace.
         && is_attached(ebpf, name, interface, direction)
     {
-        return Ok(keeper.claim(&pin, link));
+        return Ok(keeper.claim(pin, link));
     }
     let link = order::attach(ebpf, name, interface, direction)?;
-    keeper.keep(&pin, link.try_into().map_err(no_link)?)
+    keeper.keep(pin, link.try_into().map_err(no_link)?)
 }
 
 /// In one step for packets (`BPF_LINK_UPDATE`).

@@ -6,7 +6,8 @@
 //! nothing else is to be done for another one.
 //!
 //! The folder is `holdfast/<cgroup>_<network namespace>`, by their inode numbers: of a machine's agent
-//! they stay the same from start to start, and two agents of one kernel do not share them.
+//! they stay the same from start to start, and two agents of one kernel do not share them. Policy has one of its
+//! own, `holdfast/policy_<network namespace>`, with links alone.
 //!
 //! [`Services::take_over`]: crate::Services::take_over
 
@@ -16,6 +17,7 @@ use std::{
     io::{self, ErrorKind},
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use aya::{
@@ -56,11 +58,11 @@ const READ_ONLY_FOR_PROGRAMS: u32 = 1 << 7;
 const NEW_SUFFIX: &str = "-new";
 
 /// A folder in bpffs that is this process' alone, until it ends.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Pins {
     folder: PathBuf,
     /// The folder, locked: the kernel unlocks it at the end of the process.
-    _lock: File,
+    _lock: Arc<File>,
 }
 
 /// Why nothing can be kept.
@@ -98,25 +100,36 @@ impl Pins {
     ///
     /// [`PinsError`]. Without pins the services work all the same, but end with the process.
     pub fn open(bpffs: &Path, cgroup: &Path) -> Result<Self, PinsError> {
+        let number = open_cgroup2(cgroup)?.metadata().map(|found| found.ino());
+        let number = number.map_err(|error| failed("look at", cgroup, error))?;
+        Self::lock(bpffs, &number.to_string())
+    }
+
+    /// The folder for policy in the calling thread's network namespace, made if it is not there.
+    ///
+    /// # Errors
+    ///
+    /// [`PinsError`]. Without pins policy works all the same, but ends with the process.
+    pub fn of_policy(bpffs: &Path) -> Result<Self, PinsError> {
+        Self::lock(bpffs, "policy")
+    }
+
+    fn lock(bpffs: &Path, of: &str) -> Result<Self, PinsError> {
         let not_mounted = || PinsError::NotMounted(bpffs.to_owned());
         let root = File::open(bpffs).map_err(|_absent| not_mounted())?;
         let filesystem = fstatfs(&root).map_err(|errno| failed("look at", bpffs, errno.into()))?;
         if u64::try_from(filesystem.f_type) != Ok(BPF_FS_MAGIC) {
             return Err(not_mounted());
         }
-        let cgroup_number = open_cgroup2(cgroup)?.metadata().map(|found| found.ino());
-        let cgroup_number = cgroup_number.map_err(|error| failed("look at", cgroup, error))?;
         let namespace = Path::new("/proc/thread-self/ns/net");
         let found = fs::metadata(namespace).map_err(|error| failed("look at", namespace, error))?;
-        let folder = bpffs
-            .join(OWN_FOLDER)
-            .join(format!("{cgroup_number}_{}", found.ino()));
+        let folder = bpffs.join(OWN_FOLDER).join(format!("{of}_{}", found.ino()));
         make_folder(&folder)?;
         let lock = File::open(&folder).map_err(|error| failed("open", &folder, error))?;
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Self {
                 folder,
-                _lock: lock,
+                _lock: Arc::new(lock),
             }),
             Err(Errno::WOULDBLOCK) => Err(PinsError::InUse(folder)),
             Err(errno) => Err(failed("lock", &folder, errno.into())),

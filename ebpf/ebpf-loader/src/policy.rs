@@ -19,7 +19,7 @@ use aya::{
         lpm_trie::Key,
         xdp::{DevMapHash, XdpMapError},
     },
-    programs::{ProgramError, SchedClassifier, TcAttachType, tc::SchedClassifierLink},
+    programs::{ProgramError, SchedClassifier, TcAttachType},
 };
 use ebpf_abi::{
     POLICY_ADDRESSES_MAX, POLICY_ALLOWED, POLICY_AUDITED, POLICY_DECIDER_BIT, POLICY_IN,
@@ -27,11 +27,11 @@ use ebpf_abi::{
     PolicyCounter, PolicyEvent, PolicyPair, PolicyPairRules, PolicyPort, PolicyState,
     SocketAddress,
 };
-use rustix::io::Errno;
 
 use crate::{
-    LoadError, absent_is_gone, check_capabilities, order,
-    packets::{InterfaceError, interface_name, is_attached, key},
+    LoadError, Pins, absent_is_gone, check_capabilities,
+    packets::{InterfaceError, attach_all, interface_name, is_attached, key},
+    pins::{Keeper, KeptLink},
     program, rejected, sums, take_map,
 };
 
@@ -225,7 +225,12 @@ pub struct ApplyError {
     source: MapError,
 }
 
-/// The programs, their links and their maps. Dropping it takes all of it out of the kernel.
+/// What names of links begin with.
+const LINKS: &str = "policy_";
+
+/// The programs, their links and their maps. Dropping it takes all of it out of the kernel, but where there are
+/// [`Pins`]: then what they judged by last holds until the next one is attached in their place, or they are removed.
+/// That one has maps of its own: nothing is read back, and open flows are judged as they are found.
 pub struct Policy {
     state: Array<MapData, PolicyState>,
     addresses: LpmTrie<MapData, [u32; 4], u32>,
@@ -238,8 +243,9 @@ pub struct Policy {
     installed: Tables,
     generation: u32,
     tunnel: Option<NonZeroU32>,
-    /// By interface; dropping them detaches the programs.
-    links: BTreeMap<NonZeroU32, Vec<SchedClassifierLink>>,
+    /// By interface.
+    links: BTreeMap<NonZeroU32, Vec<KeptLink>>,
+    keeper: Keeper,
     ebpf: Ebpf,
 }
 
@@ -253,12 +259,13 @@ impl std::fmt::Debug for Policy {
 }
 
 impl Policy {
-    /// Loads the programs, attached nowhere yet, with nothing to enforce.
+    /// Loads the programs, attached nowhere yet, with nothing to enforce. What an earlier process left in `pins` goes
+    /// on until then.
     ///
     /// # Errors
     ///
     /// What this machine lacks, and how to get it. Nothing stays loaded.
-    pub fn load() -> Result<Self, LoadError> {
+    pub fn load(pins: Option<Pins>) -> Result<Self, LoadError> {
         check_capabilities()?;
         let mut ebpf = EbpfLoader::new()
             .load(ebpf_programs::POLICY)
@@ -280,8 +287,16 @@ impl Policy {
             generation: 0,
             tunnel: None,
             links: BTreeMap::new(),
+            keeper: Keeper::new(pins),
             ebpf,
         })
+    }
+
+    /// Ends it, also where it would be kept.
+    pub fn remove(mut self) {
+        let links = std::mem::take(&mut self.links);
+        links.into_values().flatten().for_each(KeptLink::remove);
+        self.keeper.forget(LINKS);
     }
 
     /// Judges what comes and goes by the tunnel whose interface this is: next to the wire, before
@@ -308,7 +323,8 @@ impl Policy {
     ///
     /// # Errors
     ///
-    /// [`MapError`] if the kernel does not say which it knows. What it refuses is in the report: call it again.
+    /// [`MapError`] if the kernel does not say which it knows. What it refuses is in the report: call it again. What an
+    /// earlier process left at other interfaces ends.
     pub fn attach_pods(&mut self, wanted: &BTreeSet<NonZeroU32>) -> Result<PodsReport, MapError> {
         let mut report = PodsReport {
             left_out: wanted.iter().skip(PODS_MAX).copied().collect(),
@@ -316,8 +332,12 @@ impl Policy {
         };
         let wanted: BTreeSet<_> = wanted.iter().take(PODS_MAX).copied().collect();
         let tunnel = self.tunnel;
-        self.links
-            .retain(|index, _| Some(*index) == tunnel || wanted.contains(index));
+        let others = self.links.extract_if(.., |index, _| {
+            Some(*index) != tunnel && !wanted.contains(index)
+        });
+        others
+            .flat_map(|(_, links)| links)
+            .for_each(KeptLink::remove);
         let there: Vec<u32> = self.pods.keys().collect::<Result<_, _>>()?;
         let is_wanted =
             |index: &u32| NonZeroU32::new(*index).is_some_and(|index| wanted.contains(&index));
@@ -337,6 +357,7 @@ impl Policy {
                 }
             }
         }
+        self.keeper.forget(LINKS);
         Ok(report)
     }
 
@@ -347,23 +368,17 @@ impl Policy {
         if there && self.links.contains_key(&index) {
             return Ok(false);
         }
-        self.links.remove(&index);
-        let mut links = Vec::with_capacity(programs.len());
-        for (program, way) in programs {
-            let attached = order::attach(&mut self.ebpf, program, &name, way);
-            links.push(attached.map_err(|source| InterfaceError::Attach {
-                program,
-                index,
-                source,
-            })?);
+        match attach_all(&mut self.ebpf, &mut self.keeper, LINKS, programs, index) {
+            Ok(links) => {
+                self.links.insert(index, links);
+                Ok(true)
+            }
+            Err(error) => {
+                let others = self.links.remove(&index);
+                others.into_iter().flatten().for_each(KeptLink::remove);
+                Err(error)
+            }
         }
-        // aya takes names, and a name may have gone to another interface meanwhile.
-        if interface_name(index)? != name {
-            let source = Errno::NODEV;
-            return Err(InterfaceError::Unknown { index, source });
-        }
-        self.links.insert(index, links);
-        Ok(true)
     }
 
     /// What looks at packets of that direction, as the end on this node sees it: for the kernel's test run.
@@ -527,6 +542,14 @@ impl Policy {
             report.removed += 1;
         }
         Ok(())
+    }
+}
+
+/// Ends what an earlier process left in `pins`.
+pub fn end_left(pins: Pins) {
+    let ended = Keeper::new(Some(pins)).forget(LINKS);
+    if ended > 0 {
+        tracing::info!(links = ended, "what an earlier agent enforced is over");
     }
 }
 

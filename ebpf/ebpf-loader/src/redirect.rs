@@ -4,7 +4,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv6Addr},
     num::NonZeroU32,
 };
@@ -13,7 +13,7 @@ use aya::{
     Ebpf,
     maps::{
         HashMap, LpmTrie, MapData, MapError,
-        xdp::{DevMapHash, XdpMapError},
+        xdp::{DevMap, XdpMapError},
     },
     programs::{SchedClassifier, TcAttachType, tc::SchedClassifierLink},
 };
@@ -100,6 +100,8 @@ pub struct RedirectReport {
 #[derive(Debug, Default)]
 pub(crate) struct Told {
     routes: BTreeMap<(IpAddr, u8), Route>,
+    /// Where in the kernel's map of interfaces each is.
+    slots: BTreeMap<NonZeroU32, u32>,
     /// Dropping a link detaches its program.
     links: BTreeMap<NonZeroU32, SchedClassifierLink>,
 }
@@ -163,7 +165,8 @@ impl Services {
         let mut interfaces = self.interfaces.take();
         let done = match &mut interfaces {
             Some(interfaces) => {
-                let desired = desired(wanted, |index| interfaces.has(index));
+                let slots = &interfaces.redirects.slots;
+                let desired = desired(wanted, slots, |index| interfaces.has(index));
                 let left_out = wanted.links.len() - desired.links.len();
                 let done = apply(&mut self.ebpf, &mut interfaces.redirects, &desired);
                 done.map(|report| RedirectReport { left_out, ..report })
@@ -188,18 +191,38 @@ impl Services {
 #[derive(Debug, Default)]
 struct Desired {
     routes: BTreeMap<(IpAddr, u8), Route>,
+    slots: BTreeMap<NonZeroU32, u32>,
     links: BTreeMap<NonZeroU32, RedirectKind>,
 }
 
-fn desired(wanted: &Redirects, is_served: impl Fn(NonZeroU32) -> bool) -> Desired {
+/// Each interface keeps its slot; a new one gets the first that none of the others has.
+fn slots(
+    links: impl Iterator<Item = NonZeroU32> + Clone,
+    before: &BTreeMap<NonZeroU32, u32>,
+) -> BTreeMap<NonZeroU32, u32> {
+    let kept = |index: NonZeroU32| Some((index, *before.get(&index)?));
+    let mut slots: BTreeMap<_, _> = links.clone().filter_map(kept).collect();
+    let taken: BTreeSet<u32> = slots.values().copied().collect();
+    let free = (0..REDIRECTS_MAX).filter(|slot| !taken.contains(slot));
+    let new = links.filter(|index| !before.contains_key(index));
+    slots.extend(new.zip(free));
+    slots
+}
+
+fn desired(
+    wanted: &Redirects,
+    slots_before: &BTreeMap<NonZeroU32, u32>,
+    is_served: impl Fn(NonZeroU32) -> bool,
+) -> Desired {
     if wanted.routes.len() > ROUTES_MAX as usize {
         return Desired::default();
     }
     let links = wanted.links.iter().take(REDIRECTS_MAX as usize);
     let links: BTreeMap<_, _> = links.map(|(&index, &link)| (index, link)).collect();
+    let slots = slots(links.keys().copied(), slots_before);
     let route = |to: Option<NonZeroU32>| {
-        let found = to.and_then(|index| Some((index, links.get(&index)?)));
-        let Some((index, link)) = found else {
+        let found = to.and_then(|index| Some((index, links.get(&index)?, *slots.get(&index)?)));
+        let Some((index, link, slot)) = found else {
             return STACK;
         };
         let (mac, pod_mac) = match link.kind {
@@ -208,6 +231,7 @@ fn desired(wanted: &Redirects, is_served: impl Fn(NonZeroU32) -> bool) -> Desire
         };
         Route {
             interface: index.get(),
+            slot,
             mtu: link.mtu_bytes,
             mac,
             pod_mac,
@@ -221,12 +245,14 @@ fn desired(wanted: &Redirects, is_served: impl Fn(NonZeroU32) -> bool) -> Desire
     let links = links.iter().map(|(&index, link)| (index, link.kind));
     Desired {
         routes,
+        slots,
         links: links.collect(),
     }
 }
 
 const STACK: Route = Route {
     interface: 0,
+    slot: 0,
     mtu: 0,
     mac: [0; 6],
     pod_mac: [0; 6],
@@ -262,7 +288,8 @@ fn apply(
             None => told.routes.remove(&prefix),
         };
     }
-    let failed = tell_links(ebpf, desired)?;
+    told.slots.clone_from(&desired.slots);
+    let failed = tell_links(ebpf, &desired.slots)?;
     let new = desired.routes.iter();
     let mut new: Vec<_> = new
         .filter(|(prefix, _)| !told.routes.contains_key(prefix))
@@ -287,27 +314,22 @@ fn apply(
     Ok(report)
 }
 
-/// Makes the kernel's map of interfaces that one, as far as they are there.
+/// Puts the interfaces into their slots of the kernel's map, as far as they are there. No route leads to what else is in
+/// it: the kernel takes away what is gone.
 fn tell_links(
     ebpf: &mut Ebpf,
-    desired: &Desired,
+    slots: &BTreeMap<NonZeroU32, u32>,
 ) -> Result<BTreeMap<NonZeroU32, InterfaceError>, InterfaceError> {
     let map = |source| InterfaceError::Redirect(XdpMapError::MapError(source));
-    let mut links: DevMapHash<&mut MapData> = map_of(ebpf, LINKS).map_err(map)?;
-    let there: Vec<u32> = links.keys().collect::<Result<_, _>>().map_err(map)?;
-    let wanted = |index: &u32| {
-        NonZeroU32::new(*index).is_some_and(|index| desired.links.contains_key(&index))
-    };
-    for &index in there.iter().filter(|index| !wanted(index)) {
-        absent_is_gone(links.remove(index)).map_err(map)?;
-    }
+    let mut links: DevMap<&mut MapData> = map_of(ebpf, LINKS).map_err(map)?;
     let mut failed = BTreeMap::new();
-    let new = desired
-        .links
-        .keys()
-        .filter(|index| !there.contains(&index.get()));
-    for &index in new {
-        if let Err(source) = links.insert(index.get(), index.get(), None, 0) {
+    for (&index, &slot) in slots {
+        match links.get(slot, 0) {
+            Ok(there) if there.if_index == index.get() => continue,
+            Ok(_) | Err(MapError::KeyNotFound) => {}
+            Err(error) => return Err(map(error)),
+        }
+        if let Err(source) = links.set(slot, index.get(), None, 0) {
             failed.insert(index, InterfaceError::Redirect(source));
         }
     }
@@ -339,4 +361,22 @@ fn attach(
     }
     told.links.insert(index, link);
     Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interface_keeps_its_slot_and_a_new_one_gets_one_that_nobody_has() {
+        let index = |number| NonZeroU32::new(number).unwrap();
+        let expected = |pairs: &[(u32, u32)]| -> BTreeMap<_, _> {
+            let pairs = pairs.iter().map(|&(number, slot)| (index(number), slot));
+            pairs.collect()
+        };
+        let first = slots([7, 8, 9].into_iter().map(index), &BTreeMap::new());
+        assert_eq!(first, expected(&[(7, 0), (8, 1), (9, 2)]));
+        let second = slots([5, 7, 9, 12].into_iter().map(index), &first);
+        assert_eq!(second, expected(&[(5, 1), (7, 0), (9, 2), (12, 3)]));
+    }
 }

@@ -1,4 +1,4 @@
-//! The programs that run in the kernel, as the objects that clang made of `programs.c` and `policy.c`.
+//! The programs that run in the kernel, as the objects that clang made of `programs.c`, `policy.c` and `mapping.c`.
 //!
 //! **Invariant:** no Rust here but the bytes.
 
@@ -18,3 +18,9 @@ static ALIGNED_POLICY: &Aligned<[u8]> =
 
 /// The ELF object with the tcx programs of policy, and their maps.
 pub static POLICY: &[u8] = &ALIGNED_POLICY.0;
+
+static ALIGNED_MAPPING: &Aligned<[u8]> =
+    &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/mapping.o")));
+
+/// The ELF object with the tcx programs that map LAN subnets, and their maps.
+pub static MAPPING: &[u8] = &ALIGNED_MAPPING.0;

@@ -16,24 +16,13 @@
  * card has yet to complete (CHECKSUM_PARTIAL, GSO) still can be. Entries of LRU maps are recycled
  * as well, but the one just looked up is the last of all to be.
  */
-#include "parse.h"
+#include "change.h"
 
 #define PACKET_HOST 0
 #define NS_PER_S 1000000000ll
 #define NS_PER_MS 1000000ll
 #define TTL 64
 #define EEXIST 17
-
-/* Where the two families have the same thing. */
-#define SOURCE_OFFSET(v6) ((v6) ? offsetof(struct ipv6hdr, saddr) : offsetof(struct iphdr, saddr))
-#define DESTINATION_OFFSET(v6) \
-    ((v6) ? offsetof(struct ipv6hdr, daddr) : offsetof(struct iphdr, daddr))
-#define ADDRESS_OFFSET(v6, source) ((source) ? SOURCE_OFFSET(v6) : DESTINATION_OFFSET(v6))
-#define CHECK_OFFSET(protocol) \
-    ((protocol) == PROTOCOL_TCP ? offsetof(struct tcphdr, check) : offsetof(struct udphdr, check))
-
-/* linux/bpf.h before 6.16 does not name it, and the kernel then does not know it. */
-#define L4_IPV6 (1ull << 7)
 
 /* A flow as the client sees it, to its endpoint. */
 struct {
@@ -119,90 +108,6 @@ static __always_inline bool is_complete(struct __sk_buff *skb, struct packet *pa
 
 /* ---- Changing: all of these say 0 when done, as the helpers do ---- */
 
-static __always_inline __u32 fold(__u32 sum)
-{
-    sum = (sum & 0xffff) + (sum >> 16);
-    return (sum & 0xffff) + (sum >> 16);
-}
-
-/* RFC 1624. */
-static __always_inline __u16 updated_check(__u16 check, __u32 difference)
-{
-    return ~fold(fold(difference) + (__u16)~check);
-}
-
-/* What the other address does to a sum, as bpf_csum_diff() says it. Of IPv4, the ::ffff before the
- * addresses does nothing. */
-static __always_inline __u32 address_difference(const struct socket_address *from,
-                                                const struct socket_address *to)
-{
-    __u64 sum = 0;
-
-    for (int i = 0; i < 4; i++)
-        sum += (__u64)to->ip[i] + (__u32)~from->ip[i];
-    sum = (sum & 0xffffffff) + (sum >> 32);
-    return (sum & 0xffffffff) + (sum >> 32);
-}
-
-/* The transport checksum at `check`, which covers an address that changed. */
-static __always_inline long cover_address(struct __sk_buff *skb, const struct packet *packet,
-                                          __u32 difference, __u32 check, __u64 flags)
-{
-    flags |= BPF_F_PSEUDO_HDR;
-    if (packet->v6 && !bpf_l4_csum_replace(skb, check, 0, difference, flags | L4_IPV6))
-        return 0;
-    return bpf_l4_csum_replace(skb, check, 0, difference, flags);
-}
-
-/* Addresses, and ports where it has them, become what `packet` says: in one step where they are next
- * to each other, as each costs about as much. `difference` is what that does to the sum of the
- * addresses, which IPv4's header has to make up for. Not static: so the verifier looks at it once for
- * all that change something. */
-__noinline int write_ends(struct __sk_buff *skb, const struct packet *packet, __u32 difference)
-{
-    bool has_ports, at_once;
-    __u16 ports[2];
-    __u32 plain;
-    struct {
-        __u16 check;
-        __u16 source[2];
-        __u16 destination[2];
-        __u16 ports[2];
-    } v4;
-    struct {
-        __u32 source[4];
-        __u32 destination[4];
-        __u16 ports[2];
-    } v6;
-
-    if (!packet)
-        return -1;
-    plain = packet->l3 + (packet->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr));
-    has_ports = packet->source.protocol;
-    at_once = has_ports && packet->l4 == plain;
-    ports[0] = packet->source.port;
-    ports[1] = packet->destination.port;
-    if (has_ports && !at_once && bpf_skb_store_bytes(skb, packet->l4, ports, sizeof(ports), 0))
-        return -1;
-    if (packet->v6) {
-        __builtin_memcpy(v6.source, packet->source.ip, sizeof(v6.source));
-        __builtin_memcpy(v6.destination, packet->destination.ip, sizeof(v6.destination));
-        __builtin_memcpy(v6.ports, ports, sizeof(v6.ports));
-        /* Of later fragments no other change makes up for it. */
-        return bpf_skb_store_bytes(skb, packet->l3 + offsetof(struct ipv6hdr, saddr), &v6,
-                                   at_once ? sizeof(v6) : offsetof(typeof(v6), ports),
-                                   packet->later ? BPF_F_RECOMPUTE_CSUM : 0);
-    }
-    if (LOAD(skb, packet->l3 + offsetof(struct iphdr, check), &v4.check))
-        return -1;
-    v4.check = updated_check(v4.check, difference);
-    __builtin_memcpy(v4.source, &packet->source.ip[3], sizeof(v4.source));
-    __builtin_memcpy(v4.destination, &packet->destination.ip[3], sizeof(v4.destination));
-    __builtin_memcpy(v4.ports, ports, sizeof(v4.ports));
-    return bpf_skb_store_bytes(skb, packet->l3 + offsetof(struct iphdr, check), &v4,
-                               at_once ? sizeof(v4) : offsetof(typeof(v4), ports), 0);
-}
-
 /* For later fragments of a packet whose source or destination becomes `ip`. */
 static __always_inline void remember_fragmented(const struct packet *packet, bool source,
                                                 const __u32 *ip)
@@ -218,11 +123,6 @@ static __always_inline void remember_fragmented(const struct packet *packet, boo
     bpf_map_update_elem(&hf_fragmented, &key, &value, BPF_ANY);
 }
 
-static __always_inline void put_ip(struct socket_address *address, const __u32 *ip)
-{
-    __builtin_memcpy(address->ip, ip, sizeof(address->ip));
-}
-
 static __always_inline long change_port(struct __sk_buff *skb, struct packet *packet, bool source,
                                         __u16 to, __u64 flags)
 {
@@ -234,8 +134,6 @@ static __always_inline long change_port(struct __sk_buff *skb, struct packet *pa
     return before == to ? 0
                         : bpf_l4_csum_replace(skb, check, before, to, flags | sizeof(__u16));
 }
-
-#define CHECK_FLAGS(packet) ((packet)->protocol == PROTOCOL_UDP ? BPF_F_MARK_MANGLED_0 : 0)
 
 /* The source or the destination, address and port. */
 static __noinline long change(struct __sk_buff *skb, struct packet *packet, bool source,
@@ -452,14 +350,13 @@ __noinline __u32 read_list(struct tracked_flow *flow, __u64 *list)
     return true;
 }
 
-/* The endpoint of one attempt, read as in services.c: the list, the endpoint, and the list again.
- * False: it was replaced meanwhile. */
-__noinline __u32 choose_near(const struct tracked_flow *flow, __u64 list, __u32 random,
-                             __u32 attempt, struct socket_address *endpoint)
+/* The endpoint of one attempt, read as in services.c; `before`: replaced(), before the list was read.
+ * `attempt`: its number, above 32 bits of chance. False: the list was replaced meanwhile. */
+__noinline __u32 choose_near(const struct tracked_flow *flow, __u64 list, __u64 before,
+                             __u64 attempt, struct socket_address *endpoint)
 {
     struct socket_address *found;
     const __u32 *client;
-    volatile __u64 *value;
     __u64 slot;
     __u32 hash;
 
@@ -468,13 +365,12 @@ __noinline __u32 choose_near(const struct tracked_flow *flow, __u64 list, __u32 
     client = flow->client.ip;
     hash = hash_client(((__u64)client[0] << 32 | client[1]) * 31 +
                        ((__u64)client[2] << 32 | client[3]));
-    slot = pick_slot(list, random, hash, attempt);
+    slot = pick_slot(list, attempt, hash, attempt >> 32);
     found = bpf_map_lookup_elem(&hf_endpoints, &slot);
     if (!found)
         return false;
     *endpoint = *found;
-    value = bpf_map_lookup_elem(&hf_frontends, &flow->address);
-    return value && *value == list;
+    return is_true(&flow->address, list, before);
 }
 
 static __always_inline struct tracked_flow source_of(const struct tracked_flow *flow)
@@ -492,10 +388,10 @@ static __noinline bool recall_source(const struct tracked_flow *flow, struct cho
 {
     for (int attempt = 0; attempt < (int)READ_ATTEMPTS; attempt++) {
         struct tracked_flow source = source_of(flow);
+        __u64 list, before = replaced();
         volatile __u64 *value = bpf_map_lookup_elem(&hf_frontends, &flow->address);
         __u64 *timeout_ns = bpf_map_lookup_elem(&hf_timeouts, &flow->address);
         struct socket_address *endpoint;
-        __u64 list;
 
         if (!value || !timeout_ns)
             return false;
@@ -514,8 +410,7 @@ static __noinline bool recall_source(const struct tracked_flow *flow, struct cho
         if (!endpoint)
             continue;
         choice->endpoint = *endpoint;
-        value = bpf_map_lookup_elem(&hf_frontends, &flow->address);
-        if (value && *value == list)
+        if (is_true(&flow->address, list, before))
             return true;
     }
     return false;
@@ -581,10 +476,11 @@ static __noinline __u32 open_flow(struct tracked_flow *flow, struct tracked *tra
     struct choice kept = {.slot = NO_SLOT};
     enum place place = TAKEN;
     struct tracked *others;
-    __u64 list = 0;
+    __u64 list = 0, before;
     long failed;
 
     for (__u32 attempt = 0; attempt < ENDPOINT_ATTEMPTS && place == TAKEN; attempt++) {
+        before = replaced();
         if (!read_list(flow, &list)) /* Meanwhile it asks as one from outside, if that matters. */
             return PACKET_request_passed;
         if ((list & LIST_RANGES) && !is_in_range(flow))
@@ -599,7 +495,8 @@ static __noinline __u32 open_flow(struct tracked_flow *flow, struct tracked *tra
             answer.address = kept.endpoint;
         } else {
             kept.slot = NO_SLOT;
-            if (!choose_near(flow, list, random, attempt, &answer.address))
+            if (!choose_near(flow, list, before, (__u64)attempt << 32 | random,
+                             &answer.address))
                 continue;
         }
         flow->address.outside = 0;
@@ -739,13 +636,6 @@ static __noinline __u32 refuse_tcp(struct __sk_buff *skb, const struct packet *p
     return PACKET_refused_tcp;
 }
 
-struct icmp {
-    __u8 type;
-    __u8 code;
-    __u16 check;
-    __u32 unused;
-};
-
 /*
  * RFC 792 and RFC 4443: port unreachable, with the IP header and 8 bytes behind it.
  *
@@ -856,6 +746,29 @@ static __noinline bool find_hairpin(const struct socket_address *endpoint,
     return find_service(&answer, packet, service) && same_ip(service, asked);
 }
 
+/* A connect that asks for no service, between a client and an endpoint whose flow by one has ended: what
+ * answers it is not that flow's, which else would be remembered for a while. Not static: so the verifier
+ * looks at it once. */
+__noinline int forget_answers(const struct tracked_flow *direct, __u64 now_ns)
+{
+    struct tracked_flow flow = {};
+    struct answered *answered;
+    struct tracked *tracked;
+
+    if (!direct)
+        return 0;
+    answered = bpf_map_lookup_elem(&hf_answers, direct);
+    if (!answered)
+        return 0;
+    flow.client = direct->client;
+    flow.address = answered->service;
+    tracked = bpf_map_lookup_elem(&hf_tracked, &flow);
+    if (!tracked || !same_address(&tracked->endpoint, &direct->address) || is_closed(tracked) ||
+        is_over(tracked, flow.client.protocol, now_ns))
+        bpf_map_delete_elem(&hf_answers, direct);
+    return 0;
+}
+
 static __noinline int on_request(struct __sk_buff *skb, struct packet *packet)
 {
     struct tracked_flow flow = {.client = packet->source, .address = packet->destination};
@@ -881,8 +794,11 @@ static __noinline int on_request(struct __sk_buff *skb, struct packet *packet)
             bpf_map_delete_elem(&hf_tracked, &flow);
         opened.seen = seen_by(packet, SEEN_CLIENT_FIN) | (opens ? SEEN_CONNECTING : 0);
         counter = open_flow(&flow, &opened);
-        if (counter == PACKET_request_passed)
+        if (counter == PACKET_request_passed) {
+            if (opens)
+                forget_answers(&flow, opened.seen_ns);
             return pass(counter);
+        }
         if (counter == PACKET_flow_lost || counter == PACKET_not_in_range ||
             counter == PACKET_not_local)
             return drop(counter);
@@ -915,66 +831,6 @@ static __noinline int on_answer(struct __sk_buff *skb, struct packet *packet)
 
 /* ---- ICMP errors, which quote the packet they are about ---- */
 
-static __always_inline bool is_error(const struct packet *packet, __u8 type)
-{
-    if (packet->v6)
-        return type >= 1 && type <= 4; /* RFC 4443: unreachable, too big, time, parameter. */
-    return type == 3 || type == 11 || type == 12; /* RFC 792: unreachable, time, parameter. */
-}
-
-/* Two bytes of a quoted packet, and what that does to the sum of it all. */
-static __always_inline long change_quoted(struct __sk_buff *skb, __u32 at, __u16 from, __u16 to,
-                                          __u32 *difference)
-{
-    __u32 old_word = from, new_word = to;
-
-    *difference = bpf_csum_diff(&old_word, 4, &new_word, 4, *difference);
-    return bpf_skb_store_bytes(skb, at, &to, sizeof(to), 0);
-}
-
-/* The quoted source or destination, and the checksums in the quote as far as it has them.
- * `difference` is what that does to the sum of the quote. */
-static __noinline long change_quote(struct __sk_buff *skb, const struct packet *quoted, bool source,
-                                    struct socket_address *to, __u32 *difference)
-{
-    struct socket_address from = source ? quoted->source : quoted->destination;
-    __u32 check_at = quoted->l4 + CHECK_OFFSET(quoted->protocol);
-    __u32 at = quoted->l3 + ADDRESS_OFFSET(quoted->v6, source);
-    __u32 addresses = bpf_csum_diff(from.ip, sizeof(from.ip), to->ip, sizeof(to->ip), 0);
-    __u32 old_port, new_port;
-    __u16 check, changed;
-
-    if (quoted->v6) {
-        if (bpf_skb_store_bytes(skb, at, to->ip, sizeof(to->ip), 0))
-            return -1;
-        *difference = addresses;
-    } else {
-        /* The sum of the header stays what it was: zero. */
-        __u32 header_check_at = quoted->l3 + offsetof(struct iphdr, check);
-
-        if (bpf_skb_load_bytes(skb, header_check_at, &check, sizeof(check)))
-            return -1;
-        check = updated_check(check, addresses);
-        if (bpf_skb_store_bytes(skb, header_check_at, &check, sizeof(check), 0) ||
-            bpf_skb_store_bytes(skb, at, &to->ip[3], sizeof(to->ip[3]), 0))
-            return -1;
-        *difference = 0;
-    }
-    if (change_quoted(skb, quoted->l4 + (source ? 0 : sizeof(__u16)), from.port, to->port,
-                      difference))
-        return -1;
-    /* RFC 792 asks for 8 bytes of the transport's header: of TCP's, the checksum is not in them. */
-    if (bpf_skb_load_bytes(skb, check_at, &check, sizeof(check)) ||
-        (quoted->protocol == PROTOCOL_UDP && !check))
-        return 0;
-    old_port = from.port;
-    new_port = to->port;
-    changed = updated_check(check, bpf_csum_diff(&old_port, 4, &new_port, 4, addresses));
-    if (quoted->protocol == PROTOCOL_UDP && !changed)
-        changed = 0xffff;
-    return change_quoted(skb, check_at, check, changed, difference);
-}
-
 /* The packet that an ICMP error is about, as far as it is of a flow. Else the counter for it. */
 static __noinline __u32 read_quote(struct __sk_buff *skb, const struct packet *packet,
                                    struct packet *quoted)
@@ -989,19 +845,6 @@ static __noinline __u32 read_quote(struct __sk_buff *skb, const struct packet *p
         !same_ip(&quoted->source, &packet->destination))
         return PACKET_error_passed;
     return PARSED;
-}
-
-/* The source or destination in the quote, and the error's own checksum. */
-static __noinline long change_quoted_end(struct __sk_buff *skb, const struct packet *packet,
-                                         const struct packet *quoted, bool source,
-                                         struct socket_address *to)
-{
-    __u32 check_at = packet->l4 + offsetof(struct icmp, check);
-    __u32 difference = 0;
-
-    if (change_quote(skb, quoted, source, to, &difference))
-        return -1;
-    return bpf_l4_csum_replace(skb, check_at, 0, difference, 0);
 }
 
 /* The error's own source or destination. */

@@ -32,10 +32,10 @@ struct {
     __uint(max_entries, ROUTES_MAX);
 } hf_routes SEC(".maps");
 
-/* Index to itself, of interfaces to which packets go. The kernel itself takes an interface out of
- * maps of this kind before its index can come to another one. */
+/* Interfaces to which packets go. The kernel itself takes an interface out of maps of this kind before
+ * its index can come to another one. */
 struct {
-    __uint(type, BPF_MAP_TYPE_DEVMAP_HASH);
+    __uint(type, BPF_MAP_TYPE_DEVMAP);
     __type(key, __u32);
     __type(value, struct bpf_devmap_val);
     __uint(max_entries, REDIRECTS_MAX);
@@ -74,7 +74,7 @@ static __always_inline __u32 read_v4(struct __sk_buff *skb, __u32 l3, struct hea
     struct socket_address address = {};
     struct iphdr ip;
 
-    if (bpf_skb_load_bytes(skb, l3, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl != 5)
+    if (LOAD(skb, l3, &ip) || ip.version != 4 || ip.ihl != 5)
         return REDIRECT_other;
     if (ip.ttl <= 1)
         return REDIRECT_hop_limit;
@@ -99,7 +99,7 @@ static __always_inline __u32 read_v6(struct __sk_buff *skb, __u32 l3, struct hea
 {
     struct ipv6hdr ip;
 
-    if (bpf_skb_load_bytes(skb, l3, &ip, sizeof(ip)) || ip.version != 6 ||
+    if (LOAD(skb, l3, &ip) || ip.version != 6 ||
         ip.nexthdr == HOP_BY_HOP || stays_on_link(&ip.saddr) || stays_on_link(&ip.daddr))
         return REDIRECT_other;
     if (ip.hop_limit <= 1)
@@ -136,9 +136,11 @@ static __always_inline struct route *find_route(const struct route_prefix *to)
 /* What the host's stack would do with the packet, as far as it is only to hand it on. */
 static __noinline __u32 find_way(struct __sk_buff *skb, __u32 l3, struct route *way)
 {
-    __u32 read = REDIRECT_other, interface;
+    struct bpf_devmap_val *there;
+    __u32 read = REDIRECT_other;
     struct header header;
     struct route *route;
+    __u32 slot;
 
     if (skb->protocol == bpf_htons(ETH_P_IP))
         read = read_v4(skb, l3, &header);
@@ -156,8 +158,9 @@ static __noinline __u32 find_way(struct __sk_buff *skb, __u32 l3, struct route *
         return REDIRECT_source;
     if (wire_len(skb, l3, &header) > way->mtu)
         return REDIRECT_too_big;
-    interface = way->interface;
-    if (!bpf_map_lookup_elem(&hf_redirects, &interface))
+    slot = way->slot;
+    there = bpf_map_lookup_elem(&hf_redirects, &slot);
+    if (!there || there->ifindex != way->interface)
         return REDIRECT_gone;
     return FOUND;
 }
@@ -168,44 +171,67 @@ static __always_inline int before_pod(struct __sk_buff *skb, const struct route 
     return way->is_served ? on_packet(skb, true, ANSWERS) : TC_ACT_UNSPEC;
 }
 
-/* One hop less. */
-static __always_inline long forward(struct __sk_buff *skb, __u32 l3)
+/* One hop less of a header that is at hand; in IPv4 nothing but its own checksum covers it: RFC 1624. */
+static __always_inline void hop_v4(struct iphdr *ip)
 {
-    if (skb->protocol == bpf_htons(ETH_P_IP)) {
-        struct {
-            __u8 ttl;
-            __u8 protocol;
-            __u16 check;
-        } hop;
-        __u32 at = l3 + offsetof(struct iphdr, ttl), check;
+    __u32 check = ip->check + bpf_htons(0x0100);
 
-        if (bpf_skb_load_bytes(skb, at, &hop, sizeof(hop)))
-            return -1;
-        hop.ttl--;
-        check = hop.check + bpf_htons(0x0100); /* RFC 1624. */
-        hop.check = check + (check >= 0xffff);
-        return bpf_skb_store_bytes(skb, at, &hop, sizeof(hop), 0);
-    }
+    ip->ttl--;
+    ip->check = check + (check >= 0xffff);
+}
+
+static __always_inline long hop_v6(struct __sk_buff *skb, __u32 l3)
+{
     struct {
         __u8 next;
         __u8 limit;
     } hop;
     __u32 at = l3 + offsetof(struct ipv6hdr, nexthdr);
 
-    if (bpf_skb_load_bytes(skb, at, &hop, sizeof(hop)))
+    if (LOAD(skb, at, &hop))
         return -1;
     hop.limit--;
     return bpf_skb_store_bytes(skb, at, &hop, sizeof(hop), BPF_F_RECOMPUTE_CSUM);
 }
 
-/* The Ethernet header, which packets of the tunnel do not have yet. */
-static __noinline long address_to(struct __sk_buff *skb, __u32 l3, const struct route *way)
+static __always_inline void put_macs(struct ethhdr *header, const struct route *way)
 {
-    struct ethhdr header = {.h_proto = skb->protocol};
+    __builtin_memcpy(header->h_dest, way->pod_mac, ETH_ALEN);
+    __builtin_memcpy(header->h_source, way->mac, ETH_ALEN);
+}
 
-    __builtin_memcpy(header.h_dest, way->pod_mac, ETH_ALEN);
-    __builtin_memcpy(header.h_source, way->mac, ETH_ALEN);
-    if (!l3 && bpf_skb_change_head(skb, sizeof(header), 0))
+/* One hop less, and the addresses of the link it goes to. Written in place: a helper for each costs
+ * as much as all else here. */
+static __always_inline long forward(struct __sk_buff *skb, bool ethernet, const struct route *way)
+{
+    const __u32 l3 = ethernet ? ETH_HLEN : 0;
+    struct ethhdr header = {.h_proto = skb->protocol};
+    void *data;
+
+    if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
+        if (hop_v6(skb, l3))
+            return -1;
+    } else {
+        data = (void *)(long)skb->data;
+        if (data + l3 + sizeof(struct iphdr) > (void *)(long)skb->data_end) {
+            if (bpf_skb_pull_data(skb, l3 + sizeof(struct iphdr)))
+                return -1;
+            data = (void *)(long)skb->data;
+            if (data + l3 + sizeof(struct iphdr) > (void *)(long)skb->data_end)
+                return -1;
+        }
+        hop_v4(data + l3);
+    }
+    if (!way->is_pod)
+        return 0;
+    data = (void *)(long)skb->data;
+    if (ethernet && data + sizeof(header) <= (void *)(long)skb->data_end) {
+        put_macs(data, way);
+        return 0;
+    }
+    /* Packets of the tunnel have no such header yet. */
+    put_macs(&header, way);
+    if (!ethernet && bpf_skb_change_head(skb, sizeof(header), 0))
         return -1;
     return bpf_skb_store_bytes(skb, 0, &header, sizeof(header), 0);
 }
@@ -237,7 +263,7 @@ static __always_inline int redirect(struct __sk_buff *skb, bool ethernet)
         if (verdict != TC_ACT_UNSPEC)
             return verdict; /* And counted. */
     }
-    if (forward(skb, l3) || (way.is_pod && address_to(skb, l3, &way))) {
+    if (forward(skb, ethernet, &way)) {
         count_redirect(REDIRECT_change_failed);
         return TC_ACT_SHOT;
     }

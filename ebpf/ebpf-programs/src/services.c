@@ -8,8 +8,8 @@
  * of the list, by chance, by turn or by the client's hash as the list asks, or what the client had
  * before where the service keeps clients.
  *
- * Hash map entries are recycled at once, also under a reader. So a list is read, then an endpoint,
- * then the list again: only if it is still the same was all of it true (see choose()).
+ * Hash map entries are recycled at once, also under a reader. So a list is read, then an endpoint, and
+ * all of it was true if no list was replaced meanwhile, or if it is still the same (see is_true()).
  */
 #include <stdbool.h>
 
@@ -37,6 +37,15 @@ struct {
     __type(value, __u64);
     __uint(max_entries, FRONTENDS_MAX);
 } hf_frontends SEC(".maps");
+
+/* How many lists were replaced or removed: counted after the frontend has its new one, and before
+ * anything of the old one goes. */
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __type(key, __u32);
+    __type(value, __u64);
+    __uint(max_entries, 1);
+} hf_replaced SEC(".maps");
 
 /* Slot (list number and index) to endpoint. */
 struct {
@@ -104,7 +113,18 @@ struct {
     __uint(max_entries, TURNS_MAX);
 } hf_turns SEC(".maps");
 
-/* With each socket that ever used a service; goes with the socket. */
+/* Connected TCP sockets by their cookies, modulo: cookies count up, so that sockets that do not last
+ * seldom meet. A place is taken until its socket closes (hf_sock_release()); who finds it taken has its
+ * peer in hf_peers, whose two allocations cost a connect a microsecond. */
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __type(key, __u32);
+    __type(value, struct tcp_peer);
+    __uint(max_entries, TCP_PEERS_MAX);
+} hf_tcp_peers SEC(".maps");
+
+/* With each UDP socket that ever used a service, and each TCP socket that has no place in hf_tcp_peers;
+ * goes with the socket. */
 struct {
     __uint(type, BPF_MAP_TYPE_SK_STORAGE);
     __uint(map_flags, BPF_F_NO_PREALLOC);
@@ -133,6 +153,29 @@ static __always_inline bool same_address(const struct socket_address *a,
 static __always_inline bool same_list(__u64 a, __u64 b)
 {
     return (a & ~(__u64)LIST_LENGTH_MASK) == (b & ~(__u64)LIST_LENGTH_MASK);
+}
+
+/* Not static: so the verifier does not follow its two ways at each of its callers' attempts. */
+__noinline __u64 replaced(void)
+{
+    __u32 zero = 0;
+    volatile __u64 *value = bpf_map_lookup_elem(&hf_replaced, &zero);
+
+    return value ? *value : 0;
+}
+
+/* Whether `list`, and what was read by it since `replaced()` was `before`, are the service's. Not static:
+ * so the verifier looks at it once. */
+__noinline __u32 is_true(const struct socket_address *service, __u64 list, __u64 before)
+{
+    volatile __u64 *value;
+
+    if (replaced() == before)
+        return true;
+    if (!service)
+        return false;
+    value = bpf_map_lookup_elem(&hf_frontends, service);
+    return value && *value == list;
 }
 
 /* ---- The address in the context ---- */
@@ -287,20 +330,29 @@ static __always_inline void keep_client(struct bpf_sock_addr *ctx,
         count(COUNT_not_remembered);
 }
 
-/* `kept`: where the flow is. It stays if the list still has that. */
+/* By which a socket's new flow is led: another one for each socket, and for one that tries again after
+ * some milliseconds. */
+static __always_inline __u32 chance(__u64 cookie)
+{
+    return hash_client(cookie ^ bpf_ktime_get_coarse_ns());
+}
+
+/* `kept`: where the flow is. It stays if the list still has that. `cookie` is told unless it is not a
+ * service. */
 static __always_inline enum verdict choose(struct bpf_sock_addr *ctx,
-                                           const struct socket_address *service,
+                                           const struct socket_address *service, __u64 *cookie,
                                            const struct choice *kept, struct choice *choice)
 {
     for (int attempt = 0; attempt < (int)READ_ATTEMPTS; attempt++) {
+        __u64 list, before = replaced();
         volatile __u64 *value = bpf_map_lookup_elem(&hf_frontends, service);
         struct socket_address *endpoint;
         bool keeps_clients = false;
-        __u64 list;
 
         if (!value)
             return NOT_A_SERVICE;
         list = *value;
+        *cookie = bpf_get_socket_cookie(ctx);
         if (!(list & LIST_LENGTH_MASK))
             return NO_ENDPOINT;
         if (!kept || !find_slot(list, kept, &choice->slot)) {
@@ -310,14 +362,14 @@ static __always_inline enum verdict choose(struct bpf_sock_addr *ctx,
             if (keeps_clients && recall_any(ctx, service, list, &choice->slot))
                 count(COUNT_affinity_kept);
             else
-                choice->slot = pick_slot(list, bpf_get_prandom_u32(),
-                                         hash_client(bpf_get_netns_cookie(ctx)), 0);
+                choice->slot = pick_slot(
+                    list, chance(*cookie),
+                    list & LIST_HASH ? hash_client(bpf_get_netns_cookie(ctx)) : 0, 0);
         }
         endpoint = bpf_map_lookup_elem(&hf_endpoints, &choice->slot);
         if (endpoint) {
             choice->endpoint = *endpoint;
-            value = bpf_map_lookup_elem(&hf_frontends, service);
-            if (value && *value == list) {
+            if (is_true(service, list, before)) {
                 if (keeps_clients)
                     keep_client(ctx, service, choice);
                 return CHOSEN;
@@ -337,15 +389,52 @@ static __always_inline int refuse(__u32 counter)
 
 /* ---- connect ---- */
 
-/* Without it the socket stays with an endpoint that is gone. */
-static __always_inline void remember_connected(struct bpf_sock_addr *ctx,
-                                               const struct socket_address *service,
-                                               const struct choice *choice)
+static __always_inline bool remember_at_socket(struct bpf_sock_addr *ctx, const struct peer *peer)
+{
+    struct peer *kept = bpf_sk_storage_get(&hf_peers, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+
+    if (kept)
+        *kept = *peer;
+    return kept != NULL;
+}
+
+static __always_inline struct tcp_peer *place_of(__u64 cookie)
+{
+    __u32 index = cookie % TCP_PEERS_MAX;
+
+    return bpf_map_lookup_elem(&hf_tcp_peers, &index);
+}
+
+static __always_inline bool remember_at_place(__u64 cookie, const struct peer *peer)
+{
+    struct tcp_peer *place = place_of(cookie);
+
+    if (!place || (place->cookie != cookie && __sync_val_compare_and_swap(&place->cookie, 0, cookie)))
+        return false;
+    place->peer = *peer;
+    return true;
+}
+
+static __always_inline struct peer *recall_at_place(__u64 cookie)
+{
+    struct tcp_peer *place = place_of(cookie);
+
+    return place && place->cookie == cookie ? &place->peer : NULL;
+}
+
+static __always_inline void remember_peer(struct bpf_sock_addr *ctx, __u64 cookie,
+                                          const struct socket_address *service,
+                                          const struct choice *choice)
 {
     struct peer peer = {.service = *service, .endpoint = choice->endpoint};
-    __u64 cookie = bpf_get_socket_cookie(ctx);
+    bool remembered;
 
-    if (bpf_map_update_elem(&hf_connected, &cookie, &peer, BPF_ANY))
+    if (ctx->protocol == PROTOCOL_TCP)
+        remembered = remember_at_place(cookie, &peer) || remember_at_socket(ctx, &peer);
+    else /* Without an entry it stays with an endpoint that is gone. */
+        remembered = remember_at_socket(ctx, &peer) &&
+                     !bpf_map_update_elem(&hf_connected, &cookie, &peer, BPF_ANY);
+    if (!remembered)
         count(COUNT_not_remembered);
 }
 
@@ -362,12 +451,13 @@ static __always_inline int on_connect(struct bpf_sock_addr *ctx, bool v6)
     struct socket_address service;
     struct choice choice = {};
     struct peer *peer;
+    __u64 cookie;
 
     if (ctx->protocol != PROTOCOL_TCP && ctx->protocol != PROTOCOL_UDP)
         return PASS;
     read_address(ctx, v6, &service);
 
-    switch (choose(ctx, &service, NULL, &choice)) {
+    switch (choose(ctx, &service, &cookie, NULL, &choice)) {
     case NOT_A_SERVICE:
         count(COUNT_connect_passed);
         if (ctx->protocol == PROTOCOL_UDP) { /* It may have been connected to a service before. */
@@ -382,15 +472,7 @@ static __always_inline int on_connect(struct bpf_sock_addr *ctx, bool v6)
         break;
     }
 
-    peer = bpf_sk_storage_get(&hf_peers, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-    if (peer) {
-        peer->service = service;
-        peer->endpoint = choice.endpoint;
-    } else {
-        count(COUNT_not_remembered);
-    }
-    if (ctx->protocol == PROTOCOL_UDP)
-        remember_connected(ctx, &service, &choice);
+    remember_peer(ctx, cookie, &service, &choice);
     write_address(ctx, v6, &choice.endpoint);
     count(COUNT_connect_rewritten);
     return PASS;
@@ -435,7 +517,7 @@ static __always_inline int on_send(struct bpf_sock_addr *ctx, bool v6)
     if (kept)
         kept_slot = kept->slot;
 
-    switch (choose(ctx, &flow.address, kept, &choice)) {
+    switch (choose(ctx, &flow.address, &flow.cookie, kept, &choice)) {
     case NOT_A_SERVICE:
         count(COUNT_send_passed);
         return PASS;
@@ -476,9 +558,18 @@ static __always_inline int on_receive(struct bpf_sock_addr *ctx, bool v6)
     return PASS;
 }
 
+static __always_inline struct peer *find_peer(struct bpf_sock_addr *ctx)
+{
+    struct peer *peer = NULL;
+
+    if (ctx->protocol == PROTOCOL_TCP)
+        peer = recall_at_place(bpf_get_socket_cookie(ctx));
+    return peer ?: bpf_sk_storage_get(&hf_peers, ctx->sk, 0, 0);
+}
+
 static __always_inline int on_peer_name(struct bpf_sock_addr *ctx, bool v6)
 {
-    struct peer *peer = bpf_sk_storage_get(&hf_peers, ctx->sk, 0, 0);
+    struct peer *peer = find_peer(ctx);
     struct socket_address address;
 
     if (!peer)
@@ -517,13 +608,10 @@ static __always_inline void endpoint_failed(const struct socket_address *endpoin
 /* What a socket was led to; NULL: it was not. */
 static __always_inline struct peer *led(struct bpf_sock_ops *ctx)
 {
+    struct peer *peer = recall_at_place(bpf_get_socket_cookie(ctx));
     struct bpf_sock *socket = ctx->sk;
-    struct peer *peer;
 
-    if (!socket)
-        return NULL;
-    peer = bpf_sk_storage_get(&hf_peers, socket, 0, 0);
-    return peer && peer->endpoint.port ? peer : NULL;
+    return peer ?: socket ? bpf_sk_storage_get(&hf_peers, socket, 0, 0) : NULL;
 }
 
 static __always_inline void on_connected(struct bpf_sock_ops *ctx)
@@ -577,6 +665,22 @@ int hf_sock_ops(struct bpf_sock_ops *ctx)
 }
 
 /* ---- The hooks ---- */
+
+/* The last descriptor of a socket is closed, or its process ended. */
+SEC("cgroup/sock_release")
+int hf_sock_release(struct bpf_sock *ctx)
+{
+    struct tcp_peer *place;
+    __u64 cookie;
+
+    if (ctx->protocol != PROTOCOL_TCP)
+        return 1;
+    cookie = bpf_get_socket_cookie(ctx);
+    place = place_of(cookie);
+    if (place && place->cookie == cookie)
+        place->cookie = 0;
+    return 1;
+}
 
 #define HOOK(section, name, function, v6)   \
     SEC(section)                            \

@@ -15,10 +15,10 @@ use std::{
 
 use aya::{
     Pod,
-    maps::{HashMap, Map, MapData, MapInfo, loaded_maps},
+    maps::{Array, HashMap, Map, MapData, MapInfo, loaded_maps},
     programs::{links::LinkInfo, loaded_links, loaded_programs},
 };
-use ebpf_abi::Counter;
+use ebpf_abi::{Counter, TcpPeer};
 use ebpf_loader::{
     ApplyReport, Backends, Clients, Frontend, LoadError, Protocol, Services, find_cgroup2,
 };
@@ -148,12 +148,17 @@ impl Lab {
         move |counter| counters[&counter]
     }
 
+    /// How many connected TCP sockets have a place in the map that is for most of them.
+    pub(crate) fn places_taken(&self) -> usize {
+        let map = Map::Array(map_named("hf_tcp_peers"));
+        let places = Array::<_, TcpPeer>::try_from(map).unwrap();
+        let places = places.iter().map(Result::unwrap);
+        places.filter(|place| place.cookie != 0).count()
+    }
+
     /// How many entries the kernel says that the loader's map has.
     pub(crate) fn map_entries<K: Pod, V: Pod>(&self, name: &str) -> usize {
-        let named = |id: &u32| MapInfo::from_id(*id).unwrap().name_as_str() == Some(name);
-        let id = own_bpf_objects().maps.into_iter().find(named).unwrap();
-        let map = Map::HashMap(MapData::from_id(id).unwrap());
-        HashMap::<_, K, V>::try_from(map)
+        HashMap::<_, K, V>::try_from(Map::HashMap(map_named(name)))
             .unwrap()
             .keys()
             .map(Result::unwrap)
@@ -246,6 +251,13 @@ pub(crate) const FAMILIES: [Family; 3] = [
         loopback: "127.0.0.1:0",
     },
 ];
+
+/// The map of this process' loader.
+fn map_named(name: &str) -> MapData {
+    let named = |id: &u32| MapInfo::from_id(*id).unwrap().name_as_str() == Some(name);
+    let id = own_bpf_objects().maps.into_iter().find(named).unwrap();
+    MapData::from_id(id).unwrap()
+}
 
 impl Family {
     pub(crate) fn asked(&self) -> SocketAddr {

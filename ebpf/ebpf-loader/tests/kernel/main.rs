@@ -31,6 +31,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::OwnedFd,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -38,7 +39,10 @@ use std::{
 
 use ebpf_abi::{Counter, FLOWS_MAX, SocketAddress};
 use ebpf_loader::{Backends, Clients, Frontend, LoadError, Protocol, Services};
-use rustix::thread::CapabilitySet;
+use rustix::{
+    net::{AddressFamily, SocketType, connect, socket, sockopt::socket_cookie},
+    thread::CapabilitySet,
+};
 
 use crate::lab::{
     FAMILIES, Lab, accepted, addresses, ask, connect_times, datagram, tcp_servers, udp_servers,
@@ -83,6 +87,48 @@ fn tcp_reaches_every_endpoint_and_shows_the_service() {
         assert_eq!(counted(Counter::PeerNameRewritten), TRIES as u64);
         assert_eq!(counted(Counter::NotRemembered), 0);
     }
+}
+
+/// Cookies are given out a few thousand at a time to each processor.
+const COOKIES_TRIED: usize = 64 * ebpf_abi::TCP_PEERS_MAX as usize;
+
+/// A socket whose number has the same place as that of `other`, if one is found.
+fn socket_at_the_place_of(other: &TcpStream) -> io::Result<Option<OwnedFd>> {
+    let place = |cookie: u64| cookie % u64::from(ebpf_abi::TCP_PEERS_MAX);
+    let wanted = place(socket_cookie(other)?);
+    for _ in 0..COOKIES_TRIED {
+        let socket = socket(AddressFamily::INET, SocketType::STREAM, None)?;
+        if place(socket_cookie(&socket)?) == wanted {
+            return Ok(Some(socket));
+        }
+    }
+    Ok(None)
+}
+
+#[test]
+fn two_sockets_at_one_place_both_show_the_service() {
+    let mut lab = Lab::new();
+    let family = &FAMILIES[0];
+    let servers = tcp_servers(family.loopback, 1);
+    let at = addresses(&servers, TcpListener::local_addr);
+    family.serve(&mut lab, Protocol::Tcp, &at);
+    let first = TcpStream::connect(family.asked()).unwrap();
+    let second = socket_at_the_place_of(&first).unwrap().unwrap();
+    connect(&second, &family.asked()).unwrap();
+    let second = TcpStream::from(second);
+    assert_eq!(second.peer_addr().unwrap(), family.asked());
+    assert_eq!(first.peer_addr().unwrap(), family.asked());
+    let open = || lab.places_taken();
+    assert_eq!(open(), 1);
+    drop(first);
+    assert_eq!(open(), 0);
+    let third = socket_at_the_place_of(&second).unwrap().unwrap();
+    connect(&third, &family.asked()).unwrap();
+    assert_eq!(open(), 1);
+    assert_eq!(second.peer_addr().unwrap(), family.asked());
+    assert_eq!(TcpStream::from(third).peer_addr().unwrap(), family.asked());
+    assert_eq!(open(), 0);
+    assert_eq!(lab.counted()(Counter::NotRemembered), 0);
 }
 
 #[test]
@@ -506,7 +552,7 @@ fn dropping_it_leaves_nothing_in_the_kernel() {
     );
     drop(TcpStream::connect(family.asked()).unwrap());
     let ids = lab::own_bpf_objects();
-    assert_eq!((ids.programs.len(), ids.links.len()), (9, 8), "{ids:?}");
+    assert_eq!((ids.programs.len(), ids.links.len()), (10, 9), "{ids:?}");
     assert!(ids.maps.len() >= 6, "{ids:?}");
     drop(lab.take_services());
     ids.wait_until_gone();

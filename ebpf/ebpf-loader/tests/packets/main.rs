@@ -26,6 +26,8 @@ mod links;
 #[cfg(test)]
 mod machine;
 #[cfg(test)]
+mod mapping;
+#[cfg(test)]
 mod masquerade;
 #[cfg(test)]
 #[path = "../common/netns.rs"]

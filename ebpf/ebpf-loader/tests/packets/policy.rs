@@ -82,7 +82,7 @@ impl Lab {
             tables.addresses.insert((net.client.ip(), bits), FRIEND);
         }
         let mut lab = Self {
-            policy: Policy::load().unwrap_or_else(|error| panic!("{error}\n{error:?}")),
+            policy: Policy::load(None).unwrap_or_else(|error| panic!("{error}\n{error:?}")),
             tables,
         };
         lab.ports(1, &[(TCP, 8080, ALLOWED), (UDP, 53, ALLOWED)]);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use aya::{
-    maps::{HashMap, LpmTrie, MapData, PerCpuArray, lpm_trie::Key, xdp::DevMapHash},
+    maps::{HashMap, LpmTrie, MapData, PerCpuArray, lpm_trie::Key, xdp::DevMap},
     programs::{SchedClassifier, TestRun, TestRunOptions},
 };
 use ebpf_abi::{RedirectCounter, Route, SocketAddress};
@@ -16,11 +16,15 @@ use crate::{
     wire::{self, ETHERNET, Net, TTL, ip_nets, nets, tcp, udp, udp_in, without_ethernet},
 };
 
-/// The verifier's work for each program, with room for a tenth more than when this was written.
-const VERIFIED_INSTRUCTIONS_MAX: u32 = 6_300;
+/// The verifier's work for each program, with room for a tenth more than when this was written. It was two thirds of it before
+/// headers were read and written in place, which takes a third off what a packet costs.
+const VERIFIED_INSTRUCTIONS_MAX: u32 = 9_700;
 
 /// The interface that a test run's packets come in by.
 const LOOPBACK: u32 = 1;
+
+/// Of the port, in the map of interfaces.
+const SLOT: u32 = 3;
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 1, 0xb];
 const POD_MAC: [u8; 6] = [2, 0, 0, 0, 2, 0xb];
@@ -48,7 +52,7 @@ impl Ways {
             assert!(verified.is_some_and(|count| count <= VERIFIED_INSTRUCTIONS_MAX));
         }
         let mut ways = Self { machine, port };
-        ways.links().insert(port, port, None, 0).unwrap();
+        ways.links().set(SLOT, port, None, 0).unwrap();
         for net in nets {
             ways.route(net.client.ip(), LOOPBACK, false);
             ways.route(net.endpoint.ip(), port, is_pod);
@@ -56,7 +60,7 @@ impl Ways {
         ways
     }
 
-    fn links(&mut self) -> DevMapHash<&mut MapData> {
+    fn links(&mut self) -> DevMap<&mut MapData> {
         let map = self.machine.ebpf.map_mut("hf_redirects").unwrap();
         map.try_into().unwrap()
     }
@@ -68,6 +72,7 @@ impl Ways {
     fn route(&mut self, to: std::net::IpAddr, interface: u32, is_pod: bool) {
         let route = Route {
             interface,
+            slot: SLOT,
             mtu: 1_400,
             mac: MAC,
             pod_mac: POD_MAC,
@@ -234,8 +239,7 @@ fn what_the_stack_would_do_more_with_is_left_to_it() {
         assert_eq!(segments(1_400), Verdict::Returned);
         assert_eq!(segments(1_401), Verdict::Next);
     }
-    let port = ways.port;
-    ways.links().remove(port).unwrap();
+    ways.links().set(SLOT, LOOPBACK, None, 0).unwrap();
     for net in &nets() {
         ways.leaves(datagram(net, TTL), R::Gone);
     }

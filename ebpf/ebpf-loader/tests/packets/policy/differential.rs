@@ -202,7 +202,7 @@ proptest! {
 
     #[test]
     fn packets_are_judged_as_the_tables_say(first in any_tables(), steps in vec(any_step(), 1..250)) {
-        let policy = Policy::load().unwrap();
+        let policy = Policy::load(None).unwrap();
         let mut lab = Lab { policy, tables: Tables::default() };
         let mut model = Model::default();
         for (index, step) in [Step::Apply(first)].into_iter().chain(steps).enumerate() {

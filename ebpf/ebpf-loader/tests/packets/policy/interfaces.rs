@@ -5,15 +5,20 @@ use std::{
     fs::File,
     io::{ErrorKind, Read as _, Write as _},
     net::{TcpListener, TcpStream, UdpSocket},
+    path::Path,
+    thread,
     time::Duration,
 };
 
+use aya::programs::{SchedClassifier, TcAttachType};
 use ebpf_loader::{
-    Clients, Frontend, InterfaceError, LinkHeader, Protocol, RedirectKind, RedirectLink,
+    BPFFS, Clients, Frontend, InterfaceError, LinkHeader, Pins, Protocol, RedirectKind,
+    RedirectLink, policy::end_left,
 };
 
 use super::*;
 use crate::{
+    bpffs::new_bpffs,
     lan::index,
     netns::ip,
     pods::{A, B, C, Name, Node, Pod, SERVICES, exchange, forwarded, host},
@@ -50,6 +55,10 @@ impl Guarded {
     }
 
     fn unattached() -> Self {
+        Self::kept(None)
+    }
+
+    fn kept(pins: Option<Pins>) -> Self {
         let mut tables = Tables {
             enforced: true,
             ..Tables::default()
@@ -66,7 +75,7 @@ impl Guarded {
             let own = pod.addresses().map(|address| (host(address), class(pod)));
             tables.addresses.extend(own);
         }
-        let policy = Policy::load().unwrap_or_else(|error| panic!("{error}\n{error:?}"));
+        let policy = Policy::load(pins).unwrap_or_else(|error| panic!("{error}\n{error:?}"));
         let mut guarded = Self {
             policy,
             tables,
@@ -114,7 +123,11 @@ impl Guarded {
     }
 
     fn attach(&mut self) -> usize {
-        let pods = BTreeSet::from([A, B].map(|pod| index(pod.port)));
+        self.attach_to(&[A, B])
+    }
+
+    fn attach_to(&mut self, pods: &[Name]) -> usize {
+        let pods = pods.iter().map(|pod| index(pod.port)).collect();
         let report = self.policy.attach_pods(&pods).unwrap();
         assert!(report.failed.is_empty(), "{report:?}");
         report.attached
@@ -540,4 +553,65 @@ fn an_interface_that_is_gone_is_said_so_and_who_has_its_index_is_guarded_anew() 
         2,
         "one was given up, the other one is new"
     );
+}
+
+/// How many programs of policy see what the pod sends.
+fn programs_from(pod: Name) -> usize {
+    let (_, there) = SchedClassifier::query_tcx(pod.port, TcAttachType::Ingress).unwrap();
+    let names = there.iter().filter_map(|program| program.name_as_str());
+    names.filter(|name| *name == "hf_policy_from").count()
+}
+
+/// The kernel lets go of what was pinned in the background.
+#[track_caller]
+fn becomes_so(is_so: impl Fn() -> bool) {
+    let tries = || {
+        thread::sleep(Duration::from_millis(10));
+        is_so()
+    };
+    assert!((0..300).any(|_| tries()), "not in 3 s");
+}
+
+#[test]
+fn what_pods_may_do_holds_while_no_agent_runs_and_until_the_next_one_is_attached() {
+    let (_node, a, b) = Node::with_pods();
+    new_bpffs();
+    let pins = || Pins::of_policy(Path::new(BPFFS)).unwrap();
+    let next = || Guarded::kept(Some(pins()));
+    for (a_ip, b_ip) in A.addresses().into_iter().zip(B.addresses()) {
+        let from_a = || hears(&a.socket(a_ip), &b.socket(b_ip));
+        let from_b = || hears(&b.socket(b_ip), &a.socket(a_ip));
+        let mut first = next();
+        assert_eq!(first.attach(), 2);
+        first.say(A, class(B), Out, DENIED);
+        assert!(!from_a() && from_b());
+        drop(first);
+        assert!(!from_a() && from_b(), "nobody runs");
+
+        let mut second = next();
+        second.say(B, class(A), Out, DENIED);
+        assert!(!from_a() && from_b(), "it is loaded and attached nowhere");
+        assert_eq!(second.attach(), 2);
+        assert!(from_a() && !from_b());
+        assert_eq!(programs_from(A), 1, "in the place of the first");
+        drop(second);
+
+        let mut third = next();
+        third.say_of_all(DENIED);
+        assert_eq!(third.attach_to(&[A]), 1, "B is no pod any more");
+        assert!(!from_a());
+        becomes_so(|| programs_from(A) == 1 && programs_from(B) == 0);
+        third.policy.remove();
+        becomes_so(|| from_a() && from_b());
+
+        let mut fourth = next();
+        fourth.attach();
+        fourth.say_of_all(DENIED);
+        drop(fourth);
+        assert!(!from_a() && !from_b());
+        end_left(pins());
+        becomes_so(|| from_a() && from_b());
+        assert_eq!(programs_from(A) + programs_from(B), 0);
+    }
+    assert!(pins().remove().is_empty());
 }
