@@ -34,7 +34,8 @@ impl Clients {
                 .iter()
                 .any(|prefix| prefix.contains(&source))
             || node.is_some_and(|node| {
-                let mut behind = node.allowed_prefixes();
+                let lans = node.mapped.iter().map(|mapping| mapping.lan);
+                let mut behind = node.allowed_prefixes().chain(lans);
                 node.underlay_addresses.contains(&source)
                     || behind.any(|prefix| prefix.contains(&source))
             })
@@ -64,6 +65,7 @@ mod tests {
                 pod_prefixes: Vec::new(),
                 underlay_addresses: vec![IpAddr::from([192, 168, 7, number])],
                 static_candidates: Vec::new(),
+                mapped: Vec::new(),
             };
             snapshot.nodes.insert(node.name.clone(), node);
         }

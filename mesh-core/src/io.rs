@@ -248,6 +248,8 @@ pub enum Reason {
     HardNatBoth,
     /// One NAT maps by destination and the other filters by port: neither can guess the other.
     HardNatOne,
+    /// No community has both sites: the mesh says that they speak through relays.
+    PolicyRelayOnly,
     /// The peer told no address, and none is known.
     NoCandidates,
     /// Only small packets pass.

@@ -5,9 +5,12 @@
 
 #![forbid(unsafe_code)]
 
+pub mod gateways;
 pub mod io;
 pub mod node;
+pub mod pattern;
 pub mod policy;
+pub mod proxy;
 pub mod relay_server;
 pub mod services;
 pub mod snapshot;

@@ -12,7 +12,7 @@ use std::{
 };
 
 use mesh_wire::{
-    id::{NodeId, NodeName, RelayId, Via, canonical},
+    id::{NodeId, NodeName, RelayId, SiteName, Via, canonical},
     peer::{CANDIDATES_MAX, Candidate, CandidateKind, NatKind, PeerMessage},
 };
 use rand::SeedableRng;
@@ -29,7 +29,7 @@ use crate::{
     snapshot::{ExternalPeer, Locality, Node, Snapshot},
 };
 
-mod choose;
+pub(crate) mod choose;
 mod context;
 mod gather;
 pub mod path;
@@ -39,7 +39,7 @@ pub mod report;
 mod watch;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 /// Candidates of one kind that peers are told.
 const CANDIDATES_PER_KIND_MAX: usize = 6;
@@ -86,6 +86,7 @@ impl Core {
     pub fn new(config: CoreConfig, rng_seed: u64, now: Instant) -> Self {
         let us = Us {
             site: None,
+            direct_sites: None,
             local: Vec::new(),
             candidates: Vec::new(),
             generation: 0,
@@ -284,6 +285,7 @@ impl Core {
         self.names = None;
         let own = snapshot.nodes.get(&self.config.node);
         self.us.site = own.and_then(|node| node.locality.site.clone());
+        self.us.direct_sites = snapshot.direct_sites(self.us.site.as_ref());
         self.us.inside = Inside::new(&snapshot, &self.config.node);
         self.forget_removed_peers();
         if relays_before.as_ref() != Some(&snapshot.relays) {
@@ -293,8 +295,7 @@ impl Core {
             self.gather_anew(now);
         }
         self.refresh_us(now);
-        // A way may have come to lead into the tunnel itself.
-        self.for_each_peer(now, |peer, ctx| peer.select(ctx));
+        self.for_each_peer(now, |peer, ctx| peer.on_snapshot(ctx));
     }
 
     /// Peers that the snapshot does not name any more, or under another key.
@@ -570,8 +571,14 @@ fn known_node(node: &Node, us: &Us) -> Known {
         name: node.name.clone(),
         plain: false,
         same_site,
+        relay_only: !may_be_direct(site.as_ref(), us),
         addresses,
     }
+}
+
+fn may_be_direct(site: Option<&SiteName>, us: &Us) -> bool {
+    let allowed = us.direct_sites.as_ref();
+    allowed.is_none_or(|sites| site.is_some_and(|site| sites.contains(site)))
 }
 
 fn known_external(peer: &ExternalPeer) -> Known {
@@ -580,6 +587,7 @@ fn known_external(peer: &ExternalPeer) -> Known {
         name: peer.name.clone(),
         plain: true,
         same_site: false,
+        relay_only: false, // It knows no relay.
         addresses: peer.endpoint.into_iter().collect(),
     }
 }

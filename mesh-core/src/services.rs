@@ -604,6 +604,7 @@ fn judge<'a>(
         .as_ref()
         .or_else(|| api_server_node(view, service, endpoint.address));
     let node = name.and_then(|name| view.snapshot.nodes.get(name));
+    let unknown = Locality::default();
     let own_zone = own.and_then(|own| own.locality.zone.as_ref());
     let hints = &endpoint.hints;
     let address = node.map_or(endpoint.address, |node| {
@@ -618,7 +619,10 @@ fn judge<'a>(
         tier: if name == Some(&view.node) {
             Tier::SameNode
         } else {
-            own.map_or(Tier::Anywhere, |own| tier(own, node, endpoint))
+            own.map_or(Tier::Anywhere, |own| {
+                let there = node.map_or(&unknown, |node| &node.locality);
+                tier(own, there, endpoint.zone.as_ref())
+            })
         },
         usable: false,
         alive: name.is_none_or(|name| !view.dead.contains(name)),
@@ -683,10 +687,9 @@ fn weight(
     found.map_or(1, |found| found.weight)
 }
 
-fn tier(own: &Node, node: Option<&Node>, endpoint: &Endpoint) -> Tier {
-    let unknown = Locality::default();
-    let there = node.map_or(&unknown, |node| &node.locality);
-    let zone = endpoint.zone.as_ref().or(there.zone.as_ref());
+/// How far what is `there` is from a node that is not there itself. `zone`: who knows better than `there`.
+pub(crate) fn tier(own: &Node, there: &Locality, zone: Option<&String>) -> Tier {
+    let zone = zone.or(there.zone.as_ref());
     if same(own.locality.site.as_ref(), there.site.as_ref()) {
         Tier::SameSite
     } else if same(own.locality.zone.as_ref(), zone) {

@@ -4,7 +4,7 @@
 //! that serves traffic or names reads only this.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
@@ -42,6 +42,8 @@ pub struct Snapshot {
     pub slices: BTreeMap<ServiceName, BTreeMap<String, Arc<EndpointSlice>>>,
     /// Who may speak with whom.
     pub policy: Resources,
+    /// Sites whose nodes may connect directly, by the community's name. None: all may.
+    pub communities: BTreeMap<String, BTreeSet<SiteName>>,
 }
 
 /// What holds for the whole mesh.
@@ -105,6 +107,17 @@ pub struct Node {
     pub underlay_addresses: Vec<IpAddr>,
     /// Addresses where its UDP socket is reachable for sure, given by the operator.
     pub static_candidates: Vec<SocketAddr>,
+    /// LAN subnets behind it that the mesh sees under another range, which is one of `prefixes`.
+    pub mapped: Vec<Mapping>,
+}
+
+/// A LAN subnet by its two names; of one family and length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mapping {
+    /// As the LAN itself knows it.
+    pub lan: IpNet,
+    /// As the mesh does, address by address.
+    pub seen_as: IpNet,
 }
 
 impl Node {
@@ -420,7 +433,26 @@ impl Snapshot {
             services: BTreeMap::new(),
             slices: BTreeMap::new(),
             policy: Resources::default(),
+            communities: BTreeMap::new(),
         }
+    }
+
+    /// Sites with whose nodes those of `site` may connect directly, their own among them; `None`: with
+    /// everybody, as there is no community. Nodes of which no site is said are then in none.
+    #[must_use]
+    pub fn direct_sites(&self, site: Option<&SiteName>) -> Option<BTreeSet<SiteName>> {
+        if self.communities.is_empty() {
+            return None;
+        }
+        let site = site.into_iter();
+        Some(
+            site.flat_map(|own| {
+                let shared = self.communities.values();
+                let shared = shared.filter(move |sites| sites.contains(own)).flatten();
+                shared.chain([own]).cloned()
+            })
+            .collect(),
+        )
     }
 
     /// Every endpoint of `service`, with the slice that holds it.

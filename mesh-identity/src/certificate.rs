@@ -126,26 +126,56 @@ pub fn public_key_hash(certificate: &CertificateDer<'_>) -> Result<[u8; 32], Bad
     mesh_id(certificate).map(|MeshId(hash)| hash)
 }
 
+/// By which names a certificate's holder is known outside the mesh.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Holder {
+    /// Common names.
+    pub common_names: Vec<String>,
+    /// Organizations.
+    pub organizations: Vec<String>,
+    /// URIs in the subject alternative name.
+    pub uris: Vec<String>,
+}
+
+impl Holder {
+    /// What `certificate`, of whatever authority, says. Names that are no text are left out.
+    ///
+    /// # Errors
+    ///
+    /// [`BadCertificate::NotX509`].
+    pub fn of(certificate: &CertificateDer<'_>) -> Result<Self, BadCertificate> {
+        let parsed = parse(certificate)?;
+        let subject = parsed.subject();
+        let text = |name: &x509_parser::x509::AttributeTypeAndValue<'_>| {
+            name.as_str().ok().map(str::to_owned)
+        };
+        Ok(Self {
+            common_names: subject.iter_common_name().filter_map(text).collect(),
+            organizations: subject.iter_organization().filter_map(text).collect(),
+            uris: uris(&parsed).into_iter().map(str::to_owned).collect(),
+        })
+    }
+}
+
 /// The only URI in the subject alternative name.
 pub(crate) fn uri(certificate: &CertificateDer<'_>) -> Result<String, BadCertificate> {
-    let parsed = parse(certificate)?;
-    let names = parsed.subject_alternative_name().ok().flatten();
-    let names = names.map(|names| &names.value.general_names);
-    let uris: Vec<_> = names
-        .into_iter()
-        .flatten()
-        .filter_map(|name| {
-            if let GeneralName::URI(uri) = name {
-                Some(*uri)
-            } else {
-                None
-            }
-        })
-        .collect();
-    match uris.as_slice() {
+    match uris(&parse(certificate)?).as_slice() {
         [uri] => Ok((*uri).to_owned()),
         others => Err(BadCertificate::Uris(others.len())),
     }
+}
+
+fn uris<'a>(certificate: &X509Certificate<'a>) -> Vec<&'a str> {
+    let names = certificate.subject_alternative_name().ok().flatten();
+    let names = names.map(|names| &names.value.general_names);
+    let uris = names.into_iter().flatten().filter_map(|name| {
+        if let GeneralName::URI(uri) = name {
+            Some(*uri)
+        } else {
+            None
+        }
+    });
+    uris.collect()
 }
 
 pub(crate) fn parse<'a>(
@@ -173,5 +203,32 @@ impl fmt::Display for Moment {
             Some(time) => write!(f, "{time}"),
             None => write!(f, "{} s after 1970", seconds.as_secs()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{CertificateParams, DnType, KeyPair, SanType};
+
+    use super::*;
+
+    #[test]
+    fn a_holder_of_any_authority_has_all_its_names() {
+        let mut params = CertificateParams::default();
+        let subject = &mut params.distinguished_name;
+        subject.push(DnType::CommonName, "kube-apiserver");
+        subject.push(DnType::OrganizationName, "system:masters");
+        for uri in ["spiffe://m/a", "urn:b"] {
+            let uri = SanType::URI(uri.try_into().unwrap());
+            params.subject_alt_names.push(uri);
+        }
+        let certificate = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
+        let holder = Holder::of(certificate.der()).unwrap();
+        let expected = Holder {
+            common_names: vec!["kube-apiserver".to_owned()],
+            organizations: vec!["system:masters".to_owned()],
+            uris: vec!["spiffe://m/a".to_owned(), "urn:b".to_owned()],
+        };
+        assert_eq!(holder, expected);
     }
 }

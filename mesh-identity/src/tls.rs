@@ -19,7 +19,7 @@ use rustls::{
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     },
     crypto::{CryptoProvider, ring::default_provider},
-    pki_types::{CertificateDer, ServerName, UnixTime},
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject as _},
     server::{
         NoServerSessionStorage, WebPkiClientVerifier,
         danger::{ClientCertVerified, ClientCertVerifier},
@@ -33,6 +33,7 @@ use crate::{
     authority::dns_name,
     certificate::{Moment, Validity, mesh_id},
     credentials::Credentials,
+    pem::{BadPem, decode_certificates},
 };
 
 /// Whether clients must show a certificate.
@@ -58,6 +59,55 @@ pub fn server_config(
     alpn: &[&[u8]],
 ) -> Result<ServerConfig, Error> {
     server_config_at(credentials, clients, alpn, system_time)
+}
+
+/// Why there are no settings for clients that are not the mesh's.
+#[derive(Debug, thiserror::Error)]
+pub enum OutsideTlsError {
+    /// The server's own certificate.
+    #[error("its certificate: {0}")]
+    Certificate(BadPem),
+    /// Its key.
+    #[error("its key: no PEM block with a private key in it that can be read")]
+    Key,
+    /// The clients' authorities.
+    #[error("the authorities of clients: {0}")]
+    Authorities(BadPem),
+    /// They do not go together, or are of a kind that is not supported.
+    #[error(transparent)]
+    Refused(#[from] Error),
+}
+
+/// Settings of a server whose trust is not the mesh's: it shows `certificates` (PEM, its own first), and lets in who
+/// shows a certificate of `authorities` (PEM). The machine's clock counts as it is.
+///
+/// # Errors
+///
+/// [`OutsideTlsError`].
+pub fn outside_server_config(
+    certificates: &str,
+    key: &str,
+    authorities: &str,
+) -> Result<ServerConfig, OutsideTlsError> {
+    let chain = decode_certificates(certificates).map_err(OutsideTlsError::Certificate)?;
+    let key = PrivateKeyDer::from_pem_slice(key.as_bytes());
+    let key = key.map_err(|_| OutsideTlsError::Key)?; // What is wrong with it might show a part of it.
+    let mut roots = RootCertStore::empty();
+    for authority in decode_certificates(authorities).map_err(OutsideTlsError::Authorities)? {
+        roots.add(authority)?;
+    }
+    let provider = Arc::new(default_provider());
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone());
+    let verifier = verifier
+        .build()
+        .map_err(|error| Error::General(error.to_string()))?;
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&TLS13])?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(chain, key)?;
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    Ok(config)
 }
 
 /// Settings of a client that has a certificate: it shows `credentials`, and checks the server

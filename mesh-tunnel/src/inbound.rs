@@ -127,7 +127,7 @@ impl LastSource {
         if self.0 == Some((source, *peer)) {
             return true;
         }
-        let allowed = tunnel.routes.load().get(source) == Some(peer);
+        let allowed = tunnel.routes.load().allows(source, peer);
         if allowed {
             self.0 = Some((source, *peer));
         }

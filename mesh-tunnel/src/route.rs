@@ -11,9 +11,14 @@ use ip_network_table_deps_treebitmap::IpLookupTable;
 use ipnet::IpNet;
 use mesh_wire::id::NodeId;
 
+/// In the number of a prefix's holder: it is one of several holders together.
+const SHARED: u32 = 1 << 31;
+
 /// A table of prefixes, built once and never changed: a new one replaces the old as a whole.
 pub struct RouteTable {
     nodes: Vec<NodeId>,
+    /// Numbers of nodes with one prefix, the one that gets its packets first.
+    shared: Vec<Vec<u32>>,
     v4: IpLookupTable<Ipv4Addr, u32>,
     v6: IpLookupTable<Ipv6Addr, u32>,
 }
@@ -22,11 +27,50 @@ impl RouteTable {
     /// Looks up the peer whose prefix is the longest that contains `address`.
     #[must_use]
     pub fn get(&self, address: IpAddr) -> Option<&NodeId> {
-        let node = match address {
+        self.holders(address)?.next()
+    }
+
+    /// Whether packets from `address` may come from `node`: if it is one of those whose prefix is the longest that
+    /// contains it.
+    #[must_use]
+    pub fn allows(&self, address: IpAddr, node: &NodeId) -> bool {
+        let holders = self.holders(address);
+        holders.is_some_and(|mut holders| holders.any(|holder| holder == node))
+    }
+
+    /// Gives a prefix to several nodes. The first gets its packets; from the others they may come.
+    pub fn share(&mut self, net: IpNet, nodes: &[NodeId]) {
+        let numbers = nodes.iter().map(|&node| self.add(node)).collect();
+        let number = u32::try_from(self.shared.len()).unwrap_or(u32::MAX) | SHARED;
+        self.shared.push(numbers);
+        self.insert(net, number);
+    }
+
+    fn holders(&self, address: IpAddr) -> Option<impl Iterator<Item = &NodeId>> {
+        let found = match address {
             IpAddr::V4(ip) => self.v4.longest_match(ip)?.2,
             IpAddr::V6(ip) => self.v6.longest_match(ip)?.2,
         };
-        self.nodes.get(usize::try_from(*node).ok()?)
+        let numbers = match found & SHARED {
+            0 => std::slice::from_ref(found),
+            _ => self.shared.get(usize::try_from(found & !SHARED).ok()?)?,
+        };
+        let node = |number: &u32| self.nodes.get(usize::try_from(*number).ok()?);
+        Some(numbers.iter().filter_map(node))
+    }
+
+    fn insert(&mut self, net: IpNet, number: u32) {
+        let length = net.prefix_len().into();
+        match net.trunc() {
+            IpNet::V4(net) => self.v4.insert(net.addr(), length, number),
+            IpNet::V6(net) => self.v6.insert(net.addr(), length, number),
+        };
+    }
+
+    /// A number for `node`. It may have others.
+    fn add(&mut self, node: NodeId) -> u32 {
+        self.nodes.push(node);
+        u32::try_from(self.nodes.len() - 1).unwrap_or(u32::MAX)
     }
 
     /// How many prefixes there are.
@@ -48,15 +92,8 @@ impl FromIterator<(IpNet, NodeId)> for RouteTable {
         let mut table = Self::default();
         let mut numbers = HashMap::new();
         for (net, node) in prefixes {
-            let number = *numbers.entry(node).or_insert_with(|| {
-                table.nodes.push(node);
-                u32::try_from(table.nodes.len() - 1).unwrap_or(u32::MAX)
-            });
-            let length = net.prefix_len().into();
-            match net.trunc() {
-                IpNet::V4(net) => table.v4.insert(net.addr(), length, number),
-                IpNet::V6(net) => table.v6.insert(net.addr(), length, number),
-            };
+            let number = *numbers.entry(node).or_insert_with(|| table.add(node));
+            table.insert(net, number);
         }
         table
     }
@@ -66,6 +103,7 @@ impl Default for RouteTable {
     fn default() -> Self {
         Self {
             nodes: Vec::new(),
+            shared: Vec::new(),
             v4: IpLookupTable::new(),
             v6: IpLookupTable::new(),
         }
@@ -152,6 +190,30 @@ mod tests {
             );
         }
         assert_eq!(table.get("2001:db8::1".parse().unwrap()), None);
+    }
+
+    #[test]
+    fn of_several_gateways_the_first_gets_packets_and_all_may_send() {
+        let mut table: RouteTable = [("10.201.0.0/24", 9), ("10.201.0.7/32", 3)]
+            .into_iter()
+            .map(|(net, n)| (net.parse().unwrap(), node(n)))
+            .collect();
+        table.share("10.201.0.0/24".parse().unwrap(), &[node(2), node(1)]);
+        table.share("fd01::/64".parse().unwrap(), &[node(1), node(2)]);
+        let rows = [
+            ("10.201.0.5", Some(2), vec![1, 2]),
+            ("10.201.0.7", Some(3), vec![3]),
+            ("fd01::5", Some(1), vec![1, 2]),
+            ("10.202.0.5", None, vec![]),
+        ];
+        for (address, gets, may_send) in rows {
+            let address: IpAddr = address.parse().unwrap();
+            assert_eq!(table.get(address), gets.map(node).as_ref(), "{address}");
+            for n in 0..10 {
+                let may = may_send.contains(&n);
+                assert_eq!(table.allows(address, &node(n)), may, "{address} by {n}");
+            }
+        }
     }
 
     #[test]

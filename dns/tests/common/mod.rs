@@ -100,6 +100,7 @@ pub(crate) fn add_node(snapshot: &mut Snapshot, number: u8, name: &str, site: &s
         pod_prefixes: Vec::new(),
         underlay_addresses: vec![IpAddr::from([192, 168, 7, number])],
         static_candidates: Vec::new(),
+        mapped: Vec::new(),
     };
     snapshot.nodes.insert(node.name.clone(), node);
 }

@@ -39,14 +39,16 @@ pub(crate) fn choose(usable: &[(Via, &Path)], primary: Option<Via>) -> Option<Vi
         return Some(best);
     };
     let better = tier(best_path) < tier(current_path)
-        || tier(best_path) == tier(current_path) && is_cheaper(best_path, current_path);
+        || tier(best_path) == tier(current_path)
+            && match (best_path.cost(), current_path.cost()) {
+                (Some(cost), Some(than)) => is_cheaper(cost, than),
+                _ => false,
+            };
     Some(if better { best } else { current })
 }
 
-fn is_cheaper(path: &Path, than: &Path) -> bool {
-    let (Some(cost), Some(than)) = (path.cost(), than.cost()) else {
-        return false;
-    };
+/// Whether so much is saved that it is worth a move.
+pub(crate) fn is_cheaper(cost: Duration, than: Duration) -> bool {
     cost < than.mul_f64(CHEAPER_BY) && than.saturating_sub(cost) >= CHEAPER_BY_AT_LEAST
 }
 

@@ -1,7 +1,7 @@
 //! What a peer's state machine sees of the node around it, and asks of it.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
@@ -14,6 +14,7 @@ use mesh_wire::{
 use rand::rngs::Xoshiro256PlusPlus;
 
 use crate::{
+    gateways::is_own,
     io::{Event, Output},
     snapshot::Snapshot,
 };
@@ -25,6 +26,8 @@ pub(crate) type Dice = Xoshiro256PlusPlus;
 #[derive(Debug)]
 pub(crate) struct Us {
     pub(crate) site: Option<SiteName>,
+    /// With whose nodes this one may connect directly; `None`: with everybody's.
+    pub(crate) direct_sites: Option<BTreeSet<SiteName>>,
     pub(crate) local: Vec<SocketAddr>,
     /// What peers are told.
     pub(crate) candidates: Vec<Candidate>,
@@ -53,6 +56,10 @@ impl Inside {
     pub(crate) fn new(snapshot: &Snapshot, own: &NodeName) -> Self {
         let others = snapshot.nodes.values().filter(|node| node.name != *own);
         let mut nets: Vec<IpNet> = others.flat_map(|node| node.prefixes.clone()).collect();
+        if let Some(own) = snapshot.nodes.get(own) {
+            // Of a LAN with several gateways this may be one.
+            nets.retain(|net| !is_own(own, net));
+        }
         nets.sort_unstable_by_key(|net| (net.network(), net.prefix_len()));
         let mut behind: BTreeMap<IpAddr, IpNet> = BTreeMap::new();
         for net in nets {

@@ -147,6 +147,8 @@ pub(crate) struct Known {
     /// A WireGuard device without a core: no echoes, no candidates.
     pub(crate) plain: bool,
     pub(crate) same_site: bool,
+    /// The mesh does not let the two connect directly.
+    pub(crate) relay_only: bool,
     /// Addresses that the operator gave, and likely ones.
     pub(crate) addresses: Vec<SocketAddr>,
 }
@@ -171,6 +173,8 @@ pub(crate) struct Peer {
     duplicate_until: Option<Instant>,
     watch: Watch,
     search: Search,
+    /// A direct path that may not be used any more is used until then: no relay reaches the peer yet.
+    leave_by: Option<Instant>,
     /// Last traffic, or call by the peer.
     active_at: Instant,
     /// Last data packet that went out.
@@ -203,6 +207,7 @@ impl Peer {
             duplicate_until: None,
             watch: Watch::Calm,
             search: Search::default(),
+            leave_by: None,
             active_at: now,
             sent_at: None,
             wanted_at: None,
@@ -219,6 +224,9 @@ impl Peer {
     }
 
     pub(crate) fn set_known(&mut self, known: Known) {
+        if self.known.relay_only && !known.relay_only {
+            self.search = Search::default(); // One begins with the snapshot.
+        }
         self.known = known;
     }
 
@@ -465,6 +473,14 @@ impl Peer {
 
     /// The peer answered, or called, by `via`, and no path is in use.
     fn answered(&mut self, via: Via, reason: Reason, ctx: &mut Context) {
+        if self.is_forbidden(via) {
+            // It has not heard yet that this way is closed: it is called by relays.
+            return match self.phase {
+                Phase::Idle => self.wake(reason, ctx),
+                Phase::Unreachable(_) => self.call_anew(ctx),
+                Phase::Waking(_) | Phase::Up => {}
+            };
+        }
         if self.known.plain || matches!(via, Via::Relay(_)) {
             return self.come_up(via, reason, ctx);
         }
@@ -527,6 +543,7 @@ impl Peer {
 
     fn drop_paths(&mut self, ctx: &mut Context) {
         self.watch = Watch::Calm;
+        self.leave_by = None;
         self.set_primary(None, None, ctx);
         self.paths.values_mut().for_each(Path::die);
     }
@@ -601,6 +618,7 @@ impl Peer {
         self.paths.clear();
         self.presence.clear();
         self.search = Search::default();
+        self.leave_by = None;
         self.phase = Phase::Idle;
         self.publish(PeerState::Idle, Reason::LazyIdle, ctx);
     }

@@ -46,7 +46,7 @@ fn id(number: u32) -> NodeId {
     NodeId(key)
 }
 
-fn node(number: u32) -> Node {
+pub(crate) fn node(number: u32) -> Node {
     Node {
         id: id(number),
         name: format!("n{number}").parse().unwrap(),
@@ -57,6 +57,7 @@ fn node(number: u32) -> Node {
         pod_prefixes: Vec::new(),
         underlay_addresses: Vec::new(),
         static_candidates: Vec::new(),
+        mapped: Vec::new(),
     }
 }
 

@@ -218,7 +218,9 @@ impl<'a> World<'a> {
     pub(super) fn owners(&self) -> BTreeMap<IpNet, Owner<'a>> {
         let mut owners = BTreeMap::new();
         let nodes = self.snapshot.nodes.values();
-        for node in nodes.clone() {
+        // What is behind several nodes is behind the first of them by name; but behind this one, if it is one.
+        let own = self.snapshot.nodes.get(self.node);
+        for node in nodes.clone().rev().chain(own) {
             let behind = node.prefixes.iter().map(IpNet::trunc);
             owners.extend(behind.map(|prefix| (prefix, Owner::Behind(node))));
         }

@@ -45,6 +45,7 @@ fn node(index: u8, (name, site, prefixes): (&str, &str, &[&str])) -> Node {
         pod_prefixes: Vec::new(),
         underlay_addresses: vec![[10, 9, 0, index].into()],
         static_candidates: Vec::new(),
+        mapped: Vec::new(),
     }
 }
 

@@ -39,6 +39,7 @@ fn view() -> View {
             pod_prefixes: Vec::new(),
             underlay_addresses: vec![[192, 0, 2, index].into()],
             static_candidates: Vec::new(),
+            mapped: Vec::new(),
         };
         snapshot.nodes.insert(node.name.clone(), node);
     }

@@ -7,6 +7,7 @@
     reason = "a model may fail loudly; clippy.toml's exceptions reach only functions under #[test]"
 )]
 
+mod communities;
 mod mass;
 mod nat;
 mod scenarios;

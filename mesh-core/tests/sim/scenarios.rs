@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// Two relays, and two nodes that ping each other's way every 20 ms.
-fn pair(a: NatSort, b: NatSort) -> (World, usize, usize, usize) {
+pub(crate) fn pair(a: NatSort, b: NatSort) -> (World, usize, usize, usize) {
     let mut world = World::new(1);
     world.add_relay("r1");
     world.add_relay("r2");
@@ -21,7 +21,7 @@ fn pair(a: NatSort, b: NatSort) -> (World, usize, usize, usize) {
     (world, a, b, flow)
 }
 
-fn state(world: &World, of: usize, peer: usize) -> PeerState {
+pub(crate) fn state(world: &World, of: usize, peer: usize) -> PeerState {
     world
         .report(of, peer)
         .map_or(PeerState::Idle, |report| report.state)
@@ -46,7 +46,7 @@ fn longest_gap(world: &World, flow: usize, from_ms: u64) -> u64 {
 }
 
 #[track_caller]
-fn no_ping_is_lost(world: &mut World, flow: usize) {
+pub(crate) fn no_ping_is_lost(world: &mut World, flow: usize) {
     world.stop_flow(flow);
     world.run_for(500);
     let flow = &world.flows[flow];

@@ -61,6 +61,8 @@ pub(crate) struct SimNode {
     pub(crate) events: Vec<(u64, Event)>,
     /// Every change of path, with its time in milliseconds.
     pub(crate) moves: Vec<(u64, NodeId, Option<Via>)>,
+    /// Packets that went out by no relay, whatever became of them.
+    pub(crate) direct_sent: BTreeMap<NodeId, u64>,
 }
 
 pub(crate) struct SimRelay {
@@ -225,6 +227,7 @@ impl World {
             remembered: BTreeMap::new(),
             events: Vec::new(),
             moves: Vec::new(),
+            direct_sent: BTreeMap::new(),
         });
         index
     }
@@ -237,6 +240,23 @@ impl World {
 
     /// Makes the snapshot, and boots every node.
     pub(crate) fn boot_all(&mut self) {
+        self.make_snapshot();
+        for node in 0..self.nodes.len() {
+            self.boot(node);
+        }
+    }
+
+    /// Changes the desired state, which these nodes hear at once, and others not before they boot or hear of
+    /// another change.
+    pub(crate) fn publish(&mut self, to: &[usize], change: impl FnOnce(&mut Snapshot)) {
+        change(Arc::make_mut(self.snapshot.as_mut().unwrap()));
+        for &index in to {
+            let snapshot = self.snapshot.clone().unwrap();
+            self.input(index, Input::Snapshot(snapshot));
+        }
+    }
+
+    pub(crate) fn make_snapshot(&mut self) {
         let mesh = MeshId([7; 32]);
         let mut snapshot = Snapshot::empty(MeshSettings::with_defaults(mesh, "sim"));
         for node in &self.nodes {
@@ -254,6 +274,7 @@ impl World {
                 pod_prefixes: Vec::new(),
                 underlay_addresses: Vec::new(),
                 static_candidates: Vec::new(),
+                mapped: Vec::new(),
             };
             snapshot.nodes.insert(node.name.clone(), described);
         }
@@ -261,9 +282,6 @@ impl World {
             snapshot.relays.insert(relay.id, relay.relay.clone());
         }
         self.snapshot = Some(Arc::new(snapshot));
-        for node in 0..self.nodes.len() {
-            self.boot(node);
-        }
     }
 
     /// Starts a node anew, with what it remembered.

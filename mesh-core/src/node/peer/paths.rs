@@ -47,6 +47,10 @@ const RETRY_DIRECT: [Duration; 5] = [
     Duration::from_secs(60),
 ];
 
+/// How long a direct path is used on that is allowed no more, while no relay reaches the peer: a link to one of
+/// the peer's relays (3 s at most by QUIC and TLS), and a round of probes through it.
+const LEAVE_MAX: Duration = Duration::from_secs(6);
+
 /// A peer that searches sets off a search of this end, but no more often than this: two ends
 /// without a candidate would otherwise answer each other for ever.
 const ANSWERING_SEARCH_EVERY: Duration = Duration::from_secs(5);
@@ -58,6 +62,7 @@ impl Peer {
             return;
         }
         match via {
+            _ if self.is_forbidden(via) => {}
             Via::Relay(_) => {
                 self.paths.insert(via, Path::new(PathKind::Relay, None));
             }
@@ -98,6 +103,9 @@ impl Peer {
 
     /// Makes a path for each address that is known of the peer.
     fn add_direct_paths(&mut self, us: &Us) {
+        if self.known.relay_only {
+            return;
+        }
         let told = self.remote.candidates.clone();
         let known = self.known.addresses.iter().chain(&self.remembered);
         let known = known.map(|&address| Candidate {
@@ -135,6 +143,9 @@ impl Peer {
 
     /// Where to send a handshake initiation, the likeliest first.
     pub(super) fn addresses_to_call(&self, us: &Us) -> Vec<SocketAddr> {
+        if self.known.relay_only {
+            return Vec::new();
+        }
         let paths = self.paths.keys().filter_map(|via| match via {
             Via::Direct(address) => Some(*address),
             Via::Relay(_) => None,
@@ -182,9 +193,14 @@ impl Peer {
         let gap = TELL_GAPS.get(self.search.told);
         self.search.tell_at = gap.map(|&gap| ctx.now + gap);
         self.search.told += 1;
+        // Where nothing may be tried, the kind of NAT alone: of use to people.
+        let candidates = match self.known.relay_only {
+            true => Vec::new(),
+            false => ctx.us.candidates.clone(),
+        };
         let message = PeerMessage::Candidates {
             generation: ctx.us.generation,
-            candidates: ctx.us.candidates.clone(),
+            candidates,
             nat: ctx.us.nat,
         };
         ctx.send(self.known.id, via, message);
@@ -225,6 +241,7 @@ impl Peer {
         let probing =
             |path: &Path| path.kind != PathKind::Relay && path.state == PathState::Probing;
         let over = self.is_up()
+            && !self.known.relay_only
             && self.relay_in_use().is_some()
             && self.search.tell_at.is_none()
             && self.search.retry_at.is_none()
@@ -235,6 +252,60 @@ impl Peer {
                 .or(RETRY_DIRECT.last());
             self.search.retry_at = pause.map(|&pause| ctx.now + pause);
             self.search.failures += 1;
+        }
+    }
+
+    // What the mesh allows.
+
+    /// Whether the mesh says that the two do not use this way.
+    pub(super) fn is_forbidden(&self, via: Via) -> bool {
+        self.known.relay_only && matches!(via, Via::Direct(_))
+    }
+
+    /// The snapshot is another one: a way may be forbidden now, or lead into the tunnel itself, and one that was
+    /// forbidden may be allowed.
+    pub(crate) fn on_snapshot(&mut self, ctx: &mut Context) {
+        self.select(ctx);
+        self.forget_forbidden();
+        if !self.is_up() {
+            return;
+        }
+        if self.uses_forbidden() {
+            // Both ends hear it at about the same time, and neither knows a relay that reaches the other. Until
+            // one does, packets go by the way that there is.
+            self.leave_by.get_or_insert(ctx.now + LEAVE_MAX);
+            self.visit_relays(ctx);
+            self.add_relay_paths(ctx);
+            self.send_due_probes(ctx);
+            return;
+        }
+        self.leave_by = None;
+        if self.search.began.is_none() && self.search.retry_at.is_none() {
+            self.start_search(ctx);
+        }
+    }
+
+    /// Ends the use of a way that is forbidden, whether or not there is another.
+    pub(super) fn leave_forbidden(&mut self, ctx: &mut Context) {
+        if self.leave_by.is_some_and(|at| ctx.now >= at) {
+            self.leave_by = None;
+            if self.uses_forbidden() {
+                self.lose(Reason::PolicyRelayOnly, ctx);
+                self.forget_forbidden();
+            }
+        }
+    }
+
+    fn uses_forbidden(&self) -> bool {
+        self.primary.is_some_and(|via| self.is_forbidden(via))
+    }
+
+    fn forget_forbidden(&mut self) {
+        if self.known.relay_only {
+            let (primary, duplicate) = (self.primary, self.duplicate);
+            let used = |via: &Via| Some(*via) == primary || Some(*via) == duplicate;
+            self.paths
+                .retain(|via, _| matches!(via, Via::Relay(_)) || used(via));
         }
     }
 
@@ -257,6 +328,7 @@ impl Peer {
         self.set_primary(Some(best), old, ctx);
         self.duplicate_until = old.map(|_| ctx.now + DUPLICATE);
         let reason = match self.paths.get(&best).map(|path| path.kind) {
+            _ if old.is_some_and(|old| self.is_forbidden(old)) => Reason::PolicyRelayOnly,
             Some(PathKind::Lan) => Reason::LanFound,
             Some(PathKind::Direct | PathKind::Relay) | None => Reason::ProbeAnswered,
         };
@@ -275,7 +347,7 @@ impl Peer {
     /// Whether nothing rules this way out: the link is up, the peer is at the relay.
     pub(super) fn is_there(&self, via: Via, ctx: &Context) -> bool {
         match via {
-            Via::Direct(address) => !self.is_inside(address, ctx.us),
+            Via::Direct(address) => !self.known.relay_only && !self.is_inside(address, ctx.us),
             Via::Relay(relay) => ctx.is_up(via) && self.presence.get(&relay) != Some(&false),
         }
     }
@@ -322,6 +394,7 @@ impl Peer {
         if before != (primary, duplicate) {
             self.say_path(ctx);
         }
+        self.forget_forbidden();
         self.remember(ctx);
     }
 
@@ -338,6 +411,7 @@ impl Peer {
             self.duplicate_until = None;
             self.duplicate = None;
             self.say_path(ctx);
+            self.forget_forbidden();
         }
     }
 

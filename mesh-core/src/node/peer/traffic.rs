@@ -42,6 +42,9 @@ impl Peer {
     // Echoes.
 
     pub(super) fn answer_echo(&mut self, via: Via, txid: u64, full_size: bool, ctx: &mut Context) {
+        if self.is_forbidden(via) {
+            return; // An answer would make it a way.
+        }
         let observed = match via {
             Via::Direct(address) => Some(address),
             Via::Relay(_) => None,
@@ -126,6 +129,9 @@ impl Peer {
 
     /// A peer that was given up is heard: its session lives.
     fn came_back(&mut self, via: Via, ctx: &mut Context) {
+        if self.is_forbidden(via) {
+            return; // Its packets are taken; the ladder finds a relay.
+        }
         let confirmed = self
             .paths
             .get(&via)
@@ -323,6 +329,10 @@ impl Peer {
         if self.search.tell_at.is_some_and(|at| ctx.now >= at) {
             self.tell_candidates(ctx);
         }
+        self.leave_forbidden(ctx);
+        if !self.is_up() {
+            return;
+        }
         self.search_again(ctx);
         if self.heartbeat_due().is_some_and(|at| ctx.now >= at) {
             self.heartbeat_at = ctx.now;
@@ -386,6 +396,7 @@ impl Peer {
             self.retry_due(),
             self.heartbeat_due(),
             self.check_at,
+            self.leave_by,
         ];
         timers.into_iter().flatten().min()
     }

@@ -25,6 +25,8 @@ impl Peer {
                 .any(|path| path.small_ok && !path.full_ok)
         {
             Reason::MtuFail
+        } else if self.known.relay_only && us.relays.is_empty() {
+            Reason::PolicyRelayOnly
         } else if relays_matter && us.relays_up.is_empty() {
             Reason::RelayUnreachable
         } else if relays_matter && us.relays_up.iter().all(absent) {
@@ -39,6 +41,9 @@ impl Peer {
     /// Why a relayed peer is not direct.
     fn why_relayed(&self, us: &Us) -> Reason {
         let direct = || self.paths.values().filter(|p| p.kind != PathKind::Relay);
+        if self.known.relay_only {
+            return Reason::PolicyRelayOnly;
+        }
         if self.search.failures == 0 {
             return Reason::Probing; // Not one whole round so far.
         }

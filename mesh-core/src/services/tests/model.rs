@@ -436,6 +436,7 @@ pub(super) fn any_view() -> impl Strategy<Value = View> {
                 pod_prefixes: Vec::new(),
                 underlay_addresses,
                 static_candidates: Vec::new(),
+                mapped: Vec::new(),
             };
             snapshot.nodes.insert(node.name.clone(), node);
         }

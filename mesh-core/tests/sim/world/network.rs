@@ -28,7 +28,11 @@ impl World {
     pub(super) fn send(&mut self, index: usize, peer: NodeId, via: Via, packet: Packet) {
         let to = self.ids[&peer];
         match via {
-            Via::Direct(address) => self.send_udp(index, address, packet),
+            Via::Direct(address) => {
+                let sent = &mut self.nodes[index].direct_sent;
+                *sent.entry(peer).or_default() += 1;
+                self.send_udp(index, address, packet);
+            }
             Via::Relay(relay) => self.send_by_relay(index, self.relay_index(relay), to, packet),
         }
     }
