@@ -1,14 +1,17 @@
 //! Between the wire's resources and the core's types. What comes in is checked field by field.
 
-use std::{fmt::Display, net::IpAddr, str::FromStr, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet, fmt::Display, net::IpAddr, str::FromStr, sync::Arc, time::Duration,
+};
 
+use ipnet::IpNet;
 use mesh_core::policy::resources::{Labels, MeshPolicy, NetworkPolicy, Pod};
 use mesh_core::snapshot::{
     Balance, Endpoint, EndpointPort, EndpointSlice, External, ExternalPeer, Hints, Locality,
-    MeshSettings, Node, Place, Policy, Protocol, Relay, SPILL_OVER_MAX, Service, ServiceKind,
-    ServiceName, ServicePort, TrafficDistribution, WEIGHT_MAX, Weight,
+    Mapping, MeshSettings, Node, Place, Policy, Protocol, Relay, SPILL_OVER_MAX, Service,
+    ServiceKind, ServiceName, ServicePort, TrafficDistribution, WEIGHT_MAX, Weight,
 };
-use mesh_wire::id::{MeshId, NodeId};
+use mesh_wire::id::{MeshId, NodeId, SiteName};
 use prost::Message as _;
 
 use crate::control::{self, Resource, ResourceKey, resource, resource_key};
@@ -55,6 +58,8 @@ pub enum Object {
     NetworkPolicy(Arc<NetworkPolicy>),
     /// The mesh's own policy.
     MeshPolicy(Arc<MeshPolicy>),
+    /// Sites that may connect directly, by the community's name.
+    Community(String, BTreeSet<SiteName>),
 }
 
 /// The key of `resource`.
@@ -85,6 +90,7 @@ pub fn key(resource: &Resource) -> Result<ResourceKey, FieldError> {
             format!("{}/{}", policy.namespace, policy.name),
         ),
         Kind::MeshPolicy(policy) => (KeyKind::MeshPolicy, policy.name.clone()),
+        Kind::Community(community) => (KeyKind::Community, community.name.clone()),
     };
     Ok(ResourceKey {
         kind: kind.into(),
@@ -123,6 +129,10 @@ pub fn decode(resource: &Resource) -> Result<Object, FieldError> {
             Ok(Object::NetworkPolicy(checked.into()))
         }
         Kind::MeshPolicy(said) => Ok(Object::MeshPolicy(policy::decode_mesh_policy(said)?.into())),
+        Kind::Community(said) => Ok(Object::Community(
+            filled("name", &said.name)?,
+            BTreeSet::from_iter(parse_list::<SiteName>("sites", &said.sites)?),
+        )),
     }
 }
 
@@ -156,6 +166,14 @@ pub fn node_record_bytes(node: &Node) -> Vec<u8> {
         region: region.clone().unwrap_or_default(),
         underlay_addresses: texts(&node.underlay_addresses),
         static_candidates: texts(&node.static_candidates),
+        mapped: node
+            .mapped
+            .iter()
+            .map(|mapping| control::Mapping {
+                lan: mapping.lan.to_string(),
+                seen_as: mapping.seen_as.to_string(),
+            })
+            .collect(),
     };
     record.encode_to_vec()
 }
@@ -192,6 +210,15 @@ pub fn relay_resource(relay: &Relay) -> Resource {
         quic_port: relay.quic_port.into(),
         tls_port: relay.tls_port.into(),
         stun_ports: relay.stun_ports.iter().copied().map(u32::from).collect(),
+    }))
+}
+
+/// The resource of the community `name`.
+#[must_use]
+pub fn community_resource(name: &str, sites: &BTreeSet<SiteName>) -> Resource {
+    wrap(resource::Kind::Community(control::Community {
+        name: name.to_owned(),
+        sites: sites.iter().map(ToString::to_string).collect(),
     }))
 }
 
@@ -340,7 +367,25 @@ fn decode_node(node: &control::Node) -> Result<Node, FieldError> {
         pod_prefixes: parse_list("pod_prefixes", &node.pod_prefixes)?,
         underlay_addresses: parse_list("underlay_addresses", &node.underlay_addresses)?,
         static_candidates: parse_list("static_candidates", &node.static_candidates)?,
+        mapped: node
+            .mapped
+            .iter()
+            .enumerate()
+            .map(|(index, mapping)| decode_mapping(index, mapping))
+            .collect::<Result<_, _>>()?,
     })
+}
+
+fn decode_mapping(index: usize, mapping: &control::Mapping) -> Result<Mapping, FieldError> {
+    let field = |name: &str| format!("mapped[{index}].{name}");
+    let lan: IpNet = parse(&field("lan"), &mapping.lan)?;
+    let seen_as: IpNet = parse(&field("seen_as"), &mapping.seen_as)?;
+    let shape = |net: &IpNet| (net.max_prefix_len(), net.prefix_len());
+    if shape(&lan) != shape(&seen_as) {
+        let text = format!("{seen_as} has not as many addresses as {lan}");
+        return Err(bad(field("seen_as"), text));
+    }
+    Ok(Mapping { lan, seen_as })
 }
 
 fn decode_external_peer(peer: &control::ExternalPeer) -> Result<ExternalPeer, FieldError> {

@@ -15,7 +15,8 @@ use serde_json::{Value, json};
 pub use self::{
     external::{ExternalPeer, ExternalPeerSpec},
     mesh::{
-        Community, CommunitySpec, MeshConfig, MeshConfigSpec, SiteRoute, SiteRouteSpec, Subnet,
+        COMMUNITY_SITES_MAX, Community, CommunitySpec, MeshConfig, MeshConfigSpec, SiteRoute,
+        SiteRouteSpec, Subnet,
     },
     node::{MeshNode, MeshNodeSpec, MeshNodeStatus},
     policy::{
@@ -46,6 +47,9 @@ pub const API_VERSION: &str = "mesh.holdfast.dev/v1alpha1";
 
 /// Label of a `v1 Node` that says its site.
 pub const SITE_LABEL: &str = "mesh.holdfast.dev/site";
+
+/// What a site's name looks like.
+const SITE_PATTERN: &str = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$";
 
 /// Annotation of a `v1 Service` with the `policy` of a [`MeshService`].
 pub const POLICY_ANNOTATION: &str = "mesh.holdfast.dev/policy";

@@ -10,10 +10,13 @@ use mesh_identity::{
 use mesh_wire::id::{MeshId, RelayId};
 use tokio_rustls::rustls::pki_types::CertificateDer;
 
+use self::digest::differing;
 use crate::{
     control::{Resource, ResourceKey, SyncResponse, resource_key::Kind},
     convert::{FieldError, Object, decode, key},
 };
+
+pub mod digest;
 
 /// Resources by key.
 pub type Resources = BTreeMap<ResourceKey, Resource>;
@@ -75,6 +78,7 @@ impl fmt::Display for ResourceKey {
             Kind::Namespace => "namespace",
             Kind::NetworkPolicy => "network policy",
             Kind::MeshPolicy => "mesh policy",
+            Kind::Community => "community",
         };
         write!(f, "{kind} {}", self.name)
     }
@@ -87,7 +91,9 @@ pub fn apply(resources: &mut Resources, response: SyncResponse) -> Vec<Rejected>
     if response.full {
         resources.clear();
     }
-    for removed in &response.removed {
+    let compared = response.compared.as_ref();
+    let differing = compared.map(|compared| differing(resources, compared));
+    for removed in response.removed.iter().chain(differing.iter().flatten()) {
         resources.remove(removed);
     }
     let mut rejected = Vec::new();
@@ -154,7 +160,10 @@ impl State {
             .set
             .iter()
             .filter_map(|resource| key(resource).ok());
-        let touched: Vec<_> = touched.chain(response.removed.iter().cloned()).collect();
+        let mut touched: Vec<_> = touched.chain(response.removed.iter().cloned()).collect();
+        if let Some(compared) = &response.compared {
+            touched.extend(differing(&self.resources, compared));
+        }
         if response.full {
             self.objects.clear();
         }
@@ -212,7 +221,8 @@ impl State {
             | Object::Pod(_)
             | Object::Namespace(..)
             | Object::NetworkPolicy(_)
-            | Object::MeshPolicy(_) => None,
+            | Object::MeshPolicy(_)
+            | Object::Community(..) => None,
         });
         let settings = settings.ok_or(SnapshotError::NoMesh)?;
         if settings.id != self.mesh {
@@ -260,6 +270,9 @@ fn insert(snapshot: &mut Snapshot, object: Object) {
         }
         Object::MeshPolicy(policy) => {
             snapshot.policy.mesh.insert(policy.name.clone(), policy);
+        }
+        Object::Community(name, sites) => {
+            snapshot.communities.insert(name, sites);
         }
     }
 }

@@ -4,7 +4,7 @@ use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::ObjectStatus;
+use super::{ObjectStatus, SITE_PATTERN};
 
 /// What holds for the whole mesh. Its name is `default`.
 #[derive(
@@ -84,7 +84,7 @@ pub struct MeshConfigSpec {
     kind = "SiteRoute",
     derive = "PartialEq",
     status = "ObjectStatus",
-    doc = "LAN subnets of a site, and the node through which the mesh reaches them.",
+    doc = "LAN subnets of a site, and the nodes through which the mesh reaches them.",
     shortname = "sr",
     category = "holdfast",
     printcolumn(name = "Gateways", type_ = "string", json_path = ".spec.gateways"),
@@ -111,7 +111,8 @@ pub struct MeshConfigSpec {
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct SiteRouteSpec {
-    /// Nodes in the LAN. This version takes exactly one.
+    /// Nodes in the LAN, each with all of its subnets. Other nodes send to the nearest one that is alive. Of the LAN's
+    /// devices, packets to the mesh may go to any of them: give the LAN one address for its router (VRRP).
     #[schemars(length(min = 1, max = 8), inner(length(max = 63)))]
     pub gateways: Vec<String>,
     /// The LAN's subnets.
@@ -127,7 +128,7 @@ pub struct Subnet {
     #[schemars(length(min = 1, max = 43))]
     pub subnet: String,
     /// The subnet as the rest of the mesh sees it, address by address, when another site uses the
-    /// same range; of the same length. Nothing: as the LAN knows it. This version does not act on it.
+    /// same range; of the same length. Nothing: as the LAN knows it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 43))]
     pub mapped_to: Option<String>,
@@ -144,7 +145,7 @@ pub struct Subnet {
     plural = "communities",
     derive = "PartialEq",
     status = "ObjectStatus",
-    doc = "Sites whose nodes may connect to each other directly. This version does not act on it.",
+    doc = "Sites whose nodes may connect to each other directly. Without any Community all may; with one, nodes whose sites no Community has together speak through relays.",
     shortname = "cty",
     category = "holdfast",
     printcolumn(name = "Sites", type_ = "string", json_path = ".spec.sites"),
@@ -166,7 +167,14 @@ pub struct Subnet {
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct CommunitySpec {
-    /// The sites' names.
-    #[schemars(length(min = 1, max = 256), inner(length(max = 63)))]
+    /// The sites' names (`spec.site` of a MeshNode, or the label mesh.holdfast.dev/site of a Node). Nodes of one
+    /// site may always connect directly, nodes without a site then with nobody.
+    #[schemars(
+        length(min = 1, max = COMMUNITY_SITES_MAX),
+        inner(length(max = 63), regex(pattern = SITE_PATTERN))
+    )]
     pub sites: Vec<String>,
 }
+
+/// Most sites of a community: each is told to every node, 256 of them 16 KiB at most.
+pub const COMMUNITY_SITES_MAX: usize = 256;

@@ -4,7 +4,7 @@ use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Condition;
+use super::{Condition, SITE_PATTERN};
 
 /// What the operator says of a node, by its name; and what the mesh knows of it.
 #[derive(
@@ -56,7 +56,7 @@ pub struct MeshNodeSpec {
     pub overlay_ipv4: Option<String>,
     /// Its site: nodes of one site share a LAN.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 63), regex(pattern = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"))]
+    #[schemars(length(max = 63), regex(pattern = SITE_PATTERN))]
     pub site: Option<String>,
     /// Its zone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -96,6 +96,9 @@ pub struct MeshNodeStatus {
     /// Whether it has a stream to the controller. The mesh carries traffic without one.
     #[serde(default)]
     pub connected: bool,
+    /// Which controller it is or was connected to, where there are several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub controller: Option<String>,
     /// When it was last seen, to the hour while it is connected, to the second once it is not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("format" = "date-time"))]

@@ -353,6 +353,7 @@ fn respond(full: bool, set: &[Resource], removed: &[ResourceKey]) -> SyncRespons
         full,
         set: set.to_vec(),
         removed: removed.to_vec(),
+        ..SyncResponse::default()
     }
 }
 
@@ -386,6 +387,7 @@ fn node(mesh: &CertificateAuthority, name: &str, seed: u8) -> Node {
         pod_prefixes: Vec::new(),
         underlay_addresses: Vec::new(),
         static_candidates: Vec::new(),
+        mapped: Vec::new(),
     }
 }
 
