@@ -98,10 +98,12 @@ fn settings(folder: PathBuf) -> Settings {
         admin_socket: folder.join("admin.sock"),
         state_dir: folder,
         manifests: None,
+        etcd: None,
         kubernetes: Some(KubernetesSettings {
             kubeconfig: None,
             namespace: "holdfast".to_owned(),
             agent_service_account: "mesh-agent".to_owned(),
+            store: false,
         }),
     }
 }

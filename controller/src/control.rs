@@ -7,7 +7,7 @@ use mesh_api::{
     control::{
         JoinRequest, JoinResponse, RenewRequest, SyncRequest, SyncResponse, control_server::Control,
     },
-    resources::SYNC_BYTES_MAX,
+    resources::{SYNC_BYTES_MAX, digest::BUCKETS_MAX},
     serve::caller,
 };
 use mesh_identity::{authority::IssueError, token::JoinToken};
@@ -21,18 +21,26 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
+    history::{Differing, Index},
     kubernetes::{ReviewError, Reviewer},
     state::{PrepareError, SessionGuard, State},
     store::JoinError,
     token::Refusal,
 };
 
-/// Longest request: a certificate request and a token, ten times over.
-pub const REQUEST_BYTES_MAX: usize = 16 << 10;
+/// Longest request: the digests of all buckets, and 4 KiB for the rest. A certificate request and a token
+/// have 1.6 KiB.
+pub const REQUEST_BYTES_MAX: usize = (BUCKETS_MAX as usize * size_of::<u64>()) + (4 << 10);
 
-/// Most bytes of full answers under way. An answer is in memory until the node's connection has taken it: with
-/// 100,000 endpoints 10 MB, so that 1,000 agents that come back at once would need 10 GB. They
-/// get it six at a time, or one of the largest; what changed since is always told at once.
+/// Longest answer that needs no turn and leaves the stream as it is. Both ends of a stream keep buffers as long as its
+/// longest answer until it ends (tonic's, which belong to the stream): 64 MB for 1,000 nodes, but 10 GB if each was
+/// told 100,000 endpoints. So a stream with a longer one ends as soon as the node has it, and the node opens the next
+/// one on the same connection.
+const SMALL_ANSWER_BYTES_MAX: usize = 64 << 10;
+
+/// Most bytes of large answers under way. An answer is in memory until the node's connection has taken it: with
+/// 100,000 endpoints 5 to 10 MB, so that 1,000 agents that come back at once would need 10 GB. They
+/// get it six at a time, or one of the largest; small ones are given at once.
 const FULL_ANSWERS_BYTES_MAX: usize = SYNC_BYTES_MAX;
 
 /// [`FULL_ANSWERS_BYTES_MAX`] is counted in such units.
@@ -42,6 +50,13 @@ const FULL_ANSWERS_UNIT: usize = 1 << 10;
 /// one begins.
 const TURN_MAX: Duration = Duration::from_secs(30);
 
+/// Most joins under way at once. They wait for one store; while it does not answer, each holds a thread, and others are needed.
+const JOINS_MAX: usize = 16;
+
+/// How long is waited for a node's digests: those of all buckets take 0.2 s at 3 Mb/s, and to work them out takes
+/// as long. A node that does not tell them gets everything.
+const DIGESTS_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// The service.
 #[derive(Debug, Clone)]
 pub struct ControlService {
@@ -50,6 +65,7 @@ pub struct ControlService {
     reviewer: Option<Reviewer>,
     /// For full answers, one for each [`FULL_ANSWERS_UNIT`].
     turns: Arc<Semaphore>,
+    joins: Arc<Semaphore>,
     stop: CancellationToken,
 }
 
@@ -69,6 +85,7 @@ impl ControlService {
             state,
             reviewer,
             turns: Arc::new(Semaphore::new(FULL_ANSWERS_BYTES_MAX / FULL_ANSWERS_UNIT)),
+            joins: Arc::new(Semaphore::new(JOINS_MAX)),
             stop,
         }
     }
@@ -125,6 +142,8 @@ impl Control for ControlService {
         let id = NodeId::try_from(request.wireguard_public_key.as_slice());
         let id = id.map_err(|error| invalid("wireguard_public_key", &error))?;
         let pass = self.pass(&request, &name).await?;
+        let turn = self.joins.acquire().await;
+        let turn = turn.map_err(|error| Status::internal(error.to_string()))?;
         let state = self.state.clone();
         let (csr, applicant) = (request.csr_der, name.clone());
         let joined = spawn_blocking(move || match pass {
@@ -132,6 +151,7 @@ impl Control for ControlService {
             Pass::Reviewed => state.enroll(&applicant, id, &csr),
         });
         let joined = joined.await;
+        drop(turn);
         let joined = joined.map_err(|error| Status::internal(error.to_string()))?;
         match joined {
             Ok(response) => {
@@ -164,6 +184,10 @@ impl Control for ControlService {
         request: Request<Streaming<SyncRequest>>,
     ) -> Result<Response<Self::SyncStream>, Status> {
         let (name, id) = self.node(&request)?;
+        if !self.state.serves() {
+            let text = "this controller has not read everything yet that the mesh is made from: ask another, or again";
+            return Err(Status::unavailable(text));
+        }
         let session = SyncSession {
             service: self.clone(),
             guard: self.state.begin_session(&name),
@@ -171,8 +195,11 @@ impl Control for ControlService {
             id,
             requests: Some(request.into_inner()),
             has: Has::NotSaid,
+            compares: false,
             changes: self.state.changes(),
             turn: None,
+            was_large: false,
+            is_over: false,
         };
         tracing::debug!(node = %session.name, "sync begins");
         let responses = stream::unfold(Some(session), async |session| {
@@ -196,28 +223,47 @@ struct SyncSession {
     /// `None`: the node says no more.
     requests: Option<Streaming<SyncRequest>>,
     has: Has,
+    /// Whether it can be asked for digests.
+    compares: bool,
     changes: watch::Receiver<u64>,
-    /// While a full answer is under way, and until when at most.
+    /// While a large answer is under way, and until when at most.
     turn: Option<(OwnedSemaphorePermit, Instant)>,
+    /// Whether there was a large answer, and whether the node has it by now.
+    was_large: bool,
+    is_over: bool,
 }
 
 /// What the node has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 enum Has {
     /// It did not say yet.
     NotSaid,
     /// This generation, or nothing of this store; it waits for the first answer.
     Said(Option<u64>),
+    /// It was asked for its digests, to be compared with these, until then.
+    Asked(Arc<Index>, Instant),
+    /// It told them.
+    Told(Differing),
     /// It was sent this generation.
     Sent(u64),
 }
 
 impl SyncSession {
-    /// The next answer; `None`: the node is gone.
+    /// The next answer; `None`: the node is gone, or has to open another stream ([`SMALL_ANSWER_BYTES_MAX`]).
     async fn next(&mut self) -> Option<Result<SyncResponse, Status>> {
         loop {
-            let full_bytes = self.full_bytes();
-            let units = full_bytes.div_ceil(FULL_ANSWERS_UNIT);
+            if self.is_over {
+                return None;
+            }
+            if self.should_ask() {
+                let asked = self.ask().await;
+                return Some(asked.and_then(|asked| {
+                    let registered = self.service.check_registered(&self.name, self.id);
+                    registered.map(|()| asked)
+                }));
+            }
+            let large_bytes = self.large_bytes();
+            let units = large_bytes.div_ceil(FULL_ANSWERS_UNIT);
             let units = units.min(FULL_ANSWERS_BYTES_MAX / FULL_ANSWERS_UNIT);
             let waits = units > 0 && self.turn.is_none();
             if !waits && let Some(response) = self.due() {
@@ -230,6 +276,10 @@ impl SyncSession {
             let turns = self.service.turns.clone();
             let units = u32::try_from(units).unwrap_or(u32::MAX);
             let turn_ends = self.turn.as_ref().map(|(_, ends)| *ends);
+            let asked_until = match &self.has {
+                Has::Asked(_, until) => Some(*until),
+                Has::NotSaid | Has::Said(_) | Has::Told(_) | Has::Sent(_) => None,
+            };
             tokio::select! {
                 biased;
                 () = self.service.stop.cancelled() => {
@@ -238,54 +288,111 @@ impl SyncSession {
                 () = self.guard.replaced.cancelled() => {
                     return Some(Err(Status::aborted("the node opened another stream")));
                 }
-                request = next_request(&mut self.requests) => self.handle_request(request?),
+                request = next_request(&mut self.requests) => self.handle_request(&request?),
                 turn = turns.acquire_many_owned(units), if waits => {
                     self.turn = Some((turn.ok()?, Instant::now() + TURN_MAX));
                 }
                 () = sleep_until(turn_ends.unwrap_or_else(Instant::now)), if turn_ends.is_some() => {
                     self.turn = None;
                 }
+                () = sleep_until(asked_until.unwrap_or_else(Instant::now)), if asked_until.is_some() => {
+                    self.give_up_comparing();
+                }
                 changed = self.changes.changed(), if !waits => changed.ok()?,
             }
         }
     }
 
-    /// The size of the next answer, if it has to be everything.
-    fn full_bytes(&self) -> usize {
-        match self.has {
-            Has::NotSaid => 0,
-            Has::Said(known) => self.service.state.full_bytes(known),
-            Has::Sent(generation) => self.service.state.full_bytes(Some(generation)),
+    /// Whether the node has something, and nothing is known of what that is.
+    fn should_ask(&self) -> bool {
+        let state = &self.service.state;
+        self.compares
+            && match self.has {
+                Has::NotSaid | Has::Asked(..) | Has::Told(_) => false,
+                Has::Said(known) => !state.knows(known),
+                Has::Sent(generation) => !state.knows(Some(generation)),
+            }
+    }
+
+    async fn ask(&mut self) -> Result<SyncResponse, Status> {
+        let state = self.service.state.clone();
+        let index = spawn_blocking(move || state.index()).await;
+        let index = index.map_err(|error| Status::internal(error.to_string()))?;
+        let digests_wanted = index.buckets();
+        self.has = Has::Asked(index, Instant::now() + DIGESTS_TIMEOUT);
+        Ok(SyncResponse {
+            digests_wanted,
+            ..SyncResponse::default()
+        })
+    }
+
+    fn give_up_comparing(&mut self) {
+        self.compares = false;
+        self.has = Has::Said(None);
+    }
+
+    /// The size of the next answer, if it is large.
+    fn large_bytes(&self) -> usize {
+        let state = &self.service.state;
+        let bytes = match &self.has {
+            Has::NotSaid | Has::Asked(..) => 0,
+            Has::Said(known) => state.answer_bytes(*known),
+            Has::Told(differing) => state.differing_bytes(differing),
+            Has::Sent(generation) => state.answer_bytes(Some(*generation)),
+        };
+        if bytes > SMALL_ANSWER_BYTES_MAX {
+            bytes
+        } else {
+            0
         }
     }
 
     /// An answer, if the node must be told something. The first is always due, even when it says
     /// nothing new: it tells the node that it is up to date.
     fn due(&mut self) -> Option<SyncResponse> {
-        let known = match self.has {
-            Has::NotSaid => return None,
-            Has::Said(known) => known,
-            Has::Sent(generation) if generation == *self.changes.borrow_and_update() => {
+        let state = &self.service.state;
+        let response = match &self.has {
+            Has::NotSaid | Has::Asked(..) => return None,
+            Has::Sent(generation) if *generation == *self.changes.borrow_and_update() => {
                 return None;
             }
-            Has::Sent(generation) => Some(generation),
+            Has::Said(known) => {
+                self.changes.mark_unchanged();
+                state.since(*known)
+            }
+            Has::Sent(generation) => {
+                self.changes.mark_unchanged();
+                state.since(Some(*generation))
+            }
+            Has::Told(differing) => {
+                self.changes.mark_unchanged();
+                state.since_differing(differing)
+            }
         };
-        self.changes.mark_unchanged();
-        let response = self.service.state.since(known);
         self.has = Has::Sent(response.generation);
+        self.was_large |= self.turn.is_some();
         Some(response)
     }
 
-    fn handle_request(&mut self, request: SyncRequest) {
+    fn handle_request(&mut self, request: &SyncRequest) {
         let ours = request.store_id == self.service.state.store_id();
-        if matches!(self.has, Has::Sent(_)) {
-            self.turn = None;
-        }
         if ours {
             self.guard.acknowledge(request.generation);
         }
-        if self.has == Has::NotSaid {
-            self.has = Has::Said(ours.then_some(request.generation));
+        match &self.has {
+            Has::NotSaid => {
+                self.compares = request.compares;
+                self.has = Has::Said(ours.then_some(request.generation));
+            }
+            Has::Asked(index, _) => match index.clone().compare(&request.digests) {
+                Some(differing) => self.has = Has::Told(differing),
+                None => self.give_up_comparing(),
+            },
+            Has::Said(_) | Has::Told(_) => {}
+            Has::Sent(_) => {
+                self.turn = None;
+                self.is_over = self.was_large;
+            }
         }
     }
 }

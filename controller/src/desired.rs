@@ -20,7 +20,8 @@ use mesh_api::{
 use mesh_core::{
     policy::resources::ObjectName,
     snapshot::{
-        Balance, ExternalPeer, Locality, MeshSettings, Node, Service, ServiceKind, ServiceName,
+        Balance, ExternalPeer, Locality, Mapping, MeshSettings, Node, Service, ServiceKind,
+        ServiceName,
     },
 };
 use mesh_wire::id::{MeshId, NodeId, NodeName};
@@ -57,8 +58,6 @@ pub struct Desired {
 pub struct Rejected {
     /// The field, and what is wrong with it.
     pub text: String,
-    /// Nothing is wrong with it: this version does not act on such objects.
-    pub not_implemented: bool,
 }
 
 /// What the mesh `id` is, by these manifests (in the order in which they count) and these nodes.
@@ -204,6 +203,7 @@ impl Builder {
                 pod_prefixes: Vec::new(),
                 underlay_addresses: Vec::new(),
                 static_candidates: Vec::new(),
+                mapped: Vec::new(),
             };
             for address in [IpAddr::V4(registered.overlay_v4), IpAddr::V6(overlay_v6)] {
                 let claimed = self.desired.claims.claim(address.into(), &owner(name));
@@ -234,12 +234,10 @@ impl Builder {
             Object::MeshPolicy(_)
             | Object::NetworkPolicy(_)
             | Object::Slice(..)
-            | Object::Relay(_) => self.want_own(loaded),
+            | Object::Relay(_)
+            | Object::Community(..) => self.want_own(loaded),
             Object::Service(Some(service)) => self.service(loaded, service),
-            Object::Route(gateway, prefixes) => {
-                self.prefixes(loaded, gateway, prefixes, "spec.subnets");
-            }
-            Object::Inert(text) => self.inert(loaded, text),
+            Object::Route(gateways, subnets) => self.route(loaded, gateways, subnets),
             Object::Node(facts) => {
                 self.prefixes(loaded, &facts.name, &facts.prefixes, "spec.podCIDRs");
                 if let Some(node) = self.desired.nodes.get_mut(&facts.name) {
@@ -373,6 +371,43 @@ impl Builder {
         }
     }
 
+    /// Each gateway of a LAN has the whole of it: whoever sends there chooses one.
+    fn route(&mut self, loaded: &Loaded, gateways: &[NodeName], subnets: &[Mapping]) {
+        let names: Vec<_> = gateways.iter().map(NodeName::as_str).collect();
+        let owner = match gateways {
+            [only] => owner(only),
+            _ => format!("nodes {}", names.join(", ")),
+        };
+        for (index, subnet) in subnets.iter().enumerate() {
+            let field = format!("spec.subnets[{index}]");
+            let known = |name: &NodeName| self.desired.nodes.get(name);
+            let clash = gateways.iter().filter_map(known);
+            if let Some(text) = clash
+                .filter_map(|node| called_otherwise(node, subnet))
+                .next()
+            {
+                self.problem(loaded, &field, &text);
+                continue;
+            }
+            if let Err((taken, by)) = self.desired.claims.claim(subnet.seen_as, &owner) {
+                let text = format!("{} overlaps {taken} of {by}; left out", subnet.seen_as);
+                self.problem(loaded, &field, &text);
+                continue;
+            }
+            for gateway in gateways {
+                let Some(node) = self.desired.nodes.get_mut(gateway) else {
+                    continue;
+                };
+                if !node.prefixes.contains(&subnet.seen_as) {
+                    node.prefixes.push(subnet.seen_as);
+                }
+                if subnet.lan != subnet.seen_as && !node.mapped.contains(subnet) {
+                    node.mapped.push(*subnet);
+                }
+            }
+        }
+    }
+
     fn external_peer(&mut self, loaded: &Loaded, peer: &ExternalPeer) {
         if self.keys.contains(&peer.id) {
             let text = format!(
@@ -431,23 +466,32 @@ impl Builder {
 
     fn problem(&mut self, loaded: &Loaded, field: &str, text: &str) {
         let text = format!("{field}: {text}");
-        self.reject(loaded, text, false);
-    }
-
-    fn inert(&mut self, loaded: &Loaded, text: &str) {
-        self.reject(loaded, text.to_owned(), true);
-    }
-
-    fn reject(&mut self, loaded: &Loaded, text: String, not_implemented: bool) {
         let problem = format!("{}: {text}", loaded.place());
         self.desired.problems.push(problem);
-        let rejected = Rejected {
-            text,
-            not_implemented,
-        };
         let rejections = &mut self.desired.rejected;
+        let rejected = Rejected { text };
         rejections.entry(loaded.id.clone()).or_insert(rejected);
     }
+}
+
+/// Why a node cannot have a part of its LAN by this name: it has it by another.
+fn called_otherwise(node: &Node, subnet: &Mapping) -> Option<String> {
+    let overlaps = |net: &IpNet| net.contains(&subnet.lan) || subnet.lan.contains(net);
+    let mut mapped = node.mapped.iter().filter(|known| *known != subnet);
+    if let Some(known) = mapped.find(|known| overlaps(&known.lan)) {
+        let Mapping { lan, seen_as } = known;
+        let text = format!(
+            "node {} has {lan} as {seen_as} already; left out",
+            node.name
+        );
+        return Some(text);
+    }
+    let mut plain = node.prefixes.iter();
+    let plain = plain.find(|net| subnet.lan != subnet.seen_as && overlaps(net))?;
+    Some(format!(
+        "the mesh knows {plain} of node {} as it is; left out",
+        node.name
+    ))
 }
 
 fn owner(name: &NodeName) -> String {

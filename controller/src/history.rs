@@ -9,7 +9,11 @@ use std::{
     sync::Arc,
 };
 
-use mesh_api::control::{Resource, ResourceKey, SyncResponse, resource};
+use mesh_api::{
+    control::{Comparison, Resource, ResourceKey, SyncResponse, resource},
+    convert::key,
+    resources::digest::{Digests, buckets},
+};
 use prost::Message as _;
 
 /// Most removed resources that are remembered: at 100 bytes, 1 MB. An agent that missed the
@@ -34,6 +38,22 @@ pub struct Entry {
     pub generation: u64,
     /// `None`: it was removed then.
     pub resource: Option<Arc<Resource>>,
+}
+
+/// The resources of one generation by buckets, to be compared with those of a node.
+#[derive(Debug)]
+pub struct Index {
+    generation: u64,
+    digests: Vec<u64>,
+    buckets: Vec<Vec<Arc<Resource>>>,
+}
+
+/// Where a node's resources differ from those of an [`Index`].
+#[derive(Debug, Clone)]
+pub struct Differing {
+    index: Arc<Index>,
+    buckets: Vec<u32>,
+    bytes: usize,
 }
 
 /// What a resource should be.
@@ -86,6 +106,19 @@ impl History {
         let resources = self.entries.values();
         let resources = resources.filter_map(|entry| entry.resource.as_deref());
         resources.map(Resource::encoded_len).sum()
+    }
+
+    /// The size of what changed since `generation`, encoded.
+    #[must_use]
+    pub fn bytes_since(&self, generation: u64) -> usize {
+        let first = (generation + 1, ResourceKey::default());
+        let changed = self.by_generation.range(first..);
+        let sizes = changed.map(|(_, key)| {
+            let entry = self.entries.get(key);
+            let resource = entry.and_then(|entry| entry.resource.as_deref());
+            resource.map_or_else(|| key.encoded_len(), Resource::encoded_len)
+        });
+        sizes.sum()
     }
 
     /// The step to `wanted`, if anything is different. `sign` is asked only for new records.
@@ -197,6 +230,67 @@ impl History {
         response
     }
 
+    /// The resources of this generation by buckets. Of 100,000 it takes some 0.2 s.
+    #[must_use]
+    pub fn index(&self) -> Index {
+        let entries = self.entries.iter();
+        let resources = || {
+            let resources = entries.clone();
+            resources.filter_map(|(key, entry)| Some((key, entry.resource.as_ref()?)))
+        };
+        let count = buckets(resources().count());
+        let mut digests = Digests::new(count);
+        let mut buckets: Vec<_> = (0..count).map(|_| Vec::new()).collect();
+        for (key, resource) in resources() {
+            let place = digests.add(key, resource);
+            if let Some(bucket) = buckets.get_mut(place as usize) {
+                bucket.push(resource.clone());
+            }
+        }
+        Index {
+            generation: self.generation,
+            digests: digests.finish(),
+            buckets,
+        }
+    }
+
+    /// The size of the answer to a node that differs so: without what changed since the index was
+    /// made. Of everything, if removals since then are forgotten.
+    #[must_use]
+    pub fn differing_bytes(&self, differing: &Differing) -> usize {
+        match self.known(Some(differing.index.generation)) {
+            Some(_) => differing.bytes,
+            None => self.bytes(),
+        }
+    }
+
+    /// What a node must be told whose resources differ so: those buckets as they were, and what
+    /// changed since then.
+    #[must_use]
+    pub fn since_differing(&self, store_id: &[u8], differing: &Differing) -> SyncResponse {
+        let Differing { index, buckets, .. } = differing;
+        let mut response = self.since(store_id, Some(index.generation));
+        if response.full {
+            return response;
+        }
+        let first = (index.generation + 1, ResourceKey::default());
+        let changed = self.by_generation.range(first..).map(|(_, key)| key);
+        let changed: BTreeSet<_> = changed.collect();
+        let same = buckets.iter().flat_map(|&bucket| index.bucket(bucket));
+        let same = same.filter(|resource| {
+            // What is published has a key.
+            key(resource).is_ok_and(|key| !changed.contains(&key))
+        });
+        response
+            .set
+            .extend(same.map(|resource| resource.as_ref().clone()));
+        response.compared = Some(Comparison {
+            buckets: index.buckets(),
+            differing: buckets.clone(),
+        });
+        response
+    }
+
     fn set(&mut self, key: ResourceKey, entry: Entry) {
         if let Some(before) = self.entries.get(&key) {
             let place = (before.generation, key.clone());
@@ -231,6 +325,39 @@ impl History {
     }
 }
 
+impl Index {
+    /// How many buckets there are.
+    #[must_use]
+    pub fn buckets(&self) -> u32 {
+        u32::try_from(self.buckets.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Where a node differs that told these digests; `None`: they are of another number of buckets.
+    #[must_use]
+    pub fn compare(self: Arc<Self>, theirs: &[u64]) -> Option<Differing> {
+        if theirs.len() != self.digests.len() {
+            return None;
+        }
+        let pairs = (0..).zip(self.digests.iter().zip(theirs));
+        let buckets: Vec<u32> = pairs
+            .filter(|(_, (ours, theirs))| ours != theirs)
+            .map(|(bucket, _)| bucket)
+            .collect();
+        let resources = buckets.iter().flat_map(|&bucket| self.bucket(bucket));
+        let bytes = resources.map(|resource| resource.encoded_len()).sum();
+        Some(Differing {
+            buckets,
+            bytes,
+            index: self,
+        })
+    }
+
+    fn bucket(&self, bucket: u32) -> &[Arc<Resource>] {
+        let bucket = self.buckets.get(bucket as usize);
+        bucket.map(Vec::as_slice).unwrap_or_default()
+    }
+}
+
 fn signed_record(resource: Option<&Arc<Resource>>) -> Option<&[u8]> {
     match resource?.kind.as_ref()? {
         resource::Kind::Node(signed) => Some(&signed.record),
@@ -242,7 +369,8 @@ fn signed_record(resource: Option<&Arc<Resource>>) -> Option<&[u8]> {
         | resource::Kind::Pod(_)
         | resource::Kind::Namespace(_)
         | resource::Kind::NetworkPolicy(_)
-        | resource::Kind::MeshPolicy(_) => None,
+        | resource::Kind::MeshPolicy(_)
+        | resource::Kind::Community(_) => None,
     }
 }
 

@@ -35,6 +35,10 @@ mod review;
 mod write;
 
 pub use self::review::{AUDIENCE, ReviewError, Reviewer};
+pub(crate) use self::{
+    follow::client_error,
+    write::{ANCHOR_CONFIG_MAP, ANCHOR_KEY},
+};
 
 /// Events that wait: some 2 KiB each, so 2 MiB. When there are more, the API server waits.
 const EVENTS_MAX: usize = 1024;

@@ -15,6 +15,7 @@ pub mod kubernetes;
 pub mod manifests;
 pub mod policy_test;
 pub mod run;
+pub mod shared;
 pub mod state;
 pub mod status;
 pub mod store;

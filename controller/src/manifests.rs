@@ -1,7 +1,7 @@
 //! The folder of manifests: read again when it changes, and good until it is good again.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt, fs, io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -10,16 +10,18 @@ use std::{
 use mesh_api::{
     control::{Resource, ResourceKey},
     convert::{
-        key,
+        community_resource, key,
         policy::{mesh_policy_resource, namespace_resource, network_policy_resource, pod_resource},
         relay_resource, service_resource, slice_resource,
     },
 };
 use mesh_core::{
     policy::resources::{DefaultAction, Labels, MeshPolicy, NetworkPolicy, Pod},
-    snapshot::{Balance, EndpointSlice, ExternalPeer, Locality, Relay, Service, ServiceName},
+    snapshot::{
+        Balance, EndpointSlice, ExternalPeer, Locality, Mapping, Relay, Service, ServiceName,
+    },
 };
-use mesh_wire::id::NodeName;
+use mesh_wire::id::{NodeName, SiteName};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use ipnet::{IpNet, Ipv4Net};
@@ -176,10 +178,10 @@ pub enum Object {
     Pod(Option<Pod>),
     /// A namespace's labels.
     Namespace(String, Labels),
-    /// LAN subnets behind a node.
-    Route(NodeName, Vec<IpNet>),
-    /// In order, but this version does not act on it, and why.
-    Inert(&'static str),
+    /// Sites that may connect directly, by the community's name.
+    Community(String, BTreeSet<SiteName>),
+    /// LAN subnets behind gateways, each as the mesh sees it.
+    Route(Vec<NodeName>, Vec<Mapping>),
 }
 
 /// What a manifest says of a node.
@@ -295,6 +297,7 @@ fn own_resource(object: &Object) -> Option<Resource> {
         Object::NetworkPolicy(policy) => Some(network_policy_resource(policy)),
         Object::Pod(Some(pod)) => Some(pod_resource(pod)),
         Object::Namespace(name, labels) => Some(namespace_resource(name, labels)),
+        Object::Community(name, sites) => Some(community_resource(name, sites)),
         Object::Service(None)
         | Object::Pod(None)
         | Object::Node(_)
@@ -302,8 +305,7 @@ fn own_resource(object: &Object) -> Option<Resource> {
         | Object::ExternalPeer(_)
         | Object::Config(_)
         | Object::Balance(..)
-        | Object::Route(..)
-        | Object::Inert(_) => None,
+        | Object::Route(..) => None,
     }
 }
 

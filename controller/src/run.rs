@@ -29,6 +29,7 @@ use crate::{
     control::{ControlService, REQUEST_BYTES_MAX},
     kubernetes::{self, Reviewer},
     manifests::watch::{RESCAN, Watch},
+    shared,
     state::State,
 };
 
@@ -65,8 +66,21 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> Result<()> {
         let client = kubernetes::client(settings).await?;
         let (namespace, account) = (&settings.namespace, &settings.agent_service_account);
         reviewer = Some(Reviewer::new(client.clone(), namespace, account));
+        if settings.store {
+            let store = shared::kubernetes::run(
+                state.clone(),
+                client.clone(),
+                namespace.clone(),
+                stop.clone(),
+            );
+            supervisor.spawn("store", store);
+        }
         let cluster = kubernetes::run(state.clone(), client, stop.clone());
         supervisor.spawn("kubernetes", cluster);
+    }
+    if let Some(settings) = state.settings().etcd.clone() {
+        let store = shared::etcd::run(state.clone(), settings, stop.clone());
+        supervisor.spawn("store", store);
     }
     let service = ControlService::new(state.clone(), reviewer, stop.clone());
     let agents = control(service, listener, certificate.clone(), stop.clone());

@@ -22,6 +22,9 @@ pub const LAST_SEEN_S: i64 = 3600;
 /// back at their own pace, within half a minute (`RETRY_MAX` of the agent).
 pub const START_GRACE_S: i64 = 90;
 
+/// The reason of a node that somebody has to let in.
+const AWAITING_APPROVAL: &str = "AwaitingApproval";
+
 /// Longest note of an Event (`events.k8s.io/v1`).
 const NOTE_LEN_MAX: usize = 1024;
 
@@ -45,9 +48,22 @@ pub struct Pending {
     pub since_unix_s: i64,
 }
 
+/// Which controller this is, among those of the mesh.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role<'a> {
+    /// The only one.
+    Sole,
+    /// The one of this name, which speaks of all objects, and of nodes that no other speaks of.
+    Leader(&'a str),
+    /// The one of this name, which speaks of the nodes that are connected to it or wait at it.
+    Follower(&'a str),
+}
+
 /// What statuses are made from.
 #[derive(Debug)]
 pub struct Mesh<'a> {
+    /// Whose statuses.
+    pub role: Role<'a>,
     /// The objects.
     pub cluster: &'a Cluster,
     /// What became of them.
@@ -91,7 +107,11 @@ type Verdict = (&'static str, &'static str, String);
 #[must_use]
 pub fn due(mesh: &Mesh) -> Due {
     let mut due = Due::default();
+    let leads = !matches!(mesh.role, Role::Follower(_));
     for item in mesh.cluster.items() {
+        if !leads && !mesh.has_node(item) {
+            continue;
+        }
         if is_own(item.id.kind) {
             if let Some(status) = mesh.changed(item) {
                 due.statuses.insert(item.id.clone(), status);
@@ -107,7 +127,7 @@ pub fn due(mesh: &Mesh) -> Due {
             });
         }
     }
-    let joined = mesh.desired.nodes.keys();
+    let joined = mesh.desired.nodes.keys().filter(|_| leads);
     let missing = joined.chain(mesh.pending.keys()).filter(|name| {
         let id = mesh_node_id(name);
         mesh.cluster.get(&id).is_none()
@@ -149,6 +169,35 @@ pub fn is_own(kind: Kind) -> bool {
 }
 
 impl Mesh<'_> {
+    /// Whether `item` is a node that is connected to this controller, waits at it, or left it last.
+    fn has_node(&self, item: &Item) -> bool {
+        let name = item.id.name.as_str();
+        item.id.kind == Kind::MeshNode
+            && (self.pending.contains_key(name)
+                || self.seen.contains_key(name) && self.speaks_of(item))
+    }
+
+    /// Whether this controller says how the node's connection is. Another one that is gone for so long
+    /// that it would have said something speaks no more.
+    fn speaks_of(&self, item: &Item) -> bool {
+        let own = match self.role {
+            Role::Sole => return true,
+            Role::Leader(own) | Role::Follower(own) => own,
+        };
+        let seen = self.seen.get(item.id.name.as_str());
+        let text = |name: &str| item.status.get(name).and_then(Value::as_str);
+        let said = text("controller");
+        let silent = || {
+            let last = text("lastSeen");
+            let last = last.and_then(|text| text.parse::<Timestamp>().ok());
+            let age_s = last.map_or(i64::MAX, |last| {
+                self.now_unix_s.saturating_sub(last.as_second())
+            });
+            age_s > 2 * LAST_SEEN_S
+        };
+        seen.is_some_and(|seen| seen.connected) || said.is_none_or(|said| said == own) || silent()
+    }
+
     /// The status of `item`, if it is another than the one that stands there.
     fn changed(&self, item: &Item) -> Option<Value> {
         let accepted = self.condition(item, "Accepted", self.accepted(item));
@@ -177,9 +226,6 @@ impl Mesh<'_> {
                 let text = "the mesh acts on it".to_owned();
                 ("True", "Accepted", text)
             }
-            Some(rejected) if rejected.not_implemented => {
-                ("False", "NotImplemented", rejected.text.clone())
-            }
             Some(rejected) => ("False", "Conflict", rejected.text.clone()),
         }
     }
@@ -194,9 +240,15 @@ impl Mesh<'_> {
     fn mesh_node(&self, item: &Item, accepted: Value) -> Value {
         let name = item.id.name.as_str();
         let node = self.desired.nodes.get(name);
-        let seen = self.seen.get(name).copied();
+        let speaks = self.speaks_of(item);
+        let seen = self.seen.get(name).copied().filter(|_| speaks);
         let old = &item.status;
+        let controller = match self.role {
+            Role::Leader(own) | Role::Follower(own) if seen.is_some() => json!(own),
+            Role::Sole | Role::Leader(_) | Role::Follower(_) => old["controller"].clone(),
+        };
         let connected = match seen {
+            None if !speaks => old["connected"] == true,
             Some(seen) => seen.connected,
             // It may come back in a moment.
             None if self.now_unix_s - self.began_unix_s < START_GRACE_S => old["connected"] == true,
@@ -210,6 +262,7 @@ impl Mesh<'_> {
         };
         set("observedGeneration", json!(item.generation));
         set("connected", json!(connected));
+        set("controller", controller);
         set("lastSeen", self.last_seen(&old["lastSeen"], seen));
         if let Some(node) = node {
             set("wireguardPublicKey", json!(node.id.to_string()));
@@ -218,7 +271,7 @@ impl Mesh<'_> {
                 json!([node.overlay_v4, node.overlay_v6]),
             );
         }
-        let joined = self.condition(item, "Joined", self.joined(name, node));
+        let joined = self.condition(item, "Joined", self.joined(item, node));
         let ready = self.condition(item, "Ready", readiness(node.is_some(), connected));
         set("conditions", json!([accepted, joined, ready]));
         set("snapshotGeneration", old["snapshotGeneration"].clone());
@@ -232,16 +285,23 @@ impl Mesh<'_> {
         Value::Object(status)
     }
 
-    fn joined(&self, name: &str, node: Option<&Node>) -> Verdict {
+    fn joined(&self, item: &Item, node: Option<&Node>) -> Verdict {
+        let name = item.id.name.as_str();
         if let Some(pending) = self.pending.get(name) {
             let text = format!(
                 "it asked to join with key {}: set spec.approved to true to let it in",
                 pending.id
             );
-            return ("False", "AwaitingApproval", text);
+            return ("False", AWAITING_APPROVAL, text);
         }
         match node {
             Some(_) => ("True", "Joined", "it is in the mesh".to_owned()),
+            // It waits at another controller.
+            None if self.role != Role::Sole
+                && let Some(message) = waiting(item) =>
+            {
+                ("False", AWAITING_APPROVAL, message)
+            }
             None => {
                 let text = "no node of this name has joined yet".to_owned();
                 ("False", "NeverJoined", text)
@@ -283,6 +343,15 @@ impl Mesh<'_> {
             "message": message,
         })
     }
+}
+
+/// What stands in `item` of its waiting, if it waits.
+fn waiting(item: &Item) -> Option<String> {
+    let conditions = item.status.get("conditions")?.as_array()?;
+    let waits = conditions
+        .iter()
+        .find(|one| one["type"] == "Joined" && one["reason"] == AWAITING_APPROVAL)?;
+    Some(waits["message"].as_str()?.to_owned())
 }
 
 fn readiness(joined: bool, connected: bool) -> Verdict {

@@ -1,5 +1,6 @@
-//! The embedded store: one file that only root may read. It holds the authority with its key,
-//! the tokens' hashes, the nodes, what was published, and each manifest file as it last was good.
+//! The controller's own file, that only root may read: what it published, and each manifest file as it
+//! last was good. With one controller, what is shared otherwise is there too: the authority with its
+//! key, the tokens' hashes, the nodes.
 
 use std::{
     collections::BTreeMap,
@@ -7,8 +8,7 @@ use std::{
     net::Ipv4Addr,
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
-    sync::Arc,
-    time::SystemTime,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use mesh_api::control::{Resource, ResourceKey};
@@ -17,15 +17,15 @@ use mesh_wire::id::{NodeId, NodeName};
 use prost::Message as _;
 use redb::{
     Database, DatabaseError, ReadTransaction, ReadableDatabase as _, ReadableTable as _,
-    StorageError, Table, TableDefinition, TransactionError, WriteTransaction,
+    StorageError, TableDefinition, TransactionError, WriteTransaction,
 };
 use ring::rand::{SecureRandom as _, SystemRandom};
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use zeroize::Zeroizing;
 
 use crate::{
     history::{Entry, History, Step},
-    token::{Applicant, REMEMBER_S, Refusal, TOKENS_MAX, TokenRecord},
+    shared::{Change, Found, Key, Local, Seen, Shared, damaged, decode, decode_node, node_name},
+    token::{Refusal, TOKENS_MAX, TokenRecord},
 };
 
 const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
@@ -59,12 +59,8 @@ pub type Nodes = BTreeMap<NodeName, Registered>;
 /// What the store held when it was opened.
 #[derive(Debug)]
 pub struct Contents {
-    /// The mesh's authority.
-    pub authority: CertificateAuthority,
     /// Tells generations of this store from those of another.
     pub store_id: Vec<u8>,
-    /// Nodes that joined.
-    pub nodes: Nodes,
     /// What was published.
     pub history: History,
     /// Each manifest file's text when it last was good, by its name.
@@ -94,34 +90,58 @@ pub enum StoreError {
         source: Box<redb::Error>,
     },
     /// A record in it cannot be read.
-    #[error("{}: {what} is damaged", path.display())]
+    #[error("{place}: {what} is damaged")]
     Damaged {
-        /// The file.
-        path: PathBuf,
+        /// Which store.
+        place: String,
         /// Which record.
         what: String,
     },
     /// The authority in it cannot be used.
-    #[error("{}: {source}", path.display())]
+    #[error("{place}: {source}")]
     Authority {
-        /// The file.
-        path: PathBuf,
+        /// Which store.
+        place: String,
         /// Why.
         source: AuthorityError,
     },
     /// It belongs to another mesh.
-    #[error("{}: belongs to mesh {found}, but mesh_name is {expected}", path.display())]
+    #[error("{place}: belongs to mesh {found}, but mesh_name is {expected}")]
     OtherMesh {
-        /// The file.
-        path: PathBuf,
+        /// Which store.
+        place: String,
         /// The mesh in it.
         found: String,
         /// The configured one.
         expected: String,
     },
+    /// Another authority is in force than the one that is here.
+    #[error(
+        "{place}: has another authority than {other}: nodes know only one of them. If what is in `state_dir` is of no use any more, empty it; if the mesh is to go on, start the controller that has the authority first, and alone"
+    )]
+    OtherAuthority {
+        /// Which store.
+        place: String,
+        /// Where the other one is.
+        other: String,
+    },
     /// The system gave no random bytes.
     #[error("the system gave no random bytes")]
     Random,
+    /// A store beyond the network did not answer, or not as it should.
+    #[error("{place}: {problem}")]
+    Remote {
+        /// Which.
+        place: String,
+        /// Why.
+        problem: String,
+    },
+    /// Others changed the same each time.
+    #[error("{0}: other controllers change the same at the same time: try again")]
+    Contended(String),
+    /// Another node has the address that an operator chose for this one.
+    #[error("the address {0} that was chosen for this node is another node's")]
+    AddressTaken(Ipv4Addr),
     /// There are too many tokens.
     #[error("there are {TOKENS_MAX} tokens already: revoke some")]
     TokensFull,
@@ -141,12 +161,6 @@ pub enum JoinError<E> {
     Store(#[from] StoreError),
 }
 
-#[derive(Debug, Serialize, Deserialize)]
-struct NodeRecord {
-    public_key: String,
-    overlay_v4: Ipv4Addr,
-}
-
 /// The store. Every change is one transaction, on the disk when the method returns.
 #[derive(Debug)]
 pub struct Store {
@@ -156,157 +170,21 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the store in `folder`, or makes it with a new authority for `mesh_name`.
+    /// Opens the store in `folder`, or makes it.
     ///
     /// # Errors
     ///
     /// [`StoreError`] with the file.
-    pub fn open(
-        folder: &Path,
-        mesh_name: &str,
-        now: SystemTime,
-    ) -> Result<(Self, Contents), StoreError> {
+    pub fn open(folder: &Path) -> Result<(Self, Contents), StoreError> {
         make_private(folder)?;
         let mut store = Self {
             path: folder.join("controller.redb"),
             database: None,
         };
         store.reopen()?;
-        store.initialise(mesh_name, now)?;
+        store.initialise()?;
         let contents = store.read()?;
-        let found = contents.authority.trust_domain();
-        if found != mesh_name {
-            return Err(StoreError::OtherMesh {
-                path: store.path,
-                found: found.to_owned(),
-                expected: mesh_name.to_owned(),
-            });
-        }
         Ok((store, contents))
-    }
-
-    /// Adds a token; forgets those that expired long ago.
-    ///
-    /// # Errors
-    ///
-    /// [`StoreError::TokensFull`], or the store failed.
-    pub fn create_token(
-        &mut self,
-        id: &str,
-        token: &TokenRecord,
-        now_unix_s: i64,
-    ) -> Result<(), StoreError> {
-        let tokens = self.tokens()?;
-        let (old, kept): (Vec<_>, Vec<_>) = tokens
-            .into_iter()
-            .partition(|(_, token)| token.expires_unix_s + REMEMBER_S < now_unix_s);
-        if kept.len() >= TOKENS_MAX {
-            return Err(StoreError::TokensFull);
-        }
-        self.write(|transaction| {
-            let mut table = transaction.open_table(TOKENS)?;
-            for (id, _) in &old {
-                table.remove(id.as_str())?;
-            }
-            table.insert(id, encode(token).as_slice())?;
-            Ok(())
-        })
-    }
-
-    /// Every token, by its id.
-    ///
-    /// # Errors
-    ///
-    /// The store failed.
-    pub fn tokens(&mut self) -> Result<Vec<(String, TokenRecord)>, StoreError> {
-        let path = self.path.clone();
-        let raw = self.rows(TOKENS)?;
-        raw.into_iter()
-            .map(|(id, bytes)| {
-                let token = decode(&path, "a token", &bytes)?;
-                Ok((id, token))
-            })
-            .collect()
-    }
-
-    /// Removes a token; `false`: there was none.
-    ///
-    /// # Errors
-    ///
-    /// The store failed.
-    pub fn revoke_token(&mut self, id: &str) -> Result<bool, StoreError> {
-        self.write(|transaction| {
-            let mut table = transaction.open_table(TOKENS)?;
-            let removed = table.remove(id)?;
-            Ok(removed.is_some())
-        })
-    }
-
-    /// Lets `applicant` in by the token `token_id`, or not: the token's use and the node's
-    /// registration are one transaction. `prepare` gives its overlay address and whatever the
-    /// answer needs; if that fails, no use is lost.
-    ///
-    /// # Errors
-    ///
-    /// [`JoinError`]; nothing was written then.
-    pub fn join<T, E>(
-        &mut self,
-        token_id: &str,
-        applicant: &Applicant,
-        now_unix_s: i64,
-        prepare: impl FnOnce(Option<&Registered>) -> Result<(Ipv4Addr, T), E>,
-    ) -> Result<(Registered, T), JoinError<E>> {
-        let path = self.path.clone();
-        let storage = |error: redb::Error| JoinError::Store(storage(&path, error));
-        let transaction = self.begin()?;
-        let name = applicant.name.as_str();
-        let placed = {
-            let mut tokens = transaction
-                .open_table(TOKENS)
-                .map_err(|e| storage(e.into()))?;
-            let mut nodes = transaction
-                .open_table(NODES)
-                .map_err(|e| storage(e.into()))?;
-            let raw = tokens.get(token_id).map_err(|e| storage(e.into()))?;
-            let raw = raw
-                .map(|raw| raw.value().to_vec())
-                .ok_or(Refusal::Unknown)?;
-            let mut token: TokenRecord = decode(&path, "a token", &raw)?;
-            let before = registered_as(&path, &nodes, name)?;
-            token.admit(applicant, before.as_ref().map(|node| node.id), now_unix_s)?;
-            let placed = place(&mut nodes, name, applicant.id, before, prepare)
-                .map_err(|error| in_store(&path, error))?;
-            let inserted = tokens.insert(token_id, encode(&token).as_slice());
-            inserted.map_err(|e| storage(e.into()))?;
-            placed
-        };
-        transaction.commit().map_err(|e| storage(e.into()))?;
-        Ok(placed)
-    }
-
-    /// Lets a node in for which somebody else vouches, with whatever key it has now.
-    ///
-    /// # Errors
-    ///
-    /// [`JoinError`]; nothing was written then.
-    pub fn enroll<T, E>(
-        &mut self,
-        name: &NodeName,
-        id: NodeId,
-        prepare: impl FnOnce(Option<&Registered>) -> Result<(Ipv4Addr, T), E>,
-    ) -> Result<(Registered, T), JoinError<E>> {
-        let path = self.path.clone();
-        let storage = |error: redb::Error| JoinError::Store(storage(&path, error));
-        let transaction = self.begin()?;
-        let placed = {
-            let nodes = transaction.open_table(NODES);
-            let mut nodes = nodes.map_err(|e| storage(e.into()))?;
-            let before = registered_as(&path, &nodes, name.as_str())?;
-            place(&mut nodes, name.as_str(), id, before, prepare)
-                .map_err(|error| in_store(&path, error))?
-        };
-        transaction.commit().map_err(|e| storage(e.into()))?;
-        Ok(placed)
     }
 
     /// Writes a step of the history.
@@ -354,14 +232,10 @@ impl Store {
         })
     }
 
-    fn initialise(&mut self, mesh_name: &str, now: SystemTime) -> Result<(), StoreError> {
-        let path = self.path.clone();
+    fn initialise(&mut self) -> Result<(), StoreError> {
         let mut store_id = [0; 16];
         let filled = SystemRandom::new().fill(&mut store_id);
         filled.map_err(|_| StoreError::Random)?;
-        let authority = CertificateAuthority::generate(mesh_name, now)
-            .map_err(|source| StoreError::Authority { path, source })?;
-        let key = authority.key_pem();
         self.write(|transaction| {
             // So that reading need not ask which tables there are.
             transaction.open_table(TOKENS)?;
@@ -371,54 +245,39 @@ impl Store {
             let mut meta = transaction.open_table(META)?;
             if meta.get(STORE_ID)?.is_none() {
                 meta.insert(STORE_ID, store_id.as_slice())?;
-                let certificate = authority.certificate_pem();
-                meta.insert(AUTHORITY_CERTIFICATE, certificate.as_bytes())?;
-                meta.insert(AUTHORITY_KEY, key.as_bytes())?;
             }
             Ok(())
         })
     }
 
     fn read(&mut self) -> Result<Contents, StoreError> {
-        let path = self.path.clone();
-        let mut meta: BTreeMap<_, _> = self.rows(META)?.into_iter().collect();
-        let key = Zeroizing::new(meta.remove(AUTHORITY_KEY).unwrap_or_default());
-        let text = |what, bytes: &[u8]| {
-            String::from_utf8(bytes.to_vec()).map_err(|_| damaged(&path, what))
-        };
-        let certificate = meta.remove(AUTHORITY_CERTIFICATE).unwrap_or_default();
-        let certificate = text("the authority's certificate", &certificate)?;
-        let key = Zeroizing::new(text("the authority's key", &key)?);
-        let authority = CertificateAuthority::from_pem(&certificate, &key);
-        let authority = authority.map_err(|source| StoreError::Authority {
-            path: path.clone(),
-            source,
-        })?;
+        let place = self.place();
+        let mut meta = self.meta()?;
         let number = |what: &str| match meta.get(what) {
             None => Ok(0),
             Some(raw) => <[u8; 8]>::try_from(raw.as_slice())
                 .map(u64::from_be_bytes)
-                .map_err(|_| damaged(&path, what)),
+                .map_err(|_| damaged(&place, what)),
         };
         let (generation, floor) = (number(GENERATION)?, number(FLOOR)?);
-        let mut nodes = Nodes::new();
-        for (name, raw) in self.rows(NODES)? {
-            let node = decode_node(&path, &name, &raw)?;
-            let name = name.parse().map_err(|_| damaged(&path, "a node's name"))?;
-            nodes.insert(name, node);
-        }
         let entries = self.read_resources()?;
         Ok(Contents {
-            authority,
             store_id: meta.remove(STORE_ID).unwrap_or_default(),
-            nodes,
             history: History::restore(generation, floor, entries),
             manifests: self.read_manifests()?,
         })
     }
 
+    fn meta(&mut self) -> Result<BTreeMap<String, Vec<u8>>, StoreError> {
+        Ok(self.rows(META)?.into_iter().collect())
+    }
+
+    fn place(&self) -> String {
+        self.path.display().to_string()
+    }
+
     fn read_resources(&mut self) -> Result<BTreeMap<ResourceKey, Entry>, StoreError> {
-        let path = self.path.clone();
+        let (path, place) = (self.path.clone(), self.place());
         let storage = |error: redb::Error| storage(&path, error);
         let transaction = self.begin_read()?;
         let table = transaction
@@ -431,7 +290,7 @@ impl Store {
             let resource = (!bytes.is_empty())
                 .then(|| Resource::decode(bytes).map(Arc::new))
                 .transpose()
-                .map_err(|_| damaged(&path, name))?;
+                .map_err(|_| damaged(&place, name))?;
             let name = name.to_owned();
             entries.insert(
                 ResourceKey { kind, name },
@@ -553,46 +412,189 @@ impl Store {
     }
 }
 
-fn registered_as(
-    path: &Path,
-    nodes: &Table<&'static str, &'static [u8]>,
-    name: &str,
-) -> Result<Option<Registered>, StoreError> {
-    let raw = nodes.get(name);
-    let raw = raw.map_err(|error| storage(path, error.into()))?;
-    raw.map(|raw| decode_node(path, name, raw.value()))
-        .transpose()
+/// The embedded store: what controllers share, where there is only one.
+#[derive(Debug)]
+pub struct Embedded {
+    store: Arc<Mutex<Store>>,
 }
 
-/// Why a node got no place.
-enum PlaceError<E> {
-    Prepare(E),
-    Storage(StorageError),
-}
+impl Embedded {
+    /// In `store`, which keeps what was published too.
+    #[must_use]
+    pub fn new(store: Arc<Mutex<Store>>) -> Self {
+        Self { store }
+    }
 
-fn in_store<E>(path: &Path, error: PlaceError<E>) -> JoinError<E> {
-    match error {
-        PlaceError::Prepare(error) => JoinError::Prepare(error),
-        PlaceError::Storage(error) => JoinError::Store(storage(path, error.into())),
+    /// What is in it; `None`: nothing yet, or it was [forgotten](Self::forget).
+    ///
+    /// # Errors
+    ///
+    /// The store failed.
+    pub fn local(&mut self) -> Result<Option<Local>, StoreError> {
+        let place = self.place();
+        let Some(authority) = read_authority(&place, self.store().meta()?)? else {
+            return Ok(None);
+        };
+        Ok(Some(Local {
+            authority,
+            nodes: self.nodes()?.0,
+            tokens: self.tokens()?,
+        }))
+    }
+
+    /// Forgets all that is shared elsewhere now.
+    ///
+    /// # Errors
+    ///
+    /// The store failed.
+    pub fn forget(&mut self) -> Result<(), StoreError> {
+        self.store().write(|transaction| {
+            let mut meta = transaction.open_table(META)?;
+            meta.remove(AUTHORITY_CERTIFICATE)?;
+            meta.remove(AUTHORITY_KEY)?;
+            for table in [NODES, TOKENS] {
+                transaction.open_table(table)?.retain(|_, _| false)?;
+            }
+            Ok(())
+        })
+    }
+
+    fn store(&self) -> MutexGuard<'_, Store> {
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn place<T, E>(
-    nodes: &mut Table<&'static str, &'static [u8]>,
-    name: &str,
-    id: NodeId,
-    before: Option<Registered>,
-    prepare: impl FnOnce(Option<&Registered>) -> Result<(Ipv4Addr, T), E>,
-) -> Result<(Registered, T), PlaceError<E>> {
-    let (overlay_v4, prepared) = prepare(before.as_ref()).map_err(PlaceError::Prepare)?;
-    let record = NodeRecord {
-        public_key: id.to_string(),
-        overlay_v4,
+impl Shared for Embedded {
+    fn place(&self) -> String {
+        self.store().place()
+    }
+
+    fn authority(
+        &mut self,
+        proposed: &CertificateAuthority,
+    ) -> Result<CertificateAuthority, StoreError> {
+        let mut store = self.store();
+        let place = store.place();
+        store.write(|transaction| {
+            let mut meta = transaction.open_table(META)?;
+            if meta.get(AUTHORITY_CERTIFICATE)?.is_none() {
+                let (certificate, key) = (proposed.certificate_pem(), proposed.key_pem());
+                meta.insert(AUTHORITY_CERTIFICATE, certificate.as_bytes())?;
+                meta.insert(AUTHORITY_KEY, key.as_bytes())?;
+            }
+            Ok(())
+        })?;
+        let authority = read_authority(&place, store.meta()?)?;
+        authority.ok_or_else(|| damaged(&place, "the authority's certificate"))
+    }
+
+    fn nodes(&mut self) -> Result<(Nodes, u64), StoreError> {
+        let mut store = self.store();
+        let place = store.place();
+        let rows = store.rows(NODES)?.into_iter();
+        let nodes = rows.map(|(name, raw)| {
+            let name = node_name(&place, name.as_bytes())?;
+            let node = decode_node(&place, &name, &raw)?;
+            Ok((name, node))
+        });
+        Ok((nodes.collect::<Result<_, StoreError>>()?, 0))
+    }
+
+    fn tokens(&mut self) -> Result<Vec<(String, TokenRecord)>, StoreError> {
+        let mut store = self.store();
+        let place = store.place();
+        let rows = store.rows(TOKENS)?.into_iter();
+        rows.map(|(id, raw)| Ok((id, decode(&place, "a token", &raw)?)))
+            .collect()
+    }
+
+    fn get(&mut self, keys: &[Key]) -> Result<Vec<Option<Found>>, StoreError> {
+        let mut store = self.store();
+        let path = store.path.clone();
+        let transaction = store.begin_read()?;
+        let read = |key: &Key| -> Result<Option<Found>, redb::Error> {
+            let Some((table, row)) = row(key) else {
+                return Ok(None);
+            };
+            let table = transaction.open_table(table)?;
+            let found = table.get(row)?.map(|raw| Found {
+                value: raw.value().to_vec(),
+                revision: 0,
+            });
+            Ok(found)
+        };
+        let found = keys.iter().map(read);
+        found
+            .collect::<Result<_, _>>()
+            .map_err(|error| storage(&path, error))
+    }
+
+    fn commit(&mut self, seen: &[Seen], changes: &[Change]) -> Result<Option<u64>, StoreError> {
+        let mut store = self.store();
+        let path = store.path.clone();
+        let transaction = store.begin()?;
+        let work = || -> Result<bool, redb::Error> {
+            for (key, found) in seen {
+                let Some((table, row)) = row(key) else {
+                    continue;
+                };
+                let table = transaction.open_table(table)?;
+                let now = table.get(row)?;
+                let now = now.as_ref().map(|raw| raw.value());
+                if now != found.as_ref().map(|found| found.value.as_slice()) {
+                    return Ok(false);
+                }
+            }
+            for (key, value) in changes {
+                let Some((table, row)) = row(key) else {
+                    continue;
+                };
+                let mut table = transaction.open_table(table)?;
+                match value {
+                    Some(value) => table.insert(row, value.as_slice())?,
+                    None => table.remove(row)?,
+                };
+            }
+            Ok(true)
+        };
+        let done = work();
+        let done = done.and_then(|done| {
+            if done {
+                transaction.commit()?;
+            }
+            Ok(done.then_some(0))
+        });
+        done.map_err(|error| storage(&path, error))
+    }
+}
+
+fn read_authority(
+    place: &str,
+    mut meta: BTreeMap<String, Vec<u8>>,
+) -> Result<Option<CertificateAuthority>, StoreError> {
+    let key = Zeroizing::new(meta.remove(AUTHORITY_KEY).unwrap_or_default());
+    let Some(certificate) = meta.remove(AUTHORITY_CERTIFICATE) else {
+        return Ok(None);
     };
-    nodes
-        .insert(name, encode(&record).as_slice())
-        .map_err(PlaceError::Storage)?;
-    Ok((Registered { id, overlay_v4 }, prepared))
+    let text =
+        |what, bytes: &[u8]| String::from_utf8(bytes.to_vec()).map_err(|_| damaged(place, what));
+    let certificate = text("the authority's certificate", &certificate)?;
+    let key = Zeroizing::new(text("the authority's key", &key)?);
+    let authority = CertificateAuthority::from_pem(&certificate, &key);
+    let place = place.to_owned();
+    authority
+        .map(Some)
+        .map_err(|source| StoreError::Authority { place, source })
+}
+
+/// Where `key` stands. Whose an address or a WireGuard key is follows from the nodes, and nobody else
+/// gives them away.
+fn row(key: &Key) -> Option<(TableDefinition<'static, &'static str, &'static [u8]>, &str)> {
+    match key {
+        Key::Token(id) => Some((TOKENS, id.as_str())),
+        Key::Node(name) => Some((NODES, name.as_str())),
+        Key::Address(_) | Key::PublicKey(_) => None,
+    }
 }
 
 fn make_private(folder: &Path) -> Result<(), StoreError> {
@@ -602,31 +604,6 @@ fn make_private(folder: &Path) -> Result<(), StoreError> {
         path: folder.to_owned(),
         source,
     })
-}
-
-fn encode(value: &impl Serialize) -> Vec<u8> {
-    // Strings, numbers and arrays of them: there is nothing that JSON cannot hold.
-    serde_json::to_vec(value).unwrap_or_default()
-}
-
-fn decode<T: DeserializeOwned>(path: &Path, what: &str, bytes: &[u8]) -> Result<T, StoreError> {
-    serde_json::from_slice(bytes).map_err(|_| damaged(path, what))
-}
-
-fn decode_node(path: &Path, name: &str, bytes: &[u8]) -> Result<Registered, StoreError> {
-    let record: NodeRecord = decode(path, name, bytes)?;
-    let id = record.public_key.parse();
-    Ok(Registered {
-        id: id.map_err(|_| damaged(path, name))?,
-        overlay_v4: record.overlay_v4,
-    })
-}
-
-fn damaged(path: &Path, what: &str) -> StoreError {
-    StoreError::Damaged {
-        path: path.to_owned(),
-        what: what.to_owned(),
-    }
 }
 
 fn storage(path: &Path, source: redb::Error) -> StoreError {

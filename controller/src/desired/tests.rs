@@ -1,3 +1,4 @@
+use mesh_api::convert::decode;
 use mesh_core::snapshot::{Policy, Protocol, ServicePort};
 use proptest::prelude::*;
 
@@ -170,51 +171,140 @@ fn a_peer_with_a_node_s_key_is_left_out() {
     assert_eq!(built.nodes["a"].prefixes, []);
 }
 
+fn route(name: &str, gateways: &str, subnets: &str) -> String {
+    format!(
+        "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: SiteRoute\nmetadata: {{name: {name}}}\nspec: {{gateways: [{gateways}], subnets: [{subnets}]}}\n---\n"
+    )
+}
+
+fn texts<T: ToString>(all: &[T]) -> Vec<String> {
+    all.iter().map(ToString::to_string).collect()
+}
+
 #[test]
-fn a_site_route_without_mapping_leads_to_its_gateway_and_any_other_says_that_it_does_not() {
-    let route = |name: &str, gateways: &str, subnets: &str| {
-        format!(
-            "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: SiteRoute\nmetadata: {{name: {name}}}\nspec: {{gateways: [{gateways}], subnets: [{subnets}]}}\n---\n"
+fn a_site_route_leads_to_all_its_gateways_and_overlaps_nobody_else_s() {
+    let plain = "{subnet: 192.168.1.7/24}, {subnet: 'fd00:1::/64'}";
+    let text = route("plain", "a", plain)
+        + &route(
+            "same",
+            "a",
+            "{subnet: 192.168.2.0/24, mappedTo: 192.168.2.7/24}",
         )
-    };
-    let text = route(
-        "plain",
-        "a",
-        "{subnet: 192.168.1.7/24}, {subnet: 'fd00:1::/64'}",
-    ) + &route(
-        "same",
-        "a",
-        "{subnet: 192.168.2.0/24, mappedTo: 192.168.2.0/24}",
-    ) + &route(
-        "mapped",
-        "a",
-        "{subnet: 192.168.3.0/24, mappedTo: 10.3.0.0/24}",
-    ) + &route("two", "'a', b", "{subnet: 192.168.4.0/24}")
-        + &route("again", "b", "{subnet: 192.168.1.0/25}");
+        + &route("two", "b, a, b", "{subnet: 192.168.4.0/24}")
+        + &route("two-again", "a, b", "{subnet: 192.168.4.0/25}")
+        + &route("again", "b", "{subnet: 192.168.1.0/25}")
+        + &route("one-of-two", "b", "{subnet: 192.168.4.0/24}");
     let built = build(&text, &["a", "b"]);
-    let prefixes: Vec<_> = built.nodes["a"]
-        .prefixes
-        .iter()
-        .map(ToString::to_string)
-        .collect();
-    assert_eq!(
-        prefixes,
-        ["192.168.1.0/24", "fd00:1::/64", "192.168.2.0/24"]
+    let of_a = [
+        "192.168.1.0/24",
+        "fd00:1::/64",
+        "192.168.2.0/24",
+        "192.168.4.0/24",
+        "192.168.4.0/25",
+    ];
+    assert_eq!(texts(&built.nodes["a"].prefixes), of_a);
+    assert_eq!(texts(&built.nodes["b"].prefixes), of_a[3..]);
+    assert_eq!(built.nodes["a"].mapped, []);
+    let rejected: Vec<_> = built.rejected.keys().map(|id| id.name.as_str()).collect();
+    assert_eq!(rejected, ["again", "one-of-two"]);
+    assert!(
+        built.problems[1].contains("overlaps 192.168.4.0/24 of nodes a, b"),
+        "{:?}",
+        built.problems
     );
-    assert_eq!(built.nodes["b"].prefixes, []);
-    let rejected = built.rejected.iter();
-    let rejected: Vec<_> = rejected
-        .map(|(id, rejected)| (id.name.as_str(), rejected.not_implemented))
-        .collect();
-    assert_eq!(
-        rejected,
-        [("again", false), ("mapped", true), ("two", true)]
-    );
-    let longer = text.replace("10.3.0.0/24", "10.3.0.0/16");
+}
+
+#[test]
+fn overlapping_lans_are_told_apart_by_what_the_mesh_calls_them() {
+    let lan = |seen_as: &str| format!("{{subnet: 192.168.1.0/24, mappedTo: {seen_as}}}");
+    let text = route("at-a", "a, b", &lan("10.201.0.0/24"))
+        + &route("at-c", "c", &lan("10.202.0.0/24"))
+        // Taken by another; of one LAN by another name; as it is, though it is mapped, and the other way round.
+        + &route("taken", "d", &lan("10.202.0.128/24"))
+        + &route("renamed", "b", &lan("10.203.0.0/24"))
+        + &route("plain", "c", "{subnet: 192.168.1.0/25}")
+        + &route("first-plain", "d", "{subnet: 192.168.1.0/24}, {subnet: 192.168.0.0/16, mappedTo: 10.204.0.0/16}");
+    let built = build(&text, &["a", "b", "c", "d"]);
+    for (node, seen_as) in [
+        ("a", "10.201.0.0/24"),
+        ("b", "10.201.0.0/24"),
+        ("c", "10.202.0.0/24"),
+    ] {
+        let node = &built.nodes[node];
+        assert_eq!(texts(&node.prefixes), [seen_as]);
+        let mapping = Mapping {
+            lan: "192.168.1.0/24".parse().unwrap(),
+            seen_as: seen_as.parse().unwrap(),
+        };
+        assert_eq!(node.mapped, [mapping]);
+    }
+    assert_eq!(texts(&built.nodes["d"].prefixes), ["192.168.1.0/24"]);
+    assert_eq!(built.nodes["d"].mapped, []);
+    let why = |name: &str| {
+        let mut rejected = built.rejected.iter();
+        let found = rejected.find(|(id, _)| id.name == name);
+        found
+            .map(|(_, rejected)| rejected.text.clone())
+            .unwrap_or_default()
+    };
+    for (name, text) in [
+        (
+            "taken",
+            "spec.subnets[0]: 10.202.0.0/24 overlaps 10.202.0.0/24 of node c",
+        ),
+        (
+            "renamed",
+            "node b has 192.168.1.0/24 as 10.201.0.0/24 already",
+        ),
+        (
+            "plain",
+            "node c has 192.168.1.0/24 as 10.202.0.0/24 already",
+        ),
+        (
+            "first-plain",
+            "spec.subnets[1]: the mesh knows 192.168.1.0/24 of node d as it is",
+        ),
+    ] {
+        assert!(why(name).contains(text), "{name}: {}", why(name));
+    }
+    assert_eq!(built.rejected.len(), 4);
+    let longer = text.replace("10.202.0.0/24", "10.202.0.0/16");
     let problems = parse_file("m.yaml", &longer).problems;
     let expected =
-        "spec.subnets[0].mappedTo: 10.3.0.0/16 has not as many addresses as 192.168.3.0/24";
+        "spec.subnets[0].mappedTo: 10.202.0.0/16 has not as many addresses as 192.168.1.0/24";
     assert!(problems[0].ends_with(expected), "{problems:?}");
+}
+
+#[test]
+fn a_community_is_told_as_it_is_and_one_of_nobody_is_none() {
+    let community = |sites: &str| {
+        format!(
+            "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: Community\nmetadata: {{name: north}}\nspec: {{sites: [{sites}]}}\n"
+        )
+    };
+    let built = build(&community("hall-7, yard, hall-7"), &[]);
+    assert!(built.rejected.is_empty());
+    let told = built.wanted.values().find_map(|wanted| match wanted {
+        Wanted::Resource(resource) => match decode(resource) {
+            Ok(mesh_api::convert::Object::Community(name, sites)) => Some((name, sites)),
+            _ => None,
+        },
+        Wanted::Node(_) => None,
+    });
+    let sites = ["hall-7", "yard"].map(|site| site.parse().unwrap());
+    assert_eq!(told, Some(("north".to_owned(), BTreeSet::from(sites))));
+    let many: Vec<_> = (0..257).map(|site| format!("s{site}")).collect();
+    for (sites, problem) in [
+        ("", "spec.sites: empty"),
+        ("Hall", "spec.sites[0]: \"Hall\""),
+        (
+            many.join(", ").as_str(),
+            "spec.sites: 257 sites; the limit is 256",
+        ),
+    ] {
+        let problems = parse_file("m.yaml", &community(sites)).problems;
+        assert!(problems[0].contains(problem), "{problems:?}");
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@ use std::convert::Infallible;
 
 use mesh_api::{
     control::{Relay, resource_key::Kind},
-    resources::{Resources, apply},
+    resources::{Resources, apply, digest::digests},
 };
 
 use super::*;
@@ -126,4 +126,56 @@ fn relay(name: &str, port: u16) -> Resource {
             ..Relay::default()
         })),
     }
+}
+
+#[test]
+fn a_node_of_another_store_is_told_the_buckets_that_differ_and_what_changed_since() {
+    let mut history = History::default();
+    let many = |skip: usize| -> Vec<_> { (0..500).filter(|n| *n != skip).collect() };
+    let wanted = |numbers: &[usize], changed: usize| -> BTreeMap<ResourceKey, Wanted> {
+        let resources = numbers.iter().map(|&n| {
+            let address = if n == changed { "b" } else { "a" };
+            let relay = Relay {
+                name: format!("r{n}"),
+                addresses: vec![address.to_owned()],
+                ..Relay::default()
+            };
+            let kind = Some(resource::Kind::Relay(relay));
+            let resource = Arc::new(Resource { kind });
+            let key = mesh_api::convert::key(&resource).unwrap();
+            (key, Wanted::Resource(resource))
+        });
+        resources.collect()
+    };
+    let step = |history: &mut History, wanted| {
+        let step = history.plan(wanted, |_| Err(())).unwrap();
+        history.apply(step.unwrap());
+    };
+    // The node has what the mesh once was, from elsewhere.
+    step(&mut history, wanted(&many(1), 2));
+    let mut had = Resources::new();
+    assert_eq!(apply(&mut had, history.since(b"elsewhere", None)), []);
+    step(&mut history, wanted(&many(3), 4));
+
+    let index = Arc::new(history.index());
+    let theirs = digests(&had, index.buckets());
+    let differing = index.clone().compare(&theirs).unwrap();
+    // Something changes in a differing bucket, and elsewhere, before the node is told.
+    step(&mut history, wanted(&many(4), 5));
+    let answer = history.since_differing(b"here", &differing);
+    assert!(!answer.full);
+    assert!(answer.set.len() < 500 / 3, "{} of 500", answer.set.len());
+    assert!(answer.set.len() > 4);
+    let rejected = apply(&mut had, answer);
+    assert_eq!(rejected, []);
+    let mut all = Resources::new();
+    assert_eq!(apply(&mut all, history.since(b"here", None)), []);
+    assert_eq!(had, all);
+
+    let same = Arc::new(history.index());
+    let theirs = digests(&had, same.buckets());
+    let nothing = same.clone().compare(&theirs).unwrap();
+    assert_eq!(history.differing_bytes(&nothing), 0);
+    assert_eq!(history.since_differing(b"here", &nothing).set, []);
+    assert!(same.compare(&[1]).is_none());
 }

@@ -198,7 +198,7 @@ fn text(error: &Error) -> String {
 }
 
 /// An error of the client in words.
-pub(super) fn client_error(error: &ClientError) -> String {
+pub(crate) fn client_error(error: &ClientError) -> String {
     if let ClientError::Api(status) = error {
         return format!("{}: {}", status.code, status.message);
     }

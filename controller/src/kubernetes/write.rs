@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{StreamExt as _, stream};
+use futures_util::{StreamExt as _, future::ready, stream};
 use kube::{
     Api, Client, Error as ClientError,
     api::{Patch, PatchParams, PostParams},
@@ -22,7 +22,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval},
 };
 
-use super::{follow::client_error, read::api_resource};
+use super::{client_error, read::api_resource};
 use crate::{
     manifests::{Kind, ObjectId},
     state::State,
@@ -33,10 +33,10 @@ use crate::{
 const FIELD_MANAGER: &str = "holdfast-controller";
 
 /// The ConfigMap in the controller's namespace that tells agents which mesh this is, and its key.
-const ANCHOR_CONFIG_MAP: &str = "holdfast-mesh";
+pub(crate) const ANCHOR_CONFIG_MAP: &str = "holdfast-mesh";
 
 /// The key in it.
-const ANCHOR_KEY: &str = "mesh";
+pub(crate) const ANCHOR_KEY: &str = "mesh";
 
 /// How often it is worked out what is to be written.
 const ROUND: Duration = Duration::from_secs(1);
@@ -78,10 +78,12 @@ pub(super) async fn run(state: Arc<State>, client: Client, namespace: String) {
             };
             writer.anchored = writer.anchor(&namespace, &anchor).await;
         }
+        let led = state.leads();
         let asking = state.clone();
         // A panic there is one of the next round too, and the process's own tasks tell it.
         if let Ok(Some(due)) = spawn_blocking(move || asking.due()).await {
-            writer.write(due).await;
+            // A leader that is none any more leaves the rest to the next one.
+            writer.write(due, || state.leads() || !led).await;
         }
     }
 }
@@ -103,11 +105,12 @@ enum Job {
 }
 
 impl Writer {
-    async fn write(&mut self, due: Due) {
+    async fn write(&mut self, due: Due, may: impl Fn() -> bool) {
         let now = Instant::now();
         self.sent.retain(|_, (_, at)| now < *at + AGAIN);
         let jobs = self.jobs(due, now);
-        let done: Vec<_> = stream::iter(jobs)
+        let allowed = stream::iter(jobs).take_while(|_| ready(may()));
+        let done: Vec<_> = allowed
             .map(|job| perform(self.client.clone(), job))
             .buffer_unordered(AT_ONCE)
             .collect()

@@ -1,6 +1,12 @@
 //! Each kind: from Kubernetes' types to the core's, checked field by field.
 
-use std::{collections::BTreeMap, fmt::Display, net::IpAddr, str::FromStr, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Display,
+    net::IpAddr,
+    str::FromStr,
+    time::Duration,
+};
 
 use ipnet::IpNet;
 use k8s_openapi::api::{
@@ -8,12 +14,12 @@ use k8s_openapi::api::{
     discovery::v1::{Endpoint as KubeEndpoint, EndpointSlice as KubeSlice},
 };
 use mesh_api::crd::{
-    CONFIG_NAME, CommunitySpec, ExternalPeerSpec, MeshConfigSpec, MeshNodeSpec, MeshRelaySpec,
-    SITE_LABEL, SiteRouteSpec,
+    COMMUNITY_SITES_MAX, CONFIG_NAME, CommunitySpec, ExternalPeerSpec, MeshConfigSpec,
+    MeshNodeSpec, MeshRelaySpec, SITE_LABEL, SiteRouteSpec, Subnet,
 };
 use mesh_core::snapshot::{
     DEFAULT_MTU_BYTES, Endpoint, EndpointPort, EndpointSlice, ExternalPeer, Hints, Locality,
-    Protocol, Relay, ServiceName,
+    Mapping, Protocol, Relay, ServiceName,
 };
 use mesh_identity::authority::check_trust_domain;
 use mesh_wire::id::{NodeName, SiteName};
@@ -262,44 +268,46 @@ pub(crate) fn config(id: &ObjectId, spec: &MeshConfigSpec) -> Checked<Object> {
 }
 
 pub(crate) fn site_route(_: &ObjectId, spec: &SiteRouteSpec) -> Checked<Object> {
-    let gateways: Vec<NodeName> = list("spec.gateways", &spec.gateways)?;
-    let mut prefixes: Vec<IpNet> = Vec::new();
-    let mut mapped = false;
-    for (index, subnet) in spec.subnets.iter().enumerate() {
-        let at = |name: &str| format!("spec.subnets[{index}].{name}");
-        let own: IpNet = parse(&at("subnet"), &subnet.subnet)?;
-        let seen_as: Option<IpNet> = optional(&at("mappedTo"), subnet.mapped_to.as_deref())?;
-        if let Some(seen_as) = seen_as {
-            if seen_as.max_prefix_len() != own.max_prefix_len()
-                || seen_as.prefix_len() != own.prefix_len()
-            {
-                let text = format!("{seen_as} has not as many addresses as {own}");
-                return Err(FieldProblem::new(at("mappedTo"), text));
-            }
-            mapped |= seen_as.trunc() != own.trunc();
-        }
-        prefixes.push(own);
+    let gateways: BTreeSet<NodeName> = list("spec.gateways", &spec.gateways)?.into_iter().collect();
+    if gateways.is_empty() {
+        let text = "empty: nothing would lead to the subnets";
+        return Err(FieldProblem::new("spec.gateways", text));
     }
-    match <[NodeName; 1]>::try_from(gateways) {
-        Ok([gateway]) if !mapped => Ok(Object::Route(gateway, prefixes)),
-        Ok(_) => Ok(Object::Inert(
-            "spec.subnets: this version maps no subnet to another (mappedTo); the route has no effect",
-        )),
-        Err(none) if none.is_empty() => Err(FieldProblem::new(
-            "spec.gateways",
-            "empty: nothing would lead to the subnets",
-        )),
-        Err(_) => Ok(Object::Inert(
-            "spec.gateways: this version knows one gateway for a route; the route has no effect",
-        )),
-    }
+    let subnets = spec.subnets.iter().enumerate();
+    let subnets = subnets.map(|(index, subnet)| mapping(&format!("spec.subnets[{index}]"), subnet));
+    let subnets = subnets.collect::<Checked<_>>()?;
+    Ok(Object::Route(gateways.into_iter().collect(), subnets))
 }
 
-pub(crate) fn community(_: &ObjectId, spec: &CommunitySpec) -> Checked<Object> {
-    list::<SiteName>("spec.sites", &spec.sites)?;
-    Ok(Object::Inert(
-        "this version does not act on a Community: every two sites may connect directly",
-    ))
+/// A subnet that nobody maps is seen as what it is.
+fn mapping(field: &str, subnet: &Subnet) -> Checked<Mapping> {
+    let lan: IpNet = parse(&format!("{field}.subnet"), &subnet.subnet)?;
+    let field = format!("{field}.mappedTo");
+    let seen_as: Option<IpNet> = optional(&field, subnet.mapped_to.as_deref())?;
+    let seen_as = seen_as.unwrap_or(lan);
+    let shape = |net: IpNet| (net.max_prefix_len(), net.prefix_len());
+    if shape(seen_as) != shape(lan) {
+        let text = format!("{seen_as} has not as many addresses as {lan}");
+        return Err(FieldProblem::new(field, text));
+    }
+    Ok(Mapping {
+        lan: lan.trunc(),
+        seen_as: seen_as.trunc(),
+    })
+}
+
+pub(crate) fn community(id: &ObjectId, spec: &CommunitySpec) -> Checked<Object> {
+    let sites: Vec<SiteName> = list("spec.sites", &spec.sites)?;
+    if sites.is_empty() {
+        let text = "empty: a community of nobody would keep all sites from connecting directly";
+        return Err(FieldProblem::new("spec.sites", text));
+    }
+    if sites.len() > COMMUNITY_SITES_MAX {
+        let text = format!("{} sites; the limit is {COMMUNITY_SITES_MAX}", sites.len());
+        return Err(FieldProblem::new("spec.sites", text));
+    }
+    let sites = sites.into_iter().collect();
+    Ok(Object::Community(id.name.clone(), sites))
 }
 
 fn protocol(field: &str, text: Option<&str>) -> Checked<Protocol> {

@@ -33,8 +33,8 @@ fn a_condition_keeps_its_time_while_it_says_the_same() {
     let due = lab.due(T0);
     let id = lab.id(Kind::Community);
     let condition = &due.statuses[&id]["conditions"][0];
-    assert_eq!(condition["reason"], "NotImplemented");
-    assert_eq!(condition["status"], "False");
+    assert_eq!(condition["reason"], "Accepted");
+    assert_eq!(condition["status"], "True");
     lab.write(&due);
     let mut item = lab.cluster.get(&id).unwrap().clone();
     item.generation = 2;
@@ -130,12 +130,66 @@ fn nodes_without_an_object_get_one_and_those_that_wait_are_told_how_to_get_in() 
     );
 }
 
+#[test]
+fn each_controller_speaks_of_its_own_nodes_and_the_leader_of_all_else() {
+    let mut lab = Lab::new("kind: MeshNode\nspec: {}", &["a"]);
+    let id = lab.id(Kind::MeshNode);
+    lab.role = Role::Follower("two");
+    assert_eq!(lab.due(T0), Due::default());
+    lab.see(true, T0, 5);
+    let due = lab.due(T0);
+    assert_eq!(due.statuses[&id]["connected"], true);
+    assert_eq!(due.statuses[&id]["controller"], "two");
+    lab.write(&due);
+
+    // The leader never saw it, and leaves that to the other.
+    let seen = std::mem::take(&mut lab.seen);
+    lab.role = Role::Leader("one");
+    lab.began = T0 - 1000;
+    assert_eq!(lab.due(T0 + 1), Due::default());
+    // Only when the other is silent for long, it is gone, and so is the node.
+    let due = lab.due(T0 + 2 * LAST_SEEN_S + 1);
+    assert_eq!(due.statuses[&id]["connected"], false);
+
+    // It moved to the leader: the other says no more that it is gone.
+    lab.see(true, T0 + 5, 6);
+    let due = lab.due(T0 + 5);
+    assert_eq!(due.statuses[&id]["controller"], "one");
+    lab.write(&due);
+    lab.role = Role::Follower("two");
+    lab.seen = seen;
+    lab.see(false, T0 + 6, 5);
+    assert_eq!(lab.due(T0 + 6), Due::default());
+}
+
+#[test]
+fn a_node_that_waits_at_another_controller_still_waits() {
+    let mut lab = Lab::new("kind: MeshNode\nspec: {}", &[]);
+    let pending = Pending {
+        id: NodeId([7; 32]),
+        since_unix_s: T0,
+    };
+    lab.role = Role::Follower("two");
+    lab.pending.insert("a".parse().unwrap(), pending);
+    let due = lab.due(T0);
+    let id = lab.id(Kind::MeshNode);
+    assert_eq!(
+        due.statuses[&id]["conditions"][1]["reason"],
+        AWAITING_APPROVAL
+    );
+    lab.write(&due);
+    lab.role = Role::Leader("one");
+    lab.pending.clear();
+    assert_eq!(lab.due(T0 + START_GRACE_S), Due::default());
+}
+
 struct Lab {
     cluster: Cluster,
     desired: Desired,
     seen: BTreeMap<NodeName, Seen>,
     pending: BTreeMap<NodeName, Pending>,
     began: i64,
+    role: Role<'static>,
 }
 
 impl Lab {
@@ -166,11 +220,13 @@ impl Lab {
             seen: BTreeMap::new(),
             pending: BTreeMap::new(),
             began: T0,
+            role: Role::Sole,
         }
     }
 
     fn due(&self, now_unix_s: i64) -> Due {
         due(&Mesh {
+            role: self.role,
             cluster: &self.cluster,
             desired: &self.desired,
             seen: &self.seen,

@@ -187,6 +187,7 @@ impl Lab {
         let request = had.map_or_else(SyncRequest::default, |had| SyncRequest {
             store_id: had.store_id.clone(),
             generation: had.generation,
+            ..SyncRequest::default()
         });
         say.send(request).await.unwrap();
         let stream = client.sync(ReceiverStream::new(said)).await?.into_inner();
@@ -214,6 +215,12 @@ impl Agent {
         let message = timeout(PATIENCE, self.stream.message()).await;
         let message = message.expect("no answer in time")?;
         Ok(message.expect("the stream ended"))
+    }
+
+    /// Waits until the controller ends the stream, with nothing more on it.
+    pub(crate) async fn ended(&mut self) {
+        let message = timeout(PATIENCE, self.stream.message()).await;
+        assert_eq!(message.expect("no end in time").unwrap(), None);
     }
 }
 

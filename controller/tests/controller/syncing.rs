@@ -81,6 +81,7 @@ async fn an_edited_manifest_sends_only_what_changed() {
     let request = SyncRequest {
         store_id: delta.store_id,
         generation: delta.generation,
+        ..SyncRequest::default()
     };
     agent.say.send(request).await.unwrap();
     lab.write_manifest(
@@ -134,6 +135,47 @@ async fn a_restart_costs_an_agent_that_has_everything_no_resource_at_all() {
     };
     let (_agent, all) = lab.sync(&credentials, Some(&elsewhere)).await.unwrap();
     assert!(all.full);
+}
+
+/// Three slices of 1,000 endpoints: 80 KB.
+fn large(port: u16) -> String {
+    let slice = |slice: u16| {
+        let endpoints = (0..1_000).map(|number| {
+            let address = format!("10.{slice}.{}.{}", number / 250, number % 250);
+            format!("- {{addresses: [{address}], nodeName: edge-a1}}\n")
+        });
+        format!(
+            "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: large-{slice}, namespace: shop, \
+             labels: {{kubernetes.io/service-name: inventory}}}}\naddressType: IPv4\nports: [{{name: http, port: {port}}}]\n\
+             endpoints:\n{}",
+            endpoints.collect::<String>()
+        )
+    };
+    (1..=3).map(slice).collect()
+}
+
+#[tokio::test]
+async fn a_stream_with_a_large_answer_ends_once_the_node_has_it_and_the_next_one_goes_on() {
+    let lab = Lab::start(&[("shop.yaml", SHOP), ("large.yaml", &large(8080))]);
+    let credentials = lab.node("edge-a1", 1).await;
+    let (mut agent, full) = lab.sync(&credentials, None).await.unwrap();
+    let acknowledge = |told: &SyncResponse| SyncRequest {
+        store_id: told.store_id.clone(),
+        generation: told.generation,
+        ..SyncRequest::default()
+    };
+    assert!(full.full && full.encoded_len() > 64 << 10);
+    agent.say.send(acknowledge(&full)).await.unwrap();
+    agent.ended().await;
+
+    let (mut agent, nothing) = lab.sync(&credentials, Some(&full)).await.unwrap();
+    assert_eq!((nothing.full, nothing.set.len()), (false, 0));
+    agent.say.send(acknowledge(&nothing)).await.unwrap();
+    lab.write_manifest("large.yaml", &large(9090));
+    let change = agent.next().await.unwrap();
+    assert_eq!((change.full, change.set.len()), (false, 3));
+    agent.say.send(acknowledge(&change)).await.unwrap();
+    agent.ended().await;
 }
 
 #[tokio::test]
