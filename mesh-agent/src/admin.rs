@@ -31,7 +31,9 @@ use tonic::{Request, Response, Status, transport::Server};
 use crate::{
     driver::{Driver, DriverHandle},
     interfaces::AllServed,
+    mapping::{self, Mapper},
     policy::{self, Enforcer},
+    proxy::Proxy,
     report,
     sync::Connection,
 };
@@ -74,10 +76,14 @@ pub struct Facts {
     pub services_unkept: Option<String>,
     /// What is enforced of the mesh's policies.
     pub enforcer: Arc<Mutex<Enforcer>>,
+    /// What maps LAN subnets.
+    pub mapper: Arc<Mutex<Mapper>>,
     /// Interfaces whose devices use services through this node.
     pub served: watch::Receiver<AllServed>,
     /// Where health checks of services are not answered that should be.
     pub health_checks: watch::Receiver<Vec<String>>,
+    /// The CONNECT proxy, if this node has one.
+    pub proxy: Option<Proxy>,
 }
 
 impl Admin {
@@ -141,6 +147,26 @@ impl Admin {
     }
 
     /// Beside the driver, as above.
+    async fn add_mapping(&self, status: &mut StatusResponse) -> Result<(), Status> {
+        let mapper = Arc::clone(&self.facts.mapper);
+        let report = task::spawn_blocking(move || {
+            let mapper = mapper.lock().unwrap_or_else(PoisonError::into_inner);
+            mapper.report()
+        });
+        let mapping::Report { packets, problems } = report
+            .await
+            .map_err(|error| Status::internal(error.to_string()))?;
+        if !problems.is_empty() && status.health() == Health::Ok {
+            status.set_health(Health::Degraded);
+        }
+        status.problems.extend(problems);
+        let packets = packets.into_iter();
+        let packets = packets.map(|(counter, count)| (format!("mapping_{counter}"), count));
+        status.service_packets.extend(packets);
+        Ok(())
+    }
+
+    /// Beside the driver, as above.
     async fn add_policy(&self, status: &mut StatusResponse) -> Result<(), Status> {
         let enforcer = Arc::clone(&self.facts.enforcer);
         let report = task::spawn_blocking(move || {
@@ -186,6 +212,7 @@ impl AgentAdmin for Admin {
             .ask(move |driver| report::status(driver, &facts, &connection))
             .await?;
         status.service_packets = self.service_packets().await?;
+        self.add_mapping(&mut status).await?;
         self.add_policy(&mut status).await?;
         Ok(Response::new(status))
     }

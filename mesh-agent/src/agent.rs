@@ -32,7 +32,7 @@ use ring::rand::{SecureRandom as _, SystemRandom};
 use tokio::{
     runtime,
     sync::{mpsc, watch},
-    time,
+    task, time,
 };
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
@@ -45,9 +45,11 @@ use crate::{
     health,
     interfaces::{self, AllServed, Programs, Wanted},
     links::Links,
+    mapping::{self, Mapper},
     network::{self, Local},
     outliers,
     policy::{self, Enforcer},
+    proxy::Proxy,
     publish,
     state::StateFolder,
     store::remove_if_there,
@@ -56,6 +58,10 @@ use crate::{
 
 /// How long the runtime waits for blocking work (a snapshot being written) at the end.
 const RUNTIME_GRACE: Duration = Duration::from_secs(2);
+
+/// A desired state that stays so long is no longer one of many changes: what taking it needed will not be needed
+/// again at once. With 1,000 services that is a fifth of all memory.
+const QUIET: Duration = Duration::from_secs(10);
 
 /// Runs the agent until it is told to stop.
 ///
@@ -87,20 +93,47 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
     result
 }
 
-/// Takes away what outlives an agent on purpose: the service programs and their maps. The device, with
-/// its addresses and routes, went with the process.
+/// Gives back memory each time the desired state has changed and then stayed as it is for [`QUIET`].
+async fn settle(
+    mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let settling = async {
+        while snapshots.changed().await.is_ok() {
+            while let Ok(Ok(())) = time::timeout(QUIET, snapshots.changed()).await {}
+            task::spawn_blocking(memory::give_back).await?;
+        }
+        std::future::pending().await
+    };
+    tokio::select! {
+        () = stop.cancelled() => Ok(()),
+        ended = settling => ended,
+    }
+}
+
+/// Takes away what outlives an agent on purpose: the programs of services and of policy at pods, and their maps. The
+/// device, with its addresses and routes, went with the process.
 ///
 /// # Errors
 ///
 /// If an agent runs, or with all that could not be taken away.
 pub fn remove(settings: &Settings) -> anyhow::Result<()> {
+    remove_pins(Pins::of_policy(Path::new(BPFFS))).context("cannot remove the policies")?;
+    remove_services(settings)
+}
+
+fn remove_services(settings: &Settings) -> anyhow::Result<()> {
     let pins = Pins::open(Path::new(BPFFS), &cgroup(settings)?);
+    remove_pins(pins).context("cannot remove the services")
+}
+
+fn remove_pins(pins: Result<Pins, PinsError>) -> anyhow::Result<()> {
     let pins = match pins {
         Err(error @ PinsError::NotMounted(_)) => {
             tracing::info!(%error, "nothing outlived the agent");
             return Ok(());
         }
-        other => other.context("cannot remove the services")?,
+        other => other?,
     };
     let problems = pins.remove().into_iter();
     let problems: Vec<_> = problems.map(|problem| network::chain(&problem)).collect();
@@ -183,12 +216,21 @@ async fn start(
         dns: link_local(&settings.dns.listen),
         serves_devices: !settings.service_interfaces.is_empty(),
     };
-    let mut enforcer = Enforcer::new(settings.node_name.clone(), interface.0, settings.policy);
+    let pins = Pins::of_policy(Path::new(BPFFS));
+    if let Err(error) = &pins {
+        tracing::warn!(problem = %network::chain(error), "policies will end with this process");
+    }
+    let node = settings.node_name.clone();
+    let mut enforcer = Enforcer::new(node, interface.0, settings.policy, pins.ok());
     // Before the device is up: nobody comes in unjudged.
     enforcer
         .take(&snapshot)
         .context("cannot enforce the mesh's policies (`policy = false`: this node never does)")?;
     let enforcer = Arc::new(Mutex::new(enforcer));
+    // Before the device is up: nobody comes in by an address that means nothing here.
+    let mut mapper = Mapper::new(settings.node_name.clone(), interface.0);
+    mapper.take(&snapshot);
+    let mapper = Arc::new(Mutex::new(mapper));
     if let Some(folder) = &settings.cni {
         let network = cni::network(&snapshot, &settings.node_name);
         if let Err(error) = cni::publish(folder, network.as_ref()) {
@@ -261,6 +303,8 @@ async fn start(
         views,
         remembered,
     });
+    let settling = settle(snapshots.clone(), stop.clone());
+    supervisor.spawn("memory", settling);
     supervisor.spawn("driver", driver.run(event_queue, snapshots, stop.clone()));
     let (published, filled) = watch::channel(false);
     if let Some(services) = &services {
@@ -280,6 +324,8 @@ async fn start(
     }
     let keeper = policy::keep_policy(Arc::clone(&enforcer), view.clone(), stop.clone());
     supervisor.spawn("policy", keeper);
+    let keeper = mapping::keep_mapping(Arc::clone(&mapper), view.clone(), stop.clone());
+    supervisor.spawn("mapping", keeper);
     if let Some(folder) = settings.cni {
         let keeper = cni::keep_network(folder, view.clone(), stop.clone());
         supervisor.spawn("cni", keeper);
@@ -328,6 +374,12 @@ async fn start(
     };
     let dns_view = view.clone();
     let dns = DnsServer::start(dns_config, move || dns_view.borrow().clone(), stop.clone()).await?;
+    let proxy = settings.proxy.map(|settings| {
+        let driver = DriverHandle(events.clone());
+        let (proxy, serve) = Proxy::new(settings, view.clone(), driver, stop.clone());
+        supervisor.spawn("proxy", serve);
+        proxy
+    });
     let facts = Facts {
         started,
         interface: settings.interface,
@@ -339,6 +391,8 @@ async fn start(
         served,
         health_checks,
         enforcer,
+        mapper,
+        proxy,
     };
     let admin = Admin::new(
         DriverHandle(events),
@@ -434,7 +488,7 @@ fn cgroup(settings: &Settings) -> anyhow::Result<PathBuf> {
 fn load_services(settings: &Settings) -> anyhow::Result<Loaded> {
     if !settings.services {
         tracing::info!("service programs are off by configuration (`services = false`)");
-        if let Err(error) = remove(settings) {
+        if let Err(error) = remove_services(settings) {
             tracing::warn!("services of an earlier agent go on: {error:#}");
         }
         return Ok(Loaded {

@@ -11,7 +11,7 @@ use std::{
 use anyhow::Context as _;
 use ipnet::IpNet;
 use mesh_api::cni::{NETWORK_FILE, NodeNetwork, attachments_dir, read_attachments};
-use mesh_core::{services::View, snapshot::Snapshot};
+use mesh_core::{pattern::NamePattern, services::View, snapshot::Snapshot};
 use mesh_wire::id::NodeName;
 use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
 use tokio::{
@@ -20,10 +20,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    redirect::NamePattern,
-    store::{remove_if_there, write_atomically},
-};
+use crate::store::{remove_if_there, write_atomically};
 
 /// How soon a file that could not be written is tried again.
 const RETRY: time::Duration = time::Duration::from_secs(5);
@@ -203,6 +200,7 @@ mod tests {
             pod_prefixes: ranges.iter().map(|net| net.parse().unwrap()).collect(),
             underlay_addresses: Vec::new(),
             static_candidates: Vec::new(),
+            mapped: Vec::new(),
         };
         let mut snapshot = Snapshot::empty(MeshSettings::with_defaults(mesh, "demo"));
         snapshot.nodes.insert(node.name.clone(), node);

@@ -9,19 +9,20 @@ use std::{
 };
 
 use ipnet::IpNet;
+use mesh_core::pattern::NamePattern;
 use mesh_daemon::FileError;
 use mesh_wire::id::NodeName;
 use serde::Deserialize;
 
-use crate::redirect::NamePattern;
+use crate::proxy::settings::{ProxyFile, ProxySettings};
 
 /// Checked settings of the agent.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// The node's name in the mesh.
     pub node_name: NodeName,
-    /// `host:port` of the controller; `None`: serve what is on disk.
-    pub controller: Option<String>,
+    /// `host:port` of each controller, any of which will do; none: serve what is on disk.
+    pub controllers: Vec<String>,
     /// Where the join token is; only read when there is no certificate yet.
     pub token: TokenSource,
     /// Keys, certificate, snapshot.
@@ -46,6 +47,8 @@ pub struct Settings {
     pub pod_interfaces: BTreeSet<NamePattern>,
     /// Where this node's CNI plug-in looks; `None`: it has none.
     pub cni: Option<PathBuf>,
+    /// The CONNECT proxy to the mesh's nodes; `None`: this node has none.
+    pub proxy: Option<ProxySettings>,
     /// Addresses where this node's UDP socket is reachable for sure.
     pub static_candidates: Vec<SocketAddr>,
     /// Where DNS listens, and what it forwards to.
@@ -123,7 +126,8 @@ fn default_cni_state_dir() -> PathBuf {
 #[serde(deny_unknown_fields)]
 struct ConfigFile {
     node_name: Option<NodeName>,
-    controller: Option<String>,
+    #[serde(default)]
+    controller: Controllers,
     token: Option<SecretText>,
     token_file: Option<PathBuf>,
     service_account_token_file: Option<PathBuf>,
@@ -148,10 +152,25 @@ struct ConfigFile {
     #[serde(default)]
     pod_interfaces: Vec<String>,
     cni: Option<CniConfig>,
+    proxy: Option<ProxyFile>,
     #[serde(default)]
     static_candidates: Vec<SocketAddr>,
     #[serde(default)]
     dns: DnsConfig,
+}
+
+/// One `host:port`, or a list of them.
+#[derive(Debug, Deserialize)]
+#[serde(untagged, expecting = "`host:port`, or a list of them, expected")]
+enum Controllers {
+    One(String),
+    Several(Vec<String>),
+}
+
+impl Default for Controllers {
+    fn default() -> Self {
+        Self::Several(Vec::new())
+    }
 }
 
 /// Link-local, so that it is the same on every node and never leaves one.
@@ -192,6 +211,9 @@ fn default_true() -> bool {
 
 /// The node's name where the configuration is the same for all nodes: in Kubernetes, from `spec.nodeName`.
 const NODE_NAME_VARIABLE: &str = "HOLDFAST_NODE_NAME";
+
+/// Most controllers: two or three serve a mesh, and a node tries one after the other.
+const CONTROLLERS_MAX: usize = 16;
 
 /// Longest name of a network interface (`IFNAMSIZ` − 1, linux/if.h).
 const INTERFACE_NAME_LEN_MAX: usize = 15;
@@ -265,22 +287,18 @@ impl Settings {
                 "must be 1 to 65535; the default is 51820".to_owned(),
             ));
         }
-        if let Some(controller) = &file.controller
-            && !is_host_port(controller)
-        {
-            return Err(bad(
-                "controller",
-                format!("{controller:?} is not `host:port`"),
-            ));
-        }
+        let controllers =
+            controllers(file.controller).map_err(|problem| bad("controller", problem))?;
         let token = token_source(
             (file.token, file.token_file),
             (file.service_account_token_file, file.mesh_file),
         );
         let token = token.map_err(|(key, problem)| bad(key, problem.to_owned()))?;
+        let proxy = file.proxy.map(|proxy| proxy.check(&file.admin_socket));
+        let proxy = proxy.transpose().map_err(|problem| bad("proxy", problem))?;
         Ok(Self {
             node_name,
-            controller: file.controller,
+            controllers,
             token,
             state_dir: file.state_dir,
             interface: file.interface,
@@ -293,9 +311,27 @@ impl Settings {
             service_interfaces,
             pod_interfaces,
             cni: file.cni.map(|cni| cni.state_dir),
+            proxy,
             static_candidates: file.static_candidates,
             dns: file.dns,
         })
+    }
+}
+
+fn controllers(written: Controllers) -> Result<Vec<String>, String> {
+    let controllers = match written {
+        Controllers::One(controller) => vec![controller],
+        Controllers::Several(controllers) => controllers,
+    };
+    if controllers.len() > CONTROLLERS_MAX {
+        return Err(format!(
+            "{} controllers, at most {CONTROLLERS_MAX} are tried",
+            controllers.len()
+        ));
+    }
+    match controllers.iter().find(|one| !is_host_port(one)) {
+        Some(wrong) => Err(format!("{wrong:?} is not `host:port`")),
+        None => Ok(controllers),
     }
 }
 
@@ -425,6 +461,8 @@ mod tests {
             ("interface", "interface = 'a name too long'"),
             ("listen_port", "listen_port = 0"),
             ("controller", "controller = 'nowhere'"),
+            ("controller", "controller = ['a:1', 'nowhere']"),
+            ("controller", "controller = 7"),
             ("token", "token = 'a'\ntoken_file = 'b'"),
             (
                 "token",
@@ -456,6 +494,81 @@ mod tests {
             };
             let error = parse(&format!("{name}{line}")).unwrap_err();
             assert!(error.contains(key), "{error}");
+        }
+    }
+
+    #[test]
+    fn there_may_be_one_controller_or_several_or_none() {
+        let controllers = |line: &str| {
+            let settings = parse(&format!("node_name = 'a'\n{line}")).unwrap();
+            settings.controllers
+        };
+        assert_eq!(controllers(""), [""; 0]);
+        assert_eq!(controllers("controller = 'a:1'"), ["a:1"]);
+        assert_eq!(controllers("controller = ['a:1', 'b:2']"), ["a:1", "b:2"]);
+        let many = vec!["'a:1'"; CONTROLLERS_MAX + 1].join(", ");
+        let error = parse(&format!("node_name = 'a'\ncontroller = [{many}]")).unwrap_err();
+        assert!(error.contains("at most 16"), "{error}");
+    }
+
+    #[test]
+    fn a_proxy_needs_a_place_and_rules_that_say_what_they_mean() {
+        let parse = |lines: &str| parse(&format!("node_name = 'gw'\n[proxy]\n{lines}"));
+        let settings = parse(
+            "socket = '/run/p.sock'\n[[proxy.allow]]\nclients = ['uid:0']\nnodes = ['edge-*']\n\
+             ports = [22, '9100-9110']",
+        );
+        let proxy = settings.unwrap().proxy.unwrap();
+        assert!(proxy.tls.is_none());
+        assert_eq!(proxy.rules[0].ports, [22..=22, 9_100..=9_110]);
+        let rule = |rule: &str| format!("socket = 's'\n[[proxy.allow]]\n{rule}");
+        for (wrong, said) in [
+            ("".to_owned(), "needs `socket`"),
+            (
+                "listen = ['10.0.0.1:8131']".to_owned(),
+                "`client_ca` go together",
+            ),
+            ("socket = 's'\ncertificate = 'c'".to_owned(), "go together"),
+            (
+                "socket = '/run/holdfast/agent.sock'".to_owned(),
+                "`admin_socket`",
+            ),
+            (
+                "socket = 's'\nidle_timeout_s = 0".to_owned(),
+                "idle_timeout_s",
+            ),
+            (
+                "socket = 's'\nconnections_max = 0".to_owned(),
+                "connections_max",
+            ),
+            (
+                rule("clients = ['root']\nnodes = ['*']\nports = [22]"),
+                "rule 1",
+            ),
+            (
+                rule("clients = []\nnodes = ['*']\nports = [22]"),
+                "`clients` is empty",
+            ),
+            (rule("clients = ['uid:0']\nports = [22]"), "all nodes are"),
+            (
+                rule("clients = ['uid:0']\nnodes = ['a*b']\nports = [22]"),
+                "not at its end",
+            ),
+            (
+                rule("clients = ['uid:0']\nnodes = ['*']\nports = []"),
+                "`ports` is empty",
+            ),
+            (
+                rule("clients = ['uid:0']\nnodes = ['*']\nports = [0]"),
+                "neither a port",
+            ),
+            (
+                rule("clients = ['uid:0']\nnodes = ['*']\nports = ['9-8']"),
+                "neither a port",
+            ),
+        ] {
+            let error = parse(&wrong).unwrap_err();
+            assert!(error.contains(said), "{said} is not in: {error}");
         }
     }
 

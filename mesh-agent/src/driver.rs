@@ -10,12 +10,16 @@ use std::{
 
 use anyhow::bail;
 use mesh_core::{
+    gateways::Gateways,
     io::{self, Input, Output, TRAFFIC_TICK_MS},
     node::Core,
     services::{Costs, View},
     snapshot::{ExternalPeer, Node, Snapshot},
 };
-use mesh_tunnel::tunnel::{External, Tunnel, TunnelEvent};
+use mesh_tunnel::{
+    route::RouteTable,
+    tunnel::{External, Tunnel, TunnelEvent},
+};
 use mesh_wire::{
     id::{NodeId, NodeName, RelayId, Via},
     peer::PeerMessage,
@@ -82,6 +86,7 @@ pub struct Driver {
     snapshot: Arc<Snapshot>,
     names: BTreeMap<NodeId, NodeName>,
     externals: BTreeMap<NodeId, ExternalPeer>,
+    gateways: Gateways,
     local_addresses: Vec<SocketAddr>,
     static_candidates: Vec<SocketAddr>,
     dead: BTreeSet<NodeName>,
@@ -138,6 +143,7 @@ impl Driver {
             snapshot: Arc::clone(&parts.snapshot),
             names: BTreeMap::new(),
             externals: BTreeMap::new(),
+            gateways: Gateways::default(),
             local_addresses: Vec::new(),
             static_candidates: parts.static_candidates,
             dead: BTreeSet::new(),
@@ -390,34 +396,43 @@ impl Driver {
             .collect();
         self.dead.retain(|name| snapshot.nodes.contains_key(name));
         self.snapshot = Arc::clone(&snapshot);
+        self.gateways.handle_view(&self.view_now());
         self.publish_peers();
         self.links.set_relays(&snapshot);
         self.input(Input::Snapshot(snapshot));
         self.publish_view();
     }
 
-    /// Tells the packet path who is a peer, and which prefix belongs to whom.
+    /// The nodes but this one.
+    fn others(&self) -> impl Iterator<Item = &Node> {
+        let nodes = self.snapshot.nodes.values();
+        nodes.filter(|node| node.name != self.node)
+    }
+
+    /// Tells the packet path which prefix belongs to whom.
+    fn publish_routes(&self) {
+        let of_nodes = self
+            .others()
+            .flat_map(|node| node.allowed_prefixes().map(|prefix| (prefix, node.id)));
+        let of_externals = self
+            .externals()
+            .flat_map(|peer| peer.prefixes.iter().map(|&prefix| (prefix, peer.id)));
+        let mut routes: RouteTable = of_nodes.chain(of_externals).collect();
+        for (prefix, gateways) in self.gateways.orders() {
+            routes.share(prefix, &gateways);
+        }
+        self.tunnel.set_routes(routes);
+    }
+
+    /// Tells the packet path who is a peer, and what belongs to whom.
     fn publish_peers(&mut self) {
-        let snapshot = Arc::clone(&self.snapshot);
-        let others = || {
-            snapshot
-                .nodes
-                .values()
-                .filter(|node| node.name != self.node)
-        };
         let externals: BTreeMap<_, _> = self
             .externals()
             .map(|peer| (peer.id, peer.clone()))
             .collect();
-        let of_nodes =
-            others().flat_map(|node| node.allowed_prefixes().map(|prefix| (prefix, node.id)));
-        let of_externals = externals
-            .values()
-            .flat_map(|peer| peer.prefixes.iter().map(|&prefix| (prefix, peer.id)));
         self.tunnel
-            .set_known(others().map(|node| node.id).collect());
-        self.tunnel
-            .set_routes(of_nodes.chain(of_externals).collect());
+            .set_known(self.others().map(|node| node.id).collect());
+        self.publish_routes();
         for id in self
             .externals
             .keys()
@@ -441,14 +456,21 @@ impl Driver {
         self.externals = externals;
     }
 
-    fn publish_view(&self) {
-        let view = View {
+    fn view_now(&self) -> View {
+        View {
             snapshot: Arc::clone(&self.snapshot),
             node: self.node.clone(),
             dead: self.dead.clone(),
             ejected: self.ejected.clone(),
             costs: self.costs.clone(),
-        };
+        }
+    }
+
+    fn publish_view(&mut self) {
+        let view = self.view_now();
+        if self.gateways.handle_view(&view) {
+            self.publish_routes();
+        }
         self.views.send_replace(Some(Arc::new(view)));
     }
 

@@ -13,6 +13,7 @@ use std::{
 use anyhow::Context as _;
 use ebpf_loader::{InterfaceError, Services};
 use ipnet::IpNet;
+use mesh_core::pattern::NamePattern;
 use mesh_linux::{
     IfIndex,
     netlink::{Changes, Forwarding, LinkHeader, Netlink, NetlinkError},
@@ -28,7 +29,7 @@ use crate::{
     cni::Attachments,
     network::chain,
     policy::Enforcer,
-    redirect::{self, Found, NamePattern},
+    redirect::{self, Found},
 };
 
 /// How often an interface with a problem is looked at again: forwarding is switched on without a

@@ -12,7 +12,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use mesh_core::{io::Input, services::View, snapshot::Snapshot};
+use mesh_core::{gateways::is_own, io::Input, services::View, snapshot::Snapshot};
 use mesh_linux::{
     IfIndex,
     netlink::{Changes, Netlink, Route},
@@ -68,13 +68,18 @@ pub fn desired(snapshot: &Snapshot, own: &NodeName, local: &Local) -> Option<Des
     ];
     let others = snapshot.nodes.values().filter(|other| other.name != *own);
     let behind_others = others.flat_map(|other| other.prefixes.iter().copied());
+    // A LAN of this node's own is not behind others, though they may be gateways of it too.
+    let behind_others = behind_others.filter(|net| !is_own(node, net));
+    // What only the mesh calls so: by another gateway, or by none, but never out into the world.
+    let seen_as = node.mapped.iter().map(|mapping| mapping.seen_as);
     let mine = snapshot
         .external_peers
         .values()
         .filter(|peer| peer.gateway == *own);
     let external = mine.flat_map(|peer| peer.prefixes.iter().copied());
     let covered = |net: &IpNet| mesh.iter().any(|whole| whole.contains(net));
-    let further = behind_others.chain(external).filter(|net| !covered(net));
+    let further = behind_others.chain(seen_as).chain(external);
+    let further = further.filter(|net| !covered(net));
     let source = |net: &IpNet| match net {
         IpNet::V4(_) => node.overlay_v4.into(),
         IpNet::V6(_) => node.overlay_v6.into(),
@@ -231,6 +236,7 @@ mod tests {
                 pod_prefixes: Vec::new(),
                 underlay_addresses: Vec::new(),
                 static_candidates: Vec::new(),
+                mapped: Vec::new(),
             };
             snapshot.nodes.insert(node.name.clone(), node);
         }

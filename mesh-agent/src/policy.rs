@@ -1,7 +1,8 @@
 //! Who may speak with whom: what the snapshot says of it, kept in the kernel's tables.
 //!
 //! The programs are there while there is something to enforce, and judge before the first packet
-//! comes: at the start they are filled from the snapshot on the disk before the device is up.
+//! comes: at the start they are filled from the snapshot on the disk before the device is up. At pods' interfaces
+//! they stay when the agent ends, however it does, until the next one puts its own in their place.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,7 +11,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use ebpf_loader::policy as kernel;
+use ebpf_loader::{Pins, policy as kernel};
 use mesh_core::{
     policy::{
         Class, Compiler, Direction, Limits, PairRules, PortPrefix, Tables, Verdict,
@@ -43,8 +44,12 @@ pub struct Enforcer {
     /// Otherwise the configuration says that nothing is enforced here.
     wanted: bool,
     programs: Option<kernel::Policy>,
-    /// Pods' own interfaces, as far as is known.
-    pods: BTreeSet<IfIndex>,
+    /// Where what pods are judged by is kept while no agent runs.
+    pins: Option<Pins>,
+    /// Whether an earlier agent's may still be in force.
+    left: bool,
+    /// Pods' own interfaces, once they are known: until then what an earlier agent enforced there holds.
+    pods: Option<BTreeSet<IfIndex>>,
     /// What the kernel refused.
     refused: Option<String>,
 }
@@ -63,15 +68,18 @@ pub struct Report {
 }
 
 impl Enforcer {
-    /// For `node` and its tunnel's interface, with nothing to enforce yet. If not `wanted`, never.
+    /// For `node` and its tunnel's interface, with nothing to enforce yet. If not `wanted`, never. With `pins`, pods
+    /// are judged by what held last while no agent runs.
     #[must_use]
-    pub fn new(node: NodeName, tunnel: IfIndex, wanted: bool) -> Self {
+    pub fn new(node: NodeName, tunnel: IfIndex, wanted: bool, pins: Option<Pins>) -> Self {
         Self {
             compiler: Compiler::new(node, LIMITS),
             tunnel,
             wanted,
             programs: None,
-            pods: BTreeSet::new(),
+            left: pins.is_some(),
+            pins,
+            pods: None,
             refused: None,
         }
     }
@@ -80,19 +88,19 @@ impl Enforcer {
     /// anything to enforce. Returns those where they are not, and why. It takes system calls; to be called whenever an
     /// interface has changed.
     pub fn guard_pods(&mut self, pods: BTreeSet<IfIndex>) -> BTreeMap<IfIndex, String> {
-        self.pods = pods;
+        self.pods = Some(pods);
         self.attach_pods()
     }
 
     fn attach_pods(&mut self) -> BTreeMap<IfIndex, String> {
-        let Some(programs) = &mut self.programs else {
+        let (Some(programs), Some(pods)) = (&mut self.programs, &self.pods) else {
             return BTreeMap::new();
         };
-        let wanted = self.pods.iter().map(|index| index.0).collect();
+        let wanted = pods.iter().map(|index| index.0).collect();
         let report = match programs.attach_pods(&wanted) {
             Ok(report) => report,
             Err(error) => {
-                let all = self.pods.iter();
+                let all = pods.iter();
                 return all.map(|&index| (index, chain(&error))).collect();
             }
         };
@@ -120,20 +128,18 @@ impl Enforcer {
     /// refuses of the tables is denied, told, and tried again with the next call.
     pub fn take(&mut self, snapshot: &Arc<Snapshot>) -> anyhow::Result<()> {
         let changed = self.compiler.update(snapshot);
-        if !self.wanted || (!changed && self.refused.is_none()) {
+        if !self.wanted || !self.compiler.tables().enforced {
+            self.refused = None;
+            self.enforce_nothing();
             return Ok(());
         }
-        if !self.compiler.tables().enforced {
-            self.refused = None;
-            if self.programs.take().is_some() {
-                tracing::info!("there are no policies for this node any more");
-            }
+        if !changed && self.refused.is_none() {
             return Ok(());
         }
         let fresh = self.programs.is_none();
         let programs = match &mut self.programs {
             Some(programs) => programs,
-            none => none.insert(kernel::Policy::load()?),
+            none => none.insert(kernel::Policy::load(self.pins.clone())?),
         };
         let applied = programs.apply(&convert(self.compiler.tables()));
         // After the tables: what comes before them passes as it did until now.
@@ -158,6 +164,16 @@ impl Enforcer {
             tracing::warn!(%problem, "policy is not complete in the kernel");
         }
         Ok(())
+    }
+
+    fn enforce_nothing(&mut self) {
+        let left = std::mem::take(&mut self.left);
+        if let Some(programs) = self.programs.take() {
+            programs.remove();
+            tracing::info!("there are no policies for this node any more");
+        } else if left && let Some(pins) = self.pins.clone() {
+            kernel::end_left(pins);
+        }
     }
 
     /// How it stands.

@@ -8,31 +8,11 @@ use std::{
 
 use ebpf_loader::{RedirectKind, RedirectLink, Redirects};
 use ipnet::IpNet;
+use mesh_core::pattern::NamePattern;
 use mesh_linux::{
     IfIndex,
     netlink::{Forwarding, ForwardingLink},
 };
-
-/// A name of interfaces, or with `*` at its end what their names begin with.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct NamePattern(String);
-
-impl NamePattern {
-    /// Whatever it matches must be looked up elsewhere.
-    #[must_use]
-    pub const fn new(pattern: String) -> Self {
-        Self(pattern)
-    }
-
-    /// Whether an interface of this name is meant.
-    #[must_use]
-    pub fn matches(&self, name: &str) -> bool {
-        match self.0.strip_suffix('*') {
-            Some(beginning) => name.starts_with(beginning),
-            None => name == self.0,
-        }
-    }
-}
 
 /// What [`redirects`] found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -22,7 +22,7 @@ use mesh_wire::{
     peer::{CandidateKind, NatKind},
 };
 
-use crate::{admin::Facts, driver::Driver, sync::Connection};
+use crate::{admin::Facts, driver::Driver, proxy::Proxy, sync::Connection};
 
 /// Milliseconds, as people and JSON read them.
 #[must_use]
@@ -51,6 +51,7 @@ pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> Status
         Some(format!("interface {name}: {problem}"))
     }));
     problems.extend(facts.health_checks.borrow().iter().cloned());
+    problems.extend(facts.proxy.iter().flat_map(Proxy::problems));
     StatusResponse {
         node: driver.name().to_string(),
         public_key: driver.tunnel.node_id().to_string(),
@@ -94,6 +95,7 @@ pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> Status
             .map(|(name, one)| (name.clone(), one.attached))
             .collect(),
         services_unkept: facts.services_unkept.clone().unwrap_or_default(),
+        proxy: facts.proxy.as_ref().map(Proxy::counts).unwrap_or_default(),
         // Added by who may wait for it.
         service_packets: BTreeMap::new(),
         policy_enforced: false,
@@ -455,6 +457,10 @@ fn words(reason: Reason) -> (&'static str, &'static str) {
         Reason::HardNatOne => (
             "hard_nat_one",
             "One NAT gives each destination another port (symmetric) and the other lets in only known ports: a relay stays in between.",
+        ),
+        Reason::PolicyRelayOnly => (
+            "policy_relay_only",
+            "No Community has the sites of both nodes: the mesh lets them speak through relays only.",
         ),
         Reason::NoCandidates => (
             "no_candidates",

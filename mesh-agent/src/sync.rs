@@ -3,6 +3,7 @@
 //! Everything here may fail for days; the agent serves from its disk meanwhile.
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
@@ -17,7 +18,10 @@ use mesh_api::{
         JoinRequest, JoinResponse, RenewRequest, SnapshotFile, SyncRequest, SyncResponse,
         control_client::ControlClient,
     },
-    resources::{SnapshotError, State, Trust},
+    resources::{
+        SnapshotError, State, Trust,
+        digest::{BUCKETS_MAX, digests},
+    },
 };
 use mesh_core::snapshot::{Generation, Snapshot};
 use mesh_identity::{
@@ -62,10 +66,55 @@ const RENEW_CHECK: Duration = Duration::from_secs(3600);
 /// Acknowledgements that wait for the stream: one for each response, and responses come singly.
 const REQUESTS_MAX: usize = 4;
 
+/// The controllers, one after the other: any of them will do.
+#[derive(Debug)]
+struct Rotation {
+    addresses: Vec<String>,
+    current: usize,
+    /// How many failed since one was good.
+    failed: usize,
+    pause: Duration,
+}
+
+impl Rotation {
+    /// Begins with any, so that not all nodes begin with the same.
+    fn new(addresses: &[String]) -> Self {
+        Self {
+            addresses: addresses.to_vec(),
+            current: rand::random_range(0..addresses.len().max(1)),
+            failed: 0,
+            pause: RETRY_MIN,
+        }
+    }
+
+    fn current(&self) -> Option<&str> {
+        self.addresses.get(self.current).map(String::as_str)
+    }
+
+    /// Turns to the next one after the current one was of use for so long, and says how long to wait at
+    /// most before it is tried. The pause grows only once all of them failed.
+    fn failed(&mut self, lasted: Duration) -> Duration {
+        let count = self.addresses.len().max(1);
+        if lasted > GOOD_CONNECTION {
+            self.failed = 0;
+            self.pause = RETRY_MIN;
+        }
+        self.current = (self.current + 1) % count;
+        self.failed += 1;
+        if self.failed < count {
+            return RETRY_MIN;
+        }
+        self.failed = 0;
+        let pause = self.pause;
+        self.pause = (pause * 2).min(RETRY_MAX);
+        pause
+    }
+}
+
 /// How it stands with the controller.
 #[derive(Debug, Clone, Default)]
 pub struct Connection {
-    /// `host:port`, if there is one.
+    /// `host:port` of the one that is or was last asked.
     pub controller: Option<String>,
     /// Whether the stream is up.
     pub connected: bool,
@@ -86,6 +135,7 @@ pub struct Sync {
     store_id: Vec<u8>,
     generation: u64,
     snapshots: watch::Sender<Option<Arc<Snapshot>>>,
+    controllers: Rotation,
     connection: watch::Sender<Connection>,
     /// When the resources were last written, and whether they changed since.
     written: Option<Instant>,
@@ -123,10 +173,8 @@ impl Sync {
             store_id: Vec::new(),
             generation: 0,
             snapshots,
-            connection: watch::Sender::new(Connection {
-                controller: settings.controller.clone(),
-                ..Connection::default()
-            }),
+            controllers: Rotation::new(&settings.controllers),
+            connection: watch::Sender::new(Connection::default()),
             written: None,
             dirty: false,
         };
@@ -154,37 +202,33 @@ impl Sync {
     ///
     /// None: what fails is tried again.
     pub async fn run(mut self, stop: CancellationToken) -> anyhow::Result<()> {
-        let Some(controller) = self.connection.borrow().controller.clone() else {
-            stop.cancelled().await;
-            return Ok(());
-        };
-        let mut pause = RETRY_MIN;
-        let mut told = String::new();
+        let mut told = BTreeMap::new();
         loop {
+            let Some(controller) = self.controllers.current().map(str::to_owned) else {
+                stop.cancelled().await;
+                return Ok(());
+            };
+            self.connection
+                .send_modify(|connection| connection.controller = Some(controller.clone()));
             let begun = Instant::now();
             let ended = tokio::select! {
                 ended = self.follow(&controller) => ended,
                 () = stop.cancelled() => break,
             };
             let problem = ended.map_or_else(|error| format!("{error:#}"), |()| "ended".to_owned());
-            if problem != told {
+            if told.insert(controller.clone(), problem.clone()) != Some(problem.clone()) {
                 tracing::info!(%controller, %problem, "no connection to the controller; serving what is on disk");
-                told.clone_from(&problem);
             }
             self.connection.send_modify(|connection| {
                 connection.connected = false;
                 connection.problem = problem;
             });
             self.write_if_dirty().await;
-            if begun.elapsed() > GOOD_CONNECTION {
-                pause = RETRY_MIN;
-            }
-            let jittered = pause.mul_f64(rand::random_range(0.5..1.0));
+            let pause = self.controllers.failed(begun.elapsed());
             tokio::select! {
-                () = time::sleep(jittered) => {}
+                () = time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))) => {}
                 () = stop.cancelled() => break,
             }
-            pause = (pause * 2).min(RETRY_MAX);
         }
         self.write_if_dirty().await;
         Ok(())
@@ -193,25 +237,50 @@ impl Sync {
     /// One connection's life.
     async fn follow(&mut self, controller: &str) -> anyhow::Result<()> {
         let mut client = self.connect(controller).await?;
+        let mut renew = time::interval(RENEW_CHECK); // The first tick comes at once.
+        loop {
+            let had = (self.store_id.clone(), self.generation);
+            self.follow_stream(&mut client, &mut renew).await?;
+            // After a large answer the controller ends the stream for the sake of both ends' buffers, and nothing is wrong.
+            if had == (self.store_id.clone(), self.generation) {
+                bail!("the controller closed the stream");
+            }
+        }
+    }
+
+    /// One stream's life, until the controller ends it.
+    async fn follow_stream(
+        &mut self,
+        client: &mut ControlClient<Channel>,
+        renew: &mut time::Interval,
+    ) -> anyhow::Result<()> {
         let (requests, outgoing) = mpsc::channel(REQUESTS_MAX);
-        requests.send(self.request()).await.ok(); // There is room for the first.
+        requests.send(self.request(Vec::new())).await.ok(); // There is room for the first.
         let mut responses = client
             .sync(ReceiverStream::new(outgoing))
             .await
             .map_err(said)?
             .into_inner();
-        let mut renew = time::interval(RENEW_CHECK); // The first tick comes at once.
         loop {
             let write_at = self.write_due();
             tokio::select! {
                 response = responses.message() => {
-                    let response = response.map_err(said)?.context("the controller closed the stream")?;
-                    self.take(response).await?;
-                    requests.send(self.request()).await.context("the stream is closed")?;
+                    let Some(response) = response.map_err(said)? else {
+                        return Ok(());
+                    };
+                    let digests = match response.digests_wanted {
+                        0 => {
+                            self.take(response).await?;
+                            Vec::new()
+                        }
+                        buckets => self.digests(buckets).await?,
+                    };
+                    let request = self.request(digests);
+                    requests.send(request).await.context("the stream is closed")?;
                 }
                 () = async { time::sleep_until(write_at.unwrap_or_else(Instant::now)).await },
                     if write_at.is_some() => self.write_if_dirty().await,
-                _ = renew.tick() => self.renew_if_due(&mut client).await?,
+                _ = renew.tick() => self.renew_if_due(client).await?,
             }
         }
     }
@@ -225,15 +294,30 @@ impl Sync {
         ))
     }
 
-    fn request(&self) -> SyncRequest {
+    fn request(&self, digests: Vec<u64>) -> SyncRequest {
         SyncRequest {
             store_id: self.store_id.clone(),
             generation: self.generation,
+            compares: !lock(&self.resources).resources().is_empty(),
+            digests,
         }
     }
 
+    /// Of what this node has, for a controller that does not know how old that is.
+    async fn digests(&self, buckets: u32) -> anyhow::Result<Vec<u64>> {
+        if buckets > BUCKETS_MAX {
+            bail!(
+                "the controller asked for the digests of {buckets} buckets, at most {BUCKETS_MAX} are told"
+            );
+        }
+        let state = Arc::clone(&self.resources);
+        let work = move || digests(lock(&state).resources(), buckets);
+        Ok(task::spawn_blocking(work).await?)
+    }
+
     async fn take(&mut self, response: SyncResponse) -> anyhow::Result<()> {
-        if !response.full && response.store_id != self.store_id {
+        let any = response.full || response.compared.is_some();
+        if !any && response.store_id != self.store_id {
             bail!("the controller sent a change of a state that this node does not have");
         }
         self.connection.send_modify(|connection| {
@@ -241,7 +325,7 @@ impl Sync {
             connection.problem.clear();
             connection.last_contact = Some(SystemTime::now());
         });
-        let changed = response.full || response.generation != self.generation;
+        let changed = any || response.generation != self.generation;
         self.store_id.clone_from(&response.store_id);
         self.generation = response.generation;
         let snapshot = self.check(response, Trust::Check).await?;
@@ -441,13 +525,13 @@ fn check_identity(
 /// ServiceAccount token is another in an hour, and what refuses it can be mended without this node.
 async fn join(settings: &Settings, state: &StateFolder, id: NodeId) -> anyhow::Result<Credentials> {
     let renewed = matches!(settings.token, TokenSource::ServiceAccount { .. });
-    let Some(controller) = &settings.controller else {
-        bail!("this node has not joined a mesh yet: set `controller` in the configuration");
-    };
+    let mut controllers = Rotation::new(&settings.controllers);
     let new = new_key()?;
-    let mut pause = RETRY_MIN;
-    let mut told = String::new();
+    let mut told = BTreeMap::new();
     loop {
+        let Some(controller) = controllers.current() else {
+            bail!("this node has not joined a mesh yet: set `controller` in the configuration");
+        };
         let tried = match read_pass(&settings.token) {
             Ok(pass) => try_join(controller, pass, settings, id, new.csr_der.clone()).await,
             Err(error) if renewed => Err(JoinError::Unreachable(error)),
@@ -468,12 +552,11 @@ async fn join(settings: &Settings, state: &StateFolder, id: NodeId) -> anyhow::R
             Err(JoinError::Unreachable(error)) => error,
         };
         let problem = format!("{problem:#}");
-        if problem != told {
+        if told.insert(controller.to_owned(), problem.clone()) != Some(problem.clone()) {
             tracing::warn!(%controller, %problem, "cannot join yet; trying again");
-            told = problem;
         }
+        let pause = controllers.failed(Duration::ZERO);
         time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
-        pause = (pause * 2).min(RETRY_MAX);
     }
 }
 
@@ -591,6 +674,29 @@ fn files_of(credentials: &Credentials) -> IdentityFiles {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_controller_is_tried_before_the_pause_grows() {
+        let names: Vec<_> = ["a", "b", "c"].map(str::to_owned).into();
+        let mut controllers = Rotation::new(&names);
+        let mut tried = Vec::new();
+        let mut pauses = Vec::new();
+        for _ in 0..6 {
+            tried.push(controllers.current().unwrap().to_owned());
+            pauses.push(controllers.failed(Duration::ZERO).as_millis());
+        }
+        assert_eq!(tried[..3], tried[3..]);
+        tried.truncate(3);
+        tried.sort();
+        assert_eq!(tried, names);
+        assert_eq!(pauses, [500, 500, 500, 500, 500, 1000]);
+        // One that was good for long is left for the next at once.
+        let pause = controllers.failed(GOOD_CONNECTION * 2);
+        assert_eq!(pause, RETRY_MIN);
+        let longest = (0..100).map(|_| controllers.failed(Duration::ZERO)).max();
+        assert_eq!(longest, Some(RETRY_MAX));
+        assert_eq!(Rotation::new(&[]).current(), None);
+    }
 
     #[test]
     fn a_service_account_s_token_is_read_anew_and_never_shown() {

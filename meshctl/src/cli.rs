@@ -54,6 +54,16 @@ pub(crate) enum Command {
     /// This node's resolver.
     #[command(subcommand)]
     Dns(Dns),
+    /// Leads standard input and output to a port of a node, by the proxy of this machine's agent:
+    /// `ssh -o ProxyCommand='meshctl tunnel %h:%p' edge-a1`.
+    Tunnel {
+        /// The node's name, or one of its addresses, and a port that the proxy's rules allow: edge-a1:22.
+        #[arg(value_name = "NODE:PORT")]
+        target: String,
+        /// The proxy's socket.
+        #[arg(long, value_name = "PATH", default_value = "/run/holdfast/proxy.sock")]
+        proxy: PathBuf,
+    },
     /// Join tokens (controller).
     #[command(subcommand)]
     Token(Token),

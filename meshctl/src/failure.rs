@@ -22,6 +22,8 @@ pub(crate) enum Failure {
     File(String),
     /// The cluster, or kubectl.
     Cluster(String),
+    /// The CONNECT proxy, or what it says.
+    Proxy(String),
 }
 
 /// Which daemon is talked to.
@@ -82,7 +84,8 @@ impl Failure {
             | Self::Slow(..)
             | Self::Failed(_)
             | Self::File(_)
-            | Self::Cluster(_) => Verdict::Down,
+            | Self::Cluster(_)
+            | Self::Proxy(_) => Verdict::Down,
         }
     }
 
@@ -94,6 +97,7 @@ impl Failure {
             Self::Failed(_) => "failed",
             Self::File(_) => "file",
             Self::Cluster(_) => "cluster",
+            Self::Proxy(_) => "proxy",
         };
         serde_json::json!({ "error": { "kind": kind, "message": self.to_string() } })
     }
@@ -130,7 +134,8 @@ impl fmt::Display for Failure {
             Self::Unreachable(message)
             | Self::Refused(message)
             | Self::File(message)
-            | Self::Cluster(message) => f.write_str(message),
+            | Self::Cluster(message)
+            | Self::Proxy(message) => f.write_str(message),
             Self::Failed(message) => write!(f, "the daemon says: {message}"),
             Self::Slow(name, limit) => write!(
                 f,

@@ -15,6 +15,7 @@ mod report;
 mod run;
 mod show;
 mod table;
+mod tunnel;
 mod uninstall;
 
 use std::{

@@ -46,6 +46,8 @@ pub(crate) struct Status {
     /// Why services end with the agent; `null`: they go on without it, or are off.
     pub(crate) services_unkept: Option<String>,
     pub(crate) certificate_expires_unix_s: Option<i64>,
+    /// What the CONNECT proxy does (`open`) and did; empty: there is none here.
+    pub(crate) proxy: BTreeMap<String, u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -108,6 +110,7 @@ impl From<admin::StatusResponse> for Status {
             policy_enforced: said.policy_enforced,
             policy_packets: said.policy_packets,
             policy_events: said.policy_events,
+            proxy: said.proxy,
             certificate_expires_unix_s: (said.certificate_expires_unix_s != 0)
                 .then_some(said.certificate_expires_unix_s),
         }

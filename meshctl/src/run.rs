@@ -27,7 +27,7 @@ use crate::{
     },
     show::{Report, WithEndpoints},
     table::duration,
-    uninstall,
+    tunnel, uninstall,
 };
 
 /// How to show things.
@@ -95,6 +95,7 @@ pub(crate) async fn run(cli: Cli, screen: Screen) -> Result<Verdict, Failure> {
         Command::Dns(cli::Dns::Query { name, record_type }) => {
             dns_query(socket, name, record_type.to_ascii_uppercase(), screen).await
         }
+        Command::Tunnel { target, proxy } => tunnel::tunnel(&proxy, &target),
         Command::Token(command) => token(controller_socket, command, screen).await,
         Command::Nodes => {
             let mut controller = connect::controller(controller_socket).await?;

@@ -91,6 +91,7 @@ impl Report for Status {
             row("serves", served.collect::<Vec<_>>().join(", ")),
             row("served", counted(&self.service_packets)),
             row("not kept", services_unkept),
+            row("proxy", counted(&self.proxy)),
             row("policy", policy),
             row("judged", counted(&self.policy_packets)),
         ]);

@@ -140,6 +140,7 @@ async fn status_has_a_stable_form_for_machines() {
         "policy_events": ["denied by defaultAction: TCP 100.96.0.2:40000 to 100.96.0.1:22, in"],
         "services_unkept": "/sys/fs/bpf is no bpffs",
         "certificate_expires_unix_s": null,
+        "proxy": { "open": 1, "refused": 4, "failed": 0 },
     });
     assert_eq!(lab.json("status").await, (0, want));
 }
@@ -166,6 +167,7 @@ DNS         169.254.53.53:53
 serves      lan0, lan1 (not attached)
 served      2 flow_opened
 not kept    services: /sys/fs/bpf is no bpffs
+proxy       1 open, 4 refused
 policy      enforced
 judged      1 denied, 3 passed
             denied by defaultAction: TCP 100.96.0.2:40000 to 100.96.0.1:22, in
@@ -609,6 +611,9 @@ impl AgentAdmin for Agent {
             policy_events: texts(&[
                 "denied by defaultAction: TCP 100.96.0.2:40000 to 100.96.0.1:22, in",
             ]),
+            proxy: [("open", 1), ("refused", 4), ("failed", 0)]
+                .map(|(name, count)| (name.to_owned(), count))
+                .into(),
         }))
     }
 
