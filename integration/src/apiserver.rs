@@ -15,11 +15,13 @@ mod cel_cost;
 mod crd;
 mod decode;
 mod discovery;
+mod egress;
 mod error;
 mod events;
 mod faults;
 mod fields;
 mod kinds;
+mod kubelets;
 mod lists;
 mod metadata;
 mod names;
@@ -56,10 +58,13 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, task::JoinHandle};
 
+pub use auth::Issued;
 pub use faults::{Faults, Refusal, StreamingLists, UsedRight};
+pub(crate) use request::Query;
 
 use self::{
-    auth::Authority, kinds::Catalog, registry::State, server::Shared, service::Pools, store::Store,
+    auth::Authority, egress::Egress, kinds::Catalog, registry::State, server::Shared,
+    service::Pools, store::Store,
 };
 
 /// How a stand-in is.
@@ -74,6 +79,9 @@ pub struct Options {
     pub bookmark_interval: Duration,
     /// How long the content of a deleted namespace stays; the real server waits 5 s.
     pub namespace_grace: Duration,
+    /// How kubelets are reached: an `EgressSelectorConfiguration` as text, in YAML, as the real server gets it by
+    /// `--egress-selector-config-file`. Nothing: as the machine routes.
+    pub egress_selector: Option<String>,
 }
 
 impl Default for Options {
@@ -88,6 +96,7 @@ impl Default for Options {
                 .collect(),
             bookmark_interval: Duration::from_secs(60),
             namespace_grace: Duration::from_secs(1),
+            egress_selector: None,
         }
     }
 }
@@ -111,8 +120,10 @@ impl Standin {
     ///
     /// # Errors
     ///
-    /// If its address is taken, or the machine has no randomness.
+    /// If its address is taken, the machine has no randomness, or the egress selector is none.
     pub async fn start(options: Options) -> Result<Self> {
+        let egress = options.egress_selector.as_deref().map(Egress::read);
+        let egress = egress.transpose()?.unwrap_or(Egress::Direct);
         let listener = TcpListener::bind(options.listen)
             .await
             .with_context(|| format!("listen at {}", options.listen))?;
@@ -133,7 +144,7 @@ impl Standin {
         for object in rbac::bootstrap() {
             state.insert(object)?;
         }
-        let shared = Arc::new(Shared::new(options, authority, state));
+        let shared = Arc::new(Shared::new(options, authority, egress, state));
         let server = tokio::spawn(server::serve(listener, Arc::clone(&shared)));
         Ok(Self {
             shared,
@@ -158,6 +169,24 @@ impl Standin {
     #[must_use]
     pub fn ca_pem(&self) -> &str {
         &self.shared.authority.ca_pem
+    }
+
+    /// A certificate of its authority for a server with these names, a kubelet for instance.
+    ///
+    /// # Errors
+    ///
+    /// If one of them is neither a DNS name nor an address.
+    pub fn issue_serving(&self, common_name: &str, names: &[&str]) -> Result<Issued> {
+        self.shared.authority.serving(common_name, names)
+    }
+
+    /// A certificate of its authority for a client.
+    ///
+    /// # Errors
+    ///
+    /// Only if the machine has no randomness.
+    pub fn issue_client(&self, user: &str, group: &str) -> Result<Issued> {
+        self.shared.authority.client(user, group)
     }
 
     /// A token of the administrator, who may do everything.

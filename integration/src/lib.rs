@@ -7,3 +7,5 @@
 #![forbid(unsafe_code)]
 
 pub mod apiserver;
+pub mod joining;
+pub mod kubelet;

@@ -89,6 +89,15 @@ impl Mesh {
     ///
     /// If something does not come up.
     pub fn two_sites() -> Result<Self> {
+        Self::two_sites_of(&["edge-a1"], &["edge-b1"])
+    }
+
+    /// The same, with these hosts at the two: agents run on all of them.
+    ///
+    /// # Errors
+    ///
+    /// If something does not come up.
+    pub fn two_sites_of(at_a: &[&str], at_b: &[&str]) -> Result<Self> {
         let lab = tool::binary("lab")?;
         let bins = lab.parent().context("the lab binary has no folder")?;
         let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/demo");
@@ -96,25 +105,13 @@ impl Mesh {
         mesh.start_relay()?;
         let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
         let wan = |last| [203, 0, 113, last].into();
-        mesh.add_site(
-            "site-a",
-            NatKind::PortRestricted,
-            wan(1),
-            link,
-            &["edge-a1"],
-        )?;
-        mesh.add_site(
-            "site-b",
-            NatKind::PortRestricted,
-            wan(2),
-            link,
-            &["edge-b1"],
-        )?;
-        let nodes = ["edge-a1", "edge-b1"];
-        nodes.iter().try_for_each(|node| mesh.start_agent(node))?;
-        nodes
-            .iter()
-            .try_for_each(|node| mesh.agent_ready(node, 2))?;
+        for (name, last, hosts) in [("site-a", 1, at_a), ("site-b", 2, at_b)] {
+            mesh.add_site(name, NatKind::PortRestricted, wan(last), link, hosts)?;
+        }
+        let nodes = || at_a.iter().chain(at_b);
+        nodes().try_for_each(|node| mesh.start_agent(node))?;
+        let all = u64::try_from(nodes().count())?;
+        nodes().try_for_each(|node| mesh.agent_ready(node, all))?;
         Ok(mesh)
     }
 
@@ -188,10 +185,19 @@ impl Mesh {
     ///
     /// If it does not come up; the error ends with its log.
     pub fn start_controller(&self) -> Result<()> {
+        self.start_controller_with("")
+    }
+
+    /// Like [`Self::start_controller`], with more lines of configuration.
+    ///
+    /// # Errors
+    ///
+    /// If it does not come up; the error ends with its log.
+    pub fn start_controller_with(&self, lines: &str) -> Result<()> {
         let dir = self.cloud.dir();
         let config = format!(
             "mesh_name = \"demo.holdfast\"\nlisten = \"0.0.0.0:7440\"\nstate_dir = \"{0}/state-controller\"\n\
-             manifests = \"{0}/manifests\"\nadmin_socket = \"{0}/controller.sock\"\n",
+             manifests = \"{0}/manifests\"\nadmin_socket = \"{0}/controller.sock\"\n{lines}",
             dir.display()
         );
         self.daemon(&self.cloud, "mesh-controller", "controller", &config)?;
@@ -236,7 +242,17 @@ impl Mesh {
     ///
     /// If the controller does not answer.
     pub fn token(&self) -> Result<String> {
-        let said = self.controller(&["token", "create", "--json"])?;
+        self.token_for(1)
+    }
+
+    /// A fresh token by which so many nodes may join.
+    ///
+    /// # Errors
+    ///
+    /// If the controller does not answer.
+    pub fn token_for(&self, nodes: u32) -> Result<String> {
+        let nodes = nodes.to_string();
+        let said = self.controller(&["token", "create", "--uses", &nodes, "--json"])?;
         let value: Value = serde_json::from_str(&said).with_context(|| format!("JSON: {said}"))?;
         let token = value
             .get("token")

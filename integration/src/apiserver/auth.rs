@@ -37,10 +37,54 @@ pub(crate) struct Authority {
     pub(crate) ca_pem: String,
     pub(crate) admin_cert_pem: String,
     pub(crate) admin_key_pem: String,
+    /// By which it is known to kubelets.
+    pub(crate) kubelet_client: Issued,
     pub(crate) admin_token: String,
+    issuer: Issuer<'static, KeyPair>,
     server: Arc<ServerConfig>,
     signer: EcdsaKeyPair,
     random: SystemRandom,
+}
+
+/// A certificate of the server's authority, with its key, both as PEM.
+#[derive(Clone)]
+pub struct Issued {
+    /// The certificate.
+    pub certificate_pem: String,
+    /// Its key.
+    pub key_pem: String,
+}
+
+impl std::fmt::Debug for Issued {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Issued").finish_non_exhaustive()
+    }
+}
+
+fn serving(issuer: &Issuer<'_, KeyPair>, common_name: &str, names: &[&str]) -> Result<Issued> {
+    let names: Vec<_> = names.iter().map(|&name| name.to_owned()).collect();
+    let mut params = CertificateParams::new(names)?;
+    let subject = &mut params.distinguished_name;
+    subject.push(DnType::CommonName, common_name);
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+    issue(issuer, &params)
+}
+
+fn client(issuer: &Issuer<'_, KeyPair>, user: &str, group: &str) -> Result<Issued> {
+    let mut params = CertificateParams::default();
+    let subject = &mut params.distinguished_name;
+    subject.push(DnType::CommonName, user);
+    subject.push(DnType::OrganizationName, group);
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    issue(issuer, &params)
+}
+
+fn issue(issuer: &Issuer<'_, KeyPair>, params: &CertificateParams) -> Result<Issued> {
+    let key = KeyPair::generate()?;
+    Ok(Issued {
+        certificate_pem: params.signed_by(&key, issuer)?.pem(),
+        key_pem: key.serialize_pem(),
+    })
 }
 
 impl std::fmt::Debug for Authority {
@@ -66,21 +110,14 @@ impl Authority {
         let issuer = Issuer::new(ca, ca_key);
 
         let names = ["127.0.0.1", "::1", "localhost", "kubernetes.default.svc"];
-        let mut server = CertificateParams::new(names.map(str::to_owned))?;
-        server.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-        let server_key = KeyPair::generate()?;
-        let server_cert = server.signed_by(&server_key, &issuer)?;
-
-        let mut admin = CertificateParams::default();
-        admin
-            .distinguished_name
-            .push(DnType::CommonName, "kubernetes-admin");
-        admin
-            .distinguished_name
-            .push(DnType::OrganizationName, MASTERS);
-        admin.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
-        let admin_key = KeyPair::generate()?;
-        let admin_cert = admin.signed_by(&admin_key, &issuer)?;
+        let server = serving(&issuer, "kube-apiserver", &names)?;
+        let admin = client(&issuer, "kubernetes-admin", MASTERS)?;
+        // As kubeadm names it.
+        let kubelet_client = client(
+            &issuer,
+            "kube-apiserver-kubelet-client",
+            "kubeadm:cluster-admins",
+        )?;
 
         let random = SystemRandom::new();
         let algorithm = &signature::ECDSA_P256_SHA256_FIXED_SIGNING;
@@ -93,16 +130,36 @@ impl Authority {
         Ok(Self {
             server: server_config(
                 &ca_pem,
-                server_cert.der().clone(),
-                server_key.serialize_der(),
+                CertificateDer::from_pem_slice(server.certificate_pem.as_bytes())?,
+                PrivateKeyDer::from_pem_slice(server.key_pem.as_bytes())?,
             )?,
             ca_pem,
-            admin_cert_pem: admin_cert.pem(),
-            admin_key_pem: admin_key.serialize_pem(),
+            admin_cert_pem: admin.certificate_pem,
+            admin_key_pem: admin.key_pem,
+            kubelet_client,
             admin_token: random_text(&random)?,
+            issuer,
             signer,
             random,
         })
+    }
+
+    /// A certificate with which a server shows that it has these names (DNS names and addresses).
+    ///
+    /// # Errors
+    ///
+    /// If a name is none.
+    pub(crate) fn serving(&self, common_name: &str, names: &[&str]) -> Result<Issued> {
+        serving(&self.issuer, common_name, names)
+    }
+
+    /// A certificate with which a client shows that it is this user, of this group.
+    ///
+    /// # Errors
+    ///
+    /// Only if the machine has no randomness.
+    pub(crate) fn client(&self, user: &str, group: &str) -> Result<Issued> {
+        client(&self.issuer, user, group)
     }
 
     pub(crate) fn server_config(&self) -> Arc<ServerConfig> {
@@ -202,7 +259,7 @@ fn random_text(random: &SystemRandom) -> Result<String> {
 fn server_config(
     ca_pem: &str,
     cert: CertificateDer<'static>,
-    key: Vec<u8>,
+    key: PrivateKeyDer<'static>,
 ) -> Result<Arc<ServerConfig>> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_slice(ca_pem.as_bytes())?)?;
@@ -211,7 +268,6 @@ fn server_config(
         WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
             .allow_unauthenticated()
             .build()?;
-    let key = PrivateKeyDer::try_from(key).map_err(anyhow::Error::msg)?;
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()?
         .with_client_cert_verifier(clients)

@@ -25,24 +25,33 @@ pub(crate) struct ResourcePath {
     pub(crate) plural: String,
     pub(crate) name: String,
     pub(crate) subresource: String,
+    /// What follows the subresource `proxy`.
+    pub(crate) rest: String,
 }
 
 /// Query parameters, decoded.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Query(BTreeMap<String, String>);
+pub(crate) struct Query(BTreeMap<String, Vec<String>>);
 
 impl Query {
     pub(crate) fn parse(text: &str) -> Self {
         let pairs = text.split('&').filter(|pair| !pair.is_empty());
-        let pairs = pairs.map(|pair| {
+        let mut all: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for pair in pairs {
             let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-            (decode(key), decode(value))
-        });
-        Self(pairs.collect())
+            all.entry(decode(key)).or_default().push(decode(value));
+        }
+        Self(all)
     }
 
+    /// The last value, if there are several.
     pub(crate) fn text(&self, key: &str) -> &str {
-        self.0.get(key).map_or("", String::as_str)
+        self.texts(key).last().map_or("", String::as_str)
+    }
+
+    /// Every value.
+    pub(crate) fn texts(&self, key: &str) -> &[String] {
+        self.0.get(key).map_or(&[], Vec::as_slice)
     }
 
     pub(crate) fn flag(&self, key: &str) -> bool {
@@ -123,6 +132,11 @@ pub(crate) fn target(path: &str) -> Target {
         [name, subresource] => {
             found.name = (*name).to_owned();
             found.subresource = (*subresource).to_owned();
+        }
+        [name, "proxy", rest @ ..] => {
+            found.name = (*name).to_owned();
+            "proxy".clone_into(&mut found.subresource);
+            found.rest = rest.join("/");
         }
         _ => return Target::Path(path.to_owned()),
     }
@@ -212,6 +226,10 @@ mod tests {
             (
                 "/api/v1/namespaces/a/status",
                 ["", "v1", "", "namespaces", "a", "status"],
+            ),
+            (
+                "/api/v1/nodes/a/proxy/metrics/cadvisor",
+                ["", "v1", "", "nodes", "a", "proxy"],
             ),
             (
                 "/apis/apps/v1/namespaces/a/deployments",

@@ -10,6 +10,7 @@ use hyper::{
     Response,
     body::Frame,
     header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, USER_AGENT, WARNING},
+    upgrade::OnUpgrade,
 };
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -41,6 +42,9 @@ pub(crate) struct Call {
     pub(crate) query: Query,
     pub(crate) target: Target,
     pub(crate) body: Bytes,
+    /// The query as it came, and the connection, for what is handed on to a kubelet.
+    pub(crate) raw_query: String,
+    pub(crate) upgrade: OnUpgrade,
 }
 
 impl Call {

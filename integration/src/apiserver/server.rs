@@ -27,9 +27,10 @@ use tokio_rustls::TlsAcceptor;
 use super::{
     Options,
     auth::{Authority, ISSUER},
+    egress::Egress,
     error::{ApiError, ApiResult},
     faults::{Faults, UsedRight},
-    metadata,
+    kubelets, metadata,
     rbac::{self, Action, User},
     registry::State,
     request::{self, Query},
@@ -46,6 +47,7 @@ pub(crate) type Body = UnsyncBoxBody<Bytes, io::Error>;
 pub(crate) struct Shared {
     pub(crate) options: Options,
     pub(crate) authority: Authority,
+    pub(crate) egress: Egress,
     pub(crate) faults: Faults,
     state: Mutex<State>,
     /// The newest version: watches wait for it to change.
@@ -54,10 +56,16 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(options: Options, authority: Authority, state: State) -> Self {
+    pub(crate) fn new(
+        options: Options,
+        authority: Authority,
+        egress: Egress,
+        state: State,
+    ) -> Self {
         Self {
             options,
             authority,
+            egress,
             faults: Faults::default(),
             changed: watch::Sender::new(state.store.version()),
             state: Mutex::new(state),
@@ -146,7 +154,8 @@ async fn connection(stream: TcpStream, acceptor: TlsAcceptor, shared: Arc<Shared
     });
     let serving = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades();
     tokio::select! {
         // Errors here are the client's: it went away, or a test cut it.
         served = serving => drop(served),
@@ -157,8 +166,9 @@ async fn connection(stream: TcpStream, acceptor: TlsAcceptor, shared: Arc<Shared
 async fn answer(
     shared: Arc<Shared>,
     certificate: Option<User>,
-    request: Request<Incoming>,
+    mut request: Request<Incoming>,
 ) -> Response<Body> {
+    let upgrade = hyper::upgrade::on(&mut request);
     let (parts, body) = request.into_parts();
     let path = parts.uri.path().to_owned();
     let delay = shared.faults.delay();
@@ -192,23 +202,31 @@ async fn answer(
         query,
         target,
         body,
+        raw_query: parts.uri.query().unwrap_or_default().to_owned(),
+        upgrade,
     };
-    match checked(&shared, certificate, call) {
-        Ok(response) => response,
-        Err(error) => refused(&error),
-    }
+    let checked = checked(&shared, certificate, call);
+    let answered = match checked {
+        Ok(call) => match kubelets::asked(&call.target) {
+            Some(path) => kubelets::answer(&shared, call, &path).await,
+            None => routes::answer(&shared, call),
+        },
+        Err(error) => Err(error),
+    };
+    answered.unwrap_or_else(|error| refused(&error))
 }
 
+/// The request of somebody who is known, and may make it.
 fn checked(
     shared: &Arc<Shared>,
     certificate: Option<User>,
     mut call: routes::Call,
-) -> ApiResult<Response<Body>> {
+) -> ApiResult<routes::Call> {
     call.user = who(shared, certificate, &call.headers)?;
     impersonate(shared, &mut call)?;
     let action = request::action(&call.method, &call.target, &call.query);
     check_right(shared, &call.user, &action)?;
-    routes::answer(shared, call)
+    Ok(call)
 }
 
 fn who(shared: &Shared, certificate: Option<User>, headers: &HeaderMap) -> ApiResult<User> {

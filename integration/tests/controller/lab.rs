@@ -20,7 +20,7 @@ use kube::{
 use mesh_api::{
     connect::{ALPN, control_channel, control_client},
     control::{JoinRequest, SyncRequest, SyncResponse, control_client::ControlClient},
-    resources::{Resources, apply},
+    resources::{Resources, apply, digest::digests},
 };
 use mesh_identity::{
     authority::new_key,
@@ -28,7 +28,7 @@ use mesh_identity::{
     tls::{client_config, join_client_config, server_name},
     token::MeshAnchor,
 };
-use mesh_wire::id::Identity;
+use mesh_wire::id::{Identity, MeshId};
 use netns_tests::tool::binary;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -50,37 +50,33 @@ const ASK: Duration = Duration::from_millis(20);
 pub(crate) struct Controller {
     pub(crate) folder: TempDir,
     pub(crate) address: SocketAddr,
+    /// What else the table [kubernetes] has.
+    more: String,
     child: Child,
 }
 
 impl Controller {
     /// A controller that is ready, which reaches the API server by `kubeconfig`.
-    pub(crate) fn start(kubeconfig: &str) -> Self {
+    pub(crate) fn start(kubeconfig: &str, more: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("kubeconfig"), kubeconfig).unwrap();
-        Self::start_in(folder, SocketAddr::from(([127, 0, 0, 1], 0)))
+        Self::start_in(folder, SocketAddr::from(([127, 0, 0, 1], 0)), more)
     }
 
-    fn start_in(folder: TempDir, listen: SocketAddr) -> Self {
-        let path = |name: &str| folder.path().join(name).display().to_string();
-        let config = format!(
-            "mesh_name = \"demo\"\nlisten = \"{listen}\"\nstate_dir = \"{}\"\nadmin_socket = \"{}\"\n[kubernetes]\nkubeconfig = \"{}\"\n",
-            path("state"),
-            path("admin.sock"),
-            path("kubeconfig"),
-        );
-        fs::write(folder.path().join("controller.toml"), config).unwrap();
+    /// One that ends by itself, and what it said.
+    pub(crate) fn refused(kubeconfig: &str, more: &str) -> String {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("kubeconfig"), kubeconfig).unwrap();
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut child = spawn(folder.path(), any, more);
+        assert!(!child.wait().unwrap().success());
+        log(folder.path())
+    }
+
+    fn start_in(folder: TempDir, listen: SocketAddr, more: &str) -> Self {
         let ready = UnixDatagram::bind(folder.path().join("notify")).unwrap();
         ready.set_read_timeout(Some(PATIENCE)).unwrap();
-        let child = Command::new(binary("mesh-controller").unwrap())
-            .args(["--config", &path("controller.toml")])
-            .env("NOTIFY_SOCKET", folder.path().join("notify"))
-            .env("NO_COLOR", "1")
-            .env("HOLDFAST_LOG", "debug,h2=info,hyper_util=info,tower=info")
-            .stdin(Stdio::null())
-            .stderr(fs::File::create(folder.path().join("log")).unwrap())
-            .spawn()
-            .unwrap();
+        let child = spawn(folder.path(), listen, more);
         let mut message = [0; 64];
         let told = ready.recv(&mut message);
         assert!(told.is_ok(), "not ready: {}", log(folder.path()));
@@ -90,15 +86,26 @@ impl Controller {
         Self {
             folder,
             address,
+            more: more.to_owned(),
             child,
         }
+    }
+
+    /// With a store that it shares from now on.
+    pub(crate) fn sharing(mut self, more: &str) -> Self {
+        more.clone_into(&mut self.more);
+        self.restart()
     }
 
     /// Killed, and started again at the same address with what it has on its disk.
     pub(crate) fn restart(mut self) -> Self {
         self.kill();
         let folder = std::mem::replace(&mut self.folder, tempfile::tempdir().unwrap());
-        Self::start_in(folder, self.address)
+        Self::start_in(folder, self.address, &self.more)
+    }
+
+    pub(crate) fn pid(&self) -> String {
+        self.child.id().to_string()
     }
 
     pub(crate) fn log(&self) -> String {
@@ -109,7 +116,7 @@ impl Controller {
         until(text, async || self.log().contains(text).then_some(())).await;
     }
 
-    fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         // It may have ended already.
         self.child.kill().ok();
         self.child.wait().ok();
@@ -120,6 +127,26 @@ impl Drop for Controller {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+fn spawn(folder: &Path, listen: SocketAddr, more: &str) -> Child {
+    let path = |name: &str| folder.join(name).display().to_string();
+    let config = format!(
+        "mesh_name = \"demo\"\nlisten = \"{listen}\"\nstate_dir = \"{}\"\nadmin_socket = \"{}\"\n[kubernetes]\nkubeconfig = \"{}\"\n{more}",
+        path("state"),
+        path("admin.sock"),
+        path("kubeconfig"),
+    );
+    fs::write(folder.join("controller.toml"), config).unwrap();
+    Command::new(binary("mesh-controller").unwrap())
+        .args(["--config", &path("controller.toml")])
+        .env("NOTIFY_SOCKET", folder.join("notify"))
+        .env("NO_COLOR", "1")
+        .env("HOLDFAST_LOG", "debug,h2=info,hyper_util=info,tower=info")
+        .stdin(Stdio::null())
+        .stderr(fs::File::create(folder.join("log")).unwrap())
+        .spawn()
+        .unwrap()
 }
 
 /// Asks until there is an answer.
@@ -205,7 +232,9 @@ impl Admin {
 
     pub(crate) fn objects(&self, kind: &str, namespace: &str) -> Api<DynamicObject> {
         let (group, version) = match kind {
-            "Service" | "Node" | "ConfigMap" | "Namespace" | "Pod" | "ServiceAccount" => ("", "v1"),
+            "Service" | "Node" | "ConfigMap" | "Namespace" | "Pod" | "Secret"
+            | "ServiceAccount" => ("", "v1"),
+            "Lease" => ("coordination.k8s.io", "v1"),
             "EndpointSlice" => ("discovery.k8s.io", "v1"),
             "Event" => ("events.k8s.io", "v1"),
             "NetworkPolicy" => ("networking.k8s.io", "v1"),
@@ -266,15 +295,27 @@ pub(crate) async fn join(
     anchor: &MeshAnchor,
     applicant: Applicant<'_>,
 ) -> Result<Credentials, Status> {
-    let config = join_client_config(anchor.mesh, ALPN).unwrap();
-    let mut client = connect(controller, config).await;
-    let key = new_key().unwrap();
     let request = JoinRequest {
         node_name: applicant.node.to_owned(),
-        csr_der: key.csr_der,
         wireguard_public_key: vec![applicant.seed; 32],
         service_account_token: applicant.service_account_token.to_owned(),
         ..JoinRequest::default()
+    };
+    join_by(controller, anchor.mesh, request).await
+}
+
+/// Joins by `request`, with a new key for the certificate.
+pub(crate) async fn join_by(
+    controller: SocketAddr,
+    mesh: MeshId,
+    request: JoinRequest,
+) -> Result<Credentials, Status> {
+    let config = join_client_config(mesh, ALPN).unwrap();
+    let mut client = try_connect(controller, config).await?;
+    let key = new_key().unwrap();
+    let request = JoinRequest {
+        csr_der: key.csr_der,
+        ..request
     };
     let response = client.join(request).await?.into_inner();
     let chain = response.certificate_chain_der.into_iter();
@@ -283,14 +324,20 @@ pub(crate) async fn join(
     Ok(Credentials::from_parts(chain, &key.key_pem, authority).unwrap())
 }
 
-async fn connect(controller: SocketAddr, config: ClientConfig) -> ControlClient<Channel> {
+async fn try_connect(
+    controller: SocketAddr,
+    config: ClientConfig,
+) -> Result<ControlClient<Channel>, Status> {
     let name = server_name("demo", &Identity::Controller).unwrap();
     let channel = control_channel(&controller.to_string(), Arc::new(config), name).await;
-    control_client(channel.unwrap())
+    let channel = channel.map_err(|error| Status::unavailable(error.to_string()))?;
+    Ok(control_client(channel))
 }
 
 /// An agent's stream, and what it has.
 pub(crate) struct Agent {
+    controller: SocketAddr,
+    config: ClientConfig,
     stream: Streaming<SyncResponse>,
     say: mpsc::Sender<SyncRequest>,
     pub(crate) resources: Resources,
@@ -311,12 +358,11 @@ impl Agent {
             |before| (before.resources, before.has),
         );
         let config = client_config(credentials, ALPN).unwrap();
-        let mut client = connect(controller, config).await;
-        let (say, said) = mpsc::channel(4);
-        say.send(has.clone()).await.unwrap();
-        let stream = client.sync(ReceiverStream::new(said)).await;
+        let (stream, say) = open(controller, &config, &has).await;
         let mut agent = Self {
-            stream: stream.unwrap().into_inner(),
+            controller,
+            config,
+            stream,
             say,
             resources,
             told: Vec::new(),
@@ -329,10 +375,24 @@ impl Agent {
     pub(crate) async fn next(&mut self) {
         let message = timeout(PATIENCE, self.stream.message()).await;
         let told = message.expect("no answer in time").unwrap();
-        let told = told.expect("the stream ended");
+        let Some(told) = told else {
+            // After a large answer a node opens another stream.
+            (self.stream, self.say) = open(self.controller, &self.config, &self.has).await;
+            return Box::pin(self.next()).await;
+        };
+        if told.digests_wanted > 0 {
+            let digests = SyncRequest {
+                digests: digests(&self.resources, told.digests_wanted),
+                ..self.has.clone()
+            };
+            self.say.send(digests).await.unwrap();
+            return Box::pin(self.next()).await;
+        }
         self.has = SyncRequest {
             store_id: told.store_id.clone(),
             generation: told.generation,
+            compares: true,
+            ..SyncRequest::default()
         };
         self.say.send(self.has.clone()).await.unwrap();
         assert_eq!(apply(&mut self.resources, told.clone()), []);
@@ -361,6 +421,27 @@ impl Agent {
         told.flat_map(|told| told.removed.iter().map(ToString::to_string))
             .collect()
     }
+}
+
+/// A stream, once the controller serves.
+async fn open(
+    controller: SocketAddr,
+    config: &ClientConfig,
+    has: &SyncRequest,
+) -> (Streaming<SyncResponse>, mpsc::Sender<SyncRequest>) {
+    until("a stream", async || {
+        let mut client = try_connect(controller, config.clone()).await.unwrap();
+        let (say, said) = mpsc::channel(4);
+        say.send(has.clone()).await.unwrap();
+        match client.sync(ReceiverStream::new(said)).await {
+            Ok(stream) => Some((stream.into_inner(), say)),
+            Err(status) => {
+                assert_eq!(status.code(), tonic::Code::Unavailable, "{status}");
+                None
+            }
+        }
+    })
+    .await
 }
 
 fn log(folder: &Path) -> String {

@@ -8,8 +8,11 @@
     reason = "tests may fail loudly, and clippy sees only functions marked as such"
 )]
 
+mod etcd;
+mod etcd_lab;
 mod following;
 mod joining;
 mod lab;
+mod replicas;
 mod telling;
 mod world;

@@ -53,11 +53,12 @@ async fn every_object_says_whether_the_mesh_acts_on_it_and_nothing_is_written_tw
         message.contains("there is no Service shop/nothing"),
         "{message}"
     );
-    reason("Community", "", "ab", "NotImplemented").await;
-    let mapped = reason("SiteRoute", "", "mapped", "NotImplemented").await;
-    let message = condition(&mapped, "Accepted")["message"].as_str().unwrap();
-    assert!(message.contains("mappedTo"), "{message}");
+    reason("Community", "", "ab", "Accepted").await;
+    reason("SiteRoute", "", "mapped", "Accepted").await;
     reason("SiteRoute", "", "plain", "Accepted").await;
+    let twice = reason("SiteRoute", "", "twice", "Conflict").await;
+    let message = condition(&twice, "Accepted")["message"].as_str().unwrap();
+    assert!(message.contains("overlaps 10.1.0.0/24"), "{message}");
     let problems = world.problems().await;
     assert!(
         problems
@@ -157,4 +158,9 @@ apiVersion: mesh.holdfast.dev/v1alpha1
 kind: SiteRoute
 metadata: {name: plain}
 spec: {gateways: [edge-a1], subnets: [{subnet: 192.168.2.0/24}]}
+---
+apiVersion: mesh.holdfast.dev/v1alpha1
+kind: SiteRoute
+metadata: {name: twice}
+spec: {gateways: [edge-b1], subnets: [{subnet: 192.168.1.0/24, mappedTo: 10.1.0.0/24}]}
 ";

@@ -5,7 +5,8 @@ use std::{fs, net::SocketAddr};
 use integration::apiserver::{Options, Standin};
 use mesh_api::{
     admin::{
-        ControllerStatusRequest, ListNodesRequest, controller_admin_client::ControllerAdminClient,
+        ControllerStatusRequest, ListNodesRequest, NodeReport,
+        controller_admin_client::ControllerAdminClient,
     },
     connect::admin_channel,
 };
@@ -53,6 +54,7 @@ pub(crate) struct World {
     pub(crate) standin: Standin,
     pub(crate) admin: Admin,
     pub(crate) controller: Controller,
+    kubeconfig: String,
     gate: Gate,
 }
 
@@ -63,6 +65,35 @@ impl World {
 
     /// With an API server that is prepared in some way.
     pub(crate) async fn with(prepare: impl FnOnce(&Standin)) -> Self {
+        Self::build(prepare, "").await
+    }
+
+    /// And another controller; what both share is in the cluster.
+    pub(crate) async fn with_two() -> (Self, Controller) {
+        let world = Self::build(|_| (), STORE).await;
+        let second = world.another_controller();
+        (world, second)
+    }
+
+    /// One more, with nothing of its own yet.
+    pub(crate) fn another_controller(&self) -> Controller {
+        Controller::start(&self.kubeconfig, STORE)
+    }
+
+    /// From now on what the controller has is shared.
+    pub(crate) fn share(self) -> Self {
+        Self {
+            controller: self.controller.sharing(STORE),
+            ..self
+        }
+    }
+
+    /// Another controller that shares, and ends at once; what it said.
+    pub(crate) fn refused_controller(&self) -> String {
+        Controller::refused(&self.kubeconfig, STORE)
+    }
+
+    async fn build(prepare: impl FnOnce(&Standin), more: &str) -> Self {
         let standin = Standin::start(Options::default()).await.unwrap();
         prepare(&standin);
         let client = standin.client().await.unwrap();
@@ -83,11 +114,12 @@ impl World {
         let gate = Gate::new(standin.address()).await;
         let kubeconfig = standin.kubeconfig_with_token(&token.unwrap());
         let kubeconfig = kubeconfig.replace(&standin.url(), &format!("https://{}", gate.address));
-        let controller = Controller::start(&kubeconfig);
+        let controller = Controller::start(&kubeconfig, more);
         Self {
             standin,
             admin,
             controller,
+            kubeconfig,
             gate,
         }
     }
@@ -154,6 +186,16 @@ impl World {
 
     /// Joins as a node of the cluster, once the controller has read it.
     pub(crate) async fn join(&self, node: &str, seed: u8) -> Result<Credentials, Status> {
+        self.join_at(self.address(), node, seed).await
+    }
+
+    /// The same, at this controller.
+    pub(crate) async fn join_at(
+        &self,
+        controller: SocketAddr,
+        node: &str,
+        seed: u8,
+    ) -> Result<Credentials, Status> {
         let token = self.token("mesh-agent", &["holdfast"], Some(node));
         let anchor = self.anchor().await;
         until("the controller is ready", async || {
@@ -162,7 +204,7 @@ impl World {
                 seed,
                 service_account_token: &token,
             };
-            match join(self.address(), &anchor, applicant).await {
+            match join(controller, &anchor, applicant).await {
                 Err(status) if status.message().contains("not read the whole cluster") => None,
                 joined => Some(joined),
             }
@@ -172,6 +214,14 @@ impl World {
 
     pub(crate) async fn agent(&self, credentials: &Credentials) -> Agent {
         Agent::new(self.address(), credentials, None).await
+    }
+
+    /// The nodes that joined, as a controller knows them.
+    pub(crate) async fn nodes_of(controller: &Controller) -> Vec<NodeReport> {
+        let socket = controller.folder.path().join("admin.sock");
+        let mut socket = ControllerAdminClient::new(admin_channel(&socket).await.unwrap());
+        let nodes = socket.list_nodes(ListNodesRequest {}).await;
+        nodes.unwrap().into_inner().nodes
     }
 
     /// The nodes that joined.
@@ -197,6 +247,9 @@ impl World {
         ControllerAdminClient::new(admin_channel(&socket).await.unwrap())
     }
 }
+
+/// In the table [kubernetes].
+const STORE: &str = "store = true\n";
 
 const ACCOUNTS: &str = "apiVersion: v1
 kind: ServiceAccount
