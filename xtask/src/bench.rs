@@ -1,5 +1,7 @@
 //! `cargo xtask bench NAME`: the harness, and what a figure looks like.
 
+mod ask;
+mod controlplane;
 mod plot;
 mod services;
 mod start;
@@ -15,7 +17,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use netns_tests::{load::ROUND_TRIP_MAX, mesh::Mesh};
 use serde::Serialize;
 use serde_json::json;
@@ -65,6 +67,14 @@ const BENCHES: &[Bench] = &[
         check: services::check,
         table: services::overview,
         plot: true,
+    },
+    Bench {
+        name: "controlplane",
+        what: "the controller and 1,000 agents of a large cluster, an idle agent with 50 peers, 50 pods at once",
+        run: controlplane::run,
+        check: controlplane::check,
+        table: figure_table,
+        plot: false,
     },
     Bench {
         name: "start",
@@ -171,6 +181,29 @@ struct Figure {
     /// Whether that holds; none of it to hold: `None`.
     #[serde(skip_serializing_if = "Option::is_none")]
     ok: Option<bool>,
+}
+
+/// The cases to measure: all, unless `only` names some.
+///
+/// # Errors
+///
+/// If a name is unknown: says which there are.
+pub(crate) fn choose<C>(
+    cases: &'static [C],
+    name: fn(&C) -> &'static str,
+    only: &[String],
+) -> Result<Vec<&'static C>> {
+    let known: Vec<_> = cases.iter().map(name).collect();
+    let strange = only.iter().filter(|name| !known.contains(&name.as_str()));
+    let strange: Vec<_> = strange.map(String::as_str).collect();
+    ensure!(
+        strange.is_empty(),
+        "no case {}; there are: {}",
+        strange.join(", "),
+        known.join(", ")
+    );
+    let wanted = |case: &&C| only.is_empty() || only.iter().any(|only| only == name(case));
+    Ok(cases.iter().filter(wanted).collect())
 }
 
 /// The smallest value that is not exceeded by `share` of all ("nearest rank").

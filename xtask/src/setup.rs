@@ -26,6 +26,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("dig", "dnsutils"),
     ("iperf3", "iperf3"),
     ("openssl", "openssl"),
+    ("ssh", "openssh-client"),
+    ("/usr/sbin/sshd", "openssh-server"),
     ("wireguard-go", "wireguard-go"),
     ("wg", "wireguard-tools"),
     ("faketime", "faketime"),
@@ -38,6 +40,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("containerd", "containerd"),
     ("runc", "runc"),
     ("busybox", "busybox-static"),
+    ("etcd", "etcd-server"),
+    ("etcdctl", "etcd-client"),
 ];
 
 /// WireGuard programs that tests talk to, and the packages of crates.io that bring them.
@@ -49,8 +53,8 @@ const WIREGUARD_PEERS: &[(&str, &str)] = &[
 /// tcx links came with Linux 6.6.
 const KERNEL_MIN: (u32, u32) = (6, 6);
 
-/// `kubectl explain`, `apply` and `wait` as the tests use them: OpenAPI 3 came with 1.27. Debian 12 has 1.20.
-const KUBECTL_MIN: (u32, u32) = (1, 27);
+/// `kubectl exec` and `port-forward` as the tests use them: by WebSocket since 1.31. Debian 12 has 1.20.
+const KUBECTL_MIN: (u32, u32) = (1, 31);
 
 /// A folder with a `kubectl` that is new enough, if the system has none.
 ///

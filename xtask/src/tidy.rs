@@ -72,7 +72,20 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         ],
     ),
     ("netns-tests", &["mesh-linux"]),
-    ("integration", &["mesh-api", "mesh-linux"]),
+    (
+        "integration",
+        &["mesh-api", "mesh-identity", "mesh-linux", "mesh-wire"],
+    ),
+    (
+        "controlplane-bench",
+        &[
+            "mesh-wire",
+            "mesh-identity",
+            "mesh-api",
+            "ebpf-abi",
+            "integration",
+        ],
+    ),
     ("xtask", &["netns-tests"]),
 ];
 

@@ -1,9 +1,10 @@
 //! `cargo xtask bench services` with real namespaces, rules and programs: that every figure is there and can be
 //! true. Never how large one is: this machine has other things to do.
 
-use std::{path::Path, process::Command};
+#[cfg(test)]
+mod common;
 
-use serde_json::Value;
+use crate::common::measured;
 
 /// A case of each kind, each of which has all its figures.
 const CASES: &str =
@@ -11,23 +12,7 @@ const CASES: &str =
 
 #[test]
 fn every_kind_of_way_is_measured_and_beside_the_direct_one() {
-    let program = env!("CARGO_BIN_EXE_xtask");
-    let bins = Path::new(program).parent().unwrap();
-    let mut bench = Command::new(program);
-    bench.args(["bench", "services", "--json", "--rounds", "1"]);
-    bench.args(["--only", CASES, "--bins"]).arg(bins);
-    let output = bench.output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout);
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{said}\n{errors}");
-    let lines: Vec<Value> = said
-        .lines()
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect();
-    assert!(
-        !lines.iter().any(|line| line.get("error").is_some()),
-        "{said}"
-    );
+    let (lines, said) = measured("services", CASES);
     let find = |case: &str, metric: &str| {
         let mut of = lines.iter().filter(|line| line["case"] == case);
         of.find(|line| line["metric"] == metric)

@@ -13,12 +13,9 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use ebpf_loader::{Backends, Clients, Frontend, LinkHeader, Services};
-use mesh_agent::{
-    interfaces::forwards,
-    publish,
-    redirect::{NamePattern, redirects},
-};
+use mesh_agent::{interfaces::forwards, publish, redirect::redirects};
 use mesh_core::{
+    pattern::NamePattern,
     services::{Table, View},
     snapshot::{
         Endpoint, EndpointPort, EndpointSlice, Hints, MeshSettings, Protocol, Service, ServiceKind,

@@ -183,6 +183,57 @@ fn services_rules() -> Vec<Rule> {
     rules
 }
 
+const SECOND: Against = Number(1_000.0, "1 s");
+const SMALL_CLUSTER: Against = Case("controller-1000");
+
+/// Issue 5's table, line by line.
+const CONTROLPLANE: &[Rule] = &[
+    rule(
+        "controller-100000",
+        "resident",
+        Number(524_288.0, "512 MiB"),
+        AtMost(1.0),
+    ),
+    rule(
+        "controller-100000",
+        "resident_peak",
+        Number(524_288.0, "512 MiB"),
+        AtMost(1.0),
+    ),
+    rule("controller-100000", "map_p99", SECOND, AtMost(1.0)),
+    rule("controller-100000", "change_p99", SECOND, AtMost(1.0)),
+    rule("controller-250000", "change_max", SECOND, AtMost(1.0)),
+    // One change is a slice of ten endpoints, or of 25: as large whatever the cluster is.
+    rule(
+        "controller-100000",
+        "change_message",
+        SMALL_CLUSTER,
+        AtMost(1.1),
+    ),
+    rule(
+        "controller-250000",
+        "change_message",
+        SMALL_CLUSTER,
+        AtMost(2.75),
+    ),
+    rule(
+        "agent-50-peers",
+        "resident",
+        Number(30_720.0, "30 MiB"),
+        AtMost(1.0),
+    ),
+    rule("agent-50-peers", "cpu", Number(0.5, "0.5 %"), AtMost(1.0)),
+    rule("cni-mesh", "add_p99", Number(100.0, "100 ms"), AtMost(1.0)),
+    rule(
+        "cni-mesh-ipv4",
+        "add_p99",
+        Number(100.0, "100 ms"),
+        AtMost(1.0),
+    ),
+    rule("cni-mesh-ipv4", "add_p99", Case("cni-bridge-ipv4"), Stated),
+    rule("cni-mesh-ipv4", "all", Case("cni-bridge-ipv4"), Stated),
+];
+
 /// The median of the ratios of two figures in each turn. `None`: there is no turn of both.
 pub(super) fn in_turns(figure: &Figure, other: &Figure) -> Option<f64> {
     let turns = figure.turns.iter().zip(&other.turns);
@@ -268,6 +319,7 @@ pub(super) fn judge(bench: &str, figures: &[Figure]) -> Verdict {
         "start" => START.to_vec(),
         "tunnel" => TUNNEL.to_vec(),
         "services" => services_rules(),
+        "controlplane" => CONTROLPLANE.to_vec(),
         _ => Vec::new(),
     };
     let direct = |own: &Figure| {
@@ -305,7 +357,7 @@ pub(super) fn judge(bench: &str, figures: &[Figure]) -> Verdict {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Samples;
+    use super::super::{Samples, controlplane};
     use super::*;
 
     fn figures(values: &[(&str, &'static str, f64)]) -> Vec<Figure> {
@@ -478,6 +530,12 @@ mod tests {
             assert!(tunnel::is_case(rule.case), "{}", rule.case);
             if let Case(other) = rule.against {
                 assert!(tunnel::is_case(other), "{other}");
+            }
+        }
+        for rule in CONTROLPLANE {
+            assert!(controlplane::is_case(rule.case), "{}", rule.case);
+            if let Case(other) = rule.against {
+                assert!(controlplane::is_case(other), "{other}");
             }
         }
         for rule in services_rules() {

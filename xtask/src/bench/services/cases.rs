@@ -1,8 +1,9 @@
 //! What is measured.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 
 use super::cluster::Cluster;
+use crate::bench;
 
 /// A way from the client to the server.
 #[derive(Debug, PartialEq, Eq)]
@@ -128,17 +129,7 @@ pub(in crate::bench) fn is_case(name: &str) -> bool {
 ///
 /// If a name is unknown: says which there are.
 pub(super) fn choose(only: &[String]) -> Result<Vec<&'static Case>> {
-    let known: Vec<_> = CASES.iter().map(|case| case.name).collect();
-    let strange = only.iter().filter(|name| !known.contains(&name.as_str()));
-    let strange: Vec<_> = strange.map(String::as_str).collect();
-    ensure!(
-        strange.is_empty(),
-        "no case {}; there are: {}",
-        strange.join(", "),
-        known.join(", ")
-    );
-    let wanted = |case: &&Case| only.is_empty() || only.iter().any(|name| name == case.name);
-    Ok(CASES.iter().filter(wanted).collect())
+    bench::choose(CASES, |case| case.name, only)
 }
 
 #[cfg(test)]

@@ -1,22 +1,15 @@
 //! The client in a pod, asked from here.
 
-use std::{
-    io::{BufRead as _, BufReader, Write as _},
-    path::Path,
-    process::{Child, ChildStdin, ChildStdout, Stdio},
-    time::Duration,
-};
+use std::{path::Path, time::Duration};
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Result, anyhow};
 use netns_tests::node::Node;
+
+use crate::bench::ask::Asked;
 
 /// `services-bench ask` on a node; killed when dropped.
 #[derive(Debug)]
-pub(super) struct Client {
-    child: Child,
-    questions: ChildStdin,
-    answers: BufReader<ChildStdout>,
-}
+pub(super) struct Client(Asked);
 
 impl Client {
     /// Starts it on `node`, and in `cgroup`.
@@ -26,16 +19,8 @@ impl Client {
     /// If it cannot be started.
     pub(super) fn start(node: &Node, program: &str, cgroup: &Path) -> Result<Self> {
         let cgroup = cgroup.display().to_string();
-        let mut command = node.command(&[program, "ask", &cgroup])?;
-        command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command.spawn().context("start a client")?;
-        let questions = child.stdin.take().context("a client's standard input")?;
-        let answers = child.stdout.take().context("a client's standard output")?;
-        Ok(Self {
-            child,
-            questions,
-            answers: BufReader::new(answers),
-        })
+        let command = node.command(&[program, "ask", &cgroup])?;
+        Asked::start(command).map(Self)
     }
 
     /// `count` times in nanoseconds, of what `verb` does with each of the addresses in turn.
@@ -79,19 +64,7 @@ impl Client {
     }
 
     fn ask(&mut self, question: &str) -> Result<Vec<u64>> {
-        writeln!(self.questions, "{question}").context("the client ended")?;
-        let mut answer = String::new();
-        self.answers.read_line(&mut answer)?;
-        let answer: Result<Vec<u64>, String> = serde_json::from_str(&answer)
-            .with_context(|| format!("{question}: the client said {answer:?}"))?;
-        answer.map_err(|error| anyhow!(error))
-    }
-}
-
-impl Drop for Client {
-    fn drop(&mut self) {
-        self.child.kill().ok(); // It may have ended already.
-        self.child.wait().ok();
+        self.0.ask(question)
     }
 }
 

@@ -4,7 +4,7 @@ use std::{fmt::Write as _, net::Ipv4Addr, path::PathBuf, thread, time::Duration}
 
 use anyhow::{Context as _, Result, ensure};
 use netns_tests::{
-    mesh::{CLOUD, COMMAND_LIMIT, word},
+    mesh::{CLOUD, word},
     node::Process,
     tool,
 };
@@ -122,7 +122,7 @@ fn stop(agent: &mut Process) -> Result<()> {
 
 /// Lets [`IDLE`] nodes join as every node does, by agents, which are killed once they have a certificate.
 fn join(world: &World) -> Result<()> {
-    let token = token(world)?;
+    let token = world.mesh.token_for(IDLE)?;
     let numbers: Vec<_> = (1..=IDLE).collect();
     for numbers in numbers.chunks(JOINING) {
         let joining = numbers.iter().map(|number| joiner(world, *number, &token));
@@ -135,22 +135,6 @@ fn join(world: &World) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// A token for all of them.
-fn token(world: &World) -> Result<String> {
-    let cloud = world.mesh.cloud();
-    let meshctl = world.mesh.bin("meshctl");
-    let socket = cloud.dir().join("controller.sock").display().to_string();
-    let uses = IDLE.to_string();
-    let words = [&meshctl, "--controller-socket", &socket, "token", "create"];
-    let more = ["--uses", &uses, "--json"];
-    let said = cloud
-        .run(&[&words[..], &more].concat(), COMMAND_LIMIT)?
-        .ok()?;
-    let said: Value = serde_json::from_str(&said)?;
-    let token = said.get("token").and_then(Value::as_str);
-    Ok(token.context("no token in the answer")?.to_owned())
 }
 
 /// An agent that joins, beside the controller, and its state folder.
