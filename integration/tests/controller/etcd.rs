@@ -106,6 +106,13 @@ fn one_member_less_stops_nothing_and_two_less_only_joining() {
         agent
             .until(|view| view.contains_key("node d") && view.contains_key("node e"))
             .await;
+        // A controller that followed the one that is cut off first had to leave it.
+        for controller in &lab.controllers {
+            until("every node is known", async || {
+                (controller.nodes().await.len() == 5).then_some(())
+            })
+            .await;
+        }
 
         // No majority: nobody joins, and is told so in time; who is in is served, here and there.
         lab.members[0].kill();

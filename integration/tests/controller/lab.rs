@@ -8,27 +8,22 @@ use std::{
     os::unix::net::UnixDatagram,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::Arc,
     time::{Duration, Instant},
 };
 
+use integration::joining;
 use kube::{
     Api, Client,
     api::{DeleteParams, Patch, PatchParams},
     core::{ApiResource, DynamicObject, GroupVersionKind},
 };
 use mesh_api::{
-    connect::{ALPN, control_channel, control_client},
-    control::{JoinRequest, SyncRequest, SyncResponse, control_client::ControlClient},
+    connect::{ALPN, control_client},
+    control::{JoinRequest, SyncRequest, SyncResponse},
     resources::{Resources, apply, digest::digests},
 };
-use mesh_identity::{
-    authority::new_key,
-    credentials::Credentials,
-    tls::{client_config, join_client_config, server_name},
-    token::MeshAnchor,
-};
-use mesh_wire::id::{Identity, MeshId};
+use mesh_identity::{credentials::Credentials, tls::client_config, token::MeshAnchor};
+use mesh_wire::id::MeshId;
 use netns_tests::tool::binary;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -38,7 +33,10 @@ use tokio::{
 };
 use tokio_rustls::rustls::ClientConfig;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Status, Streaming, transport::Channel};
+use tonic::{Status, Streaming};
+
+/// The mesh's name.
+const MESH: &str = "demo";
 
 /// No test waits longer for anything.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -132,7 +130,7 @@ impl Drop for Controller {
 fn spawn(folder: &Path, listen: SocketAddr, more: &str) -> Child {
     let path = |name: &str| folder.join(name).display().to_string();
     let config = format!(
-        "mesh_name = \"demo\"\nlisten = \"{listen}\"\nstate_dir = \"{}\"\nadmin_socket = \"{}\"\n[kubernetes]\nkubeconfig = \"{}\"\n{more}",
+        "mesh_name = \"{MESH}\"\nlisten = \"{listen}\"\nstate_dir = \"{}\"\nadmin_socket = \"{}\"\n[kubernetes]\nkubeconfig = \"{}\"\n{more}",
         path("state"),
         path("admin.sock"),
         path("kubeconfig"),
@@ -304,34 +302,14 @@ pub(crate) async fn join(
     join_by(controller, anchor.mesh, request).await
 }
 
-/// Joins by `request`, with a new key for the certificate.
+/// Joins by `request`; a controller that cannot be reached is unavailable.
 pub(crate) async fn join_by(
     controller: SocketAddr,
     mesh: MeshId,
     request: JoinRequest,
 ) -> Result<Credentials, Status> {
-    let config = join_client_config(mesh, ALPN).unwrap();
-    let mut client = try_connect(controller, config).await?;
-    let key = new_key().unwrap();
-    let request = JoinRequest {
-        csr_der: key.csr_der,
-        ..request
-    };
-    let response = client.join(request).await?.into_inner();
-    let chain = response.certificate_chain_der.into_iter();
-    let chain = chain.map(Into::into).collect();
-    let authority = response.ca_certificate_der.into();
-    Ok(Credentials::from_parts(chain, &key.key_pem, authority).unwrap())
-}
-
-async fn try_connect(
-    controller: SocketAddr,
-    config: ClientConfig,
-) -> Result<ControlClient<Channel>, Status> {
-    let name = server_name("demo", &Identity::Controller).unwrap();
-    let channel = control_channel(&controller.to_string(), Arc::new(config), name).await;
-    let channel = channel.map_err(|error| Status::unavailable(error.to_string()))?;
-    Ok(control_client(channel))
+    let joined = joining::join(&controller.to_string(), (MESH, mesh), request).await;
+    joined.unwrap_or_else(|error| Err(Status::unavailable(error.to_string())))
 }
 
 /// An agent's stream, and what it has.
@@ -430,7 +408,8 @@ async fn open(
     has: &SyncRequest,
 ) -> (Streaming<SyncResponse>, mpsc::Sender<SyncRequest>) {
     until("a stream", async || {
-        let mut client = try_connect(controller, config.clone()).await.unwrap();
+        let channel = joining::connect(&controller.to_string(), MESH, config.clone()).await;
+        let mut client = control_client(channel.unwrap());
         let (say, said) = mpsc::channel(4);
         say.send(has.clone()).await.unwrap();
         match client.sync(ReceiverStream::new(said)).await {
