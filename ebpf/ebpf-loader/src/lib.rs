@@ -8,6 +8,7 @@
 
 mod cgroup;
 mod connects;
+pub mod guard;
 mod leftover;
 pub mod mapping;
 mod order;

@@ -7,7 +7,7 @@
 //!
 //! The folder is `holdfast/<cgroup>_<network namespace>`, by their inode numbers: of a machine's agent
 //! they stay the same from start to start, and two agents of one kernel do not share them. Policy has one of its
-//! own, `holdfast/policy_<network namespace>`, with links alone.
+//! own, `holdfast/policy_<network namespace>`, with links, and what [`crate::guard`] attaches to new pods.
 //!
 //! [`Services::take_over`]: crate::Services::take_over
 
@@ -18,6 +18,8 @@ use std::{
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Arc,
+    thread,
+    time::{Duration, Instant},
 };
 
 use aya::{
@@ -36,7 +38,10 @@ use rustix::{
     io::Errno,
 };
 
-use crate::cgroup::{CgroupError, open_cgroup2};
+use crate::{
+    cgroup::{CgroupError, open_cgroup2},
+    guard::{self, Turn},
+};
 
 /// Where bpffs is, on every machine that has it mounted.
 pub const BPFFS: &str = "/sys/fs/bpf";
@@ -46,6 +51,7 @@ const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
 
 const OWN_FOLDER: &str = "holdfast";
 const LINKS: &str = "links";
+const PUBLISHED: &str = "published";
 const MAPS_PREFIX: &str = "maps_";
 
 /// Of the maps that are kept. Others (constants, for one) belong to one load of the programs.
@@ -53,6 +59,9 @@ const KEPT_PREFIX: &str = "hf_";
 
 /// `BPF_F_RDONLY_PROG`: the kernel adds it to maps of devices by itself.
 const READ_ONLY_FOR_PROGRAMS: u32 = 1 << 7;
+
+/// How often a lock that somebody else has is asked for again. It is held for less.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// Of a link that is about to take its name. A dot is not allowed in bpffs.
 const NEW_SUFFIX: &str = "-new";
@@ -121,9 +130,7 @@ impl Pins {
         if u64::try_from(filesystem.f_type) != Ok(BPF_FS_MAGIC) {
             return Err(not_mounted());
         }
-        let namespace = Path::new("/proc/thread-self/ns/net");
-        let found = fs::metadata(namespace).map_err(|error| failed("look at", namespace, error))?;
-        let folder = bpffs.join(OWN_FOLDER).join(format!("{of}_{}", found.ino()));
+        let folder = bpffs.join(OWN_FOLDER).join(own_name(of)?);
         make_folder(&folder)?;
         let lock = File::open(&folder).map_err(|error| failed("open", &folder, error))?;
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
@@ -142,12 +149,75 @@ impl Pins {
         &self.folder
     }
 
+    /// Where an agent of the calling thread's network namespace leaves what others attach, and the right to do so.
+    /// `None`: there is none. It may be withdrawn by now.
+    ///
+    /// # Errors
+    ///
+    /// [`PinsError::InUse`] if others have it for all of `wait`, and others.
+    pub(crate) fn published_in(
+        bpffs: &Path,
+        wait: Duration,
+    ) -> Result<Option<(PathBuf, Turn)>, PinsError> {
+        let folder = bpffs.join(OWN_FOLDER).join(own_name("policy")?);
+        let folder = folder.join(PUBLISHED);
+        let file = match File::open(&folder) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            file => file.map_err(|error| failed("open", &folder, error))?,
+        };
+        let limit = Instant::now() + wait;
+        loop {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(Some((folder, file))),
+                Err(Errno::WOULDBLOCK) if Instant::now() < limit => thread::sleep(LOOK_AGAIN),
+                Err(Errno::WOULDBLOCK) => return Err(PinsError::InUse(folder)),
+                Err(errno) => return Err(failed("lock", &folder, errno.into())),
+            }
+        }
+    }
+
+    /// The right to change what others attach; `None`: they cannot be kept from it.
+    pub(crate) fn turn(&self) -> Option<Turn> {
+        let folder = self.folder.join(PUBLISHED);
+        let taken = make_folder(&folder).and_then(|()| {
+            let file = File::open(&folder).map_err(|error| failed("open", &folder, error))?;
+            let locked = flock(&file, FlockOperation::LockExclusive);
+            locked.map_err(|errno| failed("lock", &folder, errno.into()))?;
+            Ok(file)
+        });
+        taken.map_err(|error| tell(vec![error])).ok()
+    }
+
+    /// Gives something a name among what others attach, in the place of what had it.
+    pub(crate) fn publish(
+        &self,
+        name: &str,
+        pin: impl FnOnce(&Path) -> Result<(), PinError>,
+    ) -> Result<(), PinsError> {
+        let folder = self.folder.join(PUBLISHED);
+        let path = folder.join(name);
+        let new = folder.join(format!("{name}{NEW_SUFFIX}"));
+        fs::remove_file(&new).ok(); // Of a process that was killed right here.
+        pin(&new).map_err(|error| failed("make", &path, io::Error::other(error)))?;
+        fs::rename(&new, &path).map_err(|error| failed("make", &path, error))
+    }
+
+    /// Takes all those names away.
+    pub(crate) fn unpublish(&self) {
+        let mut problems = Vec::new();
+        remove_folder(&self.folder.join(PUBLISHED), &mut problems);
+        tell(problems);
+    }
+
     /// Ends the services that an earlier process left: its programs leave, its maps are freed. Returns
     /// what could not be removed.
     #[must_use]
     pub fn remove(self) -> Vec<PinsError> {
         let mut problems = Vec::new();
         // Programs before the maps that they read.
+        if self.folder.join(PUBLISHED).exists() {
+            guard::withdraw(&self);
+        }
         remove_folder(&self.folder.join(LINKS), &mut problems);
         for folder in self.maps_folders() {
             remove_folder(&folder, &mut problems);
@@ -369,6 +439,13 @@ impl Keeper {
         tell(problems);
         removed
     }
+}
+
+/// The name of a folder of the calling thread's network namespace.
+fn own_name(of: &str) -> Result<String, PinsError> {
+    let namespace = Path::new("/proc/thread-self/ns/net");
+    let found = fs::metadata(namespace).map_err(|error| failed("look at", namespace, error))?;
+    Ok(format!("{of}_{}", found.ino()))
 }
 
 /// With its parent, which others may make at the same time.

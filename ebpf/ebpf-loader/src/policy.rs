@@ -29,8 +29,8 @@ use ebpf_abi::{
 };
 
 use crate::{
-    LoadError, Pins, absent_is_gone, check_capabilities,
-    packets::{InterfaceError, attach_all, interface_name, is_attached, key},
+    LoadError, Pins, absent_is_gone, check_capabilities, guard,
+    packets::{InterfaceError, attach_all, interface_name, is_attached, key, map_of},
     pins::{Keeper, KeptLink},
     program, rejected, sums, take_map,
 };
@@ -40,17 +40,17 @@ const COUNTERS: &str = "hf_pol_counters";
 /// By name, and where they belong.
 type Programs = [(&'static str, TcAttachType); 2];
 
+/// The interfaces of pods.
+type Pods<'a> = DevMapHash<&'a mut MapData>;
+
 /// Next to the wire on both ways: what other programs make of a packet is nobody's but this node's.
 const FOR_TUNNEL: Programs = [
     ("hf_policy_in", TcAttachType::Ingress),
     ("hf_policy_out", TcAttachType::Egress),
 ];
 
-/// Between the services' programs and all others.
-const FOR_PODS: Programs = [
-    ("hf_policy_from", TcAttachType::Ingress),
-    ("hf_policy_to", TcAttachType::Egress),
-];
+/// What names of links begin with.
+const LINKS: &str = "policy_";
 
 /// Prefixes with a class that [`Policy::apply`] takes.
 pub const ADDRESSES_MAX: usize = POLICY_ADDRESSES_MAX as usize;
@@ -225,9 +225,6 @@ pub struct ApplyError {
     source: MapError,
 }
 
-/// What names of links begin with.
-const LINKS: &str = "policy_";
-
 /// The programs, their links and their maps. Dropping it takes all of it out of the kernel, but where there are
 /// [`Pins`]: then what they judged by last holds until the next one is attached in their place, or they are removed.
 /// That one has maps of its own: nothing is read back, and open flows are judged as they are found.
@@ -236,7 +233,6 @@ pub struct Policy {
     addresses: LpmTrie<MapData, [u32; 4], u32>,
     pairs: HashMap<MapData, PolicyPair, PolicyPairRules>,
     ports: LpmTrie<MapData, [u8; 8], u32>,
-    pods: DevMapHash<MapData>,
     events: RingBuf<MapData>,
     told: VecDeque<Event>,
     /// What the maps hold.
@@ -246,6 +242,8 @@ pub struct Policy {
     /// By interface.
     links: BTreeMap<NonZeroU32, Vec<KeptLink>>,
     keeper: Keeper,
+    /// Others may guard new pods as this process does.
+    published: bool,
     ebpf: Ebpf,
 }
 
@@ -270,7 +268,7 @@ impl Policy {
         let mut ebpf = EbpfLoader::new()
             .load(ebpf_programs::POLICY)
             .map_err(|source| rejected("the maps of policy", source))?;
-        for (name, _) in FOR_TUNNEL.into_iter().chain(FOR_PODS) {
+        for (name, _) in FOR_TUNNEL.into_iter().chain(guard::PROGRAMS) {
             program::<SchedClassifier>(&mut ebpf, name)
                 .and_then(SchedClassifier::load)
                 .map_err(|error| rejected(name, error.into()))?;
@@ -280,7 +278,6 @@ impl Policy {
             addresses: take_map(&mut ebpf, "hf_pol_addrs", LpmTrie::try_from)?,
             pairs: take_map(&mut ebpf, "hf_pol_pairs", HashMap::try_from)?,
             ports: take_map(&mut ebpf, "hf_pol_ports", LpmTrie::try_from)?,
-            pods: take_map(&mut ebpf, "hf_pol_pods", DevMapHash::try_from)?,
             events: take_map(&mut ebpf, "hf_pol_events", RingBuf::try_from)?,
             told: VecDeque::new(),
             installed: Tables::default(),
@@ -288,12 +285,14 @@ impl Policy {
             tunnel: None,
             links: BTreeMap::new(),
             keeper: Keeper::new(pins),
+            published: false,
             ebpf,
         })
     }
 
     /// Ends it, also where it would be kept.
     pub fn remove(mut self) {
+        self.keeper.pins().into_iter().for_each(guard::withdraw);
         let links = std::mem::take(&mut self.links);
         links.into_values().flatten().for_each(KeptLink::remove);
         self.keeper.forget(LINKS);
@@ -325,33 +324,41 @@ impl Policy {
     ///
     /// [`MapError`] if the kernel does not say which it knows. What it refuses is in the report: call it again. What an
     /// earlier process left at other interfaces ends.
+    ///
+    /// From then on [`guard::attach`] does the same to a pod that is new: to be called after [`Self::apply`].
     pub fn attach_pods(&mut self, wanted: &BTreeSet<NonZeroU32>) -> Result<PodsReport, MapError> {
         let mut report = PodsReport {
             left_out: wanted.iter().skip(PODS_MAX).copied().collect(),
             ..PodsReport::default()
         };
         let wanted: BTreeSet<_> = wanted.iter().take(PODS_MAX).copied().collect();
+        let _turn = self.keeper.pins().and_then(Pins::turn);
+        self.publish();
         let tunnel = self.tunnel;
         let others = self.links.extract_if(.., |index, _| {
             Some(*index) != tunnel && !wanted.contains(index)
         });
-        others
-            .flat_map(|(_, links)| links)
-            .for_each(KeptLink::remove);
-        let there: Vec<u32> = self.pods.keys().collect::<Result<_, _>>()?;
-        let is_wanted =
-            |index: &u32| NonZeroU32::new(*index).is_some_and(|index| wanted.contains(&index));
-        for index in there.iter().filter(|index| !is_wanted(index)) {
-            absent_is_gone(self.pods.remove(*index))?;
+        // Those alone: others may be of pods that the plug-in is just making.
+        for (index, links) in others {
+            let mut pods: Pods<'_> = map_of(&mut self.ebpf, guard::PODS)?;
+            absent_is_gone(pods.remove(index.get()))?;
+            links.into_iter().for_each(KeptLink::remove);
         }
+        let pods: Pods<'_> = map_of(&mut self.ebpf, guard::PODS)?;
+        let there: Vec<u32> = pods.keys().collect::<Result<_, _>>()?;
         for index in wanted {
             let known = match there.contains(&index.get()) {
                 true => Ok(()),
-                false => self.pods.insert(index.get(), index.get(), None, 0),
+                false => self.know(index),
             };
             let attached = known.map_err(InterfaceError::Policy);
-            match attached.and_then(|()| self.attach(index, FOR_PODS)) {
-                Ok(is_new) => report.attached += usize::from(is_new),
+            match attached.and_then(|()| self.attach(index, guard::PROGRAMS)) {
+                Ok(is_new) => {
+                    report.attached += usize::from(is_new);
+                    if is_new && let Ok(name) = interface_name(index) {
+                        guard::release(&name); // The same, or an earlier agent's.
+                    }
+                }
                 Err(error) => {
                     report.failed.insert(index, error);
                 }
@@ -359,6 +366,34 @@ impl Policy {
         }
         self.keeper.forget(LINKS);
         Ok(report)
+    }
+
+    /// Whether others can guard new pods as this process does: from [`Self::attach_pods`] on, where there are
+    /// [`Pins`], until it is removed.
+    #[must_use]
+    pub const fn is_published(&self) -> bool {
+        self.published
+    }
+
+    fn publish(&mut self) {
+        if self.published {
+            return;
+        }
+        let Some(pins) = self.keeper.pins() else {
+            return;
+        };
+        match guard::publish(pins, &mut self.ebpf) {
+            Ok(()) => self.published = true,
+            Err(error) => {
+                let error: &dyn std::error::Error = &error;
+                tracing::warn!(error, "new pods are guarded only once the agent sees them");
+            }
+        }
+    }
+
+    fn know(&mut self, index: NonZeroU32) -> Result<(), XdpMapError> {
+        let mut pods: Pods<'_> = map_of(&mut self.ebpf, guard::PODS)?;
+        pods.insert(index.get(), index.get(), None, 0)
     }
 
     fn attach(&mut self, index: NonZeroU32, programs: Programs) -> Result<bool, InterfaceError> {
@@ -547,6 +582,7 @@ impl Policy {
 
 /// Ends what an earlier process left in `pins`.
 pub fn end_left(pins: Pins) {
+    guard::withdraw(&pins);
     let ended = Keeper::new(Some(pins)).forget(LINKS);
     if ended > 0 {
         tracing::info!(links = ended, "what an earlier agent enforced is over");

@@ -6,6 +6,7 @@ use std::{
     io::{ErrorKind, Read as _, Write as _},
     net::{TcpListener, TcpStream, UdpSocket},
     path::Path,
+    process::Command,
     thread,
     time::Duration,
 };
@@ -13,7 +14,7 @@ use std::{
 use aya::programs::{SchedClassifier, TcAttachType};
 use ebpf_loader::{
     BPFFS, Clients, Frontend, InterfaceError, LinkHeader, Pins, Protocol, RedirectKind,
-    RedirectLink, policy::end_left,
+    RedirectLink, guard, policy::end_left,
 };
 
 use super::*;
@@ -614,4 +615,187 @@ fn what_pods_may_do_holds_while_no_agent_runs_and_until_the_next_one_is_attached
         assert_eq!(programs_from(A) + programs_from(B), 0);
     }
     assert!(pins().remove().is_empty());
+}
+
+/// Redirection comes after the agent's policy, and filters see nothing of it.
+fn unredirected() -> (Node, Pod, Pod) {
+    let (mut node, a, b) = Node::with_pods();
+    [A, B].into_iter().for_each(|pod| node.leave_alone(pod));
+    (node, a, b)
+}
+
+/// As the CNI plug-in does it.
+fn guard_new(pod: Name) -> bool {
+    guard::attach(Path::new(BPFFS), index(pod.port), Duration::from_secs(10))
+        .unwrap_or_else(|error| panic!("{error}\n{error:?}"))
+}
+
+/// How many of policy's programs see the pod's packets as filters, as the plug-in attaches them.
+fn filters_of(pod: Name) -> usize {
+    let ways = ["ingress", "egress"].map(|way| {
+        let output = Command::new("tc")
+            .args(["filter", "show", "dev", pod.port, way])
+            .output();
+        let text = String::from_utf8(output.unwrap().stdout).unwrap();
+        text.matches(" handle 0x1 hf_policy_").count()
+    });
+    ways.iter().sum()
+}
+
+#[test]
+fn a_new_pod_is_guarded_by_what_holds_whether_an_agent_runs_or_not_and_the_next_one_takes_it_over()
+{
+    let (_node, a, b) = unredirected();
+    new_bpffs();
+    let pins = || Pins::of_policy(Path::new(BPFFS)).unwrap();
+    assert!(!guard_new(B), "no agent ever ran");
+    for (a_ip, b_ip) in A.addresses().into_iter().zip(B.addresses()) {
+        let from_a = || hears(&a.socket(a_ip), &b.socket(b_ip));
+        let from_b = || hears(&b.socket(b_ip), &a.socket(a_ip));
+        let mut first = Guarded::kept(Some(pins()));
+        assert!(!guard_new(B), "nothing is published yet");
+        first.attach_to(&[A]);
+        first.say(B, class(A), Out, DENIED);
+        assert!(from_b(), "nobody guards B");
+        // While it runs, before it knows the pod.
+        assert!(guard_new(B) && guard_new(B));
+        assert_eq!((filters_of(B), programs_from(B)), (2, 0));
+        assert!(!from_b() && from_a());
+        assert_eq!(first.attach_to(&[A]), 0);
+        assert!(!from_b(), "it leaves alone what it does not know");
+        assert_eq!(first.attach(), 1, "it is its own now");
+        assert_eq!((filters_of(B), programs_from(B)), (0, 1));
+        assert!(guard_new(B));
+        assert_eq!(filters_of(B), 0, "the agent's own are there");
+        first.attach_to(&[A]);
+        becomes_so(|| programs_from(B) == 0);
+        drop(first);
+        // While none runs.
+        assert!(from_b());
+        assert!(guard_new(B));
+        assert!(!from_b() && from_a());
+        let (mut client, mut server) = connect(&a, &b.listener(b_ip)).unwrap();
+        assert!(talks(&mut client, &mut server, SHORT));
+        // The next one: in its place, without a moment in between.
+        let mut second = Guarded::kept(Some(pins()));
+        second.say(B, class(A), Out, DENIED);
+        assert!(guard_new(B));
+        assert_eq!(filters_of(B), 2, "still the first one's");
+        assert_eq!(second.attach(), 2);
+        let all = [
+            filters_of(A),
+            filters_of(B),
+            programs_from(A),
+            programs_from(B),
+        ];
+        assert_eq!(all, [0, 0, 1, 1]);
+        assert!(!from_b() && from_a());
+        assert!(talks(&mut client, &mut server, SHORT));
+        assert!(talks(&mut server, &mut client, SHORT));
+        second.policy.remove();
+        becomes_so(from_b);
+        assert!(!guard_new(B), "nothing is enforced any more");
+        assert_eq!(filters_of(B), 0);
+    }
+}
+
+#[test]
+fn new_pods_are_free_once_nothing_is_to_be_enforced_whoever_says_so() {
+    let (_node, a, b) = unredirected();
+    new_bpffs();
+    let pins = || Pins::of_policy(Path::new(BPFFS)).unwrap();
+    let ([a_ip, _], [b_ip, _]) = (A.addresses(), B.addresses());
+    let from_b = || hears(&b.socket(b_ip), &a.socket(a_ip));
+    type End<'a> = &'a dyn Fn(Policy);
+    let ends: [End<'_>; 3] = [
+        &|policy| policy.remove(),
+        &|policy| {
+            drop(policy);
+            end_left(pins());
+        },
+        &|policy| {
+            drop(policy);
+            assert!(pins().remove().is_empty());
+        },
+    ];
+    for end in ends {
+        let mut guarded = Guarded::kept(Some(pins()));
+        guarded.attach_to(&[A]);
+        assert!(guard_new(B));
+        guarded.say_of_all(DENIED);
+        assert!(!from_b());
+        end(guarded.policy);
+        becomes_so(from_b);
+        assert_eq!(filters_of(B), 0);
+        assert!(!guard_new(B));
+    }
+}
+
+#[test]
+fn an_index_that_comes_again_is_guarded_anew_and_others_filters_stay() {
+    let (_node, a, b) = unredirected();
+    new_bpffs();
+    let pins = Pins::of_policy(Path::new(BPFFS)).unwrap();
+    let mut guarded = Guarded::kept(Some(pins));
+    guarded.attach_to(&[A]);
+    guarded.say(B, class(A), Out, DENIED);
+    assert!(guard_new(B));
+    let number = index(B.port);
+    ip(&["link", "del", B.port]);
+    drop(b);
+    let b = Pod::new(B, &["index", &number.to_string()]);
+    assert_eq!(filters_of(B), 0);
+    let mut tc = Command::new("tc");
+    tc.args(["qdisc", "add", "dev", B.port, "clsact"]);
+    assert!(tc.status().unwrap().success());
+    let mut tc = Command::new("tc");
+    let other = ["filter", "add", "dev", B.port, "ingress", "prio", "99"];
+    tc.args(other)
+        .args(["protocol", "arp", "u32", "match", "u8", "0", "0"]);
+    assert!(tc.status().unwrap().success());
+    assert!(guard_new(B));
+    let ([a_ip, _], [b_ip, _]) = (A.addresses(), B.addresses());
+    assert!(!hears(&b.socket(b_ip), &a.socket(a_ip)));
+    guarded.attach();
+    assert_eq!((filters_of(B), programs_from(B)), (0, 1));
+    let mut tc = Command::new("tc");
+    let output = tc
+        .args(["filter", "show", "dev", B.port, "ingress"])
+        .output();
+    let text = String::from_utf8(output.unwrap().stdout).unwrap();
+    assert!(text.contains("u32"), "{text}");
+}
+
+/// What a pod's start pays, for the documentation: `--nocapture`.
+#[test]
+fn a_pod_with_an_address_that_the_tables_do_not_have_is_judged_as_nobody_and_guarding_is_quick() {
+    let (_node, a, b) = unredirected();
+    new_bpffs();
+    let mut guarded = Guarded::kept(Some(Pins::of_policy(Path::new(BPFFS)).unwrap()));
+    for own in B.addresses() {
+        guarded.tables.addresses.remove(&host(own));
+    }
+    guarded.apply();
+    guarded.attach_to(&[A]);
+    let start = std::time::Instant::now();
+    assert!(guard_new(B));
+    println!("guarded in {:?}", start.elapsed());
+    let [a_ip, _] = A.addresses();
+    let [b_ip, _] = B.addresses();
+    let from_b = || hears(&b.socket(b_ip), &a.socket(a_ip));
+    assert!(
+        !from_b(),
+        "nothing is said of nobody and A: it does not pass"
+    );
+    let nobody = Pair {
+        local: ANYBODY,
+        remote: class(A),
+        direction: Out,
+    };
+    guarded.tables.pairs.insert(nobody, rules(ALLOWED, None));
+    guarded.apply();
+    assert!(from_b());
+    guarded.tables.pairs.insert(nobody, rules(DENIED, None));
+    guarded.apply();
+    assert!(!from_b());
 }
