@@ -19,7 +19,7 @@ use std::{
 
 use aya::{
     Ebpf,
-    maps::{Map, MapData, MapError, xdp::DevMapHash},
+    maps::{HashMap, Map, MapData, MapError, xdp::DevMapHash},
     programs::{
         ProgramError, SchedClassifier, TcAttachType, TcError,
         tc::{NlOptions, TcAttachOptions, TcHandle, qdisc_add_clsact, qdisc_detach_program},
@@ -34,8 +34,14 @@ pub(crate) const PROGRAMS: [(&str, TcAttachType); 2] = [
     ("hf_policy_to", TcAttachType::Egress),
 ];
 
+/// What names of links begin with.
+pub(crate) const LINKS: &str = "policy_";
+
 /// Of the interfaces that have them.
 pub(crate) const PODS: &str = "hf_pol_pods";
+
+/// Of those that are a bridge's port, the bridge.
+pub(crate) const BRIDGES: &str = "hf_pol_bridges";
 
 /// Ours alone among filters: whoever finds the place taken knows by whom. Before most others.
 const PRIORITY: u16 = 7;
@@ -72,14 +78,20 @@ pub enum GuardError {
     },
 }
 
-/// Attaches what an agent of this network namespace published to a new pod's interface, which may be down. Returns
+/// Attaches what an agent of this network namespace published to a new pod's interface, which may be down, and may be
+/// a port of `bridge`. Returns
 /// whether anything is: `false` if none enforces anything, or none ran since the machine started. Waits at most for
 /// `wait` for others that do the same.
 ///
 /// # Errors
 ///
 /// [`GuardError`]. What is attached then ends with the interface.
-pub fn attach(bpffs: &Path, index: NonZeroU32, wait: Duration) -> Result<bool, GuardError> {
+pub fn attach(
+    bpffs: &Path,
+    index: NonZeroU32,
+    bridge: Option<NonZeroU32>,
+    wait: Duration,
+) -> Result<bool, GuardError> {
     let Some((folder, _turn)) = Pins::published_in(bpffs, wait)? else {
         return Ok(false);
     };
@@ -94,6 +106,10 @@ pub fn attach(bpffs: &Path, index: NonZeroU32, wait: Duration) -> Result<bool, G
     // First: it is to be known as the home of its addresses before anybody has them.
     let known = know(&folder.join(PODS), index);
     known.map_err(|error| unusable(PODS, io::Error::other(error)))?;
+    if let Some(bridge) = bridge {
+        let known = know_bridge(&folder.join(BRIDGES), index, bridge);
+        known.map_err(|error| unusable(BRIDGES, io::Error::other(error)))?;
+    }
     for (name, way) in PROGRAMS {
         if has_agents(name, &interface, way) {
             continue;
@@ -110,11 +126,33 @@ pub fn attach(bpffs: &Path, index: NonZeroU32, wait: Duration) -> Result<bool, G
     Ok(true)
 }
 
+/// Whether there is anything that [`attach`] would attach.
+#[must_use]
+pub fn is_published(bpffs: &Path) -> bool {
+    Pins::published_folder(bpffs).is_ok_and(|folder| folder.join(PODS).exists())
+}
+
+/// Takes away the names that an agent, which need not run any more, gave to its links at an interface that is gone.
+pub fn forget(bpffs: &Path, index: NonZeroU32) {
+    if interface_name(index).is_ok() {
+        return;
+    }
+    for (name, _) in PROGRAMS {
+        Pins::forget_of_policy(bpffs, &format!("{LINKS}{index}_{name}"));
+    }
+}
+
 fn know(pods: &Path, index: NonZeroU32) -> Result<(), MapError> {
     let pods = MapData::from_pin(pods).and_then(Map::from_map_data)?;
     let mut pods: DevMapHash<MapData> = pods.try_into()?;
     let known = pods.insert(index.get(), index.get(), None, 0);
     known.map_err(|error| MapError::IoError(io::Error::other(error)))
+}
+
+fn know_bridge(bridges: &Path, port: NonZeroU32, bridge: NonZeroU32) -> Result<(), MapError> {
+    let bridges = MapData::from_pin(bridges).and_then(Map::from_map_data)?;
+    let mut bridges: HashMap<MapData, u32, u32> = bridges.try_into()?;
+    bridges.insert(port.get(), bridge.get(), 0)
 }
 
 /// Whether the agent was there before.
@@ -186,9 +224,12 @@ pub(crate) fn publish(pins: &Pins, ebpf: &mut Ebpf) -> Result<(), PinsError> {
         let found = found.map_err(|_other| lacks(name))?;
         pins.publish(name, |path| found.pin(path))?;
     }
-    // The last: where it is, all are.
-    let pods = ebpf.map(PODS).ok_or_else(|| lacks(PODS))?;
-    pins.publish(PODS, |path| pods.pin(path))
+    // `PODS` is the last: where it is, all are.
+    for name in [BRIDGES, PODS] {
+        let map = ebpf.map(name).ok_or_else(|| lacks(name))?;
+        pins.publish(name, |path| map.pin(path))?;
+    }
+    Ok(())
 }
 
 /// Lets nobody attach anything any more, and takes away what was attached and the agent did not make its own.

@@ -149,7 +149,24 @@ impl Pins {
         &self.folder
     }
 
-    /// Where an agent of the calling thread's network namespace leaves what others attach, and the right to do so.
+    /// Where an agent of the calling thread's network namespace leaves what others attach.
+    pub(crate) fn published_folder(bpffs: &Path) -> Result<PathBuf, PinsError> {
+        let folder = bpffs.join(OWN_FOLDER).join(own_name("policy")?);
+        Ok(folder.join(PUBLISHED))
+    }
+
+    /// Takes away the name of a link in the folder for policy, of a process that need not run any more.
+    pub(crate) fn forget_of_policy(bpffs: &Path, link: &str) {
+        let Ok(own) = own_name("policy") else {
+            return;
+        };
+        let path = bpffs.join(OWN_FOLDER).join(own).join(LINKS).join(link);
+        let mut problems = Vec::new();
+        remove_file(&path, &mut problems);
+        tell(problems);
+    }
+
+    /// The folder of [`Self::published_folder`], and the right to attach what is in it.
     /// `None`: there is none. It may be withdrawn by now.
     ///
     /// # Errors
@@ -159,8 +176,7 @@ impl Pins {
         bpffs: &Path,
         wait: Duration,
     ) -> Result<Option<(PathBuf, Turn)>, PinsError> {
-        let folder = bpffs.join(OWN_FOLDER).join(own_name("policy")?);
-        let folder = folder.join(PUBLISHED);
+        let folder = Self::published_folder(bpffs)?;
         let file = match File::open(&folder) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             file => file.map_err(|error| failed("open", &folder, error))?,

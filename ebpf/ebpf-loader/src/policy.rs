@@ -29,7 +29,8 @@ use ebpf_abi::{
 };
 
 use crate::{
-    LoadError, Pins, absent_is_gone, check_capabilities, guard,
+    LoadError, Pins, absent_is_gone, check_capabilities,
+    guard::{self, LINKS},
     packets::{InterfaceError, attach_all, interface_name, is_attached, key, map_of},
     pins::{Keeper, KeptLink},
     program, rejected, sums, take_map,
@@ -48,9 +49,6 @@ const FOR_TUNNEL: Programs = [
     ("hf_policy_in", TcAttachType::Ingress),
     ("hf_policy_out", TcAttachType::Egress),
 ];
-
-/// What names of links begin with.
-const LINKS: &str = "policy_";
 
 /// Prefixes with a class that [`Policy::apply`] takes.
 pub const ADDRESSES_MAX: usize = POLICY_ADDRESSES_MAX as usize;
@@ -242,6 +240,8 @@ pub struct Policy {
     /// By interface.
     links: BTreeMap<NonZeroU32, Vec<KeptLink>>,
     keeper: Keeper,
+    /// By port.
+    bridges: BTreeMap<NonZeroU32, NonZeroU32>,
     /// Others may guard new pods as this process does.
     published: bool,
     ebpf: Ebpf,
@@ -285,6 +285,7 @@ impl Policy {
             tunnel: None,
             links: BTreeMap::new(),
             keeper: Keeper::new(pins),
+            bridges: BTreeMap::new(),
             published: false,
             ebpf,
         })
@@ -325,7 +326,7 @@ impl Policy {
     /// [`MapError`] if the kernel does not say which it knows. What it refuses is in the report: call it again. What an
     /// earlier process left at other interfaces ends.
     ///
-    /// From then on [`guard::attach`] does the same to a pod that is new: to be called after [`Self::apply`].
+    /// For ports of a bridge call [`Self::say_bridges`] before. From then on [`guard::attach`] does the same to a pod that is new: to be called after [`Self::apply`].
     pub fn attach_pods(&mut self, wanted: &BTreeSet<NonZeroU32>) -> Result<PodsReport, MapError> {
         let mut report = PodsReport {
             left_out: wanted.iter().skip(PODS_MAX).copied().collect(),
@@ -366,6 +367,34 @@ impl Policy {
         }
         self.keeper.forget(LINKS);
         Ok(report)
+    }
+
+    /// Of which bridge an interface is a port, for those that are: whose addresses are behind it, the routes say of the
+    /// bridge.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError`] if the kernel refuses it.
+    pub fn say_bridges(
+        &mut self,
+        wanted: &BTreeMap<NonZeroU32, NonZeroU32>,
+    ) -> Result<(), MapError> {
+        if self.bridges == *wanted {
+            return Ok(());
+        }
+        let mut map: HashMap<&mut MapData, u32, u32> = map_of(&mut self.ebpf, guard::BRIDGES)?;
+        for (port, bridge) in wanted.iter().take(PODS_MAX) {
+            if self.bridges.get(port) != Some(bridge) {
+                map.insert(port.get(), bridge.get(), 0)?;
+                self.bridges.insert(*port, *bridge);
+            }
+        }
+        // Those alone that this process wrote: see `attach_pods`.
+        for port in others(&self.bridges, wanted) {
+            absent_is_gone(map.remove(&port.get()))?;
+            self.bridges.remove(&port);
+        }
+        Ok(())
     }
 
     /// Whether others can guard new pods as this process does: from [`Self::attach_pods`] on, where there are

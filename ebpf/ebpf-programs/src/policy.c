@@ -4,11 +4,12 @@
  * where they come from it, and at pods' own interfaces. An object of its own: nodes without policies
  * do not load it.
  *
- * At a pod's interface packets count as whose address they have only if the node's routes say so. A
- * packet that redirect.c hands on does not pass the hook of the pod that it goes to: so what one pod
- * sends to another is judged for both where it comes in. By the stack it comes to the other's hook
- * as well, which finds the flow as it was decided: nobody knows here what the stack will have made
- * of the packet.
+ * At a pod's interface packets count as whose address they have only if the node's routes say so; at a
+ * bridge's port, if they say so of the bridge. A packet that redirect.c hands on does not pass the
+ * hook of the pod that it goes to: so what one pod sends to another is judged for both where it comes
+ * in. By the stack it comes to the other's hook as well, which finds the flow as it was decided:
+ * nobody knows here what the stack will have made of the packet. By a bridge it is judged for each
+ * where it passes.
  *
  * An address has a class, a pair of classes has rules by destination port. A flow that was let
  * pass is remembered, so that its answers pass as well, with the generation of the tables by which
@@ -93,6 +94,15 @@ struct {
     __type(value, struct bpf_devmap_val);
     __uint(max_entries, POLICY_PODS_MAX);
 } hf_pol_pods SEC(".maps");
+
+/* A pod's interface that is a bridge's port, to the bridge: who is behind its other ports nobody knows. */
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(map_flags, BPF_F_NO_PREALLOC);
+    __type(key, __u32);
+    __type(value, __u32);
+    __uint(max_entries, POLICY_PODS_MAX);
+} hf_pol_bridges SEC(".maps");
 
 struct {
     __uint(type, BPF_MAP_TYPE_RINGBUF);
@@ -498,11 +508,19 @@ __noinline int decide(struct __sk_buff *skb, const struct subject *subject, __u3
 #define HERE 0       /* This node has the address, or nobody that it knows. */
 #define NOWHERE (~0u) /* The node does not forward there. */
 
+/* To whose routes an interface belongs: itself, or the bridge whose port it is. */
+static __always_inline __u32 network_of(__u32 interface)
+{
+    __u32 *bridge = bpf_map_lookup_elem(&hf_pol_bridges, &interface);
+
+    return bridge ? *bridge : interface;
+}
+
 /* By which interface the node sends to an address. */
 static __noinline __u32 home_of(struct __sk_buff *skb, const struct socket_address *address)
 {
     /* The length: else it would be compared with the interface's MTU. */
-    struct bpf_fib_lookup way = {.ifindex = skb->ifindex, .tot_len = 1};
+    struct bpf_fib_lookup way = {.ifindex = network_of(skb->ifindex), .tot_len = 1};
     long found;
 
     if (is_v4(address)) {
@@ -541,7 +559,7 @@ static __always_inline int from_pod(struct __sk_buff *skb, const struct subject 
 
     if (stays_on_link(&packet->source))
         return pass(POLICY_own_node);
-    if (home_of(skb, &packet->source) != skb->ifindex)
+    if (home_of(skb, &packet->source) != network_of(skb->ifindex))
         return drop(POLICY_spoofed);
     to = home_of(skb, &packet->destination);
     if (to == HERE)
@@ -563,7 +581,7 @@ static __always_inline int to_pod(struct __sk_buff *skb, struct subject *subject
     if (by == skb->ifindex) /* The pod's own, or the answer that packets.c made of it. */
         return pass(POLICY_passed);
     home = home_of(skb, source);
-    if (home != by && (home == state->tunnel || is_pod(home)))
+    if (home != network_of(by) && (home == state->tunnel || is_pod(home)))
         return drop(POLICY_spoofed);
     /* It came from elsewhere and has an address of this node, given to it by somebody's NAT at best. */
     source->outside = home == HERE;

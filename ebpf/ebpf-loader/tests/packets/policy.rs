@@ -22,6 +22,7 @@ use crate::{
 
 mod differential;
 mod interfaces;
+mod new_pods;
 
 /// Nobody in particular, this node, and a friend of it.
 const ANYBODY: u32 = 1;
@@ -30,6 +31,10 @@ const FRIEND: u32 = 3;
 
 const ALLOWER: u32 = 70_000;
 const DENIER: u32 = 9;
+
+/// A half more than the most that was seen (`ebpf/README.md`): compilers and verifiers differ.
+const VERIFIED_AT_TUNNEL_MAX: u32 = 20_800;
+const VERIFIED_AT_POD_MAX: u32 = 25_100;
 
 /// `TC_ACT_SHOT`.
 const DROPPED: u32 = 2;
@@ -587,15 +592,18 @@ fn an_update_costs_what_it_changes() {
 #[test]
 fn the_verifier_s_work_is_bounded() {
     let lab = Lab::new();
-    for (at, direction) in [At::Tunnel, At::Pod]
-        .into_iter()
-        .flat_map(|at| [(at, In), (at, Out)])
-    {
+    let bounds = [
+        (At::Tunnel, In, VERIFIED_AT_TUNNEL_MAX),
+        (At::Tunnel, Out, VERIFIED_AT_TUNNEL_MAX),
+        (At::Pod, In, VERIFIED_AT_POD_MAX),
+        (At::Pod, Out, VERIFIED_AT_POD_MAX),
+    ];
+    for (at, direction, most) in bounds {
         let info = lab.policy.program(at, direction).unwrap().info().unwrap();
         let instructions = info.verified_instruction_count().unwrap();
         println!("{at:?}, {direction:?}: {instructions}");
         assert!(
-            instructions < 60_000,
+            instructions <= most,
             "{at:?}, {direction:?}: {instructions}"
         );
     }
