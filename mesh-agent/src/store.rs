@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ring::digest::{SHA256, SHA256_OUTPUT_LEN, digest};
+use ring::digest::{Context, SHA256, SHA256_OUTPUT_LEN, digest};
 
 /// Marks a slot file and its version.
 const MAGIC: &[u8; 8] = b"HFSNAP1\n";
@@ -95,13 +95,18 @@ impl Store {
             Some((sequence, slot)) => (sequence + 1, 1 - slot),
             None => (1, 0),
         };
-        let mut content = Vec::with_capacity(HEADER_LEN + payload.len() + SHA256_OUTPUT_LEN);
-        content.extend_from_slice(MAGIC);
-        content.extend_from_slice(&sequence.to_be_bytes());
-        content.extend_from_slice(payload);
-        let checksum = digest(&SHA256, &content);
-        content.extend_from_slice(checksum.as_ref());
-        write_atomically(&self.path(slot), &content)?;
+        let sequence_bytes = sequence.to_be_bytes();
+        let mut checksum = Context::new(&SHA256);
+        let signed = [MAGIC, &sequence_bytes, payload];
+        for part in signed {
+            checksum.update(part);
+        }
+        let checksum = checksum.finish();
+        let [magic, place, payload] = signed;
+        write_parts(
+            &self.path(slot),
+            &[magic, place, payload, checksum.as_ref()],
+        )?;
         self.newest = Some((sequence, slot));
         Ok(())
     }
@@ -141,8 +146,12 @@ pub fn remove_if_there(path: &Path) -> io::Result<()> {
 ///
 /// Any of the file system's; the temporary file is removed then.
 pub fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
+    write_parts(path, &[content])
+}
+
+fn write_parts(path: &Path, parts: &[&[u8]]) -> io::Result<()> {
     let temporary = temporary(path);
-    let written = write_synced(&temporary, content).and_then(|()| fs::rename(&temporary, path));
+    let written = write_synced(&temporary, parts).and_then(|()| fs::rename(&temporary, path));
     if written.is_err() {
         // The first error is the one that matters; a leftover is overwritten by the next try.
         fs::remove_file(&temporary).ok();
@@ -154,7 +163,7 @@ pub fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
     }
 }
 
-fn write_synced(path: &Path, content: &[u8]) -> io::Result<()> {
+fn write_synced(path: &Path, parts: &[&[u8]]) -> io::Result<()> {
     use std::os::unix::fs::OpenOptionsExt as _;
     let mut options = File::options();
     let mut file = options
@@ -163,7 +172,9 @@ fn write_synced(path: &Path, content: &[u8]) -> io::Result<()> {
         .truncate(true)
         .mode(0o600)
         .open(path)?;
-    file.write_all(content)?;
+    for part in parts {
+        file.write_all(part)?;
+    }
     file.sync_all()
 }
 

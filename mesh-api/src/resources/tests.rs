@@ -54,6 +54,26 @@ fn a_broken_field_is_named_with_its_resource() {
 }
 
 #[test]
+fn what_is_written_to_disk_is_what_copying_everything_would_give() {
+    let mesh = authority();
+    let mut file = SnapshotFile {
+        store_id: vec![7; 16],
+        generation: 300,
+        received_unix_s: -1,
+        resources: Vec::new(),
+    };
+    for resources in [vec![], vec![settings(&mesh), relay("a"), relay("b")]] {
+        let mut kept = Resources::new();
+        assert_eq!(apply(&mut kept, respond(true, &resources, &[])), []);
+        let encoded = encode_snapshot(&file, &kept);
+        assert_eq!(encoded.capacity(), encoded.len());
+        file.resources = kept.into_values().collect();
+        assert_eq!(SnapshotFile::decode(encoded.as_slice()), Ok(file.clone()));
+        file.resources.clear();
+    }
+}
+
+#[test]
 fn settings_of_another_mesh_make_no_snapshot() {
     let (ours, theirs) = (authority(), authority());
     let error = read(&ours, &[settings(&theirs)]).unwrap_err();
