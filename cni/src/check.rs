@@ -155,6 +155,8 @@ mod tests {
             mac: Some(mac),
             alias: None,
             veth_peer: IfIndex::new(peer),
+            part_of: None,
+            is_bridge: false,
         }
     }
 

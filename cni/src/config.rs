@@ -35,6 +35,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// `chained`: there must be another plug-in before this one.
     pub chained: bool,
+    /// `masquerade`: what pods send out of the mesh leaves as the node's.
+    pub masquerade: bool,
     /// `runtimeConfig.ips`: addresses that the pod must get.
     pub ips: Vec<IpAddr>,
     /// `runtimeConfig.mac`: the link-layer address that it must get.
@@ -61,12 +63,13 @@ impl Config {
 
 /// Fields that are used, and those that libraries of runtimes put in or that mean nothing to a plug-in that makes no
 /// choice by them.
-const FIELDS: [&str; 14] = [
+const FIELDS: [&str; 15] = [
     "cniVersion",
     "name",
     "type",
     "stateDir",
     "chained",
+    "masquerade",
     "runtimeConfig",
     "dns",
     "prevResult",
@@ -138,11 +141,12 @@ pub fn check(mut fields: Map<String, Value>) -> Result<Config, CniError> {
         Some(Value::String(path)) if Path::new(path).is_absolute() => PathBuf::from(path),
         Some(other) => return Err(wrong("stateDir", other, "an absolute path")),
     };
-    let chained = match fields.get("chained") {
-        None => false,
-        Some(Value::Bool(chained)) => *chained,
-        Some(other) => return Err(wrong("chained", other, "true or false")),
-    };
+    let [chained, masquerade] = ["chained", "masquerade"].map(|key| match fields.get(key) {
+        None => Ok(false),
+        Some(Value::Bool(said)) => Ok(*said),
+        Some(other) => Err(wrong(key, other, "true or false")),
+    });
+    let (chained, masquerade) = (chained?, masquerade?);
     let (ips, mac) = match present(&fields, "runtimeConfig") {
         None => (Vec::new(), None),
         Some(Value::Object(runtime)) => (ips(runtime)?, mac(runtime)?),
@@ -157,6 +161,7 @@ pub fn check(mut fields: Map<String, Value>) -> Result<Config, CniError> {
         network,
         state_dir,
         chained,
+        masquerade,
         ips,
         mac,
         dns: present(&fields, "dns").cloned(),
@@ -307,7 +312,9 @@ mod tests {
         let config = parse(&base()).unwrap();
         assert_eq!(config.network, "mesh");
         assert_eq!(config.state_dir, Path::new(STATE_DIR));
-        assert!(!config.chained && config.ips.is_empty() && config.mac.is_none());
+        assert!(
+            !config.masquerade && !config.chained && config.ips.is_empty() && config.mac.is_none()
+        );
         assert!(config.prev_result.is_none() && config.valid.is_none());
     }
 
@@ -315,6 +322,7 @@ mod tests {
     fn everything_that_is_supported_is_read() {
         let mut config = with("stateDir", json!("/s"));
         config["chained"] = json!(true);
+        config["masquerade"] = json!(true);
         config["runtimeConfig"] =
             json!({"ips": ["10.1.0.9/24", "fd00::9"], "mac": "02:AB:00:00:00:01"});
         config["prevResult"] = json!({"ips": []});
@@ -327,7 +335,12 @@ mod tests {
             config.mac.map(show_mac).as_deref(),
             Some("02:ab:00:00:00:01")
         );
-        assert!(config.chained && config.prev_result.is_some() && config.dns.is_some());
+        assert!(
+            config.masquerade
+                && config.chained
+                && config.prev_result.is_some()
+                && config.dns.is_some()
+        );
         assert_eq!(config.valid.map(|valid| valid.len()), Some(1));
     }
 
@@ -364,6 +377,7 @@ mod tests {
             ("stateDir", json!("relative")),
             ("stateDir", json!(1)),
             ("chained", json!("yes")),
+            ("masquerade", json!(1)),
             ("runtimeConfig", json!([])),
             ("cniVersion", json!(1)),
             ("cni.dev/valid-attachments", json!([{"containerID": "c"}])),

@@ -19,6 +19,7 @@ use tokio::runtime::Builder;
 
 use crate::{
     config::NETWORK_LEN_MAX,
+    egress,
     environment::is_id,
     error::{CniError, Code},
     kernel::{self, kernel, noted},
@@ -179,6 +180,7 @@ fn told(changed: bool, path: &Path) -> String {
 fn own(network: &str, state_dir: &Path, has: impl Fn(&str) -> bool) -> Value {
     let mut plugins = vec![json!({
         "type": PROGRAM,
+        "masquerade": true,
         "capabilities": {"ips": true, "mac": true},
     })];
     with_state_dir(&mut plugins, state_dir);
@@ -324,6 +326,9 @@ fn purge(state_dir: &Path) -> Result<Vec<String>, CniError> {
         }
         Ok(())
     })?;
+    if egress::remove()? {
+        said.push(format!("removed nftables table {}", egress::TABLE));
+    }
     let boots = boots_dir(state_dir);
     match fs::remove_dir_all(&boots) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -396,6 +401,7 @@ mod tests {
                 "name": "holdfast",
                 "plugins": [{
                     "type": "mesh-cni",
+                    "masquerade": true,
                     "capabilities": {"ips": true, "mac": true},
                     "stateDir": machine.path("state"),
                 }],

@@ -100,17 +100,19 @@ pub fn noted(text: &str) -> Option<AttachmentId> {
     })
 }
 
-/// Makes the veth and all that belongs to it. After an error parts of it may be there: [`detach`].
+/// Makes the veth and all that belongs to it; `guard` is told of the node's end before it carries anything. After an error
+/// parts of it may be there: [`detach`].
 ///
 /// # Errors
 ///
-/// [`Code::Kernel`], or [`Code::BadEnvironment`] if the pod has such an interface.
+/// [`Code::Kernel`], [`Code::BadEnvironment`] if the pod has such an interface, or what `guard` says.
 pub async fn attach(
     netlink: &Netlink,
     namespace: &File,
     id: &AttachmentId,
     addresses: &[IpAddr],
     veth: &VethRecord,
+    guard: impl FnOnce(IfIndex) -> Result<(), CniError>,
 ) -> Result<HostInterface, CniError> {
     let name = id.key();
     let new = NewVeth {
@@ -135,6 +137,7 @@ pub async fn attach(
     let (index, pod) = host
         .and_then(|host| Some((host.index, host.veth_peer?)))
         .ok_or_else(|| vanished(&name))?;
+    guard(index)?;
     inside(namespace, async |netlink| {
         configure_pod(netlink, pod, id, addresses, veth).await
     })

@@ -9,8 +9,10 @@
 pub mod allocate;
 pub mod check;
 pub mod config;
+pub mod egress;
 pub mod environment;
 pub mod error;
+pub mod guard;
 pub mod install;
 pub mod kernel;
 pub mod plugin;

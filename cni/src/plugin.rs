@@ -15,8 +15,10 @@ use crate::{
     allocate::{free, is_usable},
     check::{Made, problems},
     config::{self, Config},
+    egress,
     environment::{self, Target, Verb},
     error::{CniError, Code},
+    guard::{self, guard},
     kernel::{self, attach, detach, host_end, kernel, look, macs, noted, open_namespace},
     result::{Previous, render},
     store::{LOCK_WAIT, Last, Store, held},
@@ -158,6 +160,7 @@ impl<'a> Node<'a> {
             let made = made(&reserved.attachment, host, &reserved.veth);
             let seen = look(&self.netlink, &namespace, made).await?;
             if problems(made, &seen).is_empty() {
+                self.masquerade(&network)?;
                 return Ok(self.result(&reserved));
             }
             // Made before, and not there any more: made again, with the same addresses if they are of this node still.
@@ -174,11 +177,21 @@ impl<'a> Node<'a> {
             // What a killed ADD, or somebody's hand, left.
             detach(&self.netlink, &id).await?;
         }
-        let done = self.make(&namespace, &mut reserved).await;
+        let done = match self.masquerade(&network) {
+            Ok(()) => self.make(&namespace, &mut reserved).await,
+            Err(error) => Err(error),
+        };
         match done {
             Ok(()) => Ok(self.result(&reserved)),
             Err(error) => Err(self.undo(error, &reserved).await),
         }
+    }
+
+    fn masquerade(&self, network: &NodeNetwork) -> Result<(), CniError> {
+        if self.config.masquerade {
+            egress::masquerade(&self.store, network)?;
+        }
+        Ok(())
     }
 
     fn result(&self, reserved: &Reserved) -> Value {
@@ -205,7 +218,8 @@ impl<'a> Node<'a> {
             ..
         } = reserved;
         let Attachment { id, addresses, .. } = attachment;
-        let host = attach(&self.netlink, namespace, id, addresses, veth).await?;
+        let guard = |link| guard(&self.config.state_dir, link, None);
+        let host = attach(&self.netlink, namespace, id, addresses, veth, guard).await?;
         attachment.host = Some(host);
         self.store.write(name, attachment)
     }
@@ -378,6 +392,16 @@ impl<'a> Node<'a> {
                 host.name, id.interface
             );
         }
+        // Nothing is recorded of a pod that may not be connected yet; what is attached goes with its interface.
+        let whole = match host.part_of {
+            Some(whole) => self.netlink.look_at_link(whole).await.map_err(kernel)?,
+            None => None,
+        };
+        // In a VRF or a bond it is not enforced, as the agent says.
+        if whole.as_ref().is_none_or(|whole| whole.is_bridge) {
+            let bridge = whole.map(|bridge| bridge.index);
+            guard(&self.config.state_dir, host.index, bridge)?;
+        }
         let name = FileName {
             key: id.key(),
             held: Vec::new(),
@@ -413,10 +437,11 @@ impl<'a> Node<'a> {
         let Some(name) = self.store.find(&id.key())? else {
             return Ok(());
         };
-        let other = self.store.read(&name).is_some_and(|found| found.id != id);
-        if other {
+        let found = self.store.read(&name);
+        if found.as_ref().is_some_and(|found| found.id != id) {
             return Ok(());
         }
+        guard::forget(found.and_then(|found| found.host).as_ref());
         self.store.remove(&name)
     }
 
@@ -504,6 +529,7 @@ impl<'a> Node<'a> {
                     if gone {
                         // One that was killed before it noted whose it is.
                         failed.extend(detach(&self.netlink, &attachment.id).await.err());
+                        guard::forget(attachment.host.as_ref());
                     }
                     gone
                 }
@@ -520,6 +546,9 @@ impl<'a> Node<'a> {
             }
         }
         failed.extend(self.store.sweep().err());
+        if self.store.names()?.is_empty() {
+            failed.extend(egress::remove().err());
+        }
         let Some((first, rest)) = failed.split_first() else {
             return Ok(());
         };
@@ -545,6 +574,7 @@ impl<'a> Node<'a> {
         if !self.config.chained {
             self.network()?;
         }
+        guard::ready(&self.config.state_dir)?;
         drop(self.store.lock(LOCK_WAIT)?);
         self.store.probe()
     }

@@ -92,11 +92,19 @@ impl Pod {
     }
 
     fn listen(&self, address: IpAddr) -> Result<TcpListener> {
-        Ok(self.node.enter(|| TcpListener::bind((address, PORT)))??)
+        self.listen_at(address, PORT)
+    }
+
+    fn listen_at(&self, address: IpAddr, port: u16) -> Result<TcpListener> {
+        Ok(self.node.enter(|| TcpListener::bind((address, port)))??)
     }
 
     fn connect(&self, to: IpAddr) -> Result<TcpStream> {
-        let to = SocketAddr::new(to, PORT);
+        self.connect_at(to, PORT)
+    }
+
+    fn connect_at(&self, to: IpAddr, port: u16) -> Result<TcpStream> {
+        let to = SocketAddr::new(to, port);
         let connect = || TcpStream::connect_timeout(&to, ANSWER_LIMIT);
         Ok(self.node.enter(connect)??)
     }
@@ -132,8 +140,8 @@ fn start(mesh: &Mesh, node: &str) -> Result<()> {
     mesh.agent_ready(node, 2)
 }
 
-#[test]
-fn pods_of_the_plug_in_are_in_the_mesh_under_policy_and_outlive_the_agent() -> Result<()> {
+/// Two nodes whose pods' ranges came with the mesh: nobody configured them on the nodes.
+fn with_pod_ranges() -> Result<Mesh> {
     let mesh = Mesh::two_sites()?;
     let range = |name: &str, site: u8| {
         let ranges = format!("\"10.244.{site}.0/24\", \"fd44:{site}::/64\"");
@@ -143,22 +151,25 @@ fn pods_of_the_plug_in_are_in_the_mesh_under_policy_and_outlive_the_agent() -> R
     };
     let nodes = range(A, 1) + &range(B, 2);
     fs::write(mesh.manifests().join("nodes.yaml"), &nodes)?;
-    for node in [A, B] {
+    for (node, range) in [(A, "10.244.1.0/24"), (B, "10.244.2.0/24")] {
         let host = mesh.node(node)?;
         host.sysctl("net/ipv4/ip_forward", "1")?;
         host.sysctl("net/ipv6/conf/all/forwarding", "1")?;
         restart(&mesh, node)?;
+        let path = state(&mesh, node)?.join("network.json");
+        tool::eventually("the agent said the ranges", SOON, || {
+            let said = fs::read_to_string(&path).context("network.json")?;
+            ensure!(said.contains(range), "{said}");
+            Ok(())
+        })?;
     }
-    // The ranges came with the mesh: nobody configured them on the nodes.
-    let web = tool::eventually("the agent said the ranges", SOON, || {
-        let there = state(&mesh, A)?.join("network.json");
-        fs::read_to_string(&there).context("network.json")
-    });
-    ensure!(web?.contains("10.244.1.0/24"));
+    Ok(mesh)
+}
+
+#[test]
+fn pods_of_the_plug_in_are_in_the_mesh_under_policy_and_outlive_the_agent() -> Result<()> {
+    let mesh = with_pod_ranges()?;
     let web = Pod::add(&mesh, A, "web")?;
-    tool::eventually("the other agent too", SOON, || {
-        fs::read_to_string(state(&mesh, B)?.join("network.json")).context("network.json")
-    })?;
     let db = Pod::add(&mesh, B, "db")?;
     let near = Pod::add(&mesh, B, "near")?;
     for (own, other) in web.addresses.iter().zip(&db.addresses) {
@@ -223,5 +234,176 @@ fn pods_of_the_plug_in_are_in_the_mesh_under_policy_and_outlive_the_agent() -> R
             .ok()?;
         ensure!(!links.contains("hfp"), "{links}");
     }
+    mesh.all_run()
+}
+
+/// A machine beside `on`, of which the mesh knows nothing: it has these addresses, and its way to everybody is `on`.
+const BESIDE: [&str; 2] = ["192.0.2.7", "2001:db8::7"];
+
+fn beside(mesh: &Mesh, on: &'static str) -> Result<Pod> {
+    let node = mesh.lab().add_node("beside")?;
+    let host = mesh.node(on)?;
+    let netns = node.netns().to_owned();
+    let lines = [
+        format!("link add beside0 type veth peer name eth0 netns {netns}"),
+        "address add 192.0.2.1/24 dev beside0".to_owned(),
+        "address add 2001:db8::1/64 dev beside0 nodad".to_owned(),
+        "link set beside0 up".to_owned(),
+    ];
+    for line in lines {
+        let words: Vec<_> = ["ip"].into_iter().chain(line.split(' ')).collect();
+        host.run(&words, COMMAND_LIMIT)?.ok()?;
+    }
+    let lines = [
+        "link set lo up",
+        "address add 192.0.2.7/24 dev eth0",
+        "address add 2001:db8::7/64 dev eth0 nodad",
+        "link set eth0 up",
+        "route add default via 192.0.2.1",
+        "-6 route add default via 2001:db8::1",
+    ];
+    for line in lines {
+        let words: Vec<_> = ["ip"].into_iter().chain(line.split(' ')).collect();
+        node.run(&words, COMMAND_LIMIT)?.ok()?;
+    }
+    let addresses = BESIDE.map(|address| address.parse());
+    Ok(Pod {
+        on,
+        name: "beside".to_owned(),
+        node,
+        addresses: addresses.into_iter().collect::<Result<_, _>>()?,
+    })
+}
+
+/// How many of policy's programs stand at the node's interfaces as filters, as the plug-in attaches them.
+fn filters(mesh: &Mesh, node: &str) -> Result<usize> {
+    let script = "for i in $(ip -o link | cut -d: -f2 | cut -d@ -f1); do \
+                  tc filter show dev $i ingress; tc filter show dev $i egress; done";
+    let said = mesh.node(node)?.run(&["sh", "-c", script], COMMAND_LIMIT)?;
+    Ok(said.stdout.matches(" hf_policy_").count())
+}
+
+/// What policy has in the bpffs of a node.
+fn pinned(mesh: &Mesh, node: &str) -> Result<String> {
+    let script = "find /sys/fs/bpf/holdfast/policy_* -type f";
+    Ok(mesh
+        .node(node)?
+        .run(&["sh", "-c", script], COMMAND_LIMIT)?
+        .stdout)
+}
+
+#[test]
+fn a_pod_that_is_new_while_no_agent_runs_or_does_not_know_it_is_under_the_policies_that_hold()
+-> Result<()> {
+    let mesh = with_pod_ranges()?;
+    let beside = beside(&mesh, B)?;
+    let known = Pod::add(&mesh, B, "known")?;
+    let ports = [PORT, PORT + 1].map(|port| {
+        let listeners = beside
+            .addresses
+            .iter()
+            .map(|&address| beside.listen_at(address, port));
+        listeners.collect::<Result<Vec<_>>>()
+    });
+    let [denied, allowed] = ports;
+    let (_denied, allowed) = (denied?, allowed?);
+    // The mesh is told of no pod: whoever is in the node's range may not ask for the one port.
+    let rule = format!(
+        "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: MeshPolicy\nmetadata: {{name: late}}\nspec:\n  rules:\n  - action: deny\n    \
+         from: [{{cidrs: [10.244.2.0/24, \"fd44:2::/64\"]}}]\n    to: [{{cidrs: [{}/32, \"{}/128\"]}}]\n    ports: [{{port: {PORT}}}]\n",
+        BESIDE[0], BESIDE[1]
+    );
+    let policy = mesh.manifests().join("policy.yaml");
+    fs::write(&policy, rule)?;
+    tool::eventually("the policy holds", SOON, || {
+        ensure!(known.connect(beside.addresses[0]).is_err(), "it does not");
+        Ok(())
+    })?;
+    let under_policy = |pod: &Pod| -> Result<Vec<TcpStream>> {
+        let mut open = Vec::new();
+        for (&address, listener) in beside.addresses.iter().zip(&allowed) {
+            let refused = pod.connect(address);
+            ensure!(refused.is_err(), "{} to {address}: {refused:?}", pod.name);
+            open.push(
+                pod.connect_at(address, PORT + 1)
+                    .context(pod.name.clone())?,
+            );
+            open.push(listener.accept()?.0);
+        }
+        Ok(open)
+    };
+    let talks = |open: &mut [TcpStream]| -> Result<()> {
+        for pair in open.chunks_mut(2) {
+            let [client, server] = pair else { continue };
+            talk(client, server)?;
+            talk(server, client)?;
+        }
+        Ok(())
+    };
+    let told = state(&mesh, B)?.join("policy");
+    ensure!(told.exists(), "{}", told.display());
+
+    // While the agent runs: before it comes to know of the pod, and after.
+    let quick = Pod::add(&mesh, B, "quick")?;
+    let mut open = under_policy(&quick)?;
+    tool::eventually("the agent took it over", SOON, || {
+        ensure!(filters(&mesh, B)? == 0, "{} filters", filters(&mesh, B)?);
+        Ok(())
+    })?;
+    talks(&mut open)?;
+    under_policy(&quick)?;
+
+    mesh.kill(B, "mesh-agent")?;
+    let late = Pod::add(&mesh, B, "late")?;
+    ensure!(filters(&mesh, B)? > 0);
+    open.extend(under_policy(&late)?);
+    talks(&mut open)?;
+    start(&mesh, B)?;
+    talks(&mut open)?;
+    under_policy(&late)?;
+    tool::eventually("the next agent took it over", SOON, || {
+        ensure!(filters(&mesh, B)? == 0, "{} filters", filters(&mesh, B)?);
+        Ok(())
+    })?;
+    talks(&mut open)?;
+    for pod in [&known, &quick, &late] {
+        under_policy(pod)?;
+    }
+
+    // Nothing stays of those that are gone, with and without an agent.
+    let links = |mesh: &Mesh| -> Result<usize> { Ok(pinned(mesh, B)?.matches("/links/").count()) };
+    let before = links(&mesh)?;
+    plug_in(&mesh, &quick, "DEL")?;
+    tool::eventually("the agent noticed", SOON, || {
+        ensure!(links(&mesh)? == before - 2, "{}", pinned(&mesh, B)?);
+        Ok(())
+    })?;
+    mesh.kill(B, "mesh-agent")?;
+    plug_in(&mesh, &late, "DEL")?;
+    ensure!(links(&mesh)? == before - 4, "{}", pinned(&mesh, B)?);
+    // As after the machine's start: who comes first is not let in unjudged.
+    let script = "rm -r /sys/fs/bpf/holdfast/policy_*";
+    mesh.node(B)?
+        .run(&["sh", "-c", script], COMMAND_LIMIT)?
+        .ok()?;
+    let early = Pod::add(&mesh, B, "early");
+    let refused = early
+        .err()
+        .map(|error| format!("{error:#}"))
+        .unwrap_or_default();
+    ensure!(refused.contains("\"code\":11"), "{refused}");
+
+    // Without policies nobody waits for an agent.
+    start(&mesh, B)?;
+    fs::remove_file(&policy)?;
+    tool::eventually("nothing is enforced", SOON, || {
+        ensure!(!told.exists() && known.connect(beside.addresses[0]).is_ok());
+        Ok(())
+    })?;
+    mesh.kill(B, "mesh-agent")?;
+    let free = Pod::add(&mesh, B, "free")?;
+    free.connect(beside.addresses[1])?;
+    ensure!(pinned(&mesh, B)?.is_empty(), "{}", pinned(&mesh, B)?);
+    start(&mesh, B)?;
     mesh.all_run()
 }

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use ebpf_loader::{BPFFS, Pins, PinsError, Services};
-use mesh_api::cni::NETWORK_FILE;
+use mesh_api::cni::{NETWORK_FILE, POLICY_FILE};
 use mesh_core::{
     node::{Core, CoreConfig},
     snapshot::Snapshot,
@@ -119,6 +119,11 @@ async fn settle(
 /// If an agent runs, or with all that could not be taken away.
 pub fn remove(settings: &Settings) -> anyhow::Result<()> {
     remove_pins(Pins::of_policy(Path::new(BPFFS))).context("cannot remove the policies")?;
+    if let Some(folder) = &settings.cni {
+        // Before the next agent there is nothing that new pods would have to be guarded by.
+        let path = folder.join(POLICY_FILE);
+        remove_if_there(&path).with_context(|| format!("remove {}", path.display()))?;
+    }
     remove_services(settings)
 }
 
@@ -221,7 +226,8 @@ async fn start(
         tracing::warn!(problem = %network::chain(error), "policies will end with this process");
     }
     let node = settings.node_name.clone();
-    let mut enforcer = Enforcer::new(node, interface.0, settings.policy, pins.ok());
+    let mut enforcer = Enforcer::new(node, interface.0, settings.policy, pins.ok())
+        .telling(settings.cni.as_deref());
     // Before the device is up: nobody comes in unjudged.
     enforcer
         .take(&snapshot)
@@ -232,7 +238,7 @@ async fn start(
     mapper.take(&snapshot);
     let mapper = Arc::new(Mutex::new(mapper));
     if let Some(folder) = &settings.cni {
-        let network = cni::network(&snapshot, &settings.node_name);
+        let network = cni::network(&snapshot, &settings.node_name, &settings.interface);
         if let Err(error) = cni::publish(folder, network.as_ref()) {
             tracing::warn!(folder = %folder.display(), %error, "cannot tell the CNI plug-in the pods' ranges");
         }
@@ -327,7 +333,7 @@ async fn start(
     let keeper = mapping::keep_mapping(Arc::clone(&mapper), view.clone(), stop.clone());
     supervisor.spawn("mapping", keeper);
     if let Some(folder) = settings.cni {
-        let keeper = cni::keep_network(folder, view.clone(), stop.clone());
+        let keeper = cni::keep_network(folder, interface.1.clone(), view.clone(), stop.clone());
         supervisor.spawn("cni", keeper);
     }
     let (told, served) = watch::channel(AllServed::default());

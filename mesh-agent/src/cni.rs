@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use mesh_api::cni::{NETWORK_FILE, NodeNetwork, attachments_dir, read_attachments};
+use mesh_api::cni::{BEHIND_MAX, NETWORK_FILE, NodeNetwork, attachments_dir, read_attachments};
 use mesh_core::{pattern::NamePattern, services::View, snapshot::Snapshot};
 use mesh_wire::id::NodeName;
 use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
@@ -25,10 +25,18 @@ use crate::store::{remove_if_there, write_atomically};
 /// How soon a file that could not be written is tried again.
 const RETRY: time::Duration = time::Duration::from_secs(5);
 
-/// What pods of `own` need: its first range of each family. `None`: it has none, or is not in the snapshot.
+/// What pods of `own` need, whose tunnel is `interface`: its first range of each family. `None`: it has none, or is not in the snapshot.
 #[must_use]
-pub fn network(snapshot: &Snapshot, own: &NodeName) -> Option<NodeNetwork> {
-    let ranges = &snapshot.nodes.get(own)?.pod_prefixes;
+pub fn network(snapshot: &Snapshot, own: &NodeName, interface: &str) -> Option<NodeNetwork> {
+    let node = snapshot.nodes.get(own)?;
+    let ranges = &node.pod_prefixes;
+    // The pods' own ranges first, whatever has no room.
+    let behind: BTreeSet<_> = node
+        .prefixes
+        .iter()
+        .filter(|net| !ranges.contains(net))
+        .collect();
+    let behind = ranges.iter().chain(behind);
     let v4 = |net: &IpNet| match net {
         IpNet::V4(net) => Some(*net),
         IpNet::V6(_) => None,
@@ -41,6 +49,8 @@ pub fn network(snapshot: &Snapshot, own: &NodeName) -> Option<NodeNetwork> {
         ipv4: ranges.iter().find_map(v4),
         ipv6: ranges.iter().find_map(v6),
         mtu_bytes: snapshot.mesh.mtu_bytes.into(),
+        mesh_interface: Some(interface.to_owned()),
+        behind: behind.take(BEHIND_MAX).copied().collect(),
     };
     network.checked().ok()
 }
@@ -69,6 +79,7 @@ pub fn publish(folder: &Path, network: Option<&NodeNetwork>) -> io::Result<()> {
 /// None of the disk's: those are logged once and tried again.
 pub async fn keep_network(
     folder: PathBuf,
+    interface: String,
     mut views: watch::Receiver<Option<Arc<View>>>,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
@@ -77,7 +88,7 @@ pub async fn keep_network(
     loop {
         let view = views.borrow_and_update().clone();
         if let Some(view) = view {
-            let wanted = network(&view.snapshot, &view.node);
+            let wanted = network(&view.snapshot, &view.node, &interface);
             if published.as_ref() != Some(&wanted) {
                 let (at, network) = (folder.clone(), wanted.clone());
                 let done = task::spawn_blocking(move || publish(&at, network.as_ref())).await?;
@@ -210,17 +221,32 @@ mod tests {
     #[test]
     fn pods_get_addresses_of_the_node_s_pod_ranges_and_of_no_lan() {
         let own = "a".parse().unwrap();
-        assert_eq!(network(&snapshot(&[]), &own), None);
+        assert_eq!(network(&snapshot(&[]), &own, "holdfast0"), None);
         let found = network(
             &snapshot(&["10.244.1.0/24", "fd00:1::/64", "10.9.0.0/24"]),
             &own,
+            "holdfast0",
         );
         let found = found.unwrap();
         assert_eq!(found.ipv4, Some("10.244.1.0/24".parse().unwrap()));
         assert_eq!(found.ipv6, Some("fd00:1::/64".parse().unwrap()));
         assert_eq!(found.mtu_bytes, 1280);
+        assert_eq!(found.mesh_interface.as_deref(), Some("holdfast0"));
+        // The LAN, too, sees them as themselves.
+        let behind: Vec<_> = found.behind.iter().map(ToString::to_string).collect();
+        let all = [
+            "10.244.1.0/24",
+            "fd00:1::/64",
+            "10.9.0.0/24",
+            "192.168.7.0/24",
+        ];
+        assert_eq!(behind, all);
         assert_eq!(
-            network(&snapshot(&["10.244.1.0/24"]), &"b".parse().unwrap()),
+            network(
+                &snapshot(&["10.244.1.0/24"]),
+                &"b".parse().unwrap(),
+                "holdfast0"
+            ),
             None
         );
     }
@@ -231,7 +257,7 @@ mod tests {
         let folder = folder.path().join("cni");
         let own = "a".parse().unwrap();
         publish(&folder, None).unwrap();
-        let one = network(&snapshot(&["10.244.1.0/24"]), &own);
+        let one = network(&snapshot(&["10.244.1.0/24"]), &own, "holdfast0");
         publish(&folder, one.as_ref()).unwrap();
         assert_eq!(NodeNetwork::read(&folder).ok(), one);
         let path = folder.join(NETWORK_FILE);

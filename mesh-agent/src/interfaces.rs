@@ -242,11 +242,11 @@ pub async fn guard_pods(
     pods: &BTreeSet<NamePattern>,
     tunnel: IfIndex,
 ) -> anyhow::Result<()> {
-    let Found { pods, .. } = find_pods(netlink, pods, tunnel).await?.1;
+    let Found { pods, bridges, .. } = find_pods(netlink, pods, tunnel).await?.1;
     let enforcer = Arc::clone(enforcer);
     let guarded = task::spawn_blocking(move || {
         let mut enforcer = enforcer.lock().unwrap_or_else(PoisonError::into_inner);
-        enforcer.guard_pods(pods);
+        enforcer.guard_pods(pods, bridges);
     });
     Ok(guarded.await?)
 }
@@ -273,13 +273,14 @@ async fn keep_pods(
     let (forwarding, found) = find_pods(netlink, pods, tunnel).await?;
     let Found {
         pods,
+        bridges,
         mut redirects,
         problems,
     } = found;
     let Programs { services, enforcer } = programs.clone();
     let told = task::spawn_blocking(move || {
         let mut enforcer = enforcer.lock().unwrap_or_else(PoisonError::into_inner);
-        let unguarded = enforcer.guard_pods(pods);
+        let unguarded = enforcer.guard_pods(pods, bridges);
         drop(enforcer);
         let links = &mut redirects.links;
         links.retain(|index, _| !unguarded.contains_key(&IfIndex(*index)));

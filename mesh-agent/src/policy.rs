@@ -6,12 +6,15 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use anyhow::Context as _;
 use ebpf_loader::{Pins, policy as kernel};
+use mesh_api::cni::POLICY_FILE;
 use mesh_core::{
     policy::{
         Class, Compiler, Direction, Limits, PairRules, PortPrefix, Tables, Verdict,
@@ -25,7 +28,10 @@ use mesh_wire::id::NodeName;
 use tokio::{sync::watch, task, time};
 use tokio_util::sync::CancellationToken;
 
-use crate::network::chain;
+use crate::{
+    network::chain,
+    store::{remove_if_there, write_atomically},
+};
 
 /// Pause before the tables are written again when the kernel refused a part, for want of memory.
 const RETRY: Duration = Duration::from_secs(5);
@@ -50,8 +56,14 @@ pub struct Enforcer {
     left: bool,
     /// Pods' own interfaces, once they are known: until then what an earlier agent enforced there holds.
     pods: Option<BTreeSet<IfIndex>>,
+    /// Of those that are ports of a bridge, which one.
+    bridges: BTreeMap<IfIndex, IfIndex>,
     /// What the kernel refused.
     refused: Option<String>,
+    /// The file by which the CNI plug-in knows that new pods are to be guarded.
+    file: Option<PathBuf>,
+    /// Whether the file is there, once that is known.
+    told: Option<bool>,
 }
 
 /// How it stands, for people.
@@ -80,15 +92,50 @@ impl Enforcer {
             left: pins.is_some(),
             pins,
             pods: None,
+            bridges: BTreeMap::new(),
             refused: None,
+            file: None,
+            told: None,
         }
     }
 
-    /// From now on `pods` are the interfaces that lead into one each: all their packets are judged, while there is
+    /// Also tells the CNI plug-in, which shares `folder` with this agent, whether new pods are to be guarded.
+    #[must_use]
+    pub fn telling(self, folder: Option<&Path>) -> Self {
+        Self {
+            file: folder.map(|folder| folder.join(POLICY_FILE)),
+            ..self
+        }
+    }
+
+    /// New pods are guarded by the plug-in, or need not be.
+    fn tell(&mut self, guarded: bool) {
+        let Some(file) = self.file.as_ref().filter(|_| self.told != Some(guarded)) else {
+            return;
+        };
+        let done = match guarded {
+            true => fs::create_dir_all(file.parent().unwrap_or(file))
+                .and_then(|()| write_atomically(file, b"")),
+            false => remove_if_there(file),
+        };
+        match done {
+            Ok(()) => self.told = Some(guarded),
+            Err(error) => {
+                tracing::warn!(file = %file.display(), %error, "cannot tell the CNI plug-in whether there are policies");
+            }
+        }
+    }
+
+    /// From now on `pods` are the interfaces that lead into one each, some of them ports of `bridges`: all their packets are judged, while there is
     /// anything to enforce. Returns those where they are not, and why. It takes system calls; to be called whenever an
     /// interface has changed.
-    pub fn guard_pods(&mut self, pods: BTreeSet<IfIndex>) -> BTreeMap<IfIndex, String> {
+    pub fn guard_pods(
+        &mut self,
+        pods: BTreeSet<IfIndex>,
+        bridges: BTreeMap<IfIndex, IfIndex>,
+    ) -> BTreeMap<IfIndex, String> {
         self.pods = Some(pods);
+        self.bridges = bridges;
         self.attach_pods()
     }
 
@@ -97,11 +144,18 @@ impl Enforcer {
             return BTreeMap::new();
         };
         let wanted = pods.iter().map(|index| index.0).collect();
-        let report = match programs.attach_pods(&wanted) {
+        let bridges = self.bridges.iter();
+        let bridges = bridges.map(|(port, bridge)| (port.0, bridge.0)).collect();
+        let report = programs
+            .say_bridges(&bridges)
+            .and_then(|()| programs.attach_pods(&wanted));
+        let is_published = programs.is_published();
+        self.tell(is_published);
+        let pods = self.pods.iter().flatten();
+        let report = match report {
             Ok(report) => report,
             Err(error) => {
-                let all = pods.iter();
-                return all.map(|&index| (index, chain(&error))).collect();
+                return pods.map(|&index| (index, chain(&error))).collect();
             }
         };
         if report.attached > 0 {
@@ -174,6 +228,7 @@ impl Enforcer {
         } else if left && let Some(pins) = self.pins.clone() {
             kernel::end_left(pins);
         }
+        self.tell(false);
     }
 
     /// How it stands.

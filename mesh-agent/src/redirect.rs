@@ -11,14 +11,16 @@ use ipnet::IpNet;
 use mesh_core::pattern::NamePattern;
 use mesh_linux::{
     IfIndex,
-    netlink::{Forwarding, ForwardingLink},
+    netlink::{Forwarding, ForwardingLink, Veth},
 };
 
 /// What [`redirects`] found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Found {
-    /// Pods' own interfaces, at which policy is enforced.
+    /// Pods' own interfaces, at which policy is enforced: also those of virtual machines, and those that are down yet.
     pub pods: BTreeSet<IfIndex>,
+    /// Of those that are ports of a bridge, which one.
+    pub bridges: BTreeMap<IfIndex, IfIndex>,
     /// To be told to the programs.
     pub redirects: Redirects,
     /// Interfaces that are meant but cannot be redirected to, or are no pod's, by name.
@@ -39,10 +41,17 @@ pub fn redirects(
         let kind = if Some(index) == tunnel {
             Ok(RedirectKind::Tunnel)
         } else if pods.iter().any(|pattern| pattern.matches(&link.name)) {
-            let pod = pod(link).inspect(|_| {
-                found.pods.insert(index);
-            });
-            pod.map_err(|problem| format!("{problem}; policy does not see its packets"))
+            match guarded(forwarding, link) {
+                Ok(bridge) => {
+                    found.pods.insert(index);
+                    found.bridges.extend(bridge.map(|bridge| (index, bridge)));
+                    let Some(veth) = link.veth.filter(|_| bridge.is_none()) else {
+                        continue; // Policy is all that there is at bridges' ports and virtual machines' interfaces.
+                    };
+                    pod(link, veth)
+                }
+                Err(problem) => Err(format!("{problem}; policy does not see its packets")),
+            }
         } else {
             continue;
         };
@@ -72,13 +81,33 @@ pub fn redirects(
     found
 }
 
-fn pod(link: &ForwardingLink) -> Result<RedirectKind, String> {
-    if !link.is_free {
-        return Err("it is down, or part of a bridge or VRF".to_owned());
+/// Of which bridge the interface is a port, if policy can be enforced there.
+fn guarded(
+    forwarding: &Forwarding,
+    link: &ForwardingLink,
+) -> Result<Option<IfIndex>, &'static str> {
+    if link.veth.is_none() && !link.is_tap {
+        return Err(
+            "it is neither a veth whose other end is in another network namespace nor a TAP device: only those lead into \
+             pods and virtual machines",
+        );
     }
-    let veth = link.veth.ok_or(
-        "it is no veth whose other end is in another network namespace: only those lead into pods",
-    )?;
+    let whole = link
+        .part_of
+        .map(|whole| (whole, forwarding.links.get(&whole)));
+    match whole {
+        Some((_, whole)) if !whole.is_some_and(|whole| whole.is_bridge) => {
+            Err("it is part of a bond or VRF")
+        }
+        Some((bridge, _)) => Ok(Some(bridge)),
+        None => Ok(None),
+    }
+}
+
+fn pod(link: &ForwardingLink, veth: Veth) -> Result<RedirectKind, String> {
+    if !link.is_up {
+        return Err("it is down".to_owned());
+    }
     Ok(RedirectKind::Pod {
         mac: veth.mac,
         pod_mac: veth.peer_mac,
@@ -111,8 +140,6 @@ fn unforwarded(
 
 #[cfg(test)]
 mod tests {
-    use mesh_linux::netlink::Veth;
-
     use super::*;
 
     const POD: u32 = 7;
@@ -125,7 +152,10 @@ mod tests {
     fn link(name: &str) -> ForwardingLink {
         ForwardingLink {
             name: name.to_owned(),
-            is_free: true,
+            is_up: true,
+            part_of: None,
+            is_bridge: false,
+            is_tap: false,
             mtu_bytes: 1_450,
             veth: Some(Veth {
                 mac: [2; 6],
@@ -224,14 +254,51 @@ mod tests {
             change(forwarding.links.get_mut(&index(POD)).unwrap());
             forwarding
         };
-        assert!(problem(&change(&|link| link.veth = None)).contains("no veth"));
-        assert!(problem(&change(&|link| link.is_free = false)).contains("bridge"));
+        assert!(problem(&change(&|link| link.veth = None)).contains("neither a veth"));
+        assert!(problem(&change(&|link| link.is_up = false)).contains("down"));
+        assert!(problem(&change(&|link| link.part_of = Some(index(2)))).contains("VRF"));
         let rules = Forwarding {
             by_destination: false,
             ..forwarding()
         };
         assert!(problem(&rules).contains("ip rule"));
         assert!(decide(&rules, &["veth*"]).redirects.links.is_empty());
+    }
+
+    #[test]
+    fn at_a_bridge_s_ports_and_virtual_machines_policy_is_all_there_is() {
+        let bridge = |forwarding: &mut Forwarding| {
+            let mut bridge = link("br0");
+            (bridge.veth, bridge.is_bridge) = (None, true);
+            forwarding.links.insert(index(20), bridge);
+        };
+        for (is_veth, is_port) in [(true, true), (false, true), (false, false)] {
+            let mut forwarding = forwarding();
+            bridge(&mut forwarding);
+            let port = forwarding.links.get_mut(&index(POD)).unwrap();
+            port.is_tap = !is_veth;
+            port.veth = port.veth.filter(|_| is_veth);
+            port.part_of = is_port.then(|| index(20));
+            let found = decide(&forwarding, &["veth*"]);
+            assert_eq!(found.pods, BTreeSet::from([index(POD)]));
+            let expected: Vec<_> = is_port
+                .then(|| (index(POD), index(20)))
+                .into_iter()
+                .collect();
+            assert!(found.bridges.into_iter().eq(expected));
+            assert_eq!(found.problems, BTreeMap::new());
+            assert!(!found.redirects.links.contains_key(&index(POD).0));
+        }
+    }
+
+    #[test]
+    fn an_interface_that_is_down_yet_is_guarded() {
+        let mut forwarding = forwarding();
+        forwarding.links.get_mut(&index(POD)).unwrap().is_up = false;
+        assert_eq!(
+            decide(&forwarding, &["veth*"]).pods,
+            BTreeSet::from([index(POD)])
+        );
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! ```text
 //! /var/lib/holdfast/cni/
 //!   network.json                                  the agent's: NodeNetwork
+//!   policy                                        the agent's: policies are enforced, see POLICY_FILE
 //!   attachments/<boot id>/<interface>,<addresses>.json   the plug-in's: an Attachment for each pod
 //!   lock                                          the plug-in's: who holds it may choose addresses
 //! ```
@@ -17,7 +18,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 /// The folder, unless the network configuration has another `stateDir`.
@@ -25,6 +26,10 @@ pub const STATE_DIR: &str = "/var/lib/holdfast/cni";
 
 /// The agent's file in it.
 pub const NETWORK_FILE: &str = "network.json";
+
+/// Is there while the agent enforces policies at pods' interfaces and leaves in bpffs what the plug-in attaches to new
+/// ones; it stays when the agent ends. So it says, when the machine has started anew, that the agent has to come first.
+pub const POLICY_FILE: &str = "policy";
 
 /// How the names of the node's ends of pods' interfaces begin, if the plug-in made them. `hfp*` as a pattern.
 pub const INTERFACE_PREFIX: &str = "hfp";
@@ -42,6 +47,9 @@ pub const ADDRESSES_MAX: usize = 2;
 /// Largest file that is read: an attachment has some 600 bytes, and names of at most 255.
 pub const FILE_LEN_MAX: u64 = 64 << 10;
 
+/// Most networks of [`NodeNetwork::behind`]: a gateway has some tens of LANs. Pods reach those beyond as their node.
+pub const BEHIND_MAX: usize = 256;
+
 /// Smallest MTU: what IPv6 asks of every link (RFC 8200, section 5).
 pub const MTU_BYTES_MIN: u32 = 1_280;
 
@@ -57,6 +65,12 @@ pub struct NodeNetwork {
     pub ipv6: Option<Ipv6Net>,
     /// The MTU of pods' interfaces: that of the mesh.
     pub mtu_bytes: u32,
+    /// The interface that leads to the rest of the mesh.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mesh_interface: Option<String>,
+    /// Networks of the mesh behind this node, which pods reach as themselves: its pods' ranges among them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub behind: Vec<IpNet>,
 }
 
 /// Why there is no usable [`NodeNetwork`].
@@ -115,6 +129,13 @@ impl NodeNetwork {
                 "mtuBytes is {}, not {MTU_BYTES_MIN} to 65535",
                 self.mtu_bytes
             ));
+        }
+        if self.behind.len() > BEHIND_MAX {
+            return Err(format!("behind has more than {BEHIND_MAX} networks"));
+        }
+        let is_name = |name: &String| (1..16).contains(&name.len()) && !name.contains(['/', '\0']);
+        if !self.mesh_interface.iter().all(is_name) {
+            return Err("meshInterface is no name of an interface".to_owned());
         }
         self.ipv4 = self.ipv4.map(|net| net.trunc());
         self.ipv6 = self.ipv6.map(|net| net.trunc());
@@ -470,6 +491,8 @@ mod tests {
             ipv4: Some("10.1.0.0/24".parse().unwrap()),
             ipv6: None,
             mtu_bytes: 1_400,
+            mesh_interface: Some("holdfast0".to_owned()),
+            behind: vec!["10.1.0.0/24".parse().unwrap()],
         };
         fs::write(&path, network.to_json()).unwrap();
         assert_eq!(read().unwrap(), network);
@@ -480,6 +503,8 @@ mod tests {
             r#"{"ipv4":"10.1.0.0/24","mtuBytes":68}"#,
             r#"{"ipv4":"10.1.0.0","mtuBytes":1400}"#,
             r#"{"ipv4":"10.1.0.0/24","mtuBytes":1400,"more":1}"#,
+            r#"{"ipv4":"10.1.0.0/24","mtuBytes":1400,"meshInterface":"a-name-too-long!"}"#,
+            r#"{"ipv4":"10.1.0.0/24","mtuBytes":1400,"behind":["x"]}"#,
         ] {
             fs::write(&path, bad).unwrap();
             assert!(matches!(read(), Err(NetworkError::Damaged(..))), "{bad}");

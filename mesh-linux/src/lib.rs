@@ -6,6 +6,7 @@
 
 use std::{fmt, num::NonZeroU32};
 
+pub mod masquerade;
 pub mod memory;
 pub mod netlink;
 pub mod netns;

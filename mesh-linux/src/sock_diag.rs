@@ -21,15 +21,15 @@ const BY_FAMILY: u16 = 20;
 const DESTROY: u16 = 21;
 
 /// `NLM_F_REQUEST`, `NLM_F_ACK` and `NLM_F_DUMP` of `linux/netlink.h`.
-const REQUEST: u16 = 0x1;
-const ACK: u16 = 0x4;
+pub(crate) const REQUEST: u16 = 0x1;
+pub(crate) const ACK: u16 = 0x4;
 const DUMP: u16 = 0x300;
 
 /// `NLMSG_ERROR` and `NLMSG_DONE`.
-const ERROR: u16 = 2;
+pub(crate) const ERROR: u16 = 2;
 const DONE: u16 = 3;
 
-const HEADER_BYTES: usize = 16;
+pub(crate) const HEADER_BYTES: usize = 16;
 
 /// `struct inet_diag_sockid`, which requests and answers have in common.
 const ID_BYTES: usize = 48;
@@ -130,7 +130,7 @@ fn request(kind: u16, flags: u16, family: AddressFamily, id: &[u8; ID_BYTES]) ->
 }
 
 /// The messages in a datagram, each with its kind.
-fn messages(mut datagram: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub(crate) fn messages(mut datagram: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let &[a, b, c, d, e, f, ..] = datagram else {
             return None;
@@ -145,7 +145,7 @@ fn messages(mut datagram: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
 }
 
 /// `struct nlmsgerr`: 0, or a negative errno.
-fn answer(payload: &[u8]) -> io::Result<()> {
+pub(crate) fn answer(payload: &[u8]) -> io::Result<()> {
     let number = payload
         .first_chunk()
         .map(|bytes| i32::from_ne_bytes(*bytes));

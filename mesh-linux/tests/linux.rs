@@ -598,7 +598,11 @@ fn how_packets_are_handed_on_is_told_as_the_kernel_does_it() {
         links.find(|(_, link)| link.name == name).unwrap()
     };
     let ((&port, link), (&d0, other)) = (named("port"), named("d0"));
-    assert_eq!((link.mtu_bytes, link.is_free), (1_400, true));
+    assert_eq!((link.mtu_bytes, link.is_up), (1_400, true));
+    assert_eq!(
+        (link.part_of, link.is_bridge, link.is_tap),
+        (None, false, false)
+    );
     let veth = Veth {
         mac: [2, 0, 0, 0, 0, 1],
         peer_mac: [2, 0, 0, 0, 0, 2],

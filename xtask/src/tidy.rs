@@ -59,7 +59,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "mesh-relay",
         ],
     ),
-    ("mesh-cni", &["mesh-api", "mesh-linux"]),
+    ("mesh-cni", &["mesh-api", "mesh-linux", "ebpf-loader"]),
     ("meshctl", &["mesh-api"]),
     (
         "services-bench",

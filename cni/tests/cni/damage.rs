@@ -13,9 +13,9 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use mesh_api::cni::attachments_dir;
 use rand::{RngExt as _, SeedableRng as _, prelude::IndexedRandom as _, rngs::StdRng};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::harness::{Machine, Pod, addresses, plugin};
+use crate::harness::{Machine, Pod, addresses, inside, plugin, run};
 
 /// As the number that the project promises has it.
 const AT_ONCE: usize = 50;
@@ -74,8 +74,11 @@ fn fifty_pods_at_once_all_work_and_share_nothing() -> Result<()> {
     Ok(())
 }
 
-/// Enough that each step of ADD, DEL and GC is cut some times.
+/// Enough that each step of ADD and DEL is cut some times.
 const KILLS: usize = 300;
+
+/// Of GC, with some pods to go each time.
+const GC_KILLS: usize = 60;
 
 #[test]
 fn killed_at_any_point_nothing_is_given_twice_and_nothing_leaks() -> Result<()> {
@@ -161,6 +164,63 @@ fn killed_at_any_point_nothing_is_given_twice_and_nothing_leaks() -> Result<()> 
     }
     let over = Pod::new("over")?;
     assert_eq!(machine.call("ADD", &over, &config)?.code(), 100);
+    Ok(())
+}
+
+#[test]
+fn garbage_collection_that_is_killed_at_any_point_is_ended_by_the_next_one_or_by_add() -> Result<()>
+{
+    const PODS: usize = 5;
+    let machine = Machine::new()?;
+    let config = machine.config_with("masquerade", json!(true));
+    let seed = 5;
+    let mut random = StdRng::seed_from_u64(seed);
+    let pods = (0..PODS).map(|number| Pod::new(&format!("c{number}")));
+    let pods = pods.collect::<Result<Vec<_>>>()?;
+    let start = Instant::now();
+    machine.gc(&[])?.done();
+    // With something to remove it takes longer; it follows how many were cut.
+    let mut span = 3 * start.elapsed();
+    let mut cuts = 0;
+    for turn in 0..GC_KILLS {
+        for pod in &pods {
+            machine.call("ADD", pod, &config)?.done();
+        }
+        let (mut kept, gone): (Vec<&Pod>, Vec<&Pod>) =
+            pods.iter().partition(|_| random.random_range(0..3) == 0);
+        let after = span.mul_f64(random.random_range(0.0..1.3));
+        let is_cut = cut(machine.begin_gc(&kept)?, after)?;
+        span = span.mul_f64(if is_cut { 1.05 } else { 0.95 });
+        cuts += usize::from(is_cut);
+        // The runtime asks again; or it is asked for a pod that was to go.
+        if random.random_range(0..2) == 0
+            && let Some(back) = gone.choose(&mut random)
+        {
+            machine.call("ADD", back, &config)?.done();
+            kept.push(back);
+        }
+        machine.gc(&kept)?.done();
+        let mut wanted: Vec<_> = kept.iter().map(|pod| pod.port()).collect();
+        wanted.sort();
+        assert_eq!(machine.ports()?, wanted, "seed {seed}, turn {turn}");
+        let attachments = machine.attachments()?;
+        assert_eq!(attachments.len(), kept.len(), "seed {seed}, turn {turn}");
+        let held = attachments.iter().flat_map(|one| &one.addresses);
+        assert_eq!(held.collect::<BTreeSet<_>>().len(), 2 * kept.len());
+        let files = fs::read_dir(attachments_dir(machine.state_dir())?)?.count();
+        assert_eq!(files, kept.len(), "seed {seed}, turn {turn}");
+        for pod in kept {
+            let result = machine.call("ADD", pod, &config)?.done();
+            machine.check(pod, &result)?.done();
+            machine.reaches(pod, &result)?;
+        }
+    }
+    eprintln!("{cuts} of {GC_KILLS} were cut, within {span:?}");
+    assert!(cuts > GC_KILLS / 5, "only {cuts} were cut (seed {seed})");
+    machine.gc(&[])?.done();
+    assert!(machine.ports()?.is_empty() && machine.attachments()?.is_empty());
+    let tables = inside(&machine.namespace, || run("nft", &["list", "tables"]))?;
+    assert!(tables.is_empty(), "{tables}");
     Ok(())
 }
 

@@ -166,7 +166,18 @@ impl Machine {
             ipv4: ipv4.map(str::parse).transpose()?,
             ipv6: ipv6.map(str::parse).transpose()?,
             mtu_bytes: 1_380,
+            mesh_interface: Some("holdfast0".to_owned()),
+            behind: [ipv4, ipv6]
+                .into_iter()
+                .flatten()
+                .map(str::parse)
+                .collect::<Result<_, _>>()?,
         };
+        self.set_network(&network)
+    }
+
+    /// What the agent wrote.
+    pub(crate) fn set_network(&self, network: &NodeNetwork) -> Result<()> {
         fs::write(self.state_dir().join(NETWORK_FILE), network.to_json())?;
         Ok(())
     }
@@ -267,12 +278,17 @@ impl Machine {
 
     /// GC, with only these pods left.
     pub(crate) fn gc(&self, valid: &[&Pod]) -> Result<Answer> {
+        Answer::of(&self.begin_gc(valid)?.wait_with_output()?)
+    }
+
+    /// The same, and looks away before the answer.
+    pub(crate) fn begin_gc(&self, valid: &[&Pod]) -> Result<Child> {
         let listed = valid
             .iter()
             .map(|pod| json!({"containerID": pod.container, "ifname": pod.interface}));
         let listed = listed.collect::<Vec<_>>();
         let config = self.config_with("cni.dev/valid-attachments", json!(listed));
-        self.execute(&plugin(), &verb_alone("GC"), &config)
+        self.start(&plugin(), &verb_alone("GC"), &config)
     }
 
     pub(crate) fn status(&self) -> Result<Answer> {

@@ -5,6 +5,7 @@
 
 mod chains;
 mod damage;
+mod egress;
 mod harness;
 mod protocol;
 mod repair;

@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::Result;
-use mesh_api::cni::{NETWORK_FILE, PodName};
+use mesh_api::cni::{NETWORK_FILE, POLICY_FILE, PodName};
 use serde_json::{Value, json};
 
 use crate::harness::{Machine, Pod, addresses, inside, plugin, run, verb_alone};
@@ -297,6 +297,29 @@ fn an_address_that_the_kernel_has_is_not_given_whoever_made_it() -> Result<()> {
     let pod = Pod::new("one")?;
     let result = machine.call("ADD", &pod, &machine.config())?.done();
     assert_eq!(result["ips"][0]["address"], "10.77.0.3/32");
+    Ok(())
+}
+
+#[test]
+fn where_policies_are_enforced_nobody_comes_before_the_agent_loaded_them() -> Result<()> {
+    let machine = Machine::new()?;
+    let pod = Pod::new("one")?;
+    let file = machine.state_dir().join(POLICY_FILE);
+    fs::write(&file, "")?;
+    let answer = machine.call("ADD", &pod, &machine.config())?;
+    assert_eq!(answer.code(), 11);
+    assert!(
+        answer.out["msg"]
+            .as_str()
+            .unwrap_or_default()
+            .contains("policies")
+    );
+    assert_eq!(machine.status()?.code(), 50);
+    assert!(machine.ports()?.is_empty() && machine.attachments()?.is_empty());
+    assert!(pod.ip("link show eth0").is_err());
+    fs::remove_file(&file)?;
+    machine.status()?.done();
+    machine.call("ADD", &pod, &machine.config())?.done();
     Ok(())
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use ipnet::IpNet;
 use netlink_packet_route::{
-    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
     route::{RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteType},
     rule::{RuleAction, RuleAttribute, RuleMessage},
 };
@@ -35,8 +35,14 @@ pub struct Forwarding {
 pub struct ForwardingLink {
     /// Its name.
     pub name: String,
-    /// Somebody has taken it up, and it is no part of a bridge, bond or VRF.
-    pub is_free: bool,
+    /// Somebody has taken it up.
+    pub is_up: bool,
+    /// The bridge, bond or VRF of which it is a part.
+    pub part_of: Option<IfIndex>,
+    /// It is a bridge.
+    pub is_bridge: bool,
+    /// It is a TAP device: a virtual machine's, mostly.
+    pub is_tap: bool,
     /// Its MTU.
     pub mtu_bytes: u32,
     /// If it is a veth whose other end is in another network namespace.
@@ -149,17 +155,24 @@ pub(super) fn mac_of(link: &LinkMessage) -> Option<[u8; 6]> {
 }
 
 fn link_of(message: &LinkMessage, veth: Option<Veth>) -> Option<ForwardingLink> {
-    let (mut mtu, mut is_part) = (None, false);
+    let (mut mtu, mut part_of) = (None, None);
+    let (mut is_bridge, mut is_tun) = (false, false);
     for attribute in &message.attributes {
         if let LinkAttribute::Mtu(bytes) = attribute {
             mtu = Some(*bytes);
-        } else if let LinkAttribute::Controller(_) = attribute {
-            is_part = true;
+        } else if let LinkAttribute::Controller(index) = attribute {
+            part_of = IfIndex::new(*index);
+        } else if let LinkAttribute::LinkInfo(infos) = attribute {
+            is_bridge = infos.contains(&LinkInfo::Kind(InfoKind::Bridge));
+            is_tun = infos.contains(&LinkInfo::Kind(InfoKind::Tun));
         }
     }
     Some(ForwardingLink {
         name: link_name(message)?,
-        is_free: message.header.flags.contains(LinkFlags::Up) && !is_part,
+        is_up: message.header.flags.contains(LinkFlags::Up),
+        part_of,
+        is_bridge,
+        is_tap: is_tun && message.header.link_layer_type == LinkLayerType::Ether,
         mtu_bytes: mtu?,
         veth,
     })

@@ -59,6 +59,10 @@ pub struct LinkDetail {
     pub alias: Option<String>,
     /// The index of its other end, in whichever namespace that is, if it is a veth.
     pub veth_peer: Option<IfIndex>,
+    /// The bridge, bond or VRF of which it is a part.
+    pub part_of: Option<IfIndex>,
+    /// It is a bridge.
+    pub is_bridge: bool,
 }
 
 /// Where packets for one address go.
@@ -363,15 +367,19 @@ fn detail(
 
 fn detail_of(message: &LinkMessage) -> Option<LinkDetail> {
     let (mut mtu_bytes, mut alias, mut peer, mut is_veth) = (None, None, None, false);
+    let (mut part_of, mut is_bridge) = (None, false);
     for attribute in &message.attributes {
         if let LinkAttribute::Mtu(bytes) = attribute {
             mtu_bytes = Some(*bytes);
+        } else if let LinkAttribute::Controller(index) = attribute {
+            part_of = IfIndex::new(*index);
         } else if let LinkAttribute::IfAlias(text) = attribute {
             alias = Some(text.clone());
         } else if let LinkAttribute::Link(other) = attribute {
             peer = IfIndex::new(*other);
         } else if let LinkAttribute::LinkInfo(infos) = attribute {
             is_veth = infos.contains(&LinkInfo::Kind(InfoKind::Veth));
+            is_bridge = infos.contains(&LinkInfo::Kind(InfoKind::Bridge));
         }
     }
     Some(LinkDetail {
@@ -382,6 +390,8 @@ fn detail_of(message: &LinkMessage) -> Option<LinkDetail> {
         mac: mac_of(message),
         alias,
         veth_peer: peer.filter(|_| is_veth),
+        part_of,
+        is_bridge,
     })
 }
 
