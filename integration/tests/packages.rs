@@ -1,4 +1,5 @@
-//! The Debian packages, made by the real tool and installed by the real one, in a root folder of their own.
+//! The Debian packages, made by the real tool and installed by the real one, in a root folder of their own; and the
+//! container images, made by buildah.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test may fail loudly")]
 
@@ -6,14 +7,29 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
+    sync::Mutex,
 };
 
 use netns_tests::tool::binary;
+use serde_json::{Value, json};
+
+/// `cargo xtask package` has one folder for what it makes.
+static FOLDER: Mutex<()> = Mutex::new(());
+
+/// What is in each image, the program that it runs first, and who that runs as.
+const IMAGES: [(&[&str], &str); 5] = [
+    (&["mesh-agent"], ""),
+    (&["mesh-cni"], ""),
+    (&["mesh-controller", "meshctl"], "65532:65532"),
+    (&["mesh-relay"], ""),
+    (&["meshctl"], ""),
+];
 
 const PACKAGES: [&str; 3] = ["holdfast-agent", "holdfast-controller", "holdfast-relay"];
 
 #[test]
 fn packages_install_keep_the_operator_s_configuration_and_purge_without_a_trace() {
+    let _alone = FOLDER.lock();
     let bins = binary("mesh-agent").unwrap();
     let made = run(Command::new(binary("xtask").unwrap())
         .args(["package", "deb", "--bins"])
@@ -76,6 +92,75 @@ fn packages_install_keep_the_operator_s_configuration_and_purge_without_a_trace(
         .filter(|path| !before.contains(path) && !path.starts_with("var/lib/dpkg"))
         .collect();
     assert_eq!(left, [PathBuf::from("var/log/dpkg.log")]);
+}
+
+#[test]
+fn images_hold_static_programs_and_nothing_else() {
+    let _alone = FOLDER.lock();
+    let bins = binary("mesh-agent").unwrap();
+    let images = |bins: &Path| {
+        let mut command = Command::new(binary("xtask").unwrap());
+        command.args(["package", "images", "--bins"]).arg(bins);
+        command
+    };
+    // Those of the tests ask for a loader, and would not start.
+    let refused = images(bins.parent().unwrap()).output().unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success());
+    assert!(said.contains("mesh-agent needs libraries"), "{said}");
+
+    // To build the real ones takes ten minutes; this one is static, and says by which name it was called.
+    let folder = tempfile::tempdir().unwrap();
+    for name in IMAGES.iter().flat_map(|(programs, _)| *programs) {
+        fs::copy("/bin/busybox", folder.path().join(name)).unwrap();
+    }
+    let made = run(&mut images(folder.path()));
+    let archives: Vec<_> = made
+        .lines()
+        .map(|line| line.split(' ').next().unwrap())
+        .collect();
+    assert_eq!(archives.len(), IMAGES.len(), "{made}");
+    for ((programs, user), archive) in IMAGES.iter().zip(archives) {
+        let program = programs[0];
+        let inside = tempfile::tempdir().unwrap();
+        let inside = inside.path();
+        run(Command::new("tar")
+            .arg("-xf")
+            .arg(archive)
+            .arg("-C")
+            .arg(inside));
+        let manifest = json(&inside.join("manifest.json"));
+        let image = &manifest[0];
+        let config = json(&inside.join(image["Config"].as_str().unwrap()));
+        assert_eq!(
+            config["config"]["Entrypoint"],
+            json!([format!("/{program}")])
+        );
+        let runs_as = config["config"]["User"].as_str().unwrap_or_default();
+        assert_eq!(runs_as, *user, "{program}");
+        let root = inside.join("root");
+        fs::create_dir(&root).unwrap();
+        for layer in image["Layers"].as_array().unwrap() {
+            let layer = inside.join(layer.as_str().unwrap());
+            run(Command::new("tar")
+                .arg("-xf")
+                .arg(layer)
+                .arg("-C")
+                .arg(&root));
+        }
+        let expected: Vec<_> = programs.iter().map(PathBuf::from).collect();
+        assert_eq!(tree(&root), expected);
+        let ran = Command::new("chroot")
+            .arg(&root)
+            .arg(format!("/{program}"))
+            .output();
+        let said = String::from_utf8_lossy(&ran.unwrap().stderr).into_owned();
+        assert_eq!(said.trim(), format!("{program}: applet not found"));
+    }
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
 
 fn dpkg(root: &Path) -> Command {

@@ -29,6 +29,9 @@ const IMAGES: [(&str, &str); 5] = [
     ("meshctl", "holdfast-meshctl"),
 ];
 
+/// An agent larger than this is a mistake: a gateway has 8 GB of flash, and gets it by 3 Mb/s.
+const AGENT_BYTES_MAX: u64 = 25_000_000;
+
 /// A Debian package.
 struct Package {
     name: &'static str,
@@ -126,10 +129,8 @@ pub(crate) fn run(what: What, machine: Machine, bins: Option<PathBuf>) -> Result
     let out = root().join("target/package");
     let staged = out.join(machine.name());
     fs::create_dir_all(&staged).with_context(|| format!("make {}", staged.display()))?;
-    let bins = match bins {
-        Some(bins) => bins,
-        None => build(machine)?,
-    };
+    let is_release = bins.is_none();
+    let bins = bins.map_or_else(|| build(machine), Ok)?;
     for (binary, _) in BINARIES {
         let mut strip = Command::new(machine.strip());
         strip
@@ -138,16 +139,26 @@ pub(crate) fn run(what: What, machine: Machine, bins: Option<PathBuf>) -> Result
             .arg(bins.join(binary));
         done(strip)?;
     }
+    let agent = staged.join("mesh-agent");
+    let bytes = fs::metadata(&agent).context("size of mesh-agent")?.len();
+    ensure!(
+        !is_release || bytes < AGENT_BYTES_MAX,
+        "mesh-agent has {bytes} bytes, at most {AGENT_BYTES_MAX} are allowed"
+    );
     let made = match what {
         What::Binaries => BINARIES.iter().map(|(name, _)| staged.join(name)).collect(),
         What::Deb => PACKAGES
             .iter()
             .map(|package| deb(package, &staged, &out, machine))
             .collect::<Result<Vec<_>>>()?,
-        What::Images => IMAGES
-            .iter()
-            .map(|(target, image)| build_image(target, image, &out, machine))
-            .collect::<Result<Vec<_>>>()?,
+        What::Images => {
+            for (binary, _) in BINARIES {
+                is_static(&staged.join(binary))?;
+            }
+            let images = IMAGES.iter();
+            let images = images.map(|(target, image)| build_image(target, image, &out, machine));
+            images.collect::<Result<Vec<_>>>()?
+        }
     };
     for path in made {
         let bytes = fs::metadata(&path).with_context(|| path.display().to_string())?;
@@ -223,6 +234,26 @@ fn deb(package: &Package, staged: &Path, out: &Path, machine: Machine) -> Result
     command.arg(tree.path()).arg(&path);
     done(command)?;
     Ok(path)
+}
+
+/// Refuses a program that asks for a loader (its ELF header has `PT_INTERP`): there is none in an empty image.
+fn is_static(program: &Path) -> Result<()> {
+    let mut readelf = Command::new("readelf");
+    let output = readelf.args(["-l", "-W"]).arg(program).output();
+    let output = output.context("run readelf: install the Debian package binutils")?;
+    let headers = String::from_utf8_lossy(&output.stdout);
+    ensure!(
+        output.status.success() && headers.contains("LOAD"),
+        "readelf cannot read {}: {}",
+        program.display(),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    ensure!(
+        !headers.contains("INTERP"),
+        "{} needs libraries, and an image has none: leave --bins out, or give static binaries",
+        program.display()
+    );
+    Ok(())
 }
 
 fn build_image(target: &str, image: &str, out: &Path, machine: Machine) -> Result<PathBuf> {

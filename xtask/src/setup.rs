@@ -23,6 +23,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("curl", "curl"),
     ("strip", "binutils"),
     ("dpkg-deb", "dpkg"),
+    ("buildah", "buildah"),
     ("dig", "dnsutils"),
     ("iperf3", "iperf3"),
     ("openssl", "openssl"),
