@@ -40,7 +40,7 @@ fn state(mesh: &Mesh, node: &str) -> Result<PathBuf> {
 /// Has the plug-in do `verb` for `pod`, as a container runtime on its node would.
 fn plug_in(mesh: &Mesh, pod: &Pod, verb: &str) -> Result<Value> {
     let host = mesh.node(pod.on)?;
-    let config = json!({"cniVersion": "1.1.0", "name": "mesh", "type": "mesh-cni", "stateDir": state(mesh, pod.on)?});
+    let config = json!({"cniVersion": "1.1.0", "name": "mesh", "type": "mesh-cni", "masquerade": true, "stateDir": state(mesh, pod.on)?});
     let path = host.write("network.conf", &config.to_string())?;
     let mut command = host.command(&[mesh.bin("mesh-cni")])?;
     command
@@ -240,6 +240,9 @@ fn pods_of_the_plug_in_are_in_the_mesh_under_policy_and_outlive_the_agent() -> R
 /// A machine beside `on`, of which the mesh knows nothing: it has these addresses, and its way to everybody is `on`.
 const BESIDE: [&str; 2] = ["192.0.2.7", "2001:db8::7"];
 
+/// `on`, towards it.
+const NODE_BESIDE: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
+
 fn beside(mesh: &Mesh, on: &'static str) -> Result<Pod> {
     let node = mesh.lab().add_node("beside")?;
     let host = mesh.node(on)?;
@@ -328,7 +331,13 @@ fn a_pod_that_is_new_while_no_agent_runs_or_does_not_know_it_is_under_the_polici
                 pod.connect_at(address, PORT + 1)
                     .context(pod.name.clone())?,
             );
-            open.push(listener.accept()?.0);
+            let (server, from) = listener.accept()?;
+            // Judged as the pod, seen as its node.
+            ensure!(
+                NODE_BESIDE.contains(&from.ip().to_string().as_str()),
+                "{from}"
+            );
+            open.push(server);
         }
         Ok(open)
     };

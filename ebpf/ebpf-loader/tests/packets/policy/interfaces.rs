@@ -504,6 +504,32 @@ fn a_service_is_judged_as_its_endpoint_whoever_was_attached_first() {
 }
 
 #[test]
+fn a_pod_reaches_itself_by_a_service_whatever_it_may() {
+    let (mut node, a, _b) = unredirected();
+    node.services
+        .attach_interface(index(A.port), LinkHeader::Ethernet)
+        .unwrap();
+    let listeners = A.addresses().map(|address| a.listener(address));
+    node.serve([&listeners[0], &listeners[1]].map(|one| one.local_addr().unwrap()));
+    let mut guarded = Guarded::new();
+    guarded.say_of_all(DENIED);
+    for (listener, asked) in listeners.iter().zip(SERVICES) {
+        let asked: SocketAddr = asked.parse().unwrap();
+        let mut client = a
+            .run(|| TcpStream::connect_timeout(&asked, SHORT))
+            .unwrap_or_else(|error| panic!("{asked}: {error}"));
+        let (mut server, from) = listener.accept().unwrap();
+        assert_eq!(from.ip(), asked.ip(), "the other end is the service");
+        assert!(talks(&mut client, &mut server, SHORT));
+        assert!(talks(&mut server, &mut client, SHORT));
+    }
+    assert_eq!(
+        (guarded.new_ones(Denied), guarded.new_ones(Spoofed)),
+        (0, 0)
+    );
+}
+
+#[test]
 fn what_may_be_ip_behind_more_tags_than_are_looked_through_is_dropped() {
     let guarded = Guarded::unattached();
     let [net, _] = ip_nets();
