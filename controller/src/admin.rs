@@ -5,10 +5,10 @@ use std::sync::Arc;
 use mesh_api::admin::{
     ControllerStatusRequest, ControllerStatusResponse, CreateTokenRequest, CreateTokenResponse,
     IssueRelayRequest, IssueRelayResponse, ListNodesRequest, ListNodesResponse, ListTokensRequest,
-    ListTokensResponse, NodeReport, RevokeTokenRequest, RevokeTokenResponse, TokenReport,
-    controller_admin_server::ControllerAdmin,
+    ListTokensResponse, NodeReport, RemoveNodeRequest, RemoveNodeResponse, RevokeTokenRequest,
+    RevokeTokenResponse, TokenReport, controller_admin_server::ControllerAdmin,
 };
-use mesh_wire::id::RelayName;
+use mesh_wire::id::{NodeName, RelayName};
 use tokio::task::spawn_blocking;
 use tonic::{Request, Response, Status};
 
@@ -114,6 +114,27 @@ impl ControllerAdmin for AdminService {
         Ok(Response::new(ListNodesResponse { nodes }))
     }
 
+    async fn remove_node(
+        &self,
+        request: Request<RemoveNodeRequest>,
+    ) -> Result<Response<RemoveNodeResponse>, Status> {
+        let name = request.into_inner().name;
+        let node: NodeName = name
+            .parse()
+            .map_err(|error| Status::invalid_argument(format!("name: {error}")))?;
+        match self.blocking(move |state| state.remove_node(&node)).await? {
+            Ok(Some(address_rests_until_unix_s)) => Ok(Response::new(RemoveNodeResponse {
+                address_rests_until_unix_s,
+            })),
+            Ok(None) => {
+                let text =
+                    format!("no node {name:?} has joined (`meshctl nodes` lists those that have)");
+                Err(Status::not_found(text))
+            }
+            Err(error) => Err(Status::unavailable(error.to_string())),
+        }
+    }
+
     async fn issue_relay(
         &self,
         request: Request<IssueRelayRequest>,
@@ -146,6 +167,8 @@ impl ControllerAdmin for AdminService {
             agents_connected: count(connected),
             problems,
             mesh_id: self.state.authority().mesh_id().to_string(),
+            serves: self.state.serves(),
+            leads: self.state.leads(),
         }))
     }
 }

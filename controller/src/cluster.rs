@@ -25,6 +25,9 @@ pub const KINDS: [Kind; 12] = [
     Kind::Community,
 ];
 
+/// A node is one of these kinds: who deletes it means the node.
+pub const KINDS_OF_NODES: [Kind; 2] = [Kind::MeshNode, Kind::Node];
+
 /// What is read from the first policy on: nobody else asks for pods.
 pub const KINDS_OF_POLICIES: [Kind; 2] = [Kind::Pod, Kind::Namespace];
 
@@ -79,6 +82,8 @@ struct Reflected {
     /// Whether one list was complete.
     complete: bool,
     trouble: Option<String>,
+    /// Of nodes: those that were there before.
+    deleted: BTreeSet<ObjectId>,
 }
 
 /// What an event changed.
@@ -115,6 +120,8 @@ impl Cluster {
             Event::Set(item) => self.kind(item.id.kind).set(*item),
             Event::Gone(id) => self.kind(id.kind).gone(&id),
             Event::Trouble(kind, text) => {
+                // What was deleted before the API server went may be there again when it comes.
+                self.kind(kind).deleted.clear();
                 let before = self.kind(kind).trouble.replace(text.clone());
                 Changed {
                     desired: before != Some(text),
@@ -149,6 +156,34 @@ impl Cluster {
             .chain(of_policies)
             .filter(|kind| !self.kinds.get(kind).is_some_and(|kind| kind.complete))
             .collect()
+    }
+
+    /// Whether the API server cannot be asked for some kind just now.
+    #[must_use]
+    pub fn is_troubled(&self) -> bool {
+        self.kinds.values().any(|kind| kind.trouble.is_some())
+    }
+
+    /// Objects of nodes that were there and are not any more.
+    pub fn deleted(&self) -> impl Iterator<Item = &ObjectId> {
+        let kinds = KINDS_OF_NODES
+            .iter()
+            .filter_map(|kind| self.kinds.get(kind));
+        kinds.flat_map(|kind| &kind.deleted)
+    }
+
+    /// Whether this is one of them.
+    #[must_use]
+    pub fn is_deleted(&self, id: &ObjectId) -> bool {
+        let kind = self.kinds.get(&id.kind);
+        kind.is_some_and(|kind| kind.deleted.contains(id))
+    }
+
+    /// Forgets those that `keep` does not want.
+    pub fn retain_deleted(&mut self, keep: impl Fn(&ObjectId) -> bool) {
+        for kind in self.kinds.values_mut() {
+            kind.deleted.retain(&keep);
+        }
     }
 
     /// Every object that is in order, those that were made first first.
@@ -217,6 +252,7 @@ impl Reflected {
     }
 
     fn set(&mut self, mut item: Item) -> Changed {
+        self.deleted.remove(&item.id);
         let Some(before) = self.objects.get_mut(&item.id) else {
             self.objects.insert(item.id.clone(), item);
             return Changed {
@@ -249,6 +285,9 @@ impl Reflected {
 
     fn gone(&mut self, id: &ObjectId) -> Changed {
         let gone = self.objects.remove(id).is_some();
+        if gone && KINDS_OF_NODES.contains(&id.kind) {
+            self.deleted.insert(id.clone());
+        }
         Changed {
             desired: gone,
             status: gone,

@@ -78,6 +78,10 @@ pub struct KubernetesSettings {
     /// Whether what is shared with other controllers is in that namespace too.
     #[serde(default)]
     pub store: bool,
+    /// How long after its MeshNode or its Node was deleted a node is taken out of the mesh, in seconds, if it does not come
+    /// back: a kubelet that starts again, or an operator who was mistaken, has made it anew by then.
+    #[serde(default = "default_removal_grace_s")]
+    pub removal_grace_s: u64,
 }
 
 /// Why the configuration cannot be used.
@@ -140,6 +144,10 @@ fn default_namespace() -> String {
 
 fn default_agent_service_account() -> String {
     "mesh-agent".to_owned()
+}
+
+fn default_removal_grace_s() -> u64 {
+    300
 }
 
 fn default_listen() -> SocketAddr {

@@ -50,8 +50,9 @@ const FULL_ANSWERS_UNIT: usize = 1 << 10;
 /// one begins.
 const TURN_MAX: Duration = Duration::from_secs(30);
 
-/// Most joins under way at once. They wait for one store; while it does not answer, each holds a thread, and others are needed.
-const JOINS_MAX: usize = 16;
+/// Most joins under way at once: so many at most are published together. They wait for one store; while it does not answer,
+/// each holds a thread, and others of the 512 are needed.
+const JOINS_MAX: usize = 64;
 
 /// How long is waited for a node's digests: those of all buckets take 0.2 s at 3 Mb/s, and to work them out takes
 /// as long. A node that does not tell them gets everything.
@@ -128,7 +129,14 @@ impl ControlService {
         if self.state.is_registered(name, id) {
             return Ok(());
         }
-        let text = format!("node {name} with this key is not registered (any more): join again");
+        let text = match self.state.removed_unix_s(name) {
+            Some(_) => format!(
+                "node {name} was taken out of the mesh: to let it in again, run `mesh-agent purge` there and give it a new token"
+            ),
+            None => {
+                format!("node {name} with this key is not registered (any more): join again")
+            }
+        };
         Err(Status::permission_denied(text))
     }
 }
@@ -379,16 +387,23 @@ impl SyncSession {
         if ours {
             self.guard.acknowledge(request.generation);
         }
+        if let Some(report) = request.report {
+            self.guard.report(report.into());
+        }
         match &self.has {
             Has::NotSaid => {
                 self.compares = request.compares;
                 self.has = Has::Said(ours.then_some(request.generation));
             }
+            // A report, which crossed the question.
+            Has::Asked(..) if request.digests.is_empty() => {}
             Has::Asked(index, _) => match index.clone().compare(&request.digests) {
                 Some(differing) => self.has = Has::Told(differing),
                 None => self.give_up_comparing(),
             },
             Has::Said(_) | Has::Told(_) => {}
+            // Or, before that, the answer.
+            Has::Sent(generation) if !ours || request.generation < *generation => {}
             Has::Sent(_) => {
                 self.turn = None;
                 self.is_over = self.was_large;

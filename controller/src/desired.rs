@@ -29,7 +29,7 @@ use mesh_wire::id::{MeshId, NodeId, NodeName};
 use crate::{
     history::Wanted,
     manifests::{Loaded, NodeFacts, Object, ObjectId},
-    store::Nodes,
+    store::{Nodes, Registered},
 };
 
 /// What the mesh is.
@@ -39,6 +39,8 @@ pub struct Desired {
     pub mesh: MeshSettings,
     /// Nodes that joined.
     pub nodes: BTreeMap<NodeName, Node>,
+    /// Nodes that were taken out and whose addresses rest, and when that was, as Unix seconds.
+    pub removed: BTreeMap<NodeName, i64>,
     /// Everything, as resources.
     pub wanted: BTreeMap<ResourceKey, Wanted>,
     /// Who has which prefix.
@@ -64,10 +66,14 @@ pub struct Rejected {
 #[must_use]
 pub fn desired(objects: &[&Loaded], nodes: &Nodes, id: MeshId, trust_domain: &str) -> Desired {
     let mesh = MeshSettings::with_defaults(id, trust_domain);
+    let removed = nodes
+        .iter()
+        .filter_map(|(name, node)| Some((name.clone(), node.removed_unix_s?)));
     let mut builder = Builder {
         desired: Desired {
             mesh,
             nodes: BTreeMap::new(),
+            removed: removed.collect(),
             wanted: BTreeMap::new(),
             claims: Claims::default(),
             pins: BTreeMap::new(),
@@ -75,7 +81,7 @@ pub fn desired(objects: &[&Loaded], nodes: &Nodes, id: MeshId, trust_domain: &st
             problems: Vec::new(),
             rejected: BTreeMap::new(),
         },
-        keys: nodes.values().map(|node| node.id).collect(),
+        keys: in_mesh(nodes).map(|(_, node)| node.id).collect(),
         cluster_ips: BTreeMap::new(),
         balances: BTreeMap::new(),
     };
@@ -87,6 +93,10 @@ pub fn desired(objects: &[&Loaded], nodes: &Nodes, id: MeshId, trust_domain: &st
     }
     builder.selected(objects);
     builder.finish()
+}
+
+fn in_mesh(nodes: &Nodes) -> impl Iterator<Item = (&NodeName, &Registered)> {
+    nodes.iter().filter(|(_, node)| node.is_in())
 }
 
 /// Which prefixes are whose. Prefixes of different owners never overlap.
@@ -191,7 +201,7 @@ impl Builder {
     }
 
     fn register(&mut self, nodes: &Nodes) {
-        for (name, registered) in nodes {
+        for (name, registered) in in_mesh(nodes) {
             let overlay_v6 = self.desired.mesh.id.overlay_v6(&registered.id);
             let node = Node {
                 id: registered.id,

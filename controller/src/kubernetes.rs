@@ -17,7 +17,7 @@ use kube::{
 use tokio::{
     sync::{mpsc, watch},
     task::{JoinSet, spawn_blocking},
-    time::{Instant, timeout_at},
+    time::{Instant, MissedTickBehavior, interval, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -26,6 +26,7 @@ use crate::{
     cluster::{Event, KINDS, KINDS_OF_POLICIES},
     config::KubernetesSettings,
     manifests::Kind,
+    removal,
     state::State,
 };
 
@@ -102,6 +103,7 @@ pub async fn run(state: Arc<State>, client: Client, stop: CancellationToken) -> 
     let namespace = namespace.map(|settings| settings.namespace);
     let namespace = namespace.unwrap_or_default();
     tasks.spawn(write::run(state.clone(), client, namespace));
+    tasks.spawn(remove_deleted(state.clone()));
     let ended = tokio::select! {
         () = stop.cancelled() => return Ok(()),
         ended = tasks.join_next() => ended,
@@ -110,6 +112,17 @@ pub async fn run(state: Arc<State>, client: Client, stop: CancellationToken) -> 
     match ended {
         Some(Err(error)) => Err(error).context("following the cluster"),
         Some(Ok(())) | None => anyhow::bail!("following the cluster ended early"),
+    }
+}
+
+async fn remove_deleted(state: Arc<State>) {
+    let mut rounds = interval(removal::ROUND);
+    rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        rounds.tick().await;
+        let state = state.clone();
+        // A panic there is one of the next round too, and the process's own tasks tell it.
+        spawn_blocking(move || state.remove_deleted()).await.ok();
     }
 }
 

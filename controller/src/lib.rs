@@ -14,6 +14,8 @@ pub mod history;
 pub mod kubernetes;
 pub mod manifests;
 pub mod policy_test;
+pub mod ready;
+pub mod removal;
 pub mod run;
 pub mod shared;
 pub mod state;

@@ -7,8 +7,8 @@
 use std::{env, ffi::OsString, process::ExitCode};
 
 use anyhow::Context as _;
-use mesh_controller::{config::Settings, policy_test, run::run};
-use mesh_daemon::Daemon;
+use mesh_controller::{config::Settings, policy_test, ready::ready, run::run};
+use mesh_daemon::{Daemon, Subcommand};
 use tokio_util::sync::CancellationToken;
 
 fn main() -> ExitCode {
@@ -24,7 +24,12 @@ fn main() -> ExitCode {
         version: env!("CARGO_PKG_VERSION"),
         config: "/etc/holdfast/controller.toml",
     };
-    daemon.main(Settings::read, serve)
+    let ready = Subcommand {
+        name: "ready",
+        about: "Asks the controller that runs whether it serves agents: 0, or 1 with the reason",
+        run: ready,
+    };
+    daemon.main_with(Settings::read, serve, &[ready])
 }
 
 fn serve(settings: Settings) -> anyhow::Result<()> {

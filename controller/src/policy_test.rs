@@ -216,7 +216,7 @@ pub fn snapshot(objects: &[&Loaded]) -> Result<(Snapshot, Vec<String>)> {
         let overlay_v4 = pinned.or_else(|| free.next());
         let overlay_v4 = overlay_v4.context("spec.overlayIPv4CIDR has too few addresses")?;
         let id = NodeId(id);
-        nodes.insert(name, Registered { id, overlay_v4 });
+        nodes.insert(name, Registered::new(id, overlay_v4));
     }
     let desired = desired(objects, &nodes, mesh, "test");
     let resources = desired.wanted.into_values().map(|wanted| match wanted {

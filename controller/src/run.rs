@@ -3,6 +3,7 @@
 use std::{
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
@@ -18,7 +19,10 @@ use mesh_identity::{
     tls::{ClientAuth, server_config},
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::net::TcpListener;
+use tokio::{
+    net::TcpListener,
+    time::{MissedTickBehavior, interval},
+};
 use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
@@ -35,6 +39,9 @@ use crate::{
 
 /// Streams that one connection may have: an agent has one Sync and now and then a Renew.
 const STREAMS_MAX: u32 = 8;
+
+/// How often addresses are freed that have rested for a month.
+const FORGET_ROUND: Duration = Duration::from_secs(600);
 
 /// Serves until `stop`, SIGTERM or SIGINT.
 ///
@@ -86,6 +93,7 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> Result<()> {
     let agents = control(service, listener, certificate.clone(), stop.clone());
     supervisor.spawn("control", agents);
     supervisor.spawn("admin", admin(state.clone(), socket, stop.clone()));
+    supervisor.spawn("registry", registry(state.clone(), stop.clone()));
     supervisor.spawn("manifests", manifests(state, certificate, stop));
     notify(NotifyState::Ready);
     supervisor.run().await
@@ -110,6 +118,20 @@ async fn control(
         .serve_with_incoming_shutdown(incoming, stop.cancelled_owned())
         .await
         .context("serving agents")
+}
+
+/// Forgets nodes that were taken out long ago.
+async fn registry(state: Arc<State>, stop: CancellationToken) -> Result<()> {
+    let mut rounds = interval(FORGET_ROUND);
+    rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = rounds.tick() => {}
+            () = stop.cancelled() => return Ok(()),
+        }
+        let state = state.clone();
+        tokio::task::spawn_blocking(move || state.forget_removed()).await?;
+    }
 }
 
 async fn admin(state: Arc<State>, socket: AdminSocket, stop: CancellationToken) -> Result<()> {

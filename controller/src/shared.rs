@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mesh_identity::authority::CertificateAuthority;
+use mesh_identity::{authority::CertificateAuthority, certificate::NODE_LIFETIME};
 use mesh_wire::id::{NodeId, NodeName};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -38,6 +38,13 @@ const ADOPT_BATCH: usize = 40;
 
 /// Most expired tokens that are forgotten when one is made: etcd takes 128 changes at once.
 const FORGET_MAX: usize = 100;
+
+/// How long nobody gets the address of a node that was taken out, besides that node: as long as its certificate may
+/// last, by which relays let it in. A peer that was offline when it was taken out may take the address for it until it has
+/// spoken with a controller.
+pub const ADDRESS_REST_S: i64 = 30 * 86_400;
+
+const _: () = assert!(ADDRESS_REST_S.unsigned_abs() >= NODE_LIFETIME.as_secs());
 
 /// One thing that is shared.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -147,6 +154,8 @@ pub struct Joined<T> {
 struct NodeRecord {
     public_key: String,
     overlay_v4: Ipv4Addr,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    removed_unix_s: Option<i64>,
 }
 
 /// Lets `candidate` in, or not: a token's use and the node's registration are one transaction.
@@ -220,6 +229,65 @@ pub fn revoke_token(shared: &mut dyn Shared, id: &str) -> Result<bool, StoreErro
     })
 }
 
+/// Takes a node out of the mesh: its key is free, and its address rests ([`ADDRESS_REST_S`]). `None`: there is no such
+/// node. One that was taken out before stays so.
+///
+/// # Errors
+///
+/// The store failed.
+pub fn remove_node(
+    shared: &mut dyn Shared,
+    name: &NodeName,
+    now_unix_s: i64,
+) -> Result<Option<(Registered, u64)>, StoreError> {
+    let (place, key) = (shared.place(), Key::Node(name.clone()));
+    persist(shared, |shared| {
+        let found = shared.get(std::slice::from_ref(&key))?.pop().flatten();
+        let Some(found) = found else {
+            return Ok::<_, StoreError>(Some(None));
+        };
+        let node = decode_node(&place, name, &found.value)?;
+        if !node.is_in() {
+            return Ok(Some(Some((node, found.revision))));
+        }
+        let removed = Registered {
+            removed_unix_s: Some(now_unix_s),
+            ..node
+        };
+        let changes = [
+            (key.clone(), Some(encode_node(&removed))),
+            (Key::PublicKey(removed.id), None),
+        ];
+        let done = shared.commit(&[(key.clone(), Some(found))], &changes)?;
+        Ok(done.map(|revision| Some((removed, revision))))
+    })
+}
+
+/// Forgets a node whose address has rested; `None`: it is another now, or gone.
+///
+/// # Errors
+///
+/// The store failed.
+pub fn forget_node(
+    shared: &mut dyn Shared,
+    name: &NodeName,
+    node: &Registered,
+) -> Result<Option<u64>, StoreError> {
+    let key = Key::Node(name.clone());
+    persist(shared, |shared| {
+        let found = shared.get(std::slice::from_ref(&key))?.pop().flatten();
+        if !found
+            .as_ref()
+            .is_some_and(|found| found.value == encode_node(node))
+        {
+            return Ok::<_, StoreError>(Some(None));
+        }
+        let changes = [(key.clone(), None), (Key::Address(node.overlay_v4), None)];
+        let done = shared.commit(&[(key.clone(), found)], &changes)?;
+        Ok(done.map(Some))
+    })
+}
+
 /// What an embedded store has that becomes shared.
 #[derive(Debug)]
 pub struct Local {
@@ -241,11 +309,14 @@ pub fn adopt(shared: &mut dyn Shared, local: &Local) -> Result<(), StoreError> {
     let mut changes = Vec::new();
     for (name, node) in &local.nodes {
         let holder = || Some(name.as_str().as_bytes().to_vec());
-        changes.push(vec![
+        let mut of_node = vec![
             (Key::Node(name.clone()), Some(encode_node(node))),
-            (Key::PublicKey(node.id), holder()),
             (Key::Address(node.overlay_v4), holder()),
-        ]);
+        ];
+        if node.is_in() {
+            of_node.push((Key::PublicKey(node.id), holder()));
+        }
+        changes.push(of_node);
     }
     for (id, token) in &local.tokens {
         changes.push(vec![(Key::Token(id.clone()), Some(encode(token)))]);
@@ -336,6 +407,8 @@ fn attempt<T, E>(
         return Err(Refusal::KeyTaken(node_name(&place, holder)?).into());
     }
     let mut changes = Vec::new();
+    // The key of one that was taken out may be another's by now.
+    let in_mesh = before.as_ref().filter(|before| before.is_in());
     if let Pass::Token(token, secret_hash) = pass {
         let raw = value(2).ok_or(Refusal::Unknown)?;
         let mut record: TokenRecord = decode(&place, "a token", raw)?;
@@ -344,16 +417,16 @@ fn attempt<T, E>(
             id,
             secret_hash,
         };
-        record.admit(&applicant, before.as_ref().map(|node| node.id), now_unix_s)?;
+        record.admit(&applicant, in_mesh.map(|node| node.id), now_unix_s)?;
         changes.push((Key::Token(token.to_owned()), Some(encode(&record))));
     }
     let (overlay_v4, prepared) = prepare(before.as_ref(), taken).map_err(JoinError::Prepare)?;
-    let registered = Registered { id, overlay_v4 };
+    let registered = Registered::new(id, overlay_v4);
     let mut seen = seen;
     let holder = || Some(name.as_str().as_bytes().to_vec());
     changes.push((Key::Node(name.clone()), Some(encode_node(&registered))));
     changes.push((Key::PublicKey(id), holder()));
-    if let Some(before) = before.as_ref().filter(|before| before.id != id) {
+    if let Some(before) = in_mesh.filter(|before| before.id != id) {
         changes.push((Key::PublicKey(before.id), None));
     }
     let new_address = before.as_ref().map(|before| before.overlay_v4) != Some(overlay_v4);
@@ -406,6 +479,7 @@ pub(crate) fn encode_node(node: &Registered) -> Vec<u8> {
     encode(&NodeRecord {
         public_key: node.id.to_string(),
         overlay_v4: node.overlay_v4,
+        removed_unix_s: node.removed_unix_s,
     })
 }
 
@@ -424,6 +498,7 @@ pub(crate) fn decode_node(
     Ok(Registered {
         id: id.map_err(|_| damaged(place, name.as_str()))?,
         overlay_v4: record.overlay_v4,
+        removed_unix_s: record.removed_unix_s,
     })
 }
 

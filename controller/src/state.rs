@@ -12,7 +12,7 @@ use std::{
 };
 
 use mesh_api::{
-    control::{JoinResponse, Resource, SyncResponse},
+    control::{JoinResponse, Resource, ResourceKey, SyncResponse},
     convert::node_resource,
     resources::SYNC_BYTES_MAX,
 };
@@ -34,8 +34,9 @@ use crate::{
     desired::{Desired, Rejected, desired},
     history::{Differing, History, Index, Wanted},
     manifests::{Folder, Loaded, ObjectId, duplicate},
-    shared::{self, Candidate, Joined, Pass, Shared},
-    status::{self, Due, Pending, Seen},
+    removal::Deletions,
+    shared::{self, Candidate, Pass, Shared},
+    status::{self, Due, Pending, Report, Seen},
     store::{JoinError, Nodes, Registered, Store, StoreError},
     token::{DEFAULT_TTL_S, Refusal, TTL_S_MAX, TokenRecord, USES_MAX},
 };
@@ -43,6 +44,7 @@ use crate::{
 use self::sharing::Lead;
 pub use self::sharing::{NodeChange, NodeFact};
 
+mod removal;
 mod sharing;
 
 /// The controller, without its sockets.
@@ -67,6 +69,10 @@ pub struct State {
     /// What nodes were last compared with, and when it was made.
     index: Mutex<Option<(Instant, Arc<Index>)>>,
     next_session: AtomicU64,
+    /// Counts changes of the registry: [`Work::covers`] says up to which they are published.
+    registrations: AtomicU64,
+    /// Nodes whose objects somebody deleted in the cluster.
+    deletions: Mutex<Deletions>,
     began_unix_s: i64,
 }
 
@@ -76,7 +82,10 @@ struct Work {
     folder: Folder,
     /// What the cluster says, if there is one.
     cluster: Option<Cluster>,
-    desired: Desired,
+    /// Without [`Desired::wanted`]: that is published.
+    desired: Arc<Desired>,
+    /// How many changes of the registry it was made with.
+    covers: u64,
     /// Nodes that wait for approval.
     pending: BTreeMap<NodeName, Pending>,
     /// What the store refused to take; tried again at the next scan.
@@ -88,13 +97,15 @@ struct Work {
     logged: BTreeSet<String>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Published {
     history: History,
     registry: Nodes,
     /// Since which revision of the shared store each of them is so.
     revisions: BTreeMap<NodeName, u64>,
     nodes: BTreeMap<NodeName, Node>,
+    /// What was last worked out, for nodes that want to join meanwhile.
+    desired: Arc<Desired>,
     problems: Vec<String>,
     /// Size of everything, encoded.
     bytes: usize,
@@ -163,7 +174,9 @@ pub enum PrepareError {
     #[error("waits for approval: set spec.approved to true in MeshNode {0}")]
     NotApproved(NodeName),
     /// The overlay is full.
-    #[error("the overlay has no free IPv4 address: widen spec.overlayIPv4CIDR in the MeshConfig")]
+    #[error(
+        "the overlay has no free IPv4 address (those of nodes that were taken out rest for 30 days): widen spec.overlayIPv4CIDR in the MeshConfig"
+    )]
     NoAddress,
     /// The request.
     #[error(transparent)]
@@ -210,7 +223,7 @@ impl State {
         let not_before = Validity::of(authority.certificate_der())?.not_before;
         let generation = contents.history.generation();
         let (mesh, name) = (authority.mesh_id(), &settings.mesh_name);
-        let nothing = desired(&[], &registered, mesh, name);
+        let nothing = Arc::new(desired(&[], &registered, mesh, name));
         let nodes = nothing.nodes.clone();
         let folder = settings.manifests.as_ref();
         let folder = folder.map(|_| Folder::restore(&contents.manifests));
@@ -224,7 +237,8 @@ impl State {
                 store,
                 folder: folder.unwrap_or_default(),
                 cluster: settings.kubernetes.as_ref().map(|_| Cluster::default()),
-                desired: nothing,
+                desired: nothing.clone(),
+                covers: 0,
                 pending: BTreeMap::new(),
                 unsaved: None,
                 remember: BTreeMap::new(),
@@ -240,12 +254,15 @@ impl State {
                     .map(|name| (name.clone(), revision))
                     .collect(),
                 registry: registered,
-                ..Published::default()
+                desired: nothing.clone(),
+                problems: Vec::new(),
             }),
             generation: watch::Sender::new(generation),
             sessions: Mutex::default(),
             index: Mutex::default(),
             next_session: AtomicU64::new(0),
+            registrations: AtomicU64::new(0),
+            deletions: Mutex::default(),
             began_unix_s: 0,
             settings,
             authority,
@@ -347,7 +364,7 @@ impl State {
     pub fn is_registered(&self, name: &NodeName, id: NodeId) -> bool {
         self.published(|published| {
             let registered = published.registry.get(name);
-            registered.is_some_and(|registered| registered.id == id)
+            registered.is_some_and(|registered| registered.id == id && registered.is_in())
         })
     }
 
@@ -460,6 +477,7 @@ impl State {
             desired: &work.desired,
             seen: &sessions.seen,
             pending: &work.pending,
+            generation: *self.generation.borrow(),
             began_unix_s: self.began_unix_s,
             now_unix_s: self.now_unix_s(),
         });
@@ -467,8 +485,11 @@ impl State {
         // Whoever keeps a MeshNode in the folder gets no second one.
         let (kept, _) = work.folder.objects();
         let kept: BTreeSet<_> = kept.iter().map(|loaded| &loaded.id).collect();
-        due.missing
-            .retain(|name| !kept.contains(&status::mesh_node_id(name)));
+        due.missing.retain(|name| {
+            let id = status::mesh_node_id(name);
+            // Nor does one whose MeshNode somebody deleted: it is about to leave.
+            !kept.contains(&id) && !cluster.is_deleted(&id)
+        });
         Some(due)
     }
 
@@ -516,12 +537,22 @@ impl State {
         let mut shared = lock(&self.shared);
         let now = self.now_unix_s();
         let joined = shared::join(shared.as_mut(), candidate, now, |had, taken| {
-            let work = self.work();
-            self.prepare(&work.desired, candidate, had, taken, csr_der)
+            let desired = self.published(|published| published.desired.clone());
+            self.prepare(&desired, candidate, had, taken, csr_der)
         });
-        let joined = self.joined(candidate, joined);
+        let joined = joined.map(|joined| {
+            let fact = NodeFact::Is(joined.registered);
+            let (name, revision) = (candidate.name.clone(), joined.revision);
+            self.change_node(NodeChange {
+                name,
+                fact,
+                revision,
+            });
+            joined.prepared
+        });
+        let registrations = self.registrations.load(Ordering::SeqCst);
         drop(shared);
-        joined
+        self.publish_joined(candidate, registrations, joined)
     }
 
     /// A place in the overlay and a certificate for a node that was let in, and had `had` before.
@@ -534,7 +565,7 @@ impl State {
         csr_der: &[u8],
     ) -> Result<(Ipv4Addr, JoinResponse), PrepareError> {
         self.check_key(name, id)?;
-        let again = had.is_some_and(|had| had.id == id);
+        let again = had.is_some_and(|had| had.id == id && had.is_in());
         let approved = desired.approved.as_ref();
         if !again && !*self.ready.borrow() {
             return Err(PrepareError::NotReady);
@@ -557,38 +588,33 @@ impl State {
         Ok((address, response))
     }
 
-    fn joined(
+    /// Many join at once, and to work out what the mesh is takes longer than to let a node in: who waited
+    /// while that was done for others finds that it was done for it too.
+    fn publish_joined(
         &self,
         Candidate { name, id, .. }: Candidate<'_>,
-        joined: Result<Joined<JoinResponse>, JoinError<PrepareError>>,
+        registrations: u64,
+        joined: Result<JoinResponse, JoinError<PrepareError>>,
     ) -> Result<JoinResponse, JoinError<PrepareError>> {
         let mut work = self.work();
-        match joined {
-            Ok(joined) => {
-                work.pending.remove(name);
-                let changed = self.change_node(NodeChange {
-                    name: name.clone(),
-                    fact: NodeFact::Is(joined.registered),
-                    revision: joined.revision,
-                });
-                if changed {
-                    self.refresh(&mut work);
-                }
-                Ok(joined.prepared)
-            }
-            Err(error) => {
-                let waits = matches!(error, JoinError::Prepare(PrepareError::NotApproved(_)));
-                if waits && work.pending.len() < PENDING_MAX {
-                    let since_unix_s = self.now_unix_s();
-                    let waiting = Pending { id, since_unix_s };
-                    let before = work.pending.insert(name.clone(), waiting);
-                    if before.is_none_or(|before| before.id != id) {
-                        self.refresh(&mut work);
-                    }
-                }
-                Err(error)
-            }
+        let waits = matches!(
+            joined,
+            Err(JoinError::Prepare(PrepareError::NotApproved(_)))
+        );
+        let pending_changed = if joined.is_ok() {
+            work.pending.remove(name).is_some()
+        } else if waits && work.pending.len() < PENDING_MAX {
+            let since_unix_s = self.now_unix_s();
+            let waiting = Pending { id, since_unix_s };
+            let before = work.pending.insert(name.clone(), waiting);
+            before.is_none_or(|before| before.id != id)
+        } else {
+            false
+        };
+        if pending_changed || work.covers < registrations {
+            self.refresh(&mut work);
         }
+        joined
     }
 
     /// Makes a token. Blocks on the disk.
@@ -686,7 +712,8 @@ impl State {
     fn check_key(&self, name: &NodeName, id: NodeId) -> Result<(), Refusal> {
         self.published(|published| {
             let mut others = published.registry.iter();
-            let taken = others.find(|(other, node)| node.id == id && *other != name);
+            let taken =
+                others.find(|(other, node)| node.id == id && node.is_in() && *other != name);
             taken.map_or(Ok(()), |(other, _)| Err(Refusal::KeyTaken(other.clone())))
         })
     }
@@ -706,7 +733,7 @@ impl State {
         if known.is_some_and(|known| known > revision) {
             return false;
         }
-        match fact {
+        let changed = match fact {
             NodeFact::Unreadable => false,
             NodeFact::Gone => {
                 published.revisions.remove(&name);
@@ -717,7 +744,11 @@ impl State {
                 let before = published.registry.insert(name, node.clone());
                 before != Some(node)
             }
+        };
+        if changed {
+            self.registrations.fetch_add(1, Ordering::SeqCst);
         }
+        changed
     }
 
     fn scan_folder(&self, work: &mut Work) -> bool {
@@ -754,6 +785,7 @@ impl State {
             .published
             .write()
             .unwrap_or_else(PoisonError::into_inner);
+        published.desired = work.desired.clone();
         published.problems = problems;
         let generation = published.history.generation();
         drop(published);
@@ -763,11 +795,14 @@ impl State {
     fn renew(&self, work: &mut Work, problems: &mut Vec<String>) {
         let (objects, wrong, duplicates) = work.objects();
         problems.extend(wrong);
+        let covers = self.registrations.load(Ordering::SeqCst);
         let registry = self.published(|published| published.registry.clone());
         let (mesh, name) = (self.authority.mesh_id(), &self.settings.mesh_name);
         let mut renewed = desired(&objects, &registry, mesh, name);
         renewed.rejected.extend(duplicates);
-        work.desired = renewed;
+        let wanted = std::mem::take(&mut renewed.wanted);
+        work.desired = Arc::new(renewed);
+        work.covers = covers;
         if work.desired.approved.is_none() {
             work.pending.clear();
         }
@@ -776,13 +811,16 @@ impl State {
             let error = PrepareError::NotApproved(name.clone());
             format!("node {name}: {error}")
         }));
-        work.unsaved = self.publish(work).err();
+        work.unsaved = self.publish(work, wanted).err();
         self.ready.send_replace(true);
         problems.extend(work.unsaved.clone());
     }
 
-    fn publish(&self, work: &mut Work) -> Result<(), String> {
-        let wanted = std::mem::take(&mut work.desired.wanted);
+    fn publish(
+        &self,
+        work: &mut Work,
+        wanted: BTreeMap<ResourceKey, Wanted>,
+    ) -> Result<(), String> {
         let size: usize = wanted.values().map(size).sum();
         if size > SYNC_BYTES_MAX {
             return Err(format!(
@@ -839,11 +877,14 @@ impl State {
 impl Sessions {
     fn see(&mut self, name: &NodeName, connected: bool, at_unix_s: i64) {
         let open = self.open.get(name).map(|session| session.generation);
-        let before = self.seen.get(name).map(|seen| seen.generation);
+        let before = self.seen.get(name);
         let seen = Seen {
             connected,
             at_unix_s,
-            generation: open.or(before).unwrap_or_default(),
+            generation: open
+                .or(before.map(|seen| seen.generation))
+                .unwrap_or_default(),
+            report: before.map(|seen| seen.report).unwrap_or_default(),
         };
         self.seen.insert(name.clone(), seen);
     }
@@ -918,6 +959,17 @@ impl SessionGuard {
         if let Some(session) = session.filter(|session| session.number == self.number) {
             session.generation = generation;
             sessions.see(&self.name, true, now_unix_s);
+        }
+    }
+
+    /// Remembers what the node says of itself.
+    pub fn report(&self, report: Report) {
+        let mut sessions = lock(&self.state.sessions);
+        let session = sessions.open.get(&self.name);
+        if session.is_some_and(|session| session.number == self.number)
+            && let Some(seen) = sessions.seen.get_mut(&self.name)
+        {
+            seen.report = report;
         }
     }
 }

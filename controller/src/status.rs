@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::jiff::Timestamp;
+use mesh_api::control::{NodeReport, node_report::Nat};
 use mesh_core::snapshot::Node;
 use mesh_wire::id::{NodeId, NodeName};
 use serde_json::{Map, Value, json};
@@ -17,6 +18,10 @@ use crate::{
 /// How often a connected node's `lastSeen` is written: for 100,000 nodes, 28 writes a second.
 /// What else a status has is written when it changes.
 pub const LAST_SEEN_S: i64 = 3600;
+
+/// How often a connected node's paths are written, if they are others: they come and go with every conversation. What else
+/// is written takes them along.
+pub const PATHS_S: i64 = 600;
 
 /// How long after its start the controller says of no node that it is not connected: they all come
 /// back at their own pace, within half a minute (`RETRY_MAX` of the agent).
@@ -37,6 +42,36 @@ pub struct Seen {
     pub at_unix_s: i64,
     /// The generation that it said it had.
     pub generation: u64,
+    /// What else it said of itself.
+    pub report: Report,
+}
+
+/// What a node says of itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Report {
+    /// What is in front of its socket, in the words of the MeshNode's status; `None`: it does not know.
+    pub nat: Option<&'static str>,
+    /// How many peers it reaches without a relay, through one, and not at all; `None`: it did not say.
+    pub paths: Option<[u32; 3]>,
+}
+
+impl From<NodeReport> for Report {
+    fn from(said: NodeReport) -> Self {
+        Self {
+            nat: match said.nat() {
+                Nat::Unknown => None,
+                Nat::None => Some("None"),
+                Nat::Easy => Some("Easy"),
+                Nat::Hard => Some("Hard"),
+                Nat::UdpBlocked => Some("UDPBlocked"),
+            },
+            paths: Some([
+                said.direct_peers,
+                said.relayed_peers,
+                said.unreachable_peers,
+            ]),
+        }
+    }
 }
 
 /// A node that waits for approval.
@@ -72,6 +107,8 @@ pub struct Mesh<'a> {
     pub seen: &'a BTreeMap<NodeName, Seen>,
     /// Nodes that wait.
     pub pending: &'a BTreeMap<NodeName, Pending>,
+    /// What is published.
+    pub generation: u64,
     /// When the controller began.
     pub began_unix_s: i64,
     /// Now.
@@ -263,7 +300,17 @@ impl Mesh<'_> {
         set("observedGeneration", json!(item.generation));
         set("connected", json!(connected));
         set("controller", controller);
-        set("lastSeen", self.last_seen(&old["lastSeen"], seen));
+        let paths = seen.and_then(|seen| seen.report.paths);
+        let paths = paths.map(|[direct, relayed, unreachable]| json!({"direct": direct, "relayed": relayed, "unreachable": unreachable}));
+        let other_paths = paths.as_ref().is_some_and(|paths| *paths != old["paths"]);
+        let every_s = if other_paths { PATHS_S } else { LAST_SEEN_S };
+        let last_seen = self.last_seen(&old["lastSeen"], seen, every_s);
+        set("lastSeen", last_seen.clone());
+        let nat = seen.and_then(|seen| seen.report.nat);
+        set(
+            "nat",
+            nat.map_or_else(|| old["nat"].clone(), |nat| json!(nat)),
+        );
         if let Some(node) = node {
             set("wireguardPublicKey", json!(node.id.to_string()));
             set(
@@ -274,13 +321,21 @@ impl Mesh<'_> {
         let joined = self.condition(item, "Joined", self.joined(item, node));
         let ready = self.condition(item, "Ready", readiness(node.is_some(), connected));
         set("conditions", json!([accepted, joined, ready]));
-        set("snapshotGeneration", old["snapshotGeneration"].clone());
-        // A generation alone is no reason to write: it changes with everything in the mesh.
+        for name in ["snapshotGeneration", "snapshotTime", "paths"] {
+            set(name, old[name].clone());
+        }
+        // These alone are no reason to write: they change with everything in the mesh.
         if let Some(seen) = seen
             && Value::Object(status.clone()) != *old
         {
-            let generation = json!(seen.generation);
-            status.insert("snapshotGeneration".to_owned(), generation);
+            let mut set = |name: &str, value: Value| status.insert(name.to_owned(), value);
+            set("snapshotGeneration", json!(seen.generation));
+            if seen.generation >= self.generation {
+                set("snapshotTime", last_seen);
+            }
+            if let Some(paths) = paths {
+                set("paths", paths);
+            }
         }
         Value::Object(status)
     }
@@ -302,14 +357,21 @@ impl Mesh<'_> {
             {
                 ("False", AWAITING_APPROVAL, message)
             }
-            None => {
-                let text = "no node of this name has joined yet".to_owned();
-                ("False", "NeverJoined", text)
-            }
+            None => match self.desired.removed.get(name) {
+                Some(&since_unix_s) => {
+                    let since = moment(since_unix_s);
+                    let text = format!("it was taken out of the mesh on {since}");
+                    ("False", "Removed", text)
+                }
+                None => {
+                    let text = "no node of this name has joined yet".to_owned();
+                    ("False", "NeverJoined", text)
+                }
+            },
         }
     }
 
-    fn last_seen(&self, old: &Value, seen: Option<Seen>) -> Value {
+    fn last_seen(&self, old: &Value, seen: Option<Seen>, every_s: i64) -> Value {
         let Some(seen) = seen else {
             return old.clone();
         };
@@ -318,7 +380,7 @@ impl Mesh<'_> {
         }
         let before = old.as_str().and_then(|text| text.parse::<Timestamp>().ok());
         match before {
-            Some(before) if (0..LAST_SEEN_S).contains(&(self.now_unix_s - before.as_second())) => {
+            Some(before) if (0..every_s).contains(&(self.now_unix_s - before.as_second())) => {
                 old.clone()
             }
             Some(_) | None => json!(moment(self.now_unix_s)),

@@ -51,6 +51,26 @@ pub struct Registered {
     pub id: NodeId,
     /// The address that it was given.
     pub overlay_v4: Ipv4Addr,
+    /// When it was taken out of the mesh, as Unix seconds: only its address is kept from others then.
+    pub removed_unix_s: Option<i64>,
+}
+
+impl Registered {
+    /// A node that is in the mesh.
+    #[must_use]
+    pub fn new(id: NodeId, overlay_v4: Ipv4Addr) -> Self {
+        Self {
+            id,
+            overlay_v4,
+            removed_unix_s: None,
+        }
+    }
+
+    /// Whether it is in the mesh.
+    #[must_use]
+    pub fn is_in(&self) -> bool {
+        self.removed_unix_s.is_none()
+    }
 }
 
 /// Nodes by name.

@@ -13,7 +13,10 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use ebpf_loader::{BPFFS, Pins, PinsError, Services};
-use mesh_api::cni::{NETWORK_FILE, POLICY_FILE};
+use mesh_api::{
+    cni::{NETWORK_FILE, POLICY_FILE},
+    control::NodeReport,
+};
 use mesh_core::{
     node::{Core, CoreConfig},
     snapshot::Snapshot,
@@ -50,7 +53,7 @@ use crate::{
     outliers,
     policy::{self, Enforcer},
     proxy::Proxy,
-    publish,
+    publish, report,
     state::StateFolder,
     store::remove_if_there,
     sync::{self, Sync},
@@ -58,6 +61,9 @@ use crate::{
 
 /// How long the runtime waits for blocking work (a snapshot being written) at the end.
 const RUNTIME_GRACE: Duration = Duration::from_secs(2);
+
+/// How often is looked whether the node has something else to say of itself.
+const REPORT_EVERY: Duration = Duration::from_secs(5);
 
 /// A desired state that stays so long is no longer one of many changes: what taking it needed will not be needed
 /// again at once. With 1,000 services that is a fifth of all memory.
@@ -203,7 +209,8 @@ async fn start(
     let started = Instant::now();
     let key = wireguard_key(&state)?;
     let id = key.node_id();
-    let (sync, snapshots) = Sync::open(&settings, Arc::clone(&state), id).await?;
+    let (reports, report) = watch::channel(NodeReport::default());
+    let (sync, snapshots) = Sync::open(&settings, Arc::clone(&state), id, report).await?;
     let credentials = sync.credentials();
     let connection = sync.connection();
     supervisor.spawn("sync", sync.run(stop.clone()));
@@ -312,6 +319,8 @@ async fn start(
     let settling = settle(snapshots.clone(), stop.clone());
     supervisor.spawn("memory", settling);
     supervisor.spawn("driver", driver.run(event_queue, snapshots, stop.clone()));
+    let reporter = keep_report(DriverHandle(events.clone()), reports, stop.clone());
+    supervisor.spawn("report", reporter);
     let (published, filled) = watch::channel(false);
     if let Some(services) = &services {
         let services = Arc::clone(services);
@@ -412,6 +421,25 @@ async fn start(
         dns,
         services,
     })
+}
+
+/// Says how this node is, for the controller.
+async fn keep_report(
+    driver: DriverHandle,
+    reports: watch::Sender<NodeReport>,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let mut rounds = time::interval(REPORT_EVERY);
+    rounds.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            _ = rounds.tick() => {}
+        }
+        if let Some(now) = driver.ask(|driver| report::for_controller(driver)).await {
+            reports.send_if_modified(|last| std::mem::replace(last, now) != now);
+        }
+    }
 }
 
 fn wireguard_key(state: &StateFolder) -> anyhow::Result<PrivateKey> {

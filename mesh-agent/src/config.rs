@@ -212,6 +212,10 @@ fn default_true() -> bool {
 /// The node's name where the configuration is the same for all nodes: in Kubernetes, from `spec.nodeName`.
 const NODE_NAME_VARIABLE: &str = "HOLDFAST_NODE_NAME";
 
+/// `host:port` of a controller, beside those in the file: in Kubernetes, of the controllers' Service, as the kubelet says it
+/// where names cannot be resolved yet.
+const CONTROLLER_VARIABLE: &str = "HOLDFAST_CONTROLLER";
+
 /// Most controllers: two or three serve a mesh, and a node tries one after the other.
 const CONTROLLERS_MAX: usize = 16;
 
@@ -287,8 +291,11 @@ impl Settings {
                 "must be 1 to 65535; the default is 51820".to_owned(),
             ));
         }
-        let controllers =
-            controllers(file.controller).map_err(|problem| bad("controller", problem))?;
+        let controllers = controllers(
+            file.controller,
+            env::var(CONTROLLER_VARIABLE).ok().as_deref(),
+        )
+        .map_err(|problem| bad("controller", problem))?;
         let token = token_source(
             (file.token, file.token_file),
             (file.service_account_token_file, file.mesh_file),
@@ -318,11 +325,19 @@ impl Settings {
     }
 }
 
-fn controllers(written: Controllers) -> Result<Vec<String>, String> {
-    let controllers = match written {
+fn controllers(written: Controllers, variable: Option<&str>) -> Result<Vec<String>, String> {
+    let mut controllers = match written {
         Controllers::One(controller) => vec![controller],
         Controllers::Several(controllers) => controllers,
     };
+    // What the kubelet knows no Service for it leaves as it is written in the manifest.
+    let filled = variable.filter(|text| !text.is_empty() && !text.contains("$("));
+    controllers.extend(filled.map(|text| match text.rsplit_once(':') {
+        Some((host, port)) if host.contains(':') && !host.starts_with('[') => {
+            format!("[{host}]:{port}")
+        }
+        Some(_) | None => text.to_owned(),
+    }));
     if controllers.len() > CONTROLLERS_MAX {
         return Err(format!(
             "{} controllers, at most {CONTROLLERS_MAX} are tried",
@@ -426,6 +441,25 @@ mod tests {
         let file = toml::from_str(text).map_err(|error| error.to_string())?;
         let checked = Settings::check(Path::new("/etc/holdfast/agent.toml"), file);
         checked.map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_controller_that_the_kubelet_knows_is_asked_beside_those_in_the_file() {
+        let asked = |variable| {
+            let written = Controllers::One("controller.example:7440".to_owned());
+            controllers(written, variable).map(|all| all.into_iter().skip(1).collect::<Vec<_>>())
+        };
+        for nothing in [None, Some(""), Some("$(HOST):$(PORT)")] {
+            assert_eq!(asked(nothing), Ok(vec![]), "{nothing:?}");
+        }
+        for (said, meant) in [
+            ("10.96.0.7:7440", "10.96.0.7:7440"),
+            ("fd00::7:7440", "[fd00::7]:7440"),
+            ("[fd00::7]:7440", "[fd00::7]:7440"),
+        ] {
+            assert_eq!(asked(Some(said)), Ok(vec![meant.to_owned()]));
+        }
+        assert!(asked(Some("nonsense")).is_err());
     }
 
     #[test]

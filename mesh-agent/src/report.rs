@@ -7,9 +7,12 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use mesh_api::admin::{
-    EndpointReport, Health, PathReport, PathWhyResponse, Peer, RelayStatus, ServiceReport,
-    StatusResponse, TransitionReport,
+use mesh_api::{
+    admin::{
+        EndpointReport, Health, PathReport, PathWhyResponse, Peer, RelayStatus, ServiceReport,
+        StatusResponse, TransitionReport,
+    },
+    control::{NodeReport, node_report::Nat},
 };
 use mesh_core::{
     io::{PeerState, Reason},
@@ -419,6 +422,32 @@ fn source_text(source: CandidateKind) -> &'static str {
         CandidateKind::PeerReflexive => "peer_reflexive",
         CandidateKind::Static => "static",
     }
+}
+
+/// What the controller is told of this node.
+#[must_use]
+pub fn for_controller(driver: &Driver) -> NodeReport {
+    let nat = match driver.core.nat() {
+        NatKind::Unknown => Nat::Unknown,
+        NatKind::None => Nat::None,
+        NatKind::Easy => Nat::Easy,
+        NatKind::Hard => Nat::Hard,
+        NatKind::UdpBlocked => Nat::UdpBlocked,
+    };
+    let mut report = NodeReport {
+        nat: nat.into(),
+        ..NodeReport::default()
+    };
+    for peer in driver.core.peers() {
+        match peer.state {
+            PeerState::Direct => report.direct_peers += 1,
+            PeerState::Relayed => report.relayed_peers += 1,
+            PeerState::Unreachable => report.unreachable_peers += 1,
+            // On the way to one of these, or back.
+            PeerState::Idle | PeerState::Waking | PeerState::Suspect => {}
+        }
+    }
+    report
 }
 
 fn nat_text(nat: NatKind) -> &'static str {

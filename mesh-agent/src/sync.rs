@@ -15,12 +15,13 @@ use arc_swap::ArcSwap;
 use mesh_api::{
     connect::{ALPN, control_channel, control_client},
     control::{
-        JoinRequest, JoinResponse, RenewRequest, SnapshotFile, SyncRequest, SyncResponse,
-        control_client::ControlClient,
+        JoinRequest, JoinResponse, NodeReport, RenewRequest, SnapshotFile, SyncRequest,
+        SyncResponse, control_client::ControlClient,
     },
     resources::{
         SnapshotError, State, Trust,
         digest::{BUCKETS_MAX, digests},
+        encode_snapshot,
     },
 };
 use mesh_core::snapshot::{Generation, Snapshot};
@@ -56,15 +57,24 @@ const RETRY_MAX: Duration = Duration::from_secs(30);
 /// A connection that held this long was good: the next attempt starts with the first pause.
 const GOOD_CONNECTION: Duration = Duration::from_secs(10);
 
-/// Changes that come faster than this are written to disk together: a snapshot of 50 MB a second
-/// is what an SD card bears.
-const WRITE_PAUSE: Duration = Duration::from_secs(1);
+/// Changes that come faster than this are written to disk together.
+const WRITE_PAUSE_MIN: Duration = Duration::from_secs(1);
+
+/// How much an unending stream of changes may write, in bytes a second, so that it does not wear out an SD card:
+/// 5.7 GB a day. What a loss of power then takes, a controller tells again.
+const WRITE_RATE: u64 = 64 << 10;
+
+/// Longest pause between writes: an offline node that loses power knows all but the last minute.
+const WRITE_PAUSE_MAX: Duration = Duration::from_secs(60);
 
 /// How often it is checked whether the certificate is due for renewal.
 const RENEW_CHECK: Duration = Duration::from_secs(3600);
 
-/// Acknowledgements that wait for the stream: one for each response, and responses come singly.
+/// Requests that wait for the stream: an acknowledgement for each response, and responses come singly; and a report.
 const REQUESTS_MAX: usize = 4;
+
+/// How often the controller is told how this node is, at most: of 100,000 nodes it hears 3,300 times a second.
+const REPORT_PAUSE: Duration = Duration::from_secs(30);
 
 /// The controllers, one after the other: any of them will do.
 #[derive(Debug)]
@@ -127,7 +137,8 @@ pub struct Connection {
 /// The agent's side of the control protocol.
 #[derive(Debug)]
 pub struct Sync {
-    node: NodeName,
+    settings: Settings,
+    id: NodeId,
     state: Arc<StateFolder>,
     store: Arc<Mutex<Store>>,
     credentials: Arc<ArcSwap<Credentials>>,
@@ -137,8 +148,10 @@ pub struct Sync {
     snapshots: watch::Sender<Option<Arc<Snapshot>>>,
     controllers: Rotation,
     connection: watch::Sender<Connection>,
-    /// When the resources were last written, and whether they changed since.
-    written: Option<Instant>,
+    /// How this node is, for people at the controller.
+    report: watch::Receiver<NodeReport>,
+    /// When the resources may be written again, and whether they changed since.
+    next_write: Option<Instant>,
     dirty: bool,
 }
 
@@ -152,6 +165,7 @@ impl Sync {
         settings: &Settings,
         state: Arc<StateFolder>,
         id: NodeId,
+        report: watch::Receiver<NodeReport>,
     ) -> anyhow::Result<(Self, watch::Receiver<Option<Arc<Snapshot>>>)> {
         let credentials = match state.identity()? {
             Some(files) => read_credentials(&files, &state)?,
@@ -165,7 +179,8 @@ impl Sync {
         let (snapshots, receiver) = watch::channel(None);
         let resources = State::new(credentials.authority().clone())?;
         let mut sync = Self {
-            node: settings.node_name.clone(),
+            settings: settings.clone(),
+            id,
             state,
             store: Arc::new(Mutex::new(opened.store)),
             credentials: Arc::new(ArcSwap::from_pointee(credentials)),
@@ -175,7 +190,8 @@ impl Sync {
             snapshots,
             controllers: Rotation::new(&settings.controllers),
             connection: watch::Sender::new(Connection::default()),
-            written: None,
+            report,
+            next_write: None,
             dirty: false,
         };
         if let Some(payload) = opened.payload {
@@ -215,7 +231,20 @@ impl Sync {
                 ended = self.follow(&controller) => ended,
                 () = stop.cancelled() => break,
             };
-            let problem = ended.map_or_else(|error| format!("{error:#}"), |()| "ended".to_owned());
+            let mut problem = match &ended {
+                Ok(()) => "ended".to_owned(),
+                Err(error) => format!("{error:#}"),
+            };
+            if ended.is_err_and(|error| self.may_join_again(&error)) {
+                let joined = tokio::select! {
+                    joined = self.join_again(&controller) => joined,
+                    () = stop.cancelled() => break,
+                };
+                match joined {
+                    Ok(()) => continue,
+                    Err(error) => problem += &format!("; joining again: {error:#}"),
+                }
+            }
             if told.insert(controller.clone(), problem.clone()) != Some(problem.clone()) {
                 tracing::info!(%controller, %problem, "no connection to the controller; serving what is on disk");
             }
@@ -231,6 +260,29 @@ impl Sync {
             }
         }
         self.write_if_dirty().await;
+        Ok(())
+    }
+
+    /// Whether the controller knows this node no more, and its pod's token may change that.
+    fn may_join_again(&self, error: &anyhow::Error) -> bool {
+        let said = error.downcast_ref::<Said>();
+        let refused = said.is_some_and(|said| said.code == Code::PermissionDenied);
+        refused && matches!(self.settings.token, TokenSource::ServiceAccount { .. })
+    }
+
+    /// A node of the cluster whose Node was deleted, and came back, needs nobody to go there: it joins with the key that it has.
+    async fn join_again(&mut self, controller: &str) -> anyhow::Result<()> {
+        let new = new_key()?;
+        let pass = read_pass(&self.settings.token)?;
+        let tried = try_join(controller, pass, &self.settings, self.id, new.csr_der).await;
+        let response = tried.map_err(|error| match error {
+            JoinError::Refused(status) => said(status),
+            JoinError::Unreachable(error) => error,
+        })?;
+        let credentials = credentials_from(response, &new.key_pem)?;
+        self.state.set_identity(&files_of(&credentials))?;
+        tracing::info!(mesh = credentials.trust_domain(), "joined again");
+        self.credentials.store(Arc::new(credentials));
         Ok(())
     }
 
@@ -256,6 +308,7 @@ impl Sync {
     ) -> anyhow::Result<()> {
         let (requests, outgoing) = mpsc::channel(REQUESTS_MAX);
         requests.send(self.request(Vec::new())).await.ok(); // There is room for the first.
+        let mut report_at = Instant::now();
         let mut responses = client
             .sync(ReceiverStream::new(outgoing))
             .await
@@ -263,6 +316,7 @@ impl Sync {
             .into_inner();
         loop {
             let write_at = self.write_due();
+            let mut report = self.report.clone();
             tokio::select! {
                 response = responses.message() => {
                     let Some(response) = response.map_err(said)? else {
@@ -280,6 +334,16 @@ impl Sync {
                 }
                 () = async { time::sleep_until(write_at.unwrap_or_else(Instant::now)).await },
                     if write_at.is_some() => self.write_if_dirty().await,
+                () = async {
+                    if report.changed().await.is_err() {
+                        std::future::pending().await // Whoever says it has ended, and so will this.
+                    }
+                    time::sleep_until(report_at).await;
+                } => {
+                    report_at = Instant::now() + REPORT_PAUSE;
+                    let request = self.request(Vec::new());
+                    requests.send(request).await.context("the stream is closed")?;
+                }
                 _ = renew.tick() => self.renew_if_due(client).await?,
             }
         }
@@ -294,12 +358,13 @@ impl Sync {
         ))
     }
 
-    fn request(&self, digests: Vec<u64>) -> SyncRequest {
+    fn request(&mut self, digests: Vec<u64>) -> SyncRequest {
         SyncRequest {
             store_id: self.store_id.clone(),
             generation: self.generation,
             compares: !lock(&self.resources).resources().is_empty(),
             digests,
+            report: Some(*self.report.borrow_and_update()),
         }
     }
 
@@ -396,10 +461,8 @@ impl Sync {
 
     /// When the disk should next be written; `None`: it has everything.
     fn write_due(&self) -> Option<Instant> {
-        self.dirty.then(|| {
-            self.written
-                .map_or_else(Instant::now, |at| at + WRITE_PAUSE)
-        })
+        self.dirty
+            .then(|| self.next_write.unwrap_or_else(Instant::now))
     }
 
     async fn write_if_dirty(&mut self) {
@@ -409,7 +472,7 @@ impl Sync {
         let received = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
-        let mut file = SnapshotFile {
+        let file = SnapshotFile {
             store_id: self.store_id.clone(),
             generation: self.generation,
             received_unix_s: i64::try_from(received.as_secs()).unwrap_or(i64::MAX),
@@ -417,12 +480,15 @@ impl Sync {
         };
         let (store, state) = (Arc::clone(&self.store), Arc::clone(&self.resources));
         let write = move || {
-            file.resources = lock(&state).resources().values().cloned().collect();
-            lock(&store).write(&file.encode_to_vec())
+            let payload = encode_snapshot(&file, lock(&state).resources());
+            lock(&store).write(&payload).map(|()| payload.len())
         };
-        self.written = Some(Instant::now());
+        self.next_write = Some(Instant::now() + WRITE_PAUSE_MIN);
         match task::spawn_blocking(write).await {
-            Ok(Ok(())) => self.dirty = false,
+            Ok(Ok(bytes)) => {
+                self.next_write = Some(Instant::now() + write_pause(bytes));
+                self.dirty = false;
+            }
             Ok(Err(error)) => {
                 tracing::warn!(%error, folder = %self.state.path().display(),
                     "cannot keep the snapshot; a restart would find an older one");
@@ -445,10 +511,24 @@ impl Sync {
             .context("renewing the certificate")?;
         let renewed = credentials_from(response.into_inner(), &new.key_pem)?;
         self.state.set_identity(&files_of(&renewed))?;
-        tracing::info!(node = %self.node, "the certificate was renewed");
+        tracing::info!(node = %self.settings.node_name, "the certificate was renewed");
         self.credentials.store(Arc::new(renewed));
         Ok(())
     }
+}
+
+/// How long nothing is written after a snapshot of so many bytes.
+fn write_pause(bytes: usize) -> Duration {
+    let seconds = bytes as u64 / WRITE_RATE;
+    Duration::from_secs(seconds).clamp(WRITE_PAUSE_MIN, WRITE_PAUSE_MAX)
+}
+
+/// What the controller said instead of an answer.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {text}", code.description())]
+struct Said {
+    code: Code,
+    text: String,
 }
 
 /// A status in words; its own `Display` is for programmers.
@@ -456,7 +536,8 @@ impl Sync {
 fn said(status: Status) -> anyhow::Error {
     let message = status.message();
     let first = message.split(": https://").next().unwrap_or(message);
-    anyhow::anyhow!("{}: {first}", status.code().description())
+    let (code, text) = (status.code(), first.to_owned());
+    Said { code, text }.into()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -674,6 +755,13 @@ fn files_of(credentials: &Credentials) -> IdentityFiles {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_unending_stream_of_changes_does_not_wear_out_the_disk() {
+        assert_eq!(write_pause(0), Duration::from_secs(1));
+        assert_eq!(write_pause(640 << 10), Duration::from_secs(10));
+        assert_eq!(write_pause(1 << 30), Duration::from_secs(60));
+    }
 
     #[test]
     fn every_controller_is_tried_before_the_pause_grows() {

@@ -18,7 +18,7 @@ pub use self::{
         COMMUNITY_SITES_MAX, Community, CommunitySpec, MeshConfig, MeshConfigSpec, SiteRoute,
         SiteRouteSpec, Subnet,
     },
-    node::{MeshNode, MeshNodeSpec, MeshNodeStatus},
+    node::{MeshNode, MeshNodeSpec, MeshNodeStatus, NodePaths},
     policy::{
         MeshPolicy, MeshPolicySpec, PolicyParty, PolicyPort, PolicyRequirement, PolicyRule,
         PolicySelector,

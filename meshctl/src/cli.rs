@@ -69,6 +69,9 @@ pub(crate) enum Command {
     Token(Token),
     /// Nodes that the controller knows.
     Nodes,
+    /// One of them (controller).
+    #[command(subcommand)]
+    Node(Node),
     /// Relays (controller).
     #[command(subcommand)]
     Relay(Relay),
@@ -172,6 +175,16 @@ pub(crate) enum Token {
     Revoke {
         /// As `token list` shows it.
         id: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Node {
+    /// Takes a node out of the mesh: its key and certificate count no more, and all others forget it. Nobody else gets its
+    /// address for 30 days. Revoke a token that it could join with again.
+    Remove {
+        /// As `nodes` shows it.
+        name: String,
     },
 }
 

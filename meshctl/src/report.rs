@@ -449,6 +449,14 @@ impl From<admin::ListNodesResponse> for Nodes {
     }
 }
 
+/// `node remove`.
+#[derive(Debug, Serialize)]
+pub(crate) struct RemovedNode {
+    pub(crate) removed: String,
+    /// From when on another node may get its address.
+    pub(crate) address_rests_until_unix_s: i64,
+}
+
 /// `relay issue`: where the files are. The key itself is only in its file.
 #[derive(Debug, Serialize)]
 pub(crate) struct RelayFiles {
@@ -465,6 +473,10 @@ pub(crate) struct ControllerStatus {
     pub(crate) generation: u64,
     pub(crate) nodes: u32,
     pub(crate) agents_connected: u32,
+    /// Whether it serves agents: what the mesh is made from was read.
+    pub(crate) serves: bool,
+    /// Whether it is the one of several that writes what only one may write.
+    pub(crate) leads: bool,
     /// Manifest problems in force now, a line each.
     pub(crate) problems: Vec<String>,
 }
@@ -477,6 +489,8 @@ impl From<admin::ControllerStatusResponse> for ControllerStatus {
             generation: said.generation,
             nodes: said.nodes,
             agents_connected: said.agents_connected,
+            serves: said.serves,
+            leads: said.leads,
             problems: said.problems,
         }
     }

@@ -8,7 +8,7 @@ use std::{
 use mesh_api::admin::{
     ControllerStatusRequest, CreateTokenRequest, DnsQueryRequest, IssueRelayRequest,
     ListNodesRequest, ListTokensRequest, PathWhyRequest, PeersRequest, PingRequest,
-    RevokeTokenRequest, ServicesRequest, StatusRequest,
+    RemoveNodeRequest, RevokeTokenRequest, ServicesRequest, StatusRequest,
 };
 
 use crate::{
@@ -23,7 +23,7 @@ use crate::{
     preflight::{self, Wanted},
     report::{
         ControllerStatus, CreatedToken, DnsQuery, Nodes, PathWhy, Peers, Ping, PingReply,
-        Preflight, RevokedToken, Services, Status, Tokens,
+        Preflight, RemovedNode, RevokedToken, Services, Status, Tokens,
     },
     show::{Report, WithEndpoints},
     table::duration,
@@ -101,6 +101,15 @@ pub(crate) async fn run(cli: Cli, screen: Screen) -> Result<Verdict, Failure> {
             let mut controller = connect::controller(controller_socket).await?;
             let said = ask(Controller, controller.list_nodes(ListNodesRequest {})).await?;
             screen.show(&Nodes::from(said))
+        }
+        Command::Node(cli::Node::Remove { name }) => {
+            let mut controller = connect::controller(controller_socket).await?;
+            let removed = controller.remove_node(RemoveNodeRequest { name: name.clone() });
+            let said = ask(Controller, removed).await?;
+            screen.show(&RemovedNode {
+                removed: name,
+                address_rests_until_unix_s: said.address_rests_until_unix_s,
+            })
         }
         Command::Relay(cli::Relay::Issue { name, out }) => {
             let mut controller = connect::controller(controller_socket).await?;

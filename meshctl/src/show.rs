@@ -12,8 +12,8 @@ use crate::{
     preflight::{Check, Level},
     report::{
         ControllerStatus, CreatedToken, DnsQuery, Endpoint, Nodes, PathWhy, Peers, Ping, PingReply,
-        Preflight, RelayFiles, RevokedToken, Service, Services, Status, StatusRelay, Tokens,
-        Uninstalled,
+        Preflight, RelayFiles, RemovedNode, RevokedToken, Service, Services, Status, StatusRelay,
+        Tokens, Uninstalled,
     },
     table::{Cell, Tone, bytes, columns, duration, milliseconds, printable, table},
 };
@@ -543,6 +543,16 @@ impl Report for RevokedToken {
     }
 }
 
+impl Report for RemovedNode {
+    fn text(&self, _colours: bool) -> String {
+        format!(
+            "node {} is no longer in the mesh; its address rests {}\n",
+            printable(&self.removed),
+            expires(Some(self.address_rests_until_unix_s))
+        )
+    }
+}
+
 impl Report for Nodes {
     fn text(&self, colours: bool) -> String {
         let rows = self.nodes.iter().map(|node| {
@@ -590,6 +600,8 @@ impl Report for ControllerStatus {
             row("id", &self.mesh_id),
             row("generation", self.generation.to_string()),
             row("agents", agents),
+            row("serves", if self.serves { "yes" } else { "not yet" }),
+            row("leads", if self.leads { "yes" } else { "no" }),
         ];
         for (index, problem) in self.problems.iter().enumerate() {
             let name = if index == 0 { "problems" } else { "" };

@@ -400,12 +400,21 @@ async fn nodes_and_the_controller_are_shown() {
         "generation": 42,
     }]});
     assert_eq!(lab.json("nodes").await, (0, want));
+    let want = json!({ "removed": "edge-a1", "address_rests_until_unix_s": 99 });
+    assert_eq!(lab.json("node remove edge-a1").await, (0, want));
+    let wrong = lab.run("node remove edge-z9").await;
+    assert_eq!(
+        (wrong.code, wrong.err.as_str()),
+        (64, "meshctl: no node edge-z9\n")
+    );
     let want = json!({
         "trust_domain": "demo",
         "mesh_id": "abcd",
         "generation": 42,
         "nodes": 5,
         "agents_connected": 4,
+        "serves": true,
+        "leads": false,
         "problems": [],
     });
     assert_eq!(lab.json("controller status").await, (0, want));
@@ -822,6 +831,18 @@ impl ControllerAdmin for Controller {
         Ok(Response::new(admin::ListNodesResponse { nodes }))
     }
 
+    async fn remove_node(
+        &self,
+        request: Request<admin::RemoveNodeRequest>,
+    ) -> Result<Response<admin::RemoveNodeResponse>, Status> {
+        match request.into_inner().name.as_str() {
+            "edge-a1" => Ok(Response::new(admin::RemoveNodeResponse {
+                address_rests_until_unix_s: 99,
+            })),
+            other => Err(Status::not_found(format!("no node {other}"))),
+        }
+    }
+
     async fn issue_relay(
         &self,
         request: Request<admin::IssueRelayRequest>,
@@ -845,6 +866,8 @@ impl ControllerAdmin for Controller {
             agents_connected: 4,
             problems: self.problems.clone(),
             mesh_id: "abcd".to_owned(),
+            serves: true,
+            leads: false,
         }))
     }
 }

@@ -354,10 +354,8 @@ fn build(text: &str, names: &[&str]) -> Desired {
     assert_eq!(parsed.problems, Vec::<String>::new());
     let objects: Vec<_> = parsed.objects.iter().collect();
     let nodes = names.iter().zip(1..).map(|(name, seed)| {
-        let registered = Registered {
-            id: NodeId([seed; 32]),
-            overlay_v4: Ipv4Addr::new(100, 96, 0, seed),
-        };
+        let address = Ipv4Addr::new(100, 96, 0, seed);
+        let registered = Registered::new(NodeId([seed; 32]), address);
         (name.parse().unwrap(), registered)
     });
     desired(&objects, &nodes.collect(), MeshId([3; 32]), "demo")

@@ -583,6 +583,8 @@ impl Members {
 
     fn left(&mut self, problem: &impl Display) -> StoreError {
         let error = self.failed(problem);
+        // Also what passes by itself: a token of etcd's that ended is followed by another, as each connection logs in.
+        tracing::debug!(%error, "the next question goes to the next member");
         self.forget();
         error
     }

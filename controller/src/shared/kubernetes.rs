@@ -837,9 +837,9 @@ mod tests {
 
     #[test]
     fn a_part_of_the_store_says_who_is_in_it_and_who_is_not_any_more() {
-        let registered = |seed: u8| crate::store::Registered {
-            id: mesh_wire::id::NodeId([seed; 32]),
-            overlay_v4: [100, 96, 0, seed].into(),
+        let registered = |seed: u8| {
+            let id = mesh_wire::id::NodeId([seed; 32]);
+            crate::store::Registered::new(id, [100, 96, 0, seed].into())
         };
         let map = |turn: u64, nodes: &[(&str, u8)]| {
             let data = nodes.iter().map(|(name, seed)| {

@@ -31,7 +31,7 @@ impl Far {
     /// As another controller would.
     fn let_in(&mut self, name: &str, seed: u8, last: u8) {
         let (id, overlay_v4) = (NodeId([seed; 32]), address(last));
-        let node = encode_node(&Registered { id, overlay_v4 });
+        let node = encode_node(&Registered::new(id, overlay_v4));
         self.put(Key::Node(name.parse().unwrap()), node);
         self.put(Key::PublicKey(id), name.into());
         self.put(Key::Address(overlay_v4), name.into());
@@ -178,6 +178,50 @@ fn who_comes_with_another_key_leaves_the_first_to_others() {
 }
 
 #[test]
+fn a_node_that_is_taken_out_leaves_its_key_but_not_its_address() {
+    let mut far = far(5);
+    let a: NodeName = "a".parse().unwrap();
+    assert_eq!(remove_node(&mut far, &a, 50).unwrap(), None);
+    let_in(&mut far, "a", 1).unwrap();
+    let_in(&mut far, "b", 2).unwrap();
+    far.lost_answers = 1;
+    let (removed, _) = remove_node(&mut far, &a, 50).unwrap().unwrap();
+    assert_eq!(
+        (removed.removed_unix_s, removed.overlay_v4),
+        (Some(50), address(1))
+    );
+    // Again it changes nothing, not even the time.
+    let commits = far.commits;
+    let (again, _) = remove_node(&mut far, &a, 60).unwrap().unwrap();
+    assert_eq!((again, far.commits), (removed.clone(), commits));
+    // Its key joins as another node, which gets another address, although nobody here knows of the first.
+    let renamed = let_in(&mut far, "c", 1).unwrap();
+    assert_eq!(renamed.overlay_v4, address(3));
+    // Its name comes back with another key, and has its own address; the key of the other stays the other's.
+    let back = let_in(&mut far, "a", 4).unwrap();
+    assert_eq!(back, Registered::new(NodeId([4; 32]), address(1)));
+    let refused = let_in(&mut far, "d", 1).unwrap_err();
+    assert!(
+        matches!(refused, JoinError::Refused(Refusal::KeyTaken(_))),
+        "{refused}"
+    );
+    // Who is in the mesh by now is not forgotten.
+    assert_eq!(forget_node(&mut far, &a, &removed).unwrap(), None);
+    assert!(far.rows.contains_key(&Key::Address(address(1))));
+}
+
+#[test]
+fn an_address_that_has_rested_is_free() {
+    let mut far = far(5);
+    let a: NodeName = "a".parse().unwrap();
+    let_in(&mut far, "a", 1).unwrap();
+    let (removed, _) = remove_node(&mut far, &a, 50).unwrap().unwrap();
+    assert_eq!(let_in(&mut far, "b", 2).unwrap().overlay_v4, address(2));
+    assert!(forget_node(&mut far, &a, &removed).unwrap().is_some());
+    assert_eq!(let_in(&mut far, "c", 3).unwrap().overlay_v4, address(1));
+}
+
+#[test]
 fn what_never_succeeds_ends_and_an_address_that_was_chosen_is_not_replaced() {
     let mut far = far(200);
     for n in 0..ATTEMPTS_MAX {
@@ -242,7 +286,7 @@ fn what_an_embedded_store_had_is_adopted_once_and_replaces_nothing() {
         let id = NodeId([seed; 32]);
         let overlay_v4 = address(seed);
         let name: NodeName = format!("n{seed}").parse().unwrap();
-        (name, Registered { id, overlay_v4 })
+        (name, Registered::new(id, overlay_v4))
     });
     let local = Local {
         authority: CertificateAuthority::generate("demo", std::time::SystemTime::now()).unwrap(),

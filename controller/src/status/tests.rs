@@ -95,6 +95,62 @@ fn a_node_is_seen_to_the_hour_and_its_end_to_the_second() {
 }
 
 #[test]
+fn what_a_node_says_of_itself_is_written_as_often_as_it_is_worth() {
+    let mut lab = Lab::new("kind: MeshNode\nspec: {}", &["a"]);
+    let id = lab.id(Kind::MeshNode);
+    let report = |nat, paths| Report { nat, paths };
+    lab.see(true, T0, 5);
+    let due = lab.due(T0);
+    assert_eq!(due.statuses[&id].get("nat"), None);
+    assert_eq!(due.statuses[&id]["snapshotTime"], "2027-01-15T08:00:00Z");
+    lab.write(&due);
+    // A NAT is written at once, and takes the rest along.
+    lab.report = report(Some("Hard"), Some([1, 2, 0]));
+    lab.see(true, T0 + 10, 5);
+    lab.generation = 6;
+    let due = lab.due(T0 + 10);
+    let status = &due.statuses[&id];
+    assert_eq!(status["nat"], "Hard");
+    assert_eq!(
+        status["paths"],
+        json!({"direct": 1, "relayed": 2, "unreachable": 0})
+    );
+    // It does not have the newest generation: what it serves from is as old as before.
+    assert_eq!(status["snapshotTime"], "2027-01-15T08:00:00Z");
+    lab.write(&due);
+    // Paths come and go; that it does not know its NAT just now says nothing.
+    lab.report = report(None, Some([3, 0, 0]));
+    lab.see(true, T0 + 20, 6);
+    assert_eq!(lab.due(T0 + PATHS_S - 1), Due::default());
+    let due = lab.due(T0 + PATHS_S);
+    let status = &due.statuses[&id];
+    assert_eq!(
+        (&status["nat"], &status["paths"]["direct"]),
+        (&json!("Hard"), &json!(3))
+    );
+    assert_eq!(status["snapshotTime"], status["lastSeen"]);
+    lab.write(&due);
+    assert_eq!(lab.due(T0 + 3 * PATHS_S), Due::default());
+}
+
+#[test]
+fn a_node_that_was_taken_out_is_told_apart_from_one_that_never_joined() {
+    let mut lab = Lab::new("kind: MeshNode\nspec: {}", &[]);
+    let id = lab.id(Kind::MeshNode);
+    let joined = |due: &Due| due.statuses[&id]["conditions"][1].clone();
+    assert_eq!(joined(&lab.due(T0))["reason"], "NeverJoined");
+    lab.desired.removed.insert("a".parse().unwrap(), T0);
+    let removed = joined(&lab.due(T0 + 9));
+    assert_eq!(
+        (&removed["status"], &removed["reason"]),
+        (&json!("False"), &json!("Removed"))
+    );
+    let message = removed["message"].as_str().unwrap();
+    assert!(message.contains("2027-01-15T08:00:00Z"), "{message}");
+    assert_eq!(lab.due(T0 + 9).missing, []);
+}
+
+#[test]
 fn a_controller_that_begins_says_of_nobody_that_it_is_gone() {
     let mut lab = Lab::new("kind: MeshNode\nspec: {}", &["a"]);
     lab.see(true, T0, 5);
@@ -190,6 +246,8 @@ struct Lab {
     pending: BTreeMap<NodeName, Pending>,
     began: i64,
     role: Role<'static>,
+    report: Report,
+    generation: u64,
 }
 
 impl Lab {
@@ -206,10 +264,8 @@ impl Lab {
             cluster.handle(cluster::Event::Set(item.into()));
         }
         let nodes = nodes.iter().zip(1..).map(|(name, seed)| {
-            let registered = Registered {
-                id: NodeId([seed; 32]),
-                overlay_v4: [100, 96, 0, seed].into(),
-            };
+            let address = [100, 96, 0, seed].into();
+            let registered = Registered::new(NodeId([seed; 32]), address);
             (name.parse().unwrap(), registered)
         });
         let nodes: Nodes = nodes.collect();
@@ -221,6 +277,8 @@ impl Lab {
             pending: BTreeMap::new(),
             began: T0,
             role: Role::Sole,
+            report: Report::default(),
+            generation: 0,
         }
     }
 
@@ -231,6 +289,7 @@ impl Lab {
             desired: &self.desired,
             seen: &self.seen,
             pending: &self.pending,
+            generation: self.generation,
             began_unix_s: self.began,
             now_unix_s,
         })
@@ -249,6 +308,7 @@ impl Lab {
             connected,
             at_unix_s,
             generation,
+            report: self.report,
         };
         self.seen.insert("a".parse().unwrap(), seen);
     }

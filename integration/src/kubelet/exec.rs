@@ -9,7 +9,9 @@ use anyhow::{Context as _, Result};
 use bytes::{Bytes, BytesMut};
 use futures_util::{SinkExt as _, StreamExt as _};
 use serde_json::{Value, json};
+use tempfile::NamedTempFile;
 use tokio::{
+    fs,
     io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _},
     process::{ChildStdin, Command},
     sync::mpsc,
@@ -26,6 +28,8 @@ use crate::apiserver::Query;
 const STDIN: u8 = 0;
 const STDOUT: u8 = 1;
 const STDERR: u8 = 2;
+/// The size of the terminal, as JSON.
+const RESIZE: u8 = 4;
 /// How it ended, as a `Status`.
 const ERROR: u8 = 3;
 /// The channel that the next byte names sends no more.
@@ -36,6 +40,10 @@ const CHUNK_BYTES_MAX: usize = 32 << 10;
 
 /// Messages that wait for the client.
 const QUEUE_MAX: usize = 16;
+
+/// How often is looked whether a session's terminal is there, and how many times: 2 s.
+const TERMINAL_LOOK: Duration = Duration::from_millis(20);
+const TERMINAL_LOOKS_MAX: u32 = 100;
 
 /// As long as a container runtime takes at least. What comes before `kubectl` (1.32) has made its streams is lost to it.
 const START: Duration = Duration::from_millis(100);
@@ -48,8 +56,16 @@ pub(super) async fn run(socket: Socket, query: Query) -> Result<()> {
         true => Stdio::piped(),
         false => Stdio::null(),
     };
-    let mut child = Command::new(program)
-        .args(arguments)
+    let terminal = query.flag("tty").then(Terminal::new).transpose()?;
+    let mut command = match &terminal {
+        Some(terminal) => terminal.command(query.texts("command")),
+        None => {
+            let mut command = Command::new(program);
+            command.args(arguments);
+            command
+        }
+    };
+    let mut child = command
         .stdin(piped("input"))
         .stdout(piped("output"))
         .stderr(piped("error"))
@@ -63,7 +79,7 @@ pub(super) async fn run(socket: Socket, query: Query) -> Result<()> {
     let hear = async {
         while let Some(Ok(message)) = messages.next().await {
             if let Message::Binary(bytes) = message {
-                heard(&mut stdin, &bytes).await;
+                heard(&mut stdin, terminal.as_ref(), &bytes).await;
             }
         }
     };
@@ -100,7 +116,7 @@ pub(super) async fn run(socket: Socket, query: Query) -> Result<()> {
     }
 }
 
-async fn heard(stdin: &mut Option<ChildStdin>, bytes: &[u8]) {
+async fn heard(stdin: &mut Option<ChildStdin>, terminal: Option<&Terminal>, bytes: &[u8]) {
     match bytes.split_first() {
         Some((&STDIN, bytes)) => {
             if let Some(open) = stdin
@@ -110,7 +126,58 @@ async fn heard(stdin: &mut Option<ChildStdin>, bytes: &[u8]) {
             }
         }
         Some((&CLOSE, [STDIN])) => *stdin = None,
-        _ => {} // The size of a terminal: there is none.
+        Some((&RESIZE, size)) => {
+            if let Some(terminal) = terminal {
+                terminal.resize(size).await;
+            }
+        }
+        _ => {} // Nothing else is said to a session.
+    }
+}
+
+/// A terminal for a session, by `script`.
+struct Terminal {
+    /// Has its name, once there is one.
+    name: NamedTempFile,
+}
+
+impl Terminal {
+    fn new() -> Result<Self> {
+        let name = NamedTempFile::new().context("make a file for the terminal's name")?;
+        Ok(Self { name })
+    }
+
+    fn command(&self, words: &[String]) -> Command {
+        let quoted = words
+            .iter()
+            .map(|word| format!("'{}'", word.replace('\'', r"'\''")));
+        let quoted: Vec<_> = quoted.collect();
+        let name = self.name.path().display();
+        let script = format!("tty > {name}; exec {}", quoted.join(" "));
+        let mut command = Command::new("script");
+        command.args(["-qefc", &script, "/dev/null"]);
+        command
+    }
+
+    /// The client says how large its own terminal is, first before there is one here.
+    async fn resize(&self, size: &[u8]) {
+        let size: Value = serde_json::from_slice(size).unwrap_or_default();
+        let side = |name: &str| size[name].as_u64().unwrap_or(0).to_string();
+        for _ in 0..TERMINAL_LOOKS_MAX {
+            let name = fs::read_to_string(self.name.path()).await;
+            if let Some(name) = name
+                .ok()
+                .as_deref()
+                .and_then(|name| name.strip_suffix('\n'))
+            {
+                let (rows, columns) = (side("Height"), side("Width"));
+                let words = ["-F", name, "rows", &rows, "cols", &columns];
+                // A session that has ended has no size.
+                Command::new("stty").args(words).status().await.ok();
+                return;
+            }
+            time::sleep(TERMINAL_LOOK).await;
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use tonic::Code;
 
 use crate::{
-    etcd_lab::{EtcdLab, join_somewhere},
+    etcd_lab::{EtcdLab, TOKEN_TTL, join_somewhere},
     lab::{Agent, until},
 };
 
@@ -257,6 +257,62 @@ fn the_lead_passes_on_when_the_leader_stalls_is_cut_off_or_stops() {
             "{:?}",
             stopped.elapsed()
         );
+    });
+}
+
+#[test]
+fn a_password_is_read_anew_and_a_token_that_ended_is_followed_by_another() {
+    EtcdLab::inside_with_login(async |lab| {
+        let [c1, c2] = lab.controllers.as_mut_slice() else {
+            panic!("two controllers");
+        };
+        // A wrong password is told at once, and asked for again: whoever corrects it need not restart anything.
+        c1.set_password("sesame");
+        c1.begin();
+        let refused =
+            "user holdfast: etcdserver: authentication failed, invalid user ID or password";
+        until("the password is refused", async || {
+            c1.log().contains(refused).then_some(())
+        })
+        .await;
+        assert!(!c1.log().contains("mesh-controller serves"));
+        c1.set_password("open-sesame\n");
+        until("it serves", async || {
+            c1.log().contains("mesh-controller serves").then_some(())
+        })
+        .await;
+        c2.set_password("open-sesame");
+        c2.start();
+        assert!(!c2.log().contains(refused));
+
+        let token = c1.token(3).await;
+        let credentials = c1.join(&token, "a", 1).await.unwrap();
+        let mut agent = Agent::new(c2.address, &credentials, None).await;
+        // Whom nobody used for so long, etcd knows no more; that is nothing that a node would notice.
+        tokio::time::sleep(TOKEN_TTL * 2).await;
+        for (controller, name, seed) in [(&*c1, "b", 2), (&*c2, "c", 3)] {
+            let said = || controller.log().matches("invalid auth token").count();
+            let before = said();
+            controller.join(&token, name, seed).await.unwrap();
+            assert!(said() > before, "{}", controller.log());
+        }
+        agent
+            .until(|view| view.contains_key("node b") && view.contains_key("node c"))
+            .await;
+        for controller in [c1, c2] {
+            until("nothing is wrong", async || {
+                controller.problems().await.is_empty().then_some(())
+            })
+            .await;
+        }
+        // Nor does a change of who may what: tokens from before it count no more.
+        lab.etcdctl(&["--user=root:the-root-of-all", "user", "add", "other:x"]);
+        let [c1, c2] = lab.controllers.as_slice() else {
+            panic!("two controllers");
+        };
+        let token = c2.token(1).await;
+        c1.join(&token, "d", 4).await.unwrap();
+        agent.until(|view| view.contains_key("node d")).await;
     });
 }
 

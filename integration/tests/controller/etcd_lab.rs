@@ -40,6 +40,9 @@ const CONTROLLERS: [Ipv4Addr; 2] = [
     Ipv4Addr::new(198, 51, 100, 32),
 ];
 
+/// How long a token of etcd's lasts that nobody uses, where one has to log in.
+pub(crate) const TOKEN_TTL: Duration = Duration::from_secs(4);
+
 /// How long an orderly end may take.
 const STOP: Duration = Duration::from_secs(15);
 
@@ -66,8 +69,8 @@ pub(crate) struct Replica {
 }
 
 impl EtcdLab {
-    /// Both controllers are ready; each has these manifests.
-    pub(crate) fn new(manifests: &str) -> Self {
+    /// Nothing runs on the controllers' machines yet; each has these manifests, and logs in if there is a login.
+    fn new(manifests: &str, login: bool) -> Self {
         let lab = Lab::new().unwrap();
         let pki = Pki::new(lab.dir());
         let members = ["m1", "m2", "m3"].iter().zip(MEMBERS);
@@ -75,6 +78,10 @@ impl EtcdLab {
             .map(|(name, address)| Member::new(&lab, name, address, &pki))
             .collect();
         for member in &mut members {
+            if login {
+                let ttl = TOKEN_TTL.as_secs().to_string();
+                member.words.extend(["--auth-token-ttl".to_owned(), ttl]);
+            }
             member.start();
         }
         let controllers = ["c1", "c2"].iter().zip(CONTROLLERS);
@@ -82,18 +89,22 @@ impl EtcdLab {
             let node = lab.public_node(name, address).unwrap();
             fs::create_dir(node.dir().join("manifests")).unwrap();
             node.write("manifests/all.yaml", manifests).unwrap();
-            node.write("controller.toml", &controller_config(&node, address, &pki))
-                .unwrap();
+            let mut config = controller_config(&node, address, &pki);
+            if login {
+                let password = node.dir().join("password");
+                config += &format!(
+                    "username = \"holdfast\"\npassword_file = {:?}\n",
+                    password.display().to_string()
+                );
+            }
+            node.write("controller.toml", &config).unwrap();
             Replica {
                 node,
                 address: SocketAddr::from((address, 7440)),
                 process: None,
             }
         });
-        let mut controllers: Vec<_> = controllers.collect();
-        for controller in &mut controllers {
-            controller.start();
-        }
+        let controllers = controllers.collect();
         let client = lab
             .public_node("client", Ipv4Addr::new(198, 51, 100, 41))
             .unwrap();
@@ -105,24 +116,56 @@ impl EtcdLab {
         }
     }
 
-    /// Runs `test` where the controllers can be reached.
+    /// Runs `test` where the controllers can be reached. Both are ready, and have these manifests.
     pub(crate) fn inside(manifests: &str, test: impl AsyncFnOnce(&mut Self) + Send) {
-        let mut lab = Self::new(manifests);
+        let mut lab = Self::new(manifests, false);
+        for controller in &mut lab.controllers {
+            controller.start();
+        }
+        lab.run(test);
+    }
+
+    /// Runs `test` where etcd wants to know who asks: users `root` and `holdfast`, the second of which has what is below
+    /// `/holdfast/`. No controller runs yet.
+    pub(crate) fn inside_with_login(test: impl AsyncFnOnce(&mut Self) + Send) {
+        let lab = Self::new("", true);
+        for words in [
+            "user add root:the-root-of-all",
+            "user add holdfast:open-sesame",
+            "role add holdfast",
+            "role grant-permission holdfast --prefix=true readwrite /holdfast/",
+            "user grant-role holdfast holdfast",
+            "user grant-role root root",
+            "auth enable",
+        ] {
+            let words: Vec<_> = words.split(' ').collect();
+            lab.etcdctl(&words);
+        }
+        lab.run(test);
+    }
+
+    fn run(mut self, test: impl AsyncFnOnce(&mut Self) + Send) {
+        let lab = &mut self;
         let client = lab.client.clone();
         let run = || {
             let mut runtime = tokio::runtime::Builder::new_current_thread();
             let runtime = runtime.enable_all().build().unwrap();
-            runtime.block_on(test(&mut lab));
+            runtime.block_on(test(lab));
         };
         client.enter(run).unwrap();
     }
 
     /// Asks etcd itself for the value of a key.
     pub(crate) fn value(&self, key: &str) -> String {
+        self.etcdctl(&["get", "--print-value-only", key])
+    }
+
+    /// Runs `etcdctl`, which has to succeed.
+    pub(crate) fn etcdctl(&self, words: &[&str]) -> String {
         let pki = self.lab.dir();
         let file = |name: &str| pki.join(name).display().to_string();
         let endpoints = MEMBERS.map(|address| format!("https://{address}:2379"));
-        let words = [
+        let own = [
             "env".to_owned(),
             "ETCDCTL_API=3".to_owned(),
             "etcdctl".to_owned(),
@@ -130,10 +173,9 @@ impl EtcdLab {
             format!("--cacert={}", file("ca.pem")),
             format!("--cert={}", file("client.pem")),
             format!("--key={}", file("client.key")),
-            "get".to_owned(),
-            "--print-value-only".to_owned(),
-            key.to_owned(),
         ];
+        let asked = words.iter().map(|&word| word.to_owned());
+        let words: Vec<_> = own.into_iter().chain(asked).collect();
         let said = self.client.run(&words, STOP).unwrap().ok().unwrap();
         said.trim().to_owned()
     }
@@ -204,6 +246,18 @@ impl Member {
 impl Replica {
     pub(crate) fn start(&mut self) {
         let before = self.log().matches("mesh-controller serves").count();
+        self.begin();
+        let process = self.process.as_mut().unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        while process.log().matches("mesh-controller serves").count() == before {
+            process.running().unwrap();
+            assert!(Instant::now() < deadline, "{}", process.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Starts it, ready or not.
+    pub(crate) fn begin(&mut self) {
         let config = self.node.dir().join("controller.toml");
         let words = [
             binary("mesh-controller").unwrap().display().to_string(),
@@ -214,14 +268,12 @@ impl Replica {
         command
             .env("NO_COLOR", "1")
             .env("HOLDFAST_LOG", "debug,h2=info,hyper_util=info,tower=info");
-        let mut process = self.node.spawn_with("controller", command).unwrap();
-        let deadline = Instant::now() + PATIENCE;
-        while process.log().matches("mesh-controller serves").count() == before {
-            process.running().unwrap();
-            assert!(Instant::now() < deadline, "{}", process.log());
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        self.process = Some(process);
+        let process = self.node.spawn_with("controller", command);
+        self.process = Some(process.unwrap());
+    }
+
+    pub(crate) fn set_password(&self, password: &str) {
+        self.node.write("password", password).unwrap();
     }
 
     pub(crate) fn log(&self) -> String {

@@ -19,7 +19,7 @@ use kube::{
 };
 use mesh_api::{
     connect::{ALPN, control_client},
-    control::{JoinRequest, SyncRequest, SyncResponse},
+    control::{JoinRequest, NodeReport, SyncRequest, SyncResponse},
     resources::{Resources, apply, digest::digests},
 };
 use mesh_identity::{credentials::Credentials, tls::client_config, token::MeshAnchor};
@@ -375,6 +375,27 @@ impl Agent {
         self.say.send(self.has.clone()).await.unwrap();
         assert_eq!(apply(&mut self.resources, told.clone()), []);
         self.told.push(told);
+    }
+
+    /// Waits until its stream ends, and tells why.
+    pub(crate) async fn ended(&mut self) -> Status {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            assert!(Instant::now() < deadline, "the stream does not end");
+            match timeout(PATIENCE, self.stream.message()).await.unwrap() {
+                Err(status) => return status,
+                Ok(_) => {}
+            }
+        }
+    }
+
+    /// Says how it is.
+    pub(crate) async fn report(&mut self, report: NodeReport) {
+        let report = SyncRequest {
+            report: Some(report),
+            ..self.has.clone()
+        };
+        self.say.send(report).await.unwrap();
     }
 
     /// Takes answers until it has what `wanted` looks for.

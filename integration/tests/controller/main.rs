@@ -13,6 +13,7 @@ mod etcd_lab;
 mod following;
 mod joining;
 mod lab;
+mod leaving;
 mod replicas;
 mod telling;
 mod world;

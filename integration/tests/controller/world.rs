@@ -5,8 +5,8 @@ use std::{fs, net::SocketAddr};
 use integration::apiserver::{Options, Standin};
 use mesh_api::{
     admin::{
-        ControllerStatusRequest, ListNodesRequest, NodeReport,
-        controller_admin_client::ControllerAdminClient,
+        ControllerStatusRequest, ListNodesRequest, NodeReport, RemoveNodeRequest,
+        RemoveNodeResponse, controller_admin_client::ControllerAdminClient,
     },
     connect::admin_channel,
 };
@@ -72,6 +72,14 @@ impl World {
     pub(crate) async fn with_two() -> (Self, Controller) {
         let world = Self::build(|_| (), STORE).await;
         let second = world.another_controller();
+        (world, second)
+    }
+
+    /// And another controller, which share; nodes whose objects were deleted are soon out.
+    pub(crate) async fn with_two_that_remove() -> (Self, Controller) {
+        let more = format!("{STORE}removal_grace_s = {REMOVAL_GRACE_S}\n");
+        let world = Self::build(|_| (), &more).await;
+        let second = Controller::start(&world.kubeconfig, &more);
         (world, second)
     }
 
@@ -224,6 +232,18 @@ impl World {
         nodes.unwrap().into_inner().nodes
     }
 
+    /// Takes a node out at a controller, as `meshctl node remove` does.
+    pub(crate) async fn remove(
+        controller: &Controller,
+        name: &str,
+    ) -> Result<RemoveNodeResponse, Status> {
+        let socket = controller.folder.path().join("admin.sock");
+        let mut socket = ControllerAdminClient::new(admin_channel(&socket).await.unwrap());
+        let name = name.to_owned();
+        let removed = socket.remove_node(RemoveNodeRequest { name }).await?;
+        Ok(removed.into_inner())
+    }
+
     /// The nodes that joined.
     pub(crate) async fn joined(&self) -> Vec<String> {
         let nodes = self.socket().await.list_nodes(ListNodesRequest {}).await;
@@ -247,6 +267,9 @@ impl World {
         ControllerAdminClient::new(admin_channel(&socket).await.unwrap())
     }
 }
+
+/// How long an object of a node may be gone, where tests wait for what comes of that.
+pub(crate) const REMOVAL_GRACE_S: u64 = 3;
 
 /// In the table [kubernetes].
 const STORE: &str = "store = true\n";

@@ -187,6 +187,8 @@ fn logs_sessions_ports_and_metrics(world: &World) -> Result<()> {
     let sums: Vec<_> = sums.lines().collect();
     ensure!(sums.len() == 2 && sums[0] == sums[1], "{sums:?}");
 
+    terminal(world)?;
+
     // Ports: several connections by one session, each with its end.
     let echo = world
         .mesh
@@ -235,6 +237,39 @@ fn logs_sessions_ports_and_metrics(world: &World) -> Result<()> {
         "{metrics}"
     );
 
+    Ok(())
+}
+
+/// A session at a terminal (`exec -it`): it has one there, as large as the one here, and what is typed comes line by line.
+fn terminal(world: &World) -> Result<()> {
+    let there = "echo ready; read line; echo \"got $line\"; \
+                 until [ \"$(stty size)\" = '43 132' ]; do sleep 0.1; done; echo \"at $(tty)\"; exit 5";
+    let script = world.api.write("there", there)?;
+    let kubeconfig = world.api.dir().join("kubeconfig");
+    let here = format!(
+        "stty rows 43 cols 132; exec kubectl --kubeconfig {} -n shop exec -it web -- sh {}",
+        kubeconfig.display(),
+        script.display()
+    );
+    let (reader, mut typed) = std::io::pipe()?;
+    let mut command = world
+        .api
+        .command(&["script", "-qefc", &here, "/dev/null"])?;
+    command.stdin(reader);
+    let mut session = world.api.spawn_with("terminal", command)?;
+    tool::eventually("the session began", PATIENCE, || {
+        session.running()?;
+        let log = session.log();
+        ensure!(log.contains("ready"), "{log}");
+        Ok(())
+    })?;
+    typed.write_all(b"what is tyq\x7fped\r")?;
+    let ended = session.wait(PATIENCE)?;
+    let log = session.log();
+    ensure!(ended.code() == Some(5), "{ended}: {log}");
+    // The line was edited there.
+    ensure!(log.contains("got what is typed\r\n"), "{log}");
+    ensure!(log.contains("at /dev/pts/"), "{log}");
     Ok(())
 }
 

@@ -31,11 +31,30 @@ use super::{Condition, SITE_PATTERN};
         type_ = "string",
         json_path = ".status.conditions[?(@.type==\"Accepted\")].status"
     ),
+    printcolumn(name = "NAT", type_ = "string", json_path = ".status.nat"),
     printcolumn(name = "Last-Seen", type_ = "date", json_path = ".status.lastSeen"),
     printcolumn(
         name = "Key",
         type_ = "string",
         json_path = ".status.wireguardPublicKey",
+        priority = 1
+    ),
+    printcolumn(
+        name = "Direct",
+        type_ = "integer",
+        json_path = ".status.paths.direct",
+        priority = 1
+    ),
+    printcolumn(
+        name = "Relayed",
+        type_ = "integer",
+        json_path = ".status.paths.relayed",
+        priority = 1
+    ),
+    printcolumn(
+        name = "Snapshot",
+        type_ = "date",
+        json_path = ".status.snapshotTime",
         priority = 1
     ),
     printcolumn(
@@ -79,6 +98,21 @@ pub struct MeshNodeSpec {
     pub approved: bool,
 }
 
+/// How many nodes a node reaches in which way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NodePaths {
+    /// Without a relay.
+    #[serde(default)]
+    pub direct: u32,
+    /// Through a relay.
+    #[serde(default)]
+    pub relayed: u32,
+    /// Not at all.
+    #[serde(default)]
+    pub unreachable: u32,
+}
+
 /// What the mesh knows of a node.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -106,6 +140,20 @@ pub struct MeshNodeStatus {
     /// The generation of the mesh's state that it had on its disk when it was last seen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot_generation: Option<i64>,
+    /// When it last said that it has all that the controller knew then: how old what it serves from may be. Written with
+    /// `lastSeen`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "date-time"))]
+    pub snapshot_time: Option<String>,
+    /// What is in front of its UDP socket, as far as it knows. `None`: nothing. `Easy`: one mapping for all destinations, so
+    /// that direct paths can be had. `Hard`: another mapping for each destination, so that a relay is needed to other such
+    /// nodes. `UDPBlocked`: UDP does not get out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("enum" = ["None", "Easy", "Hard", "UDPBlocked"]))]
+    pub nat: Option<String>,
+    /// By how its packets reach the nodes that it spoke with since it started. Written at most every ten minutes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paths: Option<NodePaths>,
     /// `Accepted`: whether the mesh acts on this object. `Joined`: whether the node is in the mesh.
     /// `Ready`: whether it is connected.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
