@@ -24,7 +24,7 @@ use crate::{
         gather::Gather,
         peer::{Known, Peer},
         relays::Relays,
-        report::{PeerReport, RelayReport},
+        report::{PeerReport, RelayReport, TransitionCounts},
     },
     snapshot::{ExternalPeer, Locality, Node, Snapshot},
 };
@@ -32,6 +32,7 @@ use crate::{
 pub(crate) mod choose;
 mod context;
 mod gather;
+pub mod machine;
 pub mod path;
 mod peer;
 mod relays;
@@ -76,6 +77,7 @@ pub struct Core {
     calls: Calls,
     /// Peers that are up.
     sessions: usize,
+    counts: TransitionCounts,
     dice: Dice,
     out: VecDeque<Output>,
 }
@@ -108,6 +110,7 @@ impl Core {
             tell_at: None,
             calls: Calls::new(now),
             sessions: 0,
+            counts: TransitionCounts::default(),
             dice: Dice::seed_from_u64(rng_seed),
             out: VecDeque::new(),
         }
@@ -235,6 +238,12 @@ impl Core {
                 problem: link.problem,
             })
         })
+    }
+
+    /// How often each change of state of a peer or path happened since the start.
+    #[must_use]
+    pub fn transitions(&self) -> &TransitionCounts {
+        &self.counts
     }
 
     /// The kind of NAT in front of this node.
@@ -477,6 +486,7 @@ impl Core {
         };
         let was_up = peer.is_up();
         act(peer, &mut ctx);
+        self.counts.add(&peer.take_counts());
         self.sessions = self.sessions + usize::from(peer.is_up()) - usize::from(was_up);
         let deadline = peer.deadline();
         if peer.timer != deadline {

@@ -15,17 +15,22 @@ const CHEAPER_BY_AT_LEAST: Duration = Duration::from_millis(10);
 /// A direct path that loses more than this gives up its tier (`paths.md`) …
 const LOSSY: f64 = 0.03;
 
+/// … until it loses less than this: otherwise traffic would swing around the other number. …
+const LOSSY_NO_MORE: f64 = 0.015;
+
 /// … if a relay loses less than this.
 const LOSSLESS: f64 = 0.005;
 
 /// The path to use of `usable` ones, given the one in use.
 pub(crate) fn choose(usable: &[(Via, &Path)], primary: Option<Via>) -> Option<Via> {
-    let lossless = |path: &Path| path.loss().is_some_and(|loss| loss < LOSSLESS);
+    let lossless = |path: &Path| path.judged_loss().is_some_and(|loss| loss < LOSSLESS);
     let relay_is_better = usable
         .iter()
         .any(|(_, path)| path.kind == PathKind::Relay && lossless(path));
+    let on_relay = matches!(primary, Some(Via::Relay(_)));
+    let most = if on_relay { LOSSY_NO_MORE } else { LOSSY };
     let tier = |path: &Path| {
-        let lossy = path.loss().is_some_and(|loss| loss > LOSSY);
+        let lossy = path.judged_loss().is_some_and(|loss| loss > most);
         if lossy && relay_is_better {
             PathKind::Relay
         } else {
@@ -66,10 +71,10 @@ mod tests {
     const R: Via = Via::Relay(RelayId(1));
     const R2: Via = Via::Relay(RelayId(2));
 
-    /// A path with twenty-one echoes of this round-trip time, every `lost_every`th lost.
+    /// A path with eighty echoes of this round-trip time, every `lost_every`th lost.
     fn path(kind: PathKind, rtt_ms: u64, lost_every: u64) -> Path {
         let mut path = Path::new(kind, None);
-        for txid in 0..21 {
+        for txid in 0..80 {
             path.on_echo_sent(txid, true, at(10_000 * txid));
             if txid == 0 || lost_every == 0 || txid % lost_every != 0 {
                 path.on_echo_answered(txid, at(10_000 * txid + rtt_ms));
@@ -134,6 +139,19 @@ mod tests {
             let chosen = choose(&[(R, &current), (R2, &other)], Some(R));
             assert_eq!(chosen == Some(R2), moves, "{name}");
         }
+    }
+
+    #[test]
+    fn a_direct_path_that_lost_gets_its_tier_back_when_it_loses_half_of_what_took_it() {
+        let (relay, lossy) = (path(PathKind::Relay, 60, 0), path(PathKind::Direct, 20, 30));
+        assert!((0.015..0.03).contains(&lossy.loss().unwrap()), "{:?}", lossy.loss());
+        let ways = [(A, &lossy), (R, &relay)];
+        assert_eq!(choose(&ways, Some(A)), Some(A), "under 3 %: stays");
+        assert_eq!(choose(&ways, Some(R)), Some(A), "by its cost: far cheaper all the same");
+        let slow = path(PathKind::Direct, 59, 30);
+        assert_eq!(choose(&[(A, &slow), (R, &relay)], Some(R)), Some(R), "over 1.5 %: not back");
+        let clean = path(PathKind::Direct, 59, 0);
+        assert_eq!(choose(&[(A, &clean), (R, &relay)], Some(R)), Some(A));
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! are probed and used in `traffic`, the words for people in `why`.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::BTreeMap,
     net::SocketAddr,
     time::{Duration, Instant},
 };
@@ -19,9 +19,10 @@ use crate::{
     io::{Event, Output, PeerState, Reason},
     node::{
         context::{Context, RelayWish},
+        machine::{Changes, PathChange, PathEvent, PeerEvent},
         path::{Path, PathKind, PathState},
         relays::rank,
-        report::{TRANSITIONS_MAX, Transition},
+        report::TransitionCounts,
         watch::{Watch, WatchInput},
     },
 };
@@ -184,7 +185,7 @@ pub(crate) struct Peer {
     /// When the peer's packets last came by another way than the silent one in use.
     hint_at: Option<Instant>,
     check_at: Option<Instant>,
-    transitions: VecDeque<Transition>,
+    changes: Changes,
     /// Under which time the node has this peer in its timer queue.
     pub(crate) timer: Option<Instant>,
 }
@@ -214,7 +215,7 @@ impl Peer {
             heartbeat_at: now,
             hint_at: None,
             check_at: None,
-            transitions: VecDeque::new(),
+            changes: Changes::default(),
             timer: None,
         }
     }
@@ -252,6 +253,28 @@ impl Peer {
         self.primary
     }
 
+    /// Takes note of what happened to the paths. Returns what was counted since the last time.
+    pub(crate) fn take_counts(&mut self) -> TransitionCounts {
+        let paths = self.paths.iter_mut();
+        let changes: Vec<(Via, PathChange)> = paths
+            .flat_map(|(&via, path)| path.take_changes().into_iter().map(move |one| (via, one)))
+            .collect();
+        for (via, change) in changes {
+            self.changes.note_path(via, change);
+        }
+        std::mem::take(&mut self.changes.counts)
+    }
+
+    /// Forgets a path, but not that it was there.
+    fn forget_path(&mut self, via: Via, now: Instant) {
+        if let Some(mut path) = self.paths.remove(&via) {
+            path.happen(PathEvent::Gone, now);
+            for change in path.take_changes() {
+                self.changes.note_path(via, change);
+            }
+        }
+    }
+
     // Inputs.
 
     /// The node's own network is another one: every path has to prove itself again.
@@ -276,7 +299,7 @@ impl Peer {
         self.wanted_at = Some(ctx.now);
         self.active_at = ctx.now;
         match &mut self.phase {
-            Phase::Idle => self.wake(Reason::Wanted, ctx),
+            Phase::Idle => self.wake(PeerEvent::Called, Reason::Wanted, ctx),
             Phase::Unreachable(retry) if retry.sent == 0 => {
                 // Not more often than the shortest pause, however many packets wait.
                 retry.next = retry.next.min(ctx.now + RETRY_WANTED[0]);
@@ -374,14 +397,14 @@ impl Peer {
     // Phases.
 
     /// Begins to call the peer.
-    fn wake(&mut self, reason: Reason, ctx: &mut Context) {
+    fn wake(&mut self, called: PeerEvent, reason: Reason, ctx: &mut Context) {
         let (since, next) = (ctx.now, ctx.now);
         self.phase = Phase::Waking(Ladder {
             since,
             rung: 0,
             next,
         });
-        self.publish(PeerState::Waking, reason, ctx);
+        self.publish(called, reason, ctx);
         for &relay in &ctx.us.relays_up {
             let peer = self.known.id;
             ctx.out.push_back(Output::FindPeer { relay, peer });
@@ -476,7 +499,7 @@ impl Peer {
         if self.is_forbidden(via) {
             // It has not heard yet that this way is closed: it is called by relays.
             return match self.phase {
-                Phase::Idle => self.wake(reason, ctx),
+                Phase::Idle => self.wake(PeerEvent::Called, reason, ctx),
                 Phase::Unreachable(_) => self.call_anew(ctx),
                 Phase::Waking(_) | Phase::Up => {}
             };
@@ -499,7 +522,7 @@ impl Peer {
             Phase::Idle | Phase::Up | Phase::Unreachable(_) => {
                 let (since, rung) = (ctx.now, CONFIRM_RUNG);
                 self.phase = Phase::Waking(Ladder { since, rung, next });
-                self.publish(PeerState::Waking, reason, ctx);
+                self.publish(PeerEvent::Called, reason, ctx);
             }
         }
         self.send_due_probes(ctx);
@@ -532,20 +555,22 @@ impl Peer {
     fn lose(&mut self, reason: Reason, ctx: &mut Context) {
         self.drop_paths(ctx);
         self.set_alive(false, ctx);
-        self.wake(reason, ctx);
+        self.wake(PeerEvent::Lost, reason, ctx);
     }
 
     /// The link under the only way is gone; the peer itself may well be there.
     fn lose_link(&mut self, ctx: &mut Context) {
         self.drop_paths(ctx);
-        self.wake(Reason::LinkDown, ctx);
+        self.wake(PeerEvent::Lost, Reason::LinkDown, ctx);
     }
 
     fn drop_paths(&mut self, ctx: &mut Context) {
         self.watch = Watch::Calm;
         self.leave_by = None;
+        for path in self.paths.values_mut() {
+            path.happen(PathEvent::Gone, ctx.now);
+        }
         self.set_primary(None, None, ctx);
-        self.paths.values_mut().for_each(Path::die);
     }
 
     fn give_up(&mut self, ctx: &mut Context) {
@@ -559,10 +584,14 @@ impl Peer {
             next,
         });
         self.set_alive(false, ctx);
-        self.publish(PeerState::Unreachable, reason, ctx);
+        self.publish(PeerEvent::GivenUp, reason, ctx);
     }
 
     fn on_goodbye(&mut self, ctx: &mut Context) {
+        if matches!(self.phase, Phase::Idle) {
+            self.session = false; // Nobody here needs it: the next packet will call it.
+            return;
+        }
         self.drop_paths(ctx);
         self.session = false;
         let (since, next) = (ctx.now, ctx.now + GOODBYE_GRACE);
@@ -574,7 +603,7 @@ impl Peer {
             next,
         });
         self.set_alive(false, ctx);
-        self.publish(PeerState::Unreachable, Reason::Goodbye, ctx);
+        self.publish(PeerEvent::SaidGoodbye, Reason::Goodbye, ctx);
     }
 
     fn retry(&mut self, ctx: &mut Context) {
@@ -615,12 +644,13 @@ impl Peer {
         }
         self.watch = Watch::Calm;
         self.set_primary(None, None, ctx);
-        self.paths.clear();
+        let vias: Vec<Via> = self.paths.keys().copied().collect();
+        vias.into_iter().for_each(|via| self.forget_path(via, ctx.now));
         self.presence.clear();
         self.search = Search::default();
         self.leave_by = None;
         self.phase = Phase::Idle;
-        self.publish(PeerState::Idle, Reason::LazyIdle, ctx);
+        self.publish(PeerEvent::Unused, Reason::LazyIdle, ctx);
     }
 
     // What others see.
@@ -634,29 +664,22 @@ impl Peer {
     }
 
     fn publish_up(&mut self, reason: Reason, ctx: &mut Context) {
-        let state = match self.primary {
-            Some(Via::Direct(_)) => PeerState::Direct,
-            Some(Via::Relay(_)) | None => PeerState::Relayed,
+        let event = match self.primary {
+            Some(Via::Direct(_)) => PeerEvent::OnDirect,
+            Some(Via::Relay(_)) | None => PeerEvent::OnRelay,
         };
-        self.publish(state, reason, ctx);
+        self.publish(event, reason, ctx);
     }
 
-    fn publish(&mut self, to: PeerState, reason: Reason, ctx: &mut Context) {
+    /// Something happened: the state is what the table says, and whoever looks is told.
+    fn publish(&mut self, event: PeerEvent, reason: Reason, ctx: &mut Context) {
         self.reason = reason;
-        let from = std::mem::replace(&mut self.state, to);
-        if from == to {
+        let Some(to) = self.state.after(event) else {
             return;
-        }
-        if self.transitions.len() == TRANSITIONS_MAX {
-            self.transitions.pop_front();
-        }
-        let (at, peer) = (ctx.now, self.known.id);
-        self.transitions.push_back(Transition {
-            at,
-            from,
-            to,
-            reason,
-        });
+        };
+        let from = std::mem::replace(&mut self.state, to);
+        self.changes.note_peer(ctx.now, (from, to), reason);
+        let peer = self.known.id;
         ctx.event(Event::Peer {
             peer,
             from,

@@ -1,6 +1,9 @@
 //! How paths to a peer come and go, and which one is in use.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 use mesh_wire::{
     id::{RelayId, Via, canonical},
@@ -12,6 +15,7 @@ use crate::{
     io::{Event, Output},
     node::{
         choose::choose,
+        machine::PathEvent,
         context::{Context, RelayWish, Us},
         gather::has_family,
         watch::{Watch, WatchInput},
@@ -74,12 +78,12 @@ impl Peer {
                 if self.paths.values().filter(told).count() == PEER_REFLEXIVE_MAX {
                     // One that does not work makes room; otherwise the new one waits its turn.
                     let dead = |(_, path): &(&Via, &Path)| {
-                        told(path) && matches!(path.state, PathState::Dead | PathState::Candidate)
+                        told(path) && matches!(path.state(), PathState::Dead | PathState::Candidate)
                     };
                     let Some((&dead, _)) = self.paths.iter().find(dead) else {
                         return;
                     };
-                    self.paths.remove(&dead);
+                    self.forget_path(dead, ctx.now);
                 }
                 let kind = self.kind_of(address, source, ctx.us);
                 self.paths.insert(via, Path::new(kind, Some(source)));
@@ -239,7 +243,7 @@ impl Peer {
     /// When every probe of a round was in vain, plans the next one.
     pub(super) fn end_search_round(&mut self, ctx: &Context) {
         let probing =
-            |path: &Path| path.kind != PathKind::Relay && path.state == PathState::Probing;
+            |path: &Path| path.kind != PathKind::Relay && path.state() == PathState::Probing;
         let over = self.is_up()
             && !self.known.relay_only
             && self.relay_in_use().is_some()
@@ -266,7 +270,7 @@ impl Peer {
     /// forbidden may be allowed.
     pub(crate) fn on_snapshot(&mut self, ctx: &mut Context) {
         self.select(ctx);
-        self.forget_forbidden();
+        self.forget_forbidden(ctx.now);
         if !self.is_up() {
             return;
         }
@@ -291,7 +295,7 @@ impl Peer {
             self.leave_by = None;
             if self.uses_forbidden() {
                 self.lose(Reason::PolicyRelayOnly, ctx);
-                self.forget_forbidden();
+                self.forget_forbidden(ctx.now);
             }
         }
     }
@@ -300,12 +304,14 @@ impl Peer {
         self.primary.is_some_and(|via| self.is_forbidden(via))
     }
 
-    fn forget_forbidden(&mut self) {
+    pub(super) fn forget_forbidden(&mut self, now: Instant) {
         if self.known.relay_only {
             let (primary, duplicate) = (self.primary, self.duplicate);
             let used = |via: &Via| Some(*via) == primary || Some(*via) == duplicate;
-            self.paths
-                .retain(|via, _| matches!(via, Via::Relay(_)) || used(via));
+            let direct = |via: &Via| matches!(via, Via::Direct(_));
+            let unused = self.paths.keys().filter(|via| direct(via) && !used(via));
+            let unused: Vec<Via> = unused.copied().collect();
+            unused.into_iter().for_each(|via| self.forget_path(via, now));
         }
     }
 
@@ -371,10 +377,10 @@ impl Peer {
         duplicate: Option<Via>,
         ctx: &mut Context,
     ) {
-        if let Some(old) = self.primary.and_then(|via| self.paths.get_mut(&via))
-            && matches!(old.state, PathState::Primary | PathState::Suspect)
+        if primary != self.primary
+            && let Some(old) = self.primary.and_then(|via| self.paths.get_mut(&via))
         {
-            old.state = PathState::Standby;
+            old.happen(PathEvent::Left, ctx.now);
         }
         if let Some(via) = primary {
             let kind = match via {
@@ -385,8 +391,16 @@ impl Peer {
                 .paths
                 .entry(via)
                 .or_insert_with(|| Path::new(kind, None));
-            path.settle();
-            path.state = PathState::Primary;
+            if self.primary != primary {
+                path.happen(PathEvent::Taken, ctx.now);
+            }
+            let doubtful = self.watch.suspect_since().is_some();
+            let event = if doubtful {
+                PathEvent::Doubted
+            } else {
+                PathEvent::Cleared
+            };
+            path.happen(event, ctx.now);
         }
         let before = (self.primary, self.duplicate);
         (self.primary, self.duplicate) = (primary, duplicate);
@@ -394,7 +408,7 @@ impl Peer {
         if before != (primary, duplicate) {
             self.say_path(ctx);
         }
-        self.forget_forbidden();
+        self.forget_forbidden(ctx.now);
         self.remember(ctx);
     }
 
@@ -411,7 +425,7 @@ impl Peer {
             self.duplicate_until = None;
             self.duplicate = None;
             self.say_path(ctx);
-            self.forget_forbidden();
+            self.forget_forbidden(ctx.now);
         }
     }
 
@@ -467,7 +481,7 @@ impl Peer {
     pub(crate) fn on_relay_down(&mut self, relay: RelayId, ctx: &mut Context) {
         self.presence.remove(&relay);
         let via = Via::Relay(relay);
-        self.paths.remove(&via);
+        self.forget_path(via, ctx.now);
         if self.primary == Some(via) {
             self.move_off(Reason::LinkDown, ctx);
         } else if self.duplicate == Some(via) {
@@ -498,7 +512,7 @@ impl Peer {
                 self.move_off(Reason::PeerOffline, ctx);
             }
             (Phase::Up, false) => {
-                self.paths.remove(&via);
+                self.forget_path(via, ctx.now);
                 self.visit_relays(ctx);
             }
         }

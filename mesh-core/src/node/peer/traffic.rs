@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 use mesh_wire::{id::Via, peer::PeerMessage};
 use rand::RngExt;
 
-use super::{GOODBYE_GRACE, LAZY_IDLE, Path, PathKind, PathState, Peer, PeerState, Phase, Reason};
+use super::{GOODBYE_GRACE, LAZY_IDLE, Path, PathKind, PathState, Peer, Phase, Reason};
 use crate::node::{
     context::{Context, RelayWish},
-    watch::{DEAD_AFTER_MIN, FAST_PROBE_GAPS, SUSPECT_PROBE_GAP, Verdict, Watch, WatchInput},
+    machine::{PathEvent, PeerEvent},
+    watch::{DEAD_AFTER_MIN, FAST_PROBE_GAPS, Pace, SUSPECT_PROBE_GAP, Verdict, Watch, WatchInput},
 };
 
 /// How long after traffic a path is kept warm (`paths.md`).
@@ -23,6 +24,10 @@ const KEEPALIVE: Duration = Duration::from_secs(25);
 /// How often the round trip of the path in use and of the standbys is measured.
 const CHECK: Duration = Duration::from_secs(15);
 
+/// The same while a direct path in use loses echoes: the 64 that a verdict takes are there in half
+/// a minute. Two ways of 130 bytes each, there and back: 1 KB/s.
+const CHECK_LOSING: Duration = Duration::from_millis(500);
+
 /// The first measurement after a path came into use.
 pub(super) const FIRST_CHECK: Duration = Duration::from_secs(1);
 
@@ -35,8 +40,8 @@ const HINT_SILENCE: Duration = Duration::from_millis(300);
 /// Such doubt is raised no more often: two ends may well prefer different paths.
 const HINT_EVERY: Duration = Duration::from_secs(10);
 
-/// Standbys measured at a time: the other warm relay, and the best direct paths.
-const CHECKED_MAX: usize = 4;
+/// Relays, and direct paths, measured at a time.
+const CHECKED_OF_KIND_MAX: usize = 2;
 
 impl Peer {
     // Echoes.
@@ -71,10 +76,10 @@ impl Peer {
             return; // Late by more than an echo lives, or by another way than it was asked.
         }
         if path.full_ok || path.kind == PathKind::Relay {
-            path.settle();
+            path.happen(PathEvent::Proven, ctx.now);
             self.cover(ctx);
             self.on_path_proven(via, ctx);
-        } else if path.state == PathState::Probing {
+        } else if path.state() == PathState::Probing {
             self.send_echo(via, true, ctx);
         }
     }
@@ -135,7 +140,7 @@ impl Peer {
         let confirmed = self
             .paths
             .get(&via)
-            .is_some_and(|path| !matches!(path.state, PathState::Candidate | PathState::Dead));
+            .is_some_and(|path| !matches!(path.state(), PathState::Candidate | PathState::Dead));
         if !confirmed || matches!(via, Via::Relay(_)) {
             self.session = true;
             self.answered(via, Reason::PeerCalled, ctx);
@@ -144,7 +149,7 @@ impl Peer {
 
     pub(super) fn note_received(&mut self, via: Via, ctx: &mut Context) {
         if let Some(path) = self.paths.get_mut(&via) {
-            path.received_at = Some(ctx.now);
+            path.on_received(ctx.now);
         }
         if let Via::Relay(relay) = via {
             ctx.wishes.push(RelayWish::Heard(relay));
@@ -185,7 +190,7 @@ impl Peer {
     /// The peer sends from an address that was not known: its NAT gave it another one.
     fn probe_new_way(&mut self, via: Via, ctx: &mut Context) {
         if let Some(path) = self.paths.get_mut(&via)
-            && path.state == PathState::Candidate
+            && path.state() == PathState::Candidate
             && path.kind != PathKind::Relay
         {
             path.start_probing(ctx.now);
@@ -210,14 +215,17 @@ impl Peer {
 
     // The watch over the path in use.
 
-    fn patience(&self) -> Duration {
+    fn pace(&self) -> Pace {
         let path = self.primary.and_then(|via| self.paths.get(&via));
-        path.map_or(DEAD_AFTER_MIN, Path::patience)
+        Pace {
+            patience: path.map_or(DEAD_AFTER_MIN, Path::patience),
+            probed_at: path.and_then(Path::echoed_at),
+        }
     }
 
     pub(super) fn handle_watch(&mut self, input: WatchInput, ctx: &mut Context) {
         let since = self.watch.suspect_since();
-        let (watch, verdict) = self.watch.handle(input, ctx.now, self.patience());
+        let (watch, verdict) = self.watch.handle(input, ctx.now, self.pace());
         self.watch = watch;
         match verdict {
             Verdict::Nothing => {}
@@ -242,7 +250,7 @@ impl Peer {
     /// The path in use may be dead: its packets take another one, too.
     fn on_doubt(&mut self, reason: Reason, ctx: &mut Context) {
         self.cover(ctx);
-        self.publish(PeerState::Suspect, reason, ctx);
+        self.publish(PeerEvent::Doubted, reason, ctx);
         self.doubt_relay(ctx);
         self.probe_all(ctx);
     }
@@ -252,9 +260,6 @@ impl Peer {
         if self.watch.suspect_since().is_some() {
             let (primary, duplicate) = (self.primary, self.alternative(ctx).or(self.duplicate));
             self.set_primary(primary, duplicate, ctx);
-            if let Some(path) = primary.and_then(|via| self.paths.get_mut(&via)) {
-                path.state = PathState::Suspect;
-            }
         }
     }
 
@@ -284,11 +289,23 @@ impl Peer {
     }
 
     fn standbys(&self, ctx: &Context) -> Vec<Via> {
-        let standby = |(via, path): &(&Via, &Path)| {
-            path.state == PathState::Standby && self.is_there(**via, ctx)
+        let of_kind = |relay: bool| {
+            let mut ways: Vec<(Via, &Path)> = self
+                .paths
+                .iter()
+                .filter(|(via, path)| {
+                    // A relay that did not answer is asked again: nothing else would.
+                    let worth = path.state() == PathState::Standby
+                        || relay && path.state() == PathState::Dead;
+                    worth && matches!(via, Via::Relay(_)) == relay && self.is_there(**via, ctx)
+                })
+                .map(|(&via, path)| (via, path))
+                .collect();
+            ways.sort_by_key(|(via, path)| (!path.usable(), path.cost(), *via));
+            ways.truncate(CHECKED_OF_KIND_MAX);
+            ways.into_iter().map(|(via, _)| via)
         };
-        let standbys = self.paths.iter().filter(standby);
-        standbys.map(|(&via, _)| via).take(CHECKED_MAX).collect()
+        of_kind(false).chain(of_kind(true)).collect()
     }
 
     fn on_cleared(&mut self, ctx: &mut Context) {
@@ -300,7 +317,7 @@ impl Peer {
 
     fn on_primary_dead(&mut self, since: Instant, ctx: &mut Context) {
         if let Some(path) = self.primary.and_then(|via| self.paths.get_mut(&via)) {
-            path.die();
+            path.happen(PathEvent::Unanswered, ctx.now);
         }
         let answers = |path: &Path| path.received_at.is_some_and(|at| at >= since);
         let mut answering: Vec<(Via, &Path)> = self
@@ -375,8 +392,16 @@ impl Peer {
 
     fn check(&mut self, ctx: &mut Context) {
         let warm = self.sent_at.is_some_and(|at| ctx.now < at + WARM_FOR);
-        self.check_at = warm.then(|| ctx.now + CHECK);
         let mut ways = self.standbys(ctx);
+        let losing = |via: &Via| {
+            let path = self.paths.get(via);
+            path.is_some_and(|path| path.kind != PathKind::Relay && path.is_losing(ctx.now))
+        };
+        let relayed = |via: &Via| matches!(via, Via::Relay(_));
+        let in_use = self.primary.iter().chain(&ways);
+        let close = in_use.clone().any(losing) && in_use.clone().any(relayed);
+        let pause = if close { CHECK_LOSING } else { CHECK };
+        self.check_at = warm.then(|| ctx.now + pause);
         ways.extend(self.primary);
         for via in ways {
             let unknown = self.paths.get(&via).is_some_and(|path| !path.full_ok);
@@ -391,7 +416,7 @@ impl Peer {
         }
         let timers = [
             Some(self.active_at + LAZY_IDLE),
-            self.watch.deadline(self.patience()),
+            self.watch.deadline(self.pace()),
             self.search.tell_at,
             self.retry_due(),
             self.heartbeat_due(),

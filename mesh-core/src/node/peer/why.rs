@@ -82,7 +82,8 @@ impl Peer {
             srtt: in_use.and_then(Path::srtt),
             nat: self.remote.nat,
             paths: self.paths.iter().map(report_path).collect(),
-            transitions: self.transitions.iter().copied().collect(),
+            transitions: self.changes.peer.iter().copied().collect(),
+            path_transitions: self.changes.paths.iter().copied().collect(),
             next_attempt: match &self.phase {
                 Phase::Idle => None,
                 Phase::Waking(ladder) => Some(ladder.next),
@@ -98,7 +99,7 @@ fn report_path((via, path): (&Via, &Path)) -> PathReport {
         via: *via,
         kind: path.kind,
         source: path.source,
-        state: path.state,
+        state: path.state(),
         srtt: path.srtt(),
         loss: path.loss(),
         probes_sent: path.sent,
