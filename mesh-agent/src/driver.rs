@@ -354,6 +354,7 @@ impl Driver {
             relay: request.relay,
             asked: from,
             observed,
+            rtt: Self::now() - request.sent,
         });
     }
 

@@ -1,7 +1,7 @@
 //! What goes into the core and what comes out: the whole contract between decisions and the
 //! shell that performs them.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use mesh_wire::{
     id::{NodeId, RelayId, Via},
@@ -28,6 +28,8 @@ pub enum Input {
         asked: SocketAddr,
         /// Where the request came from, as the relay saw it.
         observed: SocketAddr,
+        /// How long the answer took, from the request that it answers.
+        rtt: Duration,
     },
     /// A link to a relay is up.
     RelayConnected {

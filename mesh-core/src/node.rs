@@ -23,10 +23,10 @@ use crate::{
         context::{Calls, Context, Dice, Inside, RelayWish, Us},
         gather::Gather,
         peer::{Known, Peer},
-        relays::Relays,
+        relays::{Relays, domain},
         report::{PeerReport, RelayReport, TransitionCounts},
     },
-    snapshot::{ExternalPeer, Locality, Node, Snapshot},
+    snapshot::{ExternalPeer, Locality, Node, Relay, Snapshot},
 };
 
 pub(crate) mod choose;
@@ -96,6 +96,7 @@ impl Core {
             relays_up: Vec::new(),
             hopeless_relays: Vec::new(),
             relays: Vec::new(),
+            relay_rtts: BTreeMap::new(),
             inside: Inside::default(),
         };
         Self {
@@ -123,12 +124,11 @@ impl Core {
             Input::Snapshot(snapshot) => self.on_snapshot(snapshot, now),
             Input::LocalAddresses(addresses) => self.on_local_addresses(addresses, now),
             Input::Reflexive {
-                asked, observed, ..
-            } => {
-                if self.gather.on_reflexive(asked, observed) {
-                    self.refresh_us(now);
-                }
-            }
+                asked,
+                observed,
+                rtt,
+                ..
+            } => self.on_reflexive(asked, observed, rtt, now),
             Input::RelayConnected { relay, transport } => {
                 self.with_relays(now, |relays, dice, out| {
                     relays.on_connected(relay, transport, now, dice, out);
@@ -226,15 +226,16 @@ impl Core {
 
     /// Every relay of the mesh, the preferred one first.
     pub fn relays(&self) -> impl Iterator<Item = RelayReport> + '_ {
-        let home = self.us.relays_up.first();
-        self.relays.order().iter().filter_map(move |&id| {
+        let home = self.relays.home();
+        self.relays.preferred().iter().filter_map(move |&id| {
             let relay = self.snapshot.as_ref()?.relays.get(&id)?;
             let link = self.relays.report(&id);
             Some(RelayReport {
                 id,
                 name: relay.name.clone(),
                 up: link.up,
-                home: home == Some(&id),
+                home: home == Some(id),
+                rtt: self.relays.rtt(&id),
                 problem: link.problem,
             })
         })
@@ -298,8 +299,10 @@ impl Core {
         self.us.inside = Inside::new(&snapshot, &self.config.node);
         self.forget_removed_peers();
         if relays_before.as_ref() != Some(&snapshot.relays) {
-            let known: Vec<RelayId> = snapshot.relays.keys().copied().collect();
-            self.relays.set_known(&self.config.id, known.into_iter());
+            let domains = |relay: &Relay| relay.addresses.iter().copied().map(domain).collect();
+            let known = snapshot.relays.iter();
+            let known = known.map(|(&id, relay)| (id, domains(relay)));
+            self.relays.set_known(&self.config.id, known);
             self.with_relays(now, |relays, dice, out| relays.keep(now, dice, out));
             self.gather_anew(now);
         }
@@ -351,11 +354,32 @@ impl Core {
             self.us.local = addresses;
         }
         self.with_relays(now, |relays, dice, out| {
-            relays.on_network_change(now, dice, out)
+            relays.on_network_change(moved, now, dice, out)
         });
         self.gather_anew(now);
         self.refresh_us(now);
         self.for_each_peer(now, |peer, ctx| peer.on_network_change(moved, ctx));
+    }
+
+    fn on_reflexive(
+        &mut self,
+        asked: SocketAddr,
+        observed: SocketAddr,
+        rtt: Duration,
+        now: Instant,
+    ) {
+        let Some((relay, changed)) = self.gather.on_reflexive(asked, observed) else {
+            return;
+        };
+        if self.relays.on_rtt(relay, rtt) {
+            self.us.relay_rtts.clone_from(self.relays.told());
+            self.us.generation += 1;
+            self.tell_at.get_or_insert(now + TELL_DELAY);
+        }
+        self.with_relays(now, |relays, dice, out| relays.keep(now, dice, out));
+        if changed {
+            self.refresh_us(now);
+        }
     }
 
     // The node's view of itself.
@@ -366,10 +390,17 @@ impl Core {
 
     fn gather_anew(&mut self, now: Instant) {
         if let Some(snapshot) = &self.snapshot {
-            self.gather
-                .start(&self.config.id, snapshot, &self.us.local, now);
+            let relays = self.vantage_points();
+            self.gather.start(&relays, snapshot, &self.us.local, now);
             self.tend_gather(now);
         }
+    }
+
+    /// Every relay, those first that are likely to answer.
+    fn vantage_points(&self) -> Vec<RelayId> {
+        let mut relays = self.relays.preferred().to_vec();
+        relays.sort_by_key(|relay| !self.relays.is_hopeful(relay));
+        relays
     }
 
     fn tend_gather(&mut self, now: Instant) {
@@ -378,8 +409,8 @@ impl Core {
             && self.gather.wants_refresh(now)
             && let Some(snapshot) = &self.snapshot
         {
-            self.gather
-                .start(&self.config.id, snapshot, &self.us.local, now);
+            let relays = self.vantage_points();
+            self.gather.start(&relays, snapshot, &self.us.local, now);
         }
         let out = &mut self.out;
         let mut out = |output| out.push_back(output);
@@ -446,7 +477,7 @@ impl Core {
         act(&mut self.relays, &mut self.dice, &mut |output| {
             out.push_back(output)
         });
-        self.us.relays = self.relays.order().to_vec();
+        self.us.relays = self.relays.preferred().to_vec();
         self.us.hopeless_relays = self.us.relays.clone();
         self.us
             .hopeless_relays

@@ -127,6 +127,8 @@ struct Remote {
     generation: Option<u64>,
     candidates: Vec<Candidate>,
     nat: NatKind,
+    /// How far it is from relays.
+    relay_rtts: BTreeMap<RelayId, Duration>,
 }
 
 /// The search for a direct path.
@@ -339,12 +341,14 @@ impl Peer {
                 generation,
                 candidates,
                 nat,
+                relays,
             } => {
                 if matches!(self.phase, Phase::Idle) {
                     self.active_at = ctx.now;
                     self.session = true;
                     self.answered(via, Reason::PeerCalled, ctx);
                 }
+                self.remote.relay_rtts = relays.into_iter().collect();
                 self.on_candidates(generation, candidates, nat, ctx);
             }
             PeerMessage::Goodbye => return self.on_goodbye(ctx),
@@ -481,6 +485,11 @@ impl Peer {
         };
         let order = rank(&self.known.id, ctx.us.relays.iter().copied());
         let visits = order.into_iter().filter(may_be_there).take(VISITS_MAX);
+        // And where it was at home when it last said so.
+        let told = self.remote.relay_rtts.iter();
+        let home = told.min_by_key(|(_, rtt)| **rtt).map(|(&relay, _)| relay);
+        let home = home.filter(|home| ctx.us.relays.contains(home) && may_be_there(home));
+        let visits = home.into_iter().chain(visits);
         let visits: Vec<RelayWish> = visits.map(RelayWish::Visit).collect();
         ctx.wishes.extend(visits);
     }

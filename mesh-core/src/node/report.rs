@@ -121,6 +121,8 @@ pub struct RelayReport {
     pub up: Option<RelayTransport>,
     /// The one that this node prefers of those that are up.
     pub home: bool,
+    /// The round trip to it, if it was measured.
+    pub rtt: Option<Duration>,
     /// What last went wrong, until it is right again.
     pub problem: Option<String>,
 }

@@ -249,6 +249,7 @@ fn probed(core: &mut Core, told: impl IntoIterator<Item = SocketAddr>) -> Vec<So
         generation: 1,
         candidates: candidates.collect(),
         nat: NatKind::Easy,
+        relays: Vec::new(),
     };
     let (peer, via) = (id(1), Via::Relay(r1()));
     core.handle_input(Input::Message { peer, via, message }, at(200));
@@ -401,6 +402,7 @@ fn an_overtaken_list_of_candidates_is_ignored() {
             generation,
             candidates,
             nat,
+            relays: Vec::new(),
         };
         let (peer, via) = (id(1), Via::Relay(r1()));
         core.handle_input(Input::Message { peer, via, message }, at(200));
@@ -467,6 +469,7 @@ fn any_message() -> impl Strategy<Value = PeerMessage> {
                 address: SocketAddr::new([203, 0, 113, 5].into(), port),
             }],
             nat: NatKind::Easy,
+            relays: Vec::new(),
         }),
         Just(PeerMessage::Goodbye),
     ]

@@ -69,6 +69,8 @@ pub(crate) struct SimRelay {
     pub(crate) id: RelayId,
     relay: Relay,
     pub(crate) up: bool,
+    /// How much longer than to other relays the way from a site is, in one direction.
+    pub(crate) far_us: BTreeMap<usize, u64>,
     clients: BTreeMap<usize, BTreeSet<RelayTransport>>,
     using: BTreeMap<usize, RelayTransport>,
     /// Who asked for whom.
@@ -95,6 +97,8 @@ pub(crate) enum Change {
     SiteUp(usize),
     RelayDown(usize),
     RelayUp(usize),
+    /// It says that it will stop.
+    RelayGoAway(usize),
     StartFlow(usize),
     /// Connections to relays that a dead line cut are noticed.
     Notice {
@@ -155,7 +159,7 @@ impl World {
         let index = self.relays.len();
         let relay = Relay {
             name: name.parse().unwrap(),
-            addresses: vec![[192, 0, 2, u8::try_from(index + 1).unwrap()].into()],
+            addresses: vec![[192, 0, u8::try_from(index + 1).unwrap(), 1].into()],
             quic_port: 443,
             tls_port: 443,
             stun_ports: vec![443, 3478],
@@ -166,6 +170,7 @@ impl World {
             id,
             relay,
             up: true,
+            far_us: BTreeMap::new(),
             clients,
             using,
             asked,
@@ -431,6 +436,13 @@ impl World {
                 self.relays[relay].asked.clear();
             }
             Change::RelayUp(relay) => self.relays[relay].up = true,
+            Change::RelayGoAway(index) => {
+                let relay = self.relays[index].id;
+                let clients: Vec<usize> = self.relays[index].clients.keys().copied().collect();
+                for node in clients {
+                    self.tell_later(node, index, Input::RelayGoAway { relay });
+                }
+            }
             Change::StartFlow(flow) => self.start_flow(flow),
         }
     }

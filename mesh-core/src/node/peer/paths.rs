@@ -16,6 +16,7 @@ use crate::{
     node::{
         choose::choose,
         machine::PathEvent,
+        relays::is_nearer,
         context::{Context, RelayWish, Us},
         gather::has_family,
         watch::{Watch, WatchInput},
@@ -206,6 +207,7 @@ impl Peer {
             generation: ctx.us.generation,
             candidates,
             nat: ctx.us.nat,
+            relays: ctx.us.relay_rtts.iter().map(|(&id, &rtt)| (id, rtt)).collect(),
         };
         ctx.send(self.known.id, via, message);
     }
@@ -230,6 +232,7 @@ impl Peer {
         if !self.is_up() {
             return;
         }
+        self.seek_nearer_relay(ctx);
         let recent = |began| ctx.now.saturating_duration_since(began) < ANSWERING_SEARCH_EVERY;
         let searching = self.search.began.is_some_and(recent);
         if !searching && (first || changed || self.relay_in_use().is_some()) {
@@ -459,6 +462,30 @@ impl Peer {
     }
 
     // Relays.
+
+    /// How far the peer is through a relay, as far as both ends know: the sum.
+    fn sum_by(&self, relay: &RelayId, us: &Us) -> Option<Duration> {
+        let theirs = self.remote.relay_rtts.get(relay)?;
+        us.relay_rtts.get(relay).map(|ours| *ours + *theirs)
+    }
+
+    /// Sees to it that there is a link to the relay by which the two are nearest (`paths.md`), if that
+    /// is worth a move. The peer comes to the same conclusion; who is measured there moves.
+    pub(super) fn seek_nearer_relay(&self, ctx: &mut Context) {
+        let Some(in_use) = self.relay_in_use() else {
+            return;
+        };
+        let hopeful = |relay: &&RelayId| !ctx.us.hopeless_relays.contains(relay);
+        let sums = ctx.us.relays.iter().filter(hopeful);
+        let sums = sums.filter_map(|&relay| Some((self.sum_by(&relay, ctx.us)?, relay)));
+        let Some((sum, best)) = sums.min() else {
+            return;
+        };
+        let now = self.sum_by(&in_use, ctx.us);
+        if best != in_use && now.is_none_or(|now| is_nearer(sum, now)) {
+            ctx.wishes.push(RelayWish::Visit(best));
+        }
+    }
 
     pub(crate) fn on_relay_up(&mut self, relay: RelayId, ctx: &mut Context) {
         self.presence.remove(&relay);

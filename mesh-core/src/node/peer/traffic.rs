@@ -391,6 +391,7 @@ impl Peer {
     }
 
     fn check(&mut self, ctx: &mut Context) {
+        self.seek_nearer_relay(ctx);
         let warm = self.sent_at.is_some_and(|at| ctx.now < at + WARM_FOR);
         let mut ways = self.standbys(ctx);
         let losing = |via: &Via| {

@@ -3,6 +3,7 @@
 use std::{
     hash::Hash,
     net::{IpAddr, SocketAddr},
+    time::Duration,
 };
 
 use mesh_core::io::{Input, RelayTransport};
@@ -114,13 +115,15 @@ impl World {
         if self.lost(site) || self.lost(site) || !self.relays[relay].up {
             return;
         }
+        let round_trip = 2 * self.line_us(site, relay);
         if let Some(observed) = self.sites[site].nat.outbound(host, asked, self.now) {
             let input = Input::Reflexive {
                 relay: id,
                 asked,
                 observed,
+                rtt: Duration::from_micros(round_trip),
             };
-            let at = self.now + 2 * self.sites[site].delay_us;
+            let at = self.now + round_trip;
             self.push(
                 at,
                 Happening::Tell {
@@ -133,6 +136,12 @@ impl World {
     }
 
     // Relays.
+
+    /// One way between a site and a relay.
+    pub(super) fn line_us(&self, site: usize, relay: usize) -> u64 {
+        let far = self.relays[relay].far_us.get(&site);
+        self.sites[site].delay_us + far.copied().unwrap_or_default()
+    }
 
     pub(super) fn relay_index(&self, id: RelayId) -> usize {
         self.relays.iter().position(|relay| relay.id == id).unwrap()
@@ -244,6 +253,7 @@ impl World {
         for asker in askers {
             self.tell_later(
                 asker,
+                relay,
                 Input::RelayPeer {
                     relay: id,
                     peer,
@@ -254,10 +264,11 @@ impl World {
     }
 
     /// Half a round trip later, if the line is up then as now.
-    fn tell_later(&mut self, node: usize, input: Input) {
-        let site = &self.sites[self.nodes[node].site];
-        if !site.down {
-            let (at, boot) = (self.now + site.delay_us, self.nodes[node].boot);
+    pub(super) fn tell_later(&mut self, node: usize, relay: usize, input: Input) {
+        let site = self.nodes[node].site;
+        if !self.sites[site].down {
+            let at = self.now + self.line_us(site, relay);
+            let boot = self.nodes[node].boot;
             self.push(at, Happening::Tell { node, boot, input });
         }
     }
@@ -270,7 +281,7 @@ impl World {
         }
         self.relays[relay].asked.insert((peer, node));
         let present = self.relays[relay].clients.contains_key(&self.ids[&peer]);
-        let at = self.now + 2 * self.sites[site].delay_us;
+        let at = self.now + 2 * self.line_us(site, relay);
         let boot = self.nodes[node].boot;
         let input = Input::RelayPeer {
             relay: id,
@@ -297,7 +308,7 @@ impl World {
             return None;
         }
         let site = self.nodes[node].site;
-        let delay = self.sites[site].delay_us;
+        let delay = self.line_us(site, relay);
         match (self.lost(site), self.relays[relay].using.get(&node)) {
             (false, _) => Some(delay),
             (true, Some(RelayTransport::Tls)) => Some(delay * 3 + 200_000),

@@ -71,7 +71,7 @@ impl World {
             }
             Output::ConnectRelay { relay, transport } => {
                 let relay = self.relay_index(relay);
-                let rtt = 2 * self.sites[self.nodes[index].site].delay_us;
+                let rtt = 2 * self.line_us(self.nodes[index].site, relay);
                 let delay = match transport {
                     RelayTransport::Quic => rtt * 3 / 2,
                     RelayTransport::Tls => rtt * 3,
