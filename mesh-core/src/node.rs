@@ -21,10 +21,11 @@ use crate::{
     io::{Input, Output},
     node::{
         context::{Calls, Context, Dice, Inside, RelayWish, Us},
-        gather::Gather,
-        peer::{Known, Peer},
+        gather::{Gather, targets},
+        peer::{Known, Peer, REMEMBERED_MAX},
         relays::{Relays, domain},
         report::{PeerReport, RelayReport, TransitionCounts},
+        uplinks::Uplinks,
     },
     snapshot::{ExternalPeer, Locality, Node, Relay, Snapshot},
 };
@@ -37,6 +38,7 @@ pub mod path;
 mod peer;
 mod relays;
 pub mod report;
+mod uplinks;
 mod watch;
 
 #[cfg(test)]
@@ -72,11 +74,16 @@ pub struct Core {
     timers: BTreeSet<(Instant, NodeId)>,
     relays: Relays,
     gather: Gather,
+    uplinks: Uplinks,
+    /// Outside addresses that the NAT granted.
+    mapped: Vec<SocketAddr>,
     /// Peers are told of changed candidates then.
     tell_at: Option<Instant>,
     calls: Calls,
     /// Peers that are up.
     sessions: usize,
+    /// Peers that are not idle.
+    awake: usize,
     counts: TransitionCounts,
     dice: Dice,
     out: VecDeque<Output>,
@@ -97,6 +104,7 @@ impl Core {
             hopeless_relays: Vec::new(),
             relays: Vec::new(),
             relay_rtts: BTreeMap::new(),
+            metered: false,
             inside: Inside::default(),
         };
         Self {
@@ -108,9 +116,12 @@ impl Core {
             timers: BTreeSet::new(),
             relays: Relays::default(),
             gather: Gather::default(),
+            uplinks: Uplinks::default(),
+            mapped: Vec::new(),
             tell_at: None,
             calls: Calls::new(now),
             sessions: 0,
+            awake: 0,
             counts: TransitionCounts::default(),
             dice: Dice::seed_from_u64(rng_seed),
             out: VecDeque::new(),
@@ -123,6 +134,21 @@ impl Core {
             Input::Timeout => self.on_timeout(now),
             Input::Snapshot(snapshot) => self.on_snapshot(snapshot, now),
             Input::LocalAddresses(addresses) => self.on_local_addresses(addresses, now),
+            Input::PortMapped(addresses) => {
+                self.mapped = addresses.into_iter().map(canonical).collect();
+                self.refresh_us(now);
+            }
+            Input::Neighbour { peer, address } => self.on_neighbour(peer, canonical(address), now),
+            Input::Uplinks(uplinks) => {
+                let moved = self.with_uplinks(|all, out| all.set(uplinks, now, out));
+                self.follow_uplink(moved, now);
+            }
+            Input::UplinkAnswered { uplink } => {
+                let moved = self.with_uplinks(|all, out| all.on_answer(uplink, now, out));
+                if moved {
+                    self.follow_uplink(true, now);
+                }
+            }
             Input::Reflexive {
                 asked,
                 observed,
@@ -142,6 +168,9 @@ impl Core {
                 self.with_relays(now, |relays, dice, out| {
                     relays.on_lost(relay, transport, &reason, now, dice, out);
                 });
+                if self.us.relays_up.is_empty() {
+                    self.uplinks.doubt(now);
+                }
             }
             Input::RelayGoAway { relay } => {
                 self.with_relays(now, |relays, dice, out| {
@@ -189,8 +218,9 @@ impl Core {
     pub fn poll_timeout(&self) -> Option<Instant> {
         let peers = self.timers.first().map(|&(at, _)| at);
         let relays = self.relays.deadline();
-        let gather = self.gather.deadline(self.is_active());
-        [peers, relays, gather, self.tell_at]
+        let gather = self.gather.deadline(self.is_active() && !self.us.metered);
+        let uplinks = self.uplinks.deadline();
+        [peers, relays, gather, uplinks, self.tell_at]
             .into_iter()
             .flatten()
             .min()
@@ -282,6 +312,13 @@ impl Core {
         if self.relays.deadline().is_some_and(|at| now >= at) {
             self.with_relays(now, |relays, dice, out| relays.on_timeout(now, dice, out));
         }
+        if self.uplinks.deadline().is_some_and(|at| now >= at) {
+            let targets = self.probe_targets();
+            let moved = self.with_uplinks(|all, out| all.on_timeout(&targets, now, out));
+            if moved {
+                self.follow_uplink(true, now);
+            }
+        }
         self.tend_gather(now);
         if self.tell_at.is_some_and(|at| now >= at) {
             self.tell_at = None;
@@ -334,6 +371,7 @@ impl Core {
             return;
         };
         self.sessions -= usize::from(peer.is_up());
+        self.awake -= usize::from(!peer.is_idle());
         if let Some(at) = peer.timer {
             self.timers.remove(&(at, id));
         }
@@ -351,6 +389,7 @@ impl Core {
         let moved = addresses != self.us.local && !self.us.local.is_empty();
         if addresses != self.us.local {
             self.gather.forget();
+            self.mapped.clear(); // By another router.
             self.us.local = addresses;
         }
         self.with_relays(now, |relays, dice, out| {
@@ -359,6 +398,51 @@ impl Core {
         self.gather_anew(now);
         self.refresh_us(now);
         self.for_each_peer(now, |peer, ctx| peer.on_network_change(moved, ctx));
+    }
+
+    fn with_uplinks(
+        &mut self,
+        act: impl FnOnce(&mut Uplinks, &mut dyn FnMut(Output)) -> bool,
+    ) -> bool {
+        let out = &mut self.out;
+        act(&mut self.uplinks, &mut |output| out.push_back(output))
+    }
+
+    /// The network is that of the uplink in use.
+    fn follow_uplink(&mut self, moved: bool, now: Instant) {
+        self.us.metered = self.uplinks.is_metered();
+        let active = self.uplinks.active();
+        let addresses = active.map(|uplink| uplink.addresses.clone());
+        if moved {
+            self.mapped.clear();
+            // Even if the new network gave the same address: what was learned is of the old one.
+            self.gather.forget();
+        }
+        self.on_local_addresses(addresses.unwrap_or_default(), now);
+        self.rest(now);
+    }
+
+    /// Who may be asked whether an uplink leads anywhere.
+    fn probe_targets(&self) -> Vec<SocketAddr> {
+        let Some(snapshot) = &self.snapshot else {
+            return Vec::new();
+        };
+        let relays = self.vantage_points().into_iter();
+        let relays = relays.filter_map(|relay| snapshot.relays.get(&relay));
+        relays.flat_map(targets).collect()
+    }
+
+    /// A node that nobody here talks to is remembered only: it costs nothing.
+    fn on_neighbour(&mut self, id: NodeId, address: SocketAddr, now: Instant) {
+        if self.peers.contains_key(&id) {
+            return self.with_peer(id, now, |peer, ctx| peer.on_neighbour(address, ctx));
+        }
+        if self.find(&id).is_some() {
+            let known = self.config.remembered.entry(id).or_default();
+            known.retain(|other| *other != address);
+            known.insert(0, address);
+            known.truncate(REMEMBERED_MAX);
+        }
     }
 
     fn on_reflexive(
@@ -404,7 +488,8 @@ impl Core {
     }
 
     fn tend_gather(&mut self, now: Instant) {
-        let active = self.is_active();
+        // Where it costs, what was learned at first has to do.
+        let active = self.is_active() && !self.us.metered;
         if active
             && self.gather.wants_refresh(now)
             && let Some(snapshot) = &self.snapshot
@@ -446,6 +531,7 @@ impl Core {
             .unwrap_or_default();
         let kinds = [
             (CandidateKind::Static, fixed),
+            (CandidateKind::PortMapped, self.mapped.clone()),
             (CandidateKind::Reflexive, self.gather.addresses()),
             (CandidateKind::Host, self.us.local.clone()),
         ];
@@ -515,10 +601,17 @@ impl Core {
             out: &mut self.out,
             wishes: &mut wishes,
         };
+        peer.set_metered(self.us.metered);
         let was_up = peer.is_up();
+        let was_idle = peer.is_idle();
+        let was_suspect = peer.is_suspect();
         act(peer, &mut ctx);
         self.counts.add(&peer.take_counts());
         self.sessions = self.sessions + usize::from(peer.is_up()) - usize::from(was_up);
+        self.awake = self.awake + usize::from(!peer.is_idle()) - usize::from(!was_idle);
+        if was_up && !was_suspect && peer.is_suspect() {
+            self.uplinks.doubt(now);
+        }
         let deadline = peer.deadline();
         if peer.timer != deadline {
             if let Some(old) = std::mem::replace(&mut peer.timer, deadline) {
@@ -528,6 +621,17 @@ impl Core {
         }
         let in_use = peer.relay_in_use().map(RelayWish::Visit);
         self.grant(wishes.into_iter().chain(in_use), now);
+        self.rest(now);
+    }
+
+    /// Where keeping links costs, a node that nobody talks to has none.
+    fn rest(&mut self, now: Instant) {
+        let resting = self.us.metered && self.awake == 0;
+        if self.relays.is_resting() != resting {
+            self.with_relays(now, |relays, dice, out| {
+                relays.set_resting(resting, now, dice, out);
+            });
+        }
     }
 
     fn grant(&mut self, wishes: impl Iterator<Item = RelayWish>, now: Instant) {

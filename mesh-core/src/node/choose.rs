@@ -52,6 +52,11 @@ pub(crate) fn choose(usable: &[(Via, &Path)], primary: Option<Via>) -> Option<Vi
     Some(if better { best } else { current })
 }
 
+/// Whether a path that does not carry the traffic now loses too much to carry it.
+pub(crate) fn is_lossy(path: &Path) -> bool {
+    path.judged_loss().is_some_and(|loss| loss > LOSSY_NO_MORE)
+}
+
 /// Whether so much is saved that it is worth a move.
 pub(crate) fn is_cheaper(cost: Duration, than: Duration) -> bool {
     cost < than.mul_f64(CHEAPER_BY) && than.saturating_sub(cost) >= CHEAPER_BY_AT_LEAST

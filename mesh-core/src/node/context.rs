@@ -41,6 +41,8 @@ pub(crate) struct Us {
     pub(crate) relays: Vec<RelayId>,
     /// How far they are, as peers are told.
     pub(crate) relay_rtts: BTreeMap<RelayId, Duration>,
+    /// What goes out costs: nothing is sent that nobody asked for.
+    pub(crate) metered: bool,
     /// What the tunnel itself leads to.
     pub(crate) inside: Inside,
 }

@@ -236,7 +236,7 @@ impl Gather {
     }
 }
 
-fn targets(relay: &crate::snapshot::Relay) -> Vec<SocketAddr> {
+pub(crate) fn targets(relay: &crate::snapshot::Relay) -> Vec<SocketAddr> {
     let mut ports = relay.stun_ports.clone();
     ports.push(relay.quic_port);
     ports.sort_unstable();

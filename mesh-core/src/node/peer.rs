@@ -90,7 +90,7 @@ const GOODBYE_GRACE: Duration = Duration::from_secs(1);
 const VISITS_MAX: usize = 2;
 
 /// Addresses kept of a peer for the next boot.
-const REMEMBERED_MAX: usize = 8;
+pub(crate) const REMEMBERED_MAX: usize = 8;
 
 /// Where in its life a peer is.
 #[derive(Debug)]
@@ -187,6 +187,8 @@ pub(crate) struct Peer {
     /// When the peer's packets last came by another way than the silent one in use.
     hint_at: Option<Instant>,
     check_at: Option<Instant>,
+    /// What goes out costs, as this peer last heard.
+    metered: bool,
     changes: Changes,
     /// Under which time the node has this peer in its timer queue.
     pub(crate) timer: Option<Instant>,
@@ -217,6 +219,7 @@ impl Peer {
             heartbeat_at: now,
             hint_at: None,
             check_at: None,
+            metered: false,
             changes: Changes::default(),
             timer: None,
         }
@@ -235,6 +238,19 @@ impl Peer {
 
     pub(crate) fn is_alive(&self) -> bool {
         self.alive
+    }
+
+    pub(crate) fn set_metered(&mut self, metered: bool) {
+        self.metered = metered;
+    }
+
+    pub(crate) fn is_idle(&self) -> bool {
+        matches!(self.phase, Phase::Idle)
+    }
+
+    /// Whether its way in use is in doubt, or gone.
+    pub(crate) fn is_suspect(&self) -> bool {
+        matches!(self.state, PeerState::Suspect | PeerState::Waking)
     }
 
     /// Whether there is a session in use.
@@ -294,6 +310,20 @@ impl Peer {
                 }
                 self.start_search(ctx);
             }
+        }
+    }
+
+    /// The peer is on this LAN, at `address`.
+    pub(crate) fn on_neighbour(&mut self, address: SocketAddr, ctx: &mut Context) {
+        let new = self.remembered.first() != Some(&address);
+        self.remembered.retain(|known| *known != address);
+        self.remembered.insert(0, address);
+        self.remembered.truncate(REMEMBERED_MAX);
+        match self.phase {
+            Phase::Idle => {}
+            Phase::Waking(_) | Phase::Unreachable(_) if new => self.call_anew(ctx),
+            Phase::Up if new => self.start_search(ctx),
+            Phase::Waking(_) | Phase::Unreachable(_) | Phase::Up => {}
         }
     }
 
@@ -617,6 +647,9 @@ impl Peer {
 
     fn retry(&mut self, ctx: &mut Context) {
         let wanted = self.wanted_at.is_some_and(|at| ctx.now < at + WANTED_FOR);
+        if ctx.us.metered && !wanted {
+            return self.go_idle(ctx); // Whoever wants it next calls it.
+        }
         let Phase::Unreachable(retry) = &mut self.phase else {
             return;
         };
@@ -648,9 +681,7 @@ impl Peer {
 
     /// Lets go of everything that costs.
     fn go_idle(&mut self, ctx: &mut Context) {
-        if self.is_up() {
-            self.set_alive(true, ctx); // Nobody will settle a doubt that there may be.
-        }
+        self.set_alive(true, ctx); // Nobody will settle a doubt that there may be.
         self.watch = Watch::Calm;
         self.set_primary(None, None, ctx);
         let vias: Vec<Via> = self.paths.keys().copied().collect();

@@ -121,6 +121,7 @@ pub(crate) struct Relays {
     told: BTreeMap<RelayId, Duration>,
     home: Option<RelayId>,
     second: Option<RelayId>,
+    resting: bool,
 }
 
 /// Whether a way is so much shorter that it is worth a move.
@@ -661,9 +662,29 @@ impl Relays {
         }
     }
 
+    pub(crate) fn is_resting(&self) -> bool {
+        self.resting
+    }
+
+    /// Whether the node keeps no links of its own, as keeping them costs and nobody needs them. They
+    /// end as visits do.
+    pub(crate) fn set_resting(
+        &mut self,
+        resting: bool,
+        now: Instant,
+        dice: &mut Dice,
+        out: &mut dyn FnMut(Output),
+    ) {
+        self.resting = resting;
+        self.keep(now, dice, out);
+    }
+
     /// The node's own relays: the nearest ones, and the first of its order, as many as it takes to
     /// have two hopeful.
     fn warm(&self) -> Vec<RelayId> {
+        if self.resting {
+            return Vec::new();
+        }
         let mut hopeful = 0;
         let mut warm: Vec<RelayId> = self.home.into_iter().chain(self.second).collect();
         for relay in self.order.iter().take(LINKS_MAX - warm.len()) {

@@ -60,6 +60,16 @@ const LEAVE_MAX: Duration = Duration::from_secs(6);
 /// without a candidate would otherwise answer each other for ever.
 const ANSWERING_SEARCH_EVERY: Duration = Duration::from_secs(5);
 
+/// Whether who told these addresses before has none of them now.
+fn is_elsewhere(before: &[Candidate], now: &[Candidate]) -> bool {
+    let hosts = |all: &[Candidate]| -> Vec<SocketAddr> {
+        let hosts = all.iter().filter(|one| one.kind == CandidateKind::Host);
+        hosts.map(|one| one.address).collect()
+    };
+    let (before, now) = (hosts(before), hosts(now));
+    !before.is_empty() && !now.is_empty() && !before.iter().any(|one| now.contains(one))
+}
+
 impl Peer {
     /// Makes sure that there is a path for a way by which the peer sent something.
     pub(super) fn learn_path(&mut self, via: Via, ctx: &Context) {
@@ -209,7 +219,10 @@ impl Peer {
             nat: ctx.us.nat,
             relays: ctx.us.relay_rtts.iter().map(|(&id, &rtt)| (id, rtt)).collect(),
         };
-        ctx.send(self.known.id, via, message);
+        // The way in use may be the one that died.
+        for via in self.duplicate.into_iter().chain([via]) {
+            ctx.send(self.known.id, via, message.clone());
+        }
     }
 
     pub(super) fn on_candidates(
@@ -228,9 +241,15 @@ impl Peer {
         }
         let first = self.remote.generation.replace(generation).is_none();
         let changed = self.remote.candidates != candidates || self.remote.nat != nat;
+        let moved = is_elsewhere(&self.remote.candidates, &candidates);
         (self.remote.candidates, self.remote.nat) = (candidates, nat);
         if !self.is_up() {
             return;
+        }
+        let direct = matches!(self.primary, Some(Via::Direct(_)));
+        if moved && direct && self.watch.suspect_since().is_none() {
+            // Its own side knows already. What is sent there meanwhile would be lost.
+            self.doubt_now(Reason::LinkDown, ctx);
         }
         self.seek_nearer_relay(ctx);
         let recent = |began| ctx.now.saturating_duration_since(began) < ANSWERING_SEARCH_EVERY;

@@ -259,7 +259,11 @@ impl Peer {
     pub(super) fn cover(&mut self, ctx: &mut Context) {
         if self.watch.suspect_since().is_some() {
             let (primary, duplicate) = (self.primary, self.alternative(ctx).or(self.duplicate));
+            let found = self.duplicate.is_none() && duplicate.is_some();
             self.set_primary(primary, duplicate, ctx);
+            if found && self.search.tell_at.is_some() {
+                self.tell_candidates(ctx); // What was told by the silent way may be lost.
+            }
         }
     }
 
@@ -340,7 +344,7 @@ impl Peer {
         if self.known.plain {
             return;
         }
-        if ctx.now >= self.active_at + LAZY_IDLE {
+        if ctx.now >= self.active_at + self.idle_after() {
             return self.go_idle(ctx);
         }
         if self.search.tell_at.is_some_and(|at| ctx.now >= at) {
@@ -377,6 +381,9 @@ impl Peer {
     }
 
     fn heartbeat_due(&self) -> Option<Instant> {
+        if self.metered {
+            return None;
+        }
         let primary = self.primary?;
         let received = self.paths.get(&primary).and_then(|path| path.received_at);
         let last = received.map_or(self.heartbeat_at, |at| at.max(self.heartbeat_at));
@@ -402,7 +409,11 @@ impl Peer {
         let in_use = self.primary.iter().chain(&ways);
         let close = in_use.clone().any(losing) && in_use.clone().any(relayed);
         let pause = if close { CHECK_LOSING } else { CHECK };
-        self.check_at = warm.then(|| ctx.now + pause);
+        // Where it costs, only for as long as there is traffic.
+        let last = ctx.now.checked_sub(CHECK);
+        let busy = self.sent_at.is_some_and(|sent| last.is_none_or(|last| sent > last));
+        let again = if self.metered { busy && !close } else { warm };
+        self.check_at = again.then(|| ctx.now + pause);
         ways.extend(self.primary);
         for via in ways {
             let unknown = self.paths.get(&via).is_some_and(|path| !path.full_ok);
@@ -411,12 +422,18 @@ impl Peer {
         self.select(ctx);
     }
 
+    /// After how long without traffic it costs nothing any more: where keeping a path costs, as soon
+    /// as it is not warm.
+    fn idle_after(&self) -> Duration {
+        if self.metered { WARM_FOR } else { LAZY_IDLE }
+    }
+
     pub(super) fn up_deadline(&self) -> Option<Instant> {
         if self.known.plain {
             return None;
         }
         let timers = [
-            Some(self.active_at + LAZY_IDLE),
+            Some(self.active_at + self.idle_after()),
             self.watch.deadline(self.pace()),
             self.search.tell_at,
             self.retry_due(),

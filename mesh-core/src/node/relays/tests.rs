@@ -26,6 +26,8 @@ fn word(output: Output) -> String {
         | Output::SetPath { .. }
         | Output::FindPeer { .. }
         | Output::AskReflexive { .. }
+        | Output::UseUplink { .. }
+        | Output::ProbeUplink { .. }
         | Output::Event(_)) => panic!("{other:?}"),
     }
 }
