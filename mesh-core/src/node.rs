@@ -410,7 +410,11 @@ impl Core {
 
     /// The network is that of the uplink in use.
     fn follow_uplink(&mut self, moved: bool, now: Instant) {
-        self.us.metered = self.uplinks.is_metered();
+        let metered = self.uplinks.is_metered();
+        if std::mem::replace(&mut self.us.metered, metered) != metered {
+            self.us.generation += 1;
+            self.tell_at.get_or_insert(now + TELL_DELAY);
+        }
         let active = self.uplinks.active();
         let addresses = active.map(|uplink| uplink.addresses.clone());
         if moved {

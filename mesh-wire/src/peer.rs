@@ -59,6 +59,8 @@ pub enum PeerMessage {
         /// The sender's round trip to relays, to the millisecond: by which one the two are
         /// nearest. At most [`RELAYS_MAX`]; a sender that does not measure tells none.
         relays: Vec<(RelayId, Duration)>,
+        /// What the sender sends costs it: nobody should make it answer without need.
+        metered: bool,
     },
     /// The sender stops now: move its traffic away at once.
     Goodbye,
@@ -168,6 +170,8 @@ mod proto {
         pub(super) nat: i32,
         #[prost(message, repeated, tag = "4")]
         pub(super) relays: Vec<RelayRtt>,
+        #[prost(bool, tag = "5")]
+        pub(super) metered: bool,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -279,6 +283,7 @@ impl PeerMessage {
                 candidates,
                 nat,
                 relays,
+                metered,
             } => {
                 let entry = |candidate: &Candidate| proto::Candidate {
                     kind: candidate.kind.into(),
@@ -289,6 +294,7 @@ impl PeerMessage {
                     candidates: candidates.iter().take(CANDIDATES_MAX).map(entry).collect(),
                     nat: (*nat).into(),
                     relays: relays.iter().take(RELAYS_MAX).map(rtt_to_proto).collect(),
+                    metered: *metered,
                 })
             }
             Self::Goodbye => proto::Body::Goodbye(proto::Goodbye {}),
@@ -314,6 +320,7 @@ impl PeerMessage {
                     candidates: read.map(candidate_from_proto).collect::<Result<_, _>>()?,
                     nat: NatKind::try_from(list.nat).unwrap_or_default(),
                     relays: list.relays.iter().take(RELAYS_MAX).map(rtt_from_proto).collect(),
+                    metered: list.metered,
                 })
             }
             proto::Body::Goodbye(_) => Ok(Self::Goodbye),
@@ -403,6 +410,7 @@ mod tests {
                     candidates,
                     nat: NatKind::Hard,
                     relays,
+                    metered: generation % 2 == 0,
                 }
             }),
             Just(PeerMessage::Goodbye),
@@ -434,6 +442,7 @@ mod tests {
             candidates: vec![Candidate { kind, address }; CANDIDATES_MAX],
             nat: NatKind::Hard,
             relays: vec![(RelayId(u64::MAX), Duration::from_secs(60)); RELAYS_MAX],
+            metered: true,
         };
         assert!(message.to_packet(A, B).len() <= FULL_SIZE);
     }

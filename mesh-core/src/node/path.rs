@@ -40,8 +40,9 @@ const LOSS_KNOWN_FROM: u32 = 20;
 /// of 1 %, three or more lost of 64 (over 3 %) is a matter of one in 40.
 const LOSS_JUDGED_FROM: u32 = 64;
 
-/// How long a loss is looked at closely after the last lost echo.
-const LOSS_WATCHED: Duration = Duration::from_secs(60);
+/// How long a loss is looked at closely after the last lost echo: until 128 echoes, one in half a
+/// second, have pushed it out of the history.
+const LOSS_WATCHED: Duration = Duration::from_secs(75);
 
 /// Patience with a path of which no round trip is known yet, and the least patience (`paths.md`).
 const PATIENCE_MIN: Duration = Duration::from_millis(400);
@@ -168,6 +169,10 @@ impl Path {
             return false;
         };
         let from = std::mem::replace(&mut self.state, to);
+        if to == PathState::Standby && event == PathEvent::Proven {
+            // What was lost before was an outage.
+            (self.history, self.history_len, self.lost_at) = (0, 0, None);
+        }
         // Each state begins with its own timers; only probing has one at once.
         (self.next_probe, self.unanswered) = (None, None);
         self.changes.push(PathChange {

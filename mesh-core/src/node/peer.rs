@@ -129,6 +129,8 @@ struct Remote {
     nat: NatKind,
     /// How far it is from relays.
     relay_rtts: BTreeMap<RelayId, Duration>,
+    /// What it sends costs it.
+    metered: bool,
 }
 
 /// The search for a direct path.
@@ -187,6 +189,7 @@ pub(crate) struct Peer {
     /// When the peer's packets last came by another way than the silent one in use.
     hint_at: Option<Instant>,
     check_at: Option<Instant>,
+    checks: u32,
     /// What goes out costs, as this peer last heard.
     metered: bool,
     changes: Changes,
@@ -219,6 +222,7 @@ impl Peer {
             heartbeat_at: now,
             hint_at: None,
             check_at: None,
+            checks: 0,
             metered: false,
             changes: Changes::default(),
             timer: None,
@@ -372,12 +376,14 @@ impl Peer {
                 candidates,
                 nat,
                 relays,
+                metered,
             } => {
                 if matches!(self.phase, Phase::Idle) {
                     self.active_at = ctx.now;
                     self.session = true;
                     self.answered(via, Reason::PeerCalled, ctx);
                 }
+                self.remote.metered = metered;
                 self.remote.relay_rtts = relays.into_iter().collect();
                 self.on_candidates(generation, candidates, nat, ctx);
             }

@@ -250,6 +250,7 @@ fn probed(core: &mut Core, told: impl IntoIterator<Item = SocketAddr>) -> Vec<So
         candidates: candidates.collect(),
         nat: NatKind::Easy,
         relays: Vec::new(),
+            metered: false,
     };
     let (peer, via) = (id(1), Via::Relay(r1()));
     core.handle_input(Input::Message { peer, via, message }, at(200));
@@ -403,6 +404,7 @@ fn an_overtaken_list_of_candidates_is_ignored() {
             candidates,
             nat,
             relays: Vec::new(),
+            metered: false,
         };
         let (peer, via) = (id(1), Via::Relay(r1()));
         core.handle_input(Input::Message { peer, via, message }, at(200));
@@ -470,6 +472,7 @@ fn any_message() -> impl Strategy<Value = PeerMessage> {
             }],
             nat: NatKind::Easy,
             relays: Vec::new(),
+            metered: false,
         }),
         Just(PeerMessage::Goodbye),
     ]

@@ -39,8 +39,8 @@ const SEEDS_NIGHTLY: u64 = 2_000;
 /// Rounds of changes in one seed.
 const ROUNDS: u32 = 16;
 /// After this long without a change everybody who can be direct is: the longest pause between
-/// searches is 60 s, and a round takes up to 10 s.
-const DIRECT_WITHIN_MS: u64 = 75_000;
+/// searches is 60 s, and a round takes up to 10 s; what lost packets is watched for 75 s.
+const DIRECT_WITHIN_MS: u64 = 90_000;
 /// How often an application sends.
 const PING_MS: u64 = 100;
 
@@ -358,7 +358,16 @@ impl Lab {
                 };
                 let direct = matches!(report.via, Some(Via::Direct(_)));
                 if self.can_be_direct(of, peer) && report.state != PeerState::Direct {
-                    return Err(format!("{of} → {peer} is not direct: {report:#?}"));
+                    let (state, reason) = (report.state, report.reason);
+                    let paths: Vec<String> = report
+                        .paths
+                        .iter()
+                        .map(|path| format!("{:?} {:?} {:?}", path.via, path.state, path.loss))
+                        .collect();
+                    let paths = paths.join("; ");
+                    return Err(format!(
+                        "{of} → {peer} is not direct: {state:?} {reason:?}, {paths}"
+                    ));
                 }
                 if !self.may_be_direct(of, peer) && direct {
                     return Err(format!("{of} → {peer} is direct, and must not be"));

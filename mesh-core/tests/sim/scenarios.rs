@@ -414,7 +414,7 @@ fn a_lossy_direct_path_gives_way_to_a_clean_relay_and_comes_back_when_it_is_clea
     world.run_for(20_000);
     let between = (world.nodes[a].site, world.nodes[b].site);
     world.lossy.insert(between, 0.1);
-    let took = world.run_until(90_000, "relayed", |w| {
+    let took = world.run_until(180_000, "relayed", |w| {
         state(w, a, b) == PeerState::Relayed && state(w, b, a) == PeerState::Relayed
     });
     println!("relayed {took} ms after the loss began");

@@ -218,6 +218,7 @@ impl Peer {
             candidates,
             nat: ctx.us.nat,
             relays: ctx.us.relay_rtts.iter().map(|(&id, &rtt)| (id, rtt)).collect(),
+            metered: ctx.us.metered,
         };
         // The way in use may be the one that died.
         for via in self.duplicate.into_iter().chain([via]) {
