@@ -140,6 +140,10 @@ impl Gather {
         if self.round.asks.values().all(|ask| ask.observed.is_some()) {
             self.round.next = None;
             self.round.began = None;
+            // What others said is older than that.
+            let asks = &self.round.asks;
+            self.seen
+                .retain(|target, _| asks.get(target).is_some_and(|ask| !ask.survey));
         }
         if survey {
             return Some((relay, false));

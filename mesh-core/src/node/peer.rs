@@ -16,7 +16,7 @@ use mesh_wire::{
 use rand::RngExt;
 
 use crate::{
-    io::{Event, Output, PeerState, Reason},
+    io::{Event, Output, PeerState, Reason, TRAFFIC_TICK_MS},
     node::{
         context::{Context, RelayWish},
         machine::{Changes, PathChange, PathEvent, PeerEvent},
@@ -393,7 +393,11 @@ impl Peer {
     }
 
     pub(crate) fn on_traffic(&mut self, sent: bool, received: &[Via], ctx: &mut Context) {
-        for &via in received {
+        // What came in before the network changed proves nothing about it now.
+        let tick = Duration::from_millis(TRAFFIC_TICK_MS);
+        let since = self.watch.suspect_since();
+        let stale = since.is_some_and(|at| ctx.now < at + tick);
+        for &via in received.iter().filter(|_| !stale) {
             self.learn_path(via, ctx);
             self.received(via, ctx);
         }
