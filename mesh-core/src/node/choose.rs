@@ -28,9 +28,12 @@ pub(crate) fn choose(usable: &[(Via, &Path)], primary: Option<Via>) -> Option<Vi
         .iter()
         .any(|(_, path)| path.kind == PathKind::Relay && lossless(path));
     let on_relay = matches!(primary, Some(Via::Relay(_)));
-    let most = if on_relay { LOSSY_NO_MORE } else { LOSSY };
     let tier = |path: &Path| {
-        let lossy = path.judged_loss().is_some_and(|loss| loss > most);
+        let lossy = if on_relay {
+            is_lossy(path)
+        } else {
+            path.judged_loss().is_some_and(|loss| loss > LOSSY)
+        };
         if lossy && relay_is_better {
             PathKind::Relay
         } else {
@@ -54,7 +57,7 @@ pub(crate) fn choose(usable: &[(Via, &Path)], primary: Option<Via>) -> Option<Vi
 
 /// Whether a path that does not carry the traffic now loses too much to carry it.
 pub(crate) fn is_lossy(path: &Path) -> bool {
-    path.judged_loss().is_some_and(|loss| loss > LOSSY_NO_MORE)
+    path.recent_loss().is_some_and(|loss| loss > LOSSY_NO_MORE)
 }
 
 /// Whether so much is saved that it is worth a move.

@@ -40,9 +40,12 @@ const LOSS_KNOWN_FROM: u32 = 20;
 /// of 1 %, three or more lost of 64 (over 3 %) is a matter of one in 40.
 const LOSS_JUDGED_FROM: u32 = 64;
 
-/// How long a loss is looked at closely after the last lost echo: until 128 echoes, one in half a
-/// second, have pushed it out of the history.
-const LOSS_WATCHED: Duration = Duration::from_secs(75);
+/// How long a loss is looked at closely after it began: long enough for 128 echoes, one in half a
+/// second, three times over. A path that still loses then loses for good.
+const LOSS_WATCHED: Duration = Duration::from_secs(180);
+
+/// What was measured before so long a silence says nothing about now.
+const HISTORY_TTL: Duration = Duration::from_secs(60);
 
 /// Patience with a path of which no round trip is known yet, and the least patience (`paths.md`).
 const PATIENCE_MIN: Duration = Duration::from_millis(400);
@@ -123,7 +126,8 @@ pub(crate) struct Path {
     rttvar: Duration,
     samples: VecDeque<Duration>,
     history: u128,
-    lost_at: Option<Instant>,
+    /// Since when echoes are lost now and then.
+    losing_since: Option<Instant>,
     echoed_at: Option<Instant>,
     history_len: u32,
     outstanding: VecDeque<Echo>,
@@ -149,7 +153,7 @@ impl Path {
             rttvar: Duration::ZERO,
             samples: VecDeque::new(),
             history: 0,
-            lost_at: None,
+            losing_since: None,
             echoed_at: None,
             history_len: 0,
             outstanding: VecDeque::new(),
@@ -171,7 +175,7 @@ impl Path {
         let from = std::mem::replace(&mut self.state, to);
         if to == PathState::Standby && event == PathEvent::Proven {
             // What was lost before was an outage.
-            (self.history, self.history_len, self.lost_at) = (0, 0, None);
+            self.forget_loss();
         }
         // Each state begins with its own timers; only probing has one at once.
         (self.next_probe, self.unanswered) = (None, None);
@@ -263,7 +267,10 @@ impl Path {
             self.record_lost(now);
         }
         let at = now;
-        self.echoed_at = Some(now);
+        let before = self.echoed_at.replace(now);
+        if before.is_some_and(|before| now >= before + HISTORY_TTL) {
+            self.forget_loss();
+        }
         self.outstanding.push_back(Echo {
             txid,
             at,
@@ -319,9 +326,20 @@ impl Path {
         self.loss().filter(|_| self.history_len >= LOSS_JUDGED_FROM)
     }
 
-    /// Whether an echo was lost lately: then it is worth knowing how often that happens.
-    pub(crate) fn is_losing(&self, now: Instant) -> bool {
-        self.lost_at.is_some_and(|at| now < at + LOSS_WATCHED)
+    /// Share of the last 64 echoes lost, once there were so many: whether it is over.
+    pub(crate) fn recent_loss(&self) -> Option<f64> {
+        let known = self.history_len >= LOSS_JUDGED_FROM;
+        known.then(|| f64::from(self.recent_losses()) / f64::from(LOSS_JUDGED_FROM))
+    }
+
+    fn recent_losses(&self) -> u32 {
+        (self.history & u128::from(u64::MAX)).count_ones()
+    }
+
+    /// Whether echoes are lost now and then; `Some(true)`: since a short time, so that it is worth
+    /// knowing soon how often.
+    pub(crate) fn is_losing(&self, now: Instant) -> Option<bool> {
+        self.losing_since.map(|at| now < at + LOSS_WATCHED)
     }
 
     /// When an echo last went out by it.
@@ -356,13 +374,20 @@ impl Path {
     }
 
     fn record_lost(&mut self, now: Instant) {
-        self.lost_at = Some(now);
+        self.losing_since.get_or_insert(now);
         self.record(false);
+    }
+
+    fn forget_loss(&mut self) {
+        (self.history, self.history_len, self.losing_since) = (0, 0, None);
     }
 
     fn record(&mut self, answered: bool) {
         self.history = self.history << 1 | u128::from(!answered);
         self.history_len = (self.history_len + 1).min(HISTORY_MAX);
+        if self.history_len >= LOSS_JUDGED_FROM && self.recent_losses() == 0 {
+            self.losing_since = None;
+        }
     }
 
     fn sample(&mut self, rtt: Duration) {

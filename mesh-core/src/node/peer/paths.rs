@@ -117,10 +117,11 @@ impl Peer {
     }
 
     /// Makes a path for each address that is known of the peer.
-    fn add_direct_paths(&mut self, us: &Us) {
+    fn add_direct_paths(&mut self, ctx: &Context) {
         if self.known.relay_only {
             return;
         }
+        let us = ctx.us;
         let told = self.remote.candidates.clone();
         let known = self.known.addresses.iter().chain(&self.remembered);
         let known = known.map(|&address| Candidate {
@@ -128,6 +129,15 @@ impl Peer {
             address: canonical(address),
         });
         let all: Vec<Candidate> = told.into_iter().chain(known).collect();
+        // Addresses that it has no more would take the room of those that it has.
+        let valid = |via: &Via| all.iter().any(|one| *via == Via::Direct(canonical(one.address)));
+        let old = self.paths.iter().filter(|(via, path)| {
+            let told = !matches!(path.source, None | Some(CandidateKind::PeerReflexive));
+            let useless = !path.usable() && path.state() != PathState::Suspect;
+            told && useless && !valid(via)
+        });
+        let old: Vec<Via> = old.map(|(&via, _)| via).collect();
+        old.into_iter().for_each(|via| self.forget_path(via, ctx.now));
         for Candidate { kind, address } in all {
             let via = Via::Direct(canonical(address));
             let of_kind = |path: &&Path| path.source == Some(kind);
@@ -192,7 +202,7 @@ impl Peer {
     }
 
     fn probe_direct(&mut self, ctx: &mut Context) {
-        self.add_direct_paths(ctx.us);
+        self.add_direct_paths(ctx);
         for path in self.paths.values_mut() {
             if path.kind != PathKind::Relay {
                 path.start_probing(ctx.now);

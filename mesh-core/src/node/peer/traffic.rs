@@ -410,24 +410,27 @@ impl Peer {
         let standbys = self.standbys(ctx);
         let losing = |via: &Via| {
             let path = self.paths.get(via);
-            path.is_some_and(|path| path.kind != PathKind::Relay && path.is_losing(ctx.now))
+            let path = path.filter(|path| path.kind != PathKind::Relay)?;
+            path.is_losing(ctx.now)
         };
         let relayed = |via: &Via| matches!(via, Via::Relay(_));
         let in_use = self.primary.iter().chain(&standbys);
-        let close = in_use.clone().any(losing) && in_use.clone().any(relayed);
+        let losing = in_use.clone().filter_map(losing).max();
+        let losing = losing.filter(|_| in_use.clone().any(relayed));
         let direct = matches!(self.primary, Some(Via::Direct(_)));
-        let pause = match close {
+        let pause = match losing {
             _ if self.costs() => CHECK,
-            true => CHECK_LOSING,
-            false if direct => CHECK_DIRECT,
-            false => CHECK,
+            Some(true) => CHECK_LOSING,
+            Some(false) => CHECK_DIRECT,
+            None if direct => CHECK_DIRECT,
+            None => CHECK,
         };
         // Where it costs, only for as long as there is traffic.
         let last = ctx.now.checked_sub(CHECK);
         let busy = self.sent_at.is_some_and(|sent| last.is_none_or(|last| sent > last));
         let again = if self.costs() { busy } else { warm };
         self.check_at = again.then(|| ctx.now + pause);
-        let all = pause != CHECK_DIRECT || self.checks.is_multiple_of(CHECK_STANDBYS);
+        let all = losing.is_some() || pause != CHECK_DIRECT || self.checks.is_multiple_of(CHECK_STANDBYS);
         self.checks = self.checks.wrapping_add(1);
         let standbys = standbys.into_iter().filter(|_| all);
         let ways: Vec<Via> = standbys.chain(self.primary).collect();
