@@ -29,11 +29,8 @@ pub(crate) fn choose(usable: &[(Via, &Path)], primary: Option<Via>) -> Option<Vi
         .any(|(_, path)| path.kind == PathKind::Relay && lossless(path));
     let on_relay = matches!(primary, Some(Via::Relay(_)));
     let tier = |path: &Path| {
-        let lossy = if on_relay {
-            is_lossy(path)
-        } else {
-            path.judged_loss().is_some_and(|loss| loss > LOSSY)
-        };
+        let much = path.judged_loss().is_some_and(|loss| loss > LOSSY);
+        let lossy = is_lossy(path) && (much || on_relay);
         if lossy && relay_is_better {
             PathKind::Relay
         } else {
@@ -160,6 +157,22 @@ mod tests {
         assert_eq!(choose(&[(A, &slow), (R, &relay)], Some(R)), Some(R), "over 1.5 %: not back");
         let clean = path(PathKind::Direct, 59, 0);
         assert_eq!(choose(&[(A, &clean), (R, &relay)], Some(R)), Some(A));
+    }
+
+    #[test]
+    fn what_was_lost_before_the_last_64_echoes_moves_nothing() {
+        let relay = path(PathKind::Relay, 60, 0);
+        let mut direct = Path::new(PathKind::Direct, None);
+        for txid in 0..112 {
+            direct.on_echo_sent(txid, true, at(10_000 * txid));
+            if txid > 10 || txid % 2 == 0 {
+                direct.on_echo_answered(txid, at(10_000 * txid + 50));
+            }
+        }
+        assert!(direct.judged_loss().unwrap() > LOSSY);
+        let ways = [(A, &direct), (R, &relay)];
+        assert_eq!(choose(&ways, Some(A)), Some(A));
+        assert_eq!(choose(&ways, Some(R)), Some(A), "or it would swing");
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! **What is asserted.** After each change, and however many fall together:
 //! * pairs that can reach each other do so within [`Lab::bound_ms`], counted from the last change;
 //! * pairs that can be direct are, after [`DIRECT_WITHIN_MS`] without a change;
+//! * and stay so where nothing changes;
 //! * pairs that may only use relays do;
 //! * no application gets a packet that was not sent to it (asserted where packets are opened), and
 //!   none twice, though paths are switched, packets doubled and sent by two ways at once.
@@ -42,6 +43,8 @@ const ROUNDS: u32 = 16;
 /// searches is 60 s, and a round takes up to 10 s; a loss that was
 /// noticed lately is over after 64 echoes.
 const DIRECT_WITHIN_MS: u64 = 90_000;
+/// From then on traffic does not move for as long as this.
+const CALM_MS: u64 = 20_000;
 /// How often an application sends.
 const PING_MS: u64 = 100;
 
@@ -384,6 +387,26 @@ impl Lab {
         Ok(())
     }
 
+    /// Who is direct stays so where nothing changes.
+    fn check_calm(&self, since: u64) -> Result<(), String> {
+        for (&(from, to), &flow) in &self.pairs {
+            if !self.world.flows[flow].running || !self.can_be_direct(from, to) {
+                continue;
+            }
+            for (of, peer) in [(from, to), (to, from)] {
+                let peer_id = self.world.nodes[peer].id;
+                let moves = self.world.nodes[of].moves.iter();
+                let swung = |(at, id, via): &&(u64, _, Option<Via>)| {
+                    *at > since && *id == peer_id && !matches!(via, Some(Via::Direct(_)))
+                };
+                if let Some(swung) = moves.clone().find(swung) {
+                    return Err(format!("{of} → {peer} swings: {swung:?}"));
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn run(&mut self) -> Result<(), String> {
         self.settle()?;
         for round in 0..ROUNDS {
@@ -398,11 +421,13 @@ impl Lab {
             }
             self.settle()?;
             if round % 4 == 3 {
-                let pause = DIRECT_WITHIN_MS;
-                self.world.run_for(pause);
+                self.world.run_for(DIRECT_WITHIN_MS);
                 self.note("all settled");
                 self.settle()?;
                 self.check_ways(true)?;
+                let settled = self.world.now_ms();
+                self.world.run_for(CALM_MS);
+                self.check_calm(settled)?;
             }
         }
         Ok(())
