@@ -319,7 +319,12 @@ impl PeerMessage {
                     generation: list.generation,
                     candidates: read.map(candidate_from_proto).collect::<Result<_, _>>()?,
                     nat: NatKind::try_from(list.nat).unwrap_or_default(),
-                    relays: list.relays.iter().take(RELAYS_MAX).map(rtt_from_proto).collect(),
+                    relays: list
+                        .relays
+                        .iter()
+                        .take(RELAYS_MAX)
+                        .map(rtt_from_proto)
+                        .collect(),
                     metered: list.metered,
                 })
             }
@@ -389,9 +394,8 @@ mod tests {
             address: SocketAddr::new(address.ip(), address.port()),
         });
         let candidates = prop::collection::vec(candidate, 0..CANDIDATES_MAX);
-        let relay = any::<(u64, u32)>().prop_map(|(relay, rtt_ms)| {
-            (RelayId(relay), Duration::from_millis(rtt_ms.into()))
-        });
+        let relay = any::<(u64, u32)>()
+            .prop_map(|(relay, rtt_ms)| (RelayId(relay), Duration::from_millis(rtt_ms.into())));
         let relays = prop::collection::vec(relay, 0..RELAYS_MAX);
         prop_oneof![
             any::<(u64, bool)>()
@@ -435,7 +439,9 @@ mod tests {
 
     #[test]
     fn the_longest_message_is_one_packet() {
-        let address = "[2001:db8:ffff:ffff:ffff:ffff:ffff:ffff]:65535".parse().unwrap();
+        let address = "[2001:db8:ffff:ffff:ffff:ffff:ffff:ffff]:65535"
+            .parse()
+            .unwrap();
         let kind = CandidateKind::Static;
         let message = PeerMessage::Candidates {
             generation: u64::MAX,

@@ -149,12 +149,24 @@ mod tests {
     #[test]
     fn a_direct_path_that_lost_gets_its_tier_back_when_it_loses_half_of_what_took_it() {
         let (relay, lossy) = (path(PathKind::Relay, 60, 0), path(PathKind::Direct, 20, 30));
-        assert!((0.015..0.03).contains(&lossy.loss().unwrap()), "{:?}", lossy.loss());
+        assert!(
+            (0.015..0.03).contains(&lossy.loss().unwrap()),
+            "{:?}",
+            lossy.loss()
+        );
         let ways = [(A, &lossy), (R, &relay)];
         assert_eq!(choose(&ways, Some(A)), Some(A), "under 3 %: stays");
-        assert_eq!(choose(&ways, Some(R)), Some(A), "by its cost: far cheaper all the same");
+        assert_eq!(
+            choose(&ways, Some(R)),
+            Some(A),
+            "by its cost: far cheaper all the same"
+        );
         let slow = path(PathKind::Direct, 59, 30);
-        assert_eq!(choose(&[(A, &slow), (R, &relay)], Some(R)), Some(R), "over 1.5 %: not back");
+        assert_eq!(
+            choose(&[(A, &slow), (R, &relay)], Some(R)),
+            Some(R),
+            "over 1.5 %: not back"
+        );
         let clean = path(PathKind::Direct, 59, 0);
         assert_eq!(choose(&[(A, &clean), (R, &relay)], Some(R)), Some(A));
     }

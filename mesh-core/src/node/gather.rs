@@ -12,11 +12,7 @@ use mesh_wire::{
 };
 use rand::RngExt;
 
-use crate::{
-    io::Output,
-    node::context::Dice,
-    snapshot::Snapshot,
-};
+use crate::{io::Output, node::context::Dice, snapshot::Snapshot};
 
 /// Gaps between the sendings of one question; the last one repeats (`paths.md`).
 const RETRANSMIT_GAPS: [Duration; 2] = [Duration::from_millis(100), Duration::from_millis(200)];
@@ -361,12 +357,20 @@ mod tests {
         let local = [addr("10.0.0.1:51820")];
         gather.start(&relays, &snapshot, &local, at(0));
         let targets = asked(&mut gather, 0);
-        assert_eq!(targets.len(), 2 * 2 + 2, "two ports of two relays, one of the others");
+        assert_eq!(
+            targets.len(),
+            2 * 2 + 2,
+            "two ports of two relays, one of the others"
+        );
         for (port, target) in (1..).zip(targets) {
             let seen = SocketAddr::new([198, 51, 100, 9].into(), port);
             gather.on_reflexive(target, seen);
         }
-        assert_eq!(gather.addresses().len(), 4, "what the survey saw does not count");
+        assert_eq!(
+            gather.addresses().len(),
+            4,
+            "what the survey saw does not count"
+        );
         gather.start(&relays, &snapshot, &local, at(20_000));
         assert_eq!(asked(&mut gather, 20_000).len(), 4);
         gather.start(&relays, &snapshot, &local, at(300_000));

@@ -90,10 +90,7 @@ impl PathState {
                 Self::Candidate | Self::Probing | Self::Standby | Self::Primary | Self::Suspect,
                 E::Gone,
             ) => Some(Self::Dead),
-            (
-                Self::Probing | Self::Standby | Self::Primary | Self::Suspect,
-                E::ProbingBegan,
-            )
+            (Self::Probing | Self::Standby | Self::Primary | Self::Suspect, E::ProbingBegan)
             | (Self::Standby | Self::Primary | Self::Suspect, E::Proven)
             | (Self::Primary, E::Taken)
             | (Self::Candidate | Self::Probing | Self::Standby | Self::Dead, E::Left)
@@ -149,10 +146,7 @@ impl PeerState {
             (Self::Waking | Self::Relayed | Self::Direct | Self::Suspect, E::Called)
             | (Self::Relayed, E::OnRelay)
             | (Self::Direct, E::OnDirect)
-            | (
-                Self::Idle | Self::Waking | Self::Suspect | Self::Unreachable,
-                E::Doubted,
-            )
+            | (Self::Idle | Self::Waking | Self::Suspect | Self::Unreachable, E::Doubted)
             | (Self::Idle | Self::Waking | Self::Unreachable, E::Lost)
             | (
                 Self::Idle | Self::Relayed | Self::Direct | Self::Suspect | Self::Unreachable,
@@ -266,9 +260,7 @@ mod tests {
 
     #[test]
     fn every_event_in_every_state_of_a_path() {
-        use PathEvent::{
-            Cleared, Doubted, Gone, Left, Proven, ProbingBegan, Taken, Unanswered,
-        };
+        use PathEvent::{Cleared, Doubted, Gone, Left, ProbingBegan, Proven, Taken, Unanswered};
         // Candidate, Probing (O), Standby, Primary (P), Suspect (U), Dead.
         let table = [
             (ProbingBegan, "O----O"),
@@ -285,9 +277,7 @@ mod tests {
 
     #[test]
     fn every_event_in_every_state_of_a_peer() {
-        use PeerEvent::{
-            Called, Doubted, GivenUp, Lost, OnDirect, OnRelay, SaidGoodbye, Unused,
-        };
+        use PeerEvent::{Called, Doubted, GivenUp, Lost, OnDirect, OnRelay, SaidGoodbye, Unused};
         // Idle, Waking, Relayed, Direct, Suspect, Unreachable (X).
         let table = [
             (Called, "W----W"),
@@ -326,13 +316,7 @@ mod tests {
         let mut sums = TransitionCounts::default();
         sums.add(&changes.counts);
         let all = TRANSITIONS_MAX as u64 + 10;
-        assert_eq!(
-            sums.peers[&(PeerState::Idle, PeerState::Waking)],
-            all
-        );
-        assert_eq!(
-            sums.paths[&(PathState::Candidate, PathState::Probing)],
-            all
-        );
+        assert_eq!(sums.peers[&(PeerState::Idle, PeerState::Waking)], all);
+        assert_eq!(sums.paths[&(PathState::Candidate, PathState::Probing)], all);
     }
 }

@@ -430,7 +430,11 @@ mod tests {
     fn a_standby_that_leaves_three_checks_unanswered_is_dead_after_1200_ms_and_not_before() {
         let mut path = Path::new(PathKind::Relay, None);
         path.happen(PathEvent::Proven, at(0));
-        assert_eq!(path.deadline(), None, "a standby that nobody asks is left alone");
+        assert_eq!(
+            path.deadline(),
+            None,
+            "a standby that nobody asks is left alone"
+        );
         path.on_echo_sent(1, false, at(1_000));
         let mut asked = Vec::new();
         let mut dead_at = None;

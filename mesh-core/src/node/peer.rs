@@ -695,7 +695,8 @@ impl Peer {
         self.watch = Watch::Calm;
         self.set_primary(None, None, ctx);
         let vias: Vec<Via> = self.paths.keys().copied().collect();
-        vias.into_iter().for_each(|via| self.forget_path(via, ctx.now));
+        vias.into_iter()
+            .for_each(|via| self.forget_path(via, ctx.now));
         self.presence.clear();
         self.search = Search::default();
         self.leave_by = None;

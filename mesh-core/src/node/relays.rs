@@ -712,7 +712,10 @@ impl Relays {
         let apart: Vec<RelayId> = others
             .iter()
             .copied()
-            .filter(|relay| self.home.is_some_and(|home| !self.fail_together(home, *relay)))
+            .filter(|relay| {
+                self.home
+                    .is_some_and(|home| !self.fail_together(home, *relay))
+            })
             .collect();
         let among = if apart.is_empty() { &others } else { &apart };
         self.second = self.nearest(among, self.second);

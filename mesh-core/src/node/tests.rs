@@ -250,7 +250,7 @@ fn probed(core: &mut Core, told: impl IntoIterator<Item = SocketAddr>) -> Vec<So
         candidates: candidates.collect(),
         nat: NatKind::Easy,
         relays: Vec::new(),
-            metered: false,
+        metered: false,
     };
     let (peer, via) = (id(1), Via::Relay(r1()));
     core.handle_input(Input::Message { peer, via, message }, at(200));

@@ -172,12 +172,7 @@ impl Uplinks {
         self.choose(now, out)
     }
 
-    fn go_on_testing(
-        &mut self,
-        targets: &[SocketAddr],
-        now: Instant,
-        out: &mut dyn FnMut(Output),
-    ) {
+    fn go_on_testing(&mut self, targets: &[SocketAddr], now: Instant, out: &mut dyn FnMut(Output)) {
         let Some((sent, next)) = self.test else {
             return;
         };
@@ -313,15 +308,15 @@ mod tests {
             let mut said = Vec::new();
             act(&mut self.uplinks, at(ms), &mut |output| said.push(output));
             for output in said {
-                match output {
-                    Output::UseUplink { uplink } => self.used.push((ms.into(), uplink)),
-                    Output::ProbeUplink { uplink, .. } => {
-                        self.asked.push((ms.into(), uplink));
-                        if self.alive.contains(&uplink) {
-                            self.answer(ms, uplink);
-                        }
+                if let Output::UseUplink { uplink } = output {
+                    self.used.push((ms.into(), uplink));
+                } else if let Output::ProbeUplink { uplink, .. } = output {
+                    self.asked.push((ms.into(), uplink));
+                    if self.alive.contains(&uplink) {
+                        self.answer(ms, uplink);
                     }
-                    other => panic!("{other:?}"),
+                } else {
+                    panic!("{output:?}");
                 }
             }
         }
@@ -365,7 +360,11 @@ mod tests {
         assert_eq!(bench.active(), Some(WIRED));
         bench.run_to(600_000);
         assert!(bench.asked.iter().all(|(_, uplink)| *uplink == WIFI));
-        assert!((40..=42).contains(&bench.asked.len()), "{}", bench.asked.len());
+        assert!(
+            (40..=42).contains(&bench.asked.len()),
+            "{}",
+            bench.asked.len()
+        );
     }
 
     #[test]
@@ -394,7 +393,10 @@ mod tests {
         bench.alive.push(WIRED);
         bench.run_to(230_000);
         let back = bench.used.last().unwrap();
-        assert!(back.1 == WIRED && (210_000..=220_000).contains(&back.0), "{back:?}");
+        assert!(
+            back.1 == WIRED && (210_000..=220_000).contains(&back.0),
+            "{back:?}"
+        );
     }
 
     #[test]

@@ -93,12 +93,7 @@ pub(crate) enum Verdict {
 
 impl Watch {
     /// The next state, and what follows.
-    pub(crate) fn handle(
-        self,
-        input: WatchInput,
-        now: Instant,
-        pace: Pace,
-    ) -> (Self, Verdict) {
+    pub(crate) fn handle(self, input: WatchInput, now: Instant, pace: Pace) -> (Self, Verdict) {
         match (self, input) {
             (Self::Suspect { .. }, WatchInput::Received) => (Self::Calm, Verdict::Cleared),
             (Self::Calm | Self::Waiting { .. } | Self::Testing { .. }, WatchInput::Received) => {
@@ -124,7 +119,11 @@ impl Watch {
             ) if now >= next => match FAST_PROBE_GAPS.get(probes) {
                 Some(&gap) => {
                     let last = probes + 1 == FAST_PROBE_GAPS.len();
-                    let gap = if last { gap.max(pace.patience / 2) } else { gap };
+                    let gap = if last {
+                        gap.max(pace.patience / 2)
+                    } else {
+                        gap
+                    };
                     let (probes, next) = (probes + 1, now + gap);
                     (
                         Self::Testing {
@@ -274,11 +273,11 @@ mod tests {
                 let now = watch.deadline(pace).unwrap();
                 let (next, verdict) = watch.handle(WatchInput::Timeout, now, pace);
                 watch = next;
-                match verdict {
-                    Verdict::Probe => probes.push(now),
-                    Verdict::Doubt => break now,
-                    other => panic!("{other:?}"),
+                if verdict == Verdict::Doubt {
+                    break now;
                 }
+                assert_eq!(verdict, Verdict::Probe);
+                probes.push(now);
             };
             assert!(doubted >= at(0) + patience, "{srtt_ms}");
             assert_eq!(probes.len(), 2);

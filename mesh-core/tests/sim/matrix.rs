@@ -72,10 +72,7 @@ fn run(a_kind: Kind, b_kind: Kind, seed: u64) -> (u64, Option<u64>) {
     let mut world = World::new(seed);
     world.add_relay("r1");
     world.add_relay("r2");
-    let (a, b) = (
-        edge(&mut world, "a", a_kind),
-        edge(&mut world, "b", b_kind),
-    );
+    let (a, b) = (edge(&mut world, "a", a_kind), edge(&mut world, "b", b_kind));
     let flow = world.add_flow(a, b, 20, false);
     world.boot_all();
     world.run_for(1_000);

@@ -193,7 +193,11 @@ impl Lab {
         let mut pairs = BTreeMap::new();
         for a in 0..world.nodes.len() {
             for b in a + 1..world.nodes.len() {
-                let (from, to) = if dice.random_bool(0.5) { (a, b) } else { (b, a) };
+                let (from, to) = if dice.random_bool(0.5) {
+                    (a, b)
+                } else {
+                    (b, a)
+                };
                 pairs.insert((from, to), world.add_flow(from, to, PING_MS, false));
             }
         }
@@ -315,9 +319,8 @@ impl Lab {
     fn settle(&mut self) -> Result<(), String> {
         let since = self.world.now_ms();
         let trouble = self.is_trouble();
-        match (trouble, self.trouble_since) {
-            (true, None) => self.trouble_since = Some(since),
-            (false, _) | (true, Some(_)) => {}
+        if trouble {
+            self.trouble_since.get_or_insert(since);
         }
         loop {
             self.world.run_for(100);
@@ -372,7 +375,11 @@ impl Lab {
                     let view = |node: usize| {
                         let core = self.world.core(node);
                         let sort = self.world.sites[self.world.nodes[node].site].nat.sort;
-                        format!("{node} is {sort:?}, says {:?}: {:?}", core.nat(), core.reflexive())
+                        format!(
+                            "{node} is {sort:?}, says {:?}: {:?}",
+                            core.nat(),
+                            core.reflexive()
+                        )
                     };
                     let (ours, theirs) = (view(of), view(peer));
                     return Err(format!(
@@ -443,7 +450,10 @@ impl Lab {
     fn pick_site(&mut self, which: impl Fn(&World, usize) -> bool) -> Option<usize> {
         let used: BTreeSet<usize> = self.world.nodes.iter().map(|node| node.site).collect();
         let world = &self.world;
-        let among: Vec<usize> = used.into_iter().filter(|&site| which(world, site)).collect();
+        let among: Vec<usize> = used
+            .into_iter()
+            .filter(|&site| which(world, site))
+            .collect();
         self.pick(among)
     }
 
@@ -838,7 +848,10 @@ fn random_changes_do_what_the_reference_says() {
         .collect();
     assert!(failures.is_empty(), "{count} failed: {seeds:?}\n{first}");
     if several {
-        let never: Vec<_> = KINDS.iter().filter(|kind| !happened.contains_key(kind)).collect();
+        let never: Vec<_> = KINDS
+            .iter()
+            .filter(|kind| !happened.contains_key(kind))
+            .collect();
         assert!(never.is_empty(), "never happened: {never:?}");
     }
 }

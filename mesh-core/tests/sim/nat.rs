@@ -111,10 +111,9 @@ impl Nat {
                 self.permitted.insert((inside.port(), to), now_us);
                 return Some(inside);
             }
-            NatSort::FullCone
-            | NatSort::Restricted
-            | NatSort::PortRestricted
-            | NatSort::Double => None,
+            NatSort::FullCone | NatSort::Restricted | NatSort::PortRestricted | NatSort::Double => {
+                None
+            }
             NatSort::Symmetric | NatSort::SymmetricRandom => Some(to),
         };
         let random = self.sort == NatSort::SymmetricRandom;

@@ -420,16 +420,24 @@ fn a_lossy_direct_path_gives_way_to_a_clean_relay_and_comes_back_when_it_is_clea
     println!("relayed {took} ms after the loss began");
     world.run_for(20_000);
     let report = world.report(a, b).unwrap();
-    assert_eq!((report.state, report.reason), (PeerState::Relayed, Reason::DirectLossy));
+    assert_eq!(
+        (report.state, report.reason),
+        (PeerState::Relayed, Reason::DirectLossy)
+    );
     world.nodes[a].moves.clear();
     world.run_for(120_000);
     assert_eq!(world.nodes[a].moves, [], "it does not swing");
     world.lossy.clear();
-    let took = world.run_until(180_000, "direct again", |w| state(w, a, b) == PeerState::Direct);
+    let took = world.run_until(180_000, "direct again", |w| {
+        state(w, a, b) == PeerState::Direct
+    });
     println!("direct {took} ms after the loss ended");
     world.run_for(1_000);
     let sent = world.flows[flow].sent.len();
-    assert!(world.flows[flow].answered.len() * 100 > sent * 96, "most arrived");
+    assert!(
+        world.flows[flow].answered.len() * 100 > sent * 96,
+        "most arrived"
+    );
 }
 
 #[test]
@@ -446,7 +454,10 @@ fn a_neighbour_that_announced_itself_is_called_without_relay_or_memory() {
     let (peer, address) = (world.nodes[b].id, world.nodes[b].host);
     world.tell(a, mesh_core::io::Input::Neighbour { peer, address });
     world.run_for(10_000);
-    assert!(world.report(a, b).is_none(), "and costs nothing until it is wanted");
+    assert!(
+        world.report(a, b).is_none(),
+        "and costs nothing until it is wanted"
+    );
     world.start_flow(flow);
     world.run_until(500, "direct", |w| state(w, a, b) == PeerState::Direct);
     no_ping_is_lost(&mut world, flow);

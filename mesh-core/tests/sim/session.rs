@@ -23,11 +23,7 @@ pub(crate) type Key = (usize, u64);
 pub(crate) enum Packet {
     Initiation { number: u64 },
     Response { number: u64 },
-    Sealed {
-        key: Key,
-        counter: u64,
-        body: Body,
-    },
+    Sealed { key: Key, counter: u64, body: Body },
 }
 
 /// What is inside.

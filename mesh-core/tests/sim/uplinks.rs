@@ -40,11 +40,19 @@ fn a_cable_that_is_pulled_and_put_back_costs_half_a_second_at_most() {
             assert_eq!(world.nodes[a].site == cable, home);
             let gap = longest_gap(&world, flow, changed.saturating_sub(100));
             let moves = |node: usize| {
-                let moves = world.nodes[node].moves.iter().filter(|(at, ..)| *at >= changed);
-                moves.map(|(at, _, via)| (at - changed, *via)).collect::<Vec<_>>()
+                let moves = world.nodes[node]
+                    .moves
+                    .iter()
+                    .filter(|(at, ..)| *at >= changed);
+                moves
+                    .map(|(at, _, via)| (at - changed, *via))
+                    .collect::<Vec<_>>()
             };
             let moves = [moves(a), moves(b)];
-            assert!(gap < 500, "{gap} ms without an answer, {b_sort:?}, up: {up}: {moves:?}");
+            assert!(
+                gap < 500,
+                "{gap} ms without an answer, {b_sort:?}, up: {up}: {moves:?}"
+            );
             assert_eq!(state(&world, a, b), PeerState::Direct);
         }
         no_ping_is_twice(&world, flow);
@@ -95,7 +103,11 @@ fn idle_mesh(metered: bool) -> (World, usize, Vec<(u64, u64)>) {
     };
     let site = world.nodes[a].site;
     world.nodes[a].uplinks.push((uplink, site));
-    let sorts = [NatSort::PortRestricted, NatSort::Symmetric, NatSort::FullCone];
+    let sorts = [
+        NatSort::PortRestricted,
+        NatSort::Symmetric,
+        NatSort::FullCone,
+    ];
     let flows: Vec<usize> = (0..50)
         .map(|peer| {
             let peer = world.add_edge(&format!("peer-{peer}"), sorts[peer % sorts.len()]);
@@ -123,8 +135,14 @@ fn an_idle_mesh_of_fifty_peers_costs_less_than_a_kilobyte_a_second_and_then_noth
     let (mut world, a, minutes) = idle_mesh(false);
     println!("packets and bytes in each minute: {minutes:?}");
     // The first minute still has what came of the traffic just before.
-    assert!(minutes[1..].iter().all(|(_, bytes)| *bytes <= 60 * 1024), "{minutes:?}");
-    assert!(minutes[6..].iter().all(|(packets, _)| *packets == 0), "{minutes:?}");
+    assert!(
+        minutes[1..].iter().all(|(_, bytes)| *bytes <= 60 * 1024),
+        "{minutes:?}"
+    );
+    assert!(
+        minutes[6..].iter().all(|(packets, _)| *packets == 0),
+        "{minutes:?}"
+    );
     wakes(&mut world, a);
 }
 
@@ -132,8 +150,18 @@ fn an_idle_mesh_of_fifty_peers_costs_less_than_a_kilobyte_a_second_and_then_noth
 fn on_a_metered_uplink_an_idle_mesh_sends_not_one_packet() {
     let (mut world, a, minutes) = idle_mesh(true);
     println!("packets and bytes in each minute: {minutes:?}");
-    assert!(minutes[2..].iter().all(|(packets, _)| *packets == 0), "{minutes:?}");
-    assert_eq!(world.core(a).relays().filter(|relay| relay.up.is_some()).count(), 0);
+    assert!(
+        minutes[2..].iter().all(|(packets, _)| *packets == 0),
+        "{minutes:?}"
+    );
+    assert_eq!(
+        world
+            .core(a)
+            .relays()
+            .filter(|relay| relay.up.is_some())
+            .count(),
+        0
+    );
     wakes(&mut world, a);
 }
 
@@ -141,7 +169,9 @@ fn on_a_metered_uplink_an_idle_mesh_sends_not_one_packet() {
 fn wakes(world: &mut World, a: usize) {
     let flow = world.add_flow(a, 7, 100, false);
     world.start_flow(flow);
-    world.run_until(2_000, "talks again", |w| w.flows[flow].answered.contains_key(&0));
+    world.run_until(2_000, "talks again", |w| {
+        w.flows[flow].answered.contains_key(&0)
+    });
     world.run_for(3_000);
     no_ping_is_lost(world, flow);
 }

@@ -211,8 +211,17 @@ impl World {
             name: name.parse().unwrap(),
             addresses: vec![
                 [192, 0, u8::try_from(index + 1).unwrap(), 1].into(),
-                Ipv6Addr::new(0x2001, 0xdb8, 0xffff, u16::try_from(index).unwrap(), 0, 0, 0, 1)
-                    .into(),
+                Ipv6Addr::new(
+                    0x2001,
+                    0xdb8,
+                    0xffff,
+                    u16::try_from(index).unwrap(),
+                    0,
+                    0,
+                    0,
+                    1,
+                )
+                .into(),
             ],
             quic_port: 443,
             tls_port: 443,
@@ -538,7 +547,8 @@ impl World {
             } => self.thaw(node, frozen_at, slept_us),
             Change::GiveUp { node, frozen_at } => {
                 if self.nodes[node].frozen && self.nodes[node].frozen_at == frozen_at {
-                    (0..self.relays.len()).for_each(|relay| self.disconnect(relay, node, Some("timed out")));
+                    (0..self.relays.len())
+                        .for_each(|relay| self.disconnect(relay, node, Some("timed out")));
                 }
             }
             Change::CutOff(site, relay) => {
@@ -576,7 +586,13 @@ impl World {
     }
 
     /// Gives a node another way out, by a site of its own.
-    pub(crate) fn add_uplink(&mut self, index: usize, sort: NatSort, metered: bool, weight: u16) -> usize {
+    pub(crate) fn add_uplink(
+        &mut self,
+        index: usize,
+        sort: NatSort,
+        metered: bool,
+        weight: u16,
+    ) -> usize {
         if self.nodes[index].uplinks.is_empty() {
             let (host, site) = (self.nodes[index].host, self.nodes[index].site);
             let first = Uplink {
@@ -630,9 +646,10 @@ impl World {
         let mut uplinks = self.nodes[index].uplinks.iter();
         let (uplink, site) = uplinks.find(|(uplink, _)| uplink.id == id).unwrap();
         let (works, site) = (uplink.up && !self.sites[*site].down, *site);
-        let relay = self.relays.iter().position(|relay| {
-            relay.up && relay.relay.addresses.contains(&target.ip())
-        });
+        let relay = self
+            .relays
+            .iter()
+            .position(|relay| relay.up && relay.relay.addresses.contains(&target.ip()));
         if let Some(relay) = relay.filter(|_| works) {
             let boot = self.nodes[index].boot;
             let input = Input::UplinkAnswered { uplink: id };

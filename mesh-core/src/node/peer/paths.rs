@@ -15,10 +15,10 @@ use crate::{
     io::{Event, Output},
     node::{
         choose::choose,
-        machine::PathEvent,
-        relays::is_nearer,
         context::{Context, RelayWish, Us},
         gather::has_family,
+        machine::PathEvent,
+        relays::is_nearer,
         watch::{Watch, WatchInput},
     },
 };
@@ -130,14 +130,18 @@ impl Peer {
         });
         let all: Vec<Candidate> = told.into_iter().chain(known).collect();
         // Addresses that it has no more would take the room of those that it has.
-        let valid = |via: &Via| all.iter().any(|one| *via == Via::Direct(canonical(one.address)));
+        let valid = |via: &Via| {
+            all.iter()
+                .any(|one| *via == Via::Direct(canonical(one.address)))
+        };
         let old = self.paths.iter().filter(|(via, path)| {
             let told = !matches!(path.source, None | Some(CandidateKind::PeerReflexive));
             let useless = !path.usable() && path.state() != PathState::Suspect;
             told && useless && !valid(via)
         });
         let old: Vec<Via> = old.map(|(&via, _)| via).collect();
-        old.into_iter().for_each(|via| self.forget_path(via, ctx.now));
+        old.into_iter()
+            .for_each(|via| self.forget_path(via, ctx.now));
         for Candidate { kind, address } in all {
             let via = Via::Direct(canonical(address));
             let of_kind = |path: &&Path| path.source == Some(kind);
@@ -227,7 +231,12 @@ impl Peer {
             generation: ctx.us.generation,
             candidates,
             nat: ctx.us.nat,
-            relays: ctx.us.relay_rtts.iter().map(|(&id, &rtt)| (id, rtt)).collect(),
+            relays: ctx
+                .us
+                .relay_rtts
+                .iter()
+                .map(|(&id, &rtt)| (id, rtt))
+                .collect(),
             metered: ctx.us.metered,
         };
         // The way in use may be the one that died.
@@ -344,7 +353,9 @@ impl Peer {
             let direct = |via: &Via| matches!(via, Via::Direct(_));
             let unused = self.paths.keys().filter(|via| direct(via) && !used(via));
             let unused: Vec<Via> = unused.copied().collect();
-            unused.into_iter().for_each(|via| self.forget_path(via, now));
+            unused
+                .into_iter()
+                .for_each(|via| self.forget_path(via, now));
         }
     }
 

@@ -427,10 +427,13 @@ impl Peer {
         };
         // Where it costs, only for as long as there is traffic.
         let last = ctx.now.checked_sub(CHECK);
-        let busy = self.sent_at.is_some_and(|sent| last.is_none_or(|last| sent > last));
+        let busy = self
+            .sent_at
+            .is_some_and(|sent| last.is_none_or(|last| sent > last));
         let again = if self.costs() { busy } else { warm };
         self.check_at = again.then(|| ctx.now + pause);
-        let all = losing.is_some() || pause != CHECK_DIRECT || self.checks.is_multiple_of(CHECK_STANDBYS);
+        let all =
+            losing.is_some() || pause != CHECK_DIRECT || self.checks.is_multiple_of(CHECK_STANDBYS);
         self.checks = self.checks.wrapping_add(1);
         let standbys = standbys.into_iter().filter(|_| all);
         let ways: Vec<Via> = standbys.chain(self.primary).collect();

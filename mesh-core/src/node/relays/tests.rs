@@ -265,7 +265,9 @@ fn the_home_is_the_nearest_relay_and_moves_only_for_much() {
 fn the_second_relay_does_not_fail_with_the_first() {
     let mut bench = Bench::new(&[11, 12, 21, 31]);
     for (relay, ms) in [(11, 10), (12, 12), (21, 50), (31, 80)] {
-        bench.relays.on_rtt(RelayId(relay), Duration::from_millis(ms));
+        bench
+            .relays
+            .on_rtt(RelayId(relay), Duration::from_millis(ms));
     }
     bench.act(|relays, dice, out| relays.keep(at(0), dice, out));
     let preferred = [11, 21, 12, 31].map(RelayId);

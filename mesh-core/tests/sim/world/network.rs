@@ -53,7 +53,11 @@ impl World {
         }
         let private = matches!(to.ip(), IpAddr::V4(ip) if ip.is_private());
         let other_family = host.is_ipv4() != to.is_ipv4();
-        if private || other_family || self.lost(site) || self.sites[site].small_only && packet.is_large() {
+        if private
+            || other_family
+            || self.lost(site)
+            || self.sites[site].small_only && packet.is_large()
+        {
             return;
         }
         let Some(source) = self.sites[site].nat.outbound(host, to, self.now) else {
