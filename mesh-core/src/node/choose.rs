@@ -85,7 +85,7 @@ mod tests {
                 path.on_echo_answered(txid, at(10_000 * txid + rtt_ms));
             }
         }
-        path.on_echo_sent(99, true, at(999_000)); // Lets the last loss be seen.
+        path.on_echo_sent(99, true, at(800_000)); // Lets the last loss be seen.
         path
     }
 
