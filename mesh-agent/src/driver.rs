@@ -354,6 +354,7 @@ impl Driver {
             relay: request.relay,
             asked: from,
             observed,
+            rtt: Self::now() - request.sent,
         });
     }
 
@@ -503,6 +504,8 @@ impl Driver {
             Output::UseRelayTransport { relay, transport } => self.links.prefer(relay, transport),
             Output::FindPeer { relay, peer } => self.links.find_peer(relay, peer),
             Output::AskReflexive { relay, target } => self.ask_reflexive(relay, target),
+            // This shell says `LocalAddresses`: the kernel's routes choose the way out.
+            Output::UseUplink { .. } | Output::ProbeUplink { .. } => {}
             Output::Event(event) => self.tell(event),
         }
     }

@@ -495,6 +495,10 @@ fn words(reason: Reason) -> (&'static str, &'static str) {
             "no_candidates",
             "The other node told no address, and none is known.",
         ),
+        Reason::DirectLossy => (
+            "direct_lossy",
+            "The direct path works, but loses so much that the relay is better.",
+        ),
         Reason::MtuFail => ("mtu_fail", "Only small packets pass by the direct path."),
         Reason::HandshakeTimeout => (
             "handshake_timeout",

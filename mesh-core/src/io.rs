@@ -1,7 +1,7 @@
 //! What goes into the core and what comes out: the whole contract between decisions and the
 //! shell that performs them.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use mesh_wire::{
     id::{NodeId, RelayId, Via},
@@ -20,6 +20,26 @@ pub enum Input {
     /// The addresses at which the node's UDP socket is bound on its own interfaces are now
     /// these. Also said when nothing but the network itself changed (a link came back).
     LocalAddresses(Vec<SocketAddr>),
+    /// The NAT granted mappings on request (PCP, NAT-PMP, UPnP): at these outside addresses the node
+    /// is reachable now. Empty: at none.
+    PortMapped(Vec<SocketAddr>),
+    /// A node of this LAN announced itself at this address, and its signature was checked: it may be
+    /// called there without anybody's help.
+    Neighbour {
+        /// The node.
+        peer: NodeId,
+        /// Its address.
+        address: SocketAddr,
+    },
+    /// The node's ways out are now these. A shell that says this does not say `LocalAddresses`: they
+    /// are those of the uplink that [`Output::UseUplink`] names. Also said when nothing but the
+    /// network itself changed.
+    Uplinks(Vec<Uplink>),
+    /// The answer to [`Output::ProbeUplink`].
+    UplinkAnswered {
+        /// The uplink.
+        uplink: UplinkId,
+    },
     /// A relay answered a STUN binding request.
     Reflexive {
         /// The relay.
@@ -28,6 +48,8 @@ pub enum Input {
         asked: SocketAddr,
         /// Where the request came from, as the relay saw it.
         observed: SocketAddr,
+        /// How long the answer took, from the request that it answers.
+        rtt: Duration,
     },
     /// A link to a relay is up.
     RelayConnected {
@@ -91,6 +113,25 @@ pub enum Input {
         /// Authenticated packets of any kind came in from it, by these ways.
         received: Vec<Via>,
     },
+}
+
+/// A way out of the node: its interface's index.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct UplinkId(pub u32);
+
+/// A way out of the node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Uplink {
+    /// Which.
+    pub id: UplinkId,
+    /// The addresses at which the node's UDP socket is bound there.
+    pub addresses: Vec<SocketAddr>,
+    /// It has a carrier.
+    pub up: bool,
+    /// What goes out by it costs: it is used when no other works, and carries nothing but traffic.
+    pub metered: bool,
+    /// Of those that work, the one with the largest weight is used.
+    pub weight: u16,
 }
 
 /// How often the shell reports [`Input::Traffic`], in milliseconds: a quarter of the shortest
@@ -168,6 +209,20 @@ pub enum Output {
         /// The relay.
         relay: RelayId,
         /// Its address.
+        target: SocketAddr,
+    },
+    /// From now on, the node's UDP socket and its relay links use this uplink. Links that used
+    /// another are said to be lost.
+    UseUplink {
+        /// The uplink.
+        uplink: UplinkId,
+    },
+    /// Send a STUN binding request by this uplink, whichever is in use. Answered by
+    /// `UplinkAnswered`, or not at all.
+    ProbeUplink {
+        /// The uplink.
+        uplink: UplinkId,
+        /// A relay's address.
         target: SocketAddr,
     },
     /// Something that operators and subscribers should know.
@@ -254,6 +309,8 @@ pub enum Reason {
     NoCandidates,
     /// Only small packets pass.
     MtuFail,
+    /// The direct path works, and loses so much that the relay is better.
+    DirectLossy,
     /// No answer to the handshake.
     HandshakeTimeout,
     /// No relay is up, and no direct way works.

@@ -21,21 +21,24 @@ use crate::{
     io::{Input, Output},
     node::{
         context::{Calls, Context, Dice, Inside, RelayWish, Us},
-        gather::Gather,
-        peer::{Known, Peer},
-        relays::Relays,
-        report::{PeerReport, RelayReport},
+        gather::{Gather, targets},
+        peer::{Known, Peer, REMEMBERED_MAX},
+        relays::{Relays, domain},
+        report::{PeerReport, RelayReport, TransitionCounts},
+        uplinks::Uplinks,
     },
-    snapshot::{ExternalPeer, Locality, Node, Snapshot},
+    snapshot::{ExternalPeer, Locality, Node, Relay, Snapshot},
 };
 
 pub(crate) mod choose;
 mod context;
 mod gather;
+pub mod machine;
 pub mod path;
 mod peer;
 mod relays;
 pub mod report;
+mod uplinks;
 mod watch;
 
 #[cfg(test)]
@@ -71,11 +74,17 @@ pub struct Core {
     timers: BTreeSet<(Instant, NodeId)>,
     relays: Relays,
     gather: Gather,
+    uplinks: Uplinks,
+    /// Outside addresses that the NAT granted.
+    mapped: Vec<SocketAddr>,
     /// Peers are told of changed candidates then.
     tell_at: Option<Instant>,
     calls: Calls,
     /// Peers that are up.
     sessions: usize,
+    /// Peers that are not idle.
+    awake: usize,
+    counts: TransitionCounts,
     dice: Dice,
     out: VecDeque<Output>,
 }
@@ -94,6 +103,8 @@ impl Core {
             relays_up: Vec::new(),
             hopeless_relays: Vec::new(),
             relays: Vec::new(),
+            relay_rtts: BTreeMap::new(),
+            metered: false,
             inside: Inside::default(),
         };
         Self {
@@ -105,9 +116,13 @@ impl Core {
             timers: BTreeSet::new(),
             relays: Relays::default(),
             gather: Gather::default(),
+            uplinks: Uplinks::default(),
+            mapped: Vec::new(),
             tell_at: None,
             calls: Calls::new(now),
             sessions: 0,
+            awake: 0,
+            counts: TransitionCounts::default(),
             dice: Dice::seed_from_u64(rng_seed),
             out: VecDeque::new(),
         }
@@ -119,13 +134,27 @@ impl Core {
             Input::Timeout => self.on_timeout(now),
             Input::Snapshot(snapshot) => self.on_snapshot(snapshot, now),
             Input::LocalAddresses(addresses) => self.on_local_addresses(addresses, now),
-            Input::Reflexive {
-                asked, observed, ..
-            } => {
-                if self.gather.on_reflexive(asked, observed) {
-                    self.refresh_us(now);
+            Input::PortMapped(addresses) => {
+                self.mapped = addresses.into_iter().map(canonical).collect();
+                self.refresh_us(now);
+            }
+            Input::Neighbour { peer, address } => self.on_neighbour(peer, canonical(address), now),
+            Input::Uplinks(uplinks) => {
+                let moved = self.with_uplinks(|all, out| all.set(uplinks, now, out));
+                self.follow_uplink(moved, now);
+            }
+            Input::UplinkAnswered { uplink } => {
+                let moved = self.with_uplinks(|all, out| all.on_answer(uplink, now, out));
+                if moved {
+                    self.follow_uplink(true, now);
                 }
             }
+            Input::Reflexive {
+                asked,
+                observed,
+                rtt,
+                ..
+            } => self.on_reflexive(asked, observed, rtt, now),
             Input::RelayConnected { relay, transport } => {
                 self.with_relays(now, |relays, dice, out| {
                     relays.on_connected(relay, transport, now, dice, out);
@@ -139,6 +168,9 @@ impl Core {
                 self.with_relays(now, |relays, dice, out| {
                     relays.on_lost(relay, transport, &reason, now, dice, out);
                 });
+                if self.us.relays_up.is_empty() {
+                    self.uplinks.doubt(now);
+                }
             }
             Input::RelayGoAway { relay } => {
                 self.with_relays(now, |relays, dice, out| {
@@ -186,8 +218,9 @@ impl Core {
     pub fn poll_timeout(&self) -> Option<Instant> {
         let peers = self.timers.first().map(|&(at, _)| at);
         let relays = self.relays.deadline();
-        let gather = self.gather.deadline(self.is_active());
-        [peers, relays, gather, self.tell_at]
+        let gather = self.gather.deadline(self.is_active() && !self.us.metered);
+        let uplinks = self.uplinks.deadline();
+        [peers, relays, gather, uplinks, self.tell_at]
             .into_iter()
             .flatten()
             .min()
@@ -223,18 +256,25 @@ impl Core {
 
     /// Every relay of the mesh, the preferred one first.
     pub fn relays(&self) -> impl Iterator<Item = RelayReport> + '_ {
-        let home = self.us.relays_up.first();
-        self.relays.order().iter().filter_map(move |&id| {
+        let home = self.relays.home();
+        self.relays.preferred().iter().filter_map(move |&id| {
             let relay = self.snapshot.as_ref()?.relays.get(&id)?;
             let link = self.relays.report(&id);
             Some(RelayReport {
                 id,
                 name: relay.name.clone(),
                 up: link.up,
-                home: home == Some(&id),
+                home: home == Some(id),
+                rtt: self.relays.rtt(&id),
                 problem: link.problem,
             })
         })
+    }
+
+    /// How often each change of state of a peer or path happened since the start.
+    #[must_use]
+    pub fn transitions(&self) -> &TransitionCounts {
+        &self.counts
     }
 
     /// The kind of NAT in front of this node.
@@ -272,6 +312,13 @@ impl Core {
         if self.relays.deadline().is_some_and(|at| now >= at) {
             self.with_relays(now, |relays, dice, out| relays.on_timeout(now, dice, out));
         }
+        if self.uplinks.deadline().is_some_and(|at| now >= at) {
+            let targets = self.probe_targets();
+            let moved = self.with_uplinks(|all, out| all.on_timeout(&targets, now, out));
+            if moved {
+                self.follow_uplink(true, now);
+            }
+        }
         self.tend_gather(now);
         if self.tell_at.is_some_and(|at| now >= at) {
             self.tell_at = None;
@@ -289,8 +336,10 @@ impl Core {
         self.us.inside = Inside::new(&snapshot, &self.config.node);
         self.forget_removed_peers();
         if relays_before.as_ref() != Some(&snapshot.relays) {
-            let known: Vec<RelayId> = snapshot.relays.keys().copied().collect();
-            self.relays.set_known(&self.config.id, known.into_iter());
+            let domains = |relay: &Relay| relay.addresses.iter().copied().map(domain).collect();
+            let known = snapshot.relays.iter();
+            let known = known.map(|(&id, relay)| (id, domains(relay)));
+            self.relays.set_known(&self.config.id, known);
             self.with_relays(now, |relays, dice, out| relays.keep(now, dice, out));
             self.gather_anew(now);
         }
@@ -322,6 +371,7 @@ impl Core {
             return;
         };
         self.sessions -= usize::from(peer.is_up());
+        self.awake -= usize::from(!peer.is_idle());
         if let Some(at) = peer.timer {
             self.timers.remove(&(at, id));
         }
@@ -339,14 +389,85 @@ impl Core {
         let moved = addresses != self.us.local && !self.us.local.is_empty();
         if addresses != self.us.local {
             self.gather.forget();
+            self.mapped.clear(); // By another router.
             self.us.local = addresses;
         }
         self.with_relays(now, |relays, dice, out| {
-            relays.on_network_change(now, dice, out)
+            relays.on_network_change(moved, now, dice, out)
         });
         self.gather_anew(now);
         self.refresh_us(now);
         self.for_each_peer(now, |peer, ctx| peer.on_network_change(moved, ctx));
+    }
+
+    fn with_uplinks(
+        &mut self,
+        act: impl FnOnce(&mut Uplinks, &mut dyn FnMut(Output)) -> bool,
+    ) -> bool {
+        let out = &mut self.out;
+        act(&mut self.uplinks, &mut |output| out.push_back(output))
+    }
+
+    /// The network is that of the uplink in use.
+    fn follow_uplink(&mut self, moved: bool, now: Instant) {
+        let metered = self.uplinks.is_metered();
+        if std::mem::replace(&mut self.us.metered, metered) != metered {
+            self.us.generation += 1;
+            self.tell_at.get_or_insert(now + TELL_DELAY);
+        }
+        let active = self.uplinks.active();
+        let addresses = active.map(|uplink| uplink.addresses.clone());
+        if moved {
+            self.mapped.clear();
+            // Even if the new network gave the same address: what was learned is of the old one.
+            self.gather.forget();
+        }
+        self.on_local_addresses(addresses.unwrap_or_default(), now);
+        self.rest(now);
+    }
+
+    /// Who may be asked whether an uplink leads anywhere.
+    fn probe_targets(&self) -> Vec<SocketAddr> {
+        let Some(snapshot) = &self.snapshot else {
+            return Vec::new();
+        };
+        let relays = self.vantage_points().into_iter();
+        let relays = relays.filter_map(|relay| snapshot.relays.get(&relay));
+        relays.flat_map(targets).collect()
+    }
+
+    /// A node that nobody here talks to is remembered only: it costs nothing.
+    fn on_neighbour(&mut self, id: NodeId, address: SocketAddr, now: Instant) {
+        if self.peers.contains_key(&id) {
+            return self.with_peer(id, now, |peer, ctx| peer.on_neighbour(address, ctx));
+        }
+        if self.find(&id).is_some() {
+            let known = self.config.remembered.entry(id).or_default();
+            known.retain(|other| *other != address);
+            known.insert(0, address);
+            known.truncate(REMEMBERED_MAX);
+        }
+    }
+
+    fn on_reflexive(
+        &mut self,
+        asked: SocketAddr,
+        observed: SocketAddr,
+        rtt: Duration,
+        now: Instant,
+    ) {
+        let Some((relay, changed)) = self.gather.on_reflexive(asked, observed) else {
+            return;
+        };
+        if self.relays.on_rtt(relay, rtt) {
+            self.us.relay_rtts.clone_from(self.relays.told());
+            self.us.generation += 1;
+            self.tell_at.get_or_insert(now + TELL_DELAY);
+        }
+        self.with_relays(now, |relays, dice, out| relays.keep(now, dice, out));
+        if changed {
+            self.refresh_us(now);
+        }
     }
 
     // The node's view of itself.
@@ -357,20 +478,28 @@ impl Core {
 
     fn gather_anew(&mut self, now: Instant) {
         if let Some(snapshot) = &self.snapshot {
-            self.gather
-                .start(&self.config.id, snapshot, &self.us.local, now);
+            let relays = self.vantage_points();
+            self.gather.start(&relays, snapshot, &self.us.local, now);
             self.tend_gather(now);
         }
     }
 
+    /// Every relay, those first that are likely to answer.
+    fn vantage_points(&self) -> Vec<RelayId> {
+        let mut relays = self.relays.preferred().to_vec();
+        relays.sort_by_key(|relay| !self.relays.is_hopeful(relay));
+        relays
+    }
+
     fn tend_gather(&mut self, now: Instant) {
-        let active = self.is_active();
+        // Where it costs, what was learned at first has to do.
+        let active = self.is_active() && !self.us.metered;
         if active
             && self.gather.wants_refresh(now)
             && let Some(snapshot) = &self.snapshot
         {
-            self.gather
-                .start(&self.config.id, snapshot, &self.us.local, now);
+            let relays = self.vantage_points();
+            self.gather.start(&relays, snapshot, &self.us.local, now);
         }
         let out = &mut self.out;
         let mut out = |output| out.push_back(output);
@@ -406,6 +535,7 @@ impl Core {
             .unwrap_or_default();
         let kinds = [
             (CandidateKind::Static, fixed),
+            (CandidateKind::PortMapped, self.mapped.clone()),
             (CandidateKind::Reflexive, self.gather.addresses()),
             (CandidateKind::Host, self.us.local.clone()),
         ];
@@ -437,7 +567,7 @@ impl Core {
         act(&mut self.relays, &mut self.dice, &mut |output| {
             out.push_back(output)
         });
-        self.us.relays = self.relays.order().to_vec();
+        self.us.relays = self.relays.preferred().to_vec();
         self.us.hopeless_relays = self.us.relays.clone();
         self.us
             .hopeless_relays
@@ -475,9 +605,17 @@ impl Core {
             out: &mut self.out,
             wishes: &mut wishes,
         };
+        peer.set_metered(self.us.metered);
         let was_up = peer.is_up();
+        let was_idle = peer.is_idle();
+        let was_suspect = peer.is_suspect();
         act(peer, &mut ctx);
+        self.counts.add(&peer.take_counts());
         self.sessions = self.sessions + usize::from(peer.is_up()) - usize::from(was_up);
+        self.awake = self.awake + usize::from(!peer.is_idle()) - usize::from(!was_idle);
+        if was_up && !was_suspect && peer.is_suspect() {
+            self.uplinks.doubt(now);
+        }
         let deadline = peer.deadline();
         if peer.timer != deadline {
             if let Some(old) = std::mem::replace(&mut peer.timer, deadline) {
@@ -487,6 +625,17 @@ impl Core {
         }
         let in_use = peer.relay_in_use().map(RelayWish::Visit);
         self.grant(wishes.into_iter().chain(in_use), now);
+        self.rest(now);
+    }
+
+    /// Where keeping links costs, a node that nobody talks to has none.
+    fn rest(&mut self, now: Instant) {
+        let resting = self.us.metered && self.awake == 0;
+        if self.relays.is_resting() != resting {
+            self.with_relays(now, |relays, dice, out| {
+                relays.set_resting(resting, now, dice, out);
+            });
+        }
     }
 
     fn grant(&mut self, wishes: impl Iterator<Item = RelayWish>, now: Instant) {

@@ -5,16 +5,25 @@
 //! session, pass the same source check as all others, and mean nothing worse than a closed port
 //! to a stock WireGuard peer.
 
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::{
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    time::Duration,
+};
 
 use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
 use prost::Message as _;
+
+use crate::id::RelayId;
 
 /// UDP port, inside the tunnel, on which cores talk.
 pub const CONTROL_PORT: u16 = 51_819;
 
 /// Most candidates in one message: 16 of each of four kinds, 64 × 20 bytes, one packet.
 pub const CANDIDATES_MAX: usize = 32;
+
+/// Most relays in one message: 16 × 15 bytes, so that it is one packet still with all candidates
+/// (32 × 28 bytes).
+pub const RELAYS_MAX: usize = 16;
 
 /// Largest inner packet that every path must carry (RFC 8200 §5).
 pub const FULL_SIZE: usize = 1280;
@@ -47,6 +56,11 @@ pub enum PeerMessage {
         candidates: Vec<Candidate>,
         /// What the sender knows of its own NAT.
         nat: NatKind,
+        /// The sender's round trip to relays, to the millisecond: by which one the two are
+        /// nearest. At most [`RELAYS_MAX`]; a sender that does not measure tells none.
+        relays: Vec<(RelayId, Duration)>,
+        /// What the sender sends costs it: nobody should make it answer without need.
+        metered: bool,
     },
     /// The sender stops now: move its traffic away at once.
     Goodbye,
@@ -154,6 +168,18 @@ mod proto {
         pub(super) candidates: Vec<Candidate>,
         #[prost(enumeration = "NatKind", tag = "3")]
         pub(super) nat: i32,
+        #[prost(message, repeated, tag = "4")]
+        pub(super) relays: Vec<RelayRtt>,
+        #[prost(bool, tag = "5")]
+        pub(super) metered: bool,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub(super) struct RelayRtt {
+        #[prost(fixed64, tag = "1")]
+        pub(super) relay: u64,
+        #[prost(uint32, tag = "2")]
+        pub(super) rtt_ms: u32,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -256,6 +282,8 @@ impl PeerMessage {
                 generation,
                 candidates,
                 nat,
+                relays,
+                metered,
             } => {
                 let entry = |candidate: &Candidate| proto::Candidate {
                     kind: candidate.kind.into(),
@@ -265,6 +293,8 @@ impl PeerMessage {
                     generation: *generation,
                     candidates: candidates.iter().take(CANDIDATES_MAX).map(entry).collect(),
                     nat: (*nat).into(),
+                    relays: relays.iter().take(RELAYS_MAX).map(rtt_to_proto).collect(),
+                    metered: *metered,
                 })
             }
             Self::Goodbye => proto::Body::Goodbye(proto::Goodbye {}),
@@ -289,11 +319,29 @@ impl PeerMessage {
                     generation: list.generation,
                     candidates: read.map(candidate_from_proto).collect::<Result<_, _>>()?,
                     nat: NatKind::try_from(list.nat).unwrap_or_default(),
+                    relays: list
+                        .relays
+                        .iter()
+                        .take(RELAYS_MAX)
+                        .map(rtt_from_proto)
+                        .collect(),
+                    metered: list.metered,
                 })
             }
             proto::Body::Goodbye(_) => Ok(Self::Goodbye),
         }
     }
+}
+
+fn rtt_to_proto(&(relay, rtt): &(RelayId, Duration)) -> proto::RelayRtt {
+    let rtt_ms = u32::try_from(rtt.as_millis()).unwrap_or(u32::MAX);
+    let relay = relay.0;
+    proto::RelayRtt { relay, rtt_ms }
+}
+
+fn rtt_from_proto(entry: &proto::RelayRtt) -> (RelayId, Duration) {
+    let rtt = Duration::from_millis(entry.rtt_ms.into());
+    (RelayId(entry.relay), rtt)
 }
 
 fn candidate_from_proto(entry: &proto::Candidate) -> Result<Candidate, BadPeerMessage> {
@@ -346,6 +394,9 @@ mod tests {
             address: SocketAddr::new(address.ip(), address.port()),
         });
         let candidates = prop::collection::vec(candidate, 0..CANDIDATES_MAX);
+        let relay = any::<(u64, u32)>()
+            .prop_map(|(relay, rtt_ms)| (RelayId(relay), Duration::from_millis(rtt_ms.into())));
+        let relays = prop::collection::vec(relay, 0..RELAYS_MAX);
         prop_oneof![
             any::<(u64, bool)>()
                 .prop_map(|(txid, full_size)| PeerMessage::EchoRequest { txid, full_size }),
@@ -357,11 +408,13 @@ mod tests {
                     observed,
                 }
             }),
-            (any::<u64>(), candidates).prop_map(|(generation, candidates)| {
+            (any::<u64>(), candidates, relays).prop_map(|(generation, candidates, relays)| {
                 PeerMessage::Candidates {
                     generation,
                     candidates,
                     nat: NatKind::Hard,
+                    relays,
+                    metered: generation % 2 == 0,
                 }
             }),
             Just(PeerMessage::Goodbye),
@@ -382,6 +435,22 @@ mod tests {
             PeerMessage::from_packet(&bytes).ok();
             PeerMessage::decode(&bytes).ok();
         }
+    }
+
+    #[test]
+    fn the_longest_message_is_one_packet() {
+        let address = "[2001:db8:ffff:ffff:ffff:ffff:ffff:ffff]:65535"
+            .parse()
+            .unwrap();
+        let kind = CandidateKind::Static;
+        let message = PeerMessage::Candidates {
+            generation: u64::MAX,
+            candidates: vec![Candidate { kind, address }; CANDIDATES_MAX],
+            nat: NatKind::Hard,
+            relays: vec![(RelayId(u64::MAX), Duration::from_secs(60)); RELAYS_MAX],
+            metered: true,
+        };
+        assert!(message.to_packet(A, B).len() <= FULL_SIZE);
     }
 
     #[test]

@@ -15,17 +15,22 @@ const CHEAPER_BY_AT_LEAST: Duration = Duration::from_millis(10);
 /// A direct path that loses more than this gives up its tier (`paths.md`) …
 const LOSSY: f64 = 0.03;
 
+/// … until it loses less than this: otherwise traffic would swing around the other number. …
+const LOSSY_NO_MORE: f64 = 0.015;
+
 /// … if a relay loses less than this.
 const LOSSLESS: f64 = 0.005;
 
 /// The path to use of `usable` ones, given the one in use.
 pub(crate) fn choose(usable: &[(Via, &Path)], primary: Option<Via>) -> Option<Via> {
-    let lossless = |path: &Path| path.loss().is_some_and(|loss| loss < LOSSLESS);
+    let lossless = |path: &Path| path.judged_loss().is_some_and(|loss| loss < LOSSLESS);
     let relay_is_better = usable
         .iter()
         .any(|(_, path)| path.kind == PathKind::Relay && lossless(path));
+    let on_relay = matches!(primary, Some(Via::Relay(_)));
     let tier = |path: &Path| {
-        let lossy = path.loss().is_some_and(|loss| loss > LOSSY);
+        let much = path.judged_loss().is_some_and(|loss| loss > LOSSY);
+        let lossy = is_lossy(path) && (much || on_relay);
         if lossy && relay_is_better {
             PathKind::Relay
         } else {
@@ -47,6 +52,11 @@ pub(crate) fn choose(usable: &[(Via, &Path)], primary: Option<Via>) -> Option<Vi
     Some(if better { best } else { current })
 }
 
+/// Whether a path that does not carry the traffic now loses too much to carry it.
+pub(crate) fn is_lossy(path: &Path) -> bool {
+    path.recent_loss().is_some_and(|loss| loss > LOSSY_NO_MORE)
+}
+
 /// Whether so much is saved that it is worth a move.
 pub(crate) fn is_cheaper(cost: Duration, than: Duration) -> bool {
     cost < than.mul_f64(CHEAPER_BY) && than.saturating_sub(cost) >= CHEAPER_BY_AT_LEAST
@@ -66,16 +76,16 @@ mod tests {
     const R: Via = Via::Relay(RelayId(1));
     const R2: Via = Via::Relay(RelayId(2));
 
-    /// A path with twenty-one echoes of this round-trip time, every `lost_every`th lost.
+    /// A path with eighty echoes of this round-trip time, every `lost_every`th lost.
     fn path(kind: PathKind, rtt_ms: u64, lost_every: u64) -> Path {
         let mut path = Path::new(kind, None);
-        for txid in 0..21 {
+        for txid in 0..80 {
             path.on_echo_sent(txid, true, at(10_000 * txid));
             if txid == 0 || lost_every == 0 || txid % lost_every != 0 {
                 path.on_echo_answered(txid, at(10_000 * txid + rtt_ms));
             }
         }
-        path.on_echo_sent(99, true, at(999_000)); // Lets the last loss be seen.
+        path.on_echo_sent(99, true, at(800_000)); // Lets the last loss be seen.
         path
     }
 
@@ -134,6 +144,47 @@ mod tests {
             let chosen = choose(&[(R, &current), (R2, &other)], Some(R));
             assert_eq!(chosen == Some(R2), moves, "{name}");
         }
+    }
+
+    #[test]
+    fn a_direct_path_that_lost_gets_its_tier_back_when_it_loses_half_of_what_took_it() {
+        let (relay, lossy) = (path(PathKind::Relay, 60, 0), path(PathKind::Direct, 20, 30));
+        assert!(
+            (0.015..0.03).contains(&lossy.loss().unwrap()),
+            "{:?}",
+            lossy.loss()
+        );
+        let ways = [(A, &lossy), (R, &relay)];
+        assert_eq!(choose(&ways, Some(A)), Some(A), "under 3 %: stays");
+        assert_eq!(
+            choose(&ways, Some(R)),
+            Some(A),
+            "by its cost: far cheaper all the same"
+        );
+        let slow = path(PathKind::Direct, 59, 30);
+        assert_eq!(
+            choose(&[(A, &slow), (R, &relay)], Some(R)),
+            Some(R),
+            "over 1.5 %: not back"
+        );
+        let clean = path(PathKind::Direct, 59, 0);
+        assert_eq!(choose(&[(A, &clean), (R, &relay)], Some(R)), Some(A));
+    }
+
+    #[test]
+    fn what_was_lost_before_the_last_64_echoes_moves_nothing() {
+        let relay = path(PathKind::Relay, 60, 0);
+        let mut direct = Path::new(PathKind::Direct, None);
+        for txid in 0..112 {
+            direct.on_echo_sent(txid, true, at(10_000 * txid));
+            if txid > 10 || txid % 2 == 0 {
+                direct.on_echo_answered(txid, at(10_000 * txid + 50));
+            }
+        }
+        assert!(direct.judged_loss().unwrap() > LOSSY);
+        let ways = [(A, &direct), (R, &relay)];
+        assert_eq!(choose(&ways, Some(A)), Some(A));
+        assert_eq!(choose(&ways, Some(R)), Some(A), "or it would swing");
     }
 
     #[test]

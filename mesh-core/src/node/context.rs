@@ -37,8 +37,12 @@ pub(crate) struct Us {
     pub(crate) relays_up: Vec<RelayId>,
     /// Relays that do not answer, or will stop soon.
     pub(crate) hopeless_relays: Vec<RelayId>,
-    /// Every relay of the mesh.
+    /// Every relay of the mesh, the preferred one first.
     pub(crate) relays: Vec<RelayId>,
+    /// How far they are, as peers are told.
+    pub(crate) relay_rtts: BTreeMap<RelayId, Duration>,
+    /// What goes out costs: nothing is sent that nobody asked for.
+    pub(crate) metered: bool,
     /// What the tunnel itself leads to.
     pub(crate) inside: Inside,
 }

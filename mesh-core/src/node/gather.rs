@@ -7,16 +7,12 @@ use std::{
 };
 
 use mesh_wire::{
-    id::{NodeId, RelayId, canonical},
+    id::{RelayId, canonical},
     peer::NatKind,
 };
 use rand::RngExt;
 
-use crate::{
-    io::Output,
-    node::{context::Dice, relays::rank},
-    snapshot::Snapshot,
-};
+use crate::{io::Output, node::context::Dice, snapshot::Snapshot};
 
 /// Gaps between the sendings of one question; the last one repeats (`paths.md`).
 const RETRANSMIT_GAPS: [Duration; 2] = [Duration::from_millis(100), Duration::from_millis(200)];
@@ -28,8 +24,18 @@ const ROUND_MAX: Duration = Duration::from_secs(3);
 /// the destination, the third is for a firewall that lets only some ports out.
 const PORTS_MAX: usize = 3;
 
-/// Relays asked: two vantage points of different addresses.
+/// Relays asked for the node's addresses: two vantage points of different addresses.
 const RELAYS_MAX: usize = 2;
+
+/// Relays whose round trip is measured: 16 requests of 28 bytes, three times at most, are 1.4 KB a
+/// survey. A mesh with more relays has near ones among those that a node prefers.
+pub(crate) const SURVEYED_MAX: usize = 16;
+
+/// How often one question of a survey is sent.
+const SURVEY_SENDINGS: usize = 3;
+
+/// How often all relays are measured while a session is in use.
+const SURVEY_EVERY: Duration = Duration::from_secs(300);
 
 /// Bounds of the time between rounds while a session is in use (`paths.md`): under the 30 s
 /// after which the shortest-lived common NAT mappings end.
@@ -48,6 +54,8 @@ struct Round {
 struct Ask {
     relay: RelayId,
     observed: Option<SocketAddr>,
+    /// Only the round trip is of interest.
+    survey: bool,
 }
 
 /// The node's view of itself from outside.
@@ -59,33 +67,38 @@ pub(crate) struct Gather {
     /// The last finished round had questions and no answer.
     silent: bool,
     refresh_at: Option<Instant>,
+    surveyed_at: Option<Instant>,
 }
 
 impl Gather {
-    /// Asks now. What was learned before stays until there is something newer.
+    /// Asks now: the first of `relays` for the node's addresses, and if that is due, all for their
+    /// distance. What was learned before stays until there is something newer.
     pub(crate) fn start(
         &mut self,
-        own: &NodeId,
+        relays: &[RelayId],
         snapshot: &Snapshot,
         local: &[SocketAddr],
         now: Instant,
     ) {
         let mut asks = BTreeMap::new();
-        for relay in rank(own, snapshot.relays.keys().copied())
-            .into_iter()
-            .take(RELAYS_MAX)
-        {
-            for target in snapshot.relays.get(&relay).into_iter().flat_map(targets) {
-                if has_family(local, target) {
-                    asks.insert(
-                        target,
-                        Ask {
-                            relay,
-                            observed: None,
-                        },
-                    );
-                }
+        let survey = self.surveyed_at.is_none_or(|at| now >= at + SURVEY_EVERY);
+        let most = if survey { SURVEYED_MAX } else { RELAYS_MAX };
+        for (index, relay) in relays.iter().take(most).enumerate() {
+            let survey = index >= RELAYS_MAX;
+            let targets = snapshot.relays.get(relay).into_iter().flat_map(targets);
+            let targets = targets.filter(|&target| has_family(local, target));
+            for target in targets.take(if survey { 1 } else { usize::MAX }) {
+                let (relay, observed) = (*relay, None);
+                let ask = Ask {
+                    relay,
+                    observed,
+                    survey,
+                };
+                asks.insert(target, ask);
             }
+        }
+        if survey && !asks.is_empty() {
+            self.surveyed_at = Some(now);
         }
         self.refresh_at = None;
         let (began, next) = match asks.is_empty() {
@@ -105,21 +118,35 @@ impl Gather {
     pub(crate) fn forget(&mut self) {
         self.seen.clear();
         self.silent = false;
+        self.surveyed_at = None;
     }
 
-    /// Notes an answer. Returns whether the node's view of itself changed.
-    pub(crate) fn on_reflexive(&mut self, asked: SocketAddr, observed: SocketAddr) -> bool {
-        let Some(ask) = self.round.asks.get_mut(&canonical(asked)) else {
-            return false; // Nobody asked: late, or forged.
-        };
+    /// Notes an answer. Returns who answered, and whether the node's view of itself changed.
+    /// `None`: nobody asked.
+    pub(crate) fn on_reflexive(
+        &mut self,
+        asked: SocketAddr,
+        observed: SocketAddr,
+    ) -> Option<(RelayId, bool)> {
+        // Otherwise late, or forged.
+        let ask = self.round.asks.get_mut(&canonical(asked))?;
+        let (relay, survey) = (ask.relay, ask.survey);
         let observed = canonical(observed);
         ask.observed = Some(observed);
-        self.silent = false;
         if self.round.asks.values().all(|ask| ask.observed.is_some()) {
             self.round.next = None;
             self.round.began = None;
+            // What others said is older than that.
+            let asks = &self.round.asks;
+            self.seen
+                .retain(|target, _| asks.get(target).is_some_and(|ask| !ask.survey));
         }
-        self.seen.insert(canonical(asked), observed) != Some(observed)
+        if survey {
+            return Some((relay, false));
+        }
+        self.silent = false;
+        let before = self.seen.insert(canonical(asked), observed);
+        Some((relay, before != Some(observed)))
     }
 
     /// Sends what is due. Returns whether the node's view of itself changed.
@@ -142,7 +169,8 @@ impl Gather {
         }
         if self.round.next.is_some_and(|next| now >= next) {
             for (&target, ask) in &self.round.asks {
-                if ask.observed.is_none() {
+                let due = !ask.survey || self.round.sendings < SURVEY_SENDINGS;
+                if ask.observed.is_none() && due {
                     let relay = ask.relay;
                     out(Output::AskReflexive { relay, target });
                 }
@@ -164,7 +192,7 @@ impl Gather {
         self.round.began = None;
         let answered = |target: &SocketAddr| {
             let ask = self.round.asks.get(target);
-            ask.is_some_and(|ask| ask.observed.is_some())
+            ask.is_some_and(|ask| ask.observed.is_some() && !ask.survey)
         };
         self.silent = !self.round.asks.keys().any(answered);
         let before = self.seen.len();
@@ -208,7 +236,7 @@ impl Gather {
     }
 }
 
-fn targets(relay: &crate::snapshot::Relay) -> Vec<SocketAddr> {
+pub(crate) fn targets(relay: &crate::snapshot::Relay) -> Vec<SocketAddr> {
     let mut ports = relay.stun_ports.clone();
     ports.push(relay.quic_port);
     ports.sort_unstable();
@@ -263,7 +291,7 @@ mod tests {
     fn started() -> Gather {
         let mut gather = Gather::default();
         gather.start(
-            &NodeId([1; 32]),
+            &[relay("r1", 1).0],
             &snapshot(),
             &[addr("10.0.0.1:51820")],
             at(0),
@@ -283,7 +311,8 @@ mod tests {
             let mut gather = started();
             let targets = asked(&mut gather, 0);
             assert_eq!(targets.len(), 2);
-            assert!(gather.on_reflexive(targets[0], addr(first)));
+            let answered = gather.on_reflexive(targets[0], addr(first));
+            assert_eq!(answered, Some((relay("r1", 1).0, true)));
             gather.on_reflexive(targets[1], addr(second));
             assert_eq!(gather.nat(&local, true), kind);
         }
@@ -315,9 +344,44 @@ mod tests {
     }
 
     #[test]
+    fn all_relays_are_measured_at_first_and_every_five_minutes_but_two_tell_the_address() {
+        let mut snapshot = snapshot();
+        let relays: Vec<RelayId> = (1..=4)
+            .map(|host| {
+                let (id, relay) = relay(&format!("r{host}"), host);
+                snapshot.relays.insert(id, relay);
+                id
+            })
+            .collect();
+        let mut gather = Gather::default();
+        let local = [addr("10.0.0.1:51820")];
+        gather.start(&relays, &snapshot, &local, at(0));
+        let targets = asked(&mut gather, 0);
+        assert_eq!(
+            targets.len(),
+            2 * 2 + 2,
+            "two ports of two relays, one of the others"
+        );
+        for (port, target) in (1..).zip(targets) {
+            let seen = SocketAddr::new([198, 51, 100, 9].into(), port);
+            gather.on_reflexive(target, seen);
+        }
+        assert_eq!(
+            gather.addresses().len(),
+            4,
+            "what the survey saw does not count"
+        );
+        gather.start(&relays, &snapshot, &local, at(20_000));
+        assert_eq!(asked(&mut gather, 20_000).len(), 4);
+        gather.start(&relays, &snapshot, &local, at(300_000));
+        assert_eq!(asked(&mut gather, 300_000).len(), 6);
+    }
+
+    #[test]
     fn an_answer_to_no_question_changes_nothing() {
         let mut gather = started();
-        assert!(!gather.on_reflexive(addr("192.0.2.200:1"), addr("203.0.113.1:1")));
+        let answered = gather.on_reflexive(addr("192.0.2.200:1"), addr("203.0.113.1:1"));
+        assert_eq!(answered, None);
         assert_eq!(gather.addresses(), []);
     }
 }

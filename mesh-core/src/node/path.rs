@@ -7,6 +7,8 @@ use std::{
 
 use mesh_wire::peer::CandidateKind;
 
+use crate::node::machine::{PathChange, PathEvent};
+
 /// Gaps between the probes of one round; the last one repeats (`paths.md`).
 const PROBE_GAPS: [Duration; 4] = [
     Duration::from_millis(200),
@@ -28,14 +30,29 @@ const OUTSTANDING_MAX: usize = 20;
 /// An echo without an answer after this is lost.
 const ECHO_LIFETIME: Duration = Duration::from_secs(2);
 
-/// Outcomes of echoes that are kept to tell the loss from: the bits of a `u64`.
-const HISTORY_MAX: u32 = u64::BITS;
+/// Outcomes of echoes that are kept to tell the loss from: the bits of a `u128`.
+const HISTORY_MAX: u32 = u128::BITS;
 
 /// Echoes without which nothing is said about loss: one lost in twenty is 5 %.
 const LOSS_KNOWN_FROM: u32 = 20;
 
+/// Echoes without which a loss does not move traffic from one tier to another: at a true loss
+/// of 1 %, three or more lost of 64 (over 3 %) is a matter of one in 40.
+const LOSS_JUDGED_FROM: u32 = 64;
+
+/// How long a loss is looked at closely after it began: long enough for 128 echoes, one in half a
+/// second, three times over. A path that still loses then loses for good.
+const LOSS_WATCHED: Duration = Duration::from_secs(180);
+
+/// What was measured before so long a silence says nothing about now.
+const HISTORY_TTL: Duration = Duration::from_secs(60);
+
 /// Patience with a path of which no round trip is known yet, and the least patience (`paths.md`).
 const PATIENCE_MIN: Duration = Duration::from_millis(400);
+
+/// Checks of a standby that remain unanswered before it is dead (`paths.md`: three independent
+/// timeouts over 1.2 s or more): they follow each other by its patience, 400 ms at least.
+const CHECKS_MAX: u32 = 3;
 
 /// Most patience: beyond this a person would call it broken.
 const PATIENCE_MAX: Duration = Duration::from_secs(3);
@@ -71,6 +88,13 @@ pub enum PathState {
     Dead,
 }
 
+/// Checks of a standby without an answer.
+#[derive(Debug)]
+struct Unanswered {
+    checks: u32,
+    next: Instant,
+}
+
 #[derive(Debug)]
 struct Echo {
     txid: u64,
@@ -84,7 +108,10 @@ pub(crate) struct Path {
     pub(crate) kind: PathKind,
     /// How the address became known; `None`: a relay.
     pub(crate) source: Option<CandidateKind>,
-    pub(crate) state: PathState,
+    state: PathState,
+    /// Changes of its state that its peer has not taken note of: at most one for each event that
+    /// one input raises.
+    changes: Vec<PathChange>,
     /// A small packet went there and back.
     pub(crate) small_ok: bool,
     /// A full-size packet went there and back.
@@ -98,11 +125,15 @@ pub(crate) struct Path {
     srtt: Option<Duration>,
     rttvar: Duration,
     samples: VecDeque<Duration>,
-    history: u64,
+    history: u128,
+    /// Since when echoes are lost now and then.
+    losing_since: Option<Instant>,
+    echoed_at: Option<Instant>,
     history_len: u32,
     outstanding: VecDeque<Echo>,
     probes: usize,
     next_probe: Option<Instant>,
+    unanswered: Option<Unanswered>,
 }
 
 impl Path {
@@ -111,6 +142,7 @@ impl Path {
             kind,
             source,
             state: PathState::Candidate,
+            changes: Vec::new(),
             small_ok: false,
             full_ok: false,
             small_only: false,
@@ -121,11 +153,50 @@ impl Path {
             rttvar: Duration::ZERO,
             samples: VecDeque::new(),
             history: 0,
+            losing_since: None,
+            echoed_at: None,
             history_len: 0,
             outstanding: VecDeque::new(),
             probes: 0,
             next_probe: None,
+            unanswered: None,
         }
+    }
+
+    pub(crate) fn state(&self) -> PathState {
+        self.state
+    }
+
+    /// Something happened: the state is what the table says. Returns whether it is another one.
+    pub(crate) fn happen(&mut self, event: PathEvent, now: Instant) -> bool {
+        let Some(to) = self.state.after(event) else {
+            return false;
+        };
+        let from = std::mem::replace(&mut self.state, to);
+        if to == PathState::Standby && event == PathEvent::Proven {
+            // What was lost before was an outage.
+            self.forget_loss();
+        }
+        // Each state begins with its own timers; only probing has one at once.
+        (self.next_probe, self.unanswered) = (None, None);
+        self.changes.push(PathChange {
+            at: now,
+            from,
+            to,
+            event,
+        });
+        true
+    }
+
+    /// The changes since this was last asked.
+    pub(crate) fn take_changes(&mut self) -> Vec<PathChange> {
+        std::mem::take(&mut self.changes)
+    }
+
+    /// Something authenticated came in by it.
+    pub(crate) fn on_received(&mut self, now: Instant) {
+        self.received_at = Some(now);
+        self.unanswered = None;
     }
 
     /// Whether packets may be put on it: both sizes pass, or a relay is known to pass them.
@@ -135,8 +206,7 @@ impl Path {
 
     /// Begins a round of probes, unless one is going on or it works already.
     pub(crate) fn start_probing(&mut self, now: Instant) {
-        if matches!(self.state, PathState::Candidate | PathState::Dead) {
-            self.state = PathState::Probing;
+        if self.happen(PathEvent::ProbingBegan, now) {
             (self.small_ok, self.full_ok) = (false, false);
             self.probes = 0;
             self.next_probe = Some(now);
@@ -151,21 +221,19 @@ impl Path {
         }
     }
 
-    /// Ends its use. A later round may find it alive again.
-    pub(crate) fn die(&mut self) {
-        self.state = PathState::Dead;
-        self.next_probe = None;
-    }
-
     /// Whether a probe is due: its kind, small or full-size. Moves the round on; when it is
     /// over, the path is dead.
     pub(crate) fn take_due_probe(&mut self, now: Instant) -> Option<bool> {
+        let check = self.unanswered.as_ref();
+        if check.is_some_and(|check| now >= check.next) {
+            return self.take_due_check();
+        }
         if self.next_probe.is_none_or(|at| now < at) {
             return None;
         }
         if self.probes == PROBES_MAX {
             self.small_only = self.small_ok && !self.full_ok;
-            self.die();
+            self.happen(PathEvent::Unanswered, now);
             return None;
         }
         let gap = PROBE_GAPS.get(self.probes).or(PROBE_GAPS.last());
@@ -174,9 +242,21 @@ impl Path {
         Some(self.small_ok)
     }
 
+    /// A standby's last check is overdue: another one, or it is dead.
+    fn take_due_check(&mut self) -> Option<bool> {
+        let check = self.unanswered.as_ref()?;
+        if check.checks < CHECKS_MAX {
+            return Some(false);
+        }
+        let now = check.next;
+        self.happen(PathEvent::Unanswered, now);
+        None
+    }
+
     /// When [`Self::take_due_probe`] has something to say.
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        self.next_probe
+        let check = self.unanswered.as_ref().map(|check| check.next);
+        self.next_probe.into_iter().chain(check).min()
     }
 
     /// Notes an echo that goes out.
@@ -184,15 +264,24 @@ impl Path {
         self.forget_lost(now);
         if self.outstanding.len() == OUTSTANDING_MAX {
             self.outstanding.pop_front();
-            self.record(false);
+            self.record_lost(now);
         }
         let at = now;
+        let before = self.echoed_at.replace(now);
+        if before.is_some_and(|before| now >= before + HISTORY_TTL) {
+            self.forget_loss();
+        }
         self.outstanding.push_back(Echo {
             txid,
             at,
             full_size,
         });
         self.sent += 1;
+        if self.state == PathState::Standby {
+            let checks = self.unanswered.as_ref().map_or(0, |check| check.checks) + 1;
+            let next = now + self.patience();
+            self.unanswered = Some(Unanswered { checks, next });
+        }
     }
 
     /// Notes an answer. `false`: to nothing that was asked here.
@@ -206,21 +295,11 @@ impl Path {
         self.record(true);
         self.answered += 1;
         self.sample(now.saturating_duration_since(echo.at));
+        self.unanswered = None;
         self.small_ok = true;
         self.full_ok |= echo.full_size;
         self.small_only &= !self.full_ok;
         true
-    }
-
-    /// It has proven itself: no more probes in this round.
-    pub(crate) fn settle(&mut self) {
-        if matches!(
-            self.state,
-            PathState::Candidate | PathState::Probing | PathState::Dead
-        ) {
-            self.state = PathState::Standby;
-        }
-        self.next_probe = None;
     }
 
     /// Smoothed round-trip time (RFC 6298).
@@ -240,6 +319,32 @@ impl Path {
     pub(crate) fn loss(&self) -> Option<f64> {
         let known = self.history_len >= LOSS_KNOWN_FROM;
         known.then(|| f64::from(self.history.count_ones()) / f64::from(self.history_len))
+    }
+
+    /// The same, once so many were sent that traffic may be moved for it.
+    pub(crate) fn judged_loss(&self) -> Option<f64> {
+        self.loss().filter(|_| self.history_len >= LOSS_JUDGED_FROM)
+    }
+
+    /// Share of the last 64 echoes lost, once there were so many: whether it is over.
+    pub(crate) fn recent_loss(&self) -> Option<f64> {
+        let known = self.history_len >= LOSS_JUDGED_FROM;
+        known.then(|| f64::from(self.recent_losses()) / f64::from(LOSS_JUDGED_FROM))
+    }
+
+    fn recent_losses(&self) -> u32 {
+        (self.history & u128::from(u64::MAX)).count_ones()
+    }
+
+    /// Whether echoes are lost now and then; `Some(true)`: since a short time, so that it is worth
+    /// knowing soon how often.
+    pub(crate) fn is_losing(&self, now: Instant) -> Option<bool> {
+        self.losing_since.map(|at| now < at + LOSS_WATCHED)
+    }
+
+    /// When an echo last went out by it.
+    pub(crate) fn echoed_at(&self) -> Option<Instant> {
+        self.echoed_at
     }
 
     /// What a packet costs on it (`paths.md`); `None`: not measured.
@@ -264,13 +369,25 @@ impl Path {
             && now.saturating_duration_since(oldest.at) > ECHO_LIFETIME
         {
             self.outstanding.pop_front();
-            self.record(false);
+            self.record_lost(now);
         }
     }
 
+    fn record_lost(&mut self, now: Instant) {
+        self.losing_since.get_or_insert(now);
+        self.record(false);
+    }
+
+    fn forget_loss(&mut self) {
+        (self.history, self.history_len, self.losing_since) = (0, 0, None);
+    }
+
     fn record(&mut self, answered: bool) {
-        self.history = self.history << 1 | u64::from(!answered);
+        self.history = self.history << 1 | u128::from(!answered);
         self.history_len = (self.history_len + 1).min(HISTORY_MAX);
+        if self.history_len >= LOSS_JUDGED_FROM && self.recent_losses() == 0 {
+            self.losing_since = None;
+        }
     }
 
     fn sample(&mut self, rtt: Duration) {
@@ -307,6 +424,34 @@ mod tests {
         assert_eq!(times.len(), PROBES_MAX);
         assert_eq!(times[..6], [0, 200, 500, 1000, 2000, 3000]);
         assert_eq!(path.state, PathState::Dead);
+    }
+
+    #[test]
+    fn a_standby_that_leaves_three_checks_unanswered_is_dead_after_1200_ms_and_not_before() {
+        let mut path = Path::new(PathKind::Relay, None);
+        path.happen(PathEvent::Proven, at(0));
+        assert_eq!(
+            path.deadline(),
+            None,
+            "a standby that nobody asks is left alone"
+        );
+        path.on_echo_sent(1, false, at(1_000));
+        let mut asked = Vec::new();
+        let mut dead_at = None;
+        while let Some(now) = path.deadline() {
+            if path.take_due_probe(now).is_some() {
+                asked.push(now.duration_since(at(0)).as_millis());
+                path.on_echo_sent(2, false, now);
+            } else {
+                dead_at = Some(now.duration_since(at(0)).as_millis());
+            }
+        }
+        assert_eq!((asked, dead_at), (vec![1_400, 1_800], Some(2_200)));
+        assert_eq!(path.state(), PathState::Dead);
+        // A late answer is proof enough.
+        assert!(path.on_echo_answered(2, at(2_300)));
+        path.happen(PathEvent::Proven, at(2_300));
+        assert_eq!((path.state(), path.deadline()), (PathState::Standby, None));
     }
 
     #[test]
@@ -369,7 +514,7 @@ mod tests {
     fn a_probe_from_the_peer_revives_a_dead_path_but_does_not_flood_it() {
         let mut path = Path::new(PathKind::Direct, None);
         path.start_probing(at(0));
-        path.die();
+        path.happen(PathEvent::Gone, at(500));
         path.probe_back(at(1000));
         assert_eq!(path.take_due_probe(at(1000)), Some(false));
         path.on_echo_sent(1, false, at(1000));

@@ -4,7 +4,7 @@
 //! are probed and used in `traffic`, the words for people in `why`.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::BTreeMap,
     net::SocketAddr,
     time::{Duration, Instant},
 };
@@ -16,12 +16,13 @@ use mesh_wire::{
 use rand::RngExt;
 
 use crate::{
-    io::{Event, Output, PeerState, Reason},
+    io::{Event, Output, PeerState, Reason, TRAFFIC_TICK_MS},
     node::{
         context::{Context, RelayWish},
+        machine::{Changes, PathChange, PathEvent, PeerEvent},
         path::{Path, PathKind, PathState},
         relays::rank,
-        report::{TRANSITIONS_MAX, Transition},
+        report::TransitionCounts,
         watch::{Watch, WatchInput},
     },
 };
@@ -89,7 +90,7 @@ const GOODBYE_GRACE: Duration = Duration::from_secs(1);
 const VISITS_MAX: usize = 2;
 
 /// Addresses kept of a peer for the next boot.
-const REMEMBERED_MAX: usize = 8;
+pub(crate) const REMEMBERED_MAX: usize = 8;
 
 /// Where in its life a peer is.
 #[derive(Debug)]
@@ -126,6 +127,10 @@ struct Remote {
     generation: Option<u64>,
     candidates: Vec<Candidate>,
     nat: NatKind,
+    /// How far it is from relays.
+    relay_rtts: BTreeMap<RelayId, Duration>,
+    /// What it sends costs it.
+    metered: bool,
 }
 
 /// The search for a direct path.
@@ -184,7 +189,10 @@ pub(crate) struct Peer {
     /// When the peer's packets last came by another way than the silent one in use.
     hint_at: Option<Instant>,
     check_at: Option<Instant>,
-    transitions: VecDeque<Transition>,
+    checks: u32,
+    /// What goes out costs, as this peer last heard.
+    metered: bool,
+    changes: Changes,
     /// Under which time the node has this peer in its timer queue.
     pub(crate) timer: Option<Instant>,
 }
@@ -214,7 +222,9 @@ impl Peer {
             heartbeat_at: now,
             hint_at: None,
             check_at: None,
-            transitions: VecDeque::new(),
+            checks: 0,
+            metered: false,
+            changes: Changes::default(),
             timer: None,
         }
     }
@@ -234,6 +244,19 @@ impl Peer {
         self.alive
     }
 
+    pub(crate) fn set_metered(&mut self, metered: bool) {
+        self.metered = metered;
+    }
+
+    pub(crate) fn is_idle(&self) -> bool {
+        matches!(self.phase, Phase::Idle)
+    }
+
+    /// Whether its way in use is in doubt, or gone.
+    pub(crate) fn is_suspect(&self) -> bool {
+        matches!(self.state, PeerState::Suspect | PeerState::Waking)
+    }
+
     /// Whether there is a session in use.
     pub(crate) fn is_up(&self) -> bool {
         matches!(self.phase, Phase::Up)
@@ -250,6 +273,28 @@ impl Peer {
     /// The way of its traffic.
     pub(crate) fn way_in_use(&self) -> Option<Via> {
         self.primary
+    }
+
+    /// Takes note of what happened to the paths. Returns what was counted since the last time.
+    pub(crate) fn take_counts(&mut self) -> TransitionCounts {
+        let paths = self.paths.iter_mut();
+        let changes: Vec<(Via, PathChange)> = paths
+            .flat_map(|(&via, path)| path.take_changes().into_iter().map(move |one| (via, one)))
+            .collect();
+        for (via, change) in changes {
+            self.changes.note_path(via, change);
+        }
+        std::mem::take(&mut self.changes.counts)
+    }
+
+    /// Forgets a path, but not that it was there.
+    fn forget_path(&mut self, via: Via, now: Instant) {
+        if let Some(mut path) = self.paths.remove(&via) {
+            path.happen(PathEvent::Gone, now);
+            for change in path.take_changes() {
+                self.changes.note_path(via, change);
+            }
+        }
     }
 
     // Inputs.
@@ -272,11 +317,25 @@ impl Peer {
         }
     }
 
+    /// The peer is on this LAN, at `address`.
+    pub(crate) fn on_neighbour(&mut self, address: SocketAddr, ctx: &mut Context) {
+        let new = self.remembered.first() != Some(&address);
+        self.remembered.retain(|known| *known != address);
+        self.remembered.insert(0, address);
+        self.remembered.truncate(REMEMBERED_MAX);
+        match self.phase {
+            Phase::Idle => {}
+            Phase::Waking(_) | Phase::Unreachable(_) if new => self.call_anew(ctx),
+            Phase::Up if new => self.start_search(ctx),
+            Phase::Waking(_) | Phase::Unreachable(_) | Phase::Up => {}
+        }
+    }
+
     pub(crate) fn on_wanted(&mut self, ctx: &mut Context) {
         self.wanted_at = Some(ctx.now);
         self.active_at = ctx.now;
         match &mut self.phase {
-            Phase::Idle => self.wake(Reason::Wanted, ctx),
+            Phase::Idle => self.wake(PeerEvent::Called, Reason::Wanted, ctx),
             Phase::Unreachable(retry) if retry.sent == 0 => {
                 // Not more often than the shortest pause, however many packets wait.
                 retry.next = retry.next.min(ctx.now + RETRY_WANTED[0]);
@@ -316,12 +375,16 @@ impl Peer {
                 generation,
                 candidates,
                 nat,
+                relays,
+                metered,
             } => {
                 if matches!(self.phase, Phase::Idle) {
                     self.active_at = ctx.now;
                     self.session = true;
                     self.answered(via, Reason::PeerCalled, ctx);
                 }
+                self.remote.metered = metered;
+                self.remote.relay_rtts = relays.into_iter().collect();
                 self.on_candidates(generation, candidates, nat, ctx);
             }
             PeerMessage::Goodbye => return self.on_goodbye(ctx),
@@ -330,7 +393,11 @@ impl Peer {
     }
 
     pub(crate) fn on_traffic(&mut self, sent: bool, received: &[Via], ctx: &mut Context) {
-        for &via in received {
+        // What came in before the network changed proves nothing about it now.
+        let tick = Duration::from_millis(TRAFFIC_TICK_MS);
+        let since = self.watch.suspect_since();
+        let stale = since.is_some_and(|at| ctx.now < at + tick);
+        for &via in received.iter().filter(|_| !stale) {
             self.learn_path(via, ctx);
             self.received(via, ctx);
         }
@@ -374,14 +441,14 @@ impl Peer {
     // Phases.
 
     /// Begins to call the peer.
-    fn wake(&mut self, reason: Reason, ctx: &mut Context) {
+    fn wake(&mut self, called: PeerEvent, reason: Reason, ctx: &mut Context) {
         let (since, next) = (ctx.now, ctx.now);
         self.phase = Phase::Waking(Ladder {
             since,
             rung: 0,
             next,
         });
-        self.publish(PeerState::Waking, reason, ctx);
+        self.publish(called, reason, ctx);
         for &relay in &ctx.us.relays_up {
             let peer = self.known.id;
             ctx.out.push_back(Output::FindPeer { relay, peer });
@@ -458,6 +525,11 @@ impl Peer {
         };
         let order = rank(&self.known.id, ctx.us.relays.iter().copied());
         let visits = order.into_iter().filter(may_be_there).take(VISITS_MAX);
+        // And where it was at home when it last said so.
+        let told = self.remote.relay_rtts.iter();
+        let home = told.min_by_key(|(_, rtt)| **rtt).map(|(&relay, _)| relay);
+        let home = home.filter(|home| ctx.us.relays.contains(home) && may_be_there(home));
+        let visits = home.into_iter().chain(visits);
         let visits: Vec<RelayWish> = visits.map(RelayWish::Visit).collect();
         ctx.wishes.extend(visits);
     }
@@ -476,7 +548,7 @@ impl Peer {
         if self.is_forbidden(via) {
             // It has not heard yet that this way is closed: it is called by relays.
             return match self.phase {
-                Phase::Idle => self.wake(reason, ctx),
+                Phase::Idle => self.wake(PeerEvent::Called, reason, ctx),
                 Phase::Unreachable(_) => self.call_anew(ctx),
                 Phase::Waking(_) | Phase::Up => {}
             };
@@ -499,7 +571,7 @@ impl Peer {
             Phase::Idle | Phase::Up | Phase::Unreachable(_) => {
                 let (since, rung) = (ctx.now, CONFIRM_RUNG);
                 self.phase = Phase::Waking(Ladder { since, rung, next });
-                self.publish(PeerState::Waking, reason, ctx);
+                self.publish(PeerEvent::Called, reason, ctx);
             }
         }
         self.send_due_probes(ctx);
@@ -532,20 +604,22 @@ impl Peer {
     fn lose(&mut self, reason: Reason, ctx: &mut Context) {
         self.drop_paths(ctx);
         self.set_alive(false, ctx);
-        self.wake(reason, ctx);
+        self.wake(PeerEvent::Lost, reason, ctx);
     }
 
     /// The link under the only way is gone; the peer itself may well be there.
     fn lose_link(&mut self, ctx: &mut Context) {
         self.drop_paths(ctx);
-        self.wake(Reason::LinkDown, ctx);
+        self.wake(PeerEvent::Lost, Reason::LinkDown, ctx);
     }
 
     fn drop_paths(&mut self, ctx: &mut Context) {
         self.watch = Watch::Calm;
         self.leave_by = None;
+        for path in self.paths.values_mut() {
+            path.happen(PathEvent::Gone, ctx.now);
+        }
         self.set_primary(None, None, ctx);
-        self.paths.values_mut().for_each(Path::die);
     }
 
     fn give_up(&mut self, ctx: &mut Context) {
@@ -559,10 +633,14 @@ impl Peer {
             next,
         });
         self.set_alive(false, ctx);
-        self.publish(PeerState::Unreachable, reason, ctx);
+        self.publish(PeerEvent::GivenUp, reason, ctx);
     }
 
     fn on_goodbye(&mut self, ctx: &mut Context) {
+        if matches!(self.phase, Phase::Idle) {
+            self.session = false; // Nobody here needs it: the next packet will call it.
+            return;
+        }
         self.drop_paths(ctx);
         self.session = false;
         let (since, next) = (ctx.now, ctx.now + GOODBYE_GRACE);
@@ -574,11 +652,14 @@ impl Peer {
             next,
         });
         self.set_alive(false, ctx);
-        self.publish(PeerState::Unreachable, Reason::Goodbye, ctx);
+        self.publish(PeerEvent::SaidGoodbye, Reason::Goodbye, ctx);
     }
 
     fn retry(&mut self, ctx: &mut Context) {
         let wanted = self.wanted_at.is_some_and(|at| ctx.now < at + WANTED_FOR);
+        if ctx.us.metered && !wanted {
+            return self.go_idle(ctx); // Whoever wants it next calls it.
+        }
         let Phase::Unreachable(retry) = &mut self.phase else {
             return;
         };
@@ -610,17 +691,17 @@ impl Peer {
 
     /// Lets go of everything that costs.
     fn go_idle(&mut self, ctx: &mut Context) {
-        if self.is_up() {
-            self.set_alive(true, ctx); // Nobody will settle a doubt that there may be.
-        }
+        self.set_alive(true, ctx); // Nobody will settle a doubt that there may be.
         self.watch = Watch::Calm;
         self.set_primary(None, None, ctx);
-        self.paths.clear();
+        let vias: Vec<Via> = self.paths.keys().copied().collect();
+        vias.into_iter()
+            .for_each(|via| self.forget_path(via, ctx.now));
         self.presence.clear();
         self.search = Search::default();
         self.leave_by = None;
         self.phase = Phase::Idle;
-        self.publish(PeerState::Idle, Reason::LazyIdle, ctx);
+        self.publish(PeerEvent::Unused, Reason::LazyIdle, ctx);
     }
 
     // What others see.
@@ -634,29 +715,22 @@ impl Peer {
     }
 
     fn publish_up(&mut self, reason: Reason, ctx: &mut Context) {
-        let state = match self.primary {
-            Some(Via::Direct(_)) => PeerState::Direct,
-            Some(Via::Relay(_)) | None => PeerState::Relayed,
+        let event = match self.primary {
+            Some(Via::Direct(_)) => PeerEvent::OnDirect,
+            Some(Via::Relay(_)) | None => PeerEvent::OnRelay,
         };
-        self.publish(state, reason, ctx);
+        self.publish(event, reason, ctx);
     }
 
-    fn publish(&mut self, to: PeerState, reason: Reason, ctx: &mut Context) {
+    /// Something happened: the state is what the table says, and whoever looks is told.
+    fn publish(&mut self, event: PeerEvent, reason: Reason, ctx: &mut Context) {
         self.reason = reason;
-        let from = std::mem::replace(&mut self.state, to);
-        if from == to {
+        let Some(to) = self.state.after(event) else {
             return;
-        }
-        if self.transitions.len() == TRANSITIONS_MAX {
-            self.transitions.pop_front();
-        }
-        let (at, peer) = (ctx.now, self.known.id);
-        self.transitions.push_back(Transition {
-            at,
-            from,
-            to,
-            reason,
-        });
+        };
+        let from = std::mem::replace(&mut self.state, to);
+        self.changes.note_peer(ctx.now, (from, to), reason);
+        let peer = self.known.id;
         ctx.event(Event::Peer {
             peer,
             from,

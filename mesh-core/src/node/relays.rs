@@ -1,10 +1,12 @@
 //! Keeps links to relays: which ones, by what transport, and when to try again.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
+    net::IpAddr,
     time::{Duration, Instant},
 };
 
+use ipnet::IpNet;
 use mesh_wire::id::{NodeId, RelayId};
 use rand::RngExt;
 
@@ -13,8 +15,15 @@ use crate::{
     node::context::Dice,
 };
 
-/// Links kept to the node's own relays (`paths.md`).
-const WARM_LINKS: usize = 2;
+/// Links kept where others look for this node: at the first relays of its order.
+const ANCHORS: usize = 2;
+
+/// Round trips to a relay that are kept: the least of them counts, as what is more is a queue
+/// that was full for a moment. At one in five minutes a change shows after 25.
+const RTTS_MAX: usize = 5;
+
+/// A relay must be nearer by this, and by a third, or traffic would swing (`paths.md`).
+const NEARER_BY: Duration = Duration::from_millis(10);
 
 /// Links at a time, visits to the peers' relays included.
 const LINKS_MAX: usize = 8;
@@ -49,6 +58,9 @@ const RETRY_MAX: Duration = Duration::from_secs(30);
 
 /// How long the outage counts as short.
 const OUTAGE_SHORT: Duration = Duration::from_secs(60);
+
+/// Round trips that it takes to make a link by TLS: TCP's handshake, TLS's, and the upgrade.
+const TLS_TURNS: u32 = 3;
 
 /// A doubted link is asked about no more often than this.
 const DOUBT_EVERY: Duration = Duration::from_secs(10);
@@ -91,11 +103,36 @@ pub(crate) struct LinkReport {
 }
 
 /// All links to relays.
+///
+/// Two kinds are kept: to the *nearest*, and to the next one of another failure domain, over which
+/// traffic goes; and to the *anchors*, the first of the order that every node can tell of every
+/// other, where peers that know nothing better look. In a mesh of two relays they are the same.
 #[derive(Debug, Default)]
 pub(crate) struct Relays {
     links: BTreeMap<RelayId, Link>,
-    /// Every relay of the mesh, the node's own first.
+    /// Every relay of the mesh, by weight.
     order: Vec<RelayId>,
+    /// Every relay of the mesh, the preferred one first.
+    preferred: Vec<RelayId>,
+    /// The networks in which each relay is.
+    domains: BTreeMap<RelayId, Vec<IpNet>>,
+    rtts: BTreeMap<RelayId, VecDeque<Duration>>,
+    /// What peers are told of these.
+    told: BTreeMap<RelayId, Duration>,
+    home: Option<RelayId>,
+    second: Option<RelayId>,
+    resting: bool,
+}
+
+/// Whether a way is so much shorter that it is worth a move.
+pub(crate) fn is_nearer(rtt: Duration, than: Duration) -> bool {
+    rtt + NEARER_BY <= than && rtt * 3 < than * 2
+}
+
+/// The networks that fail together: of a /24 or a /48, one router leads there.
+pub(crate) fn domain(address: IpAddr) -> IpNet {
+    let bits = if address.is_ipv4() { 24 } else { 48 };
+    IpNet::new_assert(address, bits).trunc()
 }
 
 /// `relays` in the order in which `node` prefers them (highest random weight): every node can
@@ -359,19 +396,65 @@ impl Hand<'_> {
 
 impl Relays {
     /// The mesh has these relays now.
-    pub(crate) fn set_known(&mut self, own: &NodeId, known: impl Iterator<Item = RelayId>) {
-        self.order = rank(own, known);
+    pub(crate) fn set_known(
+        &mut self,
+        own: &NodeId,
+        known: impl Iterator<Item = (RelayId, Vec<IpNet>)>,
+    ) {
+        self.domains = known.collect();
+        self.order = rank(own, self.domains.keys().copied());
+        let domains = &self.domains;
+        self.rtts.retain(|relay, _| domains.contains_key(relay));
+        self.told.retain(|relay, _| domains.contains_key(relay));
+        self.prefer();
     }
 
     /// Every relay of the mesh, the preferred one first.
-    pub(crate) fn order(&self) -> &[RelayId] {
-        &self.order
+    pub(crate) fn preferred(&self) -> &[RelayId] {
+        &self.preferred
+    }
+
+    /// The relay that this node prefers.
+    pub(crate) fn home(&self) -> Option<RelayId> {
+        self.home
+    }
+
+    /// A relay answered after `rtt`. Returns whether peers should be told.
+    pub(crate) fn on_rtt(&mut self, relay: RelayId, rtt: Duration) -> bool {
+        if !self.domains.contains_key(&relay) {
+            return false;
+        }
+        let recent = self.rtts.entry(relay).or_default();
+        if recent.len() == RTTS_MAX {
+            recent.pop_front();
+        }
+        recent.push_back(rtt);
+        let Some(rtt) = self.rtt(&relay) else {
+            return false;
+        };
+        let told = self.told.get(&relay);
+        let far_off = |&told: &Duration| is_nearer(rtt, told) || is_nearer(told, rtt);
+        let tell = told.is_none_or(far_off);
+        if tell {
+            self.told.insert(relay, rtt);
+        }
+        tell
+    }
+
+    /// The round trip to a relay, if it was measured.
+    pub(crate) fn rtt(&self, relay: &RelayId) -> Option<Duration> {
+        self.rtts.get(relay)?.iter().min().copied()
+    }
+
+    /// What peers are told of the round trips.
+    pub(crate) fn told(&self) -> &BTreeMap<RelayId, Duration> {
+        &self.told
     }
 
     /// Relays with a link, the preferred one first.
     pub(crate) fn up(&self) -> Vec<RelayId> {
         let is_up = |relay: &&RelayId| self.transport(relay).is_some();
-        let mut up: Vec<RelayId> = self.order.iter().filter(is_up).copied().collect();
+        let mut up: Vec<RelayId> = self.preferred.iter().filter(is_up).copied().collect();
         up.sort_by_key(|relay| self.links.get(relay).is_some_and(|link| link.leaving));
         up
     }
@@ -410,6 +493,13 @@ impl Relays {
         out: &mut dyn FnMut(Output),
     ) {
         let leg = self.links.get_mut(&relay).map(|link| *link.leg(transport));
+        if let Some(Leg::Connecting { since }) = leg
+            && transport == RelayTransport::Tls
+            && self.rtt(&relay).is_none()
+        {
+            // Better than nothing where nobody answers by UDP.
+            self.on_rtt(relay, now.saturating_duration_since(since) / TLS_TURNS);
+        }
         if matches!(leg, None | Some(Leg::Down)) {
             // Nobody wants it any more: the answer crossed the `DisconnectRelay`.
             out(Output::DisconnectRelay { relay, transport });
@@ -450,13 +540,18 @@ impl Relays {
         self.keep(now, dice, out);
     }
 
-    /// The network is another one: what failed before may work now.
+    /// The network is another one: what failed before may work now, and what was near (`moved`)
+    /// may be far.
     pub(crate) fn on_network_change(
         &mut self,
+        moved: bool,
         now: Instant,
         dice: &mut Dice,
         out: &mut dyn FnMut(Output),
     ) {
+        if moved {
+            self.rtts.clear();
+        }
         for link in self.links.values_mut() {
             link.failures = 0;
             link.down_since = now;
@@ -536,6 +631,7 @@ impl Relays {
 
     /// Opens what should be open and closes what should not.
     pub(crate) fn keep(&mut self, now: Instant, dice: &mut Dice, out: &mut dyn FnMut(Output)) {
+        self.prefer();
         let warm = self.warm();
         for &relay in &warm {
             match self.links.get_mut(&relay) {
@@ -566,18 +662,94 @@ impl Relays {
         }
     }
 
-    /// The node's own relays: the first of its order, as many as it takes to have two hopeful.
+    pub(crate) fn is_resting(&self) -> bool {
+        self.resting
+    }
+
+    /// Whether the node keeps no links of its own, as keeping them costs and nobody needs them. They
+    /// end as visits do.
+    pub(crate) fn set_resting(
+        &mut self,
+        resting: bool,
+        now: Instant,
+        dice: &mut Dice,
+        out: &mut dyn FnMut(Output),
+    ) {
+        self.resting = resting;
+        self.keep(now, dice, out);
+    }
+
+    /// The node's own relays: the nearest ones, and the first of its order, as many as it takes to
+    /// have two hopeful.
     fn warm(&self) -> Vec<RelayId> {
+        if self.resting {
+            return Vec::new();
+        }
         let mut hopeful = 0;
-        let mut warm = Vec::new();
-        for relay in self.order.iter().take(LINKS_MAX) {
-            if hopeful == WARM_LINKS {
+        let mut warm: Vec<RelayId> = self.home.into_iter().chain(self.second).collect();
+        for relay in self.order.iter().take(LINKS_MAX - warm.len()) {
+            if hopeful == ANCHORS {
                 break;
             }
             hopeful += usize::from(self.is_hopeful(relay));
-            warm.push(*relay);
+            if !warm.contains(relay) {
+                warm.push(*relay);
+            }
         }
         warm
+    }
+
+    /// Settles which relays are preferred: the home, the one that steps in for it, then the near
+    /// ones.
+    fn prefer(&mut self) {
+        let hopeful = |relay: &RelayId| self.is_hopeful(relay);
+        let hopeful: Vec<RelayId> = self.order.iter().copied().filter(hopeful).collect();
+        self.home = self.nearest(&hopeful, self.home);
+        let others: Vec<RelayId> = hopeful
+            .into_iter()
+            .filter(|relay| Some(*relay) != self.home)
+            .collect();
+        let apart: Vec<RelayId> = others
+            .iter()
+            .copied()
+            .filter(|relay| {
+                self.home
+                    .is_some_and(|home| !self.fail_together(home, *relay))
+            })
+            .collect();
+        let among = if apart.is_empty() { &others } else { &apart };
+        self.second = self.nearest(among, self.second);
+        let (home, second) = (self.home, self.second);
+        let mut order = self.order.clone();
+        // Stable: those of which nothing is known stay in the order of their weight.
+        order.sort_by_key(|relay| {
+            let first = Some(*relay) != home;
+            let next = Some(*relay) != second;
+            (first, next, self.rtt(relay).unwrap_or(Duration::MAX))
+        });
+        self.preferred = order;
+    }
+
+    /// The nearest of `among`, which is `now` unless another is so much nearer that it is worth a
+    /// move (`paths.md`). Of which nothing is known, the first.
+    fn nearest(&self, among: &[RelayId], now: Option<RelayId>) -> Option<RelayId> {
+        let far = |relay: &RelayId| self.rtt(relay).unwrap_or(Duration::MAX);
+        let best = *among.iter().min_by_key(|relay| far(relay))?;
+        let Some(now) = now.filter(|now| among.contains(now)) else {
+            return Some(best);
+        };
+        let better = match (self.rtt(&best), self.rtt(&now)) {
+            (Some(rtt), Some(than)) => is_nearer(rtt, than),
+            // Of which nothing is known, the first by weight.
+            (_, None) => true,
+            (None, Some(_)) => false,
+        };
+        Some(if better { best } else { now })
+    }
+
+    fn fail_together(&self, one: RelayId, other: RelayId) -> bool {
+        let of = |relay: &RelayId| self.domains.get(relay).map_or(&[][..], Vec::as_slice);
+        of(&one).iter().any(|net| of(&other).contains(net))
     }
 
     fn hand<'a>(

@@ -1,6 +1,9 @@
 //! What the core tells people about itself.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use mesh_wire::{
     id::{NodeId, NodeName, RelayId, RelayName, Via},
@@ -9,7 +12,10 @@ use mesh_wire::{
 
 use crate::{
     io::{PeerState, Reason, RelayTransport},
-    node::path::{PathKind, PathState},
+    node::{
+        machine::PathEvent,
+        path::{PathKind, PathState},
+    },
 };
 
 /// A peer that was woken since the node started.
@@ -35,11 +41,13 @@ pub struct PeerReport {
     pub paths: Vec<PathReport>,
     /// The last [`TRANSITIONS_MAX`] changes of state, the oldest first.
     pub transitions: Vec<Transition>,
+    /// The last [`TRANSITIONS_MAX`] changes of its paths' states, the oldest first.
+    pub path_transitions: Vec<PathTransition>,
     /// When the next attempt at a (better) path is due.
     pub next_attempt: Option<Instant>,
 }
 
-/// Changes of state that are kept for each peer: about 2 KB.
+/// Changes of state that are kept for each peer, and as many of its paths: about 6 KB.
 pub const TRANSITIONS_MAX: usize = 50;
 
 /// A change of a peer's state.
@@ -53,6 +61,30 @@ pub struct Transition {
     pub to: PeerState,
     /// Why.
     pub reason: Reason,
+}
+
+/// A change of a path's state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PathTransition {
+    /// When.
+    pub at: Instant,
+    /// The path.
+    pub via: Via,
+    /// The state before.
+    pub from: PathState,
+    /// The state after.
+    pub to: PathState,
+    /// What happened.
+    pub event: PathEvent,
+}
+
+/// How often each change of state happened since the node started.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct TransitionCounts {
+    /// Of peers: the state before and after.
+    pub peers: BTreeMap<(PeerState, PeerState), u64>,
+    /// Of paths.
+    pub paths: BTreeMap<(PathState, PathState), u64>,
 }
 
 /// One path to a peer.
@@ -89,6 +121,8 @@ pub struct RelayReport {
     pub up: Option<RelayTransport>,
     /// The one that this node prefers of those that are up.
     pub home: bool,
+    /// The round trip to it, if it was measured.
+    pub rtt: Option<Duration>,
     /// What last went wrong, until it is right again.
     pub problem: Option<String>,
 }

@@ -249,6 +249,8 @@ fn probed(core: &mut Core, told: impl IntoIterator<Item = SocketAddr>) -> Vec<So
         generation: 1,
         candidates: candidates.collect(),
         nat: NatKind::Easy,
+        relays: Vec::new(),
+        metered: false,
     };
     let (peer, via) = (id(1), Via::Relay(r1()));
     core.handle_input(Input::Message { peer, via, message }, at(200));
@@ -401,6 +403,8 @@ fn an_overtaken_list_of_candidates_is_ignored() {
             generation,
             candidates,
             nat,
+            relays: Vec::new(),
+            metered: false,
         };
         let (peer, via) = (id(1), Via::Relay(r1()));
         core.handle_input(Input::Message { peer, via, message }, at(200));
@@ -467,6 +471,8 @@ fn any_message() -> impl Strategy<Value = PeerMessage> {
                 address: SocketAddr::new([203, 0, 113, 5].into(), port),
             }],
             nat: NatKind::Easy,
+            relays: Vec::new(),
+            metered: false,
         }),
         Just(PeerMessage::Goodbye),
     ]

@@ -1,5 +1,6 @@
 //! The whole mesh in virtual time: every node runs the real core, the network around it is a
-//! model. `scenarios` are single stories, `mass` is many nodes and chance.
+//! model. `scenarios` are single stories, `mass` is many nodes and chance, `model` is
+//! everything that can happen, against a reference.
 
 #![expect(
     clippy::indexing_slicing,
@@ -9,7 +10,10 @@
 
 mod communities;
 mod mass;
+mod matrix;
+mod model;
 mod nat;
 mod scenarios;
 mod session;
+mod uplinks;
 mod world;

@@ -20,8 +20,14 @@ pub(crate) enum NatSort {
     Restricted,
     /// One mapping; ports that were written to may answer.
     PortRestricted,
-    /// A mapping for each destination.
+    /// A mapping for each destination; ports are given out in order.
     Symmetric,
+    /// The same, with ports that nobody can guess.
+    SymmetricRandom,
+    /// The router of a home behind that of a carrier, both restricted by port.
+    Double,
+    /// No translation; ports that were written to may answer (what protects hosts with IPv6).
+    Firewall,
     /// No UDP at all.
     UdpBlocked,
 }
@@ -37,18 +43,57 @@ pub(crate) struct Nat {
     /// Outside port and whom it was written to, to when that was.
     permitted: BTreeMap<(u16, SocketAddr), u64>,
     next_port: u16,
+    /// The carrier's.
+    upstream: Option<Box<Self>>,
 }
 
 impl Nat {
     pub(crate) fn new(sort: NatSort, public: IpAddr) -> Self {
+        let carrier = || Box::new(Self::new(NatSort::PortRestricted, public));
+        let upstream = (sort == NatSort::Double).then(carrier);
         Self {
             sort,
-            public,
+            // RFC 6598: what carriers use between themselves and their customers.
+            public: match upstream {
+                Some(_) => [100, 64, 0, 1].into(),
+                None => public,
+            },
             ports: BTreeMap::new(),
             insides: BTreeMap::new(),
             permitted: BTreeMap::new(),
             next_port: 20_000,
+            upstream,
         }
+    }
+
+    /// The router starts anew, and remembers nothing.
+    pub(crate) fn forget(&mut self) {
+        self.ports.clear();
+        self.insides.clear();
+        self.permitted.clear();
+        self.next_port += 1_000;
+        if let Some(upstream) = &mut self.upstream {
+            upstream.forget();
+        }
+    }
+
+    /// Whether packets to this address come to this router.
+    pub(crate) fn reaches(&self, ip: IpAddr) -> bool {
+        let public = self.upstream.as_ref().map_or(self.public, |up| up.public);
+        ip == public
+    }
+
+    /// Whether two destinations see two addresses of a host.
+    pub(crate) fn is_symmetric(&self) -> bool {
+        matches!(self.sort, NatSort::Symmetric | NatSort::SymmetricRandom)
+    }
+
+    /// The same or another kind, with nothing remembered.
+    pub(crate) fn replace(&mut self, sort: NatSort) {
+        let public = self.upstream.as_ref().map_or(self.public, |up| up.public);
+        let next_port = self.next_port + 1_000;
+        *self = Self::new(sort, public);
+        self.next_port = next_port;
     }
 
     /// The source address that `to` sees of a packet from `inside`; `None`: dropped.
@@ -61,20 +106,34 @@ impl Nat {
         let by_destination = match self.sort {
             NatSort::Open => return Some(inside),
             NatSort::UdpBlocked => return None,
-            NatSort::FullCone | NatSort::Restricted | NatSort::PortRestricted => None,
-            NatSort::Symmetric => Some(to),
+            NatSort::Firewall => {
+                self.insides.insert(inside.port(), inside);
+                self.permitted.insert((inside.port(), to), now_us);
+                return Some(inside);
+            }
+            NatSort::FullCone | NatSort::Restricted | NatSort::PortRestricted | NatSort::Double => {
+                None
+            }
+            NatSort::Symmetric | NatSort::SymmetricRandom => Some(to),
         };
+        let random = self.sort == NatSort::SymmetricRandom;
         let next_port = &mut self.next_port;
         let port = *self
             .ports
             .entry((inside, by_destination))
             .or_insert_with(|| {
                 *next_port += 1;
-                *next_port
+                // A permutation of the 2^14 ports from 20,000 on that looks like none.
+                let turned = (*next_port).wrapping_mul(0x2b5d) % 0x4000;
+                if random { 20_000 + turned } else { *next_port }
             });
         self.insides.insert(port, inside);
         self.permitted.insert((port, to), now_us);
-        Some(SocketAddr::new(self.public, port))
+        let source = SocketAddr::new(self.public, port);
+        match &mut self.upstream {
+            Some(upstream) => upstream.outbound(source, to, now_us),
+            None => Some(source),
+        }
     }
 
     /// Where a packet from `from` to the outside address `to` goes; `None`: dropped.
@@ -84,6 +143,10 @@ impl Nat {
         to: SocketAddr,
         now_us: u64,
     ) -> Option<SocketAddr> {
+        let to = match &self.upstream {
+            Some(upstream) => upstream.inbound(from, to, now_us)?,
+            None => to,
+        };
         let fresh = |at: &u64| now_us < at + EXPIRY_US;
         let written_to = |matches: &dyn Fn(&SocketAddr) -> bool| {
             let all = (to.port(), SocketAddr::new([0, 0, 0, 0].into(), 0))..;
@@ -96,7 +159,11 @@ impl Nat {
             NatSort::UdpBlocked => false,
             NatSort::FullCone => written_to(&|_| true),
             NatSort::Restricted => written_to(&|written| written.ip() == from.ip()),
-            NatSort::PortRestricted | NatSort::Symmetric => written_to(&|written| *written == from),
+            NatSort::PortRestricted
+            | NatSort::Symmetric
+            | NatSort::SymmetricRandom
+            | NatSort::Double
+            | NatSort::Firewall => written_to(&|written| *written == from),
         };
         let inside = self.insides.get(&to.port());
         inside.copied().filter(|_| permitted)
@@ -115,6 +182,9 @@ fn the_translators_do_what_their_names_say() {
         (NatSort::Restricted, [true, true, false], true),
         (NatSort::PortRestricted, [true, false, false], true),
         (NatSort::Symmetric, [true, false, false], false),
+        (NatSort::SymmetricRandom, [true, false, false], false),
+        (NatSort::Double, [true, false, false], true),
+        (NatSort::Firewall, [true, false, false], true),
     ];
     for (sort, lets_in, same_port) in table {
         let mut nat = Nat::new(sort, "203.0.113.1".parse().unwrap());

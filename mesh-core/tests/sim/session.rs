@@ -4,8 +4,13 @@
 //! last two initiations can be completed; a node sends with the newest session that a packet has
 //! come in by, or that it began itself; so the called end cannot send before the caller has.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use mesh_core::io::Input;
 use mesh_wire::peer::PeerMessage;
+
+/// Counters behind the newest one that may still come in (`paths.md`).
+const REPLAY_WINDOW: u64 = 8192;
 
 /// Sessions that a node still opens packets of.
 const KEYS_MAX: usize = 8;
@@ -18,7 +23,7 @@ pub(crate) type Key = (usize, u64);
 pub(crate) enum Packet {
     Initiation { number: u64 },
     Response { number: u64 },
-    Sealed { key: Key, body: Body },
+    Sealed { key: Key, counter: u64, body: Body },
 }
 
 /// What is inside.
@@ -31,6 +36,23 @@ pub(crate) enum Body {
 }
 
 impl Packet {
+    /// Its bytes with all headers: 28 of UDP over IPv4, 8 of a relay's, 32 of a sealed packet. What
+    /// cores say is 48 bytes of headers and some 20 more, 300 with addresses.
+    pub(crate) fn len(&self) -> u64 {
+        let large = if self.is_large() { 1_232 } else { 0 };
+        let inner = match self {
+            Self::Initiation { .. } => return 36 + 148,
+            Self::Response { .. } => return 36 + 92,
+            Self::Sealed { body, .. } => match body {
+                Body::Keepalive => 0,
+                Body::Control(PeerMessage::Candidates { .. }) => 48 + 300,
+                Body::Control(_) => 48 + 20,
+                Body::Ping { .. } | Body::Pong { .. } => 84,
+            },
+        };
+        36 + 32 + inner.max(large)
+    }
+
     /// Whether it only fits where full-size packets do.
     pub(crate) fn is_large(&self) -> bool {
         match self {
@@ -59,6 +81,9 @@ pub(crate) struct Session {
     last_seen: u64,
     keys: Vec<Key>,
     pub(crate) current: Option<Key>,
+    sent: u64,
+    /// Of each session, the counters that came in (a window of them).
+    seen: BTreeMap<Key, BTreeSet<u64>>,
 }
 
 impl Session {
@@ -92,8 +117,26 @@ impl Session {
         known
     }
 
-    /// Whether a sealed packet is authentic. Confirms its session.
-    pub(crate) fn open(&mut self, key: Key) -> bool {
+    /// Encrypts. `None`: there is no session that this end may send in.
+    pub(crate) fn seal(&mut self, body: Body) -> Option<Packet> {
+        let key = self.current?;
+        self.sent += 1;
+        let counter = self.sent;
+        Some(Packet::Sealed { key, counter, body })
+    }
+
+    /// Whether a sealed packet is authentic, and no copy. Confirms its session.
+    pub(crate) fn open(&mut self, key: Key, counter: u64) -> bool {
+        if self.keys.contains(&key) {
+            let seen = self.seen.entry(key).or_default();
+            let newest = seen.last().copied().unwrap_or_default();
+            if counter + REPLAY_WINDOW <= newest || !seen.insert(counter) {
+                return false;
+            }
+            if seen.len() > usize::try_from(REPLAY_WINDOW).unwrap() {
+                seen.pop_first();
+            }
+        }
         let age = |key: Key| self.keys.iter().position(|known| *known == key);
         let known = age(key);
         if known.is_some() && known >= self.current.and_then(age) {
@@ -105,7 +148,8 @@ impl Session {
     fn add(&mut self, key: Key) {
         self.keys.push(key);
         if self.keys.len() > KEYS_MAX {
-            self.keys.remove(0);
+            let old = self.keys.remove(0);
+            self.seen.remove(&old);
         }
     }
 }

@@ -10,12 +10,12 @@ use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque},
     hash::{DefaultHasher, Hasher},
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
 };
 
 use mesh_core::{
-    io::{Event, Input, RelayTransport},
+    io::{Event, Input, RelayTransport, Uplink, UplinkId},
     node::{Core, CoreConfig, report::PeerReport},
     snapshot::{Locality, MeshSettings, Node, Relay, Snapshot},
 };
@@ -40,14 +40,25 @@ pub(crate) struct Site {
     pub(crate) loss: f64,
     pub(crate) down: bool,
     pub(crate) small_only: bool,
+    /// Up to so much later than others a packet comes: they overtake each other.
+    pub(crate) jitter_us: u64,
+    /// Share of packets that come twice.
+    pub(crate) copies: f64,
 }
 
 pub(crate) struct SimNode {
     pub(crate) id: NodeId,
     pub(crate) name: NodeName,
     pub(crate) site: usize,
-    host: SocketAddr,
+    pub(crate) host: SocketAddr,
     core: Option<Core>,
+    /// The node does not run: asleep, or its machine is stopped.
+    pub(crate) frozen: bool,
+    frozen_at: u64,
+    /// By how much its clock is behind the world's: it slept so long.
+    lag_us: u64,
+    /// What it will hear when it runs again.
+    unheard: Vec<Input>,
     /// Counts boots: what was meant for an earlier one is void.
     boot: u32,
     sessions: BTreeMap<NodeId, Session>,
@@ -63,12 +74,19 @@ pub(crate) struct SimNode {
     pub(crate) moves: Vec<(u64, NodeId, Option<Via>)>,
     /// Packets that went out by no relay, whatever became of them.
     pub(crate) direct_sent: BTreeMap<NodeId, u64>,
+    /// Its ways out, with the site that each leads to; empty: its site is the only one.
+    pub(crate) uplinks: Vec<(Uplink, usize)>,
+    /// What went out, to whomever: packets, and their bytes with all headers.
+    pub(crate) packets_out: u64,
+    pub(crate) bytes_out: u64,
 }
 
 pub(crate) struct SimRelay {
     pub(crate) id: RelayId,
     relay: Relay,
     pub(crate) up: bool,
+    /// How much longer than to other relays the way from a site is, in one direction.
+    pub(crate) far_us: BTreeMap<usize, u64>,
     clients: BTreeMap<usize, BTreeSet<RelayTransport>>,
     using: BTreeMap<usize, RelayTransport>,
     /// Who asked for whom.
@@ -77,15 +95,19 @@ pub(crate) struct SimRelay {
 
 /// A stream of pings from one node to another.
 pub(crate) struct Flow {
-    from: usize,
-    to: usize,
+    pub(crate) from: usize,
+    pub(crate) to: usize,
     every_us: u64,
     until_answered: bool,
-    running: bool,
+    pub(crate) running: bool,
     next_id: u64,
     /// When each was sent and answered, in milliseconds.
     pub(crate) sent: BTreeMap<u64, u64>,
     pub(crate) answered: BTreeMap<u64, u64>,
+    /// What arrived at the other end.
+    delivered: BTreeSet<u64>,
+    /// Packets that an application got a second time.
+    pub(crate) twice: u64,
 }
 
 /// Something that a scenario does to the world.
@@ -95,7 +117,30 @@ pub(crate) enum Change {
     SiteUp(usize),
     RelayDown(usize),
     RelayUp(usize),
+    /// It says that it will stop.
+    RelayGoAway(usize),
     StartFlow(usize),
+    /// The node does not run, for so many milliseconds; its clock stops, too, or does not.
+    Freeze {
+        node: usize,
+        ms: u64,
+        clock_stops: bool,
+    },
+    /// It runs again.
+    Thaw {
+        node: usize,
+        frozen_at: u64,
+        slept_us: u64,
+    },
+    /// Relays give up a node that does not run.
+    GiveUp {
+        node: usize,
+        frozen_at: u64,
+    },
+    /// The line to one relay is cut, or back.
+    CutOff(usize, usize),
+    /// Connections that `CutOff` cut are noticed.
+    NoticeCut(usize, usize),
     /// Connections to relays that a dead line cut are noticed.
     Notice {
         site: usize,
@@ -118,7 +163,13 @@ pub(crate) struct World {
     hosts: BTreeMap<(usize, SocketAddr), usize>,
     /// Pairs of sites between which nothing passes directly.
     pub(crate) severed: BTreeSet<(usize, usize)>,
-    snapshot: Option<Arc<Snapshot>>,
+    /// The same for what goes from the first to the second.
+    pub(crate) severed_one_way: BTreeSet<(usize, usize)>,
+    /// What share of packets is lost directly from one site to another.
+    pub(crate) lossy: BTreeMap<(usize, usize), f64>,
+    /// Sites and relays between which nothing passes.
+    pub(crate) cut_off: BTreeSet<(usize, usize)>,
+    pub(crate) snapshot: Option<Arc<Snapshot>>,
     /// Connections to relays that are being made: node, relay, by what.
     attempts: BTreeSet<(usize, usize, RelayTransport)>,
     initiations: u64,
@@ -141,6 +192,9 @@ impl World {
             ids: BTreeMap::new(),
             hosts: BTreeMap::new(),
             severed: BTreeSet::new(),
+            severed_one_way: BTreeSet::new(),
+            cut_off: BTreeSet::new(),
+            lossy: BTreeMap::new(),
             snapshot: None,
             attempts: BTreeSet::new(),
             initiations: 0,
@@ -155,7 +209,20 @@ impl World {
         let index = self.relays.len();
         let relay = Relay {
             name: name.parse().unwrap(),
-            addresses: vec![[192, 0, 2, u8::try_from(index + 1).unwrap()].into()],
+            addresses: vec![
+                [192, 0, u8::try_from(index + 1).unwrap(), 1].into(),
+                Ipv6Addr::new(
+                    0x2001,
+                    0xdb8,
+                    0xffff,
+                    u16::try_from(index).unwrap(),
+                    0,
+                    0,
+                    0,
+                    1,
+                )
+                .into(),
+            ],
             quic_port: 443,
             tls_port: 443,
             stun_ports: vec![443, 3478],
@@ -166,6 +233,7 @@ impl World {
             id,
             relay,
             up: true,
+            far_us: BTreeMap::new(),
             clients,
             using,
             asked,
@@ -175,27 +243,41 @@ impl World {
 
     /// A site with a line of 10 ms and no loss.
     pub(crate) fn add_site(&mut self, sort: NatSort) -> usize {
-        let index = self.sites.len();
-        let [high, low] = u16::try_from(index).unwrap().to_be_bytes();
+        let [high, low] = u16::try_from(self.sites.len()).unwrap().to_be_bytes();
         let public = IpAddr::from([203, 1, high, low]);
+        self.push_site(Nat::new(sort, public))
+    }
+
+    /// A site whose hosts have IPv6 addresses of their own.
+    pub(crate) fn add_site_v6(&mut self, sort: NatSort) -> usize {
+        let index = u16::try_from(self.sites.len()).unwrap();
+        let public = Ipv6Addr::new(0x2001, 0xdb8, index, 0, 0, 0, 0, 1);
+        self.push_site(Nat::new(sort, public.into()))
+    }
+
+    fn push_site(&mut self, nat: Nat) -> usize {
+        let index = self.sites.len();
         self.sites.push(Site {
-            nat: Nat::new(sort, public),
+            nat,
             delay_us: 10_000,
             loss: 0.0,
             down: false,
             small_only: false,
+            jitter_us: 0,
+            copies: 0.0,
         });
         self.outages.push(0);
         index
     }
 
-    /// A node at `site`. An open site has room for one.
+    /// A node at `site`. An open site, and one behind a firewall, has room for one.
     pub(crate) fn add_node(&mut self, name: &str, site: usize) -> usize {
         let index = self.nodes.len();
         let [high, low] = u16::try_from(site).unwrap().to_be_bytes();
         let here = self.nodes.iter().filter(|node| node.site == site).count();
         let router = &self.sites[site].nat;
-        let host = if router.sort == NatSort::Open {
+        let public = matches!(router.sort, NatSort::Open | NatSort::Firewall);
+        let host = if public || router.public.is_ipv6() {
             router.public
         } else {
             [10, high, low, u8::try_from(here + 2).unwrap()].into()
@@ -217,6 +299,10 @@ impl World {
             site,
             host: SocketAddr::new(host, PORT),
             core: None,
+            frozen: false,
+            frozen_at: 0,
+            lag_us: 0,
+            unheard: Vec::new(),
             boot: 0,
             sessions: BTreeMap::new(),
             paths: BTreeMap::new(),
@@ -228,6 +314,9 @@ impl World {
             events: Vec::new(),
             moves: Vec::new(),
             direct_sent: BTreeMap::new(),
+            uplinks: Vec::new(),
+            packets_out: 0,
+            bytes_out: 0,
         });
         index
     }
@@ -289,6 +378,7 @@ impl World {
         self.kill(index);
         let seed = self.dice.random();
         let now = instant(self.now);
+        let snapshot = self.snapshot.clone().unwrap();
         let node = &mut self.nodes[index];
         let config = CoreConfig {
             node: node.name.clone(),
@@ -297,8 +387,12 @@ impl World {
         };
         node.core = Some(Core::new(config, seed, now));
         let host = node.host;
-        let snapshot = self.snapshot.clone().unwrap();
-        self.input(index, Input::LocalAddresses(vec![host]));
+        let uplinks = &self.nodes[index].uplinks;
+        let network = match uplinks.is_empty() {
+            true => Input::LocalAddresses(vec![host]),
+            false => Input::Uplinks(uplinks.iter().map(|(uplink, _)| uplink.clone()).collect()),
+        };
+        self.input(index, network);
         self.input(index, Input::Snapshot(snapshot));
     }
 
@@ -312,6 +406,8 @@ impl World {
         node.paths.clear();
         node.held.clear();
         node.traffic.clear();
+        node.unheard.clear();
+        (node.frozen, node.lag_us) = (false, 0);
         self.attempts.retain(|(node, _, _)| *node != index);
         for relay in 0..self.relays.len() {
             self.disconnect(relay, index, None);
@@ -377,6 +473,8 @@ impl World {
             next_id: 0,
             sent: BTreeMap::new(),
             answered: BTreeMap::new(),
+            delivered: BTreeSet::new(),
+            twice: 0,
         });
         self.flows.len() - 1
     }
@@ -413,9 +511,7 @@ impl World {
                 self.outages[site] += 1;
             }
             Change::Notice { site, outage } if self.outages[site] == outage => {
-                let here = |node: &usize| self.nodes[*node].site == site;
-                let nodes: Vec<usize> = (0..self.nodes.len()).filter(here).collect();
-                for node in nodes {
+                for node in self.nodes_at(site) {
                     for relay in 0..self.relays.len() {
                         self.disconnect(relay, node, Some("timed out"));
                     }
@@ -431,7 +527,42 @@ impl World {
                 self.relays[relay].asked.clear();
             }
             Change::RelayUp(relay) => self.relays[relay].up = true,
+            Change::RelayGoAway(index) => {
+                let relay = self.relays[index].id;
+                let clients: Vec<usize> = self.relays[index].clients.keys().copied().collect();
+                for node in clients {
+                    self.tell_later(node, index, Input::RelayGoAway { relay });
+                }
+            }
             Change::StartFlow(flow) => self.start_flow(flow),
+            Change::Freeze {
+                node,
+                ms,
+                clock_stops,
+            } => self.freeze(node, ms * 1000, clock_stops),
+            Change::Thaw {
+                node,
+                frozen_at,
+                slept_us,
+            } => self.thaw(node, frozen_at, slept_us),
+            Change::GiveUp { node, frozen_at } => {
+                if self.nodes[node].frozen && self.nodes[node].frozen_at == frozen_at {
+                    (0..self.relays.len())
+                        .for_each(|relay| self.disconnect(relay, node, Some("timed out")));
+                }
+            }
+            Change::CutOff(site, relay) => {
+                self.cut_off.insert((site, relay));
+                let notice = Change::NoticeCut(site, relay);
+                self.push(self.now + RELAY_IDLE_US, Happening::Change(notice));
+            }
+            Change::NoticeCut(site, relay) => {
+                if self.cut_off.contains(&(site, relay)) {
+                    for node in self.nodes_at(site) {
+                        self.disconnect(relay, node, Some("timed out"));
+                    }
+                }
+            }
         }
     }
 
@@ -449,13 +580,151 @@ impl World {
         self.input(index, Input::LocalAddresses(vec![host]));
     }
 
+    pub(crate) fn nodes_at(&self, site: usize) -> Vec<usize> {
+        let here = |node: &usize| self.nodes[*node].site == site;
+        (0..self.nodes.len()).filter(here).collect()
+    }
+
+    /// Gives a node another way out, by a site of its own.
+    pub(crate) fn add_uplink(
+        &mut self,
+        index: usize,
+        sort: NatSort,
+        metered: bool,
+        weight: u16,
+    ) -> usize {
+        if self.nodes[index].uplinks.is_empty() {
+            let (host, site) = (self.nodes[index].host, self.nodes[index].site);
+            let first = Uplink {
+                id: UplinkId(1),
+                addresses: vec![host],
+                up: true,
+                metered: false,
+                weight: 100,
+            };
+            self.nodes[index].uplinks.push((first, site));
+        }
+        let site = self.add_site(sort);
+        let id = UplinkId(u32::try_from(self.nodes[index].uplinks.len() + 1).unwrap());
+        let last = u8::try_from(id.0).unwrap();
+        let addresses = vec![SocketAddr::new([10, 88, last, 2].into(), PORT)];
+        let uplink = Uplink {
+            id,
+            addresses,
+            up: true,
+            metered,
+            weight,
+        };
+        self.nodes[index].uplinks.push((uplink, site));
+        site
+    }
+
+    /// A cable is pulled, or put in.
+    pub(crate) fn set_carrier(&mut self, index: usize, uplink: usize, up: bool) {
+        self.nodes[index].uplinks[uplink].0.up = up;
+        let all = self.nodes[index].uplinks.iter();
+        let all = all.map(|(uplink, _)| uplink.clone()).collect();
+        self.input(index, Input::Uplinks(all));
+    }
+
+    fn use_uplink(&mut self, index: usize, id: UplinkId) {
+        let mut uplinks = self.nodes[index].uplinks.iter();
+        let (uplink, site) = uplinks.find(|(uplink, _)| uplink.id == id).unwrap();
+        let (host, site) = (uplink.addresses[0], *site);
+        if (host, site) == (self.nodes[index].host, self.nodes[index].site) {
+            return;
+        }
+        self.hosts.retain(|_, node| *node != index);
+        self.hosts.insert((site, host), index);
+        (self.nodes[index].host, self.nodes[index].site) = (host, site);
+        for relay in 0..self.relays.len() {
+            self.disconnect(relay, index, Some("its uplink is not used any more"));
+        }
+    }
+
+    fn probe_uplink(&mut self, index: usize, id: UplinkId, target: SocketAddr) {
+        let mut uplinks = self.nodes[index].uplinks.iter();
+        let (uplink, site) = uplinks.find(|(uplink, _)| uplink.id == id).unwrap();
+        let (works, site) = (uplink.up && !self.sites[*site].down, *site);
+        let relay = self
+            .relays
+            .iter()
+            .position(|relay| relay.up && relay.relay.addresses.contains(&target.ip()));
+        if let Some(relay) = relay.filter(|_| works) {
+            let boot = self.nodes[index].boot;
+            let input = Input::UplinkAnswered { uplink: id };
+            let node = index;
+            let at = self.now + 2 * self.line_us(site, relay);
+            self.push(at, Happening::Tell { node, boot, input });
+        }
+    }
+
+    /// A node gets another address on its LAN.
+    pub(crate) fn renumber(&mut self, index: usize, host: SocketAddr) {
+        let site = self.nodes[index].site;
+        self.hosts.retain(|_, node| *node != index);
+        self.hosts.insert((site, host), index);
+        self.nodes[index].host = host;
+        for relay in 0..self.relays.len() {
+            self.disconnect(relay, index, Some("the address is gone"));
+        }
+        self.input(index, Input::LocalAddresses(vec![host]));
+    }
+
+    /// Something happens to a node.
+    pub(crate) fn tell(&mut self, index: usize, input: Input) {
+        self.input(index, input);
+    }
+
+    /// Whether a node is powered on.
+    pub(crate) fn runs(&self, index: usize) -> bool {
+        self.nodes[index].core.is_some()
+    }
+
+    /// An orderly stop.
+    pub(crate) fn stop(&mut self, index: usize) {
+        if let Some(core) = &mut self.nodes[index].core {
+            core.shut_down();
+            self.input(index, Input::Timeout);
+        }
+        self.kill(index);
+    }
+
+    fn freeze(&mut self, node: usize, for_us: u64, clock_stops: bool) {
+        if !self.runs(node) || self.nodes[node].frozen {
+            return;
+        }
+        let frozen_at = self.now;
+        (self.nodes[node].frozen, self.nodes[node].frozen_at) = (true, frozen_at);
+        let slept_us = if clock_stops { for_us } else { 0 };
+        let thaw = Change::Thaw {
+            node,
+            frozen_at,
+            slept_us,
+        };
+        self.push(self.now + for_us, Happening::Change(thaw));
+        let give_up = Change::GiveUp { node, frozen_at };
+        self.push(self.now + RELAY_IDLE_US, Happening::Change(give_up));
+    }
+
+    fn thaw(&mut self, node: usize, frozen_at: u64, slept_us: u64) {
+        if !self.nodes[node].frozen || self.nodes[node].frozen_at != frozen_at {
+            return; // It was switched off meanwhile.
+        }
+        self.nodes[node].frozen = false;
+        self.nodes[node].lag_us += slept_us;
+        self.nodes[node].wake_at = None;
+        for input in std::mem::take(&mut self.nodes[node].unheard) {
+            self.input(node, input);
+        }
+        self.input(node, Input::Timeout);
+    }
+
     /// All UDP of a site is dropped from now on.
     pub(crate) fn block_udp(&mut self, site: usize) {
         self.sites[site].nat.sort = NatSort::UdpBlocked;
         // The QUIC links notice after their idle timeout.
-        let here = |node: &usize| self.nodes[*node].site == site;
-        let nodes: Vec<usize> = (0..self.nodes.len()).filter(here).collect();
-        for node in nodes {
+        for node in self.nodes_at(site) {
             let boot = self.nodes[node].boot;
             for relay in 0..self.relays.len() {
                 let (relay, transport) = (self.relays[relay].id, RelayTransport::Quic);
@@ -482,7 +751,7 @@ impl World {
     fn happen(&mut self, what: Happening, at: u64) {
         match what {
             Happening::Wake { node } => {
-                if self.nodes[node].wake_at == Some(at) {
+                if self.nodes[node].wake_at == Some(at) && !self.nodes[node].frozen {
                     self.nodes[node].wake_at = None;
                     self.input(node, Input::Timeout);
                 }

@@ -1,6 +1,9 @@
 //! How paths to a peer come and go, and which one is in use.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 use mesh_wire::{
     id::{RelayId, Via, canonical},
@@ -14,6 +17,8 @@ use crate::{
         choose::choose,
         context::{Context, RelayWish, Us},
         gather::has_family,
+        machine::PathEvent,
+        relays::is_nearer,
         watch::{Watch, WatchInput},
     },
 };
@@ -55,6 +60,16 @@ const LEAVE_MAX: Duration = Duration::from_secs(6);
 /// without a candidate would otherwise answer each other for ever.
 const ANSWERING_SEARCH_EVERY: Duration = Duration::from_secs(5);
 
+/// Whether who told these addresses before has none of them now.
+fn is_elsewhere(before: &[Candidate], now: &[Candidate]) -> bool {
+    let hosts = |all: &[Candidate]| -> Vec<SocketAddr> {
+        let hosts = all.iter().filter(|one| one.kind == CandidateKind::Host);
+        hosts.map(|one| one.address).collect()
+    };
+    let (before, now) = (hosts(before), hosts(now));
+    !before.is_empty() && !now.is_empty() && !before.iter().any(|one| now.contains(one))
+}
+
 impl Peer {
     /// Makes sure that there is a path for a way by which the peer sent something.
     pub(super) fn learn_path(&mut self, via: Via, ctx: &Context) {
@@ -74,12 +89,12 @@ impl Peer {
                 if self.paths.values().filter(told).count() == PEER_REFLEXIVE_MAX {
                     // One that does not work makes room; otherwise the new one waits its turn.
                     let dead = |(_, path): &(&Via, &Path)| {
-                        told(path) && matches!(path.state, PathState::Dead | PathState::Candidate)
+                        told(path) && matches!(path.state(), PathState::Dead | PathState::Candidate)
                     };
                     let Some((&dead, _)) = self.paths.iter().find(dead) else {
                         return;
                     };
-                    self.paths.remove(&dead);
+                    self.forget_path(dead, ctx.now);
                 }
                 let kind = self.kind_of(address, source, ctx.us);
                 self.paths.insert(via, Path::new(kind, Some(source)));
@@ -102,10 +117,11 @@ impl Peer {
     }
 
     /// Makes a path for each address that is known of the peer.
-    fn add_direct_paths(&mut self, us: &Us) {
+    fn add_direct_paths(&mut self, ctx: &Context) {
         if self.known.relay_only {
             return;
         }
+        let us = ctx.us;
         let told = self.remote.candidates.clone();
         let known = self.known.addresses.iter().chain(&self.remembered);
         let known = known.map(|&address| Candidate {
@@ -113,6 +129,19 @@ impl Peer {
             address: canonical(address),
         });
         let all: Vec<Candidate> = told.into_iter().chain(known).collect();
+        // Addresses that it has no more would take the room of those that it has.
+        let valid = |via: &Via| {
+            all.iter()
+                .any(|one| *via == Via::Direct(canonical(one.address)))
+        };
+        let old = self.paths.iter().filter(|(via, path)| {
+            let told = !matches!(path.source, None | Some(CandidateKind::PeerReflexive));
+            let useless = !path.usable() && path.state() != PathState::Suspect;
+            told && useless && !valid(via)
+        });
+        let old: Vec<Via> = old.map(|(&via, _)| via).collect();
+        old.into_iter()
+            .for_each(|via| self.forget_path(via, ctx.now));
         for Candidate { kind, address } in all {
             let via = Via::Direct(canonical(address));
             let of_kind = |path: &&Path| path.source == Some(kind);
@@ -177,7 +206,7 @@ impl Peer {
     }
 
     fn probe_direct(&mut self, ctx: &mut Context) {
-        self.add_direct_paths(ctx.us);
+        self.add_direct_paths(ctx);
         for path in self.paths.values_mut() {
             if path.kind != PathKind::Relay {
                 path.start_probing(ctx.now);
@@ -202,8 +231,18 @@ impl Peer {
             generation: ctx.us.generation,
             candidates,
             nat: ctx.us.nat,
+            relays: ctx
+                .us
+                .relay_rtts
+                .iter()
+                .map(|(&id, &rtt)| (id, rtt))
+                .collect(),
+            metered: ctx.us.metered,
         };
-        ctx.send(self.known.id, via, message);
+        // The way in use may be the one that died.
+        for via in self.duplicate.into_iter().chain([via]) {
+            ctx.send(self.known.id, via, message.clone());
+        }
     }
 
     pub(super) fn on_candidates(
@@ -222,10 +261,17 @@ impl Peer {
         }
         let first = self.remote.generation.replace(generation).is_none();
         let changed = self.remote.candidates != candidates || self.remote.nat != nat;
+        let moved = is_elsewhere(&self.remote.candidates, &candidates);
         (self.remote.candidates, self.remote.nat) = (candidates, nat);
         if !self.is_up() {
             return;
         }
+        let direct = matches!(self.primary, Some(Via::Direct(_)));
+        if moved && direct && self.watch.suspect_since().is_none() {
+            // Its own side knows already. What is sent there meanwhile would be lost.
+            self.doubt_now(Reason::LinkDown, ctx);
+        }
+        self.seek_nearer_relay(ctx);
         let recent = |began| ctx.now.saturating_duration_since(began) < ANSWERING_SEARCH_EVERY;
         let searching = self.search.began.is_some_and(recent);
         if !searching && (first || changed || self.relay_in_use().is_some()) {
@@ -239,7 +285,7 @@ impl Peer {
     /// When every probe of a round was in vain, plans the next one.
     pub(super) fn end_search_round(&mut self, ctx: &Context) {
         let probing =
-            |path: &Path| path.kind != PathKind::Relay && path.state == PathState::Probing;
+            |path: &Path| path.kind != PathKind::Relay && path.state() == PathState::Probing;
         let over = self.is_up()
             && !self.known.relay_only
             && self.relay_in_use().is_some()
@@ -266,7 +312,7 @@ impl Peer {
     /// forbidden may be allowed.
     pub(crate) fn on_snapshot(&mut self, ctx: &mut Context) {
         self.select(ctx);
-        self.forget_forbidden();
+        self.forget_forbidden(ctx.now);
         if !self.is_up() {
             return;
         }
@@ -291,7 +337,7 @@ impl Peer {
             self.leave_by = None;
             if self.uses_forbidden() {
                 self.lose(Reason::PolicyRelayOnly, ctx);
-                self.forget_forbidden();
+                self.forget_forbidden(ctx.now);
             }
         }
     }
@@ -300,12 +346,16 @@ impl Peer {
         self.primary.is_some_and(|via| self.is_forbidden(via))
     }
 
-    fn forget_forbidden(&mut self) {
+    pub(super) fn forget_forbidden(&mut self, now: Instant) {
         if self.known.relay_only {
             let (primary, duplicate) = (self.primary, self.duplicate);
             let used = |via: &Via| Some(*via) == primary || Some(*via) == duplicate;
-            self.paths
-                .retain(|via, _| matches!(via, Via::Relay(_)) || used(via));
+            let direct = |via: &Via| matches!(via, Via::Direct(_));
+            let unused = self.paths.keys().filter(|via| direct(via) && !used(via));
+            let unused: Vec<Via> = unused.copied().collect();
+            unused
+                .into_iter()
+                .for_each(|via| self.forget_path(via, now));
         }
     }
 
@@ -371,10 +421,10 @@ impl Peer {
         duplicate: Option<Via>,
         ctx: &mut Context,
     ) {
-        if let Some(old) = self.primary.and_then(|via| self.paths.get_mut(&via))
-            && matches!(old.state, PathState::Primary | PathState::Suspect)
+        if primary != self.primary
+            && let Some(old) = self.primary.and_then(|via| self.paths.get_mut(&via))
         {
-            old.state = PathState::Standby;
+            old.happen(PathEvent::Left, ctx.now);
         }
         if let Some(via) = primary {
             let kind = match via {
@@ -385,8 +435,16 @@ impl Peer {
                 .paths
                 .entry(via)
                 .or_insert_with(|| Path::new(kind, None));
-            path.settle();
-            path.state = PathState::Primary;
+            if self.primary != primary {
+                path.happen(PathEvent::Taken, ctx.now);
+            }
+            let doubtful = self.watch.suspect_since().is_some();
+            let event = if doubtful {
+                PathEvent::Doubted
+            } else {
+                PathEvent::Cleared
+            };
+            path.happen(event, ctx.now);
         }
         let before = (self.primary, self.duplicate);
         (self.primary, self.duplicate) = (primary, duplicate);
@@ -394,7 +452,7 @@ impl Peer {
         if before != (primary, duplicate) {
             self.say_path(ctx);
         }
-        self.forget_forbidden();
+        self.forget_forbidden(ctx.now);
         self.remember(ctx);
     }
 
@@ -411,7 +469,7 @@ impl Peer {
             self.duplicate_until = None;
             self.duplicate = None;
             self.say_path(ctx);
-            self.forget_forbidden();
+            self.forget_forbidden(ctx.now);
         }
     }
 
@@ -446,6 +504,30 @@ impl Peer {
 
     // Relays.
 
+    /// How far the peer is through a relay, as far as both ends know: the sum.
+    fn sum_by(&self, relay: &RelayId, us: &Us) -> Option<Duration> {
+        let theirs = self.remote.relay_rtts.get(relay)?;
+        us.relay_rtts.get(relay).map(|ours| *ours + *theirs)
+    }
+
+    /// Sees to it that there is a link to the relay by which the two are nearest (`paths.md`), if that
+    /// is worth a move. The peer comes to the same conclusion; who is measured there moves.
+    pub(super) fn seek_nearer_relay(&self, ctx: &mut Context) {
+        let Some(in_use) = self.relay_in_use() else {
+            return;
+        };
+        let hopeful = |relay: &&RelayId| !ctx.us.hopeless_relays.contains(relay);
+        let sums = ctx.us.relays.iter().filter(hopeful);
+        let sums = sums.filter_map(|&relay| Some((self.sum_by(&relay, ctx.us)?, relay)));
+        let Some((sum, best)) = sums.min() else {
+            return;
+        };
+        let now = self.sum_by(&in_use, ctx.us);
+        if best != in_use && now.is_none_or(|now| is_nearer(sum, now)) {
+            ctx.wishes.push(RelayWish::Visit(best));
+        }
+    }
+
     pub(crate) fn on_relay_up(&mut self, relay: RelayId, ctx: &mut Context) {
         self.presence.remove(&relay);
         let peer = self.known.id;
@@ -467,7 +549,7 @@ impl Peer {
     pub(crate) fn on_relay_down(&mut self, relay: RelayId, ctx: &mut Context) {
         self.presence.remove(&relay);
         let via = Via::Relay(relay);
-        self.paths.remove(&via);
+        self.forget_path(via, ctx.now);
         if self.primary == Some(via) {
             self.move_off(Reason::LinkDown, ctx);
         } else if self.duplicate == Some(via) {
@@ -498,7 +580,7 @@ impl Peer {
                 self.move_off(Reason::PeerOffline, ctx);
             }
             (Phase::Up, false) => {
-                self.paths.remove(&via);
+                self.forget_path(via, ctx.now);
                 self.visit_relays(ctx);
             }
         }

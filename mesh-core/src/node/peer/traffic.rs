@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 use mesh_wire::{id::Via, peer::PeerMessage};
 use rand::RngExt;
 
-use super::{GOODBYE_GRACE, LAZY_IDLE, Path, PathKind, PathState, Peer, PeerState, Phase, Reason};
+use super::{GOODBYE_GRACE, LAZY_IDLE, Path, PathKind, PathState, Peer, Phase, Reason};
 use crate::node::{
     context::{Context, RelayWish},
-    watch::{DEAD_AFTER_MIN, FAST_PROBE_GAPS, SUSPECT_PROBE_GAP, Verdict, Watch, WatchInput},
+    machine::{PathEvent, PeerEvent},
+    watch::{DEAD_AFTER_MIN, FAST_PROBE_GAPS, Pace, SUSPECT_PROBE_GAP, Verdict, Watch, WatchInput},
 };
 
 /// How long after traffic a path is kept warm (`paths.md`).
@@ -20,8 +21,19 @@ const HEARTBEAT: Duration = Duration::from_secs(3);
 /// Keepalive of a direct path that is not warm (`paths.md`): keeps the NAT's mapping.
 const KEEPALIVE: Duration = Duration::from_secs(25);
 
-/// How often the round trip of the path in use and of the standbys is measured.
+/// How often the standbys are measured, and the path in use at least.
 const CHECK: Duration = Duration::from_secs(15);
+
+/// How often a direct path in use is measured while there is traffic, so that a loss is noticed: 10 %
+/// within a minute. 26 bytes/s for each peer in use.
+const CHECK_DIRECT: Duration = Duration::from_secs(5);
+
+/// Every so many of those come the standbys' turn.
+const CHECK_STANDBYS: u32 = 3;
+
+/// The same while a direct path in use loses echoes: the 64 that a verdict takes are there in half
+/// a minute. Two ways of 130 bytes each, there and back: 1 KB/s.
+const CHECK_LOSING: Duration = Duration::from_millis(500);
 
 /// The first measurement after a path came into use.
 pub(super) const FIRST_CHECK: Duration = Duration::from_secs(1);
@@ -35,8 +47,8 @@ const HINT_SILENCE: Duration = Duration::from_millis(300);
 /// Such doubt is raised no more often: two ends may well prefer different paths.
 const HINT_EVERY: Duration = Duration::from_secs(10);
 
-/// Standbys measured at a time: the other warm relay, and the best direct paths.
-const CHECKED_MAX: usize = 4;
+/// Relays, and direct paths, measured at a time.
+const CHECKED_OF_KIND_MAX: usize = 2;
 
 impl Peer {
     // Echoes.
@@ -71,10 +83,10 @@ impl Peer {
             return; // Late by more than an echo lives, or by another way than it was asked.
         }
         if path.full_ok || path.kind == PathKind::Relay {
-            path.settle();
+            path.happen(PathEvent::Proven, ctx.now);
             self.cover(ctx);
             self.on_path_proven(via, ctx);
-        } else if path.state == PathState::Probing {
+        } else if path.state() == PathState::Probing {
             self.send_echo(via, true, ctx);
         }
     }
@@ -135,7 +147,7 @@ impl Peer {
         let confirmed = self
             .paths
             .get(&via)
-            .is_some_and(|path| !matches!(path.state, PathState::Candidate | PathState::Dead));
+            .is_some_and(|path| !matches!(path.state(), PathState::Candidate | PathState::Dead));
         if !confirmed || matches!(via, Via::Relay(_)) {
             self.session = true;
             self.answered(via, Reason::PeerCalled, ctx);
@@ -144,7 +156,7 @@ impl Peer {
 
     pub(super) fn note_received(&mut self, via: Via, ctx: &mut Context) {
         if let Some(path) = self.paths.get_mut(&via) {
-            path.received_at = Some(ctx.now);
+            path.on_received(ctx.now);
         }
         if let Via::Relay(relay) = via {
             ctx.wishes.push(RelayWish::Heard(relay));
@@ -185,7 +197,7 @@ impl Peer {
     /// The peer sends from an address that was not known: its NAT gave it another one.
     fn probe_new_way(&mut self, via: Via, ctx: &mut Context) {
         if let Some(path) = self.paths.get_mut(&via)
-            && path.state == PathState::Candidate
+            && path.state() == PathState::Candidate
             && path.kind != PathKind::Relay
         {
             path.start_probing(ctx.now);
@@ -210,14 +222,17 @@ impl Peer {
 
     // The watch over the path in use.
 
-    fn patience(&self) -> Duration {
+    fn pace(&self) -> Pace {
         let path = self.primary.and_then(|via| self.paths.get(&via));
-        path.map_or(DEAD_AFTER_MIN, Path::patience)
+        Pace {
+            patience: path.map_or(DEAD_AFTER_MIN, Path::patience),
+            probed_at: path.and_then(Path::echoed_at),
+        }
     }
 
     pub(super) fn handle_watch(&mut self, input: WatchInput, ctx: &mut Context) {
         let since = self.watch.suspect_since();
-        let (watch, verdict) = self.watch.handle(input, ctx.now, self.patience());
+        let (watch, verdict) = self.watch.handle(input, ctx.now, self.pace());
         self.watch = watch;
         match verdict {
             Verdict::Nothing => {}
@@ -242,7 +257,7 @@ impl Peer {
     /// The path in use may be dead: its packets take another one, too.
     fn on_doubt(&mut self, reason: Reason, ctx: &mut Context) {
         self.cover(ctx);
-        self.publish(PeerState::Suspect, reason, ctx);
+        self.publish(PeerEvent::Doubted, reason, ctx);
         self.doubt_relay(ctx);
         self.probe_all(ctx);
     }
@@ -251,9 +266,10 @@ impl Peer {
     pub(super) fn cover(&mut self, ctx: &mut Context) {
         if self.watch.suspect_since().is_some() {
             let (primary, duplicate) = (self.primary, self.alternative(ctx).or(self.duplicate));
+            let found = self.duplicate.is_none() && duplicate.is_some();
             self.set_primary(primary, duplicate, ctx);
-            if let Some(path) = primary.and_then(|via| self.paths.get_mut(&via)) {
-                path.state = PathState::Suspect;
+            if found && self.search.tell_at.is_some() {
+                self.tell_candidates(ctx); // What was told by the silent way may be lost.
             }
         }
     }
@@ -284,11 +300,23 @@ impl Peer {
     }
 
     fn standbys(&self, ctx: &Context) -> Vec<Via> {
-        let standby = |(via, path): &(&Via, &Path)| {
-            path.state == PathState::Standby && self.is_there(**via, ctx)
+        let of_kind = |relay: bool| {
+            let mut ways: Vec<(Via, &Path)> = self
+                .paths
+                .iter()
+                .filter(|(via, path)| {
+                    // A relay that did not answer is asked again: nothing else would.
+                    let worth = path.state() == PathState::Standby
+                        || relay && path.state() == PathState::Dead;
+                    worth && matches!(via, Via::Relay(_)) == relay && self.is_there(**via, ctx)
+                })
+                .map(|(&via, path)| (via, path))
+                .collect();
+            ways.sort_by_key(|(via, path)| (!path.usable(), path.cost(), *via));
+            ways.truncate(CHECKED_OF_KIND_MAX);
+            ways.into_iter().map(|(via, _)| via)
         };
-        let standbys = self.paths.iter().filter(standby);
-        standbys.map(|(&via, _)| via).take(CHECKED_MAX).collect()
+        of_kind(false).chain(of_kind(true)).collect()
     }
 
     fn on_cleared(&mut self, ctx: &mut Context) {
@@ -300,7 +328,7 @@ impl Peer {
 
     fn on_primary_dead(&mut self, since: Instant, ctx: &mut Context) {
         if let Some(path) = self.primary.and_then(|via| self.paths.get_mut(&via)) {
-            path.die();
+            path.happen(PathEvent::Unanswered, ctx.now);
         }
         let answers = |path: &Path| path.received_at.is_some_and(|at| at >= since);
         let mut answering: Vec<(Via, &Path)> = self
@@ -323,7 +351,7 @@ impl Peer {
         if self.known.plain {
             return;
         }
-        if ctx.now >= self.active_at + LAZY_IDLE {
+        if ctx.now >= self.active_at + self.idle_after() {
             return self.go_idle(ctx);
         }
         if self.search.tell_at.is_some_and(|at| ctx.now >= at) {
@@ -360,6 +388,9 @@ impl Peer {
     }
 
     fn heartbeat_due(&self) -> Option<Instant> {
+        if self.costs() {
+            return None;
+        }
         let primary = self.primary?;
         let received = self.paths.get(&primary).and_then(|path| path.received_at);
         let last = received.map_or(self.heartbeat_at, |at| at.max(self.heartbeat_at));
@@ -374,10 +405,38 @@ impl Peer {
     }
 
     fn check(&mut self, ctx: &mut Context) {
+        self.seek_nearer_relay(ctx);
         let warm = self.sent_at.is_some_and(|at| ctx.now < at + WARM_FOR);
-        self.check_at = warm.then(|| ctx.now + CHECK);
-        let mut ways = self.standbys(ctx);
-        ways.extend(self.primary);
+        let standbys = self.standbys(ctx);
+        let losing = |via: &Via| {
+            let path = self.paths.get(via);
+            let path = path.filter(|path| path.kind != PathKind::Relay)?;
+            path.is_losing(ctx.now)
+        };
+        let relayed = |via: &Via| matches!(via, Via::Relay(_));
+        let in_use = self.primary.iter().chain(&standbys);
+        let losing = in_use.clone().filter_map(losing).max();
+        let losing = losing.filter(|_| in_use.clone().any(relayed));
+        let direct = matches!(self.primary, Some(Via::Direct(_)));
+        let pause = match losing {
+            _ if self.costs() => CHECK,
+            Some(true) => CHECK_LOSING,
+            Some(false) => CHECK_DIRECT,
+            None if direct => CHECK_DIRECT,
+            None => CHECK,
+        };
+        // Where it costs, only for as long as there is traffic.
+        let last = ctx.now.checked_sub(CHECK);
+        let busy = self
+            .sent_at
+            .is_some_and(|sent| last.is_none_or(|last| sent > last));
+        let again = if self.costs() { busy } else { warm };
+        self.check_at = again.then(|| ctx.now + pause);
+        let all =
+            losing.is_some() || pause != CHECK_DIRECT || self.checks.is_multiple_of(CHECK_STANDBYS);
+        self.checks = self.checks.wrapping_add(1);
+        let standbys = standbys.into_iter().filter(|_| all);
+        let ways: Vec<Via> = standbys.chain(self.primary).collect();
         for via in ways {
             let unknown = self.paths.get(&via).is_some_and(|path| !path.full_ok);
             self.send_echo(via, unknown, ctx);
@@ -385,13 +444,24 @@ impl Peer {
         self.select(ctx);
     }
 
+    /// Whether what is sent there, or its answer, costs one of the two.
+    fn costs(&self) -> bool {
+        self.metered || self.remote.metered
+    }
+
+    /// After how long without traffic it costs nothing any more: where keeping a path costs, as soon
+    /// as it is not warm.
+    fn idle_after(&self) -> Duration {
+        if self.costs() { WARM_FOR } else { LAZY_IDLE }
+    }
+
     pub(super) fn up_deadline(&self) -> Option<Instant> {
         if self.known.plain {
             return None;
         }
         let timers = [
-            Some(self.active_at + LAZY_IDLE),
-            self.watch.deadline(self.patience()),
+            Some(self.active_at + self.idle_after()),
+            self.watch.deadline(self.pace()),
             self.search.tell_at,
             self.retry_due(),
             self.heartbeat_due(),

@@ -9,6 +9,7 @@ use mesh_wire::{
 
 use super::{Path, PathKind, Peer, PeerState, Phase, Reason};
 use crate::node::{
+    choose::is_lossy,
     context::{Context, Us},
     report::{PathReport, PeerReport},
 };
@@ -44,15 +45,18 @@ impl Peer {
         if self.known.relay_only {
             return Reason::PolicyRelayOnly;
         }
+        if direct().any(|path| path.usable() && is_lossy(path)) {
+            return Reason::DirectLossy;
+        }
         if self.search.failures == 0 {
             return Reason::Probing; // Not one whole round so far.
         }
         match (us.nat, self.remote.nat) {
             (NatKind::UdpBlocked, _) | (_, NatKind::UdpBlocked) => Reason::UdpBlocked,
+            _ if direct().next().is_none() => Reason::NoCandidates,
             (NatKind::Hard, NatKind::Hard) => Reason::HardNatBoth,
             _ if direct().any(|path| path.small_only) => Reason::MtuFail,
             (NatKind::Hard, _) | (_, NatKind::Hard) => Reason::HardNatOne,
-            _ if direct().next().is_none() => Reason::NoCandidates,
             _ => Reason::Silent,
         }
     }
@@ -82,7 +86,8 @@ impl Peer {
             srtt: in_use.and_then(Path::srtt),
             nat: self.remote.nat,
             paths: self.paths.iter().map(report_path).collect(),
-            transitions: self.transitions.iter().copied().collect(),
+            transitions: self.changes.peer.iter().copied().collect(),
+            path_transitions: self.changes.paths.iter().copied().collect(),
             next_attempt: match &self.phase {
                 Phase::Idle => None,
                 Phase::Waking(ladder) => Some(ladder.next),
@@ -98,7 +103,7 @@ fn report_path((via, path): (&Via, &Path)) -> PathReport {
         via: *via,
         kind: path.kind,
         source: path.source,
-        state: path.state,
+        state: path.state(),
         srtt: path.srtt(),
         loss: path.loss(),
         probes_sent: path.sent,

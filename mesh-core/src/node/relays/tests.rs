@@ -26,6 +26,8 @@ fn word(output: Output) -> String {
         | Output::SetPath { .. }
         | Output::FindPeer { .. }
         | Output::AskReflexive { .. }
+        | Output::UseUplink { .. }
+        | Output::ProbeUplink { .. }
         | Output::Event(_)) => panic!("{other:?}"),
     }
 }
@@ -37,7 +39,12 @@ impl Bench {
             dice: Dice::seed_from_u64(1),
             said: Vec::new(),
         };
-        let known = relays.iter().map(|&id| RelayId(id));
+        // Each in a network of its own, unless they have the same tens.
+        let known = relays.iter().map(|&id| {
+            let net = domain([192, 0, u8::try_from(id / 10).unwrap(), 1].into());
+            let nets = if id < 10 { Vec::new() } else { vec![net] };
+            (RelayId(id), nets)
+        });
         bench.relays.set_known(&NodeId([0; 32]), known);
         bench.act(|relays, dice, out| relays.keep(at(0), dice, out));
         bench
@@ -128,7 +135,7 @@ fn a_network_change_tries_quic_at_once() {
     bench.connected(Tls, 400);
     bench.run_to(10_000);
     bench.said();
-    bench.act(|relays, dice, out| relays.on_network_change(at(10_000), dice, out));
+    bench.act(|relays, dice, out| relays.on_network_change(false, at(10_000), dice, out));
     assert_eq!(bench.said(), ["connect 1 Quic"]);
 }
 
@@ -195,7 +202,7 @@ fn a_doubted_link_through_which_something_comes_stays() {
 #[test]
 fn two_links_are_kept_and_a_third_relay_steps_in_for_one_that_fails() {
     let mut bench = Bench::new(&[1, 2, 3]);
-    let order = bench.relays.order().to_vec();
+    let order = bench.relays.order.clone();
     assert_eq!(bench.said().len(), 2, "two of three");
     let (first, third) = (order[0], order[2]);
     bench.act(|relays, dice, out| relays.on_connected(order[1], Quic, at(5), dice, out));
@@ -218,7 +225,7 @@ fn two_links_are_kept_and_a_third_relay_steps_in_for_one_that_fails() {
 #[test]
 fn a_relay_that_goes_away_is_replaced_before_it_does() {
     let mut bench = Bench::new(&[1, 2, 3]);
-    let order = bench.relays.order().to_vec();
+    let order = bench.relays.order.clone();
     for &relay in &order[..2] {
         bench.act(|relays, dice, out| relays.on_connected(relay, Quic, at(10), dice, out));
     }
@@ -230,6 +237,80 @@ fn a_relay_that_goes_away_is_replaced_before_it_does() {
         [order[1], order[0]],
         "the one that stays first"
     );
+}
+
+#[test]
+fn the_home_is_the_nearest_relay_and_moves_only_for_much() {
+    let mut bench = Bench::new(&[1, 2, 3]);
+    let mut rtt = |relay, ms| {
+        bench.act(|relays, dice, out| {
+            relays.on_rtt(RelayId(relay), Duration::from_millis(ms));
+            relays.keep(at(0), dice, out);
+        });
+        bench.relays.home()
+    };
+    // Nothing is known of the others yet: a relay that answers is better than one that may.
+    assert_eq!(rtt(1, 60), Some(RelayId(1)));
+    assert_eq!(rtt(2, 45), Some(RelayId(1)), "15 ms, but no third");
+    assert_eq!(rtt(3, 39), Some(RelayId(3)), "21 ms and more than a third");
+    assert_eq!(rtt(2, 31), Some(RelayId(3)), "8 ms");
+    assert_eq!(rtt(3, 200), Some(RelayId(3)), "a queue, once");
+    for _ in 0..3 {
+        assert_eq!(rtt(3, 200), Some(RelayId(3)));
+    }
+    assert_eq!(rtt(3, 200), Some(RelayId(2)), "five times is no queue");
+}
+
+#[test]
+fn the_second_relay_does_not_fail_with_the_first() {
+    let mut bench = Bench::new(&[11, 12, 21, 31]);
+    for (relay, ms) in [(11, 10), (12, 12), (21, 50), (31, 80)] {
+        bench
+            .relays
+            .on_rtt(RelayId(relay), Duration::from_millis(ms));
+    }
+    bench.act(|relays, dice, out| relays.keep(at(0), dice, out));
+    let preferred = [11, 21, 12, 31].map(RelayId);
+    assert_eq!(bench.relays.preferred(), preferred);
+    // Gone: its neighbour is the nearest, and the second stays where it is.
+    bench.act(|relays, dice, out| relays.on_go_away(RelayId(11), at(10), dice, out));
+    assert_eq!(bench.relays.preferred()[..2], [12, 21].map(RelayId));
+    // With nothing else, one that may fail with it is better than none.
+    let mut bench = Bench::new(&[11, 12]);
+    bench.relays.on_rtt(RelayId(11), Duration::from_millis(5));
+    bench.act(|relays, dice, out| relays.keep(at(0), dice, out));
+    assert_eq!(bench.relays.preferred(), [11, 12].map(RelayId));
+}
+
+#[test]
+fn links_go_to_the_near_relays_and_to_where_others_look() {
+    let mut bench = Bench::new(&[1, 2, 3, 4, 5, 6]);
+    let order = bench.relays.order.clone();
+    bench.said();
+    let (near, next) = (order[5], order[4]);
+    for (relay, ms) in [(near, 5), (next, 9), (order[0], 100), (order[1], 120)] {
+        bench.relays.on_rtt(relay, Duration::from_millis(ms));
+    }
+    bench.act(|relays, dice, out| relays.keep(at(0), dice, out));
+    let linked: Vec<RelayId> = bench.relays.links.keys().copied().collect();
+    let mut wanted = vec![order[0], order[1], near, next];
+    wanted.sort_unstable();
+    assert_eq!(linked, wanted);
+    for relay in wanted {
+        bench.act(|relays, dice, out| relays.on_connected(relay, Quic, at(10), dice, out));
+    }
+    assert_eq!(bench.relays.up(), [near, next, order[0], order[1]]);
+}
+
+#[test]
+fn peers_are_told_of_distances_that_change_and_not_of_noise() {
+    let mut bench = Bench::new(&[1]);
+    let mut tells = |ms| bench.relays.on_rtt(R, Duration::from_millis(ms));
+    assert!(tells(50));
+    assert!(!tells(45) && !tells(60) && !tells(50));
+    assert!(tells(20), "nearer");
+    assert!(!tells(80) && !tells(80) && !tells(80) && !tells(80));
+    assert!(tells(80), "farther, five times");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::{
     hash::Hash,
     net::{IpAddr, SocketAddr},
+    time::Duration,
 };
 
 use mesh_core::io::{Input, RelayTransport};
@@ -27,6 +28,7 @@ impl World {
 
     pub(super) fn send(&mut self, index: usize, peer: NodeId, via: Via, packet: Packet) {
         let to = self.ids[&peer];
+        self.count(index, packet.len());
         match via {
             Via::Direct(address) => {
                 let sent = &mut self.nodes[index].direct_sent;
@@ -50,7 +52,12 @@ impl World {
             return self.push(self.now + LAN_US, deliver);
         }
         let private = matches!(to.ip(), IpAddr::V4(ip) if ip.is_private());
-        if private || self.lost(site) || self.sites[site].small_only && packet.is_large() {
+        let other_family = host.is_ipv4() != to.is_ipv4();
+        if private
+            || other_family
+            || self.lost(site)
+            || self.sites[site].small_only && packet.is_large()
+        {
             return;
         }
         let Some(source) = self.sites[site].nat.outbound(host, to, self.now) else {
@@ -60,24 +67,34 @@ impl World {
             return;
         };
         let delay = self.sites[site].delay_us + self.sites[target].delay_us;
-        let jitter = self.dice.random_range(0..500);
-        let arrive = Happening::Arrive {
-            from: index,
-            source,
-            to,
-            packet,
-        };
-        self.push(self.now + delay + jitter, arrive);
+        let most = 500 + self.sites[site].jitter_us + self.sites[target].jitter_us;
+        let copies = self.sites[site].copies.max(self.sites[target].copies);
+        let copies = usize::from(copies > 0.0 && self.dice.random_bool(copies));
+        for _ in 0..=copies {
+            let jitter = self.dice.random_range(0..most);
+            let arrive = Happening::Arrive {
+                from: index,
+                source,
+                to,
+                packet: packet.clone(),
+            };
+            self.push(self.now + delay + jitter, arrive);
+        }
     }
 
     fn site_of(&self, ip: IpAddr) -> Option<usize> {
-        let IpAddr::V4(v4) = ip else {
-            return None;
+        let index = match ip {
+            IpAddr::V4(ip) => match ip.octets() {
+                [203, 1, high, low] => u16::from_be_bytes([high, low]),
+                _ => return None,
+            },
+            IpAddr::V6(ip) => match ip.segments() {
+                [0x2001, 0xdb8, index, 0, ..] => index,
+                _ => return None,
+            },
         };
-        let [203, 1, high, low] = v4.octets() else {
-            return None;
-        };
-        Some(usize::from(u16::from_be_bytes([high, low]))).filter(|site| *site < self.sites.len())
+        let here = |site: &usize| self.sites.get(*site).is_some_and(|s| s.nat.reaches(ip));
+        Some(usize::from(index)).filter(here)
     }
 
     pub(super) fn arrive(
@@ -92,8 +109,11 @@ impl World {
         };
         let between = [site, self.nodes[from].site];
         let severed = self.severed.contains(&(between[0], between[1]))
-            || self.severed.contains(&(between[1], between[0]));
-        if severed || self.lost(site) || self.sites[site].small_only && packet.is_large() {
+            || self.severed.contains(&(between[1], between[0]))
+            || self.severed_one_way.contains(&(between[1], between[0]));
+        let lossy = self.lossy.get(&(between[1], between[0])).copied();
+        let gone = lossy.is_some_and(|loss| self.dice.random_bool(loss));
+        if severed || gone || self.lost(site) || self.sites[site].small_only && packet.is_large() {
             return;
         }
         let Some(inside) = self.sites[site].nat.inbound(source, to, self.now) else {
@@ -111,16 +131,19 @@ impl World {
             let node = &self.nodes[index];
             (node.site, node.host, node.boot)
         };
-        if self.lost(site) || self.lost(site) || !self.relays[relay].up {
+        let cut_off = self.cut_off.contains(&(site, relay));
+        if self.lost(site) || self.lost(site) || !self.relays[relay].up || cut_off {
             return;
         }
+        let round_trip = 2 * self.line_us(site, relay);
         if let Some(observed) = self.sites[site].nat.outbound(host, asked, self.now) {
             let input = Input::Reflexive {
                 relay: id,
                 asked,
                 observed,
+                rtt: Duration::from_micros(round_trip),
             };
-            let at = self.now + 2 * self.sites[site].delay_us;
+            let at = self.now + round_trip;
             self.push(
                 at,
                 Happening::Tell {
@@ -134,6 +157,12 @@ impl World {
 
     // Relays.
 
+    /// One way between a site and a relay.
+    pub(super) fn line_us(&self, site: usize, relay: usize) -> u64 {
+        let far = self.relays[relay].far_us.get(&site);
+        self.sites[site].delay_us + far.copied().unwrap_or_default()
+    }
+
     pub(super) fn relay_index(&self, id: RelayId) -> usize {
         self.relays.iter().position(|relay| relay.id == id).unwrap()
     }
@@ -145,7 +174,7 @@ impl World {
         if !self.attempts.contains(&attempt) {
             return; // Given up meanwhile.
         }
-        if site.down || blocked {
+        if site.down || blocked || self.cut_off.contains(&(self.nodes[node].site, relay)) {
             // Both TCP and QUIC ask again; the core's own patience ends it.
             let boot = self.nodes[node].boot;
             let again = Happening::Connect {
@@ -244,6 +273,7 @@ impl World {
         for asker in askers {
             self.tell_later(
                 asker,
+                relay,
                 Input::RelayPeer {
                     relay: id,
                     peer,
@@ -254,10 +284,11 @@ impl World {
     }
 
     /// Half a round trip later, if the line is up then as now.
-    fn tell_later(&mut self, node: usize, input: Input) {
-        let site = &self.sites[self.nodes[node].site];
-        if !site.down {
-            let (at, boot) = (self.now + site.delay_us, self.nodes[node].boot);
+    pub(super) fn tell_later(&mut self, node: usize, relay: usize, input: Input) {
+        let site = self.nodes[node].site;
+        if !self.sites[site].down && !self.cut_off.contains(&(site, relay)) {
+            let at = self.now + self.line_us(site, relay);
+            let boot = self.nodes[node].boot;
             self.push(at, Happening::Tell { node, boot, input });
         }
     }
@@ -270,7 +301,7 @@ impl World {
         }
         self.relays[relay].asked.insert((peer, node));
         let present = self.relays[relay].clients.contains_key(&self.ids[&peer]);
-        let at = self.now + 2 * self.sites[site].delay_us;
+        let at = self.now + 2 * self.line_us(site, relay);
         let boot = self.nodes[node].boot;
         let input = Input::RelayPeer {
             relay: id,
@@ -282,6 +313,9 @@ impl World {
 
     /// Whether a client's connection carries anything now.
     fn leg_works(&self, relay: usize, node: usize) -> bool {
+        if self.cut_off.contains(&(self.nodes[node].site, relay)) {
+            return false;
+        }
         let site = &self.sites[self.nodes[node].site];
         let blocked = site.nat.sort == NatSort::UdpBlocked;
         match self.relays[relay].using.get(&node) {
@@ -297,7 +331,7 @@ impl World {
             return None;
         }
         let site = self.nodes[node].site;
-        let delay = self.sites[site].delay_us;
+        let delay = self.line_us(site, relay);
         match (self.lost(site), self.relays[relay].using.get(&node)) {
             (false, _) => Some(delay),
             (true, Some(RelayTransport::Tls)) => Some(delay * 3 + 200_000),

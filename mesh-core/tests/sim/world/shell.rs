@@ -22,11 +22,17 @@ const WAKES_AT_ONCE_MAX: u32 = 200;
 
 impl World {
     pub(super) fn input(&mut self, index: usize, input: Input) {
-        let now = instant(self.now);
+        let now = instant(self.now - self.nodes[index].lag_us);
         let node = &mut self.nodes[index];
         let Some(core) = &mut node.core else {
             return;
         };
+        if node.frozen {
+            if !matches!(input, Input::Timeout) {
+                node.unheard.push(input);
+            }
+            return;
+        }
         core.handle_input(input, now);
         while let Some(output) = self.nodes[index].core.as_mut().and_then(Core::poll_output) {
             self.perform(index, output);
@@ -35,6 +41,7 @@ impl World {
         let Some(at) = node.core.as_ref().and_then(Core::poll_timeout).map(micros) else {
             return;
         };
+        let at = at + node.lag_us;
         node.wakes = if at <= self.now { node.wakes + 1 } else { 0 };
         assert!(node.wakes < WAKES_AT_ONCE_MAX, "{} spins", node.name);
         let at = at.max(self.now);
@@ -71,7 +78,7 @@ impl World {
             }
             Output::ConnectRelay { relay, transport } => {
                 let relay = self.relay_index(relay);
-                let rtt = 2 * self.sites[self.nodes[index].site].delay_us;
+                let rtt = 2 * self.line_us(self.nodes[index].site, relay);
                 let delay = match transport {
                     RelayTransport::Quic => rtt * 3 / 2,
                     RelayTransport::Tls => rtt * 3,
@@ -96,7 +103,12 @@ impl World {
                 self.relays[relay].using.insert(index, transport);
             }
             Output::FindPeer { relay, peer } => self.find(index, relay, peer),
-            Output::AskReflexive { relay, target } => self.ask_reflexive(index, relay, target),
+            Output::AskReflexive { relay, target } => {
+                self.count(index, 28 + 20);
+                self.ask_reflexive(index, relay, target);
+            }
+            Output::UseUplink { uplink } => self.use_uplink(index, uplink),
+            Output::ProbeUplink { uplink, target } => self.probe_uplink(index, uplink, target),
             Output::Event(event) => {
                 (now_ms, index, format!("{event:?}")).hash(&mut self.trace);
                 if let Event::Remember { peer, addresses } = &event {
@@ -109,17 +121,23 @@ impl World {
         }
     }
 
+    pub(super) fn count(&mut self, index: usize, bytes: u64) {
+        let node = &mut self.nodes[index];
+        node.packets_out += 1;
+        node.bytes_out += bytes;
+    }
+
     fn seal(&mut self, index: usize, peer: NodeId, via: Via, body: Body) {
         let session = self.nodes[index].sessions.entry(peer).or_default();
-        if let Some(key) = session.current {
-            self.send(index, peer, via, Packet::Sealed { key, body });
+        if let Some(packet) = session.seal(body) {
+            self.send(index, peer, via, packet);
         }
     }
 
     /// A packet of an application.
     fn send_data(&mut self, index: usize, peer: NodeId, body: Body) {
         let node = &mut self.nodes[index];
-        if node.core.is_none() {
+        if node.core.is_none() || node.frozen {
             return;
         }
         let held = node.held.entry(peer).or_default();
@@ -157,8 +175,12 @@ impl World {
         let bodies: Vec<Body> = held.drain(..).collect();
         self.note(index, peer, true, None);
         for body in bodies {
+            let session = self.nodes[index].sessions.entry(peer).or_default();
+            let Some(packet) = session.seal(body) else {
+                return;
+            };
             for via in duplicate.into_iter().chain([primary]) {
-                self.seal(index, peer, via, body.clone());
+                self.send(index, peer, via, packet.clone());
             }
         }
     }
@@ -176,6 +198,10 @@ impl World {
     }
 
     pub(super) fn tick(&mut self, index: usize) {
+        if self.nodes[index].frozen {
+            let tick = TRAFFIC_TICK_MS * 1000;
+            return self.push(self.now + tick, Happening::Tick { node: index });
+        }
         for (peer, (sent, received)) in std::mem::take(&mut self.nodes[index].traffic) {
             let received = received.into_iter().collect();
             self.input(
@@ -207,7 +233,7 @@ impl World {
     pub(super) fn deliver(&mut self, index: usize, from: usize, via: Via, packet: Packet) {
         let peer = self.nodes[from].id;
         let node = &mut self.nodes[index];
-        if node.core.is_none() {
+        if node.core.is_none() || node.frozen {
             return;
         }
         let session = node.sessions.entry(peer).or_default();
@@ -225,8 +251,8 @@ impl World {
                     self.flush(index, peer);
                 }
             }
-            Packet::Sealed { key, body } => {
-                if session.open(key) {
+            Packet::Sealed { key, counter, body } => {
+                if session.open(key, counter) {
                     self.note(index, peer, false, Some(via));
                     self.open(index, peer, via, body);
                     self.flush(index, peer);
@@ -239,10 +265,20 @@ impl World {
         match body {
             Body::Keepalive => {}
             Body::Control(message) => self.input(index, message_input(peer, via, message)),
-            Body::Ping { flow, id } => self.send_data(index, peer, Body::Pong { flow, id }),
+            Body::Ping { flow, id } => {
+                let stream = &mut self.flows[flow];
+                assert!(
+                    stream.to == index && stream.sent.contains_key(&id),
+                    "nobody sent that"
+                );
+                stream.twice += u64::from(!stream.delivered.insert(id));
+                self.send_data(index, peer, Body::Pong { flow, id });
+            }
             Body::Pong { flow, id } => {
                 let now_ms = self.now_ms();
-                self.flows[flow].answered.entry(id).or_insert(now_ms);
+                let stream = &mut self.flows[flow];
+                assert_eq!(stream.from, index, "that is for somebody else");
+                stream.twice += u64::from(stream.answered.insert(id, now_ms).is_some());
             }
         }
     }
