@@ -8,7 +8,8 @@ use std::{
     io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -41,7 +42,7 @@ fn state(mesh: &Mesh, node: &str) -> Result<PathBuf> {
 fn plug_in(mesh: &Mesh, pod: &Pod, verb: &str) -> Result<Value> {
     let host = mesh.node(pod.on)?;
     let config = json!({"cniVersion": "1.1.0", "name": "mesh", "type": "mesh-cni", "masquerade": true, "stateDir": state(mesh, pod.on)?});
-    let path = host.write("network.conf", &config.to_string())?;
+    let path = host.write(&format!("network-{}.conf", pod.name), &config.to_string())?;
     let mut command = host.command(&[mesh.bin("mesh-cni")])?;
     command
         .env("CNI_COMMAND", verb)
@@ -283,7 +284,7 @@ fn filters(mesh: &Mesh, node: &str) -> Result<usize> {
     let script = "for i in $(ip -o link | cut -d: -f2 | cut -d@ -f1); do \
                   tc filter show dev $i ingress; tc filter show dev $i egress; done";
     let said = mesh.node(node)?.run(&["sh", "-c", script], COMMAND_LIMIT)?;
-    Ok(said.stdout.matches(" hf_policy_").count())
+    Ok(said.stdout.matches(" handle 0x1 hf_policy_").count())
 }
 
 /// What policy has in the bpffs of a node.
@@ -413,6 +414,70 @@ fn a_pod_that_is_new_while_no_agent_runs_or_does_not_know_it_is_under_the_polici
     let free = Pod::add(&mesh, B, "free")?;
     free.connect(beside.addresses[1])?;
     ensure!(pinned(&mesh, B)?.is_empty(), "{}", pinned(&mesh, B)?);
+    start(&mesh, B)?;
+    mesh.all_run()
+}
+
+/// As the number that the project promises has it.
+const AT_ONCE: usize = 50;
+
+/// Fifty changes at tcx, one after the other under the kernel's lock, took longer by themselves.
+const SLOWEST: Duration = Duration::from_secs(1);
+
+#[test]
+fn fifty_pods_at_once_are_all_guarded_and_nobody_waits_for_the_others() -> Result<()> {
+    let mesh = with_pod_ranges()?;
+    let policy = mesh.manifests().join("policy.yaml");
+    let rule = "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: MeshPolicy\nmetadata: {name: none}\nspec:\n  rules:\n  - action: deny\n    \
+                from: [{cidrs: [10.244.2.0/24]}]\n    to: [{cidrs: [192.0.2.0/24]}]\n";
+    let pods = (0..AT_ONCE).map(|number| {
+        let name = format!("p{number}");
+        Ok(Pod {
+            on: B,
+            node: mesh.lab().add_node(&name)?,
+            name,
+            addresses: Vec::new(),
+        })
+    });
+    let pods = pods.collect::<Result<Vec<_>>>()?;
+    let all = |verb: &'static str| -> Result<Vec<Duration>> {
+        let mesh = &mesh;
+        thread::scope(|scope| {
+            let calls = pods.iter().map(|pod| {
+                scope.spawn(move || -> Result<Duration> {
+                    let start = Instant::now();
+                    plug_in(mesh, pod, verb)?;
+                    Ok(start.elapsed())
+                })
+            });
+            let calls: Vec<_> = calls.collect();
+            let took = calls.into_iter().map(|call| call.join().unwrap());
+            let mut took = took.collect::<Result<Vec<_>>>()?;
+            took.sort();
+            Ok(took)
+        })
+    };
+    let without = all("ADD")?;
+    all("DEL")?;
+    fs::write(&policy, rule)?;
+    let told = state(&mesh, B)?.join("policy");
+    tool::eventually("the policy holds", SOON, || {
+        ensure!(told.exists(), "{}", told.display());
+        Ok(())
+    })?;
+    // Nobody else attaches anything.
+    mesh.kill(B, "mesh-agent")?;
+    let with = all("ADD")?;
+    let figures = |took: &[Duration]| (took[AT_ONCE / 2], took[AT_ONCE - 1]);
+    println!(
+        "{AT_ONCE} ADDs at once, median and slowest: {:?} without policy, {:?} with",
+        figures(&without),
+        figures(&with)
+    );
+    ensure!(filters(&mesh, B)? == 2 * AT_ONCE, "{}", filters(&mesh, B)?);
+    ensure!(with[AT_ONCE - 1] < SLOWEST, "{with:?}");
+    all("DEL")?;
+    ensure!(filters(&mesh, B)? == 0);
     start(&mesh, B)?;
     mesh.all_run()
 }
