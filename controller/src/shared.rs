@@ -276,10 +276,8 @@ pub fn forget_node(
     let key = Key::Node(name.clone());
     persist(shared, |shared| {
         let found = shared.get(std::slice::from_ref(&key))?.pop().flatten();
-        if !found
-            .as_ref()
-            .is_some_and(|found| found.value == encode_node(node))
-        {
+        let is_other = |found: &Found| found.value != encode_node(node);
+        if found.as_ref().is_none_or(is_other) {
             return Ok::<_, StoreError>(Some(None));
         }
         let changes = [(key.clone(), None), (Key::Address(node.overlay_v4), None)];

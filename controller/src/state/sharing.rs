@@ -221,8 +221,16 @@ impl State {
     pub fn change_nodes(&self, changes: Vec<NodeChange>) {
         let mut work = self.work();
         let mut changed = false;
+        let mut out = BTreeSet::new();
         for change in changes {
+            if matches!(&change.fact, NodeFact::Is(node) if !node.is_in()) {
+                out.insert(change.name.clone());
+            }
             changed |= self.change_node(change);
+        }
+        // Who comes back in a moment is not to leave for what was deleted before.
+        if let Some(cluster) = work.cluster.as_mut().filter(|_| !out.is_empty()) {
+            cluster.retain_deleted(|id| !out.contains(id.name.as_str()));
         }
         if changed {
             self.refresh(&mut work);

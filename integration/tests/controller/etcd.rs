@@ -287,6 +287,10 @@ fn a_password_is_read_anew_and_a_token_that_ended_is_followed_by_another() {
 
         let token = c1.token(3).await;
         let credentials = c1.join(&token, "a", 1).await.unwrap();
+        until("the other knows it", async || {
+            (c2.nodes().await.len() == 1).then_some(())
+        })
+        .await;
         let mut agent = Agent::new(c2.address, &credentials, None).await;
         // Whom nobody used for so long, etcd knows no more; that is nothing that a node would notice.
         tokio::time::sleep(TOKEN_TTL * 2).await;
