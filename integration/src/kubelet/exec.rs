@@ -162,7 +162,10 @@ impl Terminal {
     /// The client says how large its own terminal is, first before there is one here.
     async fn resize(&self, size: &[u8]) {
         let size: Value = serde_json::from_slice(size).unwrap_or_default();
-        let side = |name: &str| size[name].as_u64().unwrap_or(0).to_string();
+        let side = |name: &str| {
+            let side = size.get(name).and_then(Value::as_u64);
+            side.unwrap_or(0).to_string()
+        };
         for _ in 0..TERMINAL_LOOKS_MAX {
             let name = fs::read_to_string(self.name.path()).await;
             if let Some(name) = name
