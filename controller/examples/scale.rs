@@ -104,6 +104,7 @@ fn settings(folder: PathBuf) -> Settings {
             namespace: "holdfast".to_owned(),
             agent_service_account: "mesh-agent".to_owned(),
             store: false,
+            removal_grace_s: 300,
         }),
     }
 }
