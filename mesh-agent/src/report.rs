@@ -2,6 +2,7 @@
 //! `admin.proto`. Reads, and changes nothing.
 
 use std::{
+    cmp::Reverse,
     collections::BTreeMap,
     sync::atomic::Ordering,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -16,7 +17,7 @@ use mesh_api::{
 };
 use mesh_core::{
     io::{PeerState, Reason},
-    node::{path, report},
+    node::{machine::PathEvent, path, report},
     services::{self, View},
     snapshot::{Protocol, Service, ServiceKind},
 };
@@ -281,11 +282,7 @@ pub fn path_why(driver: &Driver, id: &NodeId) -> PathWhyResponse {
             .iter()
             .map(|one| path_report(driver, one))
             .collect(),
-        transitions: peer
-            .transitions
-            .iter()
-            .map(|one| transition(one, now))
-            .collect(),
+        transitions: transitions(driver, &peer, now),
         next_attempt_ms: peer
             .next_attempt
             .map(|at| millis(at.saturating_duration_since(now))),
@@ -310,13 +307,26 @@ fn path_report(driver: &Driver, one: &report::PathReport) -> PathReport {
     }
 }
 
-fn transition(one: &report::Transition, now: Instant) -> TransitionReport {
-    TransitionReport {
-        ago_ms: millis(now.saturating_duration_since(one.at)),
+/// The peer's and its paths', the oldest first.
+fn transitions(driver: &Driver, peer: &report::PeerReport, now: Instant) -> Vec<TransitionReport> {
+    let ago_ms = |at| millis(now.saturating_duration_since(at));
+    let of_peer = peer.transitions.iter().map(|one| TransitionReport {
+        ago_ms: ago_ms(one.at),
         from: state_text(one.from).to_owned(),
         to: state_text(one.to).to_owned(),
         reason: reason_text(one.reason).to_owned(),
-    }
+        path: String::new(),
+    });
+    let of_paths = peer.path_transitions.iter().map(|one| TransitionReport {
+        ago_ms: ago_ms(one.at),
+        from: path_state_text(one.from).to_owned(),
+        to: path_state_text(one.to).to_owned(),
+        reason: path_event_text(one.event).to_owned(),
+        path: path(driver, one.via),
+    });
+    let mut all: Vec<_> = of_peer.chain(of_paths).collect();
+    all.sort_by_key(|one| Reverse(one.ago_ms));
+    all
 }
 
 /// Every service with every endpoint, as new flows of this node see them.
@@ -411,6 +421,19 @@ fn path_state_text(state: path::PathState) -> &'static str {
         path::PathState::Primary => "primary",
         path::PathState::Suspect => "suspect",
         path::PathState::Dead => "dead",
+    }
+}
+
+fn path_event_text(event: PathEvent) -> &'static str {
+    match event {
+        PathEvent::ProbingBegan => "probing_began",
+        PathEvent::Proven => "proven",
+        PathEvent::Taken => "taken",
+        PathEvent::Left => "left",
+        PathEvent::Doubted => "doubted",
+        PathEvent::Cleared => "cleared",
+        PathEvent::Unanswered => "unanswered",
+        PathEvent::Gone => "gone",
     }
 }
 

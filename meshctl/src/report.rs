@@ -270,6 +270,8 @@ pub(crate) struct Transition {
     pub(crate) from: String,
     pub(crate) to: String,
     pub(crate) reason: String,
+    /// The path whose state it is; `null`: the node's own.
+    pub(crate) path: Option<String>,
 }
 
 impl From<admin::PathWhyResponse> for PathWhy {
@@ -289,6 +291,7 @@ impl From<admin::PathWhyResponse> for PathWhy {
             from: said.from,
             to: said.to,
             reason: said.reason,
+            path: some(said.path),
         };
         Self {
             node: said.node,

@@ -287,11 +287,13 @@ impl Report for PathWhy {
                     format!("{} ago", duration(one.ago_ms / 1000)).into(),
                     format!("{} -> {}", one.from, one.to).into(),
                     (&one.reason).into(),
+                    one.path.as_deref().unwrap_or("-").into(),
                 ]
             };
             let rows = self.transitions.iter().map(row).collect();
             text.push('\n');
-            text.push_str(&table(&["WHEN", "CHANGE", "REASON"], rows, colours));
+            let head = ["WHEN", "CHANGE", "REASON", "PATH"];
+            text.push_str(&table(&head, rows, colours));
         }
         text
     }

@@ -261,7 +261,8 @@ async fn path_why_gives_the_reason() {
             "full_size_ok": true,
         }],
         "transitions": [
-            { "ago_ms": 61_000, "from": "waking", "to": "relayed", "reason": "handshake_done" },
+            { "ago_ms": 62_000, "from": "candidate", "to": "primary", "reason": "taken", "path": "relay r1 (quic)" },
+            { "ago_ms": 61_000, "from": "waking", "to": "relayed", "reason": "handshake_done", "path": null },
         ],
         "next_attempt_ms": 4200,
     });
@@ -278,8 +279,9 @@ next attempt  in 5s
 PATH             KIND   STATE    RTT      LOSS   PROBES  FULL SIZE
 relay r1 (quic)  relay  primary  44.0 ms  1.0 %  99/100  yes
 
-WHEN       CHANGE             REASON
-1m 1s ago  waking -> relayed  handshake_done
+WHEN       CHANGE                REASON          PATH
+1m 2s ago  candidate -> primary  taken           relay r1 (quic)
+1m 1s ago  waking -> relayed     handshake_done  -
 ";
     assert_eq!(lab.run("path why edge-c1").await.out, want);
 }
@@ -706,12 +708,22 @@ impl AgentAdmin for Agent {
                 probes_answered: 99,
                 full_size_ok: true,
             }],
-            transitions: vec![admin::TransitionReport {
-                ago_ms: 61_000,
-                from: "waking".to_owned(),
-                to: "relayed".to_owned(),
-                reason: "handshake_done".to_owned(),
-            }],
+            transitions: vec![
+                admin::TransitionReport {
+                    ago_ms: 62_000,
+                    from: "candidate".to_owned(),
+                    to: "primary".to_owned(),
+                    reason: "taken".to_owned(),
+                    path: "relay r1 (quic)".to_owned(),
+                },
+                admin::TransitionReport {
+                    ago_ms: 61_000,
+                    from: "waking".to_owned(),
+                    to: "relayed".to_owned(),
+                    reason: "handshake_done".to_owned(),
+                    path: String::new(),
+                },
+            ],
             next_attempt_ms: Some(4200),
         }))
     }
