@@ -382,9 +382,9 @@ impl Agent {
         let deadline = Instant::now() + PATIENCE;
         loop {
             assert!(Instant::now() < deadline, "the stream does not end");
-            match timeout(PATIENCE, self.stream.message()).await.unwrap() {
-                Err(status) => return status,
-                Ok(_) => {}
+            let message = timeout(PATIENCE, self.stream.message()).await;
+            if let Err(status) = message.unwrap() {
+                return status;
             }
         }
     }
