@@ -256,7 +256,7 @@ impl Core {
 
     /// Every relay of the mesh, the preferred one first.
     pub fn relays(&self) -> impl Iterator<Item = RelayReport> + '_ {
-        let home = self.relays.home();
+        let home = self.us.relays_up.first();
         self.relays.preferred().iter().filter_map(move |&id| {
             let relay = self.snapshot.as_ref()?.relays.get(&id)?;
             let link = self.relays.report(&id);
@@ -264,7 +264,7 @@ impl Core {
                 id,
                 name: relay.name.clone(),
                 up: link.up,
-                home: home == Some(id),
+                home: home == Some(&id),
                 rtt: self.relays.rtt(&id),
                 problem: link.problem,
             })

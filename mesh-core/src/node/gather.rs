@@ -378,6 +378,24 @@ mod tests {
     }
 
     #[test]
+    fn what_a_relay_saw_that_is_asked_no_more_does_not_make_a_nat_symmetric() {
+        let mut snapshot = snapshot();
+        let mut gather = started();
+        for target in asked(&mut gather, 0) {
+            gather.on_reflexive(target, addr("198.51.100.9:7"));
+        }
+        let (other, described) = relay("r2", 2);
+        snapshot.relays.clear();
+        snapshot.relays.insert(other, described);
+        gather.start(&[other], &snapshot, &[addr("10.0.0.1:51820")], at(1_000));
+        for target in asked(&mut gather, 1_000) {
+            gather.on_reflexive(target, addr("198.51.100.9:8")); // The NAT forgot, meanwhile.
+        }
+        assert_eq!(gather.addresses(), [addr("198.51.100.9:8")]);
+        assert_eq!(gather.nat(&[], false), NatKind::Easy);
+    }
+
+    #[test]
     fn an_answer_to_no_question_changes_nothing() {
         let mut gather = started();
         let answered = gather.on_reflexive(addr("192.0.2.200:1"), addr("203.0.113.1:1"));

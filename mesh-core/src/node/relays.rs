@@ -415,6 +415,7 @@ impl Relays {
     }
 
     /// The relay that this node prefers.
+    #[cfg(test)]
     pub(crate) fn home(&self) -> Option<RelayId> {
         self.home
     }

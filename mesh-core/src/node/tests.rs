@@ -280,6 +280,14 @@ fn told_candidates_are_probed_up_to_a_limit_and_never_at_ourselves() {
     );
 }
 
+#[test]
+fn addresses_that_a_peer_has_no_more_make_room_for_those_that_it_has() {
+    let mut core = relayed();
+    let told = |net: u8| (1..=6).map(move |host| SocketAddr::new([198, 51, net, host].into(), 1));
+    assert_eq!(probed(&mut core, told(1)).len(), 6);
+    assert_eq!(probed(&mut core, told(2)), told(2).collect::<Vec<_>>());
+}
+
 /// What node 0 probes of the addresses that peer 1 tells, in `snapshot`.
 fn probed_of(snapshot: Snapshot, told: [&str; 4]) -> Vec<String> {
     let mut core = relayed();

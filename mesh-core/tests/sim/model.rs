@@ -49,7 +49,7 @@ const CALM_MS: u64 = 20_000;
 const PING_MS: u64 = 100;
 
 /// Seeds that found something.
-const FAILED_ONCE: [u64; 0] = [];
+const FAILED_ONCE: [u64; 4] = [180, 262, 466, 489];
 
 /// Everything that can happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -318,10 +318,7 @@ impl Lab {
 
     fn settle(&mut self) -> Result<(), String> {
         let since = self.world.now_ms();
-        let trouble = self.is_trouble();
-        if trouble {
-            self.trouble_since.get_or_insert(since);
-        }
+        self.watch_trouble();
         loop {
             self.world.run_for(100);
             let silent = self.silent(since);
@@ -334,13 +331,18 @@ impl Lab {
                 return Err(format!("{silent:?} do not talk after {took} ms"));
             }
         }
-        if !trouble {
-            self.trouble_since = None;
-            self.long_trouble = false;
-        } else if self.trouble_since.is_some_and(|at| at + 30_000 < since) {
-            self.long_trouble = true;
-        }
+        self.long_trouble &= self.trouble_since.is_some();
         self.check_ways(false)
+    }
+
+    /// Notes how long trouble lasts, also if it has just ended.
+    fn watch_trouble(&mut self) {
+        let now = self.world.now_ms();
+        self.long_trouble |= self.trouble_since.is_some_and(|at| at + 30_000 < now);
+        self.trouble_since = match self.is_trouble() {
+            true => self.trouble_since.or(Some(now)),
+            false => None,
+        };
     }
 
     /// Whether something is amiss that makes links fail: from then on attempts become rarer.
@@ -419,6 +421,7 @@ impl Lab {
         for round in 0..ROUNDS {
             for _ in 0..self.dice.random_range(1..=3) {
                 let kind = KINDS[self.dice.random_range(0..KINDS.len())];
+                self.watch_trouble();
                 if let Some(what) = self.apply(kind) {
                     *self.happened.entry(kind).or_default() += 1;
                     self.note(format!("{kind:?} {what}"));

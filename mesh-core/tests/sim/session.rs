@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use mesh_core::io::Input;
-use mesh_wire::peer::PeerMessage;
+use mesh_wire::{id::NodeId, peer::PeerMessage};
 
 /// Counters behind the newest one that may still come in (`paths.md`).
 const REPLAY_WINDOW: u64 = 8192;
@@ -21,9 +21,19 @@ pub(crate) type Key = (usize, u64);
 /// One encrypted packet.
 #[derive(Debug, Clone)]
 pub(crate) enum Packet {
-    Initiation { number: u64 },
-    Response { number: u64 },
-    Sealed { key: Key, counter: u64, body: Body },
+    /// For this node, and of use to no other.
+    Initiation {
+        number: u64,
+        to: NodeId,
+    },
+    Response {
+        number: u64,
+    },
+    Sealed {
+        key: Key,
+        counter: u64,
+        body: Body,
+    },
 }
 
 /// What is inside.
@@ -88,12 +98,12 @@ pub(crate) struct Session {
 
 impl Session {
     /// A new initiation, numbered by a clock that survives reboots.
-    pub(crate) fn initiate(&mut self, number: u64) -> Packet {
+    pub(crate) fn initiate(&mut self, number: u64, to: NodeId) -> Packet {
         self.pending.push(number);
         if self.pending.len() > 2 {
             self.pending.remove(0);
         }
-        Packet::Initiation { number }
+        Packet::Initiation { number, to }
     }
 
     /// The answer to an initiation, unless it is a copy or an old one.
@@ -155,10 +165,6 @@ impl Session {
 }
 
 /// The core's view of a message.
-pub(crate) fn message_input(
-    peer: mesh_wire::id::NodeId,
-    via: mesh_wire::id::Via,
-    message: PeerMessage,
-) -> Input {
+pub(crate) fn message_input(peer: NodeId, via: mesh_wire::id::Via, message: PeerMessage) -> Input {
     Input::Message { peer, via, message }
 }

@@ -139,6 +139,8 @@ pub(crate) enum Change {
     },
     /// The line to one relay is cut, or back.
     CutOff(usize, usize),
+    /// QUIC links of a site that lets no UDP out are noticed to be dead.
+    NoticeBlocked(usize),
     /// Connections that `CutOff` cut are noticed.
     NoticeCut(usize, usize),
     /// Connections to relays that a dead line cut are noticed.
@@ -556,6 +558,11 @@ impl World {
                 let notice = Change::NoticeCut(site, relay);
                 self.push(self.now + RELAY_IDLE_US, Happening::Change(notice));
             }
+            Change::NoticeBlocked(site) => {
+                if self.sites[site].nat.sort == NatSort::UdpBlocked {
+                    self.lose_quic(site);
+                }
+            }
             Change::NoticeCut(site, relay) => {
                 if self.cut_off.contains(&(site, relay)) {
                     for node in self.nodes_at(site) {
@@ -723,21 +730,27 @@ impl World {
     /// All UDP of a site is dropped from now on.
     pub(crate) fn block_udp(&mut self, site: usize) {
         self.sites[site].nat.sort = NatSort::UdpBlocked;
-        // The QUIC links notice after their idle timeout.
+        // Both ends of the QUIC links notice after their idle timeout.
+        let notice = Change::NoticeBlocked(site);
+        self.push(self.now + RELAY_IDLE_US, Happening::Change(notice));
+    }
+
+    fn lose_quic(&mut self, site: usize) {
         for node in self.nodes_at(site) {
-            let boot = self.nodes[node].boot;
             for relay in 0..self.relays.len() {
-                let (relay, transport) = (self.relays[relay].id, RelayTransport::Quic);
-                let reason = "timed out".to_owned();
-                let input = Input::RelayLost {
-                    relay,
-                    transport,
-                    reason,
-                };
-                self.push(
-                    self.now + RELAY_IDLE_US,
-                    Happening::Tell { node, boot, input },
-                );
+                let transport = RelayTransport::Quic;
+                let legs = self.relays[relay].clients.get(&node);
+                if legs.is_some_and(|legs| legs.contains(&transport)) {
+                    self.drop_leg(relay, node, transport);
+                    let relay = self.relays[relay].id;
+                    let reason = "timed out".to_owned();
+                    let input = Input::RelayLost {
+                        relay,
+                        transport,
+                        reason,
+                    };
+                    self.input(node, input);
+                }
             }
         }
     }

@@ -58,7 +58,7 @@ impl World {
                 self.initiations += 1;
                 let number = self.initiations;
                 let session = self.nodes[index].sessions.entry(peer).or_default();
-                let packet = session.initiate(number);
+                let packet = session.initiate(number, peer);
                 for via in vias {
                     self.send(index, peer, via, packet.clone());
                 }
@@ -236,9 +236,12 @@ impl World {
         if node.core.is_none() || node.frozen {
             return;
         }
+        let own = node.id;
         let session = node.sessions.entry(peer).or_default();
         match packet {
-            Packet::Initiation { number } => {
+            // It was sent to an address that another node has now.
+            Packet::Initiation { to, .. } if to != own => {}
+            Packet::Initiation { number, .. } => {
                 if let Some(response) = session.respond(from, number) {
                     self.send(index, peer, via, response);
                     self.input(index, Input::Handshake { peer, via });
