@@ -149,7 +149,7 @@ pub struct MeshNodeStatus {
     /// that direct paths can be had. `Hard`: another mapping for each destination, so that a relay is needed to other such
     /// nodes. `UDPBlocked`: UDP does not get out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("enum" = ["None", "Easy", "Hard", "UDPBlocked"]))]
+    #[schemars(extend("enum" = ["None", "Easy", "Hard", "UDPBlocked", null]))]
     pub nat: Option<String>,
     /// By how its packets reach the nodes that it spoke with since it started. Written at most every ten minutes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
