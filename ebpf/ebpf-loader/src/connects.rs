@@ -9,7 +9,9 @@ use aya::{
 };
 use ebpf_abi::{Failing, PROTOCOL_TCP, SocketAddress};
 
-use crate::{LoadError, Services, absent_is_gone, cgroup::open_cgroup2, missing, program};
+use crate::{
+    LoadError, Services, absent_is_gone, cgroup::open_cgroup2, missing, patiently, program,
+};
 
 pub(crate) const PROGRAM: &str = "hf_sock_ops";
 
@@ -86,5 +88,6 @@ impl Services {
 }
 
 pub(crate) fn load(ebpf: &mut Ebpf) -> Result<(), ProgramError> {
-    program::<SockOps>(ebpf, PROGRAM)?.load()
+    let program = program::<SockOps>(ebpf, PROGRAM)?;
+    patiently(|| program.load())
 }

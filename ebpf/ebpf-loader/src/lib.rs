@@ -343,7 +343,7 @@ impl Services {
             load(&mut ebpf, name).map_err(|error| rejected(name, error.into()))?;
         }
         program::<CgroupSock>(&mut ebpf, RELEASE)
-            .and_then(CgroupSock::load)
+            .and_then(|program| patiently(|| program.load()))
             .map_err(|error| rejected(RELEASE, error.into()))?;
         connects::load(&mut ebpf).map_err(|error| rejected(connects::PROGRAM, error.into()))?;
         let interfaces = packets.then(|| packets::Interfaces::load(&mut ebpf));
@@ -728,8 +728,28 @@ fn take_map<T>(
 
 fn load<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut CgroupSockAddr, ProgramError> {
     let program: &mut CgroupSockAddr = program(ebpf, name)?;
-    program.load()?;
+    patiently(|| program.load())?;
     Ok(program)
+}
+
+/// Most attempts at loading a program: as libbpf does.
+const LOADS_MAX: u32 = 5;
+
+/// Loads a program, and again if a signal came while it was verified: the kernel gives up then (`EAGAIN` of `BPF_PROG_LOAD`,
+/// Linux 6.18).
+///
+/// # Errors
+///
+/// What `load` says otherwise, or at the last attempt.
+pub fn patiently(mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<(), ProgramError> {
+    let mut attempts = 1..LOADS_MAX;
+    loop {
+        match load() {
+            Err(ProgramError::LoadError { io_error, .. })
+                if io_error.kind() == io::ErrorKind::WouldBlock && attempts.next().is_some() => {}
+            loaded => return loaded,
+        }
+    }
 }
 
 /// A program of the object, by its kind.

@@ -19,6 +19,7 @@ use ebpf_abi::{MAPPINGS_MAX, MappedTo, MappingCounter, SocketAddress};
 use crate::{
     LoadError, absent_is_gone, check_capabilities,
     packets::{InterfaceError, attach_all, key},
+    patiently,
     pins::{Keeper, KeptLink},
     program, rejected, sums, take_map,
 };
@@ -97,7 +98,7 @@ impl Mappings {
             .map_err(|source| rejected("the maps of mapped subnets", source))?;
         for (name, _) in PROGRAMS {
             program::<SchedClassifier>(&mut ebpf, name)
-                .and_then(SchedClassifier::load)
+                .and_then(|program| patiently(|| program.load()))
                 .map_err(|error| rejected(name, error.into()))?;
         }
         Ok(Self {

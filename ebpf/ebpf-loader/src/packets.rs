@@ -25,7 +25,7 @@ use rustix::{
 use crate::{
     LoadError, Services, absent_is_gone,
     leftover::prefix,
-    missing, no_link, order,
+    missing, no_link, order, patiently,
     pins::{Keeper, KeptLink},
     program, redirect, rejected,
 };
@@ -91,7 +91,7 @@ impl Interfaces {
         let for_clients = LinkHeader::ALL.into_iter().flat_map(LinkHeader::programs);
         for (name, _) in for_clients.chain(TUNNEL_PROGRAMS) {
             program::<SchedClassifier>(ebpf, name)
-                .and_then(SchedClassifier::load)
+                .and_then(|program| patiently(|| program.load()))
                 .map_err(|error| rejected(name, error.into()))?;
         }
         let kept = map_of(ebpf, "hf_kept").and_then(|map| {

@@ -32,6 +32,7 @@ use crate::{
     LoadError, Pins, absent_is_gone, check_capabilities,
     guard::{self, LINKS},
     packets::{InterfaceError, attach_all, interface_name, is_attached, key, map_of},
+    patiently,
     pins::{Keeper, KeptLink},
     program, rejected, sums, take_map,
 };
@@ -270,7 +271,7 @@ impl Policy {
             .map_err(|source| rejected("the maps of policy", source))?;
         for (name, _) in FOR_TUNNEL.into_iter().chain(guard::PROGRAMS) {
             program::<SchedClassifier>(&mut ebpf, name)
-                .and_then(SchedClassifier::load)
+                .and_then(|program| patiently(|| program.load()))
                 .map_err(|error| rejected(name, error.into()))?;
         }
         Ok(Self {

@@ -23,7 +23,7 @@ use rustix::io::Errno;
 use crate::{
     LinkHeader, LoadError, Services, absent_is_gone, order,
     packets::{InterfaceError, interface_name, is_attached, key, map_of},
-    program, rejected,
+    patiently, program, rejected,
 };
 
 const HOSTS: &str = "hf_hosts";
@@ -112,7 +112,7 @@ impl Told {
         for header in [LinkHeader::Ethernet, LinkHeader::Ip] {
             let name = program_for(header);
             program::<SchedClassifier>(ebpf, name)
-                .and_then(SchedClassifier::load)
+                .and_then(|program| patiently(|| program.load()))
                 .map_err(|error| rejected(name, error.into()))?;
         }
         forget_all(ebpf).map_err(|error| rejected(ROUTES, error.into()))?;

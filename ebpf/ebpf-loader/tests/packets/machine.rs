@@ -12,6 +12,7 @@ use aya::{
     programs::{SchedClassifier, TestRun, TestRunOptions},
 };
 use ebpf_abi::{EndpointList, PacketCounter, SocketAddress};
+use ebpf_loader::patiently;
 
 pub(crate) const TCP: u8 = 6;
 pub(crate) const UDP: u8 = 17;
@@ -55,7 +56,7 @@ impl Machine {
         let mut ebpf = EbpfLoader::new().load(ebpf_programs::SERVICES).unwrap();
         for name in PROGRAMS {
             let program: &mut SchedClassifier = ebpf.program_mut(name).unwrap().try_into().unwrap();
-            let loaded = program.load();
+            let loaded = patiently(|| program.load());
             loaded.unwrap_or_else(|error| panic!("{name}: {error}\n{error:?}"));
         }
         let next_list = 0;

@@ -7,6 +7,7 @@ use aya::{
     programs::{SchedClassifier, TestRun, TestRunOptions},
 };
 use ebpf_abi::{RedirectCounter, Route, SocketAddress};
+use ebpf_loader::patiently;
 use etherparse::{IpHeaders, IpNumber, Ipv6RawExtHeader, TcpHeader};
 
 use crate::{
@@ -45,7 +46,7 @@ impl Ways {
         for name in ["hf_redirect", "hf_redirect_ip"] {
             let program = machine.ebpf.program_mut(name).unwrap();
             let program: &mut SchedClassifier = program.try_into().unwrap();
-            let loaded = program.load();
+            let loaded = patiently(|| program.load());
             loaded.unwrap_or_else(|error| panic!("{name}: {error}\n{error:?}"));
             let verified = program.info().unwrap().verified_instruction_count();
             println!("{name}: {verified:?} instructions verified");

@@ -6,7 +6,7 @@ use ebpf_loader::{BPFFS, Pins, guard, policy::end_left};
 
 use super::{
     interfaces::{
-        Guarded, SHORT, at_bridge, becomes_so, class, connect, hears, programs_from, talks,
+        Guarded, SHORT, at_bridge, becomes_so, class, connected, hears, programs_from, talks,
         unredirected,
     },
     *,
@@ -77,7 +77,7 @@ fn a_new_pod_is_guarded_by_what_holds_whether_an_agent_runs_or_not_and_the_next_
         assert!(from_b());
         assert!(guard_new(B));
         assert!(!from_b() && from_a());
-        let (mut client, mut server) = connect(&a, &b.listener(b_ip)).unwrap();
+        let (mut client, mut server) = connected(&a, &b.listener(b_ip));
         assert!(talks(&mut client, &mut server, SHORT));
         // The next one: in its place, without a moment in between.
         let mut second = Guarded::kept(Some(pins()));
