@@ -210,6 +210,8 @@ pub fn relay_resource(relay: &Relay) -> Resource {
         quic_port: relay.quic_port.into(),
         tls_port: relay.tls_port.into(),
         stun_ports: relay.stun_ports.iter().copied().map(u32::from).collect(),
+        node: text(relay.node.as_ref()),
+        sites: relay.sites.iter().map(ToString::to_string).collect(),
     }))
 }
 
@@ -410,6 +412,10 @@ fn decode_relay(relay: &control::Relay) -> Result<Relay, FieldError> {
         stun_ports: stun_ports
             .map(|(index, &number)| port(&format!("stun_ports[{index}]"), number))
             .collect::<Result<_, _>>()?,
+        node: parse_optional("node", &relay.node)?,
+        sites: parse_list::<SiteName>("sites", &relay.sites)?
+            .into_iter()
+            .collect(),
     })
 }
 

@@ -181,6 +181,18 @@ pub struct Relay {
     /// UDP ports that answer STUN binding requests: two, so that one relay suffices to
     /// recognise a symmetric NAT.
     pub stun_ports: Vec<u16>,
+    /// The mesh node that acts as this relay (a peer relay); a relay by itself otherwise.
+    pub node: Option<NodeName>,
+    /// The sites that it serves: one end of each of its sessions is in one of them. Empty: everybody.
+    pub sites: BTreeSet<SiteName>,
+}
+
+impl Relay {
+    /// Whether a node of this site may have a link to it without asking who its peer is.
+    #[must_use]
+    pub fn serves(&self, site: Option<&SiteName>) -> bool {
+        self.sites.is_empty() || site.is_some_and(|site| self.sites.contains(site))
+    }
 }
 
 /// `namespace/name` of a service.

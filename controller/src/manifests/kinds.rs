@@ -203,12 +203,15 @@ pub(crate) fn relay(id: &ObjectId, spec: &MeshRelaySpec) -> Checked<Object> {
     for (index, &number) in stun_ports.iter().enumerate() {
         port(&format!("spec.stunPorts[{index}]"), number.into())?;
     }
+    let sites: Vec<SiteName> = list("spec.sites", &spec.sites)?;
     Ok(Object::Relay(Relay {
         name: parse("metadata.name", &id.name)?,
         addresses: list("spec.addresses", &spec.addresses)?,
         quic_port,
         tls_port: or_https("spec.tlsPort", spec.tls_port)?,
         stun_ports,
+        node: optional("spec.node", spec.node.as_deref())?,
+        sites: sites.into_iter().collect(),
     }))
 }
 

@@ -48,4 +48,14 @@ pub struct MeshRelaySpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 8), inner(range(min = 1, max = 65535)))]
     pub stun_ports: Option<Vec<u16>>,
+    /// A node of the mesh that acts as this relay, with its own certificate; a relay of its own
+    /// (`mesh-relay`, `meshctl relay issue`) unless said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63))]
+    pub node: Option<String>,
+    /// The sites that it serves: one of two nodes that meet there is in one of them. Everybody
+    /// unless said.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), inner(length(min = 1, max = 63)))]
+    pub sites: Vec<String>,
 }

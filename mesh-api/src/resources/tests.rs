@@ -429,6 +429,8 @@ fn relay(name: &str) -> Resource {
         quic_port: 443,
         tls_port: 443,
         stun_ports: vec![443, 3478],
+        node: None,
+        sites: std::collections::BTreeSet::new(),
     })
 }
 

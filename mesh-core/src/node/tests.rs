@@ -35,6 +35,8 @@ pub(crate) fn relay(name: &str, host: u8) -> (RelayId, Relay) {
         quic_port: 443,
         tls_port: 443,
         stun_ports: vec![443, 3478],
+        node: None,
+        sites: std::collections::BTreeSet::new(),
         name,
     };
     (RelayId::from(&relay.name), relay)

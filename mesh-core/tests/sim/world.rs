@@ -228,6 +228,8 @@ impl World {
             quic_port: 443,
             tls_port: 443,
             stun_ports: vec![443, 3478],
+            node: None,
+            sites: BTreeSet::new(),
         };
         let id = RelayId::from(&relay.name);
         let (clients, using, asked) = Default::default();
