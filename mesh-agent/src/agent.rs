@@ -50,7 +50,7 @@ use crate::{
     links::Links,
     mapping::{self, Mapper},
     network::{self, Local},
-    outliers,
+    outliers, peer_relay,
     policy::{self, Enforcer},
     proxy::Proxy,
     publish, report,
@@ -363,6 +363,13 @@ async fn start(
         let keeper = after(filled, keeper, stop.clone());
         supervisor.spawn("interfaces", keeper);
     }
+    let keeper = peer_relay::keep_peer_relay(
+        settings.node_name.clone(),
+        Arc::clone(&credentials),
+        view.clone(),
+        stop.clone(),
+    );
+    supervisor.spawn("peer relay", keeper);
     let kernel = network::keep_kernel(
         netlink.clone(),
         interface,

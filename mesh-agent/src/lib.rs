@@ -22,6 +22,7 @@ pub mod links;
 pub mod mapping;
 pub mod network;
 pub mod outliers;
+pub mod peer_relay;
 pub mod policy;
 pub mod proxy;
 pub mod publish;

@@ -24,7 +24,7 @@ use mesh_linux::thread::raise_priority;
 use mesh_relay::client::{self, Link, LinkConfig, LinkEvent, OnData, UdpPort};
 use mesh_tunnel::tunnel::{PACKET_NICENESS, RelaySender, RelayUdp, Tunnel};
 use mesh_wire::{
-    id::{NodeId, RelayId},
+    id::{Identity, NodeId, RelayId},
     relay::HEADER_LEN,
 };
 use tokio::{
@@ -58,6 +58,8 @@ pub struct Links {
 #[derive(Debug)]
 struct Hub {
     relay: Relay,
+    /// Whose certificate it shows.
+    identity: Identity,
     links: Arc<HubLinks>,
     quic: Option<AbortHandle>,
     tls: Option<AbortHandle>,
@@ -170,7 +172,10 @@ impl Links {
     /// Takes over the relays of a snapshot. Links to relays that are gone or have moved close.
     pub fn set_relays(&mut self, snapshot: &Snapshot) {
         self.mtu_bytes = snapshot.mesh.mtu_bytes;
-        let keep = |id: &RelayId, hub: &Hub| snapshot.relays.get(id) == Some(&hub.relay);
+        let keep = |id: &RelayId, hub: &Hub| {
+            let relay = snapshot.relays.get(id).filter(|relay| **relay == hub.relay);
+            relay.and_then(|relay| identity(relay, snapshot)).as_ref() == Some(&hub.identity)
+        };
         let gone: Vec<_> = self
             .hubs
             .iter()
@@ -187,11 +192,15 @@ impl Links {
             if self.hubs.contains_key(id) {
                 continue;
             }
+            let Some(identity) = identity(relay, snapshot) else {
+                continue; // Its node is not, or no more, in the mesh.
+            };
             let links = Arc::<HubLinks>::default();
             self.tunnel
                 .set_relay(*id, Some(Arc::clone(&links) as Arc<dyn RelaySender>));
             let hub = Hub {
                 relay: relay.clone(),
+                identity,
                 links,
                 quic: None,
                 tls: None,
@@ -208,6 +217,7 @@ impl Links {
         let task = LinkTask {
             id,
             relay: hub.relay.clone(),
+            identity: hub.identity.clone(),
             transport,
             links: Arc::clone(&hub.links),
             events: self.events.clone(),
@@ -297,10 +307,21 @@ impl Links {
     }
 }
 
+/// Whose certificate a relay shows: its own, or that of the node that acts as it.
+fn identity(relay: &Relay, snapshot: &Snapshot) -> Option<Identity> {
+    let Some(name) = &relay.node else {
+        return Some(Identity::Relay(relay.name.clone()));
+    };
+    let node = snapshot.nodes.get(name)?;
+    let (name, id) = (node.name.clone(), node.id);
+    Some(Identity::Node { name, id })
+}
+
 /// One link's life: connect, report, until it is lost or aborted.
 struct LinkTask {
     id: RelayId,
     relay: Relay,
+    identity: Identity,
     transport: RelayTransport,
     links: Arc<HubLinks>,
     events: mpsc::Sender<Event>,
@@ -368,6 +389,7 @@ impl LinkTask {
         let port = self.tunnel.clone();
         let config = LinkConfig {
             relay: self.relay.name.clone(),
+            identity: self.identity.clone(),
             address,
             credentials: Credentials::clone(&self.credentials.load()),
             udp: Some(UdpPort {

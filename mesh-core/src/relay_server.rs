@@ -163,6 +163,8 @@ pub struct Counters {
     pub links_replaced: u64,
     /// `FindPeer` refused for want of room.
     pub finds_refused: u64,
+    /// Pairs refused because neither of them is served here.
+    pub pairs_not_served: u64,
 }
 
 /// A link is told about lost sessions at most this often: enough to correct a node, too little
@@ -186,6 +188,8 @@ pub struct RelayServer {
     /// With which epoch a place begins: so that a session of the relay's life before is not
     /// mistaken for one of this.
     first_epoch: u16,
+    /// One node of each pair is one of these. `None`: everybody.
+    served: Option<BTreeSet<NodeId>>,
     stopping: bool,
     next_link: u64,
     links: BTreeMap<LinkId, Link>,
@@ -248,6 +252,7 @@ impl RelayServer {
             limits,
             secrets,
             first_epoch,
+            served: None,
             stopping: false,
             next_link: 0,
             links: BTreeMap::new(),
@@ -259,6 +264,18 @@ impl RelayServer {
             addresses: BTreeMap::new(),
             outputs: VecDeque::new(),
             counters: Counters::default(),
+        }
+    }
+
+    /// Whom the relay serves is now this: one node of each pair is one of `served`; `None`: everybody.
+    /// Others may have a link, for they may want one of those. Sessions of pairs that are served no
+    /// more end.
+    pub fn set_served(&mut self, served: Option<BTreeSet<NodeId>>) {
+        self.served = served;
+        let pairs = self.places.iter().filter_map(|place| place.pair);
+        let ended: Vec<_> = pairs.filter(|&[a, b]| !self.serves(a, b)).collect();
+        for [a, b] in ended {
+            self.end_session(a, b);
         }
     }
 
@@ -511,9 +528,19 @@ impl RelayServer {
         Err(refusal)
     }
 
+    fn serves(&self, a: NodeId, b: NodeId) -> bool {
+        let served = self.served.as_ref();
+        served.is_none_or(|served| served.contains(&a) || served.contains(&b))
+    }
+
     fn find_peer(&mut self, asker: NodeId, link: LinkId, peer: NodeId) {
-        if !self.watch(asker, peer) {
-            self.counters.finds_refused += 1;
+        let is_served = self.serves(asker, peer);
+        if !is_served || !self.watch(asker, peer) {
+            if is_served {
+                self.counters.finds_refused += 1;
+            } else {
+                self.counters.pairs_not_served += 1;
+            }
             return self.send(
                 link,
                 Control::Peer {
@@ -599,6 +626,24 @@ impl RelayServer {
             return Some(number);
         }
         self.free_places.pop_front()
+    }
+
+    /// Ends the session of a pair, and tells both.
+    fn end_session(&mut self, a: NodeId, b: NodeId) {
+        for (node, peer) in [(a, b), (b, a)] {
+            let session = self.nodes.get_mut(&node);
+            let session = session.and_then(|node| node.sessions.remove(&peer));
+            if let Some(session) = session.filter(|_| node == a) {
+                self.close_session(session);
+            }
+            self.send_to_node(
+                node,
+                Control::Peer {
+                    node: peer,
+                    session: None,
+                },
+            );
+        }
     }
 
     fn close_session(&mut self, session: Session) {
@@ -725,6 +770,10 @@ impl RelayServer {
     fn tell_watchers_that_came(&mut self, node: NodeId) {
         let watchers = self.watchers.get(&node).cloned().unwrap_or_default();
         for watcher in watchers {
+            if !self.serves(watcher, node) {
+                self.counters.pairs_not_served += 1; // It was when `watcher` asked.
+                continue;
+            }
             if self.open_session(watcher, node).is_none() {
                 self.counters.finds_refused += 1;
             }

@@ -18,7 +18,7 @@ use std::{
 use bytes::{BufMut as _, Bytes, BytesMut};
 use mesh_identity::credentials::Credentials;
 use mesh_wire::{
-    id::{NodeId, RelayName},
+    id::{Identity, NodeId, RelayName},
     relay::{
         Control, Frame, HEADER_LEN, PAYLOAD_LEN_MAX, Session, data_frame, data_header,
         udp::data_session,
@@ -47,8 +47,10 @@ pub const TLS_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Where a relay is, and who we are.
 #[derive(Debug, Clone)]
 pub struct LinkConfig {
-    /// The relay's name: its certificate must carry it.
+    /// The relay's name, for people.
     pub relay: RelayName,
+    /// Who acts as the relay: its certificate must carry that name.
+    pub identity: Identity,
     /// Its address, with the port of the transport.
     pub address: SocketAddr,
     /// The node's certificate, its key and the mesh's authority.

@@ -54,14 +54,42 @@ pub struct Settings {
     pub name: RelayName,
     /// Its certificate, key and authority.
     pub credentials: Credentials,
-    /// UDP address of QUIC and STUN.
-    pub quic_listen: SocketAddr,
-    /// TCP address of TLS.
-    pub tls_listen: SocketAddr,
-    /// Further UDP addresses of STUN.
-    pub stun_listen: Vec<SocketAddr>,
+    /// Where they were read.
+    pub files: CredentialFiles,
+    /// Where it listens.
+    pub listen: Listen,
     /// How much is too much.
     pub limits: Limits,
+}
+
+/// Where a relay listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listen {
+    /// UDP address of QUIC and STUN.
+    pub quic: SocketAddr,
+    /// TCP address of TLS.
+    pub tls: SocketAddr,
+    /// Further UDP addresses of STUN.
+    pub stun: Vec<SocketAddr>,
+}
+
+/// PEM files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CredentialFiles {
+    certificate: PathBuf,
+    key: PathBuf,
+    authority: PathBuf,
+}
+
+impl CredentialFiles {
+    /// What is in them.
+    ///
+    /// # Errors
+    ///
+    /// If they cannot be read, or do not go together.
+    pub fn read(&self) -> Result<Credentials, CredentialsError> {
+        Credentials::from_files(&self.certificate, &self.key, &self.authority)
+    }
 }
 
 /// What is wrong with a configuration.
@@ -111,12 +139,12 @@ impl Settings {
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let file: ConfigFile = mesh_daemon::read_toml(path)?;
         let folder = path.parent().unwrap_or(Path::new(""));
-        let credentials = Credentials::from_files(
-            &folder.join(&file.certificate),
-            &folder.join(&file.key),
-            &folder.join(&file.ca),
-        );
-        let credentials = credentials.map_err(|source| ConfigError::Credentials {
+        let files = CredentialFiles {
+            certificate: folder.join(&file.certificate),
+            key: folder.join(&file.key),
+            authority: folder.join(&file.ca),
+        };
+        let credentials = files.read().map_err(|source| ConfigError::Credentials {
             path: path.to_owned(),
             source,
         })?;
@@ -131,9 +159,12 @@ impl Settings {
             limits: limits(&file, path)?,
             name: file.name,
             credentials,
-            quic_listen: file.quic_listen,
-            tls_listen: file.tls_listen,
-            stun_listen: file.stun_listen,
+            files,
+            listen: Listen {
+                quic: file.quic_listen,
+                tls: file.tls_listen,
+                stun: file.stun_listen,
+            },
         })
     }
 }

@@ -1,15 +1,13 @@
 //! The relay itself: listeners, one task a link, and the way between them.
 
-use std::{
-    fmt, io,
-    net::SocketAddr,
-    sync::{Arc, atomic::AtomicU64},
-    time::Duration,
-};
+use std::{collections::BTreeSet, fmt, io, net::SocketAddr, sync::Arc, time::Duration};
 
+use arc_swap::ArcSwap;
 use futures_util::future;
+use mesh_core::relay_server::Limits;
 use mesh_identity::{
     certificate::peer_identity,
+    credentials::Credentials,
     tls::{ClientAuth, server_config},
 };
 use mesh_wire::{
@@ -28,7 +26,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{hub::Hub, udp::SharedSocket};
 use crate::{
-    config::Settings,
+    config::Listen,
     quic::{
         self,
         endpoint::{Endpoint, Socket},
@@ -70,8 +68,57 @@ pub struct Relay {
     socket: Arc<SharedSocket>,
     listener: TcpListener,
     stun: Vec<Arc<SharedSocket>>,
-    tls: TlsAcceptor,
     shared: Arc<Shared>,
+}
+
+/// What can be changed while a relay runs.
+#[derive(Debug, Clone)]
+pub struct RelayHandle(Arc<Shared>);
+
+impl RelayHandle {
+    /// Whom the relay serves from now on: one node of each pair is one of these. `None`: everybody.
+    pub fn set_served(&self, served: Option<BTreeSet<NodeId>>) {
+        self.0.hub.set_served(served);
+    }
+
+    /// What the relay shows of itself from now on, to who comes; links that are there stay.
+    ///
+    /// # Errors
+    ///
+    /// [`BindError::Tls`]; the former stay in force.
+    pub fn set_credentials(&self, credentials: &Credentials) -> Result<(), BindError> {
+        self.0.tls.store(Arc::new(Tls::new(credentials)?));
+        Ok(())
+    }
+}
+
+/// How the relay shows itself to who comes.
+#[derive(Clone)]
+struct Tls {
+    quic: Arc<ServerConfig>,
+    tcp: TlsAcceptor,
+}
+
+impl fmt::Debug for Tls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Tls")
+    }
+}
+
+impl Tls {
+    fn new(credentials: &Credentials) -> Result<Self, BindError> {
+        let config = |alpn| server_config(credentials, ClientAuth::Required, &[alpn]);
+        let tcp = config(ALPN_TLS).map_err(bad_tls)?;
+        let quic = QuicServerConfig::try_from(config(ALPN_QUIC).map_err(bad_tls)?);
+        let quic = quic.map_err(|error| BindError::Tls(error.to_string()))?;
+        let mut quic = ServerConfig::with_crypto(Arc::new(quic));
+        quic.transport_config(quic::transport_config(1, None));
+        quic.max_incoming(HANDSHAKES_MAX);
+        Ok(Self {
+            quic: Arc::new(quic),
+            tcp: TlsAcceptor::from(Arc::new(tcp)),
+        })
+    }
 }
 
 impl fmt::Debug for Relay {
@@ -84,6 +131,7 @@ impl fmt::Debug for Relay {
 #[derive(Debug)]
 struct Shared {
     hub: Arc<Hub>,
+    tls: ArcSwap<Tls>,
     trust_domain: String,
     handshakes: Arc<Semaphore>,
     links: TaskTracker,
@@ -133,35 +181,47 @@ impl Relay {
     /// # Errors
     ///
     /// [`BindError`] that names the port and its key.
-    pub fn bind(settings: &Settings) -> Result<Self, BindError> {
+    pub fn bind(
+        listen: &Listen,
+        credentials: &Credentials,
+        limits: Limits,
+    ) -> Result<Self, BindError> {
         let mut secret = [0; 32];
         rand::rng().fill_bytes(&mut secret);
-        let hub = Arc::new(Hub::new(settings.limits.clone(), &secret));
-        let quic_socket = udp_socket(settings.quic_listen, "quic_listen")?;
+        let hub = Arc::new(Hub::new(limits, &secret));
+        let quic_socket = udp_socket(listen.quic, "quic_listen")?;
         let overrun = hub.overrun_counter();
-        let endpoint = quic_endpoint(settings, quic_socket.clone(), overrun)?;
-        let stun = settings.stun_listen.iter();
+        let tls = Tls::new(credentials)?;
+        let config = endpoint_config(credentials.key_pem().as_bytes());
+        let quic = Some((*tls.quic).clone());
+        let endpoint = Endpoint::new(quic_socket.clone(), config, quic, overrun);
+        let stun = listen.stun.iter();
         let stun = stun.map(|&address| {
             let socket = udp_socket(address, "stun_listen")?;
             Ok(Arc::new(SharedSocket::new(socket, false, hub.clone())))
         });
         let stun = stun.collect::<Result<_, _>>()?;
-        let listener = tcp_listener(settings.tls_listen)?;
-        let tls = server_config(&settings.credentials, ClientAuth::Required, &[ALPN_TLS]);
+        let listener = tcp_listener(listen.tls)?;
         Ok(Self {
             endpoint,
             socket: Arc::new(SharedSocket::new(quic_socket, true, hub.clone())),
             listener,
             stun,
-            tls: TlsAcceptor::from(Arc::new(tls.map_err(bad_tls)?)),
             shared: Arc::new(Shared {
                 hub,
-                trust_domain: settings.credentials.trust_domain().to_owned(),
+                tls: ArcSwap::from_pointee(tls),
+                trust_domain: credentials.trust_domain().to_owned(),
                 handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
                 links: TaskTracker::new(),
                 close: CancellationToken::new(),
             }),
         })
+    }
+
+    /// What can be changed while it runs.
+    #[must_use]
+    pub fn handle(&self) -> RelayHandle {
+        RelayHandle(Arc::clone(&self.shared))
     }
 
     /// Serves until `stop` is cancelled; then tells the nodes to go, waits a little, and closes.
@@ -176,7 +236,6 @@ impl Relay {
             socket,
             listener,
             stun,
-            tls,
             shared,
         } = self;
         // Still serves while the relay stops.
@@ -185,7 +244,7 @@ impl Relay {
         let ended = tokio::select! {
             () = stop.cancelled() => Ok(()),
             _ = &mut quic => Err(EndedEarly("QUIC")),
-            () = tls_link::accept(&listener, &tls, &shared) => Err(EndedEarly("TLS")),
+            () = tls_link::accept(&listener, &shared) => Err(EndedEarly("TLS")),
             _ = future::select_all(serve_stun), if !stun.is_empty() => Err(EndedEarly("STUN")),
             () = report(&shared) => Err(EndedEarly("report")),
         };
@@ -242,21 +301,6 @@ fn tcp_listener(address: SocketAddr) -> Result<TcpListener, BindError> {
         key: "tls_listen",
         source,
     })
-}
-
-fn quic_endpoint(
-    settings: &Settings,
-    socket: Arc<Socket>,
-    overrun: Arc<AtomicU64>,
-) -> Result<Endpoint, BindError> {
-    let tls = server_config(&settings.credentials, ClientAuth::Required, &[ALPN_QUIC]);
-    let tls = QuicServerConfig::try_from(tls.map_err(bad_tls)?);
-    let tls = tls.map_err(|error| BindError::Tls(error.to_string()))?;
-    let mut server = ServerConfig::with_crypto(Arc::new(tls));
-    server.transport_config(quic::transport_config(1, None));
-    server.max_incoming(HANDSHAKES_MAX);
-    let config = endpoint_config(settings.credentials.key_pem().as_bytes());
-    Ok(Endpoint::new(socket, config, Some(server), overrun))
 }
 
 /// Connection ids and reset tokens come from the relay's own key, so that a relay that starts

@@ -453,3 +453,48 @@ proptest! {
         prop_assert_eq!(server.free_places.len(), server.places.len());
     }
 }
+
+#[test]
+fn a_relay_of_a_site_serves_pairs_with_one_of_its_nodes_only() {
+    let mut server = server(Limits::default());
+    server.set_served(Some(BTreeSet::from([node(1), node(2)])));
+    let [own, other, stranger, far] = [1, 2, 3, 4].map(|n| connect(&mut server, n, QUIC));
+    drain(&mut server);
+    find(&mut server, own, 2);
+    assert!(told(&drain(&mut server), own, 2).unwrap().is_some());
+    // From outside: to one of the site yes, past it no.
+    find(&mut server, stranger, 2);
+    let session = told(&drain(&mut server), other, 3).unwrap().unwrap();
+    find(&mut server, stranger, 4);
+    assert_eq!(told(&drain(&mut server), stranger, 4), Some(None));
+    assert_eq!(server.counters().pairs_not_served, 1);
+    assert_eq!(one(&mut server, stranger, session, 100, start()), by(other));
+    // Who was refused is not waiting: nobody is told when the site grows, until he asks again.
+    server.set_served(None);
+    assert_eq!(drain(&mut server), []);
+    find(&mut server, far, 3);
+    assert!(told(&drain(&mut server), far, 3).unwrap().is_some());
+}
+
+#[test]
+fn pairs_that_are_served_no_more_lose_their_session_and_are_told() {
+    let mut server = server(Limits::default());
+    let [a, b, c] = [1, 2, 3].map(|n| connect(&mut server, n, QUIC));
+    find(&mut server, a, 2);
+    find(&mut server, b, 3);
+    let outputs = drain(&mut server);
+    let [ended, kept] = [(a, 2), (b, 3)].map(|(link, n)| told(&outputs, link, n).unwrap().unwrap());
+    server.set_served(Some(BTreeSet::from([node(3)])));
+    let outputs = drain(&mut server);
+    assert_eq!(told(&outputs, a, 2), Some(None));
+    assert_eq!(told(&outputs, b, 1), Some(None));
+    assert_eq!(told(&outputs, c, 2), None);
+    let lost = Verdict::Drop(DropReason::NoSession);
+    assert_eq!(one(&mut server, a, ended, 100, start()), lost);
+    assert_eq!(one(&mut server, b, kept, 100, start()), by(c));
+    // One that comes back finds its watcher, but not past the site.
+    server.handle_disconnected(a);
+    drain(&mut server);
+    find(&mut server, b, 1);
+    assert_eq!(told(&drain(&mut server), b, 1), Some(None));
+}

@@ -12,10 +12,7 @@ use mesh_identity::{
     credentials::Credentials,
     tls::{client_config, explain, explain_io, server_name},
 };
-use mesh_wire::{
-    id::Identity,
-    relay::{ALPN_QUIC, ALPN_TLS, Control, PROTOCOL_VERSION, WEBSOCKET_PATH},
-};
+use mesh_wire::relay::{ALPN_QUIC, ALPN_TLS, Control, PROTOCOL_VERSION, WEBSOCKET_PATH};
 use quinn_proto::{
     ClientConfig, ConnectionError, EndpointConfig, crypto::rustls::QuicClientConfig,
 };
@@ -244,8 +241,7 @@ fn ended(result: Result<(), tungstenite::Error>) -> String {
 }
 
 fn relay_name(config: &LinkConfig) -> Result<ServerName<'static>, ConnectError> {
-    let relay = Identity::Relay(config.relay.clone());
-    let name = server_name(config.credentials.trust_domain(), &relay);
+    let name = server_name(config.credentials.trust_domain(), &config.identity);
     name.map_err(|error| ConnectError::Credentials(error.to_string()))
 }
 

@@ -321,11 +321,12 @@ impl Endpoint {
     pub(crate) fn accept(
         &mut self,
         incoming: Incoming,
+        config: Arc<ServerConfig>,
     ) -> Result<(QuicLink, Wire), ConnectionError> {
         let Connections {
             protocol, answer, ..
         } = &mut self.connections;
-        match protocol.accept(incoming, Instant::now(), answer, None) {
+        match protocol.accept(incoming, Instant::now(), answer, Some(config)) {
             Ok((handle, connection)) => {
                 let wire = self.wire(handle).ok_or(ConnectionError::LocallyClosed)?;
                 Ok((QuicLink::new(connection), wire))

@@ -1,7 +1,7 @@
 //! The way between links: the core's decisions, and the queues that they name.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     net::IpAddr,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
@@ -107,6 +107,7 @@ impl Totals {
             + core.handshakes_limited
             + core.links_refused
             + core.finds_refused
+            + core.pairs_not_served
             + self.bad_frames
             + self.queue_dropped_frames
             + self.overrun_datagrams
@@ -131,6 +132,7 @@ impl Totals {
             links_refused = core.links_refused,
             links_replaced = core.links_replaced,
             finds_refused = core.finds_refused,
+            pairs_not_served = core.pairs_not_served,
             bad_frames = self.bad_frames,
             queue_dropped_frames = self.queue_dropped_frames,
             overrun_datagrams = self.overrun_datagrams,
@@ -168,6 +170,12 @@ impl Hub {
     /// Counts datagrams that came by QUIC for a link whose task did not keep up.
     pub(super) fn overrun_counter(&self) -> Arc<AtomicU64> {
         self.shell.overrun_datagrams.clone()
+    }
+
+    pub(super) fn set_served(&self, served: Option<BTreeSet<NodeId>>) {
+        let mut state = self.lock();
+        state.server.set_served(served);
+        state.perform();
     }
 
     pub(super) fn handshake(&self, from: IpAddr) -> Result<(), Refusal> {

@@ -45,7 +45,7 @@ fn admit(endpoint: &mut Endpoint, incoming: Incoming, shared: &Arc<Shared>) {
         shared.hub.handshake_failed();
         return endpoint.ignore(incoming);
     };
-    let mut driver = match endpoint.accept(incoming) {
+    let mut driver = match endpoint.accept(incoming, shared.tls.load().quic.clone()) {
         Ok(link) => Driver::new(link),
         Err(error) => {
             tracing::debug!(%from, %error, "bad QUIC packet");

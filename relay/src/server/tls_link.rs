@@ -44,7 +44,7 @@ const UPGRADE: &[u8] = b"HTTP/1.1 426 Upgrade Required\r\nUpgrade: websocket\r\n
     Connection: Upgrade, close\r\nContent-Length: 0\r\n\r\n";
 
 /// Accepts connections.
-pub(super) async fn accept(listener: &TcpListener, tls: &TlsAcceptor, shared: &Arc<Shared>) {
+pub(super) async fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
     loop {
         let (stream, from) = match listener.accept().await {
             Ok((stream, from)) => (stream, canonical_ip(from.ip())),
@@ -59,7 +59,7 @@ pub(super) async fn accept(listener: &TcpListener, tls: &TlsAcceptor, shared: &A
             shared.hub.handshake_failed();
             continue; // Closed.
         };
-        let (tls, shared_with_link) = (tls.clone(), shared.clone());
+        let (tls, shared_with_link) = (shared.tls.load().tcp.clone(), shared.clone());
         shared.links.spawn(async move {
             let opening = open(stream, from, &tls, &shared_with_link);
             let opened = time::timeout(HANDSHAKE_TIMEOUT, opening).await;

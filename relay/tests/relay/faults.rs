@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use mesh_relay::client::{ConnectError, QUIC_CONNECT_TIMEOUT};
+use mesh_wire::id::Identity;
 use tokio::time;
 
 use crate::harness::{Mesh, Node, PATIENCE, Quic, Relay, Tls, command, id};
@@ -67,5 +68,33 @@ async fn a_link_that_the_node_closes_is_not_lost() {
     for transport in [Quic, Tls] {
         let node = Node::connect(&mesh, &relay, 1, transport).await;
         assert_eq!(node.close().await, None);
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_that_is_replaced_is_shown_without_a_restart() {
+    let mesh = Mesh::new();
+    let identity = Identity::Relay("r1".parse().unwrap());
+    let show = |lifetime| {
+        let credentials = mesh.credentials_for(&identity, Duration::from_secs(lifetime));
+        mesh.write("relay.key", &credentials.key_pem());
+        mesh.write("relay.pem", &credentials.chain_pem());
+    };
+    show(3);
+    let relay = mesh.relay();
+    let mut before = Node::connect(&mesh, &relay, 1, Quic).await;
+    mesh.write("relay.pem", "half of a file");
+    relay.logged("cannot be used").await;
+    // By now the first one is over: who comes would not believe it.
+    let refused = Node::try_connect(mesh.node_credentials(2), &relay, Tls).await;
+    assert!(matches!(refused, Err(ConnectError::Refused(_))));
+    show(3600);
+    relay.logged("a new certificate is shown").await;
+    for (n, transport) in [(2, Quic), (3, Tls)] {
+        let mut late = Node::connect(&mesh, &relay, n, transport).await;
+        late.send(&before, b"late");
+        assert_eq!(before.data().await, (id(n), b"late".to_vec()));
+        before.send(&late, b"before");
+        assert_eq!(late.data().await, (id(1), b"before".to_vec()));
     }
 }

@@ -59,8 +59,12 @@ impl Mesh {
     }
 
     pub(crate) fn credentials(&self, identity: &Identity) -> Credentials {
+        self.credentials_for(identity, Duration::from_secs(3600))
+    }
+
+    pub(crate) fn credentials_for(&self, identity: &Identity, lifetime: Duration) -> Credentials {
         let key = new_key().unwrap();
-        let validity = Validity::from_now(SystemTime::now(), Duration::from_secs(3600));
+        let validity = Validity::from_now(SystemTime::now(), lifetime);
         let certificate = self
             .authority
             .issue(identity, &key.csr_der, validity)
@@ -164,6 +168,24 @@ impl Relay {
 
     pub(crate) fn addresses(&self) -> [SocketAddr; 3] {
         [self.quic, self.tls, self.stun]
+    }
+
+    /// Waits until it has written a line with `words` in it.
+    pub(crate) async fn logged(&self, words: &str) {
+        let logged = || {
+            self.log
+                .lock()
+                .unwrap()
+                .iter()
+                .any(|line| line.contains(words))
+        };
+        let waiting = async {
+            while !logged() {
+                time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        let waited = time::timeout(PATIENCE, waiting).await;
+        waited.unwrap_or_else(|_| panic!("nothing of {words:?} in the log"));
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -275,6 +297,7 @@ impl Node {
         });
         let config = |address| LinkConfig {
             relay: "r1".parse().unwrap(),
+            identity: Identity::Relay("r1".parse().unwrap()),
             address,
             credentials,
             udp,
