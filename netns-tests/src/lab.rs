@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     io::Write as _,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     process::{self, Child, Command, Stdio},
     sync::{
@@ -18,14 +18,22 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
     link::{Impairment, Link},
-    nat::NatKind,
+    nat::{self, NatKind},
     node::{Node, unmount_bpffs},
-    site::Site,
+    site::{Internet, Site},
     tool,
 };
 
 /// The address by which every public node and every site reaches the lab's internet.
 pub const INTERNET: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+
+/// A carrier's router and a home's, between themselves (RFC 6598).
+const CARRIER: Ipv4Addr = Ipv4Addr::new(100, 64, 0, 1);
+const CUSTOMER: Ipv4Addr = Ipv4Addr::new(100, 64, 0, 2);
+
+/// The two ends of every wire of IPv6 between the internet and somebody: link-local, as everywhere.
+const INTERNET_V6: &str = "fe80::1";
+const OTHER_END_V6: &str = "fe80::2";
 
 /// Teardown waits this long for killed processes to be gone.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
@@ -39,6 +47,8 @@ pub struct Lab {
     guardian: Option<Child>,
     internet: Node,
     names: Mutex<BTreeMap<String, Node>>,
+    /// Of each node at the internet, the interface there.
+    ports: Mutex<BTreeMap<String, String>>,
     links: AtomicU32,
 }
 
@@ -70,6 +80,7 @@ impl Lab {
         internet.make_router()?;
         let names = Mutex::new(BTreeMap::from([("internet".to_owned(), internet.clone())]));
         let links = AtomicU32::new(0);
+        let ports = Mutex::default();
         Ok(Self {
             id,
             dir,
@@ -77,6 +88,7 @@ impl Lab {
             guardian: Some(guardian),
             internet,
             names,
+            ports,
             links,
         })
     }
@@ -145,11 +157,23 @@ impl Lab {
         let node = self.add_node(name)?;
         let port = self.next_port();
         self.veth(&node, "wan", &self.internet, &port)?;
+        self.note_port(&node, &port);
         self.route_uplink(&node, address, &port)?;
         Ok(node)
     }
 
-    /// A router with a LAN behind it, joined to the internet by an impaired link.
+    /// Gives a public node an IPv6 address beside the other.
+    ///
+    /// # Errors
+    ///
+    /// If the node is not one of [`Self::public_node`], or has one already.
+    pub fn add_ipv6(&self, node: &Node, address: Ipv6Addr) -> Result<()> {
+        self.route_ipv6(node, &format!("{address}/128"))?;
+        let own = format!("addr add {address}/128 dev wan nodad\n");
+        tool::ip(node.netns(), &own)
+    }
+
+    /// A router with an IPv4 LAN behind it, joined to the internet by an impaired link.
     ///
     /// # Errors
     ///
@@ -161,20 +185,71 @@ impl Lab {
         wan: Ipv4Addr,
         impairment: Impairment,
     ) -> Result<Site> {
+        self.site_with(name, Internet::ipv4(kind, wan), impairment)
+    }
+
+    /// The same, of either family or both.
+    ///
+    /// # Errors
+    ///
+    /// If the name is taken, there is neither family, or the impairment is out of range.
+    pub fn site_with(
+        &self,
+        name: &str,
+        internet: Internet,
+        impairment: Impairment,
+    ) -> Result<Site> {
+        ensure!(
+            internet.ipv4.is_some() || internet.ipv6.is_some(),
+            "site {name} has neither IPv4 nor IPv6"
+        );
         let router = self.add_node(&format!("{name}-router"))?;
         router.make_router()?;
+        let double = matches!(internet.ipv4, Some((NatKind::Double, _)));
+        let border = if double {
+            ensure!(
+                internet.ipv6.is_none(),
+                "site {name}: the router of a carrier that translates passes no IPv6"
+            );
+            self.carrier(name, &router)?
+        } else {
+            router.clone()
+        };
         let port = self.next_port();
-        let link = self.impaired(&router, "wan", &self.internet, &port, impairment)?;
-        self.route_uplink(&router, wan, &port)?;
+        let link = self.impaired(&border, "wan", &self.internet, &port, impairment)?;
+        self.note_port(&border, &port);
         let mut lan = [192, 168, 1];
-        if kind == NatKind::None {
-            // Reachable from everywhere, so its own.
-            lan = [10, u8::try_from(self.links.load(Ordering::Relaxed))?, 1];
-            let [a, b, c] = lan;
-            let route = format!("route add {a}.{b}.{c}.0/24 via {wan} dev {port} onlink\n");
-            tool::ip(self.internet.netns(), &route)?;
+        if let Some((kind, wan)) = internet.ipv4 {
+            self.route_uplink(&border, wan, &port)?;
+            if kind == NatKind::None {
+                // Reachable from everywhere, so its own.
+                lan = [10, u8::try_from(self.links.load(Ordering::Relaxed))?, 1];
+                let [a, b, c] = lan;
+                let route = format!("route add {a}.{b}.{c}.0/24 via {wan} dev {port} onlink\n");
+                tool::ip(self.internet.netns(), &route)?;
+            }
         }
-        Site::new(name, kind, router, port, lan, wan, link)
+        if let Some((_, prefix)) = internet.ipv6 {
+            self.route_ipv6(&border, &format!("{prefix}/64"))?;
+        }
+        Site::new(name, internet, [router, border], port, lan, link)
+    }
+
+    /// A carrier's router, with a home's router behind it.
+    fn carrier(&self, name: &str, home: &Node) -> Result<Node> {
+        let carrier = self.add_node(&format!("{name}-carrier"))?;
+        carrier.make_router()?;
+        self.veth(home, "wan", &carrier, "lan")?;
+        let [outer, inner] = [CARRIER, CUSTOMER];
+        tool::ip(carrier.netns(), &format!("addr add {outer}/30 dev lan\n"))?;
+        let uplink =
+            format!("addr add {inner}/30 dev wan\nroute add default via {outer} dev wan\n");
+        tool::ip(home.netns(), &uplink)?;
+        tool::nft(
+            carrier.netns(),
+            &nat::rules(NatKind::PortRestricted, &[inner]),
+        )?;
+        Ok(carrier)
     }
 
     /// Joins two nodes by a perfect wire; the interfaces get no address.
@@ -232,6 +307,28 @@ impl Lab {
 
     fn next_port(&self) -> String {
         format!("port{}", self.links.fetch_add(1, Ordering::Relaxed))
+    }
+
+    fn note_port(&self, node: &Node, port: &str) {
+        let mut ports = self.ports.lock().unwrap_or_else(PoisonError::into_inner);
+        ports.insert(node.name().to_owned(), port.to_owned());
+    }
+
+    /// The destination down, and a default route up.
+    fn route_ipv6(&self, node: &Node, destination: &str) -> Result<()> {
+        let ports = self.ports.lock().unwrap_or_else(PoisonError::into_inner);
+        let port = ports.get(node.name());
+        let port = port.with_context(|| format!("{} is not at the internet", node.name()))?;
+        // Nobody else is on the wire: no search for duplicates, which takes a second.
+        let down = format!(
+            "addr add {INTERNET_V6}/64 dev {port} nodad\n\
+             route add {destination} via {OTHER_END_V6} dev {port}\n"
+        );
+        tool::ip(self.internet.netns(), &down)?;
+        let up = format!(
+            "addr add {OTHER_END_V6}/64 dev wan nodad\nroute add ::/0 via {INTERNET_V6} dev wan\n"
+        );
+        tool::ip(node.netns(), &up)
     }
 
     /// A host route down, and a default route up: no subnets to plan.

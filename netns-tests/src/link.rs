@@ -25,8 +25,11 @@ pub struct Impairment {
     pub delay: Duration,
     /// Added on top, uniformly from nothing to this. Frames keep their order.
     pub jitter: Duration,
-    /// The share of frames that vanish, 0 to 1, independent of each other.
+    /// The share of frames that vanish, 0 to 1.
     pub loss: f64,
+    /// How many frames in a row vanish on average (Gilbert's model: a chain of a good state, which loses
+    /// nothing, and a bad one, which loses all). 0: frames vanish independently of each other.
+    pub loss_burst_frames: f64,
     /// Bits a second; 0 is no limit. The queue in front holds [`QUEUE_TIME`].
     pub rate_bps: u64,
     /// Nothing passes.
@@ -44,6 +47,7 @@ impl Impairment {
         delay: Duration::ZERO,
         jitter: Duration::ZERO,
         loss: 0.0,
+        loss_burst_frames: 0.0,
         rate_bps: 0,
         down: false,
         seed: 1,
@@ -63,6 +67,13 @@ impl Impairment {
         ensure!(
             (0.0..=1.0).contains(&self.loss),
             "loss {} is not between 0 and 1",
+            self.loss
+        );
+        // By the model: from the good state a burst begins with `loss / (1 − loss) / burst`, a chance of 1 at most.
+        let burst = self.loss_burst_frames;
+        ensure!(
+            burst == 0.0 || burst >= 1.0 && self.loss <= burst / (burst + 1.0),
+            "bursts of {burst} frames cannot make a loss of {}",
             self.loss
         );
         let limit = Duration::from_secs(10);

@@ -98,6 +98,7 @@ impl Node {
 
     pub(crate) fn make_router(&self) -> Result<()> {
         self.sysctl("net/ipv4/ip_forward", "1")?;
+        self.sysctl("net/ipv6/conf/all/forwarding", "1")?;
         self.sysctl("net/ipv4/conf/all/rp_filter", "0")?;
         self.sysctl("net/ipv4/conf/default/rp_filter", "0")
     }

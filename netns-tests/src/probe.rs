@@ -2,7 +2,7 @@
 
 use std::{
     io::ErrorKind,
-    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     time::Duration,
 };
 
@@ -38,12 +38,8 @@ pub struct Behaviour {
 /// # Errors
 ///
 /// If a packet that has to come does not.
-pub fn behaviour(
-    inside: &Node,
-    one: (&Node, Ipv4Addr),
-    two: (&Node, Ipv4Addr),
-) -> Result<Behaviour> {
-    let socket = bind(inside, Ipv4Addr::UNSPECIFIED)?;
+pub fn behaviour(inside: &Node, one: (&Node, IpAddr), two: (&Node, IpAddr)) -> Result<Behaviour> {
+    let socket = bind(inside, any(one.1))?;
     let primary = bind(one.0, one.1)?;
     let other_port = bind(one.0, one.1)?;
     let other_address = bind(two.0, two.1)?;
@@ -81,12 +77,33 @@ pub fn behaviour(
     Ok(Behaviour { mapping, filtering })
 }
 
+/// The outer ports that a new inner endpoint gets, one after the other, for so many ports of one server.
+///
+/// # Errors
+///
+/// If a packet that has to come does not.
+pub fn outer_ports(inside: &Node, server: (&Node, IpAddr), count: usize) -> Result<Vec<u16>> {
+    let socket = bind(inside, any(server.1))?;
+    let servers = (0..count).map(|_| bind(server.0, server.1));
+    let servers = servers.collect::<Result<Vec<_>>>()?;
+    let seen = servers.iter().map(|server| seen_by(&socket, server));
+    seen.map(|seen| Ok(seen?.port())).collect()
+}
+
+fn any(like: IpAddr) -> IpAddr {
+    match like {
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    }
+}
+
 /// A UDP socket on a node.
 ///
 /// # Errors
 ///
 /// If the address is not the node's.
-pub fn bind(node: &Node, address: Ipv4Addr) -> Result<UdpSocket> {
+pub fn bind(node: &Node, address: impl Into<IpAddr>) -> Result<UdpSocket> {
+    let address = address.into();
     let socket = node.enter(|| UdpSocket::bind((address, 0)))??;
     socket.set_read_timeout(Some(ANSWER_LIMIT))?;
     Ok(socket)

@@ -1,27 +1,58 @@
 //! A site: a router with a NAT, a LAN, and a link to the internet.
 
 use std::{
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     lab::{INTERNET, Lab},
     link::Link,
-    nat::{HOSTS_MAX, NatKind, rules},
+    nat::{HOSTS_MAX, Ipv6Kind, NatKind, ipv6_rules, rules},
     node::Node,
     tool,
 };
+
+/// What a site has of the internet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Internet {
+    /// How IPv4 is translated, and the public address.
+    pub ipv4: Option<(NatKind, Ipv4Addr)>,
+    /// How IPv6 is filtered, and the LAN's prefix, a /64.
+    pub ipv6: Option<(Ipv6Kind, Ipv6Addr)>,
+}
+
+impl Internet {
+    /// IPv4 alone.
+    #[must_use]
+    pub const fn ipv4(kind: NatKind, wan: Ipv4Addr) -> Self {
+        Self {
+            ipv4: Some((kind, wan)),
+            ipv6: None,
+        }
+    }
+
+    /// IPv6 alone.
+    #[must_use]
+    pub const fn ipv6(kind: Ipv6Kind, prefix: Ipv6Addr) -> Self {
+        Self {
+            ipv4: None,
+            ipv6: Some((kind, prefix)),
+        }
+    }
+}
 
 /// A router, and the LAN behind it. Every LAN behind a NAT is 192.168.1.0/24, as at home: addresses
 /// of different sites overlap, and nothing may rely on them being unique.
 #[derive(Debug)]
 pub struct Site {
     name: String,
-    kind: NatKind,
+    internet: Internet,
     router: Node,
+    /// The router with the public address: a carrier's, or the same.
+    border: Node,
     port: String,
     lan: [u8; 3],
     link: Link,
@@ -30,7 +61,7 @@ pub struct Site {
 
 #[derive(Debug)]
 struct State {
-    wan: Ipv4Addr,
+    wan: Option<Ipv4Addr>,
     hosts: Vec<(Node, Ipv4Addr)>,
 }
 
@@ -43,30 +74,40 @@ const FIRST_HOST: u8 = 11;
 impl Site {
     pub(crate) fn new(
         name: &str,
-        kind: NatKind,
-        router: Node,
+        internet: Internet,
+        [router, border]: [Node; 2],
         port: String,
         lan: [u8; 3],
-        wan: Ipv4Addr,
         link: Link,
     ) -> Result<Self> {
         let state = Mutex::new(State {
-            wan,
+            wan: internet.ipv4.map(|(_, wan)| wan),
             hosts: Vec::new(),
         });
         let site = Self {
             name: name.to_owned(),
-            kind,
+            internet,
             router,
+            border,
             port,
             lan,
             link,
             state,
         };
-        let gateway = site.address(GATEWAY);
-        let bridge =
-            format!("link add lan type bridge\naddr add {gateway}/24 dev lan\nlink set lan up\n");
+        let mut bridge = "link add lan type bridge\n".to_owned();
+        if site.internet.ipv4.is_some() {
+            let gateway = site.address(GATEWAY);
+            bridge.push_str(&format!("addr add {gateway}/24 dev lan\n"));
+        }
+        if let Some((_, prefix)) = site.internet.ipv6 {
+            let gateway = with_last(prefix, GATEWAY);
+            bridge.push_str(&format!("addr add {gateway}/64 dev lan nodad\n"));
+        }
+        bridge.push_str("link set lan up\n");
         tool::ip(site.router.netns(), &bridge)?;
+        if let Some((kind, _)) = site.internet.ipv6 {
+            tool::nft(site.router.netns(), &ipv6_rules(kind))?;
+        }
         site.apply(&site.lock())?;
         Ok(site)
     }
@@ -77,7 +118,7 @@ impl Site {
         &self.name
     }
 
-    /// The router.
+    /// The router of the LAN.
     #[must_use]
     pub fn router(&self) -> &Node {
         &self.router
@@ -111,7 +152,16 @@ impl Site {
             &format!("link set {port} master lan\n"),
         )?;
         let address = self.address(last);
-        self.set_address(&node, address)?;
+        if self.internet.ipv4.is_some() {
+            self.set_address(&node, address)?;
+        }
+        if let Some((_, prefix)) = self.internet.ipv6 {
+            let [own, gateway] = [last, GATEWAY].map(|last| with_last(prefix, last));
+            let batch = format!(
+                "addr add {own}/64 dev eth0 nodad\nroute add ::/0 via {gateway} dev eth0\n"
+            );
+            tool::ip(node.netns(), &batch)?;
+        }
         state.hosts.push((node.clone(), address));
         self.apply(&state)?;
         Ok(node)
@@ -121,8 +171,13 @@ impl Site {
     ///
     /// # Errors
     ///
-    /// If `ip` refuses.
+    /// If the site has no IPv4, or `ip` refuses.
     pub fn renumber(&self, host: &Node, address: Ipv4Addr) -> Result<()> {
+        ensure!(
+            self.internet.ipv4.is_some(),
+            "site {} has no IPv4",
+            self.name
+        );
         let mut state = self.lock();
         for (node, old) in &mut state.hosts {
             if node.name() == host.name() {
@@ -137,21 +192,21 @@ impl Site {
     ///
     /// # Errors
     ///
-    /// If `ip` refuses.
+    /// If the site has no IPv4, or `ip` refuses.
     pub fn set_wan(&self, internet: &Node, wan: Ipv4Addr) -> Result<()> {
         let mut state = self.lock();
         let port = &self.port;
-        let down = format!(
-            "route del {}/32 dev {port}\nroute add {wan}/32 dev {port}\n",
-            state.wan
-        );
+        let before = state
+            .wan
+            .with_context(|| format!("site {} has no IPv4", self.name))?;
+        let down = format!("route del {before}/32 dev {port}\nroute add {wan}/32 dev {port}\n");
         tool::ip(internet.netns(), &down)?;
         let up = format!(
-            "addr flush dev wan\naddr add {wan}/32 dev wan\n\
+            "addr flush dev wan to 0.0.0.0/0\naddr add {wan}/32 dev wan\n\
              route replace default via {INTERNET} dev wan onlink\n"
         );
-        tool::ip(self.router.netns(), &up)?;
-        state.wan = wan;
+        tool::ip(self.border.netns(), &up)?;
+        state.wan = Some(wan);
         self.apply(&state)
     }
 
@@ -172,8 +227,11 @@ impl Site {
     }
 
     fn apply(&self, state: &State) -> Result<()> {
+        let Some((kind, _)) = self.internet.ipv4 else {
+            return Ok(());
+        };
         let hosts: Vec<_> = state.hosts.iter().map(|(_, address)| *address).collect();
-        tool::nft(self.router.netns(), &rules(self.kind, &hosts))
+        tool::nft(self.router.netns(), &rules(kind, &hosts))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -188,9 +246,14 @@ impl Site {
     fn set_address(&self, host: &Node, address: Ipv4Addr) -> Result<()> {
         let gateway = self.address(GATEWAY);
         let batch = format!(
-            "addr flush dev eth0 scope global\naddr add {address}/24 dev eth0\n\
+            "addr flush dev eth0 to 0.0.0.0/0\naddr add {address}/24 dev eth0\n\
              route replace default via {gateway} dev eth0\n"
         );
         tool::ip(host.netns(), &batch)
     }
+}
+
+/// An address of a /64.
+fn with_last(prefix: Ipv6Addr, last: u8) -> Ipv6Addr {
+    Ipv6Addr::from_bits(prefix.to_bits() | u128::from(last))
 }

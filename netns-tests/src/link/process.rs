@@ -144,6 +144,8 @@ impl Control {
 struct Way {
     impairment: Impairment,
     random: StdRng,
+    /// The link is in the bad state of Gilbert's model.
+    bad: bool,
     queue: VecDeque<(Instant, Vec<u8>)>,
     /// When the rate limit's line is free again.
     free: Option<Instant>,
@@ -156,6 +158,7 @@ impl Default for Way {
         Self {
             impairment: Impairment::NONE,
             random: StdRng::seed_from_u64(0),
+            bad: false,
             queue: VecDeque::new(),
             free: None,
             last: None,
@@ -165,8 +168,10 @@ impl Default for Way {
 
 impl Way {
     fn set(&mut self, impairment: Impairment, direction: u64) {
-        if impairment.seed != self.impairment.seed || impairment.loss != self.impairment.loss {
+        let losses = |of: &Impairment| (of.seed, of.loss, of.loss_burst_frames);
+        if losses(&impairment) != losses(&self.impairment) {
             self.random = StdRng::seed_from_u64(impairment.seed.wrapping_mul(2) + direction);
+            self.bad = false;
         }
         self.impairment = impairment;
     }
@@ -194,8 +199,7 @@ impl Way {
     }
 
     fn take(&mut self, frame: Vec<u8>, now: Instant) {
-        let lost = self.random.random::<f64>() < self.impairment.loss;
-        if lost || self.impairment.down || self.queue.len() == FRAMES_MAX {
+        if self.loses() || self.impairment.down || self.queue.len() == FRAMES_MAX {
             return;
         }
         let Some(sent) = self.transmit(frame.len(), now) else {
@@ -206,6 +210,29 @@ impl Way {
         let due = self.last.map_or(due, |last| last.max(due));
         self.last = Some(due);
         self.queue.push_back((due, frame));
+    }
+
+    /// Whether the next frame vanishes.
+    fn loses(&mut self) -> bool {
+        let dice = self.random.random::<f64>();
+        let Impairment {
+            loss,
+            loss_burst_frames: burst,
+            ..
+        } = self.impairment;
+        if burst == 0.0 {
+            return dice < loss;
+        }
+        // E. N. Gilbert, "Capacity of a burst-noise channel" (1960): the mean stay in the bad state is `burst`
+        // frames, and the share of frames in it is `loss`.
+        let leave = 1.0 / burst;
+        let enter = loss / (1.0 - loss) / burst;
+        self.bad = if self.bad {
+            dice >= leave
+        } else {
+            dice < enter
+        };
+        self.bad
     }
 
     /// When the frame's last bit is on the line; `None` if the queue in front of it is full.
