@@ -10,6 +10,7 @@
 pub mod lab;
 pub mod link;
 pub mod load;
+pub mod matrix;
 pub mod mesh;
 pub mod nat;
 pub mod node;

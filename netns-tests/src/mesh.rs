@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     process::Command,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -18,13 +18,16 @@ use crate::{
     link::Impairment,
     nat::NatKind,
     node::{Node, Output, Process},
-    site::Site,
+    site::{Internet, Site},
     tool,
     traffic::Hello,
 };
 
 /// The cloud node's public address.
 pub const CLOUD: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 10);
+
+/// Its IPv6 address, in labs that have IPv6.
+pub const CLOUD_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 10, 0, 0, 0, 1);
 
 /// Where agents answer names.
 pub const RESOLVER: &str = "nameserver 169.254.53.53\noptions timeout:1 attempts:3\n";
@@ -43,6 +46,8 @@ pub struct Mesh {
     sites: BTreeMap<String, Site>,
     cloud: Node,
     bins: PathBuf,
+    /// The cloud has both families.
+    dual: bool,
     lab: Lab,
 }
 
@@ -53,6 +58,19 @@ impl Mesh {
     ///
     /// If the binaries are not in `bins`, or the controller does not come up.
     pub fn start(bins: &Path, manifests: &Path) -> Result<Self> {
+        Self::start_with(bins, manifests, false)
+    }
+
+    /// The same, with IPv6 beside IPv4 at the cloud.
+    ///
+    /// # Errors
+    ///
+    /// If the binaries are not in `bins`, or the controller does not come up.
+    pub fn start_dual(bins: &Path, manifests: &Path) -> Result<Self> {
+        Self::start_with(bins, manifests, true)
+    }
+
+    fn start_with(bins: &Path, manifests: &Path, dual: bool) -> Result<Self> {
         for name in ["mesh-controller", "mesh-relay", "mesh-agent", "meshctl"] {
             let path = bins.join(name);
             ensure!(
@@ -63,6 +81,9 @@ impl Mesh {
         }
         let lab = Lab::new()?;
         let cloud = lab.public_node("cloud", CLOUD)?;
+        if dual {
+            lab.add_ipv6(&cloud, CLOUD_V6)?;
+        }
         let folder = cloud.dir().join("manifests");
         fs::create_dir_all(&folder)?;
         for entry in
@@ -76,6 +97,7 @@ impl Mesh {
             sites: BTreeMap::new(),
             cloud,
             bins: bins.to_owned(),
+            dual,
             lab,
         };
         mesh.start_controller()?;
@@ -146,7 +168,22 @@ impl Mesh {
         impairment: Impairment,
         hosts: &[&str],
     ) -> Result<()> {
-        let site = self.lab.site(name, kind, wan, impairment)?;
+        self.add_site_with(name, Internet::ipv4(kind, wan), impairment, hosts)
+    }
+
+    /// The same, of either family or both.
+    ///
+    /// # Errors
+    ///
+    /// If a name is taken.
+    pub fn add_site_with(
+        &mut self,
+        name: &str,
+        internet: Internet,
+        impairment: Impairment,
+        hosts: &[&str],
+    ) -> Result<()> {
+        let site = self.lab.site_with(name, internet, impairment)?;
         for host in hosts {
             site.host(&self.lab, host)?;
         }
@@ -195,8 +232,9 @@ impl Mesh {
     /// If it does not come up; the error ends with its log.
     pub fn start_controller_with(&self, lines: &str) -> Result<()> {
         let dir = self.cloud.dir();
+        let any = if self.dual { "[::]" } else { "0.0.0.0" };
         let config = format!(
-            "mesh_name = \"demo.holdfast\"\nlisten = \"0.0.0.0:7440\"\nstate_dir = \"{0}/state-controller\"\n\
+            "mesh_name = \"demo.holdfast\"\nlisten = \"{any}:7440\"\nstate_dir = \"{0}/state-controller\"\n\
              manifests = \"{0}/manifests\"\nadmin_socket = \"{0}/controller.sock\"\n{lines}",
             dir.display()
         );
@@ -221,19 +259,25 @@ impl Mesh {
     ///
     /// If it does not come up.
     pub fn start_relay_with(&self, lines: &str) -> Result<()> {
-        let out = self.cloud.dir().join("relay");
+        self.start_relay_on(&self.cloud, "cloud-relay", lines)
+    }
+
+    /// A relay of this name on any node, again if it ran before, with more lines of configuration.
+    ///
+    /// # Errors
+    ///
+    /// If it does not come up.
+    pub fn start_relay_on(&self, node: &Node, name: &str, lines: &str) -> Result<()> {
+        let out = node.dir().join("relay");
         if !out.exists() {
             let path = out.display().to_string();
-            self.controller(&["relay", "issue", "cloud-relay", "--out", &path])?;
+            self.controller(&["relay", "issue", name, "--out", &path])?;
         }
-        let config = "name = \"cloud-relay\"\ncertificate = \"relay/relay.pem\"\nkey = \"relay/relay.key\"\n\
-                      ca = \"relay/ca.pem\"\n";
-        self.daemon(
-            &self.cloud,
-            "mesh-relay",
-            "relay",
-            &format!("{config}{lines}"),
-        )
+        let config = format!(
+            "name = \"{name}\"\ncertificate = \"relay/relay.pem\"\nkey = \"relay/relay.key\"\n\
+             ca = \"relay/ca.pem\"\n{lines}"
+        );
+        self.daemon(node, "mesh-relay", "relay", &config)
     }
 
     /// A fresh join token.
@@ -268,8 +312,13 @@ impl Mesh {
         let token = token
             .map(|token| format!("token = \"{token}\"\n"))
             .unwrap_or_default();
+        let controllers = if self.dual {
+            format!("[\"{CLOUD}:7440\", \"[{CLOUD_V6}]:7440\"]")
+        } else {
+            format!("\"{CLOUD}:7440\"")
+        };
         format!(
-            "node_name = \"{}\"\ncontroller = \"{CLOUD}:7440\"\n{token}state_dir = \"{dir}/state\"\n\
+            "node_name = \"{}\"\ncontroller = {controllers}\n{token}state_dir = \"{dir}/state\"\n\
              admin_socket = \"{dir}/agent.sock\"\ncgroup = \"{}\"\n",
             node.name(),
             node.cgroup().display(),
