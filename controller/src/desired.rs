@@ -20,11 +20,11 @@ use mesh_api::{
 use mesh_core::{
     policy::resources::ObjectName,
     snapshot::{
-        Balance, ExternalPeer, Locality, Mapping, MeshSettings, Node, Service, ServiceKind,
-        ServiceName,
+        Balance, ExternalPeer, Locality, Mapping, MeshSettings, Node, Relay, Service,
+        ServiceKind, ServiceName,
     },
 };
-use mesh_wire::id::{MeshId, NodeId, NodeName};
+use mesh_wire::id::{MeshId, NodeId, NodeName, RelayName};
 
 use crate::{
     history::Wanted,
@@ -83,6 +83,7 @@ pub fn desired(objects: &[&Loaded], nodes: &Nodes, id: MeshId, trust_domain: &st
         },
         keys: in_mesh(nodes).map(|(_, node)| node.id).collect(),
         cluster_ips: BTreeMap::new(),
+        acting: BTreeMap::new(),
         balances: BTreeMap::new(),
     };
     builder.settings(objects);
@@ -161,6 +162,8 @@ struct Builder {
     /// WireGuard keys in use.
     keys: BTreeSet<NodeId>,
     cluster_ips: BTreeMap<IpAddr, ServiceName>,
+    /// Nodes that act as a relay.
+    acting: BTreeMap<NodeName, RelayName>,
     balances: BTreeMap<ServiceName, Balance>,
 }
 
@@ -244,8 +247,8 @@ impl Builder {
             Object::MeshPolicy(_)
             | Object::NetworkPolicy(_)
             | Object::Slice(..)
-            | Object::Relay(_)
             | Object::Community(..) => self.want_own(loaded),
+            Object::Relay(relay) => self.relay(loaded, relay),
             Object::Service(Some(service)) => self.service(loaded, service),
             Object::Route(gateways, subnets) => self.route(loaded, gateways, subnets),
             Object::Node(facts) => {
@@ -278,6 +281,22 @@ impl Builder {
             }
             Object::ExternalPeer(peer) => self.external_peer(loaded, peer),
         }
+    }
+
+    /// A node opens the ports of one relay only.
+    fn relay(&mut self, loaded: &Loaded, relay: &Relay) {
+        if let Some(node) = &relay.node {
+            if !self.desired.nodes.contains_key(node) {
+                let text = format!("no node {node} has joined; nobody acts as this relay");
+                return self.problem(loaded, "spec.node", &text);
+            }
+            if let Some(first) = self.acting.get(node) {
+                let text = format!("node {node} acts as relay {first} already; this one is left out");
+                return self.problem(loaded, "spec.node", &text);
+            }
+            self.acting.insert(node.clone(), relay.name.clone());
+        }
+        self.want_own(loaded);
     }
 
     fn service(&mut self, loaded: &Loaded, service: &Service) {

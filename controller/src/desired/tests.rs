@@ -1,4 +1,4 @@
-use mesh_api::convert::decode;
+use mesh_api::{control::resource_key::Kind, convert::decode};
 use mesh_core::snapshot::{Policy, Protocol, ServicePort};
 use proptest::prelude::*;
 
@@ -169,6 +169,27 @@ fn a_peer_with_a_node_s_key_is_left_out() {
     let built = build(&text, &["a"]);
     assert!(built.problems[0].contains("is the key of another node or peer"));
     assert_eq!(built.nodes["a"].prefixes, []);
+}
+
+#[test]
+fn a_node_acts_as_one_relay_and_only_once_it_has_joined() {
+    let relay = |name: &str, node: &str| {
+        format!(
+            "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: MeshRelay\nmetadata: {{name: {name}}}\nspec: {{addresses: [192.0.2.1], node: {node}, sites: [mill]}}\n---\n"
+        )
+    };
+    let text = relay("r1", "a") + &relay("r2", "a") + &relay("r3", "b") + &relay("r4", "c");
+    let built = build(&text, &["a", "b"]);
+    let said = [
+        "spec.node: node a acts as relay r1 already; this one is left out",
+        "spec.node: no node c has joined; nobody acts as this relay",
+    ];
+    for (problem, said) in built.problems.iter().zip(said) {
+        assert!(problem.contains(said), "{problem}");
+    }
+    assert_eq!(built.problems.len(), said.len());
+    let relays = built.wanted.keys().filter(|key| key.kind() == Kind::Relay);
+    assert_eq!(relays.count(), 2);
 }
 
 fn route(name: &str, gateways: &str, subnets: &str) -> String {
