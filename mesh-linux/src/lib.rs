@@ -8,8 +8,10 @@ use std::{fmt, num::NonZeroU32};
 
 pub mod masquerade;
 pub mod memory;
+pub mod mss;
 pub mod netlink;
 pub mod netns;
+mod nftables;
 pub mod sock_diag;
 pub mod thread;
 pub mod tun;
