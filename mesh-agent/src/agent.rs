@@ -291,6 +291,7 @@ async fn start(
         events.clone(),
         tunnel.clone(),
         Arc::clone(&credentials),
+        settings.https_proxy.clone(),
         stop.clone(),
     )?;
     let core = Core::new(
@@ -383,6 +384,7 @@ async fn start(
         changes,
         settings.interface.clone(),
         settings.listen_port,
+        settings.uplinks.clone(),
         events.clone(),
         stop.clone(),
     );

@@ -6,15 +6,19 @@ use std::{
     net::SocketAddr,
     num::NonZeroUsize,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use ipnet::IpNet;
 use mesh_core::pattern::NamePattern;
-use mesh_daemon::FileError;
+use mesh_daemon::{FileError, http_proxy::HttpProxy};
 use mesh_wire::id::NodeName;
 use serde::Deserialize;
 
-use crate::proxy::settings::{ProxyFile, ProxySettings};
+use crate::{
+    proxy::settings::{ProxyFile, ProxySettings},
+    uplinks::UplinkRule,
+};
 
 /// Checked settings of the agent.
 #[derive(Debug, Clone)]
@@ -49,6 +53,10 @@ pub struct Settings {
     pub cni: Option<PathBuf>,
     /// The CONNECT proxy to the mesh's nodes; `None`: this node has none.
     pub proxy: Option<ProxySettings>,
+    /// The HTTP proxy to the outside, for TLS to relays and controllers; `None`: there is none.
+    pub https_proxy: Option<Arc<HttpProxy>>,
+    /// What is to be known of this machine's ways out.
+    pub uplinks: Vec<UplinkRule>,
     /// Addresses where this node's UDP socket is reachable for sure.
     pub static_candidates: Vec<SocketAddr>,
     /// Where DNS listens, and what it forwards to.
@@ -122,6 +130,16 @@ fn default_cni_state_dir() -> PathBuf {
     mesh_api::cni::STATE_DIR.into()
 }
 
+/// An `[[uplink]]` table.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct UplinkFile {
+    interface: String,
+    weight: Option<u16>,
+    #[serde(default)]
+    metered: bool,
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ConfigFile {
@@ -153,6 +171,10 @@ struct ConfigFile {
     pod_interfaces: Vec<String>,
     cni: Option<CniConfig>,
     proxy: Option<ProxyFile>,
+    https_proxy: Option<SecretText>,
+    no_proxy: Option<Vec<String>>,
+    #[serde(default)]
+    uplink: Vec<UplinkFile>,
     #[serde(default)]
     static_candidates: Vec<SocketAddr>,
     #[serde(default)]
@@ -230,6 +252,9 @@ const SERVICE_INTERFACES_MAX: usize = 64;
 /// interface whenever the network changes.
 const POD_PATTERNS_MAX: usize = 16;
 
+/// Most `[[uplink]]` tables: twice what the core has use for.
+const UPLINK_RULES_MAX: usize = 16;
+
 /// Why the configuration cannot be used. Exit code 64.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -303,6 +328,13 @@ impl Settings {
         let token = token.map_err(|(key, problem)| bad(key, problem.to_owned()))?;
         let proxy = file.proxy.map(|proxy| proxy.check(&file.admin_socket));
         let proxy = proxy.transpose().map_err(|problem| bad("proxy", problem))?;
+        let https_proxy = HttpProxy::choose(
+            file.https_proxy.as_ref().map(|url| url.0.as_str()),
+            file.no_proxy.as_deref(),
+        )
+        .map_err(|problem| bad("https_proxy", problem))?;
+        let uplinks =
+            uplinks(file.uplink, &file.interface).map_err(|problem| bad("uplink", problem))?;
         Ok(Self {
             node_name,
             controllers,
@@ -319,6 +351,8 @@ impl Settings {
             pod_interfaces,
             cni: file.cni.map(|cni| cni.state_dir),
             proxy,
+            https_proxy: https_proxy.map(Arc::new),
+            uplinks,
             static_candidates: file.static_candidates,
             dns: file.dns,
         })
@@ -405,17 +439,50 @@ fn service_interfaces(file: &ConfigFile) -> Result<BTreeSet<String>, String> {
     Ok(names.iter().cloned().collect())
 }
 
+fn uplinks(written: Vec<UplinkFile>, own: &str) -> Result<Vec<UplinkRule>, String> {
+    if written.len() > UPLINK_RULES_MAX {
+        return Err(format!(
+            "{} tables, at most {UPLINK_RULES_MAX} are read",
+            written.len()
+        ));
+    }
+    let mut rules: Vec<UplinkRule> = Vec::new();
+    for uplink in written {
+        let name = uplink.interface;
+        check_interface_pattern(&name)?;
+        if name == own {
+            return Err(format!("{name:?} is the mesh's own interface"));
+        }
+        let interface = NamePattern::new(name.clone());
+        if rules.iter().any(|rule| rule.interface == interface) {
+            return Err(format!("{name:?} is there twice: the first one would count"));
+        }
+        rules.push(UplinkRule {
+            interface,
+            weight: uplink.weight,
+            metered: uplink.metered,
+        });
+    }
+    Ok(rules)
+}
+
+/// A name, or its beginning and `*`.
+fn check_interface_pattern(pattern: &str) -> Result<(), String> {
+    let beginning = pattern.strip_suffix('*').unwrap_or(pattern);
+    if beginning.contains('*') {
+        return Err(format!("{pattern:?} has a `*` that is not at its end"));
+    }
+    if beginning.is_empty() && !pattern.is_empty() {
+        return Ok(());
+    }
+    check_interface_name(beginning)
+}
+
 fn pod_interfaces(file: &ConfigFile) -> Result<BTreeSet<NamePattern>, String> {
     let patterns = &file.pod_interfaces;
-    for pattern in patterns {
-        let beginning = pattern.strip_suffix('*').unwrap_or(pattern);
-        if !beginning.is_empty() {
-            check_interface_name(beginning)?;
-        }
-        if beginning.contains('*') {
-            return Err(format!("{pattern:?} has a `*` that is not at its end"));
-        }
-    }
+    patterns
+        .iter()
+        .try_for_each(|pattern| check_interface_pattern(pattern))?;
     if !patterns.is_empty() && !file.services {
         return Err("needs `services = true`".to_owned());
     }

@@ -11,11 +11,12 @@ use std::{
 use anyhow::bail;
 use mesh_core::{
     gateways::Gateways,
-    io::{self, Input, Output, TRAFFIC_TICK_MS},
+    io::{self, Input, Output, TRAFFIC_TICK_MS, UplinkId},
     node::Core,
     services::{Costs, View},
     snapshot::{ExternalPeer, Node, Snapshot},
 };
+use mesh_linux::IfIndex;
 use mesh_tunnel::{
     route::RouteTable,
     tunnel::{External, Tunnel, TunnelEvent},
@@ -32,7 +33,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::links::Links;
+use crate::{
+    links::Links,
+    uplinks::{NamedUplink, Network},
+};
 
 /// Events that wait for the driver. A full queue makes packet threads drop events, which costs
 /// a retry: 100 peers with ten messages each.
@@ -55,6 +59,8 @@ const PINGS_MAX: usize = 64;
 pub enum Event {
     /// For the core.
     Core(Input),
+    /// The ways out of this machine are these now.
+    Network(Network),
     /// From the packet path.
     Tunnel(TunnelEvent),
     /// A question, answered on the driver's own thread.
@@ -65,6 +71,7 @@ impl std::fmt::Debug for Event {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Core(input) => f.debug_tuple("Core").field(input).finish(),
+            Self::Network(network) => f.debug_tuple("Network").field(network).finish(),
             Self::Tunnel(event) => f.debug_tuple("Tunnel").field(event).finish(),
             Self::Query(_) => f.write_str("Query"),
         }
@@ -88,6 +95,9 @@ pub struct Driver {
     externals: BTreeMap<NodeId, ExternalPeer>,
     gateways: Gateways,
     local_addresses: Vec<SocketAddr>,
+    network: Network,
+    /// The uplink in use; `None`: the kernel's routes choose.
+    uplink: Option<UplinkId>,
     static_candidates: Vec<SocketAddr>,
     dead: BTreeSet<NodeName>,
     ejected: BTreeSet<SocketAddr>,
@@ -102,9 +112,17 @@ pub struct Driver {
 }
 
 struct StunRequest {
-    relay: RelayId,
+    asks: Asks,
     target: SocketAddr,
     sent: Instant,
+}
+
+/// What a STUN request is to find out.
+enum Asks {
+    /// How this node looks from a relay.
+    Address(RelayId),
+    /// Whether an uplink leads anywhere.
+    Uplink(UplinkId),
 }
 
 /// What a driver is made of.
@@ -145,6 +163,8 @@ impl Driver {
             externals: BTreeMap::new(),
             gateways: Gateways::default(),
             local_addresses: Vec::new(),
+            network: Network::default(),
+            uplink: None,
             static_candidates: parts.static_candidates,
             dead: BTreeSet::new(),
             ejected: BTreeSet::new(),
@@ -247,6 +267,12 @@ impl Driver {
         &self.local_addresses
     }
 
+    /// The ways out of this machine, and whether each is in use; empty while the kernel's routes choose.
+    pub fn uplinks(&self) -> impl Iterator<Item = (&NamedUplink, bool)> {
+        let uplinks = self.network.uplinks.iter();
+        uplinks.map(|one| (one, Some(one.told.id) == self.uplink))
+    }
+
     /// The links to relays.
     #[must_use]
     pub fn links(&self) -> &Links {
@@ -295,6 +321,13 @@ impl Driver {
                     self.local_addresses.clone_from(addresses);
                 }
                 self.input(input);
+            }
+            Event::Network(network) => {
+                let uplinks = network.uplinks.iter().map(|one| one.told.clone());
+                let input = Input::Uplinks(uplinks.collect());
+                self.network = network;
+                self.input(input);
+                self.follow_uplink(); // Its routes may be others.
             }
             Event::Query(query) => query(self),
             Event::Tunnel(TunnelEvent::Wanted(peer)) => self.input(Input::Wanted { peer }),
@@ -350,12 +383,41 @@ impl Driver {
             tracing::debug!(%from, asked = %request.target, "a STUN answer came from elsewhere");
             return;
         }
-        self.input(Input::Reflexive {
-            relay: request.relay,
-            asked: from,
-            observed,
-            rtt: Self::now() - request.sent,
+        self.input(match request.asks {
+            Asks::Uplink(uplink) => Input::UplinkAnswered { uplink },
+            Asks::Address(relay) => Input::Reflexive {
+                relay,
+                asked: from,
+                observed,
+                rtt: Self::now() - request.sent,
+            },
         });
+    }
+
+    /// Another way out is in use: packets leave by it from now on, and links that left by another are lost.
+    fn use_uplink(&mut self, uplink: UplinkId) {
+        let name = self.network.name(uplink).unwrap_or("?");
+        tracing::info!(uplink = name, "this way out is used from now on");
+        self.uplink = Some(uplink);
+        self.follow_uplink();
+        for (relay, transport) in self.links.leave_other_uplinks() {
+            self.input(Input::RelayLost {
+                relay,
+                transport,
+                reason: "another uplink is used".to_owned(),
+            });
+        }
+    }
+
+    fn follow_uplink(&mut self) {
+        let Some(uplink) = self.uplink else {
+            return;
+        };
+        self.local_addresses = self.network.addresses(uplink);
+        let egress = self.network.egress(uplink);
+        self.tunnel.set_egress(egress.clone());
+        let name = self.network.name(uplink).map(str::to_owned);
+        self.links.set_egress(egress.zip(name));
     }
 
     fn report_traffic(&mut self) {
@@ -503,9 +565,9 @@ impl Driver {
             Output::DisconnectRelay { relay, transport } => self.links.disconnect(relay, transport),
             Output::UseRelayTransport { relay, transport } => self.links.prefer(relay, transport),
             Output::FindPeer { relay, peer } => self.links.find_peer(relay, peer),
-            Output::AskReflexive { relay, target } => self.ask_reflexive(relay, target),
-            // This shell says `LocalAddresses`: the kernel's routes choose the way out.
-            Output::UseUplink { .. } | Output::ProbeUplink { .. } => {}
+            Output::AskReflexive { relay, target } => self.ask(Asks::Address(relay), target),
+            Output::UseUplink { uplink } => self.use_uplink(uplink),
+            Output::ProbeUplink { uplink, target } => self.ask(Asks::Uplink(uplink), target),
             Output::Event(event) => self.tell(event),
         }
     }
@@ -519,7 +581,7 @@ impl Driver {
         self.tunnel.send_inner(peer, via, &packet);
     }
 
-    fn ask_reflexive(&mut self, relay: RelayId, target: SocketAddr) {
+    fn ask(&mut self, asks: Asks, target: SocketAddr) {
         let now = Self::now();
         self.stun
             .retain(|_, request| now - request.sent < STUN_PENDING_TTL);
@@ -527,15 +589,21 @@ impl Driver {
             return; // The core asks again.
         }
         let txid: [u8; 12] = rand::random();
-        self.stun.insert(
-            txid,
-            StunRequest {
-                relay,
-                target,
-                sent: now,
-            },
-        );
-        self.tunnel.send_raw(target, &reflexive::request(txid));
+        let datagram = reflexive::request(txid);
+        match asks {
+            Asks::Address(_) => self.tunnel.send_raw(target, &datagram),
+            Asks::Uplink(UplinkId(index)) => {
+                if let Some(link) = IfIndex::new(index) {
+                    self.tunnel.send_raw_by(link, target, &datagram);
+                }
+            }
+        }
+        let request = StunRequest {
+            asks,
+            target,
+            sent: now,
+        };
+        self.stun.insert(txid, request);
     }
 
     fn tell(&mut self, event: io::Event) {

@@ -19,10 +19,17 @@ use mesh_core::{
     io::{Input, RelayTransport},
     snapshot::{DEFAULT_MTU_BYTES, Relay, Snapshot},
 };
+use mesh_daemon::http_proxy::HttpProxy;
 use mesh_identity::credentials::Credentials;
-use mesh_linux::thread::raise_priority;
-use mesh_relay::client::{self, Link, LinkConfig, LinkEvent, OnData, UdpPort};
-use mesh_tunnel::tunnel::{PACKET_NICENESS, RelaySender, RelayUdp, Tunnel};
+use mesh_linux::{IfIndex, thread::raise_priority};
+use mesh_relay::client::{
+    self, Link, LinkConfig, LinkEvent, OnData, UdpPort,
+    outbound::{DeviceFor, Outbound},
+};
+use mesh_tunnel::{
+    egress::Egress,
+    tunnel::{PACKET_NICENESS, RelaySender, RelayUdp, Tunnel},
+};
 use mesh_wire::{
     id::{Identity, NodeId, RelayId},
     relay::HEADER_LEN,
@@ -51,6 +58,10 @@ pub struct Links {
     credentials: Arc<ArcSwap<Credentials>>,
     /// Of the overlay; links that come up later use it.
     mtu_bytes: u16,
+    /// The uplink that links leave by, and its interface's name; none: the kernel's routes choose.
+    egress: Option<Arc<(Egress, String)>>,
+    /// Through which links by TLS go, if a proxy is set.
+    proxy: Option<Arc<HttpProxy>>,
     hubs: BTreeMap<RelayId, Hub>,
 }
 
@@ -61,12 +72,20 @@ struct Hub {
     /// Whose certificate it shows.
     identity: Identity,
     links: Arc<HubLinks>,
-    quic: Option<AbortHandle>,
-    tls: Option<AbortHandle>,
+    quic: Option<Task>,
+    tls: Option<Task>,
+}
+
+/// A link that is made, or is up.
+#[derive(Debug)]
+struct Task {
+    abort: AbortHandle,
+    /// The uplink that it leaves by; `None`: it leaves as the kernel's routes say.
+    uplink: Option<IfIndex>,
 }
 
 impl Hub {
-    fn task(&mut self, transport: RelayTransport) -> &mut Option<AbortHandle> {
+    fn task(&mut self, transport: RelayTransport) -> &mut Option<Task> {
         match transport {
             RelayTransport::Quic => &mut self.quic,
             RelayTransport::Tls => &mut self.tls,
@@ -143,6 +162,7 @@ impl Links {
         events: mpsc::Sender<Event>,
         tunnel: Tunnel,
         credentials: Arc<ArcSwap<Credentials>>,
+        proxy: Option<Arc<HttpProxy>>,
         stop: CancellationToken,
     ) -> io::Result<Self> {
         let runtime = runtime::Builder::new_current_thread()
@@ -165,6 +185,8 @@ impl Links {
             tunnel,
             credentials,
             mtu_bytes: DEFAULT_MTU_BYTES,
+            egress: None,
+            proxy,
             hubs,
         })
     }
@@ -224,11 +246,50 @@ impl Links {
             tunnel: self.tunnel.clone(),
             credentials: Arc::clone(&self.credentials),
             frame_len: HEADER_LEN + WIREGUARD_OVERHEAD + usize::from(self.mtu_bytes),
+            outbound: Outbound {
+                device: self.egress.clone().map(device_for),
+                proxy: self.proxy.clone(),
+            },
         };
+        let uplink = self.egress.as_ref().map(|egress| egress.0.link());
         let abort = self.runtime.spawn(task.run()).abort_handle();
-        if let Some(before) = hub.task(transport).replace(abort) {
-            before.abort();
+        if let Some(before) = hub.task(transport).replace(Task { abort, uplink }) {
+            before.abort.abort();
         }
+    }
+
+    /// Links that are made from now on leave by this uplink; `None`: as the kernel's routes say.
+    pub fn set_egress(&mut self, egress: Option<(Egress, String)>) {
+        self.egress = egress.map(Arc::new);
+    }
+
+    /// Ends links that leave by another uplink than the one in use, and names them. Those to relays that
+    /// a LAN is nearer to stay.
+    pub fn leave_other_uplinks(&mut self) -> Vec<(RelayId, RelayTransport)> {
+        let Some(egress) = self.egress.clone() else {
+            return Vec::new();
+        };
+        let in_use = Some(egress.0.link());
+        let mut left = Vec::new();
+        for (&id, hub) in &mut self.hubs {
+            let mut addresses = hub.relay.addresses.iter();
+            let is_near = addresses.all(|&ip| egress.0.towards(ip).is_none());
+            for transport in [RelayTransport::Quic, RelayTransport::Tls] {
+                let by_proxy = transport == RelayTransport::Tls && self.proxy.is_some();
+                let leaves = |task: &mut Task| {
+                    let stays = task.uplink == in_use || is_near && !by_proxy;
+                    // One that has ended has said so itself.
+                    !stays && !task.abort.is_finished()
+                };
+                if hub.task(transport).as_mut().is_some_and(leaves) {
+                    left.push((id, transport));
+                }
+            }
+        }
+        for &(id, transport) in &left {
+            self.disconnect(id, transport);
+        }
+        left
     }
 
     /// Closes a link.
@@ -237,7 +298,7 @@ impl Links {
             return;
         };
         if let Some(task) = hub.task(transport).take() {
-            task.abort();
+            task.abort.abort();
         }
         if let Some(link) = hub.links.slot(transport).swap(None) {
             link.close();
@@ -317,6 +378,14 @@ fn identity(relay: &Relay, snapshot: &Snapshot) -> Option<Identity> {
     Some(Identity::Node { name, id })
 }
 
+/// Names the interface to an address, where it is not the kernel's routes that choose.
+fn device_for(egress: Arc<(Egress, String)>) -> DeviceFor {
+    Arc::new(move |ip| {
+        let (egress, name) = &*egress;
+        egress.towards(ip).map(|_| name.clone())
+    })
+}
+
 /// One link's life: connect, report, until it is lost or aborted.
 struct LinkTask {
     id: RelayId,
@@ -329,6 +398,7 @@ struct LinkTask {
     credentials: Arc<ArcSwap<Credentials>>,
     /// Length of a full-size data frame.
     frame_len: usize,
+    outbound: Outbound,
 }
 
 impl LinkTask {
@@ -396,6 +466,7 @@ impl LinkTask {
                 send: Arc::new(move |datagram| port.send_raw(address, datagram)),
                 frame_len: self.frame_len,
             }),
+            outbound: self.outbound.clone(),
         };
         let (id, tunnel) = (self.id, self.tunnel.clone());
         let on_data: OnData = Arc::new(move |packets: &[(NodeId, Bytes)]| {

@@ -24,7 +24,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::driver::Event;
+use crate::{
+    driver::Event,
+    uplinks::{Network, UplinkRule},
+};
 
 /// How often what the kernel refused is tried again.
 const RETRY: Duration = Duration::from_secs(5);
@@ -184,7 +187,9 @@ fn forward(interface: &str) -> Result<(), String> {
     }
 }
 
-/// Tells the driver the addresses of the node's socket, now and whenever the network changes.
+/// Tells the driver the ways out of this machine, now and whenever the network changes. While there is
+/// one, and `rules` say nothing, those are only the addresses of the node's socket, and the kernel's
+/// routes choose; from the second one on, the core does.
 ///
 /// # Errors
 ///
@@ -194,22 +199,51 @@ pub async fn watch_uplinks(
     mut changes: Changes,
     interface: String,
     port: u16,
+    rules: Vec<UplinkRule>,
     events: mpsc::Sender<Event>,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
+    let mut chosen = !rules.is_empty();
+    let mut strict = BTreeSet::new();
     loop {
-        let addresses = netlink.uplink_addresses(&interface).await?;
-        let sockets = addresses
-            .iter()
-            .map(|local| SocketAddr::new(local.address, port));
-        let input = Input::LocalAddresses(sockets.collect());
-        events.send(Event::Core(input)).await.ok(); // Fails only while the agent stops.
+        let ways = netlink.ways(&interface).await?;
+        let network = Network::new(&ways, &rules, port);
+        chosen |= network.uplinks.len() > 1;
+        let event = if chosen {
+            warn_if_strict(&network, &mut strict);
+            Event::Network(network)
+        } else {
+            let up = ways.interfaces.iter().filter(|one| one.up);
+            let addresses: BTreeSet<_> = up.flat_map(|one| &one.addresses).collect();
+            let sockets = addresses.into_iter().map(|&ip| SocketAddr::new(ip, port));
+            Event::Core(Input::LocalAddresses(sockets.collect()))
+        };
+        events.send(event).await.ok(); // Fails only while the agent stops.
         tokio::select! {
             () = stop.cancelled() => return Ok(()),
             change = changes.next() => {
                 anyhow::ensure!(change.is_some(), "the kernel closed the netlink socket");
                 time::sleep(SETTLE).await;
             }
+        }
+    }
+}
+
+/// Says once of each uplink that the kernel will drop what comes in by it while its own routes prefer
+/// another. It counts what the stricter setting says, the interface's or that of all (ip-sysctl).
+fn warn_if_strict(network: &Network, told: &mut BTreeSet<String>) {
+    const STRICT: &str = "1";
+    for uplink in &network.uplinks {
+        let setting = |of: &str| {
+            let path = format!("/proc/sys/net/ipv4/conf/{of}/rp_filter");
+            fs::read_to_string(path).unwrap_or_default()
+        };
+        let (all, own) = (setting("all"), setting(&uplink.name));
+        // 0 is off, 2 is loose.
+        let strict = all.trim().max(own.trim()) == STRICT;
+        if strict && told.insert(uplink.name.clone()) {
+            tracing::warn!(interface = uplink.name, "strict reverse path filtering: what comes in by this uplink is dropped while \
+                the kernel's routes prefer another; set net.ipv4.conf.{}.rp_filter=2", uplink.name);
         }
     }
 }

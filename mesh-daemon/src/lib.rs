@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod http_proxy;
 pub mod supervisor;
 
 use std::{

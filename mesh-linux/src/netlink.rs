@@ -6,14 +6,11 @@
 //! [`Netlink::apply_routes`].
 
 mod forwarding;
+mod lans;
 mod veth;
+mod ways;
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    io,
-    net::IpAddr,
-    sync::Arc,
-};
+use std::{collections::BTreeSet, io, net::IpAddr, sync::Arc};
 
 use futures_util::{FutureExt as _, Stream, StreamExt as _, TryStreamExt as _};
 use ipnet::IpNet;
@@ -34,7 +31,9 @@ use tokio::sync::Mutex;
 
 pub use self::{
     forwarding::{Forwarding, ForwardingLink, Veth},
+    lans::Lan,
     veth::{ExactRoute, LinkDetail, LinkRoute, NewVeth},
+    ways::{Interface, Ways},
 };
 use crate::IfIndex;
 
@@ -127,15 +126,6 @@ impl Applied {
             (Err(error), _) => self.failed.push(error),
         }
     }
-}
-
-/// An address of this machine at which others may reach it.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct LocalAddress {
-    /// The address.
-    pub address: IpAddr,
-    /// The interface's name.
-    pub link: String,
 }
 
 /// How an interface is.
@@ -428,39 +418,6 @@ impl Netlink {
         }
         Ok(routes)
     }
-
-    /// Addresses at which others may reach this machine: of interfaces that are up and have a
-    /// carrier, without loopback, link-local and not yet (or no longer) valid ones, and without
-    /// the interface named `except`.
-    ///
-    /// # Errors
-    ///
-    /// If the kernel does not answer.
-    pub async fn uplink_addresses(
-        &self,
-        except: &str,
-    ) -> Result<BTreeSet<LocalAddress>, NetlinkError> {
-        let _turn = self.turn.lock().await;
-        let links = self.handle.link().get().execute();
-        let links = collect(|| "list the interfaces".to_owned(), links).await?;
-        let names: BTreeMap<u32, String> = links
-            .iter()
-            .filter(|link| is_uplink(link))
-            .filter_map(|link| Some((link.header.index, link_name(link)?)))
-            .filter(|(_, name)| name != except)
-            .collect();
-        let messages = self.handle.address().get().execute();
-        let messages = collect(|| "list the addresses".to_owned(), messages).await?;
-        let usable = messages.iter().filter(|message| is_settled(message));
-        let addresses = usable.filter_map(|message| {
-            Some(LocalAddress {
-                address: local_address(message)
-                    .filter(|ip| !is_link_local(*ip) && !ip.is_loopback())?,
-                link: names.get(&message.header.index)?.clone(),
-            })
-        });
-        Ok(addresses.collect())
-    }
 }
 
 /// What changed in the machine's network; see [`Changes::next`].
@@ -688,11 +645,21 @@ fn link_name(message: &LinkMessage) -> Option<String> {
     })
 }
 
+/// It works, and leads to others.
 fn is_uplink(link: &LinkMessage) -> bool {
+    is_up(link) && leads_out(link)
+}
+
+/// Somebody has taken it up, and it has a carrier and is not dormant (`IFF_RUNNING` is the kernel's
+/// operational state, RFC 2863).
+fn is_up(link: &LinkMessage) -> bool {
     let flags = link.header.flags;
     flags.contains(LinkFlags::Up | LinkFlags::Running)
-        && !flags.contains(LinkFlags::Loopback)
-        && !is_layer_3_tunnel(link)
+}
+
+/// Neither a loopback nor another program's tunnel.
+fn leads_out(link: &LinkMessage) -> bool {
+    !link.header.flags.contains(LinkFlags::Loopback) && !is_layer_3_tunnel(link)
 }
 
 /// Another program's tunnel (a VPN of TUN or WireGuard kind, not a TAP device or a modem): packets

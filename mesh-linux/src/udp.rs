@@ -185,6 +185,9 @@ pub struct IpFields {
     /// From which address of this machine; `None`, or one that is not there any more: the kernel
     /// chooses by its routes.
     pub source: Option<IpAddr>,
+    /// By which interface, with the best of its own routes and the address that belongs to it; `None`:
+    /// the kernel chooses by all of its routes.
+    pub link: Option<IfIndex>,
 }
 
 /// The two bits of explicit congestion notification in an IP header (RFC 3168 §5).
@@ -344,7 +347,7 @@ impl UdpBatch {
         segment: Option<u16>,
         fields: IpFields,
     ) -> io::Result<()> {
-        let IpFields { ecn, source } = fields;
+        let IpFields { ecn, source, link } = fields;
         if segment.is_none() && fields == IpFields::default() {
             return self.socket.send_to(bytes, to).map(drop);
         }
@@ -380,25 +383,10 @@ impl UdpBatch {
             let value = libc::c_int::from(ecn as u8).to_ne_bytes();
             used += control.put(used, class.0, class.1, &value);
         }
-        used += match source {
-            // `struct in_pktinfo` (ip(7)): interface 0 for any, source, and a field that is not read.
-            Some(IpAddr::V4(ip)) if to_v4 => {
-                let mut info = [0; IN_PKTINFO_LEN];
-                if let Some(source) = info.get_mut(4..8) {
-                    source.copy_from_slice(&ip.octets());
-                }
-                control.put(used, libc::IPPROTO_IP, libc::IP_PKTINFO, &info)
-            }
-            // `struct in6_pktinfo` (RFC 3542 §6.2): source, and interface 0 for any.
-            Some(IpAddr::V6(ip)) if !to_v4 => {
-                let mut info = [0; IN6_PKTINFO_LEN];
-                if let Some(source) = info.first_chunk_mut() {
-                    *source = ip.octets();
-                }
-                control.put(used, libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, &info)
-            }
-            _ => 0,
-        };
+        let source = source.filter(|ip| ip.is_ipv4() == to_v4);
+        if source.is_some() || link.is_some() {
+            used += control.put_end(used, to_v4, source, link);
+        }
         message.msg_controllen = used as _;
         loop {
             // SAFETY: address, vector and control buffer are alive and of the lengths stated; the
@@ -623,6 +611,38 @@ impl ControlBuffer {
             place.copy_from_slice(data);
         }
         space
+    }
+}
+
+impl ControlBuffer {
+    /// Writes this machine's end of the way; what is `None` the kernel chooses.
+    fn put_end(
+        &mut self,
+        at: usize,
+        v4: bool,
+        source: Option<IpAddr>,
+        link: Option<IfIndex>,
+    ) -> usize {
+        let link = link.map_or(0, IfIndex::get).to_ne_bytes();
+        if v4 {
+            // `struct in_pktinfo` (ip(7)): interface, source, and a field that is not read.
+            let mut info = [0; IN_PKTINFO_LEN];
+            let (head, tail) = info.split_at_mut(4);
+            head.copy_from_slice(&link);
+            if let (Some(IpAddr::V4(ip)), Some(place)) = (source, tail.first_chunk_mut()) {
+                *place = ip.octets();
+            }
+            self.put(at, libc::IPPROTO_IP, libc::IP_PKTINFO, &info)
+        } else {
+            // `struct in6_pktinfo` (RFC 3542 §6.2): source and interface.
+            let mut info = [0; IN6_PKTINFO_LEN];
+            let (head, tail) = info.split_at_mut(16);
+            if let Some(IpAddr::V6(ip)) = source {
+                head.copy_from_slice(&ip.octets());
+            }
+            tail.copy_from_slice(&link);
+            self.put(at, libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, &info)
+        }
     }
 }
 

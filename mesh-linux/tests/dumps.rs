@@ -9,7 +9,7 @@ async fn tables_can_be_listed_by_several_tasks_at_once() {
         let netlink = netlink.clone();
         tokio::spawn(async move {
             let loopback = netlink.link_index("lo").await?;
-            netlink.uplink_addresses("none").await?;
+            netlink.ways("none").await?;
             netlink.routes().await?;
             netlink.addresses(loopback).await
         })

@@ -16,7 +16,7 @@ use std::{
 use ipnet::IpNet;
 use mesh_linux::{
     IfIndex,
-    netlink::{Changes, LocalAddress, Netlink, NetlinkError, Route, Veth},
+    netlink::{Changes, Netlink, NetlinkError, Route, Veth},
     netns, sock_diag,
     tun::{Tun, TunError, VnetHeader},
     udp::{Ecn, IpFields, LocalEnd, ReceiveBatch, UdpPair},
@@ -172,16 +172,16 @@ fn a_missing_interface_is_named_in_the_error() {
 }
 
 #[test]
-fn uplink_addresses_are_those_that_others_can_reach() {
+fn the_ways_out_are_interfaces_that_others_can_reach_and_their_routes() {
     let namespace = Namespace::new();
-    for link in ["up0", "down0", "mesh0"] {
+    for link in ["up0", "lan0", "down0", "mesh0"] {
         namespace.add_link(link);
     }
     for (link, address) in [
         ("up0", "10.0.0.1/24"),
         ("up0", "169.254.7.7/16"),
         ("up0", "2001:db8::1/64"),
-        ("down0", "10.0.1.1/24"),
+        ("lan0", "10.0.1.1/24"),
         ("mesh0", "100.96.0.1/32"),
     ] {
         let nodad = if address.contains("::") { "nodad" } else { "" };
@@ -189,21 +189,118 @@ fn uplink_addresses_are_those_that_others_can_reach() {
     }
     let _vpn = namespace.on(|| Tun::create("vpn0", 1).unwrap());
     namespace.ip("addr add 10.8.0.1/24 dev vpn0");
-    for link in ["up0", "mesh0", "vpn0"] {
+    for link in ["up0", "lan0", "mesh0", "vpn0"] {
         namespace.ip(&format!("link set {link} up"));
     }
-    let found = namespace.block_on(async || {
-        Netlink::connect()
-            .unwrap()
-            .uplink_addresses("mesh0")
-            .await
-            .unwrap()
+    namespace.ip("route add default via 10.0.0.9 dev up0 metric 50");
+    namespace.ip("route add default via 2001:db8::9 dev up0 metric 600");
+    namespace.ip("route add 10.9.0.0/16 via 10.0.1.9 dev lan0");
+    namespace.ip("route add default via 10.8.0.9 dev vpn0 metric 1");
+    let found = namespace.block_on(async || Netlink::connect().unwrap().ways("mesh0").await);
+    let found = found.unwrap();
+    let shown = found.interfaces.iter().map(|one| {
+        let addresses: Vec<_> = one.addresses.iter().map(ToString::to_string).collect();
+        let metrics = (one.metric_v4, one.metric_v6);
+        (one.name.as_str(), one.up, addresses.join(" "), metrics)
     });
-    let local = |address: &str| LocalAddress {
-        address: address.parse().unwrap(),
-        link: "up0".to_owned(),
+    let mut shown: Vec<_> = shown.filter(|one| !one.0.ends_with("-end")).collect();
+    shown.sort();
+    assert_eq!(
+        shown,
+        [
+            ("down0", false, String::new(), (None, None)),
+            ("lan0", true, "10.0.1.1".to_owned(), (None, None)),
+            (
+                "up0",
+                true,
+                "10.0.0.1 2001:db8::1".to_owned(),
+                (Some(50), Some(600))
+            ),
+        ]
+    );
+    let index = |name: &str| {
+        let mut all = found.interfaces.iter();
+        all.find(|one| one.name == name).unwrap().index
     };
-    assert_eq!(found, [local("10.0.0.1"), local("2001:db8::1")].into());
+    let route = |net: &str, link| found.routes.contains(&(net.parse().unwrap(), index(link)));
+    assert!(route("10.0.0.0/24", "up0") && route("10.9.0.0/16", "lan0"));
+    assert!(!found.routes.iter().any(|(net, _)| net.prefix_len() == 0));
+}
+
+#[test]
+fn a_datagram_leaves_by_the_interface_that_is_named_with_that_ones_address() {
+    let namespace = Namespace::new();
+    for (number, link) in ["wired", "modem"].into_iter().enumerate() {
+        namespace.add_link(link);
+        namespace.ip(&format!("link set {link} up"));
+        namespace.ip(&format!("addr add 10.0.{number}.1/24 dev {link}"));
+        let six = format!("addr add fd0{number}::1/64 dev {link} nodad");
+        namespace.ip(&six);
+        for gateway in [format!("10.0.{number}.9"), format!("fd0{number}::9")] {
+            let metric = 100 + number;
+            namespace.ip(&format!(
+                "route add default via {gateway} dev {link} metric {metric}"
+            ));
+            namespace.ip(&format!(
+                "neigh add {gateway} lladdr 02:00:00:00:00:09 dev {link}"
+            ));
+        }
+    }
+    let index = |name: &str| {
+        let text = namespace.ip(&format!("-o link show {name}"));
+        IfIndex::new(text.split(':').next().unwrap().parse().unwrap())
+    };
+    let nft = |words: &str| run(&format!("ip netns exec {} nft {words}", namespace.0));
+    nft("add table inet seen");
+    nft("add chain inet seen out { type filter hook output priority 0 ; }");
+    for (number, link) in ["wired", "modem"].into_iter().enumerate() {
+        let from = [
+            format!("ip saddr 10.0.{number}.1"),
+            format!("ip6 saddr fd0{number}::1"),
+        ];
+        for from in from {
+            nft(&format!(
+                "add rule inet seen out oifname {link} {from} udp dport 9 counter comment \"{link}\""
+            ));
+        }
+        // With another's address: nothing should.
+        nft(&format!(
+            "add rule inet seen out oifname {link} udp dport 9 counter comment \"all\""
+        ));
+    }
+    let sent = |comment: &str| -> u64 {
+        let rules = nft("list chain inet seen out");
+        let rules = rules
+            .lines()
+            .filter(|line| line.contains(&format!("comment \"{comment}\"")));
+        let packets = rules.filter_map(|line| {
+            let after = line.split("packets ").nth(1)?;
+            after.split(' ').next()?.parse::<u64>().ok()
+        });
+        packets.sum()
+    };
+    let pair = namespace.on(|| UdpPair::bind(0).unwrap());
+    for to in ["192.0.2.1:9", "[2001:db8::1]:9"] {
+        for (name, other) in [("wired", "modem"), ("modem", "wired")] {
+            let link = index(name);
+            for datagrams in [&b"x"[..], &[b'x'; 3000]] {
+                let before = (sent(name), sent(other), sent("all"));
+                let fields = IpFields {
+                    link,
+                    ..IpFields::default()
+                };
+                pair.send(to.parse().unwrap(), datagrams, 1000, fields)
+                    .unwrap();
+                // A batch is one packet until the interface cuts it.
+                let now = (sent(name), sent(other), sent("all"));
+                assert_eq!(
+                    now,
+                    (before.0 + 1, before.1, before.2 + 1),
+                    "{to} by {name}"
+                );
+            }
+        }
+    }
 }
 
 #[test]
@@ -361,7 +458,7 @@ fn send_batch(ip: IpAddr, datagrams: &[u8], segment_len: usize) -> Vec<Vec<u8>> 
     let target = SocketAddr::new(ip, to.port());
     let fields = IpFields {
         ecn: Ecn::Capable0,
-        source: None,
+        ..IpFields::default()
     };
     from.send(target, datagrams, segment_len, fields).unwrap();
     let socket = to.sockets().nth(usize::from(ip.is_ipv6())).unwrap();
@@ -475,8 +572,8 @@ fn an_answer_comes_from_the_address_that_was_asked_while_the_machine_has_it() {
             let socket = to.sockets().nth(usize::from(target.is_ipv6())).unwrap();
             for (source, expected) in [(own, own.parse().unwrap()), (gone, target.ip())] {
                 let fields = IpFields {
-                    ecn: Ecn::NotCapable,
                     source: source.parse().ok(),
+                    ..IpFields::default()
                 };
                 for datagrams in [&b"x"[..], &[b'x'; 3000]] {
                     from.send(target, datagrams, 1000, fields).unwrap();

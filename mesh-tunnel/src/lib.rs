@@ -11,6 +11,7 @@ mod checksum;
 mod coalesce;
 mod control;
 mod ecn;
+pub mod egress;
 mod icmp;
 mod inbound;
 #[doc(hidden)]

@@ -142,8 +142,7 @@ impl Inner {
         leave: &mut Leave,
     ) -> usize {
         let segment_len = segment_len.max(1);
-        let source = way.source.map(|end| end.address);
-        let fields = IpFields { ecn, source };
+        let fields = (ecn, way.source);
         match way.via {
             Via::Direct(to) => self.send_udp(to, datagrams, segment_len, fields, leave),
             Via::Relay(id) => {
@@ -194,9 +193,15 @@ impl Inner {
         to: SocketAddr,
         datagrams: &[u8],
         segment_len: usize,
-        fields: IpFields,
+        (ecn, end): (Ecn, Option<LocalEnd>),
         leave: &mut Leave,
     ) -> usize {
+        let egress = self.egress.load();
+        let fields = IpFields {
+            ecn,
+            source: end.map(|end| end.address),
+            link: egress.as_ref().and_then(|egress| egress.answering(to, end)),
+        };
         let pairs = self.sockets.load();
         let Some(sockets) = pairs.get(leave.pair) else {
             return datagrams.len();

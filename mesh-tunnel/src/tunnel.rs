@@ -16,10 +16,11 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use mesh_linux::{
+    IfIndex,
     tun::{Queue, Tun},
-    udp::{Ecn, LocalEnd, SEGMENTS_MAX, SEND_BYTES_MAX, UdpPair},
+    udp::{Ecn, IpFields, LocalEnd, SEGMENTS_MAX, SEND_BYTES_MAX, UdpPair},
 };
 use mesh_wire::{
     id::{NodeId, RelayId, Via},
@@ -35,6 +36,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     control::{self, Handshake},
+    egress::Egress,
     inbound::{Arrival, Inbox, Sender},
     outbound::Outbox,
     peer::{Peer, Peers},
@@ -170,6 +172,7 @@ impl Tunnel {
             routes: ArcSwap::default(),
             relays: ArcSwap::default(),
             relay_udp: ArcSwap::default(),
+            egress: ArcSwapOption::empty(),
             generation: AtomicU64::new(0),
             mtu: AtomicUsize::new(0),
             drops: Drops::default(),
@@ -355,6 +358,36 @@ impl Tunnel {
         );
     }
 
+    /// The same by one interface, whichever is in use: to ask whether it leads anywhere. Lost if the
+    /// socket has no room.
+    pub fn send_raw_by(&self, link: IfIndex, target: SocketAddr, datagram: &[u8]) {
+        let fields = IpFields {
+            link: Some(link),
+            ..IpFields::default()
+        };
+        let sockets = self.0.sockets.load();
+        let sent = sockets
+            .first()
+            .map(|pair| pair.send(target, datagram, datagram.len(), fields));
+        if sent.is_some_and(|sent| sent.is_err()) {
+            self.0.drops.count(DropReason::SendFailed);
+        }
+    }
+
+    /// From now on datagrams leave by this way out; `None`: by the kernel's routes. Stock devices are
+    /// answered by it as well, until they are heard from again.
+    pub fn set_egress(&self, egress: Option<Egress>) {
+        let inner = &self.0;
+        let link = |egress: &Egress| egress.link();
+        let now = egress.as_ref().map(link);
+        let before = inner.egress.swap(egress.map(Arc::new));
+        if before.as_deref().map(link) != now {
+            for peer in inner.peers().awake() {
+                peer.forget_source(None);
+            }
+        }
+    }
+
     /// What moved since the last call, by peer. External peers are not in it.
     #[must_use]
     pub fn take_traffic(&self) -> Vec<PeerTraffic> {
@@ -475,6 +508,8 @@ pub(crate) struct Inner {
     pub(crate) routes: ArcSwap<RouteTable>,
     pub(crate) relays: ArcSwap<HashMap<RelayId, Arc<dyn RelaySender>>>,
     pub(crate) relay_udp: ArcSwap<RelayUdpTable>,
+    /// Which interface is named to the kernel, if one is.
+    pub(crate) egress: ArcSwapOption<Egress>,
     /// Counts changes of routes and peers: what threads remember of them holds for one value.
     pub(crate) generation: AtomicU64,
     /// The device's MTU in bytes; 0 while it is not known.

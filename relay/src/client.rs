@@ -16,6 +16,7 @@ use std::{
 };
 
 use bytes::{BufMut as _, Bytes, BytesMut};
+use mesh_daemon::http_proxy::ProxyError;
 use mesh_identity::credentials::Credentials;
 use mesh_wire::{
     id::{Identity, NodeId, RelayName},
@@ -28,6 +29,7 @@ use tokio::{sync::mpsc, time};
 use tokio_util::sync::CancellationToken;
 
 use self::{
+    outbound::Outbound,
     peers::{Next, Peers},
     udp::Udp,
 };
@@ -35,6 +37,7 @@ use crate::queue::Queue;
 
 mod bind;
 mod connect;
+pub mod outbound;
 mod peers;
 mod udp;
 
@@ -57,6 +60,8 @@ pub struct LinkConfig {
     pub credentials: Credentials,
     /// The node's own port, where plain UDP should be tried beside QUIC.
     pub udp: Option<UdpPort>,
+    /// How it gets out of this machine.
+    pub outbound: Outbound,
 }
 
 /// Sends one datagram to the relay.
@@ -127,6 +132,9 @@ pub enum ConnectError {
     /// Not reachable.
     #[error("{0}")]
     Io(#[from] std::io::Error),
+    /// The HTTP proxy does not let us through.
+    #[error(transparent)]
+    Proxy(#[from] ProxyError),
     /// The credentials cannot be used.
     #[error("credentials: {0}")]
     Credentials(String),

@@ -280,7 +280,7 @@ fn send_datagrams(to: SocketAddr, seed: u64, totals: &Totals, stop: &AtomicBool)
         // What the kernel has no room for is lost like anything else.
         let fields = IpFields {
             ecn: Ecn::Capable0,
-            source: None,
+            ..IpFields::default()
         };
         socket.send(to, burst, len, fields).ok();
         thread::sleep(BURST_EVERY);

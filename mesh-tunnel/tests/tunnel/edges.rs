@@ -21,7 +21,10 @@ use mesh_wire::{
 use crate::harness::*;
 
 fn marked(ecn: Ecn) -> IpFields {
-    IpFields { ecn, source: None }
+    IpFields {
+        ecn,
+        ..IpFields::default()
+    }
 }
 
 /// The next datagram's congestion bits; `None` if nothing comes for a while.

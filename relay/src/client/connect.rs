@@ -128,7 +128,9 @@ fn dial(config: &LinkConfig) -> Result<(QuicLink, Wire), ConnectError> {
     } else {
         (Ipv6Addr::UNSPECIFIED, 0).into()
     };
-    let socket = Arc::new(Socket::new(sockets::udp(any)?)?);
+    let udp = sockets::udp(any)?;
+    config.outbound.bind_device(&udp, config.address.ip())?;
+    let socket = Arc::new(Socket::new(udp)?);
     let settings = quic::without_grease(EndpointConfig::default());
     let client = quic_client_config(&config.credentials)?;
     Endpoint::new(socket, settings, None, Arc::default())
@@ -220,7 +222,7 @@ async fn websocket(
     let tls = client_config(&config.credentials, &[ALPN_TLS]);
     let tls = TlsConnector::from(Arc::new(tls.map_err(bad_credentials)?));
     let url = format!("wss://{}{WEBSOCKET_PATH}", name.to_str());
-    let stream = TcpStream::connect(config.address).await?;
+    let stream = config.outbound.connect(config.address).await?;
     websocket::tune_tcp(&stream)?;
     let stream = tls.connect(name, stream).await.map_err(tls_refused)?;
     let config = Some(websocket::websocket_config());

@@ -19,7 +19,7 @@ use mesh_identity::{
 };
 use mesh_relay::client::{
     ConnectError, Link, LinkConfig, LinkEvent, OnData, SendError, UdpPort, connect_quic,
-    connect_tls,
+    connect_tls, outbound::Outbound,
 };
 use mesh_wire::id::{Identity, NodeId};
 use tempfile::TempDir;
@@ -301,6 +301,7 @@ impl Node {
             address,
             credentials,
             udp,
+            outbound: Outbound::default(),
         };
         let link = match transport {
             Quic => connect_quic(config(quic), to_events, on_data).await?,
