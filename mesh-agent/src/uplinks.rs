@@ -31,6 +31,13 @@ pub struct UplinkRule {
     pub metered: bool,
 }
 
+/// Whether what goes by the interface of this name costs: the first of `rules` that names it says so.
+#[must_use]
+pub fn is_metered(rules: &[UplinkRule], interface: &str) -> bool {
+    let rule = rules.iter().find(|rule| rule.interface.matches(interface));
+    rule.is_some_and(|rule| rule.metered)
+}
+
 /// An uplink and its interface's name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamedUplink {
@@ -76,7 +83,7 @@ impl Network {
                     id: id(one.index),
                     addresses,
                     up: one.up,
-                    metered: rule.is_some_and(|rule| rule.metered),
+                    metered: is_metered(rules, &one.name),
                     weight: rule.and_then(|rule| rule.weight).unwrap_or(by_metric),
                 },
                 has_v4,

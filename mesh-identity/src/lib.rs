@@ -10,5 +10,6 @@ pub mod certificate;
 pub mod credentials;
 pub mod pem;
 pub mod record;
+pub mod statement;
 pub mod tls;
 pub mod token;

@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod announcement;
 pub mod id;
 pub mod peer;
 pub mod reflexive;

@@ -1,0 +1,465 @@
+use super::*;
+
+const HOME: Gateway = Gateway {
+    address: Ipv4Addr::new(192, 168, 1, 1),
+    own: Ipv4Addr::new(192, 168, 1, 11),
+};
+const OUTSIDE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(45, 0, 113, 5), 51_820);
+
+/// A machine at virtual time.
+struct World {
+    machine: Machine,
+    now: Instant,
+    told: Vec<SocketAddr>,
+    asked: VecDeque<Ask>,
+    released: Vec<Ask>,
+}
+
+impl World {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "tests need one real instant to start from"
+    )]
+    fn new(gateways: &[Gateway]) -> Self {
+        let mut world = Self {
+            machine: Machine::new(51_820, 1),
+            now: Instant::now(),
+            told: Vec::new(),
+            asked: VecDeque::new(),
+            released: Vec::new(),
+        };
+        world.gateways(gateways);
+        world
+    }
+
+    fn gateways(&mut self, gateways: &[Gateway]) {
+        self.machine.handle_gateways(gateways.to_vec(), self.now);
+        self.drain();
+    }
+
+    fn drain(&mut self) {
+        while let Some(output) = self.machine.poll_output() {
+            match output {
+                Output::Ask(ask) => self.asked.push_back(ask),
+                Output::Release(ask) => self.released.push(ask),
+                Output::Tell(told) => self.told = told,
+            }
+        }
+    }
+
+    /// Whatever is due before this much time is over happens.
+    fn pass(&mut self, time: Duration) {
+        let end = self.now + time;
+        while let Some(deadline) = self.machine.poll_timeout().filter(|due| *due <= end) {
+            self.now = self.now.max(deadline);
+            self.machine.handle_timeout(self.now);
+            self.drain();
+            if !self.asked.is_empty() {
+                return;
+            }
+        }
+        self.now = end;
+    }
+
+    #[track_caller]
+    fn ask(&mut self, protocol: Protocol) -> Ask {
+        let ask = self.asked.pop_front().unwrap();
+        assert_eq!(ask.protocol, protocol);
+        ask
+    }
+
+    #[track_caller]
+    fn nobody_is_asked(&self) {
+        assert!(self.asked.is_empty(), "{:?}", self.asked);
+    }
+
+    fn answer(&mut self, ask: Ask, answer: Answer) {
+        self.machine.handle_answer(ask.number, answer, self.now);
+        self.drain();
+    }
+
+    /// Asks by PCP, which is granted.
+    fn mapped(&mut self) {
+        let ask = self.ask(Protocol::Pcp);
+        self.answer(ask, granted(OUTSIDE, 600, 100));
+        assert_eq!(self.told, [SocketAddr::V4(OUTSIDE)]);
+    }
+
+    fn problem(&self) -> String {
+        self.machine.reports().next().unwrap().problem
+    }
+}
+
+fn granted(outside: SocketAddrV4, lifetime_s: u64, epoch_s: u32) -> Answer {
+    Answer::Granted {
+        outside,
+        lifetime: Duration::from_secs(lifetime_s),
+        epoch_s: Some(epoch_s),
+    }
+}
+
+fn notice(epoch_s: u32) -> Notice {
+    Notice {
+        epoch_s,
+        outside: None,
+    }
+}
+
+#[test]
+fn the_protocols_are_asked_one_after_the_other_and_the_one_that_worked_first_next_time() {
+    let mut world = World::new(&[HOME]);
+    let ask = world.ask(Protocol::Pcp);
+    world.answer(ask, Answer::Silent);
+    let ask = world.ask(Protocol::NatPmp);
+    world.answer(ask, Answer::Refused("no".to_owned()));
+    let ask = world.ask(Protocol::Upnp);
+    assert_eq!((ask.inner_port, ask.port), (51_820, 51_820));
+    world.answer(ask, granted(OUTSIDE, 600, 0));
+    assert_eq!(world.told, [SocketAddr::V4(OUTSIDE)]);
+    // It forgets us, and is asked anew.
+    world.pass(Duration::from_secs(300));
+    let ask = world.ask(Protocol::Upnp);
+    world.answer(ask, Answer::Refused("who?".to_owned()));
+    assert!(world.told.is_empty());
+    world.ask(Protocol::Upnp);
+    world.nobody_is_asked();
+}
+
+#[test]
+fn a_mapping_is_renewed_at_half_of_its_lifetime_with_the_same_port_and_nonce() {
+    let mut world = World::new(&[HOME]);
+    let first = world.ask(Protocol::Pcp);
+    let other = SocketAddrV4::new(*OUTSIDE.ip(), 7_000);
+    world.answer(first, granted(other, 600, 100));
+    world.pass(Duration::from_secs(299));
+    world.nobody_is_asked();
+    world.pass(Duration::from_secs(1));
+    let again = world.ask(Protocol::Pcp);
+    assert_eq!((again.port, again.nonce), (7_000, first.nonce));
+    world.answer(again, granted(other, 120, 400));
+    world.pass(Duration::from_secs(60));
+    world.ask(Protocol::Pcp);
+}
+
+#[test]
+fn a_renewal_without_answer_is_tried_twice_more_and_then_the_mapping_is_forgotten() {
+    let mut world = World::new(&[HOME]);
+    world.mapped();
+    world.pass(Duration::from_secs(300));
+    for pause_s in [2, 8] {
+        let ask = world.ask(Protocol::Pcp);
+        world.answer(ask, Answer::Silent);
+        assert_eq!(world.told.len(), 1);
+        world.nobody_is_asked();
+        world.pass(Duration::from_secs(pause_s));
+    }
+    let ask = world.ask(Protocol::Pcp);
+    world.answer(ask, Answer::Silent);
+    assert!(world.told.is_empty());
+    world.ask(Protocol::Pcp);
+}
+
+#[test]
+fn a_mapping_whose_renewal_never_comes_back_ends_with_its_lifetime() {
+    let mut world = World::new(&[HOME]);
+    world.mapped();
+    world.pass(Duration::from_secs(300));
+    let late = world.ask(Protocol::Pcp);
+    world.pass(Duration::from_secs(299));
+    assert_eq!(world.told.len(), 1);
+    world.pass(Duration::from_secs(2));
+    assert!(world.told.is_empty());
+    // It is asked anew; what came so late means nothing.
+    world.ask(Protocol::Pcp);
+    world.answer(late, granted(OUTSIDE, 600, 0));
+    assert!(world.told.is_empty());
+}
+
+#[test]
+fn a_gateway_that_grants_nothing_is_asked_ever_more_rarely() {
+    let mut world = World::new(&[HOME]);
+    let mut rounds = 0;
+    let start = world.now;
+    while world.now < start + Duration::from_secs(86_400) {
+        for protocol in ORDER {
+            let ask = world.ask(protocol);
+            world.answer(ask, Answer::Silent);
+        }
+        rounds += 1;
+        world.pass(Duration::from_secs(86_400));
+    }
+    // 30 s + 60 s + … to half an hour takes 32 min; then one each half an hour.
+    assert!((48..=60).contains(&rounds), "{rounds}");
+    // A change of the network begins anew.
+    world.asked.clear();
+    for protocol in [Protocol::Pcp, Protocol::NatPmp, Protocol::Upnp] {
+        let ask = world.machine.number;
+        let _ = protocol;
+        world.machine.handle_answer(ask, Answer::Silent, world.now);
+        world.drain();
+    }
+    world.asked.clear();
+    world.gateways(&[HOME]);
+    world.ask(Protocol::Pcp);
+}
+
+#[test]
+fn a_gateway_that_started_anew_is_asked_at_once_and_then_not_for_a_while() {
+    let mut world = World::new(&[HOME]);
+    world.mapped();
+    world.pass(Duration::from_secs(50));
+    // Its clock went on as ours did.
+    world
+        .machine
+        .handle_notice(HOME.address, notice(150), world.now);
+    world.drain();
+    world.nobody_is_asked();
+    world
+        .machine
+        .handle_notice(HOME.address, notice(0), world.now);
+    world.drain();
+    let ask = world.ask(Protocol::Pcp);
+    world.answer(ask, granted(OUTSIDE, 600, 1));
+    // Whoever forges more of these gets no more than one question in 10 s.
+    for second in 1_u32..10 {
+        world.pass(Duration::from_secs(1));
+        world
+            .machine
+            .handle_notice(HOME.address, notice(second * 1_000), world.now);
+        world.drain();
+        world.nobody_is_asked();
+    }
+    world.pass(Duration::from_secs(1));
+    world
+        .machine
+        .handle_notice(HOME.address, notice(5_000), world.now);
+    world.drain();
+    world.ask(Protocol::Pcp);
+    // Nobody listens to others.
+    let stranger = Ipv4Addr::new(192, 168, 1, 66);
+    world.machine.handle_notice(stranger, notice(0), world.now);
+    world.drain();
+    world.nobody_is_asked();
+}
+
+#[test]
+fn a_gateway_with_another_outside_address_is_asked_at_once() {
+    let mut world = World::new(&[HOME]);
+    world.mapped();
+    world.pass(Duration::from_secs(50));
+    let said = |ip: [u8; 4]| Notice {
+        epoch_s: 150,
+        outside: Some(ip.into()),
+    };
+    let same = said(OUTSIDE.ip().octets());
+    world.machine.handle_notice(HOME.address, same, world.now);
+    world.drain();
+    world.nobody_is_asked();
+    world
+        .machine
+        .handle_notice(HOME.address, said([45, 0, 113, 6]), world.now);
+    world.drain();
+    let ask = world.ask(Protocol::Pcp);
+    let moved = SocketAddrV4::new([45, 0, 113, 6].into(), 51_820);
+    world.answer(ask, granted(moved, 600, 150));
+    assert_eq!(world.told, [SocketAddr::V4(moved)]);
+}
+
+#[test]
+fn a_resting_gateway_that_says_that_it_started_is_asked_at_once() {
+    let mut world = World::new(&[HOME]);
+    for protocol in ORDER {
+        let ask = world.ask(protocol);
+        world.answer(ask, Answer::Silent);
+    }
+    world.nobody_is_asked();
+    world
+        .machine
+        .handle_notice(HOME.address, notice(0), world.now);
+    world.drain();
+    world.ask(Protocol::Pcp);
+}
+
+#[test]
+fn epochs_tell_a_restart_as_the_rfc_does() {
+    for (before, after, elapsed_s, restarted) in [
+        (100, 200, 100, false),
+        (100, 99, 0, false), // One second is forgiven.
+        (100, 98, 0, true),
+        (100, 0, 300, true),
+        (0, 1_000, 960, false), // Clocks may differ by a sixteenth.
+        (0, 1_000, 900, true),
+        (0, 900, 1_000, true),
+        (u32::MAX, 0, 1, true),
+        (0, u32::MAX, 1, true),
+    ] {
+        let elapsed = Duration::from_secs(elapsed_s);
+        let found = has_restarted(before, after, elapsed);
+        assert_eq!(found, restarted, "{before} {after} {elapsed_s}");
+    }
+}
+
+#[test]
+fn answers_that_make_no_sense_are_refusals() {
+    for (outside, lifetime_s, said) in [
+        ("0.0.0.0:51820", 600, "no address"),
+        ("127.0.0.1:51820", 600, "no address"),
+        ("169.254.1.1:51820", 600, "no address"),
+        ("224.0.0.1:51820", 600, "no address"),
+        ("255.255.255.255:51820", 600, "no address"),
+        ("45.0.113.5:0", 600, "no address"),
+        ("192.168.1.11:51820", 600, "there is no NAT"),
+        ("45.0.113.5:51820", 1, "the least"),
+        ("45.0.113.5:51820", 0, "the least"),
+    ] {
+        let mut world = World::new(&[HOME]);
+        let ask = world.ask(Protocol::Pcp);
+        world.answer(ask, granted(outside.parse().unwrap(), lifetime_s, 0));
+        assert!(world.problem().contains(said), "{}", world.problem());
+        assert!(world.told.is_empty(), "{outside}");
+        world.ask(Protocol::NatPmp);
+    }
+}
+
+#[test]
+fn a_lifetime_of_a_hundred_years_is_a_day() {
+    let mut world = World::new(&[HOME]);
+    let ask = world.ask(Protocol::Pcp);
+    world.answer(ask, granted(OUTSIDE, u32::MAX.into(), 0));
+    world.pass(Duration::from_secs(43_200));
+    world.ask(Protocol::Pcp);
+}
+
+#[test]
+fn an_address_between_two_nats_is_told_and_said_to_be_one() {
+    let mut world = World::new(&[HOME]);
+    let ask = world.ask(Protocol::Pcp);
+    let between = SocketAddrV4::new([100, 64, 7, 7].into(), 51_820);
+    world.answer(ask, granted(between, 600, 0));
+    assert_eq!(world.told, [SocketAddr::V4(between)]);
+    assert!(
+        world.problem().contains("another NAT"),
+        "{}",
+        world.problem()
+    );
+}
+
+#[test]
+fn a_port_that_is_taken_is_another_one_next_and_four_are_tried() {
+    let mut world = World::new(&[HOME]);
+    for protocol in [Protocol::Pcp, Protocol::NatPmp] {
+        let ask = world.ask(protocol);
+        world.answer(ask, Answer::Silent);
+    }
+    let mut ports = Vec::new();
+    for _ in 0..PORT_TRIES {
+        let ask = world.ask(Protocol::Upnp);
+        ports.push(ask.port);
+        world.answer(ask, Answer::PortTaken);
+    }
+    world.nobody_is_asked();
+    assert_eq!(ports[0], 51_820);
+    assert!(
+        ports[1..].iter().all(|port| PORTS.contains(port)),
+        "{ports:?}"
+    );
+}
+
+#[test]
+fn a_gateway_that_knows_no_lifetimes_is_asked_for_one_without_end_and_reminded_all_the_same() {
+    let mut world = World::new(&[HOME]);
+    for protocol in [Protocol::Pcp, Protocol::NatPmp] {
+        let ask = world.ask(protocol);
+        world.answer(ask, Answer::Silent);
+    }
+    let ask = world.ask(Protocol::Upnp);
+    world.answer(ask, Answer::PermanentOnly);
+    let ask = world.ask(Protocol::Upnp);
+    assert!(ask.lifetime.is_zero());
+    world.answer(ask, granted(OUTSIDE, 600, 0));
+    world.pass(LIFETIME / 2);
+    assert!(world.ask(Protocol::Upnp).lifetime.is_zero());
+    world.machine.shut_down();
+    world.drain();
+    assert_eq!(world.released.len(), 1);
+}
+
+#[test]
+fn what_was_granted_is_given_back_at_the_end_and_only_that() {
+    let other = Gateway {
+        address: [10, 0, 0, 1].into(),
+        own: [10, 0, 0, 7].into(),
+    };
+    let mut world = World::new(&[other, HOME]);
+    let asks: Vec<_> = world.asked.drain(..).collect();
+    let at_home = asks.iter().find(|ask| ask.gateway == HOME).unwrap();
+    world.answer(*at_home, granted(OUTSIDE, 600, 0));
+    world.machine.shut_down();
+    world.drain();
+    let released: Vec<_> = world.released.iter().map(|ask| ask.gateway).collect();
+    assert_eq!(released, [HOME]);
+}
+
+#[test]
+fn a_gateway_that_is_gone_has_granted_nothing_and_its_answer_means_nothing() {
+    let mut world = World::new(&[HOME]);
+    world.mapped();
+    world.gateways(&[]);
+    assert!(world.told.is_empty());
+    assert_eq!(world.machine.poll_timeout(), None);
+    world.gateways(&[HOME]);
+    let ask = world.ask(Protocol::Pcp);
+    world.gateways(&[]);
+    world.answer(ask, granted(OUTSIDE, 600, 0));
+    assert!(world.told.is_empty());
+}
+
+#[test]
+fn a_public_machine_asks_nobody_and_no_machine_asks_more_than_four() {
+    let own = |own: [u8; 4]| Gateway {
+        address: HOME.address,
+        own: own.into(),
+    };
+    let world = World::new(&[own([198, 51, 100, 7])]);
+    world.nobody_is_asked();
+    let many: Vec<_> = (0..9).map(|last| own([10, 0, 0, last])).collect();
+    let world = World::new(&many);
+    assert_eq!(world.asked.len(), GATEWAYS_MAX);
+}
+
+/// Whatever a gateway answers, in whatever order: questions are rare, and what is told was granted.
+#[test]
+fn no_answers_make_it_ask_often() {
+    use rand::SeedableRng as _;
+    for seed in 0..200 {
+        let mut dice = Xoshiro256PlusPlus::seed_from_u64(seed);
+        let mut world = World::new(&[HOME]);
+        let (start, mut questions) = (world.now, 0_u32);
+        while world.now < start + Duration::from_secs(3_600) {
+            if let Some(ask) = world.asked.pop_front() {
+                questions += 1;
+                world.now += Duration::from_millis(dice.random_range(0..2_000));
+                let answer = match dice.random_range(0..8) {
+                    0 => Answer::Silent,
+                    1 => Answer::PortTaken,
+                    2 => Answer::PermanentOnly,
+                    3 => Answer::Refused("so".to_owned()),
+                    _ => granted(
+                        SocketAddrV4::new(dice.random::<u32>().into(), dice.random()),
+                        dice.random_range(0..200),
+                        dice.random(),
+                    ),
+                };
+                world.answer(ask, answer);
+            } else {
+                let said = notice(dice.random());
+                world.machine.handle_notice(HOME.address, said, world.now);
+                world.drain();
+                world.pass(Duration::from_millis(dice.random_range(0..5_000)));
+            }
+            assert!(world.asked.len() <= 1);
+        }
+        // A notice in 10 s, each with all protocols and ports at worst.
+        assert!(questions < 3_600, "{questions} in an hour, seed {seed}");
+    }
+}
