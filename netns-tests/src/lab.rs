@@ -247,7 +247,7 @@ impl Lab {
         tool::ip(home.netns(), &uplink)?;
         tool::nft(
             carrier.netns(),
-            &nat::rules(NatKind::PortRestricted, &[inner]),
+            &nat::rules(NatKind::PortRestricted, &[(inner, 0)]),
         )?;
         Ok(carrier)
     }

@@ -16,6 +16,7 @@ pub mod nat;
 pub mod node;
 pub mod probe;
 pub mod site;
+pub mod stream;
 mod sys;
 pub mod tool;
 pub mod traffic;

@@ -58,7 +58,7 @@ pub struct Way<'a> {
 
 impl Way<'_> {
     /// The sender's socket, connected, and the receiver's.
-    fn sockets(self) -> Result<(UdpSocket, UdpSocket)> {
+    pub(crate) fn sockets(self) -> Result<(UdpSocket, UdpSocket)> {
         let receiver = self
             .to
             .enter(|| UdpSocket::bind((self.address, 0)))?

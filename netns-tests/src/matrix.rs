@@ -408,7 +408,9 @@ fn became_direct_ago(why: &Value) -> Option<Duration> {
     Some(Duration::from_millis(ago_ms))
 }
 
-fn path_in_use(why: &Value) -> String {
+/// The way that packets take, as `meshctl path why` says it; empty: none.
+#[must_use]
+pub fn path_in_use(why: &Value) -> String {
     let paths = why.get("paths").and_then(Value::as_array);
     let mut paths = paths.into_iter().flatten();
     let primary = paths.find(|path| word(path, "state") == "primary");

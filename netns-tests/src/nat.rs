@@ -10,8 +10,12 @@
 
 use std::{fmt::Write as _, net::Ipv4Addr};
 
-/// Hosts behind one NAT: the key is `index * 2^10`, and 64 of those fit 16 bits; 16 are enough.
+/// Hosts behind one NAT.
 pub const HOSTS_MAX: usize = 16;
+
+/// Keys: 64 multiples of 2^10 fit 16 bits. A host has another one with each new address, as to its router it is
+/// another host, while mappings of the old one last: so many leases later those are gone.
+pub(crate) const KEYS: usize = 64;
 
 /// The first port of a [`NatKind::Symmetric`], and how many it gives out in order before it begins anew: a host of
 /// the lab speaks with fewer destinations in the two minutes for which Linux keeps a mapping.
@@ -45,9 +49,9 @@ pub enum Ipv6Kind {
     Firewall,
 }
 
-/// The whole rule set of a site's router. Replaces an earlier one in one transaction.
+/// The whole rule set of a site's router, for hosts with a key each. Replaces an earlier one in one transaction.
 #[must_use]
-pub fn rules(kind: NatKind, hosts: &[Ipv4Addr]) -> String {
+pub(crate) fn rules(kind: NatKind, hosts: &[(Ipv4Addr, usize)]) -> String {
     let mut script = "table ip nat\ndelete table ip nat\n".to_owned();
     if kind == NatKind::None {
         return script;
@@ -111,10 +115,10 @@ pub fn rules(kind: NatKind, hosts: &[Ipv4Addr]) -> String {
 }
 
 /// Endpoint-independent: each host's ports by a translation of its own.
-fn by_host(hosts: &[Ipv4Addr], learn: &mut String) -> String {
+fn by_host(hosts: &[(Ipv4Addr, usize)], learn: &mut String) -> String {
     let mut translate = String::new();
-    for (index, host) in hosts.iter().enumerate() {
-        let key = index << 10;
+    for (host, key) in hosts {
+        let key = (key % KEYS) << 10;
         let outer = format!("udp sport ^ {key:#x}");
         let select = format!("oifname \"wan\" ip saddr {host} meta l4proto udp");
         writeln!(
@@ -141,7 +145,7 @@ fn in_order() -> String {
 
 /// What a site's router does with IPv6. Replaces an earlier one in one transaction.
 #[must_use]
-pub fn ipv6_rules(kind: Ipv6Kind) -> String {
+pub(crate) fn ipv6_rules(kind: Ipv6Kind) -> String {
     let mut script = "table ip6 guard\ndelete table ip6 guard\n".to_owned();
     if kind == Ipv6Kind::Firewall {
         script.push_str(

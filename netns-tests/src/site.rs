@@ -62,11 +62,32 @@ pub struct Site {
 #[derive(Debug)]
 struct State {
     wan: Option<Ipv4Addr>,
-    hosts: Vec<(Node, Ipv4Addr)>,
+    hosts: Vec<Host>,
+    /// Of the next lease.
+    key: usize,
+}
+
+#[derive(Debug)]
+struct Host {
+    node: Node,
+    address: Ipv4Addr,
+    key: usize,
+}
+
+impl State {
+    fn next_key(&mut self) -> usize {
+        self.key += 1;
+        self.key - 1
+    }
 }
 
 /// The router's address ends so.
 const GATEWAY: u8 = 1;
+
+/// No router tells anybody that a packet was too big.
+const SILENT: &str = "table inet silent\ndelete table inet silent\ntable inet silent {\n chain output {\n \
+                      type filter hook output priority 0; policy accept;\n \
+                      icmp type destination-unreachable drop\n icmpv6 type packet-too-big drop\n }\n}\n";
 
 /// The first host's address ends so; the others follow.
 const FIRST_HOST: u8 = 11;
@@ -83,6 +104,7 @@ impl Site {
         let state = Mutex::new(State {
             wan: internet.ipv4.map(|(_, wan)| wan),
             hosts: Vec::new(),
+            key: 0,
         });
         let site = Self {
             name: name.to_owned(),
@@ -162,7 +184,12 @@ impl Site {
             );
             tool::ip(node.netns(), &batch)?;
         }
-        state.hosts.push((node.clone(), address));
+        let key = state.next_key();
+        state.hosts.push(Host {
+            node: node.clone(),
+            address,
+            key,
+        });
         self.apply(&state)?;
         Ok(node)
     }
@@ -179,13 +206,15 @@ impl Site {
             self.name
         );
         let mut state = self.lock();
-        for (node, old) in &mut state.hosts {
-            if node.name() == host.name() {
-                *old = address;
+        let key = state.next_key();
+        for old in &mut state.hosts {
+            if old.node.name() == host.name() {
+                (old.address, old.key) = (address, key);
             }
         }
-        self.set_address(host, address)?;
-        self.apply(&state)
+        // First: what an agent sends at once would get a mapping that nobody meant it to have.
+        self.apply(&state)?;
+        self.set_address(host, address)
     }
 
     /// Gives the site another public address, as an access provider does at night. Mappings die.
@@ -226,11 +255,27 @@ impl Site {
         tool::nft(self.router.netns(), &script)
     }
 
+    /// Makes the wire to the internet one of this MTU, and lets nobody hear of it: what does not fit vanishes, and the
+    /// ICMP errors about it (RFC 1191, RFC 4443) with it.
+    ///
+    /// # Errors
+    ///
+    /// If `ip` or `nft` refuses.
+    pub fn narrow(&self, internet: &Node, mtu_bytes: u16) -> Result<()> {
+        for (node, interface) in [(&self.border, "wan"), (internet, &self.port)] {
+            let narrow = format!("link set {interface} mtu {mtu_bytes}\n");
+            tool::ip(node.netns(), &narrow)?;
+            tool::nft(node.netns(), SILENT)?;
+        }
+        Ok(())
+    }
+
     fn apply(&self, state: &State) -> Result<()> {
         let Some((kind, _)) = self.internet.ipv4 else {
             return Ok(());
         };
-        let hosts: Vec<_> = state.hosts.iter().map(|(_, address)| *address).collect();
+        let hosts = state.hosts.iter().map(|host| (host.address, host.key));
+        let hosts: Vec<_> = hosts.collect();
         tool::nft(self.router.netns(), &rules(kind, &hosts))
     }
 

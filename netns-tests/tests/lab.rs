@@ -19,6 +19,7 @@ use netns_tests::{
     site::{Internet, Site},
     tool,
 };
+use rustix::net::sockopt::{self, Ipv4PathMtuDiscovery};
 
 /// A command that takes longer hangs.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -291,6 +292,43 @@ fn blocked_udp_stops_udp_and_leaves_tcp_of_both_families() -> Result<()> {
 }
 
 #[test]
+fn what_is_too_big_for_a_narrow_wire_vanishes_and_nobody_is_told() -> Result<()> {
+    let (lab, site) = dual(Internet {
+        ipv4: Some((NatKind::PortRestricted, WAN)),
+        ipv6: Some((Ipv6Kind::Firewall, PREFIX)),
+    })?;
+    let (one, host) = (lab.node("one")?, site.host(&lab, "host")?);
+    site.narrow(lab.internet(), 1_280)?;
+    for (server, any, headers) in [
+        (IpAddr::from(ONE), IpAddr::from(Ipv4Addr::UNSPECIFIED), 28),
+        (ONE_V6.into(), Ipv6Addr::UNSPECIFIED.into(), 48),
+    ] {
+        let (server, socket) = (probe::bind(&one, server)?, probe::bind(&host, any)?);
+        // Not to be cut into fragments on the way, as WireGuard's are not.
+        for socket in [&socket, &server] {
+            if server.local_addr()?.is_ipv4() {
+                sockopt::set_ip_mtu_discover(socket, Ipv4PathMtuDiscovery::DO)?;
+            }
+        }
+        let [fits, too_big] = [1_280 - headers, 1_281 - headers].map(|size| vec![0; size]);
+        socket.send_to(&fits, server.local_addr()?)?;
+        let (_, outer) = recv(&server)?;
+        for (from, to, target) in [
+            (&socket, &server, server.local_addr()?),
+            (&server, &socket, outer),
+        ] {
+            from.send_to(&too_big, target)?;
+            from.send_to(b"end", target)?; // The wire keeps its order.
+            ensure!(recv(to)?.0 == b"end");
+            from.send_to(&too_big, target)?; // Else the error would be here.
+            from.send_to(&fits, target)?;
+            ensure!(recv(to)?.0 == fits);
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn a_new_public_address_is_used_at_once() -> Result<()> {
     let lab = Lab::new()?;
     let one = lab.public_node("one", ONE)?;
@@ -309,11 +347,13 @@ fn a_new_public_address_is_used_at_once() -> Result<()> {
     server.send_to(b"answer", outer)?;
     ensure!(recv(&socket)?.0 == b"answer");
 
-    site.renumber(&host, Ipv4Addr::new(192, 168, 1, 200))?;
-    let again = probe::bind(&host, Ipv4Addr::UNSPECIFIED)?;
-    again.send_to(b"lan", server.local_addr()?)?;
-    server.send_to(b"answer", recv(&server)?.1)?;
-    ensure!(recv(&again)?.0 == b"answer");
+    // As an agent does it: the same port from another address, to whom it spoke before.
+    for last in [200, 201] {
+        site.renumber(&host, Ipv4Addr::new(192, 168, 1, last))?;
+        socket.send_to(b"lan", server.local_addr()?)?;
+        server.send_to(b"answer", recv(&server)?.1)?;
+        ensure!(recv(&socket)?.0 == b"answer");
+    }
     Ok(())
 }
 

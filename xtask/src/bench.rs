@@ -2,6 +2,7 @@
 
 mod ask;
 mod controlplane;
+mod paths;
 mod plot;
 mod services;
 mod start;
@@ -77,6 +78,14 @@ const BENCHES: &[Bench] = &[
         plot: false,
     },
     Bench {
+        name: "paths",
+        what: "how soon paths are there and are left: cuts, dead relays, new addresses, every NAT, bad and idle lines",
+        run: paths::run,
+        check: paths::check,
+        table: paths::overview,
+        plot: false,
+    },
+    Bench {
         name: "start",
         what: "agent start to the first name and the first service answer, and memory",
         run: start::run,
@@ -86,6 +95,9 @@ const BENCHES: &[Bench] = &[
     },
 ];
 
+/// Fewer runs than these have no 99th percentile (issue 6).
+const P99_RUNS_MIN: usize = 50;
+
 /// Every measured value by case and metric, in the order of their first appearance.
 #[derive(Debug, Default)]
 pub(crate) struct Samples {
@@ -93,6 +105,8 @@ pub(crate) struct Samples {
     values: BTreeMap<(String, &'static str), (&'static str, Vec<f64>)>,
     turns: BTreeMap<(String, &'static str), Vec<f64>>,
     versions: Vec<(String, String)>,
+    notes: Vec<(String, String)>,
+    markdown: Vec<(String, String)>,
     errors: Vec<(String, String)>,
 }
 
@@ -121,6 +135,16 @@ impl Samples {
         self.versions.push((case.to_owned(), version.to_owned()));
     }
 
+    /// Notes what a reader of a case's figures has to know: seeds, how many took part.
+    pub(crate) fn note(&mut self, case: &str, note: String) {
+        self.notes.push((case.to_owned(), note));
+    }
+
+    /// Notes a table that is no list of figures.
+    pub(crate) fn markdown(&mut self, case: &str, table: String) {
+        self.markdown.push((case.to_owned(), table));
+    }
+
     /// Notes why a case could not be measured.
     pub(crate) fn error(&mut self, case: &str, error: &anyhow::Error) {
         eprintln!("{case}: {error:#}");
@@ -147,6 +171,7 @@ impl Samples {
                 median: *sorted.get(sorted.len() / 2)?,
                 min: *sorted.first()?,
                 max: *sorted.last()?,
+                p99: percentile(&sorted, 0.99).filter(|_| sorted.len() >= P99_RUNS_MIN),
                 runs: sorted.len(),
                 turns: self.turns.get(key).unwrap_or(values).clone(),
                 must: None,
@@ -168,6 +193,9 @@ struct Figure {
     median: f64,
     min: f64,
     max: f64,
+    /// Of at least [`P99_RUNS_MIN`] runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    p99: Option<f64>,
     runs: usize,
     /// What it was in each turn, or else in each round.
     #[serde(skip)]
@@ -257,9 +285,18 @@ pub(crate) fn run(
     let verdict = verdict::judge(bench.name, &samples.figures(bench.name));
     let lines = lines(bench.name, &samples, &verdict)?;
     let text = text(bench, &samples, &verdict);
-    println!("{}", if json { &lines } else { &text });
+    let tables: String = samples
+        .markdown
+        .iter()
+        .map(|(case, table)| format!("\n## {case}\n\n{table}"))
+        .collect();
+    if json {
+        println!("{lines}");
+    } else {
+        println!("{text}{tables}");
+    }
     if save {
-        save_run(bench, &verdict, &lines, &text)?;
+        save_run(bench, &verdict, &lines, &text, &tables)?;
     }
     Ok(complete)
 }
@@ -273,6 +310,12 @@ fn lines(bench: &str, samples: &Samples, verdict: &Verdict) -> Result<String> {
         .collect::<Result<Vec<_>, _>>()?;
     for (case, version) in &samples.versions {
         lines.push(json!({"bench": bench, "case": case, "version": version}).to_string());
+    }
+    for (case, note) in &samples.notes {
+        lines.push(json!({"bench": bench, "case": case, "note": note}).to_string());
+    }
+    for (case, table) in &samples.markdown {
+        lines.push(json!({"bench": bench, "case": case, "markdown": table}).to_string());
     }
     for (case, error) in samples.errors() {
         lines.push(json!({"bench": bench, "case": case, "error": error}).to_string());
@@ -294,13 +337,17 @@ fn text(bench: &Bench, samples: &Samples, verdict: &Verdict) -> String {
     let mut parts = vec![(bench.table)(&verdict.figures)];
     let judged: Vec<_> = verdict.figures.iter().filter_map(judged_row).collect();
     if !judged.is_empty() {
-        let header = ["case", "metric", "median", "must", "ratio", ""];
+        let header = [
+            "case", "metric", "median", "p99", "runs", "must", "ratio", "",
+        ];
         parts.push(report::table(&header, &judged));
     }
     let unjudged = verdict.unjudged.iter();
     parts.extend(unjudged.map(|rule| format!("not judged, for want of a figure: {rule}")));
     let errors = samples.errors();
     parts.extend(errors.map(|(case, error)| format!("NOT MEASURED: {case}: {error}")));
+    let notes = samples.notes.iter();
+    parts.extend(notes.map(|(case, note)| format!("{case}: {note}")));
     let versions = samples.versions.iter();
     parts.extend(versions.map(|(case, version)| format!("{case}: {version}")));
     parts.join("\n")
@@ -316,6 +363,8 @@ fn judged_row(figure: &Figure) -> Option<Vec<String>> {
         figure.case.clone(),
         figure.metric.to_owned(),
         format!("{} {}", figure.median_text(1.0), figure.unit),
+        figure.p99.map(report::three_digits).unwrap_or_default(),
+        figure.runs.to_string(),
         figure.must.clone()?,
         report::three_digits(figure.ratio?),
         held.to_owned(),
@@ -338,7 +387,7 @@ fn figure_table(figures: &[Figure]) -> String {
     )
 }
 
-fn save_run(bench: &Bench, verdict: &Verdict, lines: &str, text: &str) -> Result<()> {
+fn save_run(bench: &Bench, verdict: &Verdict, lines: &str, text: &str, tables: &str) -> Result<()> {
     let folder = root().join("docs/bench");
     fs::create_dir_all(&folder)?;
     let write = |extension: &str, content: &str| {
@@ -349,7 +398,7 @@ fn save_run(bench: &Bench, verdict: &Verdict, lines: &str, text: &str) -> Result
     let name = bench.name;
     let text = format!(
         "# bench {name}\n\n{machine}\n\
-         Made by `cargo xtask bench {name} --save`. Compare within one run only.\n\n```text\n{text}\n```\n"
+         Made by `cargo xtask bench {name} --save`. Compare within one run only.\n\n```text\n{text}\n```\n{tables}"
     );
     write("md", &text)?;
     write("jsonl", &format!("{lines}\n"))?;

@@ -27,9 +27,9 @@
 //! **Of a plug-in**, by 50 processes at once for 50 pods: `add_p50`, `_p99` and `_max`, how long ADD takes, from before the
 //! process is started until it has ended; `all`, until the last has; `del_p50` and `_p99`.
 
-mod cases;
+pub(super) mod cases;
 mod cluster;
-mod idle;
+pub(super) mod idle;
 mod pods;
 
 use std::time::Duration;

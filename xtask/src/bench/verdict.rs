@@ -1,12 +1,14 @@
 //! The numbers that issues set, and whether a run held them.
 
-use super::{Figure, percentile, services, tunnel};
+use super::{Figure, paths, percentile, services, tunnel};
 
 /// What a figure's median is compared with.
 #[derive(Debug, Clone, Copy)]
 enum Against {
     /// A number in the figure's own unit, and how it is written.
     Number(f64, &'static str),
+    /// Such a number, but with the figure's 99th percentile, or the highest of too few runs for one.
+    P99(f64, &'static str),
     /// The same metric of this case.
     Case(&'static str),
     /// The lowest of the same metric of all other programs.
@@ -43,7 +45,7 @@ const fn rule(case: &'static str, metric: &'static str, against: Against, bound:
     }
 }
 
-use Against::{Best, Case, InTurns, LowestPeer, Number};
+use Against::{Best, Case, InTurns, LowestPeer, Number, P99};
 use Bound::{AtLeast, AtMost, Stated};
 
 /// Issue 1: names and services within 2 s of a start.
@@ -234,6 +236,38 @@ const CONTROLPLANE: &[Rule] = &[
     rule("cni-mesh-ipv4", "all", Case("cni-bridge-ipv4"), Stated),
 ];
 
+/// A number that must be nothing at all.
+const NONE: Against = Number(1.0, "0");
+const P99_SECOND: Against = P99(1_000.0, "1 s");
+
+/// Issue 6's table, line by line.
+const PATHS: &[Rule] = &[
+    rule(paths::CUT, "gap", P99_SECOND, AtMost(1.0)),
+    rule(paths::CUT, "duplicates", NONE, AtMost(0.0)),
+    rule(paths::CUT, "tcp_broken", NONE, AtMost(0.0)),
+    rule(paths::RELAY, "gap", P99_SECOND, AtMost(1.0)),
+    rule(paths::RELAY, "duplicates", NONE, AtMost(0.0)),
+    rule(paths::RELAY, "tcp_broken", NONE, AtMost(0.0)),
+    rule(paths::ADDRESS, "gap", P99(500.0, "500 ms"), AtMost(1.0)),
+    rule(paths::WAN, "gap", P99(500.0, "500 ms"), Stated),
+    rule(paths::MATRIX, "answered", P99(3_000.0, "3 s"), AtMost(1.0)),
+    rule(paths::MATRIX, "direct", P99(5_000.0, "5 s"), AtMost(1.0)),
+    rule(paths::MATRIX, "otherwise", NONE, AtMost(0.0)),
+    rule(paths::LOSSY, "unanswered_requests", NONE, AtMost(0.0)),
+    rule(paths::LOSSY, "unanswered_names", NONE, AtMost(0.0)),
+    rule(paths::LOSSY, "unreachable", NONE, AtMost(0.0)),
+    rule(paths::NARROW, "missing_bytes", NONE, AtMost(0.0)),
+    rule(paths::UNFRAGMENTED, "missing_bytes", NONE, AtMost(0.0)),
+    rule(paths::IDLE, "bytes", Number(1_000.0, "1 KB/s"), AtMost(1.0)),
+    rule(
+        paths::SHARE_10,
+        "rtt_p99",
+        InTurns(paths::SHARE_1),
+        AtMost(1.2),
+    ),
+    rule(paths::SHARE_10, "rtt_p99", InTurns(paths::SHARE_0), Stated),
+];
+
 /// The median of the ratios of two figures in each turn. `None`: there is no turn of both.
 pub(super) fn in_turns(figure: &Figure, other: &Figure) -> Option<f64> {
     let turns = figure.turns.iter().zip(&other.turns);
@@ -251,6 +285,7 @@ impl Rule {
         };
         match self.against {
             Number(_, written) => format!("{sign} {written}"),
+            P99(_, written) => format!("p99 {sign} {written}"),
             Case(name) | InTurns(name) => format!("{sign} {factor}{name}"),
             LowestPeer => format!("{sign} {factor}best peer"),
             Best(_) => format!("{sign} {factor}best of the others"),
@@ -276,6 +311,7 @@ impl Rule {
         let figure = find(self.case)?;
         let ratio = match self.against {
             Number(number, _) => figure.median / number,
+            P99(number, _) => figure.p99.unwrap_or(figure.max) / number,
             Case(name) => figure.median / find(name)?.median,
             LowestPeer => {
                 let peers = figures
@@ -320,6 +356,7 @@ pub(super) fn judge(bench: &str, figures: &[Figure]) -> Verdict {
         "tunnel" => TUNNEL.to_vec(),
         "services" => services_rules(),
         "controlplane" => CONTROLPLANE.to_vec(),
+        "paths" => PATHS.to_vec(),
         _ => Vec::new(),
     };
     let direct = |own: &Figure| {
@@ -491,6 +528,39 @@ mod tests {
     }
 
     #[test]
+    fn a_99th_percentile_is_judged_and_of_few_runs_the_highest() {
+        let judged = |runs: usize| {
+            let mut samples = Samples::default();
+            for run in 0..runs {
+                let gap = if run == 0 { 1_300.0 } else { 500.0 };
+                samples.add(paths::CUT, "gap", "ms", gap);
+            }
+            let verdict = judge("paths", &samples.figures("paths"));
+            verdict.figures.iter().map(|one| (one.p99, one.ok)).next()
+        };
+        assert_eq!(judged(200), Some((Some(500.0), Some(true))));
+        assert_eq!(judged(50), Some((Some(1_300.0), Some(false))));
+        assert_eq!(judged(10), Some((None, Some(false))));
+    }
+
+    #[test]
+    fn what_must_not_be_is_judged_by_one() {
+        let mut samples = Samples::default();
+        samples.add(paths::CUT, "duplicates", "", 0.0);
+        samples.add(paths::RELAY, "duplicates", "", 1.0);
+        let verdict = judge("paths", &samples.figures("paths"));
+        let judged: Vec<_> = verdict
+            .figures
+            .iter()
+            .map(|one| (one.must.as_deref(), one.ok))
+            .collect();
+        assert_eq!(
+            judged,
+            [(Some("<= 0"), Some(true)), (Some("<= 0"), Some(false))]
+        );
+    }
+
+    #[test]
     fn the_best_of_the_others_is_the_one_to_beat() {
         let verdict = rounds(&[
             ("holdfast-packets-1000", "tcp_1", &[10.0]),
@@ -536,6 +606,12 @@ mod tests {
             assert!(controlplane::is_case(rule.case), "{}", rule.case);
             if let Case(other) = rule.against {
                 assert!(controlplane::is_case(other), "{other}");
+            }
+        }
+        for rule in PATHS {
+            assert!(paths::is_case(rule.case), "{}", rule.case);
+            if let InTurns(other) = rule.against {
+                assert!(paths::is_case(other), "{other}");
             }
         }
         for rule in services_rules() {

@@ -36,11 +36,11 @@ pub(super) struct Size {
 
 /// An agent with peers and services.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Idle {
-    pub(super) peers: u8,
-    pub(super) services: u16,
+pub(in crate::bench) struct Idle {
+    pub(in crate::bench) peers: u8,
+    pub(in crate::bench) services: u16,
     /// For how long its processor time is counted.
-    pub(super) time: Duration,
+    pub(in crate::bench) time: Duration,
 }
 
 /// What connects pods.

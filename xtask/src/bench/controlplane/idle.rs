@@ -13,14 +13,14 @@ use super::cases::Idle;
 use crate::bench::Samples;
 
 /// The agent that is measured.
-const NODE: &str = "idle";
+pub(in crate::bench) const NODE: &str = "idle";
 
 /// What its peers go without: it is not they that are measured.
 const PEER_LINES: &str = "services = false\npacket_threads = 1\n";
 
 /// After the last packet a path is looked after for 45 s as if more came (`shared/paths.md`, "keepalive"): then it is
 /// idle. Of a short measurement nobody asks that.
-const CALM: Duration = Duration::from_secs(50);
+pub(in crate::bench) const CALM: Duration = Duration::from_secs(50);
 
 /// Each peer is woken by echoes: 50 one after the other take a few seconds.
 const WAKE_LIMIT: Duration = Duration::from_secs(60);
@@ -31,6 +31,34 @@ const WAKE_LIMIT: Duration = Duration::from_secs(60);
 ///
 /// If a node does not come up, or a path does not.
 pub(super) fn measure(bins: &Path, case: &str, idle: Idle, samples: &mut Samples) -> Result<()> {
+    let mesh = start(bins, idle)?;
+    if idle.time >= Duration::from_secs(30) {
+        thread::sleep(CALM);
+    }
+    let status = mesh.status(NODE)?;
+    let services = status.pointer("/snapshot/services").and_then(Value::as_u64);
+    ensure!(services == Some(idle.services.into()), "{status}");
+    let agent = mesh.take(NODE, "mesh-agent")?;
+    let before = agent.cpu_time()?;
+    thread::sleep(idle.time);
+    let took = agent.cpu_time()? - before;
+    let share = took.as_secs_f64() / idle.time.as_secs_f64() * 100.0;
+    samples.add(case, "cpu", "%", share);
+    samples.add(case, "resident", "KiB", agent.resident_kib()? as f64);
+    let peak = agent.resident_peak_kib()?;
+    samples.add(case, "resident_peak", "KiB", peak as f64);
+    mesh.put(NODE, "mesh-agent", agent);
+    let direct = direct(&mesh)?;
+    ensure!(direct == u64::from(idle.peers), "{direct} paths at the end");
+    tool::eventually("all processes run on", READY_LIMIT, || mesh.all_run())
+}
+
+/// [`NODE`] and its peers, with a direct path to each.
+///
+/// # Errors
+///
+/// If a node does not come up, or a path does not.
+pub(in crate::bench) fn start(bins: &Path, idle: Idle) -> Result<Mesh> {
     let manifests = tempfile::tempdir()?;
     fs::write(manifests.path().join("bench.yaml"), manifest(idle)?)?;
     let mesh = Mesh::start(bins, manifests.path())?;
@@ -52,25 +80,7 @@ pub(super) fn measure(bins: &Path, case: &str, idle: Idle, samples: &mut Samples
     tool::eventually("direct paths to all peers", WAKE_LIMIT, || {
         wake(&mesh, idle)
     })?;
-    if idle.time >= Duration::from_secs(30) {
-        thread::sleep(CALM);
-    }
-    let status = mesh.status(NODE)?;
-    let services = status.pointer("/snapshot/services").and_then(Value::as_u64);
-    ensure!(services == Some(idle.services.into()), "{status}");
-    let agent = mesh.take(NODE, "mesh-agent")?;
-    let before = agent.cpu_time()?;
-    thread::sleep(idle.time);
-    let took = agent.cpu_time()? - before;
-    let share = took.as_secs_f64() / idle.time.as_secs_f64() * 100.0;
-    samples.add(case, "cpu", "%", share);
-    samples.add(case, "resident", "KiB", agent.resident_kib()? as f64);
-    let peak = agent.resident_peak_kib()?;
-    samples.add(case, "resident_peak", "KiB", peak as f64);
-    mesh.put(NODE, "mesh-agent", agent);
-    let direct = direct(&mesh)?;
-    ensure!(direct == u64::from(idle.peers), "{direct} paths at the end");
-    tool::eventually("all processes run on", READY_LIMIT, || mesh.all_run())
+    Ok(mesh)
 }
 
 fn peer(number: u8) -> String {

@@ -1,0 +1,189 @@
+//! Paths that never let go (issue 6): the real programs behind the lab's NATs, while something happens to their paths.
+//!
+//! | case | what happens, and what is counted |
+//! |---|---|
+//! | [`CUT`] | the direct path is cut while traffic flows and a relay is there: `gap`, the longest time in which nothing came, of both directions; `tcp_gap` of a TCP connection beside it; `duplicates` that were delivered; `tcp_broken` |
+//! | [`RELAY`] | the relay in use is killed (SIGKILL), another is warm: the same |
+//! | [`ADDRESS`] | the node's own address changes: `gap`, `tcp_gap` |
+//! | [`WAN`] | its site's public address does, which the node cannot see |
+//! | [`MATRIX`] | every kind of NAT meets every other for the first time: `answered`, from the first packet to the first answer; `direct`, until both ends are direct; `otherwise`, pairs that did not come to what they can, or gave the wrong reason |
+//! | [`LOSSY`] | 10 % of all frames are lost in bursts, round trips take 200 ms, 1 Mb/s: `answered_seconds` in which an echo came back, `gap` of the datagrams, `path_changes`, requests to a service and for its name that had no answer |
+//! | [`NARROW`], [`UNFRAGMENTED`] | 1280 bytes fit the underlay, and nobody says so; in the second case fragments do not pass either: bytes of a TCP transfer that did not arrive as they were sent, and its `rate` |
+//! | [`IDLE`] | 50 peers with direct paths and nothing to say: bytes a second and packets a minute at the interface, both ways, with all headers |
+//! | [`SHARE_0`], [`SHARE_1`], [`SHARE_10`] | round trips by a relay while another client sends nothing, its share, ten times its share |
+//!
+//! Each figure scales with `--rounds`: of five, 50 runs, ten minutes of loss, 100 MB, five minutes of idling.
+
+mod line;
+mod pairs;
+mod share;
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use netns_tests::matrix::{Matrix, Met, markdown};
+
+use self::pairs::{Pairs, What};
+use super::{Figure, Options, Samples, choose};
+
+pub(super) const CUT: &str = "direct-cut";
+pub(super) const RELAY: &str = "relay-killed";
+pub(super) const ADDRESS: &str = "address-change";
+pub(super) const WAN: &str = "public-address-change";
+pub(super) const MATRIX: &str = "nat-matrix";
+pub(super) const LOSSY: &str = "lossy";
+pub(super) const NARROW: &str = "mtu-1280";
+pub(super) const UNFRAGMENTED: &str = "mtu-1280-no-fragments";
+pub(super) const IDLE: &str = "idle-50-peers";
+pub(super) const SHARE_0: &str = "relay-share-0";
+pub(super) const SHARE_1: &str = "relay-share-1";
+pub(super) const SHARE_10: &str = "relay-share-10";
+
+/// What is measured together.
+const CASES: &[&str] = &[
+    CUT,
+    RELAY,
+    ADDRESS,
+    WAN,
+    MATRIX,
+    LOSSY,
+    NARROW,
+    UNFRAGMENTED,
+    IDLE,
+    SHARE,
+];
+
+/// The three that are measured in turns.
+const SHARE: &str = "relay-share";
+
+/// Refuses names of cases that there are not.
+///
+/// # Errors
+///
+/// With the names that there are.
+pub(super) fn check(options: &Options) -> Result<()> {
+    ensure!(
+        options.peers.is_empty(),
+        "bench paths has no --peers: choose cases by --only"
+    );
+    chosen(options).map(drop)
+}
+
+fn chosen(options: &Options) -> Result<Vec<&'static str>> {
+    let cases = choose(CASES, |case| case, &options.only)?;
+    Ok(cases.into_iter().copied().collect())
+}
+
+/// Whether figures of this name are made.
+#[cfg(test)]
+pub(super) fn is_case(name: &str) -> bool {
+    CASES.contains(&name) || [SHARE_0, SHARE_1, SHARE_10].contains(&name)
+}
+
+/// Measures the cases one after the other.
+///
+/// A case that cannot be measured is told by name.
+///
+/// # Errors
+///
+/// Never: what failed is in the samples.
+pub(super) fn run(options: &Options, samples: &mut Samples) -> Result<bool> {
+    let cases = chosen(options)?;
+    let of_pairs = [CUT, RELAY, ADDRESS, WAN];
+    let (of_pairs, others): (Vec<_>, Vec<_>) =
+        cases.into_iter().partition(|case| of_pairs.contains(case));
+    if !of_pairs.is_empty() {
+        match Pairs::start(&options.bins, pairs::PAIRS, "") {
+            Ok(pairs) => measure_pairs(&pairs, &of_pairs, options.rounds, samples),
+            Err(error) => samples.error("pairs", &error),
+        }
+    }
+    for case in others {
+        eprintln!("{case}");
+        let (bins, rounds) = (&options.bins, options.rounds);
+        let measured = match case {
+            MATRIX => matrix(options, samples),
+            LOSSY => line::lossy(bins, rounds, samples),
+            NARROW => line::narrow(bins, NARROW, rounds, samples),
+            UNFRAGMENTED => line::narrow(bins, UNFRAGMENTED, rounds, samples),
+            IDLE => line::idle(bins, rounds, samples),
+            _ => share::measure(bins, rounds, samples),
+        };
+        if let Err(error) = measured {
+            samples.error(case, &error);
+        }
+    }
+    Ok(samples.errors().next().is_none())
+}
+
+fn measure_pairs(pairs: &Pairs, cases: &[&'static str], rounds: u32, samples: &mut Samples) {
+    // In turns, so that a slow minute of the machine is in all of them.
+    for round in 1..=rounds {
+        for &case in cases {
+            eprintln!("{case}: round {round} of {rounds}");
+            let measured = match case {
+                CUT => pairs.each(What::Cut, case, round, samples),
+                ADDRESS => pairs.each(What::Address, case, round, samples),
+                WAN => pairs.each(What::Wan, case, round, samples),
+                _ => pairs.kill_relays(case, round, samples),
+            };
+            if let Err(error) = measured {
+                samples.error(case, &error.context(format!("round {round}")));
+            }
+        }
+    }
+    for &case in cases {
+        pairs.tell_totals(case, samples);
+    }
+}
+
+fn matrix(options: &Options, samples: &mut Samples) -> Result<()> {
+    let matrix = Matrix::start(&options.bins)?;
+    let mut rounds: Vec<Vec<Met>> = Vec::new();
+    for round in 1..=options.rounds {
+        eprintln!("{MATRIX}: round {round} of {}", options.rounds);
+        if round > 1 {
+            matrix.forget()?;
+        }
+        rounds.push(matrix.meet()?);
+    }
+    let all = || rounds.iter().flatten();
+    for met in all() {
+        if let Some(answered) = met.answered {
+            samples.add(MATRIX, "answered", "ms", ms(answered));
+        }
+        if let Some(direct) = met.direct {
+            samples.add(MATRIX, "direct", "ms", ms(direct));
+        }
+        if !met.as_expected() {
+            let (from, to) = (met.from.name, met.to.name);
+            let note = format!("{from} to {to}: {:?} by {}", met.ends, met.path);
+            samples.note(MATRIX, note);
+        }
+    }
+    let otherwise = all().filter(|met| !met.as_expected()).count();
+    samples.add(MATRIX, "otherwise", "pairs", otherwise as f64);
+    let note = "ports of random NATs and the agents' own dice are the kernel's: there is no seed";
+    samples.note(MATRIX, note.to_owned());
+    let heading = format!(
+        "Milliseconds to the first answer / until both ends are direct, the slowest of {} rounds, or why they stay on a \
+         relay (`meshctl path why`, at both ends the same). Sites are 10 ms from the internet; one relay.\n\n",
+        rounds.len()
+    );
+    samples.markdown(MATRIX, heading + &markdown(&rounds));
+    Ok(())
+}
+
+/// What nothing is asked of.
+pub(super) fn overview(figures: &[Figure]) -> String {
+    let rest: Vec<_> = figures
+        .iter()
+        .filter(|figure| figure.must.is_none())
+        .cloned()
+        .collect();
+    super::figure_table(&rest)
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}

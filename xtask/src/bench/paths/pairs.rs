@@ -1,0 +1,435 @@
+//! Pairs of nodes at sites of their own, traffic between the two of each, and what happens to it.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    fs,
+    net::Ipv4Addr,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use netns_tests::{
+    link::Impairment,
+    load::Way,
+    matrix::path_in_use,
+    mesh::{CLOUD, Mesh, word},
+    nat::NatKind,
+    stream::Stream,
+    tool,
+};
+use serde_json::Value;
+
+use super::ms;
+use crate::bench::Samples;
+
+/// Pairs at the same time: each is cut for itself, and a killed relay is one of all of them.
+pub(super) const PAIRS: u8 = 5;
+
+/// Of each pair in a round: with [`PAIRS`] and five rounds, 50.
+const RUNS: u32 = 2;
+
+/// A datagram each 10 ms: no gap is known better than to this.
+const EVERY: Duration = Duration::from_millis(10);
+
+/// Long enough for ten times what must be.
+const WINDOW: Duration = Duration::from_secs(3);
+
+/// Traffic that is not back by then does not come back.
+const BACK_LIMIT: Duration = Duration::from_secs(30);
+
+/// Until a path is as it was: the direct one is looked for again after 5, 10 and 20 s.
+const HEAL_LIMIT: Duration = Duration::from_secs(60);
+
+/// Heartbeats come each 3 s (`paths.md`): what happens has to happen at every moment in between.
+const HEARTBEAT: Duration = Duration::from_secs(3);
+
+/// Where the second relay is: another /24, so another failure domain.
+pub(super) const FAR: Ipv4Addr = Ipv4Addr::new(198, 51, 101, 20);
+
+/// A node may speak with the relays alone.
+const ONLY_RELAYS: &str = "table inet only\ndelete table inet only\ntable inet only { chain forward { type filter hook \
+                           forward priority -20; oifname \"wan\" ip daddr != { 198.51.100.10, 198.51.101.20 } drop; \
+                           iifname \"wan\" ip saddr != { 198.51.100.10, 198.51.101.20 } drop; }; }\n";
+const EVERYBODY: &str = "table inet only\ndelete table inet only\n";
+
+const LINES: &str = "services = false\npacket_threads = 1\n";
+
+const LINK: Impairment = Impairment::delay_loss(Duration::from_millis(10), 0.0);
+
+/// Both relays, by name and the node that they are on.
+const RELAYS: [(&str, &str); 2] = [("cloud-relay", "cloud"), ("far-relay", "far")];
+
+/// What happens to one pair's path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum What {
+    /// Nothing but relays can be reached any more, for a while.
+    Cut,
+    /// The node has another address on its LAN.
+    Address,
+    /// Its site has another public address.
+    Wan,
+}
+
+/// Two nodes; all addresses by number.
+#[derive(Debug, Clone)]
+pub(super) struct Pair {
+    number: u8,
+    pub(super) a: String,
+    pub(super) b: String,
+    site: String,
+}
+
+impl Pair {
+    fn new(number: u8) -> Self {
+        Self {
+            number,
+            a: format!("a{number}"),
+            b: format!("b{number}"),
+            site: format!("site-a{number}"),
+        }
+    }
+
+    pub(super) fn address(&self, node: &str) -> Ipv4Addr {
+        Ipv4Addr::new(100, 96, if node == self.a { 1 } else { 2 }, self.number)
+    }
+}
+
+/// The lab, and traffic between all pairs.
+pub(super) struct Pairs {
+    // Before the lab that it runs in.
+    traffic: Vec<Traffic>,
+    pub(super) pairs: Vec<Pair>,
+    pub(super) mesh: Mesh,
+}
+
+struct Traffic {
+    datagrams: [Stream; 2],
+    tcp: Stream,
+}
+
+/// How long nothing came.
+#[derive(Debug, Clone, Copy)]
+struct Gap {
+    datagrams: Duration,
+    tcp: Duration,
+}
+
+impl Traffic {
+    fn start(mesh: &Mesh, pair: &Pair) -> Result<Self> {
+        let [a, b] = [mesh.node(&pair.a)?, mesh.node(&pair.b)?];
+        let there = Way {
+            from: &a,
+            to: &b,
+            address: pair.address(&pair.b),
+        };
+        let back = Way {
+            from: &b,
+            to: &a,
+            address: pair.address(&pair.a),
+        };
+        let tcp = Stream::tcp(there, EVERY)?;
+        let datagrams = [
+            Stream::datagrams(there, EVERY)?,
+            Stream::datagrams(back, EVERY)?,
+        ];
+        Ok(Self { datagrams, tcp })
+    }
+
+    fn gap(&self, since: Instant) -> Result<Gap> {
+        thread::sleep((since + WINDOW).saturating_duration_since(Instant::now()));
+        for stream in self.datagrams.iter().chain([&self.tcp]) {
+            stream.flows(BACK_LIMIT)?;
+        }
+        let [there, back] = &self.datagrams;
+        Ok(Gap {
+            datagrams: there.longest_gap(since).max(back.longest_gap(since)),
+            tcp: self.tcp.longest_gap(since),
+        })
+    }
+}
+
+impl Pairs {
+    /// So many pairs, each with a node behind a NAT of its own, direct paths between them and traffic on these.
+    ///
+    /// # Errors
+    ///
+    /// If something does not come up.
+    pub(super) fn start(bins: &Path, count: u8, relay: &str) -> Result<Self> {
+        let mut pairs = Self {
+            traffic: Vec::new(),
+            pairs: (1..=count).map(Pair::new).collect(),
+            mesh: quiet(bins, count, relay)?,
+        };
+        for pair in &pairs.pairs {
+            pairs.traffic.push(Traffic::start(&pairs.mesh, pair)?);
+        }
+        Ok(pairs)
+    }
+
+    /// Lets this happen to every pair, [`RUNS`] times, each at another moment between two heartbeats.
+    ///
+    /// # Errors
+    ///
+    /// If traffic does not come back, or the path is not direct again.
+    pub(super) fn each(
+        &self,
+        what: What,
+        case: &str,
+        round: u32,
+        samples: &mut Samples,
+    ) -> Result<()> {
+        let gaps: Vec<Result<Vec<Gap>>> = thread::scope(|scope| {
+            let begin = |(pair, traffic)| {
+                scope.spawn(move || {
+                    let turns = (0..RUNS).map(|run| (round - 1) * RUNS + run);
+                    turns
+                        .map(|turn| self.one(what, pair, traffic, turn))
+                        .collect()
+                })
+            };
+            let running: Vec<_> = self.pairs.iter().zip(&self.traffic).map(begin).collect();
+            let joined = running.into_iter().map(|one| one.join());
+            joined
+                .map(|ended| ended.unwrap_or_else(|_| Err(anyhow!("a pair's thread panicked"))))
+                .collect()
+        });
+        for gap in gaps {
+            gap?.into_iter().for_each(|gap| add(samples, case, gap));
+        }
+        Ok(())
+    }
+
+    fn one(&self, what: What, pair: &Pair, traffic: &Traffic, turn: u32) -> Result<Gap> {
+        self.is_direct(pair)?;
+        thread::sleep(phase(u32::from(PAIRS) * turn + u32::from(pair.number)));
+        let site = self.mesh.site(&pair.site)?;
+        let router = site.router().netns();
+        let step = u8::try_from(turn % 50)?;
+        let since = Instant::now();
+        match what {
+            What::Cut => tool::nft(router, ONLY_RELAYS)?,
+            What::Address => {
+                let own = Ipv4Addr::new(192, 168, 1, 200 + step);
+                site.renumber(&self.mesh.node(&pair.a)?, own)?;
+            }
+            What::Wan => {
+                let wan = Ipv4Addr::new(203, 0, 113, 50 + 40 * (pair.number - 1) + step % 40);
+                site.set_wan(self.mesh.lab().internet(), wan)?;
+            }
+        }
+        let gap = traffic.gap(since);
+        if what == What::Cut {
+            tool::nft(router, EVERYBODY)?;
+        }
+        gap.with_context(|| format!("{what:?} of pair {}", pair.number))
+    }
+
+    /// Waits until both ends say so.
+    fn is_direct(&self, pair: &Pair) -> Result<()> {
+        tool::eventually("the path is direct", HEAL_LIMIT, || {
+            for why in self.why(pair)? {
+                ensure!(word(&why, "state") == "direct", "{why}");
+            }
+            Ok(())
+        })
+    }
+
+    fn why(&self, pair: &Pair) -> Result<[Value; 2]> {
+        let ask = |at: &str, of: &str| self.mesh.ask(at, &["path", "why", of]);
+        Ok([ask(&pair.a, &pair.b)?, ask(&pair.b, &pair.a)?])
+    }
+
+    /// Lets all pairs go by relays, and kills the one that most use, [`RUNS`] times.
+    ///
+    /// # Errors
+    ///
+    /// If traffic does not come back, or a relay.
+    pub(super) fn kill_relays(&self, case: &str, round: u32, samples: &mut Samples) -> Result<()> {
+        self.let_pass(ONLY_RELAYS)?;
+        let killed = (0..RUNS).try_for_each(|run| {
+            let turn = (round - 1) * RUNS + run;
+            self.kill_relay(case, turn, samples)
+        });
+        let back = self.let_pass(EVERYBODY);
+        killed.and(back)
+    }
+
+    fn let_pass(&self, rules: &str) -> Result<()> {
+        let sites = self.pairs.iter().map(|pair| self.mesh.site(&pair.site));
+        sites
+            .into_iter()
+            .try_for_each(|site| tool::nft(site?.router().netns(), rules))
+    }
+
+    fn kill_relay(&self, case: &str, turn: u32, samples: &mut Samples) -> Result<()> {
+        self.relays_are_warm()?;
+        let users = tool::eventually("all go by a relay", HEAL_LIMIT, || self.users())?;
+        let (relay, users) = users
+            .into_iter()
+            .max_by_key(|(_, users)| users.len())
+            .context("nobody uses a relay")?;
+        let (name, node) = RELAYS
+            .into_iter()
+            .find(|(name, _)| *name == relay)
+            .with_context(|| format!("no relay {relay}"))?;
+        thread::sleep(phase(turn));
+        let since = Instant::now();
+        self.mesh.kill(node, "mesh-relay")?;
+        for number in users {
+            let traffic = self.traffic.get(number).context("a pair")?;
+            add(samples, case, traffic.gap(since)?);
+        }
+        let node = self.mesh.node(node)?;
+        self.mesh.start_relay_on(&node, name, "")?;
+        self.relays_are_warm()
+    }
+
+    /// Which pairs send by which relay, in either direction.
+    fn users(&self) -> Result<BTreeMap<String, Vec<usize>>> {
+        let mut users: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+        for (number, pair) in self.pairs.iter().enumerate() {
+            for why in self.why(pair)? {
+                let path = path_in_use(&why);
+                let name = path
+                    .strip_prefix("relay ")
+                    .and_then(|rest| rest.split(' ').next());
+                let name = name.with_context(|| format!("not by a relay: {why}"))?;
+                let of = users.entry(name.to_owned()).or_default();
+                if of.last() != Some(&number) {
+                    of.push(number);
+                }
+            }
+        }
+        Ok(users)
+    }
+
+    /// Waits until every node is linked to both.
+    fn relays_are_warm(&self) -> Result<()> {
+        for name in self.pairs.iter().flat_map(|pair| [&pair.a, &pair.b]) {
+            tool::eventually("both relays are warm", HEAL_LIMIT, || {
+                let status = self.mesh.status(name)?;
+                let relays = status.get("relays").and_then(Value::as_array);
+                let up = relays
+                    .into_iter()
+                    .flatten()
+                    .filter(|relay| relay["transport"].is_string());
+                let up = up.count();
+                ensure!(up == RELAYS.len(), "{name} is linked to {up}: {status}");
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Notes what must not be at all.
+    pub(super) fn tell_totals(&self, case: &str, samples: &mut Samples) {
+        let of = |traffic: &Traffic| {
+            traffic
+                .datagrams
+                .iter()
+                .map(Stream::duplicates)
+                .sum::<u64>()
+        };
+        let duplicates: u64 = self.traffic.iter().map(of).sum();
+        let broken = self.traffic.iter().filter(|traffic| {
+            let intact = traffic.tcp.intact();
+            if let Err(error) = &intact {
+                samples.note(case, format!("TCP: {error:#}"));
+            }
+            intact.is_err()
+        });
+        let broken = broken.count();
+        samples.add(case, "duplicates", "datagrams", duplicates as f64);
+        samples.add(case, "tcp_broken", "connections", broken as f64);
+        let pairs = self.pairs.len();
+        samples.note(
+            case,
+            format!(
+                "{pairs} pairs, {RUNS} runs of each a round, in the moments between two heartbeats in the order of the \
+                 golden ratio; duplicates and broken connections are those of all cases with pairs together"
+            ),
+        );
+    }
+}
+
+fn add(samples: &mut Samples, case: &str, gap: Gap) {
+    samples.add(case, "gap", "ms", ms(gap.datagrams));
+    samples.add(case, "tcp_gap", "ms", ms(gap.tcp));
+}
+
+/// The moment between two heartbeats in which something happens: multiples of the golden ratio are spread evenly over
+/// the time between two however many there are.
+fn phase(turn: u32) -> Duration {
+    const GOLDEN: f64 = 0.618_033_988_749_894_9;
+    HEARTBEAT.mul_f64((f64::from(turn) * GOLDEN).fract())
+}
+
+/// The pairs' nodes, with two relays and nothing to say.
+///
+/// # Errors
+///
+/// If something does not come up.
+pub(super) fn quiet(bins: &Path, count: u8, relay: &str) -> Result<Mesh> {
+    let mut manifest = format!(
+        "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: MeshRelay\nmetadata: {{name: cloud-relay}}\nspec: {{addresses: \
+         [{CLOUD}]}}\n---\napiVersion: mesh.holdfast.dev/v1alpha1\nkind: MeshRelay\nmetadata: {{name: far-relay}}\n\
+         spec: {{addresses: [{FAR}]}}\n"
+    );
+    let pairs: Vec<_> = (1..=count).map(Pair::new).collect();
+    for pair in &pairs {
+        for node in [&pair.a, &pair.b] {
+            let address = pair.address(node);
+            write!(
+                manifest,
+                "---\napiVersion: mesh.holdfast.dev/v1alpha1\nkind: MeshNode\nmetadata: {{name: {node}}}\nspec: \
+                 {{overlayIPv4: {address}}}\n"
+            )?;
+        }
+    }
+    let manifests = tempfile::tempdir()?;
+    fs::write(manifests.path().join("pairs.yaml"), manifest)?;
+    let mut mesh = Mesh::start(bins, manifests.path())?;
+    let far = mesh.lab().public_node("far", FAR)?;
+    mesh.start_relay_with(relay)?;
+    mesh.start_relay_on(&far, "far-relay", relay)?;
+    for pair in &pairs {
+        let at_b = format!("site-b{}", pair.number);
+        for (site, node, last) in [(&pair.site, &pair.a, 10), (&at_b, &pair.b, 20)] {
+            let wan = Ipv4Addr::new(203, 0, 113, last + pair.number);
+            mesh.add_site(site, NatKind::PortRestricted, wan, LINK, &[node])?;
+            mesh.start_agent_with(node, LINES)?;
+        }
+    }
+    for node in pairs.iter().flat_map(|pair| [&pair.a, &pair.b]) {
+        mesh.agent_ready(node, u64::from(count) * 2)?;
+    }
+    Ok(mesh)
+}
+
+/// Lets the first node of a pair speak with relays alone.
+///
+/// # Errors
+///
+/// If `nft` refuses.
+pub(super) fn only_relays(mesh: &Mesh, number: u8) -> Result<Pair> {
+    let pair = Pair::new(number);
+    tool::nft(mesh.site(&pair.site)?.router().netns(), ONLY_RELAYS)?;
+    Ok(pair)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_are_spread_evenly_between_two_heartbeats() {
+        let mut moments: Vec<_> = (0..50).map(phase).collect();
+        moments.sort();
+        let widest = moments.windows(2).map(|two| two[1] - two[0]).max().unwrap();
+        assert!(widest < HEARTBEAT / 20, "{widest:?}"); // 50 of them: a 50th on average.
+        assert!(moments.iter().all(|moment| *moment < HEARTBEAT));
+    }
+}
