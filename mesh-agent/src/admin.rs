@@ -33,6 +33,7 @@ use crate::{
     interfaces::AllServed,
     mapping::{self, Mapper},
     policy::{self, Enforcer},
+    portmap,
     proxy::Proxy,
     report,
     sync::Connection,
@@ -82,6 +83,10 @@ pub struct Facts {
     pub served: watch::Receiver<AllServed>,
     /// Where health checks of services are not answered that should be.
     pub health_checks: watch::Receiver<Vec<String>>,
+    /// Default gateways that were asked to map the node's port.
+    pub port_mappings: watch::Receiver<portmap::Reports>,
+    /// What became of announcements on the LAN.
+    pub lan_announcements: watch::Receiver<BTreeMap<String, u64>>,
     /// The CONNECT proxy, if this node has one.
     pub proxy: Option<Proxy>,
 }

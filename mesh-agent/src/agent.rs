@@ -42,6 +42,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     admin::{Admin, Facts},
+    clamp,
     cni::{self, Attachments},
     config::Settings,
     driver::{self, Driver, DriverHandle, Event},
@@ -49,9 +50,11 @@ use crate::{
     interfaces::{self, AllServed, Programs, Wanted},
     links::Links,
     mapping::{self, Mapper},
+    neighbours::{self, NeighboursConfig},
     network::{self, Local},
     outliers, peer_relay,
     policy::{self, Enforcer},
+    portmap::{self, PortMapConfig},
     proxy::Proxy,
     publish, report,
     state::StateFolder,
@@ -125,6 +128,7 @@ async fn settle(
 /// If an agent runs, or with all that could not be taken away.
 pub fn remove(settings: &Settings) -> anyhow::Result<()> {
     remove_pins(Pins::of_policy(Path::new(BPFFS))).context("cannot remove the policies")?;
+    clamp::remove().context("cannot remove the table of TCP's segment sizes")?;
     if let Some(folder) = &settings.cni {
         // Before the next agent there is nothing that new pods would have to be guarded by.
         let path = folder.join(POLICY_FILE);
@@ -371,6 +375,9 @@ async fn start(
         stop.clone(),
     );
     supervisor.spawn("peer relay", keeper);
+    let keeper =
+        clamp::keep_clamped(interface.1.clone(), local.clone(), view.clone(), stop.clone());
+    supervisor.spawn("segment size", keeper);
     let kernel = network::keep_kernel(
         netlink.clone(),
         interface,
@@ -379,6 +386,45 @@ async fn start(
         stop.clone(),
     );
     supervisor.spawn("kernel", kernel);
+    let (reports, port_mappings) = watch::channel(portmap::Reports::new());
+    if settings.port_mapping {
+        let config = PortMapConfig {
+            port: settings.listen_port,
+            interface: settings.interface.clone(),
+            uplinks: settings.uplinks.clone(),
+        };
+        let keeper = portmap::keep_mapped(
+            netlink.clone(),
+            Changes::listen().context("cannot listen for changes of the network")?,
+            config,
+            events.clone(),
+            reports,
+            stop.clone(),
+        );
+        supervisor.spawn("port mapping", keeper);
+    }
+    let (counts, lan_announcements) = watch::channel(BTreeMap::new());
+    if settings.lan_discovery {
+        let config = NeighboursConfig {
+            node: settings.node_name.clone(),
+            id,
+            port: settings.listen_port,
+            interface: settings.interface.clone(),
+            uplinks: settings.uplinks.clone(),
+            pods: settings.pod_interfaces.clone(),
+            credentials: Arc::clone(&credentials),
+        };
+        let keeper = neighbours::keep_neighbours(
+            netlink.clone(),
+            Changes::listen().context("cannot listen for changes of the network")?,
+            config,
+            view.clone(),
+            events.clone(),
+            counts,
+            stop.clone(),
+        );
+        supervisor.spawn("neighbours", keeper);
+    }
     let uplinks = network::watch_uplinks(
         netlink,
         changes,
@@ -416,6 +462,8 @@ async fn start(
         health_checks,
         enforcer,
         mapper,
+        port_mappings,
+        lan_announcements,
         proxy,
     };
     let admin = Admin::new(

@@ -59,6 +59,10 @@ pub struct Settings {
     pub uplinks: Vec<UplinkRule>,
     /// Addresses where this node's UDP socket is reachable for sure.
     pub static_candidates: Vec<SocketAddr>,
+    /// Whether default gateways are asked to lead an outside port to this node's (PCP, NAT-PMP, UPnP).
+    pub port_mapping: bool,
+    /// Whether the node announces itself on its LANs, and listens for others.
+    pub lan_discovery: bool,
     /// Where DNS listens, and what it forwards to.
     pub dns: DnsConfig,
 }
@@ -177,6 +181,10 @@ struct ConfigFile {
     uplink: Vec<UplinkFile>,
     #[serde(default)]
     static_candidates: Vec<SocketAddr>,
+    #[serde(default = "default_true")]
+    port_mapping: bool,
+    #[serde(default = "default_true")]
+    lan_discovery: bool,
     #[serde(default)]
     dns: DnsConfig,
 }
@@ -354,6 +362,8 @@ impl Settings {
             https_proxy: https_proxy.map(Arc::new),
             uplinks,
             static_candidates: file.static_candidates,
+            port_mapping: file.port_mapping,
+            lan_discovery: file.lan_discovery,
             dns: file.dns,
         })
     }
@@ -546,6 +556,7 @@ mod tests {
         assert_eq!(example.admin_socket, defaults.admin_socket);
         assert_eq!(example.dns.listen, defaults.dns.listen);
         assert!(example.services && example.policy);
+        assert!(example.port_mapping && example.lan_discovery);
     }
 
     #[test]

@@ -13,6 +13,7 @@ compile_error!(
 
 pub mod admin;
 pub mod agent;
+pub mod clamp;
 pub mod cni;
 pub mod config;
 pub mod driver;
@@ -20,6 +21,7 @@ pub mod health;
 pub mod interfaces;
 pub mod links;
 pub mod mapping;
+pub mod neighbours;
 pub mod network;
 pub mod outliers;
 pub mod peer_relay;
