@@ -375,8 +375,12 @@ async fn start(
         stop.clone(),
     );
     supervisor.spawn("peer relay", keeper);
-    let keeper =
-        clamp::keep_clamped(interface.1.clone(), local.clone(), view.clone(), stop.clone());
+    let keeper = clamp::keep_clamped(
+        interface.1.clone(),
+        local.clone(),
+        view.clone(),
+        stop.clone(),
+    );
     supervisor.spawn("segment size", keeper);
     let kernel = network::keep_kernel(
         netlink.clone(),

@@ -17,12 +17,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
-use mesh_core::{
-    io::Input,
-    pattern::NamePattern,
-    services::View,
-    snapshot::Snapshot,
-};
+use mesh_core::{io::Input, pattern::NamePattern, services::View, snapshot::Snapshot};
 use mesh_identity::{credentials::Credentials, statement::verify_statement};
 use mesh_linux::{
     IfIndex,
@@ -182,7 +177,11 @@ impl Shell {
             return false;
         };
         let snapshot = &view.snapshot;
-        if self.mesh.as_ref().is_some_and(|mesh| Arc::ptr_eq(&mesh.snapshot, snapshot)) {
+        if self
+            .mesh
+            .as_ref()
+            .is_some_and(|mesh| Arc::ptr_eq(&mesh.snapshot, snapshot))
+        {
             return false;
         }
         let own = snapshot.nodes.get(&self.config.node);
@@ -222,7 +221,8 @@ impl Shell {
                 self.complain(format!("{}: {error}", lan.name));
             }
             for (socket, _) in &sockets {
-                self.ears.spawn(listen(Arc::clone(socket), place, sender.clone()));
+                self.ears
+                    .spawn(listen(Arc::clone(socket), place, sender.clone()));
             }
             self.lans.push(Place {
                 nets: lan.addresses.iter().copied().collect(),
@@ -243,9 +243,14 @@ impl Shell {
         let verify = |signed: &Signed| {
             let authority = credentials.authority();
             let certificate = signed.certificate.as_slice().into();
-            verify_statement(authority, &certificate, &signed.statement, &signed.signature)
-                .inspect_err(|error| tracing::debug!(%error, "a forged announcement"))
-                .ok()
+            verify_statement(
+                authority,
+                &certificate,
+                &signed.statement,
+                &signed.signature,
+            )
+            .inspect_err(|error| tracing::debug!(%error, "a forged announcement"))
+            .ok()
         };
         let known = Known {
             mesh: mesh.snapshot.mesh.id,

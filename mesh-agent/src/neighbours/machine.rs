@@ -225,7 +225,8 @@ impl Machine {
         // All that is due by now is said by this one.
         self.due.retain(|due| *due > now);
         if self.due.is_empty() {
-            self.due.push(now + EVERY.mul_f64(self.dice.random_range(0.75..1.25)));
+            self.due
+                .push(now + EVERY.mul_f64(self.dice.random_range(0.75..1.25)));
         }
         self.sent.take(now);
         self.sent_at = Some(now);
@@ -306,8 +307,13 @@ impl Machine {
             self.due.push(now + after);
             self.due.sort();
         }
-        let addresses = said.addresses.iter().filter(|ip| is_near(ip) && is_callable(ip));
-        let addresses = addresses.map(|ip| SocketAddr::new(*ip, said.port)).collect();
+        let addresses = said
+            .addresses
+            .iter()
+            .filter(|ip| is_near(ip) && is_callable(ip));
+        let addresses = addresses
+            .map(|ip| SocketAddr::new(*ip, said.port))
+            .collect();
         Ok(Believed {
             node: said.node,
             addresses,

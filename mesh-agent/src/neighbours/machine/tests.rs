@@ -94,7 +94,8 @@ impl World {
             self.verified.set(self.verified.get() + 1);
             self.holder.clone()
         };
-        self.machine.handle_datagram(heard, &known, verify, self.now)
+        self.machine
+            .handle_datagram(heard, &known, verify, self.now)
     }
 
     /// When it announces itself within this time, in milliseconds from now.
@@ -183,7 +184,11 @@ fn what_is_not_to_be_believed_is_refused_with_its_reason_and_costs_no_signature(
         (here, datagram(&announcement(OWN, 7, 1)), Refusal::Own),
         ("10.7.7.7", datagram(&good), Refusal::OffLink),
         ("192.168.1.66", datagram(&good), Refusal::OtherSource),
-        (here, datagram(&announcement(NodeId([3; 32]), 7, 1)), Refusal::Unknown),
+        (
+            here,
+            datagram(&announcement(NodeId([3; 32]), 7, 1)),
+            Refusal::Unknown,
+        ),
     ] {
         assert_eq!(world.hear(from, &datagram), Err(refusal));
         assert!(world.machine.counts().refused[&refusal] > 0);
@@ -204,7 +209,12 @@ fn a_certificate_of_another_node_is_a_forgery_and_so_is_none() {
         name: name(&PEER).unwrap(),
         id: NodeId([4; 32]),
     };
-    for holder in [None, Some(wrong_name), Some(wrong_key), Some(Identity::Controller)] {
+    for holder in [
+        None,
+        Some(wrong_name),
+        Some(wrong_key),
+        Some(Identity::Controller),
+    ] {
         world.holder = holder;
         assert_eq!(world.hear("192.168.1.12", &said), Err(Refusal::Forged));
     }
@@ -227,7 +237,11 @@ fn a_flood_costs_few_signatures_and_one_sender_cannot_take_all_of_them() {
         world.now += Duration::from_millis(1);
     }
     let seconds = (world.now - begin).as_secs() as u32;
-    assert!(world.verified.get() <= SOURCE_MAX + 4 * seconds + 1, "{:?}", world.verified);
+    assert!(
+        world.verified.get() <= SOURCE_MAX + 4 * seconds + 1,
+        "{:?}",
+        world.verified
+    );
     // Another one is heard.
     world.holder = Some(Identity::Node {
         name: "node-4".parse().unwrap(),
@@ -254,7 +268,11 @@ fn a_flood_from_all_addresses_is_limited_too_and_so_is_what_is_remembered_of_it(
         world.now += Duration::from_micros(100);
     }
     let seconds = (world.now - begin).as_secs() as u32;
-    assert!(world.verified.get() <= ALL_MAX + 64 * (seconds + 1), "{:?}", world.verified);
+    assert!(
+        world.verified.get() <= ALL_MAX + 64 * (seconds + 1),
+        "{:?}",
+        world.verified
+    );
 }
 
 #[test]
