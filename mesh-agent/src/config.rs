@@ -465,7 +465,9 @@ fn uplinks(written: Vec<UplinkFile>, own: &str) -> Result<Vec<UplinkRule>, Strin
         }
         let interface = NamePattern::new(name.clone());
         if rules.iter().any(|rule| rule.interface == interface) {
-            return Err(format!("{name:?} is there twice: the first one would count"));
+            return Err(format!(
+                "{name:?} is there twice: the first one would count"
+            ));
         }
         rules.push(UplinkRule {
             interface,

@@ -242,8 +242,12 @@ fn warn_if_strict(network: &Network, told: &mut BTreeSet<String>) {
         // 0 is off, 2 is loose.
         let strict = all.trim().max(own.trim()) == STRICT;
         if strict && told.insert(uplink.name.clone()) {
-            tracing::warn!(interface = uplink.name, "strict reverse path filtering: what comes in by this uplink is dropped while \
-                the kernel's routes prefer another; set net.ipv4.conf.{}.rp_filter=2", uplink.name);
+            tracing::warn!(
+                interface = uplink.name,
+                "strict reverse path filtering: what comes in by this uplink is dropped while \
+                the kernel's routes prefer another; set net.ipv4.conf.{}.rp_filter=2",
+                uplink.name
+            );
         }
     }
 }

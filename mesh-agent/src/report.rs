@@ -11,7 +11,7 @@ use std::{
 use mesh_api::{
     admin::{
         EndpointReport, Health, PathReport, PathWhyResponse, Peer, RelayStatus, ServiceReport,
-        StatusResponse, TransitionReport,
+        StatusResponse, TransitionReport, UplinkStatus,
     },
     control::{NodeReport, node_report::Nat},
 };
@@ -26,7 +26,9 @@ use mesh_wire::{
     peer::{CandidateKind, NatKind},
 };
 
-use crate::{admin::Facts, driver::Driver, proxy::Proxy, sync::Connection};
+use crate::{
+    admin::Facts, driver::Driver, portmap, proxy::Proxy, sync::Connection, uplinks::NamedUplink,
+};
 
 /// Milliseconds, as people and JSON read them.
 #[must_use]
@@ -100,12 +102,33 @@ pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> Status
             .collect(),
         services_unkept: facts.services_unkept.clone().unwrap_or_default(),
         proxy: facts.proxy.as_ref().map(Proxy::counts).unwrap_or_default(),
+        uplinks: driver.uplinks().map(uplink_status).collect(),
+        transitions: counted(driver.core.transitions()),
+        port_mappings: facts
+            .port_mappings
+            .borrow()
+            .iter()
+            .map(mapping_text)
+            .collect(),
+        lan_announcements: facts.lan_announcements.borrow().clone(),
         // Added by who may wait for it.
         service_packets: BTreeMap::new(),
         policy_enforced: false,
         policy_packets: BTreeMap::new(),
         policy_events: Vec::new(),
     }
+}
+
+/// A gateway, and what it said.
+fn mapping_text(report: &portmap::machine::Report) -> (String, String) {
+    let problem = &report.problem;
+    let said = match report.mapped {
+        Some((outside, protocol)) if problem.is_empty() => format!("{outside} by {protocol}"),
+        Some((outside, protocol)) => format!("{outside} by {protocol} ({problem})"),
+        None if problem.is_empty() => "asked".to_owned(),
+        None => format!("not mapped: {problem}"),
+    };
+    (report.gateway.to_string(), said)
 }
 
 /// How old the desired state may be: nothing while the controller is there to correct it.
@@ -165,6 +188,28 @@ fn problems(driver: &Driver, connection: &Connection, relays: &[RelayStatus]) ->
     problems
 }
 
+fn uplink_status((uplink, used): (&NamedUplink, bool)) -> UplinkStatus {
+    UplinkStatus {
+        interface: uplink.name.clone(),
+        used,
+        up: uplink.told.up,
+        metered: uplink.told.metered,
+        weight: uplink.told.weight.into(),
+    }
+}
+
+fn counted(counts: &report::TransitionCounts) -> BTreeMap<String, u64> {
+    let peers = counts.peers.iter().map(|((from, to), count)| {
+        let text = format!("peer {} {}", state_text(*from), state_text(*to));
+        (text, *count)
+    });
+    let paths = counts.paths.iter().map(|((from, to), count)| {
+        let text = format!("path {} {}", path_state_text(*from), path_state_text(*to));
+        (text, *count)
+    });
+    peers.chain(paths).collect()
+}
+
 fn relay_status(driver: &Driver, relay: report::RelayReport) -> RelayStatus {
     let link = driver.links().status(relay.id);
     RelayStatus {
@@ -176,7 +221,8 @@ fn relay_status(driver: &Driver, relay: report::RelayReport) -> RelayStatus {
             .unwrap_or_default()
             .to_owned(),
         home: relay.home,
-        rtt_ms: link.and_then(|(_, rtt)| rtt).map_or(0.0, ms),
+        // By the link, or else as STUN measured it.
+        rtt_ms: link.and_then(|(_, rtt)| rtt).or(relay.rtt).map_or(0.0, ms),
         problem: relay.problem.unwrap_or_default(),
     }
 }

@@ -62,8 +62,10 @@ impl Network {
     /// node's UDP sockets.
     #[must_use]
     pub fn new(ways: &Ways, rules: &[UplinkRule], port: u16) -> Self {
-        let (uplinks, others): (Vec<_>, Vec<_>) =
-            ways.interfaces.iter().partition(|one| metric(one).is_some());
+        let (uplinks, others): (Vec<_>, Vec<_>) = ways
+            .interfaces
+            .iter()
+            .partition(|one| metric(one).is_some());
         let others = others.iter().filter(|one| one.up);
         let others: Vec<_> = others.flat_map(|one| &one.addresses).copied().collect();
         let uplinks = uplinks.into_iter().map(|one| {
@@ -183,13 +185,13 @@ mod tests {
         let net = |net: &str, link| (net.parse().unwrap(), index(link));
         Ways {
             interfaces: vec![
+                interface(2, "eth0", [Some(100), None], &["192.168.1.11", "fd01::11"]),
                 interface(
-                    2,
-                    "eth0",
-                    [Some(100), None],
-                    &["192.168.1.11", "fd01::11"],
+                    3,
+                    "wwan0",
+                    [Some(700), Some(1024)],
+                    &["10.64.0.2", "2001:db8::2"],
                 ),
-                interface(3, "wwan0", [Some(700), Some(1024)], &["10.64.0.2", "2001:db8::2"]),
                 interface(4, "lan0", [None, None], &["10.7.0.1", "fd07::1"]),
             ],
             routes: vec![
@@ -214,7 +216,11 @@ mod tests {
         let network = Network::new(&ways(), &[], 51_820);
         let shown = network.uplinks.iter().map(|one| {
             let addresses = one.told.addresses.iter().map(ToString::to_string);
-            (one.name.as_str(), one.told.weight, addresses.collect::<Vec<_>>())
+            (
+                one.name.as_str(),
+                one.told.weight,
+                addresses.collect::<Vec<_>>(),
+            )
         });
         let wired = ["192.168.1.11:51820", "10.7.0.1:51820"].map(str::to_owned);
         let modem = [
@@ -267,12 +273,24 @@ mod tests {
         let mut ways = ways();
         let network = Network::new(&ways, &[], 1);
         let far = ("198.51.100.1", Some(3));
-        let lans = [("192.168.1.7", None), ("10.7.0.7", None), ("10.64.0.1", None)];
-        check(&network, 3, &[&[far, ("2001:db8:9::1", Some(3))], &lans[..]].concat());
+        let lans = [
+            ("192.168.1.7", None),
+            ("10.7.0.7", None),
+            ("10.64.0.1", None),
+        ];
+        check(
+            &network,
+            3,
+            &[&[far, ("2001:db8:9::1", Some(3))], &lans[..]].concat(),
+        );
         // A LAN whose cable is pulled is nowhere.
         ways.interfaces[0].up = false;
         let network = Network::new(&ways, &[], 1);
-        check(&network, 3, &[far, ("192.168.1.7", Some(3)), ("10.7.0.7", None)]);
+        check(
+            &network,
+            3,
+            &[far, ("192.168.1.7", Some(3)), ("10.7.0.7", None)],
+        );
     }
 
     #[test]

@@ -113,6 +113,20 @@ pub async fn control_channel(
     server_name: ServerName<'static>,
 ) -> Result<Channel, ConnectError> {
     let tcp = connect_tcp(address).await?;
+    control_channel_over(tcp, address, config, server_name).await
+}
+
+/// The same over a connection that is there already: an HTTP proxy's.
+///
+/// # Errors
+///
+/// [`ConnectError`] that says which layer failed, and why.
+pub async fn control_channel_over(
+    tcp: TcpStream,
+    address: &str,
+    config: Arc<ClientConfig>,
+    server_name: ServerName<'static>,
+) -> Result<Channel, ConnectError> {
     let handshake = TlsConnector::from(config).connect(server_name, tcp);
     let tls = within(CONNECT_TIMEOUT, handshake).await;
     let tls = tls.map_err(|error| ConnectError::Tls {

@@ -145,7 +145,9 @@ impl HttpProxy {
         let rest = match url.split_once("://") {
             Some((scheme, rest)) if scheme.eq_ignore_ascii_case("http") => rest,
             Some((scheme, _)) => {
-                return Err(format!("a proxy by {scheme:?}: only http:// is spoken with proxies"));
+                return Err(format!(
+                    "a proxy by {scheme:?}: only http:// is spoken with proxies"
+                ));
             }
             None => url,
         };
@@ -162,7 +164,10 @@ impl HttpProxy {
         Ok(Self {
             address: with_port(address)?,
             authorization,
-            exceptions: exceptions.iter().filter_map(|text| exception(text)).collect(),
+            exceptions: exceptions
+                .iter()
+                .filter_map(|text| exception(text))
+                .collect(),
         })
     }
 
@@ -200,7 +205,9 @@ impl HttpProxy {
         target: &str,
     ) -> Result<TcpStream, ProxyError> {
         let work = async {
-            let mut stream = connecting.await.map_err(|source| self.unreachable(source))?;
+            let mut stream = connecting
+                .await
+                .map_err(|source| self.unreachable(source))?;
             self.ask(&mut stream, target).await?;
             Ok(stream)
         };
@@ -260,7 +267,8 @@ impl HttpProxy {
         let code = said.get(..3).and_then(|code| code.parse::<u16>().ok());
         match code {
             Some(200..=299) if version.starts_with("HTTP/1.") => Ok(()),
-            Some(407) => Err(ProxyError::WhoAreYou {
+            // 401 is what tinyproxy says of a wrong password.
+            Some(401 | 407) => Err(ProxyError::WhoAreYou {
                 proxy: self.address.clone(),
                 tried: self.authorization.is_some(),
             }),
@@ -373,12 +381,18 @@ mod tests {
         let expected = format!("Basic {}", BASE64_STANDARD.encode("edge@site:p:w%zz"));
         assert_eq!(proxy.authorization.as_deref(), Some(&*expected));
         let shown = format!("{proxy:?}");
-        assert!(!shown.contains("site") && !shown.contains(&expected), "{shown}");
+        assert!(
+            !shown.contains("site") && !shown.contains(&expected),
+            "{shown}"
+        );
     }
 
     #[test]
     fn exceptions_are_addresses_prefixes_and_names() {
-        let some = proxy("p", &["10.0.0.0/8", " .lan", "*.example.org", "2001:db8::1", ""]);
+        let some = proxy(
+            "p",
+            &["10.0.0.0/8", " .lan", "*.example.org", "2001:db8::1", ""],
+        );
         for (host, through) in [
             ("10.1.2.3", false),
             ("11.1.2.3", true),
@@ -399,19 +413,49 @@ mod tests {
     #[test]
     fn every_answer_gets_an_error_that_says_what_to_do() {
         for (url, head, said) in [
-            ("p:1", "HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", "asks for a name"),
-            ("http://u:secret@p:1", "HTTP/1.0 407 No\r\n\r\n", "does not accept"),
-            ("p:1", "HTTP/1.1 403 Forbidden\r\n\r\n", "refused CONNECT t:2: 403 Forbidden"),
+            (
+                "p:1",
+                "HTTP/1.1 407 Proxy Authentication Required\r\n\r\n",
+                "asks for a name",
+            ),
+            (
+                "http://u:secret@p:1",
+                "HTTP/1.0 407 No\r\n\r\n",
+                "does not accept",
+            ),
+            (
+                "http://u:secret@p:1",
+                "HTTP/1.0 401 Unauthorized\r\n\r\n",
+                "does not accept",
+            ),
+            (
+                "p:1",
+                "HTTP/1.1 403 Forbidden\r\n\r\n",
+                "refused CONNECT t:2: 403 Forbidden",
+            ),
             ("p:1", "HTTP/1.1 503\r\n\r\n", "refused CONNECT t:2: 503"),
-            ("p:1", "SSH-2.0-OpenSSH_9.2\r\n\r\n", "does not answer as an HTTP proxy"),
+            (
+                "p:1",
+                "SSH-2.0-OpenSSH_9.2\r\n\r\n",
+                "does not answer as an HTTP proxy",
+            ),
             ("p:1", "\r\n\r\n", "does not answer as an HTTP proxy"),
-            ("p:1", "HTTP/1.1 2é0 \x1b[31m\r\n\r\n", "does not answer as an HTTP proxy"),
+            (
+                "p:1",
+                "HTTP/1.1 2é0 \x1b[31m\r\n\r\n",
+                "does not answer as an HTTP proxy",
+            ),
         ] {
             let error = proxy(url, &[]).judge(head, "t:2").unwrap_err().to_string();
             assert!(error.contains(said), "{error}");
-            assert!(!error.contains("secret") && !error.contains('\x1b'), "{error}");
+            assert!(
+                !error.contains("secret") && !error.contains('\x1b'),
+                "{error}"
+            );
         }
-        proxy("p", &[]).judge("HTTP/1.0 200 Connection established\r\n\r\n", "t:2").unwrap();
+        proxy("p", &[])
+            .judge("HTTP/1.0 200 Connection established\r\n\r\n", "t:2")
+            .unwrap();
     }
 
     /// Talks through a proxy that answers with `answer`; what it was asked, and the result.
@@ -439,8 +483,14 @@ mod tests {
     #[tokio::test]
     async fn what_comes_behind_the_answer_is_the_others() {
         let (asked, stream) = talk(b"HTTP/1.1 200 OK\r\nVia: test\r\n\r\n").await;
-        assert!(asked.starts_with("CONNECT relay:443 HTTP/1.1\r\nHost: relay:443\r\n"), "{asked}");
-        assert!(asked.contains("Proxy-Authorization: Basic dTpw\r\n"), "{asked}");
+        assert!(
+            asked.starts_with("CONNECT relay:443 HTTP/1.1\r\nHost: relay:443\r\n"),
+            "{asked}"
+        );
+        assert!(
+            asked.contains("Proxy-Authorization: Basic dTpw\r\n"),
+            "{asked}"
+        );
         let mut said = [0; 5];
         stream.unwrap().read_exact(&mut said).await.unwrap();
         assert_eq!(&said, b"hello");

@@ -48,6 +48,24 @@ pub(crate) struct Status {
     pub(crate) certificate_expires_unix_s: Option<i64>,
     /// What the CONNECT proxy does (`open`) and did; empty: there is none here.
     pub(crate) proxy: BTreeMap<String, u64>,
+    /// The ways out, while the agent chooses among them; empty: the kernel's routes do.
+    pub(crate) uplinks: Vec<StatusUplink>,
+    /// How often peers and paths changed from one state to another.
+    pub(crate) transitions: BTreeMap<String, u64>,
+    /// Default gateways, and whether they lead their outside port here.
+    pub(crate) port_mappings: BTreeMap<String, String>,
+    /// What became of announcements on the LAN.
+    pub(crate) lan_announcements: BTreeMap<String, u64>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct StatusUplink {
+    pub(crate) interface: String,
+    pub(crate) used: bool,
+    /// It has a carrier.
+    pub(crate) up: bool,
+    pub(crate) metered: bool,
+    pub(crate) weight: u32,
 }
 
 #[derive(Debug, Serialize)]
@@ -111,8 +129,24 @@ impl From<admin::StatusResponse> for Status {
             policy_packets: said.policy_packets,
             policy_events: said.policy_events,
             proxy: said.proxy,
+            uplinks: said.uplinks.into_iter().map(StatusUplink::from).collect(),
+            transitions: said.transitions,
+            port_mappings: said.port_mappings,
+            lan_announcements: said.lan_announcements,
             certificate_expires_unix_s: (said.certificate_expires_unix_s != 0)
                 .then_some(said.certificate_expires_unix_s),
+        }
+    }
+}
+
+impl From<admin::UplinkStatus> for StatusUplink {
+    fn from(said: admin::UplinkStatus) -> Self {
+        Self {
+            interface: said.interface,
+            used: said.used,
+            up: said.up,
+            metered: said.metered,
+            weight: said.weight,
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::{
     report::{
         ControllerStatus, CreatedToken, DnsQuery, Endpoint, Nodes, PathWhy, Peers, Ping, PingReply,
         Preflight, RelayFiles, RemovedNode, RevokedToken, Service, Services, Status, StatusRelay,
-        Tokens, Uninstalled,
+        StatusUplink, Tokens, Uninstalled,
     },
     table::{Cell, Tone, bytes, columns, duration, milliseconds, printable, table},
 };
@@ -74,15 +74,21 @@ impl Report for Status {
         ];
         let problems = self.problems.iter();
         rows.extend(problems.map(|problem| vec!["".into(), Cell::new(problem, health)]));
+        let uplinks = self.uplinks.iter().map(uplink_text);
+        let mapped = self.port_mappings.iter();
+        let mapped = mapped.map(|(gateway, said)| format!("{gateway}: {said}"));
         rows.extend([
             row("public key", &self.public_key),
             row("up", duration(self.uptime_ms / 1000)),
             row("site", site),
             row("overlay", self.overlay_addresses.join(", ")),
             row("interface", &self.interface),
+            row("uplinks", uplinks.collect::<Vec<_>>().join(", ")),
             row("local", self.local_addresses.join(", ")),
             row("seen as", self.reflexive_addresses.join(", ")),
             row("NAT", &self.nat),
+            row("port mapped", mapped.collect::<Vec<_>>().join(", ")),
+            row("LAN", counted(&self.lan_announcements)),
             vec!["controller".into(), controller],
             row("snapshot", snapshot),
             row("certificate", expires(self.certificate_expires_unix_s)),
@@ -133,6 +139,14 @@ fn counted(counts: &BTreeMap<String, u64>) -> String {
 
 fn row(name: &str, value: impl AsRef<str>) -> Vec<Cell> {
     vec![name.into(), value.into()]
+}
+
+fn uplink_text(uplink: &StatusUplink) -> String {
+    let mut words = vec![uplink.interface.as_str()];
+    words.extend(uplink.used.then_some("(used)"));
+    words.extend(uplink.metered.then_some("(metered)"));
+    words.extend((!uplink.up).then_some("(no carrier)"));
+    words.join(" ")
 }
 
 fn relay_row(relay: &StatusRelay) -> Vec<Cell> {

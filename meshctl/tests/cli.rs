@@ -141,6 +141,11 @@ async fn status_has_a_stable_form_for_machines() {
         "services_unkept": "/sys/fs/bpf is no bpffs",
         "certificate_expires_unix_s": null,
         "proxy": { "open": 1, "refused": 4, "failed": 0 },
+        "uplinks": [
+            { "interface": "eth0", "used": true, "up": true, "metered": false, "weight": 65435 },
+            { "interface": "wwan0", "used": false, "up": false, "metered": true, "weight": 7 },
+        ],
+        "transitions": { "peer relayed direct": 3, "path probing standby": 5 },
     });
     assert_eq!(lab.json("status").await, (0, want));
 }
@@ -157,6 +162,7 @@ up          1d 1h
 site        a
 overlay     100.96.0.1, fd00::1
 interface   holdfast0
+uplinks     eth0 (used), wwan0 (metered) (no carrier)
 local       192.168.7.1:51820
 seen as     203.0.113.5:40000
 NAT         port_restricted
@@ -623,6 +629,26 @@ impl AgentAdmin for Agent {
                 "denied by defaultAction: TCP 100.96.0.2:40000 to 100.96.0.1:22, in",
             ]),
             proxy: [("open", 1), ("refused", 4), ("failed", 0)]
+                .map(|(name, count)| (name.to_owned(), count))
+                .into(),
+            uplinks: vec![
+                admin::UplinkStatus {
+                    interface: "eth0".to_owned(),
+                    used: true,
+                    up: true,
+                    weight: 65_435,
+                    ..admin::UplinkStatus::default()
+                },
+                admin::UplinkStatus {
+                    interface: "wwan0".to_owned(),
+                    metered: true,
+                    weight: 7,
+                    ..admin::UplinkStatus::default()
+                },
+            ],
+            port_mappings: [].into(),
+            lan_announcements: [].into(),
+            transitions: [("peer relayed direct", 3), ("path probing standby", 5)]
                 .map(|(name, count)| (name.to_owned(), count))
                 .into(),
         }))

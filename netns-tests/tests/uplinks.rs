@@ -1,0 +1,335 @@
+//! A node with two ways out: a wired line, and a 4G modem whose packets cost. The real agent finds both by
+//! itself, and leaves by the modem only while the wire leads nowhere.
+
+use std::{
+    net::Ipv4Addr,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use netns_tests::{
+    link::Impairment,
+    load::Way,
+    mesh::{Mesh, word},
+    nat::NatKind,
+    node::Node,
+    stream::Stream,
+    tool,
+};
+use serde_json::Value;
+
+/// Until a path or a state is as it has to be.
+const SOON: Duration = Duration::from_secs(30);
+
+/// A datagram and a piece of the TCP connection each so often.
+const EVERY: Duration = Duration::from_millis(5);
+
+/// How long a change of the uplink may stop traffic where the kernel says that something happened: wanted
+/// are 500 ms; a debug build on a busy machine gets twice that.
+const TOLD_MAX: Duration = Duration::from_secs(1);
+
+/// A carrier is not yet a way: a router's switch or bridge passes nothing for a moment (the kernel tells a
+/// bridge of its ports' carriers once a second), and whoever moves back at once waits for it.
+const CARRIER_MAX: Duration = Duration::from_secs(2);
+
+/// And where only silence says it: 0.45 s until somebody doubts, 1 s of questions, and the new way.
+const SILENT_MAX: Duration = Duration::from_millis(3_500);
+
+const METERED: &str = "[[uplink]]\ninterface = \"wwan*\"\nmetered = true\n";
+
+/// `edge-a1` at a wired site and at a modem's, `edge-b1` somewhere else, directly connected.
+struct Two {
+    mesh: Mesh,
+    edge: Node,
+    other: Node,
+    addresses: [Ipv4Addr; 2],
+}
+
+impl Two {
+    fn start(config: &str) -> Result<Self> {
+        let mut mesh = Mesh::two_sites_of(&[], &[])?;
+        let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
+        for (name, last) in [("wired", 11), ("mobile", 12), ("elsewhere", 13)] {
+            let hosts: &[&str] = match name {
+                "wired" => &["edge-a1"],
+                "mobile" => &[],
+                _ => &["edge-b1"],
+            };
+            let wan = [203, 0, 113, last].into();
+            mesh.add_site(name, NatKind::PortRestricted, wan, link, hosts)?;
+        }
+        let edge = mesh.node("edge-a1")?;
+        let modem = mesh.site("mobile")?.router();
+        // An address without IPv6: the kernel's own questions of that family would count as packets.
+        mesh.lab().veth(&edge, "wwan0", modem, "modem")?;
+        edge.sysctl("net/ipv6/conf/wwan0/disable_ipv6", "1")?;
+        tool::ip(modem.netns(), "addr add 192.168.8.1/24 dev modem\n")?;
+        let batch = "addr add 192.168.8.2/24 dev wwan0\n\
+                     route add default via 192.168.8.1 dev wwan0 metric 700\n";
+        tool::ip(edge.netns(), batch)?;
+        mesh.start_agent_with("edge-a1", config)?;
+        mesh.start_agent("edge-b1")?;
+        for node in ["edge-a1", "edge-b1"] {
+            mesh.agent_ready(node, 2)?;
+        }
+        let overlay = |name: &str| -> Result<Ipv4Addr> {
+            let status = mesh.status(name)?;
+            let first = status.pointer("/overlay_addresses/0");
+            let text = first
+                .and_then(Value::as_str)
+                .context("no overlay address")?;
+            Ok(text.parse()?)
+        };
+        let addresses = [overlay("edge-a1")?, overlay("edge-b1")?];
+        let other = mesh.node("edge-b1")?;
+        let two = Self {
+            mesh,
+            edge,
+            other,
+            addresses,
+        };
+        two.is_direct_from("203.0.113.11")?;
+        two.uses("eth0")?;
+        Ok(two)
+    }
+
+    fn flows(&self) -> Result<Flows> {
+        let [own, others] = self.addresses;
+        let out = Way {
+            from: &self.edge,
+            to: &self.other,
+            address: others,
+        };
+        let back = Way {
+            from: &self.other,
+            to: &self.edge,
+            address: own,
+        };
+        let flows = Flows {
+            out: Stream::datagrams(out, EVERY)?,
+            back: Stream::datagrams(back, EVERY)?,
+            tcp: Stream::tcp(out, EVERY)?,
+        };
+        thread::sleep(Duration::from_secs(1));
+        Ok(flows)
+    }
+
+    /// Waits until `edge-b1` sees `edge-a1` directly at an address of this router's.
+    fn is_direct_from(&self, router: &str) -> Result<()> {
+        tool::eventually("a direct path", SOON, || {
+            let words = ["ping", "-c", "1", "-W", "1", &self.addresses[0].to_string()];
+            self.other.run(&words, SOON)?;
+            let why = self.mesh.ask("edge-b1", &["path", "why", "edge-a1"])?;
+            let paths = why.get("paths").and_then(Value::as_array);
+            let primary = |path: &&Value| word(path, "state") == "primary";
+            let primary = paths.into_iter().flatten().find(primary);
+            let at = primary.map(|path| word(path, "path")).unwrap_or_default();
+            ensure!(at.starts_with(&format!("{router}:")), "{why}");
+            Ok(())
+        })
+    }
+
+    /// Waits until the agent says that it leaves by this interface.
+    fn uses(&self, interface: &str) -> Result<()> {
+        tool::eventually("the uplink in use", SOON, || {
+            let status = self.mesh.status("edge-a1")?;
+            let uplinks = status.get("uplinks").and_then(Value::as_array);
+            let mut uplinks = uplinks.into_iter().flatten();
+            let used = uplinks.find(|one| one.get("used") == Some(&Value::Bool(true)));
+            let name = used.map(|one| word(one, "interface")).unwrap_or_default();
+            ensure!(name == interface, "{status}");
+            Ok(())
+        })
+    }
+
+    /// Packets that went out and came in by the modem so far.
+    fn by_modem(&self) -> Result<[u64; 2]> {
+        let words = ["ip", "-j", "-s", "link", "show", "wwan0"];
+        let said = self.edge.run(&words, SOON)?.ok()?;
+        let said: Value = serde_json::from_str(&said)?;
+        let count = |way: &str| {
+            let count = said.pointer(&format!("/0/stats64/{way}/packets"));
+            count.and_then(Value::as_u64).context("no count")
+        };
+        Ok([count("tx")?, count("rx")?])
+    }
+
+    /// Pulls the wired cable, or puts it back.
+    fn pull_cable(&self, pulled: bool) -> Result<()> {
+        let state = if pulled { "down" } else { "up" };
+        let router = self.mesh.site("wired")?.router();
+        tool::ip(router.netns(), &format!("link set host0 {state}\n"))
+    }
+
+    fn fails(&self, error: anyhow::Error) -> anyhow::Error {
+        let path = self.edge.dir().join("mesh-agent.log");
+        let log = std::fs::read_to_string(path).unwrap_or_default();
+        error.context(format!(
+            "the agent's log ends:\n{}",
+            netns_tests::node::tail(&log)
+        ))
+    }
+}
+
+/// Both directions, and a connection.
+struct Flows {
+    out: Stream,
+    back: Stream,
+    tcp: Stream,
+}
+
+impl Flows {
+    /// Waits until all flow again, and says how long nothing came.
+    fn gap(&self, what: &str, since: Instant, most: Duration) -> Result<Duration> {
+        for stream in [&self.out, &self.back, &self.tcp] {
+            stream.flows(SOON)?;
+        }
+        // What follows soon after belongs to it.
+        thread::sleep(Duration::from_secs(2));
+        let gaps = [&self.out, &self.back, &self.tcp].map(|stream| stream.longest_gap(since));
+        println!("{what}: nothing came for {gaps:?} (out, back, TCP)");
+        self.tcp.intact()?;
+        let twice = self.out.duplicates() + self.back.duplicates();
+        ensure!(twice == 0, "{twice} datagrams were delivered twice");
+        let [out, back, _] = gaps;
+        ensure!(out.max(back) <= most, "{what}: {gaps:?}, at most {most:?}");
+        Ok(out.max(back))
+    }
+}
+
+#[test]
+fn a_pulled_cable_moves_traffic_to_the_modem_which_is_not_used_before_or_after() -> Result<()> {
+    let two = Two::start(METERED)?;
+    let flows = two.flows()?;
+    let run = || -> Result<()> {
+        let before = two.by_modem()?;
+        thread::sleep(Duration::from_secs(5));
+        let unused = two.by_modem()?;
+        ensure!(
+            unused == before,
+            "the modem carried packets: {before:?}, {unused:?}"
+        );
+
+        let since = Instant::now();
+        two.pull_cable(true)?;
+        flows.gap("cable pulled", since, TOLD_MAX)?;
+        two.uses("wwan0")?;
+        two.is_direct_from("203.0.113.12")?;
+        ensure!(
+            two.by_modem()?[0] > unused[0] + 100,
+            "nothing went by the modem"
+        );
+
+        let since = Instant::now();
+        two.pull_cable(false)?;
+        flows.gap("cable put back", since, CARRIER_MAX)?;
+        two.uses("eth0")?;
+        two.is_direct_from("203.0.113.11")?;
+        // What the last ones to speak to it send, and what lasts of the change, may take a moment.
+        thread::sleep(Duration::from_secs(3));
+        let before = two.by_modem()?;
+        thread::sleep(Duration::from_secs(5));
+        let after = two.by_modem()?;
+        ensure!(
+            after[0] == before[0],
+            "the modem still carries: {before:?}, {after:?}"
+        );
+        two.mesh.all_run()
+    };
+    run().map_err(|error| two.fails(error))
+}
+
+#[test]
+fn a_line_that_dies_behind_its_router_is_left_and_taken_again_without_a_gap() -> Result<()> {
+    let two = Two::start(METERED)?;
+    let flows = two.flows()?;
+    let run = || -> Result<()> {
+        let since = Instant::now();
+        two.mesh.site("wired")?.link().set_down(true)?;
+        flows.gap("the line is dead", since, SILENT_MAX)?;
+        two.uses("wwan0")?;
+
+        let since = Instant::now();
+        two.mesh.site("wired")?.link().set_down(false)?;
+        two.uses("eth0")?;
+        println!("taken again after {:?}", since.elapsed());
+        // The modem still works: nobody has to wait for anything.
+        flows.gap("the line is back", since, Duration::from_millis(500))?;
+        two.is_direct_from("203.0.113.11")?;
+        two.mesh.all_run()
+    };
+    run().map_err(|error| two.fails(error))
+}
+
+#[test]
+fn a_new_address_at_the_same_uplink_costs_half_a_second() -> Result<()> {
+    let two = Two::start(METERED)?;
+    let flows = two.flows()?;
+    let run = || -> Result<()> {
+        let since = Instant::now();
+        let site = two.mesh.site("wired")?;
+        site.renumber(&two.edge, [192, 168, 1, 200].into())?;
+        // Not direct at once: the NATs keep the old address' mappings for a while, and with them its port.
+        flows.gap("another address", since, TOLD_MAX)?;
+        two.uses("eth0")?;
+        two.mesh.all_run()
+    };
+    run().map_err(|error| two.fails(error))
+}
+
+/// A modem whose weight is larger is used though the kernel's routes prefer the wire, and peers on a LAN
+/// that is no uplink are reached by the LAN meanwhile.
+#[test]
+fn weights_say_which_uplink_is_used_and_lans_stay_what_they_are() -> Result<()> {
+    let mut mesh = Mesh::two_sites_of(&[], &[])?;
+    let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
+    for (name, last, hosts) in [("wired", 11, &["edge-a1"][..]), ("mobile", 12, &[])] {
+        let wan = [203, 0, 113, last].into();
+        mesh.add_site(name, NatKind::PortRestricted, wan, link, hosts)?;
+    }
+    let edge = mesh.node("edge-a1")?;
+    let modem = mesh.site("mobile")?.router();
+    mesh.lab().veth(&edge, "wwan0", modem, "modem")?;
+    tool::ip(modem.netns(), "addr add 192.168.8.1/24 dev modem\n")?;
+    let batch = "addr add 192.168.8.2/24 dev wwan0\n\
+                 route add default via 192.168.8.1 dev wwan0 metric 700\n";
+    tool::ip(edge.netns(), batch)?;
+    // A machine at a LAN of its own, whose router the edge node is: it has no other way out.
+    let machine = mesh.lab().add_node("edge-a2")?;
+    mesh.lab().veth(&edge, "lan0", &machine, "eth0")?;
+    tool::ip(edge.netns(), "addr add 10.7.0.1/24 dev lan0\n")?;
+    edge.sysctl("net/ipv4/ip_forward", "1")?;
+    let nat = "table ip out\ntable ip out { chain post { type nat hook postrouting priority 100; \
+               ip saddr 10.7.0.0/24 masquerade; }; }\n";
+    tool::nft(edge.netns(), nat)?;
+    let batch = "addr add 10.7.0.2/24 dev eth0\nroute add default via 10.7.0.1 dev eth0\n";
+    tool::ip(machine.netns(), batch)?;
+
+    let weights = "[[uplink]]\ninterface = \"wwan0\"\nweight = 2\n\
+                   [[uplink]]\ninterface = \"eth*\"\nweight = 1\n";
+    mesh.start_agent_with("edge-a1", weights)?;
+    mesh.start_agent("edge-a2")?;
+    for node in ["edge-a1", "edge-a2"] {
+        mesh.agent_ready(node, 2)?;
+    }
+    tool::eventually("the modem is used", SOON, || {
+        let status = mesh.status("edge-a1")?;
+        let seen = status.get("reflexive_addresses").and_then(Value::as_array);
+        let mut seen = seen.into_iter().flatten().filter_map(Value::as_str);
+        ensure!(seen.any(|at| at.starts_with("203.0.113.12:")), "{status}");
+        Ok(())
+    })?;
+    tool::eventually("the machine is reached by its LAN", SOON, || {
+        mesh.resolve("edge-a1", "edge-a2.mesh")?;
+        mesh.meshctl("edge-a1", &["ping", "-c", "1", "edge-a2"])?;
+        let why = mesh.ask("edge-a1", &["path", "why", "edge-a2"])?;
+        let paths = why.get("paths").and_then(Value::as_array);
+        let by_lan = |path: &Value| {
+            word(path, "state") == "primary" && word(path, "path").starts_with("10.7.0.2:")
+        };
+        ensure!(paths.into_iter().flatten().any(by_lan), "{why}");
+        Ok(())
+    })?;
+    mesh.all_run()
+}
