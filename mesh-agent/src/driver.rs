@@ -325,8 +325,12 @@ impl Driver {
             Event::Network(network) => {
                 let uplinks = network.uplinks.iter().map(|one| one.told.clone());
                 let input = Input::Uplinks(uplinks.collect());
+                // Each pod's route is news, too, and none about an uplink that is being asked.
+                let changed = self.network.uplinks != network.uplinks;
                 self.network = network;
-                self.input(input);
+                if changed {
+                    self.input(input);
+                }
                 self.follow_uplink(); // Its routes may be others.
             }
             Event::Query(query) => query(self),
@@ -345,6 +349,8 @@ impl Driver {
             Event::Tunnel(TunnelEvent::RelayFrame { from, datagram }) => {
                 self.links.handle_datagram(from, datagram);
             }
+            // The core has no input for it yet; its own silence tells it a second later.
+            Event::Tunnel(TunnelEvent::Unsendable(_)) => {}
             Event::Tunnel(TunnelEvent::Broken(problem)) => self.broken = Some(problem),
         }
     }
@@ -559,7 +565,7 @@ impl Driver {
                 duplicate,
             } => {
                 self.note_used(&primary);
-                self.tunnel.set_path(&peer, primary, duplicate);
+                self.tunnel.set_path(&peer, primary, duplicate, None);
             }
             Output::ConnectRelay { relay, transport } => self.links.connect(relay, transport),
             Output::DisconnectRelay { relay, transport } => self.links.disconnect(relay, transport),

@@ -297,6 +297,9 @@ impl Inner {
         }
         peer.counts.sent(sealed, bytes);
         peer.counts.wire_sent(wire);
+        if target.duplicate.is_some() {
+            peer.take_copies(sealed);
+        }
         peer.note_sent(now);
         self.mark_for_report(peer);
         // What finds no room now is noticed by whoever wants to send next.
@@ -338,7 +341,7 @@ fn target(peer: &Peer, sending: &Sending, ecn: Ecn) -> Target {
     Target {
         peer: peer.id,
         primary: sending.primary,
-        duplicate: sending.duplicate,
+        duplicate: sending.duplicate.filter(|_| peer.has_copies()),
         ecn,
     }
 }

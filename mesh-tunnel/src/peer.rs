@@ -5,7 +5,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -75,6 +75,8 @@ pub(crate) struct Peer {
     sessions: ArcSwap<Vec<Arc<Session>>>,
     pub(crate) activity: Activity,
     pub(crate) counts: Counts,
+    /// Packets that may still go a second way as well; see [`Self::take_copies`].
+    copies: AtomicU32,
     /// Whether data was sent since the last report.
     sent: AtomicBool,
     reported: AtomicBool,
@@ -139,6 +141,23 @@ impl Peer {
         let sessions = self.sessions.load();
         let found = sessions.iter().find(|session| session.local() == number);
         found.cloned()
+    }
+
+    /// Says how many packets go a second way as well from now on.
+    pub(crate) fn allow_copies(&self, most: Option<u32>) {
+        self.copies.store(most.unwrap_or(u32::MAX), Relaxed);
+    }
+
+    /// Whether packets still go a second way as well.
+    pub(crate) fn has_copies(&self) -> bool {
+        self.copies.load(Relaxed) > 0
+    }
+
+    /// So many went. Those of a super-packet go together: the last may be more than were allowed.
+    pub(crate) fn take_copies(&self, count: usize) {
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
+        let left = |left: u32| (left < u32::MAX).then(|| left.saturating_sub(count));
+        self.copies.try_update(Relaxed, Relaxed, left).ok(); // Without a limit nothing is counted.
     }
 
     /// Publishes what the state has come to. Packets leave without a lock as long as there are a
@@ -451,6 +470,7 @@ impl Peers {
             sessions: ArcSwap::default(),
             activity: Activity::new(now),
             counts: Counts::default(),
+            copies: AtomicU32::new(u32::MAX),
             sent: AtomicBool::new(false),
             reported: AtomicBool::new(false),
             state: Mutex::new(State {

@@ -1,6 +1,16 @@
 //! The last step of everything that leaves: by which socket or relay, in which frame.
 
-use std::{collections::HashMap, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    hash::{BuildHasher as _, RandomState},
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
 
 use mesh_linux::udp::{Ecn, IpFields, LocalEnd, SEGMENTS_MAX, SEND_BYTES_MAX};
 use mesh_wire::{
@@ -8,7 +18,11 @@ use mesh_wire::{
     relay::{self, HEADER_LEN, Session},
 };
 
-use crate::{batch::Target, stats::DropReason, tunnel::Inner};
+use crate::{
+    batch::Target,
+    stats::DropReason,
+    tunnel::{Inner, TunnelEvent},
+};
 
 /// How long control threads wait for room in a socket before they give datagrams up: longer than
 /// a batch takes at 100 Mb/s (64 KiB in 5 ms), shorter than anyone notices. Packet threads do not
@@ -217,9 +231,12 @@ impl Inner {
                 sockets.wait_writable(to, SEND_WAIT);
                 sent = sockets.send(to, part, segment_len, fields);
             }
-            if sent.is_err() {
+            if let Err(error) = sent {
                 let count = part.len().div_ceil(segment_len);
                 self.drops.count_many(DropReason::SendFailed, count);
+                if is_refusal(&error) && self.unsendable.is_news(to, Instant::now()) {
+                    self.emit(TunnelEvent::Unsendable(to));
+                }
             }
             gone += part.len();
         }
@@ -240,6 +257,67 @@ fn segments_of(wire_len: usize) -> usize {
     (SEND_BYTES_MAX / wire_len.max(1)).clamp(1, SEGMENTS_MAX)
 }
 
+/// The kernel has no way there, or may not go it: what is sent next will not leave either.
+fn is_refusal(error: &io::Error) -> bool {
+    const CODES: [rustix::io::Errno; 5] = [
+        rustix::io::Errno::NETUNREACH,
+        rustix::io::Errno::HOSTUNREACH,
+        rustix::io::Errno::NETDOWN,
+        rustix::io::Errno::NODEV,
+        rustix::io::Errno::PERM,
+    ];
+    rustix::io::Errno::from_io_error(error).is_some_and(|code| CODES.contains(&code))
+}
+
+/// How often it is said of an address that nothing can be sent there.
+const REFUSAL_EVERY: Duration = Duration::from_secs(1);
+
+/// Addresses that are remembered: a node of a few dozen peers sends to so many in a second.
+const REFUSALS_MAX: usize = 64;
+
+/// Which addresses were told lately, by what their hash leaves of them: without a lock, without memory for
+/// each. Two that share a place are told more often than they need to be; the queue of events is bounded.
+#[derive(Debug)]
+pub(crate) struct Refusals {
+    began: Instant,
+    hasher: RandomState,
+    /// The hash's upper half, and milliseconds since `began`.
+    told: [AtomicU64; REFUSALS_MAX],
+}
+
+impl Default for Refusals {
+    fn default() -> Self {
+        Self {
+            began: Instant::now(),
+            hasher: RandomState::new(),
+            told: [const { AtomicU64::new(0) }; REFUSALS_MAX],
+        }
+    }
+}
+
+impl Refusals {
+    /// Whether this address was not told within [`REFUSAL_EVERY`]; it is now.
+    fn is_news(&self, to: SocketAddr, now: Instant) -> bool {
+        // One second later than the truth, so that 0 is long ago. It wraps after 49 days: told once too often.
+        let at = now.saturating_duration_since(self.began) + REFUSAL_EVERY;
+        let at = at.as_millis() & u128::from(u32::MAX);
+        let at = u64::try_from(at).unwrap_or_default();
+        let hash = self.hasher.hash_one(to);
+        let place = usize::try_from(hash % REFUSALS_MAX as u64).unwrap_or_default();
+        let Some(told) = self.told.get(place) else {
+            return true;
+        };
+        let (tag, low) = (hash & !u64::from(u32::MAX), u64::from(u32::MAX));
+        let before = told.load(Relaxed);
+        let since = at.wrapping_sub(before & low);
+        if before & !low == tag && u128::from(since) < REFUSAL_EVERY.as_millis() {
+            return false;
+        }
+        told.store(tag | at, Relaxed);
+        true
+    }
+}
+
 fn is_full(sent: &io::Result<()>) -> bool {
     matches!(sent, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
 }
@@ -247,6 +325,30 @@ fn is_full(sent: &io::Result<()>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_that_nothing_can_be_sent_to_is_told_once_in_a_second() {
+        let refusals = Refusals::default();
+        let at = |ms| refusals.began + Duration::from_millis(ms);
+        let to = |last| SocketAddr::from(([192, 0, 2, last], 1));
+        assert!(refusals.is_news(to(1), at(0)));
+        assert!(!refusals.is_news(to(1), at(999)));
+        assert!(refusals.is_news(to(1), at(1_000)));
+        assert!(!refusals.is_news(to(1), at(1_999)));
+        // Another one is another matter, whichever place it has.
+        assert!(refusals.is_news(to(2), at(2_000)));
+        // And what it was said of 49 days ago is news.
+        let later = u64::from(u32::MAX) + 1_500;
+        assert!(refusals.is_news(to(2), at(later)));
+    }
+
+    #[test]
+    fn only_what_will_go_on_is_a_refusal() {
+        let refused = |code: rustix::io::Errno| is_refusal(&code.into());
+        assert!(refused(rustix::io::Errno::NETUNREACH) && refused(rustix::io::Errno::PERM));
+        assert!(!refused(rustix::io::Errno::AGAIN) && !refused(rustix::io::Errno::NOBUFS));
+        assert!(!is_refusal(&io::ErrorKind::Unsupported.into()));
+    }
 
     #[test]
     fn a_relay_that_moves_is_not_found_at_its_old_address() {

@@ -42,7 +42,7 @@ use crate::{
     peer::{Peer, Peers},
     route::RouteTable,
     stats::{DropReason, Drops, PeerStats, PeerTraffic, TunnelStats},
-    transmit::{Leave, RelayUdpTable},
+    transmit::{Leave, Refusals, RelayUdpTable},
 };
 pub use crate::{
     peer::External,
@@ -120,6 +120,9 @@ pub enum TunnelEvent {
         /// The datagram.
         datagram: Vec<u8>,
     },
+    /// The kernel refused at once to send to this address: no route, or a local firewall. Said once in a
+    /// second of each address, mostly.
+    Unsendable(SocketAddr),
     /// A thread gave up: the TUN device or a socket is gone. No packets move by it any more.
     Broken(String),
 }
@@ -173,6 +176,7 @@ impl Tunnel {
             relays: ArcSwap::default(),
             relay_udp: ArcSwap::default(),
             egress: ArcSwapOption::empty(),
+            unsendable: Refusals::default(),
             generation: AtomicU64::new(0),
             mtu: AtomicUsize::new(0),
             drops: Drops::default(),
@@ -249,9 +253,16 @@ impl Tunnel {
         inner.drops.count_many(DropReason::HeldTooLong, dropped);
     }
 
-    /// From now on `peer`'s packets go by `primary`, and copies by `duplicate`. Without `primary`
-    /// they wait: at most 64, at most 2 s. What waited goes out at once if there is a session.
-    pub fn set_path(&self, peer: &NodeId, primary: Option<Via>, duplicate: Option<Via>) {
+    /// From now on `peer`'s packets go by `primary`, and copies by `duplicate`, of `copies_max` packets at
+    /// most if that is said (and of the rest of the super-packet in which the last one is). Without
+    /// `primary` they wait: at most 64, at most 2 s. What waited goes out at once if there is a session.
+    pub fn set_path(
+        &self,
+        peer: &NodeId,
+        primary: Option<Via>,
+        duplicate: Option<Via>,
+        copies_max: Option<u32>,
+    ) {
         let inner = &self.0;
         let found = if primary.is_none() {
             inner.peers().by_id(peer).cloned()
@@ -263,6 +274,7 @@ impl Tunnel {
         };
         let mut out = inner.outboxes.take(|| Outbox::new(Leave::other()));
         let mut state = peer.lock();
+        peer.allow_copies(copies_max);
         state.primary = primary.map(Into::into);
         state.duplicate = duplicate.filter(|_| primary.is_some());
         inner.send_held(&peer, &mut state, &mut out, Instant::now());
@@ -510,6 +522,7 @@ pub(crate) struct Inner {
     pub(crate) relay_udp: ArcSwap<RelayUdpTable>,
     /// Which interface is named to the kernel, if one is.
     pub(crate) egress: ArcSwapOption<Egress>,
+    pub(crate) unsendable: Refusals,
     /// Counts changes of routes and peers: what threads remember of them holds for one value.
     pub(crate) generation: AtomicU64,
     /// The device's MTU in bytes; 0 while it is not known.

@@ -224,7 +224,7 @@ impl Driver<'_> {
         let [node, other] = [side, side.other()].map(|side| self.nodes[side as usize]);
         let duplicate = duplicate.map(|way| self.via(side, way));
         node.tunnel
-            .set_path(&other.id, Some(self.via(side, primary)), duplicate);
+            .set_path(&other.id, Some(self.via(side, primary)), duplicate, None);
     }
 
     fn handshake(&mut self, sides: &[Side]) {

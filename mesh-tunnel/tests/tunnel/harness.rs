@@ -268,8 +268,8 @@ pub(crate) fn connect(a: &Node, b: &Node, to_b: Via, to_a: Via) {
     a.tunnel.handshake(&b.id, &[to_b]);
     assert_eq!(a.await_handshake(b), to_b);
     assert_eq!(b.await_handshake(a), to_a);
-    a.tunnel.set_path(&b.id, Some(to_b), None);
-    b.tunnel.set_path(&a.id, Some(to_a), None);
+    a.tunnel.set_path(&b.id, Some(to_b), None, None);
+    b.tunnel.set_path(&a.id, Some(to_a), None, None);
 }
 
 /// A relay inside this process: a bounded queue and a thread for each direction.

@@ -123,13 +123,17 @@ fn a_flow_survives_changes_of_its_path_without_losing_a_packet() {
     let mut on_the_way = 0;
     for number in 0..PACKETS {
         match number {
-            500 => a.tunnel.set_path(&b.id, Some(b.direct_v4()), Some(relay)),
-            1000 => a.tunnel.set_path(&b.id, Some(b.direct_v4()), None),
+            500 => a
+                .tunnel
+                .set_path(&b.id, Some(b.direct_v4()), Some(relay), None),
+            1000 => a.tunnel.set_path(&b.id, Some(b.direct_v4()), None, None),
             1500 => a
                 .tunnel
-                .set_path(&b.id, Some(b.direct_v6()), Some(b.direct_v4())),
-            2000 => a.tunnel.set_path(&b.id, Some(relay), Some(b.direct_v6())),
-            2500 => a.tunnel.set_path(&b.id, Some(relay), None),
+                .set_path(&b.id, Some(b.direct_v6()), Some(b.direct_v4()), None),
+            2000 => a
+                .tunnel
+                .set_path(&b.id, Some(relay), Some(b.direct_v6()), None),
+            2500 => a.tunnel.set_path(&b.id, Some(relay), None, None),
             _ => {}
         }
         if on_the_way == 64 {
@@ -150,6 +154,45 @@ fn a_flow_survives_changes_of_its_path_without_losing_a_packet() {
         b.tunnel.stats().dropped(DropReason::Replayed) > 0
     });
     assert_eq!(stats.dropped(DropReason::WrongSource), 0);
+}
+
+#[test]
+fn copies_end_after_as_many_packets_as_were_allowed() {
+    let lab = Lab::new();
+    let (a, b) = pair(&lab);
+    connect(&a, &b, b.direct_v4(), a.direct_v4());
+    let from = udp(&lab, Side::A, a.side.overlay_v4());
+    let to = udp(&lab, Side::B, b.side.overlay_v4());
+    let target = to.local_addr().unwrap();
+    let (direct, copy) = (Some(b.direct_v4()), Some(b.direct_v6()));
+    // Each waits for its arrival, so that none are glued into super-packets.
+    let send = |count: u32| {
+        for _ in 0..count {
+            from.send_to(b"x", target).unwrap();
+            to.recv(&mut [0; 4]).unwrap();
+        }
+    };
+    let copies = || b.tunnel.stats().dropped(DropReason::Replayed);
+    for (most, sent, copied) in [(Some(32), 100, 32), (None, 100, 100), (Some(0), 10, 0)] {
+        let before = copies();
+        a.tunnel.set_path(&b.id, direct, copy, most);
+        send(sent);
+        wait_until("the copies were counted", || copies() >= before + copied);
+        // Copies go the same wire at the same time: none comes later than the next packet's answer.
+        a.tunnel.set_path(&b.id, direct, None, None);
+        send(2);
+        assert_eq!(copies() - before, copied, "{most:?}");
+    }
+}
+
+#[test]
+fn an_address_that_the_kernel_has_no_way_to_is_told() {
+    let lab = Lab::new();
+    let (a, b) = pair(&lab);
+    connect(&a, &b, b.direct_v4(), a.direct_v4());
+    let nowhere: SocketAddr = "203.0.113.9:51820".parse().unwrap();
+    a.tunnel.send_raw(nowhere, b"x");
+    a.await_event(|event| (event == TunnelEvent::Unsendable(nowhere)).then_some(()));
 }
 
 #[test]
