@@ -2,7 +2,7 @@
 
 use std::{
     fmt, io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, UdpSocket},
     sync::Arc,
     time::Duration,
 };
@@ -13,7 +13,8 @@ use mesh_core::services::View;
 use mesh_wire::id::canonical_ip;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream, UdpSocket},
+    net::{TcpListener, TcpStream},
+    runtime::Handle,
     time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -24,8 +25,10 @@ use crate::{
     },
     clients::Clients,
     counters::{Counters, DropReason},
+    datagrams::{self, Sockets, Threads},
     forward::Forwarder,
     limit::Limit,
+    packed::Said,
     wire::{Overflow, TCP_MESSAGE_MAX_BYTES, encode},
 };
 
@@ -49,11 +52,8 @@ const TCP_IDLE: Duration = Duration::from_secs(10);
 /// A query has one name of at most 255 bytes and a few options.
 const TCP_QUERY_MAX_BYTES: usize = 4096;
 
-/// The same over UDP; what is longer is cut, and then malformed.
-const UDP_QUERY_MAX_BYTES: usize = 4096;
-
 /// Before a listener that had an error (out of file descriptors, say) tries again.
-const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(50);
+pub(crate) const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(50);
 
 /// What a server needs to know.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -81,6 +81,9 @@ pub enum StartError {
         /// What the kernel says.
         source: io::Error,
     },
+    /// There are no threads to be had.
+    #[error("cannot start the threads of DNS")]
+    Threads(io::Error),
     /// The server would ask itself.
     #[error("DNS upstream {0} is an address that this server listens at: it would ask itself")]
     UpstreamIsListener(SocketAddr),
@@ -92,6 +95,8 @@ pub struct DnsServer {
     counters: Arc<Counters>,
     local_addresses: Vec<SocketAddr>,
     tasks: TaskTracker,
+    threads: Threads,
+    stop: CancellationToken,
 }
 
 impl DnsServer {
@@ -118,6 +123,7 @@ impl DnsServer {
             sockets.push(bind(address).await?);
         }
         let local_addresses: Vec<_> = sockets.iter().map(|(address, ..)| *address).collect();
+        let runtime = Handle::current();
         let counters = Arc::new(Counters::default());
         let tasks = TaskTracker::new();
         let shared = Arc::new(Shared {
@@ -128,17 +134,21 @@ impl DnsServer {
             waiting: Limit::new(WAITING_MAX, WAITING_PER_SOURCE_MAX),
             connections: Limit::new(CONNECTIONS_MAX, CONNECTIONS_PER_SOURCE_MAX),
             tasks: tasks.clone(),
-            stop,
+            runtime,
+            stop: stop.clone(),
         });
+        let mut addresses = Vec::new();
         for (_, udp, tcp) in sockets {
-            tasks.spawn(Arc::clone(&shared).serve_udp(Arc::new(udp)));
+            addresses.push(udp);
             tasks.spawn(Arc::clone(&shared).serve_tcp(tcp));
         }
-        tasks.close();
+        let threads = Threads::start(&addresses, &shared).map_err(StartError::Threads)?;
         Ok(Self {
             counters,
             local_addresses,
             tasks,
+            threads,
+            stop,
         })
     }
 
@@ -156,11 +166,14 @@ impl DnsServer {
 
     /// Returns when every task has ended, soon after the token was cancelled.
     pub async fn stopped(self) {
+        self.stop.cancelled().await;
+        drop(self.threads); // They finish a batch at most.
+        self.tasks.close();
         self.tasks.wait().await;
     }
 }
 
-async fn bind(address: SocketAddr) -> Result<(SocketAddr, UdpSocket, TcpListener), StartError> {
+async fn bind(address: SocketAddr) -> Result<(SocketAddr, Sockets, TcpListener), StartError> {
     let bind_error = |transport| {
         move |source| StartError::Bind {
             address,
@@ -168,13 +181,15 @@ async fn bind(address: SocketAddr) -> Result<(SocketAddr, UdpSocket, TcpListener
             source,
         }
     };
-    let udp = UdpSocket::bind(address).await.map_err(bind_error("UDP"))?;
-    let local = udp.local_addr().map_err(bind_error("UDP"))?;
+    let udp = datagrams::bind(address).map_err(bind_error("UDP"))?;
+    let local = udp.first().map_or(Ok(address), |one| one.local_addr());
+    let local = local.map_err(bind_error("UDP"))?;
     let tcp = TcpListener::bind(local).await.map_err(bind_error("TCP"))?;
     Ok((local, udp, tcp))
 }
 
-struct Shared {
+/// What every listener needs.
+pub(crate) struct Shared {
     view: Box<dyn Fn() -> Option<Arc<View>> + Send + Sync>,
     clients: Clients,
     forwarder: Forwarder,
@@ -182,6 +197,7 @@ struct Shared {
     waiting: Arc<Limit>,
     connections: Arc<Limit>,
     tasks: TaskTracker,
+    runtime: Handle,
     stop: CancellationToken,
 }
 
@@ -192,63 +208,75 @@ impl fmt::Debug for Shared {
 }
 
 /// What is left to do for a query.
-enum Step {
+pub(crate) enum Step {
     Send(Message),
     Ask(Message, Query),
     Nothing,
 }
 
+/// A reply as it is sent.
+pub(crate) struct Written {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) said: Said,
+}
+
 impl Shared {
-    async fn serve_udp(self: Arc<Self>, socket: Arc<UdpSocket>) {
-        let mut buffer = vec![0; UDP_QUERY_MAX_BYTES];
-        loop {
-            let received = tokio::select! {
-                () = self.stop.cancelled() => return,
-                received = socket.recv_from(&mut buffer) => received,
-            };
-            match received {
-                Ok((len, source)) => {
-                    let query = buffer.get(..len).unwrap_or_default();
-                    self.handle_datagram(&socket, query, source).await;
-                }
-                Err(error) => self.pause(&error).await,
-            }
-        }
+    pub(crate) fn view(&self) -> Option<Arc<View>> {
+        (self.view)()
     }
 
-    async fn handle_datagram(
-        self: &Arc<Self>,
-        socket: &Arc<UdpSocket>,
-        query: &[u8],
-        source: SocketAddr,
+    /// Whether `source` may ask; counts those who may not.
+    pub(crate) fn is_client(&self, source: IpAddr, view: Option<&View>) -> bool {
+        let is_client = self.clients.include(canonical_ip(source), view);
+        if !is_client {
+            self.counters.drop_one(DropReason::Source);
+        }
+        is_client
+    }
+
+    /// Counts a reply about an own name that was ready.
+    pub(crate) fn count_packed(&self, said: Said) {
+        self.counters.queries.add();
+        self.counters.own.add();
+        self.count(said);
+    }
+
+    pub(crate) fn drop_one(&self, reason: DropReason) {
+        self.counters.drop_one(reason);
+    }
+
+    pub(crate) fn write_datagram(&self, reply: Message, max: u16) -> Option<Written> {
+        self.write(reply, max, Overflow::Truncate)
+    }
+
+    /// Puts a question that came by `socket` to the upstreams, and sends what comes of it.
+    pub(crate) fn ask_for_datagram(
+        self: Arc<Self>,
+        socket: Arc<UdpSocket>,
+        reply: Message,
+        question: Query,
+        max: u16,
+        to: SocketAddr,
     ) {
-        let (step, max) = self.decide(query, source.ip());
-        match step {
-            Step::Nothing => {}
-            Step::Send(reply) => self.send_datagram(socket, reply, max, source).await,
-            Step::Ask(reply, question) => {
-                let Some(admission) = self.waiting.admit(canonical_ip(source.ip())) else {
-                    return self
-                        .send_datagram(socket, self.busy(reply), max, source)
-                        .await;
-                };
-                let (shared, socket) = (Arc::clone(self), Arc::clone(socket));
-                self.tasks.spawn(async move {
-                    let _admission = admission;
-                    let asked = shared.forwarder.ask(reply, question);
-                    if let Some(reply) = shared.stop.run_until_cancelled(asked).await {
-                        shared.send_datagram(&socket, reply, max, source).await;
-                    }
-                });
+        let Some(admission) = self.waiting.admit(canonical_ip(to.ip())) else {
+            return self.send_datagram(&socket, self.busy(reply), max, to);
+        };
+        let shared = Arc::clone(&self);
+        let task = async move {
+            let _admission = admission;
+            let asked = shared.forwarder.ask(reply, question);
+            if let Some(reply) = shared.stop.run_until_cancelled(asked).await {
+                shared.send_datagram(&socket, reply, max, to);
             }
-        }
+        };
+        self.tasks.spawn_on(task, &self.runtime);
     }
 
-    async fn send_datagram(&self, socket: &UdpSocket, reply: Message, max: u16, to: SocketAddr) {
-        let Some(bytes) = self.write(reply, max, Overflow::Truncate) else {
+    fn send_datagram(&self, socket: &UdpSocket, reply: Message, max: u16, to: SocketAddr) {
+        let Some(reply) = self.write_datagram(reply, max) else {
             return;
         };
-        if socket.send_to(&bytes, to).await.is_err() {
+        if socket.send_to(&reply.bytes, to).is_err() {
             self.counters.drop_one(DropReason::Unsent);
         }
     }
@@ -286,7 +314,11 @@ impl Shared {
     async fn serve_connection(&self, mut stream: TcpStream, source: IpAddr) -> io::Result<()> {
         loop {
             let query = timeout(TCP_IDLE, read_query(&mut stream)).await??;
-            let reply = match self.decide(&query, source).0 {
+            let view = self.view();
+            if !self.is_client(source, view.as_deref()) {
+                return Ok(());
+            }
+            let reply = match self.decide(&query, view.as_deref()).0 {
                 Step::Nothing => return Ok(()),
                 Step::Send(reply) => reply,
                 Step::Ask(reply, question) => match self.waiting.admit(source) {
@@ -294,7 +326,8 @@ impl Shared {
                     None => self.busy(reply),
                 },
             };
-            let Some(bytes) = self.write(reply, TCP_MESSAGE_MAX_BYTES, Overflow::LeaveOut) else {
+            let written = self.write(reply, TCP_MESSAGE_MAX_BYTES, Overflow::LeaveOut);
+            let Some(Written { bytes, .. }) = written else {
                 return Ok(());
             };
             let len = u16::try_from(bytes.len()).unwrap_or(TCP_MESSAGE_MAX_BYTES);
@@ -304,17 +337,12 @@ impl Shared {
     }
 
     /// What to do about a query, and how large the answer may be if it goes over UDP.
-    fn decide(&self, query: &[u8], source: IpAddr) -> (Step, u16) {
-        let view = (self.view)();
-        if !self.clients.include(canonical_ip(source), view.as_deref()) {
-            self.counters.drop_one(DropReason::Source);
-            return (Step::Nothing, 0);
-        }
+    pub(crate) fn decide(&self, query: &[u8], view: Option<&View>) -> (Step, u16) {
         self.counters.queries.add();
         match parse(query) {
             Ok(query) => {
                 let max = udp_answer_max_bytes(&query);
-                (self.step(answer(&query, view.as_deref())), max)
+                (self.step(answer(&query, view)), max)
             }
             Err(answer) => (self.step(*answer), PLAIN_UDP_MAX_BYTES),
         }
@@ -343,23 +371,28 @@ impl Shared {
         reply
     }
 
-    fn write(&self, reply: Message, max: u16, overflow: Overflow) -> Option<Vec<u8>> {
+    fn write(&self, reply: Message, max: u16, overflow: Overflow) -> Option<Written> {
         let code = reply.response_code;
-        if code == ResponseCode::NXDomain {
-            self.counters.nxdomain.add();
-        } else if code == ResponseCode::ServFail {
-            self.counters.servfail.add();
-        } else if code != ResponseCode::NoError {
-            self.counters.refused.add();
-        }
         let Ok((bytes, cut)) = encode(reply, max, overflow) else {
             self.counters.drop_one(DropReason::Unwritable);
             return None;
         };
-        if cut {
+        let said = Said { code, cut };
+        self.count(said);
+        Some(Written { bytes, said })
+    }
+
+    fn count(&self, said: Said) {
+        if said.code == ResponseCode::NXDomain {
+            self.counters.nxdomain.add();
+        } else if said.code == ResponseCode::ServFail {
+            self.counters.servfail.add();
+        } else if said.code != ResponseCode::NoError {
+            self.counters.refused.add();
+        }
+        if said.cut {
             self.counters.truncated.add();
         }
-        Some(bytes)
     }
 
     async fn pause(&self, error: &io::Error) {

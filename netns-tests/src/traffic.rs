@@ -2,7 +2,7 @@
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     thread,
     time::{Duration, Instant},
 };
@@ -114,12 +114,12 @@ pub fn serve_echo(listen: SocketAddr) -> Result<()> {
 /// How long an awaited answer may take before it is asked for again.
 const AGAIN: Duration = Duration::from_millis(20);
 
-/// Asks the node's own resolver for an A record until it has one.
+/// Asks the node's own resolver for an A record until it has one, of `address` if that is said.
 ///
 /// # Errors
 ///
 /// If there is none within 20 s.
-pub fn await_name(name: &str) -> Result<()> {
+pub fn await_name(name: &str, address: Option<Ipv4Addr>) -> Result<()> {
     // RFC 1035 §4.1: id, recursion desired, one question; then the name, type A, class IN.
     let mut query = vec![0x48, 0x46, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
     for label in name.split('.') {
@@ -135,6 +135,12 @@ pub fn await_name(name: &str) -> Result<()> {
         let (length, _) = socket.recv_from(&mut answer)?;
         let answers = answer.get(7).copied().filter(|_| length > query.len());
         ensure!(answers.is_some_and(|count| count > 0), "an empty answer");
+        let records = answer.get(query.len()..length).unwrap_or_default();
+        let is_there = |address: Ipv4Addr| {
+            let mut places = records.windows(address.octets().len());
+            places.any(|bytes| bytes == address.octets())
+        };
+        ensure!(address.is_none_or(is_there), "other addresses");
         Ok(())
     })
 }

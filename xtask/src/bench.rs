@@ -2,6 +2,7 @@
 
 mod ask;
 mod controlplane;
+mod dns;
 mod paths;
 mod plot;
 mod services;
@@ -83,6 +84,14 @@ const BENCHES: &[Bench] = &[
         run: paths::run,
         check: paths::check,
         table: paths::overview,
+        plot: false,
+    },
+    Bench {
+        name: "dns",
+        what: "a node's resolver beside unbound, dnsmasq, knot and nsd: answers a second, their latency; 100,000 endpoints",
+        run: dns::run,
+        check: dns::check,
+        table: figure_table,
         plot: false,
     },
     Bench {

@@ -53,6 +53,15 @@ const WIREGUARD_PEERS: &[(&str, &str)] = &[
     ("gotatun", "gotatun-cli"),
 ];
 
+/// Resolvers and name servers that a bench measures beside ours, and what loads them.
+const DNS_PACKAGES: &[(&str, &str)] = &[
+    ("dnsperf", "dnsperf"),
+    ("unbound", "unbound"),
+    ("dnsmasq", "dnsmasq-base"),
+    ("knotd", "knot"),
+    ("nsd", "nsd"),
+];
+
 /// tcx links came with Linux 6.6.
 const KERNEL_MIN: (u32, u32) = (6, 6);
 
@@ -100,6 +109,15 @@ pub(crate) fn ready() -> Result<()> {
         .collect();
     ensure!(lines.is_empty(), "this machine lacks:{}", lines.concat());
     Ok(())
+}
+
+/// Installs what the bench of DNS needs.
+///
+/// # Errors
+///
+/// If something cannot be installed.
+pub(crate) fn dns_servers() -> Result<()> {
+    install(DNS_PACKAGES)
 }
 
 const CHECKS: &[fn() -> Result<()>] = &[tun, cgroup2, btf, kernel, namespaces, bpf];

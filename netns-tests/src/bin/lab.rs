@@ -22,7 +22,7 @@ const USAGE: &str = "usage: lab down ID                        takes a kept lab 
        lab guard ID                       ends with its standard input
        lab http NAME ADDR:PORT…
        lab echo ADDR:PORT
-       lab await-name NAME                until 169.254.53.53 has an A record of it
+       lab await-name NAME [ADDRESS]      until 169.254.53.53 has an A record of it, of ADDRESS
        lab await-tcp ADDR:PORT            until it can be connected to
        lab flow ADDR:PORT COUNT INTERVAL_MS SIZE_BYTES LINGER_MS";
 
@@ -52,7 +52,12 @@ fn dispatch(words: &[String]) -> Result<()> {
         }
         ("http", [name, listen @ ..]) => traffic::serve_http(name, &addresses(listen)?),
         ("echo", [listen]) => traffic::serve_echo(address(listen)?),
-        ("await-name", [name]) => traffic::await_name(name),
+        ("await-name", [name]) => traffic::await_name(name, None),
+        ("await-name", [name, address]) => {
+            let address = address.parse();
+            let address = address.with_context(|| format!("{name}: no IPv4 address"))?;
+            traffic::await_name(name, Some(address))
+        }
         ("await-tcp", [to]) => traffic::await_tcp(address(to)?),
         ("flow", [to, count, interval_ms, size_bytes, linger_ms]) => {
             let report = traffic::flow(

@@ -1,6 +1,6 @@
 //! The numbers that issues set, and whether a run held them.
 
-use super::{Figure, paths, percentile, services, tunnel};
+use super::{Figure, dns, paths, percentile, services, tunnel};
 
 /// What a figure's median is compared with.
 #[derive(Debug, Clone, Copy)]
@@ -339,6 +339,19 @@ impl Rule {
     }
 }
 
+/// Issue 6: the fastest of the others, in the same turns; a zone of 100,000 endpoints.
+const DNS: &[Rule] = &[
+    rule("holdfast", "answers", Best(dns::PEERS), AtLeast(1.0)),
+    rule("holdfast", "latency_p99", Best(dns::PEERS), AtMost(1.2)),
+    rule(
+        "large-zone",
+        "resident_more",
+        Number(64.0, "64 MiB"),
+        AtMost(1.0),
+    ),
+    rule("large-zone", "change", P99(100.0, "100 ms"), AtMost(1.0)),
+];
+
 /// What came of the rules.
 #[derive(Debug)]
 pub(super) struct Verdict {
@@ -357,6 +370,7 @@ pub(super) fn judge(bench: &str, figures: &[Figure]) -> Verdict {
         "services" => services_rules(),
         "controlplane" => CONTROLPLANE.to_vec(),
         "paths" => PATHS.to_vec(),
+        "dns" => DNS.to_vec(),
         _ => Vec::new(),
     };
     let direct = |own: &Figure| {
