@@ -4,7 +4,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
+    fs, io,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use arc_swap::ArcSwap;
 use mesh_api::{
-    connect::{ALPN, control_channel, control_channel_over, control_client},
+    connect::{ALPN, connect_tcp, control_channel, control_channel_over, control_client},
     control::{
         JoinRequest, JoinResponse, NodeReport, RenewRequest, SnapshotFile, SyncRequest,
         SyncResponse, control_client::ControlClient,
@@ -35,7 +35,6 @@ use mesh_identity::{
 use mesh_wire::id::{Identity, NodeId, NodeName};
 use prost::Message as _;
 use tokio::{
-    net::TcpStream,
     sync::{mpsc, watch},
     task,
     time::{self, Instant},
@@ -749,9 +748,8 @@ async fn channel(
     let Some(proxy) = proxy.filter(|proxy| proxy.is_for(host)) else {
         return Ok(control_channel(controller, config, name).await?);
     };
-    let connecting = TcpStream::connect(proxy.address());
+    let connecting = async { connect_tcp(proxy.address()).await.map_err(io::Error::other) };
     let tcp = proxy.through(connecting, controller).await?;
-    tcp.set_nodelay(true).ok(); // As without a proxy: a failure costs 40 ms.
     Ok(control_channel_over(tcp, controller, config, name).await?)
 }
 

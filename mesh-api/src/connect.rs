@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -9,9 +10,11 @@ use std::{
 
 use hyper_util::rt::TokioIo;
 use mesh_identity::tls::explain_io;
+use mesh_wire::TCP_SEGMENT_BYTES;
+use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpStream, UnixStream, lookup_host},
+    net::{TcpSocket, TcpStream, UnixStream, lookup_host},
     time::timeout,
 };
 use tokio_rustls::{
@@ -146,7 +149,12 @@ pub fn control_client(channel: Channel) -> ControlClient<Channel> {
     ControlClient::new(channel).max_decoding_message_size(SYNC_BYTES_MAX)
 }
 
-async fn connect_tcp(address: &str) -> Result<TcpStream, ConnectError> {
+/// Connects to `address` (`host:port`), with small segments ([`TCP_SEGMENT_BYTES`]).
+///
+/// # Errors
+///
+/// [`ConnectError::Resolve`] or [`ConnectError::Tcp`].
+pub async fn connect_tcp(address: &str) -> Result<TcpStream, ConnectError> {
     let found = within(CONNECT_TIMEOUT, lookup_host(address)).await;
     let found = found.map_err(|source| ConnectError::Resolve {
         address: address.to_owned(),
@@ -154,7 +162,7 @@ async fn connect_tcp(address: &str) -> Result<TcpStream, ConnectError> {
     })?;
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for candidate in found {
-        match within(CONNECT_TIMEOUT, TcpStream::connect(candidate)).await {
+        match within(CONNECT_TIMEOUT, connect_to(candidate)).await {
             Ok(stream) => {
                 // Small messages that somebody waits for; a failure costs 40 ms, not the connection.
                 stream.set_nodelay(true).ok();
@@ -167,6 +175,16 @@ async fn connect_tcp(address: &str) -> Result<TcpStream, ConnectError> {
         address: address.to_owned(),
         source: last,
     })
+}
+
+async fn connect_to(address: SocketAddr) -> io::Result<TcpStream> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    // The other side is told too, and sends no larger ones.
+    SockRef::from(&socket).set_tcp_mss(TCP_SEGMENT_BYTES)?;
+    socket.connect(address).await
 }
 
 async fn within<T>(limit: Duration, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {

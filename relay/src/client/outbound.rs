@@ -7,6 +7,7 @@ use std::{
 };
 
 use mesh_daemon::http_proxy::HttpProxy;
+use mesh_wire::TCP_SEGMENT_BYTES;
 use socket2::SockRef;
 use tokio::net::{TcpSocket, TcpStream, lookup_host};
 
@@ -73,6 +74,7 @@ impl Outbound {
             SocketAddr::V6(_) => TcpSocket::new_v6()?,
         };
         self.bind_device(&socket, to.ip())?;
+        SockRef::from(&socket).set_tcp_mss(TCP_SEGMENT_BYTES)?;
         socket.connect(to).await
     }
 }

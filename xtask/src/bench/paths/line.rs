@@ -203,13 +203,14 @@ const NO_FRAGMENTS: &str = "table ip whole { chain raw { type filter hook prerou
 ///
 /// If a node does not come up.
 pub(super) fn narrow(bins: &Path, case: &str, rounds: u32, samples: &mut Samples) -> Result<()> {
-    let mesh = pairs::quiet(bins, 1, "")?;
+    let mesh = pairs::sites(bins, 1, "")?;
     let internet = mesh.lab().internet();
     mesh.site("site-a1")?.narrow(internet, 1_280)?;
     if case == UNFRAGMENTED {
         tool::nft(internet.netns(), NO_FRAGMENTS)?;
         tool::nft(mesh.site("site-a1")?.router().netns(), NO_FRAGMENTS)?;
     }
+    pairs::start_agents(&mesh, 1)?;
     let [from, to] = [mesh.node("a1")?, mesh.node("b1")?];
     let way = Way {
         from: &from,

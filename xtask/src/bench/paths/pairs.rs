@@ -373,6 +373,17 @@ fn phase(turn: u32) -> Duration {
 ///
 /// If something does not come up.
 pub(super) fn quiet(bins: &Path, count: u8, relay: &str) -> Result<Mesh> {
+    let mesh = sites(bins, count, relay)?;
+    start_agents(&mesh, count)?;
+    Ok(mesh)
+}
+
+/// The same without agents.
+///
+/// # Errors
+///
+/// If something does not come up.
+pub(super) fn sites(bins: &Path, count: u8, relay: &str) -> Result<Mesh> {
     let mut manifest = format!(
         "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: MeshRelay\nmetadata: {{name: cloud-relay}}\nspec: {{addresses: \
          [{CLOUD}]}}\n---\napiVersion: mesh.holdfast.dev/v1alpha1\nkind: MeshRelay\nmetadata: {{name: far-relay}}\n\
@@ -400,13 +411,28 @@ pub(super) fn quiet(bins: &Path, count: u8, relay: &str) -> Result<Mesh> {
         for (site, node, last) in [(&pair.site, &pair.a, 10), (&at_b, &pair.b, 20)] {
             let wan = Ipv4Addr::new(203, 0, 113, last + pair.number);
             mesh.add_site(site, NatKind::PortRestricted, wan, LINK, &[node])?;
-            mesh.start_agent_with(node, LINES)?;
         }
     }
-    for node in pairs.iter().flat_map(|pair| [&pair.a, &pair.b]) {
-        mesh.agent_ready(node, u64::from(count) * 2)?;
-    }
     Ok(mesh)
+}
+
+/// Starts them on all nodes of [`sites`].
+///
+/// # Errors
+///
+/// If one does not come up.
+pub(super) fn start_agents(mesh: &Mesh, count: u8) -> Result<()> {
+    let nodes: Vec<_> = (1..=count)
+        .map(Pair::new)
+        .flat_map(|pair| [pair.a, pair.b])
+        .collect();
+    nodes
+        .iter()
+        .try_for_each(|node| mesh.start_agent_with(node, LINES))?;
+    let all = u64::try_from(nodes.len())?;
+    nodes
+        .iter()
+        .try_for_each(|node| mesh.agent_ready(node, all))
 }
 
 /// Lets the first node of a pair speak with relays alone.
