@@ -159,6 +159,8 @@ struct Entry {
     rest: Duration,
     problem: String,
     noticed_at: Option<Instant>,
+    /// It said that it started anew while it was asked: those that it refused before it was ready are asked again.
+    again: bool,
 }
 
 #[derive(Debug)]
@@ -233,6 +235,7 @@ impl Machine {
                 rest: REST_FIRST,
                 problem: String::new(),
                 noticed_at: None,
+                again: false,
             };
             self.gateways.insert(gateway, entry);
         }
@@ -361,7 +364,7 @@ impl Machine {
                 continue; // It says so several times (RFC 6887, section 14.1.1).
             }
             match &mut entry.state {
-                State::Asking { .. } => continue,
+                State::Asking { .. } => entry.again = true,
                 State::Resting { until } => *until = now,
                 State::Mapped(held) => {
                     let moved = notice.outside.is_some_and(|ip| ip != *held.outside.ip());
@@ -411,6 +414,9 @@ impl Machine {
                 .into_iter()
                 .filter(|one| Some(*one) != entry.favourite),
         );
+        if order.clone().count() <= turn && std::mem::take(&mut entry.again) {
+            return self.begin(gateway, 0, now);
+        }
         let Some(protocol) = order.nth(turn) else {
             let spread = self.dice.random_range(0.9..1.1);
             let until = now + entry.rest.mul_f64(spread);
@@ -483,6 +489,7 @@ impl Entry {
         now: Instant,
     ) {
         self.favourite = Some(ask.protocol);
+        self.again = false;
         self.rest = REST_FIRST;
         self.problem = if is_inside(*outside.ip()) {
             format!(

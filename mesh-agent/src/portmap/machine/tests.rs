@@ -281,6 +281,25 @@ fn a_resting_gateway_that_says_that_it_started_is_asked_at_once() {
 }
 
 #[test]
+fn a_gateway_that_starts_while_it_is_asked_is_asked_once_more() {
+    let mut world = World::new(&[HOME]);
+    let ask = world.ask(Protocol::Pcp);
+    world.answer(ask, Answer::Refused("not there yet".to_owned()));
+    world
+        .machine
+        .handle_notice(HOME.address, notice(0), world.now);
+    for protocol in [Protocol::NatPmp, Protocol::Upnp] {
+        let ask = world.ask(protocol);
+        world.answer(ask, Answer::Silent);
+    }
+    for protocol in ORDER {
+        let ask = world.ask(protocol);
+        world.answer(ask, Answer::Silent);
+    }
+    world.nobody_is_asked();
+}
+
+#[test]
 fn epochs_tell_a_restart_as_the_rfc_does() {
     for (before, after, elapsed_s, restarted) in [
         (100, 200, 100, false),

@@ -1,0 +1,332 @@
+//! Nodes behind NATs that map by destination are called at a port that the router maps for them: Debian's `miniupnpd` is the
+//! router's, by each of its protocols; it is started anew, refuses, and is somebody who means harm.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use netns_tests::{
+    link::Impairment,
+    mesh::{Mesh, word},
+    nat::NatKind,
+    node::{Node, Process},
+    tool,
+};
+use serde_json::Value;
+
+const INVENTORY: &str = "http://inventory.shop.svc.cluster.local/";
+
+/// Outside addresses for tests are reserved ones everywhere else, and for those `miniupnpd` maps nothing.
+const WAN: Ipv4Addr = Ipv4Addr::new(45, 0, 113, 1);
+const MAPPED: &str = "45.0.113.1:51820";
+
+/// What should happen soon has happened by then, or never will.
+const SOON: Duration = Duration::from_secs(30);
+
+/// The rules that `miniupnpd` adds its own to.
+const TABLE: &str = "table inet miniupnpd\ndelete table inet miniupnpd\ntable inet miniupnpd {\n\
+    chain forward { type filter hook forward priority 0; policy accept; jump miniupnpd; }\n chain miniupnpd { }\n\
+    chain prerouting { type nat hook prerouting priority -100; jump prerouting_miniupnpd; }\n\
+    chain postrouting { type nat hook postrouting priority 90; jump postrouting_miniupnpd; }\n\
+    chain prerouting_miniupnpd { }\n chain postrouting_miniupnpd { }\n}\n";
+
+const GRANT: &str = "allow 1024-65535 192.168.1.0/24 1024-65535\n";
+
+/// The router's clients may speak NAT-PMP, and not its successor: PCP is version 2.
+const NO_PCP: &str = "table inet nopcp { chain input { type filter hook input priority -10; \
+    udp dport 5351 @th,64,8 2 drop; }; }\n";
+
+/// `edge-a1` and `edge-b1` behind symmetric NATs with random ports.
+fn mesh() -> Result<Mesh> {
+    let lab = tool::binary("lab")?;
+    let bins = lab.parent().context("the lab binary has no folder")?;
+    let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/demo");
+    let mut mesh = Mesh::start(bins, &manifests)?;
+    mesh.start_relay()?;
+    let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
+    let hard = NatKind::SymmetricRandom;
+    mesh.add_site("site-a", hard, WAN, link, &["edge-a1"])?;
+    mesh.add_site("site-b", hard, [203, 0, 113, 2].into(), link, &["edge-b1"])?;
+    for node in ["edge-a1", "edge-b1"] {
+        mesh.start_agent(node)?;
+    }
+    for node in ["edge-a1", "edge-b1"] {
+        mesh.agent_ready(node, 2)?;
+    }
+    mesh.serve("edge-b1", "inventory", &["http", "edge-b1", "[::]:8080"])?;
+    Ok(mesh)
+}
+
+/// Site A's router begins to map ports.
+fn daemon(mesh: &Mesh, protocols: &str, rules: &str) -> Result<Process> {
+    let router = mesh.site("site-a")?.router();
+    tool::nft(router.netns(), TABLE)?;
+    let config = format!(
+        "ext_ifname=wan\nlistening_ip=lan\nhttp_port=0\nsecure_mode=yes\nipv6_disable=yes\n\
+         upnp_table_name=miniupnpd\nupnp_nat_table_name=miniupnpd\nupnp_forward_chain=miniupnpd\n\
+         upnp_nat_chain=prerouting_miniupnpd\nupnp_nat_postrouting_chain=postrouting_miniupnpd\n\
+         uuid=00000000-0000-0000-0000-000000000001\n{protocols}{rules}deny 0-65535 0.0.0.0/0 0-65535\n"
+    );
+    let path = |name: &str| router.dir().join(name).display().to_string();
+    router.write("miniupnpd.conf", &config)?;
+    let words = [
+        "/usr/sbin/miniupnpd",
+        "-d",
+        "-f",
+        &path("miniupnpd.conf"),
+        "-P",
+        &path("miniupnpd.pid"),
+    ];
+    router.spawn("miniupnpd", &words)
+}
+
+/// What `edge-a1` says of its gateway.
+fn said(mesh: &Mesh) -> Result<String> {
+    let status = mesh.status("edge-a1")?;
+    let said = status.pointer("/port_mappings/192.168.1.1");
+    let said = said.and_then(Value::as_str);
+    Ok(said
+        .with_context(|| format!("nothing of the gateway: {status}"))?
+        .to_owned())
+}
+
+fn is_mapped(mesh: &Mesh, protocol: &str) -> Result<()> {
+    tool::eventually("the port is mapped", SOON, || {
+        let said = said(mesh)?;
+        ensure!(said == format!("{MAPPED} by {protocol}"), "{said}");
+        Ok(())
+    })
+}
+
+/// The port's mapping as the router's kernel has it.
+fn rule(mesh: &Mesh) -> Result<String> {
+    let netns = mesh.site("site-a")?.router().netns().to_owned();
+    let list = [
+        "netns",
+        "exec",
+        &netns,
+        "nft",
+        "list",
+        "chain",
+        "inet",
+        "miniupnpd",
+        "prerouting_miniupnpd",
+    ];
+    let rules = tool::run("ip", &list, "")?;
+    let rule = rules
+        .lines()
+        .find(|line| line.contains("51820"))
+        .unwrap_or_default();
+    Ok(rule.trim().to_owned())
+}
+
+/// Without a mapping they have a relay, and know why; with one, a direct path.
+fn meets_by(protocol: &str, protocols: &str) -> Result<()> {
+    let mesh = mesh()?;
+    let ask = || mesh.get("edge-a1", &["-4", INVENTORY], Duration::from_secs(2));
+    tool::eventually(
+        "the relay carries it, as neither can guess the other",
+        SOON,
+        || {
+            ask()?;
+            let why = mesh.ask("edge-a1", &["path", "why", "edge-b1"])?;
+            ensure!(
+                word(&why, "state") == "relayed" && word(&why, "reason") == "hard_nat_both",
+                "{why}"
+            );
+            Ok(())
+        },
+    )?;
+    tool::eventually("all protocols were tried", SOON, || {
+        let said = said(&mesh)?;
+        ensure!(
+            said.starts_with("not mapped: PCP") && said.contains("UPnP"),
+            "{said}"
+        );
+        Ok(())
+    })?;
+    let mut router = daemon(&mesh, protocols, GRANT)?;
+    if protocol == "UPnP" {
+        // It says nothing that anybody hears: the agent asks when the network changes, or in a while.
+        thread::sleep(Duration::from_secs(1));
+        let host = mesh.node("edge-a1")?;
+        tool::ip(
+            host.netns(),
+            "link set eth0 down\nlink set eth0 up\nroute add default via 192.168.1.1 dev eth0\n",
+        )?;
+    }
+    let begin = Instant::now();
+    is_mapped(&mesh, protocol)?;
+    let mapped = begin.elapsed();
+    let direct = tool::eventually("the path is direct", SOON, || {
+        ask().ok();
+        let why = mesh.ask("edge-b1", &["path", "why", "edge-a1"])?;
+        ensure!(word(&why, "state") == "direct", "{why}");
+        let paths = why.pointer("/paths").and_then(Value::as_array);
+        let mut paths = paths.context("no paths")?.iter();
+        let primary = paths.find(|path| word(path, "state") == "primary");
+        let primary = primary.context("no primary")?;
+        ensure!(word(primary, "path").contains(MAPPED), "{primary}");
+        Ok(word(primary, "kind"))
+    })?;
+    eprintln!(
+        "{protocol}: mapped after {mapped:?}, direct after {:?}",
+        begin.elapsed()
+    );
+    assert_eq!(direct, "port_mapped");
+    assert!(rule(&mesh)?.contains("192.168.1.11:51820"));
+    mesh.all_run()?;
+
+    let mut agent = mesh.take("edge-a1", "mesh-agent")?;
+    assert!(agent.terminate(SOON)?.success(), "{}", agent.log());
+    assert_eq!(rule(&mesh)?, "", "the agent gives it back");
+    router.running()
+}
+
+#[test]
+fn hard_nats_meet_at_a_port_mapped_by_pcp() -> Result<()> {
+    meets_by("PCP", "enable_natpmp=yes\nenable_upnp=no\n")
+}
+
+#[test]
+fn hard_nats_meet_at_a_port_mapped_by_upnp() -> Result<()> {
+    meets_by("UPnP", "enable_natpmp=no\nenable_upnp=yes\n")
+}
+
+/// By NAT-PMP as the router does not speak PCP; and it forgets everything, twice.
+#[test]
+fn a_port_mapped_by_nat_pmp_is_mapped_again_when_the_router_starts_anew() -> Result<()> {
+    let mesh = mesh()?;
+    tool::nft(mesh.site("site-a")?.router().netns(), NO_PCP)?;
+    let protocols = "enable_natpmp=yes\nenable_upnp=no\n";
+    let mut router = daemon(&mesh, protocols, GRANT)?;
+    is_mapped(&mesh, "NAT-PMP")?;
+    for _ in 0..2 {
+        // Its clock has to have gone on to be seen to begin anew.
+        thread::sleep(Duration::from_secs(4));
+        router.kill()?;
+        router = daemon(&mesh, protocols, GRANT)?;
+        let begin = Instant::now();
+        assert_eq!(rule(&mesh)?, "");
+        tool::eventually("the port is mapped again", SOON, || {
+            let rule = rule(&mesh)?;
+            ensure!(rule.contains("192.168.1.11:51820"), "{rule}");
+            Ok(())
+        })?;
+        eprintln!(
+            "mapped again {:?} after the router's start",
+            begin.elapsed()
+        );
+        thread::sleep(Duration::from_secs(7)); // The agent listens to such news once in 10 s.
+    }
+    is_mapped(&mesh, "NAT-PMP")?;
+    mesh.all_run()
+}
+
+#[test]
+fn a_router_that_refuses_is_named_with_its_words_and_nobody_misses_it() -> Result<()> {
+    let mesh = mesh()?;
+    let _router = daemon(&mesh, "enable_natpmp=yes\nenable_upnp=yes\n", "")?;
+    tool::eventually("the refusals are told", SOON, || {
+        let said = said(&mesh)?;
+        let words = ["not mapped: PCP", "Not authorized", "NAT-PMP", "UPnP: "];
+        ensure!(words.iter().all(|word| said.contains(word)), "{said}");
+        Ok(())
+    })?;
+    eprintln!("{}", said(&mesh)?);
+    assert_eq!(rule(&mesh)?, "");
+    mesh.get("edge-a1", &["-4", INVENTORY], SOON)?;
+    mesh.all_run()
+}
+
+/// Answers every question to the router with nonsense, and tells all the LAN that it starts anew, until `end`. Returns how
+/// many questions came.
+fn hostile(router: &Node, end: Instant) -> Result<usize> {
+    let bind = || {
+        let socket = UdpSocket::bind("192.168.1.1:5351")?;
+        socket.set_read_timeout(Some(Duration::from_micros(200)))?;
+        Ok::<_, std::io::Error>(socket)
+    };
+    let socket = router.enter(bind)??;
+    let mut questions = 0;
+    let mut buffer = [0; 1_200];
+    let mut epoch_s = 0_u32;
+    while Instant::now() < end {
+        if let Ok((length, from)) = socket.recv_from(&mut buffer) {
+            questions += 1;
+            let Some(question) = buffer.get_mut(..length) else {
+                continue;
+            };
+            if let Some(operation) = question.get_mut(1) {
+                *operation |= 0x80; // An answer.
+            }
+            let nonsense: &[u8] = match questions % 5 {
+                0 => &[],
+                1 => &[2, 0x81, 0, 0],
+                2 => &[0xff; 1_100],
+                3 => question,
+                _ => &[0, 129, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0], // For no time at all.
+            };
+            socket.send_to(nonsense, from).ok();
+        }
+        epoch_s = epoch_s.wrapping_add(100_000);
+        let [a, b, c, d] = epoch_s.to_be_bytes();
+        let notice = [0, 128, 0, 0, a, b, c, d, 45, 0, 113, 1];
+        let all = SocketAddr::from(([224, 0, 0, 1], 5350));
+        socket.send_to(&notice, all).ok();
+    }
+    Ok(questions)
+}
+
+/// Processor time of a process, in ticks of 10 ms.
+fn ticks(process: &Process) -> Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", process.id()))?;
+    let fields: Vec<_> = stat
+        .rsplit(") ")
+        .next()
+        .unwrap_or_default()
+        .split(' ')
+        .collect();
+    // Fields 14 and 15 of proc_pid_stat(5); the first after the name is the third.
+    let times = fields.get(11..13).context("/proc/PID/stat is too short")?;
+    times.iter().map(|field| Ok(field.parse::<u64>()?)).sum()
+}
+
+#[test]
+fn nonsense_and_a_flood_of_news_cost_a_few_questions_and_no_processor() -> Result<()> {
+    const LENGTH: Duration = Duration::from_secs(25);
+    let mesh = mesh()?;
+    let router = mesh.site("site-a")?.router().clone();
+    let agent = mesh.take("edge-a1", "mesh-agent")?;
+    let before = ticks(&agent)?;
+    let questions = hostile(&router, Instant::now() + LENGTH)?;
+    let spent = ticks(&agent)? - before;
+    eprintln!(
+        "{questions} questions, {} ms of a processor in {LENGTH:?}",
+        spent * 10
+    );
+    // Each time all protocols, of which two are retransmitted, and no more often than every 10 s.
+    assert!((2..=30).contains(&questions), "{questions}");
+    assert!(spent * 10 < 2_500, "{spent} ticks");
+    let said = said(&mesh)?;
+    assert!(said.starts_with("not mapped") || said == "asked", "{said}");
+    mesh.put("edge-a1", "mesh-agent", agent);
+    mesh.get("edge-a1", &["-4", INVENTORY], SOON)?;
+
+    mesh.kill("edge-a1", "mesh-agent")?;
+    mesh.start_agent_with("edge-a1", "port_mapping = false\n")?;
+    mesh.agent_ready("edge-a1", 2)?;
+    let questions = hostile(&router, Instant::now() + Duration::from_secs(4))?;
+    assert_eq!(questions, 0, "it is switched off");
+    let status = mesh.status("edge-a1")?;
+    let said: BTreeMap<String, String> =
+        serde_json::from_value(status.pointer("/port_mappings").context("none")?.clone())?;
+    assert!(said.is_empty(), "{said:?}");
+    mesh.all_run()
+}
