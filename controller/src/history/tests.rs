@@ -2,7 +2,7 @@ use std::convert::Infallible;
 
 use mesh_api::{
     control::{Relay, resource_key::Kind},
-    resources::{Resources, apply, digest::digests},
+    resources::{Encoded, Resources, apply, digest::digests},
 };
 
 use super::*;
@@ -91,7 +91,7 @@ fn agents_that_came_at_any_time_end_up_with_the_same_resources() {
         }
     }
     for (_, resources) in agents {
-        let names: Vec<_> = resources.into_values().collect();
+        let names: Vec<_> = resources.values().map(Encoded::decode).collect();
         assert_eq!(names, [relay("a", 3), relay("b", 1)]);
     }
 }

@@ -4,13 +4,13 @@
 //! 100,000 resources of 300 bytes tells 8,192 digests, 64 KiB instead of 30 MB, and gets back the
 //! buckets that differ, some 4 KB each.
 
-use std::{borrow::Cow, collections::BTreeSet};
+use std::collections::BTreeSet;
 
 use prost::Message as _;
 use ring::digest::{Context, SHA256, digest};
 
-use super::Resources;
-use crate::control::{Comparison, Resource, ResourceKey, resource};
+use super::{Encoded, Resources};
+use crate::control::{Comparison, Resource, ResourceKey, resource, resource_key::Kind};
 
 /// Most buckets: 64 KiB of digests.
 pub const BUCKETS_MAX: u32 = 8192;
@@ -67,16 +67,27 @@ impl Digests {
     /// Of a node only the record counts: each controller signs it once for itself, and signatures
     /// are random.
     pub fn add(&mut self, key: &ResourceKey, resource: &Resource) -> u32 {
+        if let Some(resource::Kind::Node(signed)) = &resource.kind {
+            return self.add_content(key, &signed.record);
+        }
+        self.add_content(key, &resource.encode_to_vec())
+    }
+
+    /// The same, of what a node keeps.
+    fn add_encoded(&mut self, key: &ResourceKey, resource: &Encoded) {
+        if key.kind() == Kind::Node {
+            self.add(key, &resource.decode());
+        } else {
+            self.add_content(key, &resource.0);
+        }
+    }
+
+    fn add_content(&mut self, key: &ResourceKey, content: &[u8]) -> u32 {
         let buckets = u32::try_from(self.buckets.len()).unwrap_or(u32::MAX);
         let place = bucket(key, buckets);
-        let content = if let Some(resource::Kind::Node(signed)) = &resource.kind {
-            Cow::Borrowed(signed.record.as_slice())
-        } else {
-            Cow::Owned(resource.encode_to_vec())
-        };
         if let Some(context) = self.buckets.get_mut(place as usize) {
             context.update(&key.kind.to_be_bytes());
-            for part in [key.name.as_bytes(), &content] {
+            for part in [key.name.as_bytes(), content] {
                 context.update(&(part.len() as u64).to_be_bytes());
                 context.update(part);
             }
@@ -100,7 +111,7 @@ impl Digests {
 pub fn digests(resources: &Resources, buckets: u32) -> Vec<u64> {
     let mut digests = Digests::new(buckets);
     for (key, resource) in resources {
-        digests.add(key, resource);
+        digests.add_encoded(key, resource);
     }
     digests.finish()
 }
@@ -124,10 +135,10 @@ fn first_eight(hash: &[u8]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::{SignedNode, SyncResponse, resource_key::Kind};
+    use crate::control::{SignedNode, SyncResponse};
     use crate::resources::apply;
 
-    fn namespace(name: &str, label: &str) -> (ResourceKey, Resource) {
+    fn namespace(name: &str, label: &str) -> (ResourceKey, Encoded) {
         let key = ResourceKey {
             kind: Kind::Namespace.into(),
             name: name.to_owned(),
@@ -137,7 +148,7 @@ mod tests {
             labels: [("label".to_owned(), label.to_owned())].into(),
         };
         let kind = Some(resource::Kind::Namespace(namespace));
-        (key, Resource { kind })
+        (key, Encoded::from(&Resource { kind }))
     }
 
     fn many(count: usize) -> Resources {
@@ -201,7 +212,7 @@ mod tests {
                 signature: vec![signature],
             };
             let kind = Some(resource::Kind::Node(node));
-            digests(&[(key, Resource { kind })].into(), 1)
+            digests(&[(key, Encoded::from(&Resource { kind }))].into(), 1)
         };
         assert_eq!(node(1, 1), node(1, 2));
         assert_ne!(node(1, 1), node(2, 1));
@@ -218,7 +229,7 @@ mod tests {
             .cloned()
             .collect();
         let response = SyncResponse {
-            set: vec![resource.clone()],
+            set: vec![resource.decode()],
             compared: Some(Comparison {
                 buckets: 8,
                 differing: vec![place],
