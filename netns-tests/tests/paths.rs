@@ -1,0 +1,251 @@
+//! Paths that never let go: the rows of issue 6 that no other scenario has, in small. `cargo xtask bench paths`
+//! measures them.
+
+use std::{
+    net::Ipv4Addr,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use netns_tests::{
+    link::Impairment,
+    load::{ROUND_TRIP_MAX, Way, round_trips},
+    matrix::path_in_use,
+    mesh::{Mesh, word},
+    nat::NatKind,
+    stream::{Stream, transfer},
+    tool,
+};
+
+/// Until a path is as it has to be.
+const SOON: Duration = Duration::from_secs(40);
+
+/// The issue asks for 1 s and 500 ms, and the bench judges by that; here other tests may run beside it.
+const BACK_WITHIN: Duration = Duration::from_secs(4);
+
+const EVERY: Duration = Duration::from_millis(10);
+
+const A: Ipv4Addr = Ipv4Addr::new(100, 96, 1, 1);
+const B: Ipv4Addr = Ipv4Addr::new(100, 96, 2, 1);
+
+/// Site A may speak with the cloud alone.
+const ONLY_CLOUD: &str = "table inet only\ndelete table inet only\ntable inet only { chain forward { type filter hook \
+                          forward priority -20; oifname \"wan\" ip daddr != 198.51.100.10 drop; \
+                          iifname \"wan\" ip saddr != 198.51.100.10 drop; }; }\n";
+
+/// Datagrams both ways and a TCP connection, for as long as it lives.
+struct Traffic {
+    datagrams: [Stream; 2],
+    tcp: Stream,
+}
+
+impl Traffic {
+    fn start(mesh: &Mesh) -> Result<Self> {
+        let [a, b] = [mesh.node("edge-a1")?, mesh.node("edge-b1")?];
+        let way = |from, to, address| Way { from, to, address };
+        let (there, back) = (way(&a, &b, B), way(&b, &a, A));
+        let tcp = Stream::tcp(there, EVERY)?;
+        let datagrams = [
+            Stream::datagrams(there, EVERY)?,
+            Stream::datagrams(back, EVERY)?,
+        ];
+        Ok(Self { datagrams, tcp })
+    }
+
+    /// Waits until everything flows again, and says for how long nothing came.
+    fn gap(&self, since: Instant) -> Result<Duration> {
+        std::thread::sleep(
+            (since + Duration::from_secs(2)).saturating_duration_since(Instant::now()),
+        );
+        for stream in self.datagrams.iter().chain([&self.tcp]) {
+            stream.flows(SOON)?;
+        }
+        self.tcp.intact()?;
+        let duplicates: u64 = self.datagrams.iter().map(Stream::duplicates).sum();
+        ensure!(
+            duplicates == 0,
+            "{duplicates} datagrams were delivered twice"
+        );
+        let gaps = self
+            .datagrams
+            .iter()
+            .map(|stream| stream.longest_gap(since));
+        gaps.max().context("two directions")
+    }
+}
+
+fn is(mesh: &Mesh, state: &str) -> Result<()> {
+    tool::eventually(state, SOON, || {
+        for (at, of) in [("edge-a1", "edge-b1"), ("edge-b1", "edge-a1")] {
+            let why = mesh.ask(at, &["path", "why", of])?;
+            ensure!(word(&why, "state") == state, "{why}");
+        }
+        Ok(())
+    })
+}
+
+/// Traffic of three kinds goes on over a cut, a new address on the LAN and a new public one, and nothing comes twice.
+#[test]
+fn traffic_goes_on_over_a_cut_and_over_new_addresses_and_nothing_comes_twice() -> Result<()> {
+    let mesh = Mesh::two_sites()?;
+    let traffic = Traffic::start(&mesh)?;
+    let site = mesh.site("site-a")?;
+    let internet = mesh.lab().internet();
+    let changes: [(&str, &dyn Fn() -> Result<()>); 3] = [
+        ("a cut", &|| tool::nft(site.router().netns(), ONLY_CLOUD)),
+        ("a new address", &|| {
+            site.renumber(&mesh.node("edge-a1")?, [192, 168, 1, 200].into())
+        }),
+        ("a new public address", &|| {
+            site.set_wan(internet, [203, 0, 113, 77].into())
+        }),
+    ];
+    for (what, change) in changes {
+        is(&mesh, "direct")?;
+        let since = Instant::now();
+        change()?;
+        let gap = traffic
+            .gap(since)
+            .with_context(|| format!("after {what}"))?;
+        ensure!(gap < BACK_WITHIN, "{gap:?} of silence after {what}");
+        tool::nft(
+            site.router().netns(),
+            "table inet only\ndelete table inet only\n",
+        )?;
+    }
+    mesh.all_run()
+}
+
+/// The relay in use is killed; the other is warm, and traffic that has no direct path goes on by it.
+#[test]
+fn a_killed_relay_is_left_for_the_warm_one() -> Result<()> {
+    let bins = tool::binary("lab")?;
+    let manifests = tempfile::tempdir()?;
+    let manifest = "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: MeshRelay\nmetadata: {name: cloud-relay}\nspec: \
+                    {addresses: [198.51.100.10]}\n---\napiVersion: mesh.holdfast.dev/v1alpha1\nkind: MeshRelay\nmetadata: \
+                    {name: far-relay}\nspec: {addresses: [198.51.101.20]}\n---\napiVersion: mesh.holdfast.dev/v1alpha1\n\
+                    kind: MeshNode\nmetadata: {name: edge-a1}\nspec: {overlayIPv4: 100.96.1.1}\n---\napiVersion: \
+                    mesh.holdfast.dev/v1alpha1\nkind: MeshNode\nmetadata: {name: edge-b1}\nspec: {overlayIPv4: 100.96.2.1}\n";
+    std::fs::write(manifests.path().join("mesh.yaml"), manifest)?;
+    let mut mesh = Mesh::start(bins.parent().context("a folder")?, manifests.path())?;
+    let far = mesh.lab().public_node("far", [198, 51, 101, 20].into())?;
+    mesh.start_relay()?;
+    mesh.start_relay_on(&far, "far-relay", "")?;
+    let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
+    for (site, last, host) in [("site-a", 1, "edge-a1"), ("site-b", 2, "edge-b1")] {
+        let wan = [203, 0, 113, last].into();
+        mesh.add_site(site, NatKind::SymmetricRandom, wan, link, &[host])?;
+        mesh.start_agent(host)?;
+    }
+    ["edge-a1", "edge-b1"]
+        .iter()
+        .try_for_each(|host| mesh.agent_ready(host, 2))?;
+    let traffic = Traffic::start(&mesh)?;
+    is(&mesh, "relayed")?;
+    for host in ["edge-a1", "edge-b1"] {
+        tool::eventually("both relays are warm", SOON, || {
+            let status = mesh.status(host)?;
+            for relay in ["/relays/0/transport", "/relays/1/transport"] {
+                ensure!(
+                    status.pointer(relay).is_some_and(|said| said.is_string()),
+                    "{status}"
+                );
+            }
+            Ok(())
+        })?;
+    }
+    let path = path_in_use(&mesh.ask("edge-a1", &["path", "why", "edge-b1"])?);
+    let node = if path.contains("far-relay") {
+        "far"
+    } else {
+        "cloud"
+    };
+    let since = Instant::now();
+    mesh.kill(node, "mesh-relay")?;
+    let gap = traffic.gap(since)?;
+    ensure!(gap < BACK_WITHIN, "{gap:?} of silence by {path}");
+    let now = path_in_use(&mesh.ask("edge-a1", &["path", "why", "edge-b1"])?);
+    ensure!(now != path, "still by {now}");
+    mesh.all_run()
+}
+
+/// Nobody tells that packets are too big, and in the second turn fragments vanish too: nodes join, find out, and every
+/// byte arrives.
+#[test]
+fn nodes_join_and_5_mb_arrive_where_1280_bytes_pass_and_nobody_says_so() -> Result<()> {
+    let whole = "table ip whole { chain raw { type filter hook prerouting priority -450; ip frag-off & 0x3fff != 0 \
+                 drop; }; }\n";
+    for fragments in [true, false] {
+        let bins = tool::binary("lab")?;
+        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/demo");
+        let mut mesh = Mesh::start(bins.parent().context("a folder")?, &demo)?;
+        mesh.start_relay()?;
+        for (site, last, host) in [("site-a", 1, "edge-a1"), ("site-b", 2, "edge-b1")] {
+            let wan = [203, 0, 113, last].into();
+            mesh.add_site(
+                site,
+                NatKind::PortRestricted,
+                wan,
+                Impairment::NONE,
+                &[host],
+            )?;
+        }
+        let site = mesh.site("site-a")?;
+        site.narrow(mesh.lab().internet(), 1_280)?;
+        if !fragments {
+            tool::nft(mesh.lab().internet().netns(), whole)?;
+            tool::nft(site.router().netns(), whole)?;
+        }
+        for host in ["edge-a1", "edge-b1"] {
+            mesh.start_agent(host)?;
+        }
+        ["edge-a1", "edge-b1"]
+            .iter()
+            .try_for_each(|host| mesh.agent_ready(host, 2))?;
+        let [from, to] = [mesh.node("edge-a1")?, mesh.node("edge-b1")?];
+        for (from, to, address) in [(&from, &to, B), (&to, &from, A)] {
+            let way = Way { from, to, address };
+            transfer(way, 5_000_000, SOON)
+                .with_context(|| format!("fragments pass: {fragments}"))?;
+        }
+        mesh.all_run()?;
+    }
+    Ok(())
+}
+
+/// A tenth of all frames vanish in bursts, round trips take 200 ms, and 1 Mb/s pass: the tunnel holds, names are
+/// answered, and a service is.
+#[test]
+fn a_tunnel_over_a_bad_line_holds_with_names_and_services() -> Result<()> {
+    let mesh = Mesh::two_sites()?;
+    mesh.serve("edge-b1", "inventory", &["http", "edge-b1", "[::]:8080"])?;
+    let inventory = "inventory.shop.svc.cluster.local";
+    let url = format!("http://{inventory}/");
+    mesh.get("edge-a1", &["-4", &url], SOON)?;
+    mesh.site("site-a")?.link().set(Impairment {
+        delay: Duration::from_millis(90), // And 10 of the other site.
+        loss: 0.1,
+        loss_burst_frames: 4.0,
+        rate_bps: 1_000_000,
+        ..Impairment::NONE
+    })?;
+    let [from, to] = [mesh.node("edge-a1")?, mesh.node("edge-b1")?];
+    let way = Way {
+        from: &from,
+        to: &to,
+        address: B,
+    };
+    let until = Instant::now() + Duration::from_secs(20);
+    while Instant::now() < until {
+        let times = round_trips(way, 60, Duration::from_millis(50))?;
+        let lost = times.iter().filter(|time| **time == ROUND_TRIP_MAX).count();
+        // A burst goes on with 3 of 4 frames: one of 60 comes once in 10⁷ times.
+        ensure!(lost < times.len(), "nothing came back in 3 s: {times:?}");
+        mesh.resolve("edge-a1", inventory)?;
+        mesh.get("edge-a1", &["-4", &url], SOON)?;
+        let why = mesh.ask("edge-a1", &["path", "why", "edge-b1"])?;
+        ensure!(word(&why, "state") != "unreachable", "{why}");
+    }
+    mesh.all_run()
+}
