@@ -600,6 +600,15 @@ mod tests {
                 "service_interfaces",
                 "services = false\nservice_interfaces = ['lan0']",
             ),
+            ("uplink", "[[uplink]]\ninterface = 'w*n'"),
+            ("uplink", "[[uplink]]\ninterface = ''"),
+            ("uplink", "[[uplink]]\ninterface = 'holdfast0'"),
+            (
+                "uplink",
+                "[[uplink]]\ninterface = 'eth0'\n[[uplink]]\ninterface = 'eth0'",
+            ),
+            ("https_proxy", "https_proxy = 'socks5://10.0.0.1:1080'"),
+            ("https_proxy", "https_proxy = 'http://10.0.0.1:99999'"),
         ] {
             let name = if key == "node_name" {
                 ""
@@ -701,6 +710,35 @@ mod tests {
         assert!(error.contains("at most 64"), "{error}");
         let twice = parse("node_name = 'a'\nservice_interfaces = ['lan0', 'lan0']").unwrap();
         assert_eq!(twice.service_interfaces.len(), 1);
+    }
+
+    #[test]
+    fn uplinks_are_named_or_meant_by_their_beginning_and_only_so_many() {
+        let config = "node_name = 'a'\n[[uplink]]\ninterface = 'wwan*'\nmetered = true\n\
+                      [[uplink]]\ninterface = '*'\nweight = 7";
+        let rules = parse(config).unwrap().uplinks;
+        let shown = rules
+            .iter()
+            .map(|rule| (rule.interface.matches("wwan0"), rule.weight, rule.metered));
+        let expected = [(true, None, true), (true, Some(7), false)];
+        assert_eq!(shown.collect::<Vec<_>>(), expected);
+        let table = |number| format!("[[uplink]]\ninterface = 'eth{number}'\n");
+        let many: String = (0..=UPLINK_RULES_MAX).map(table).collect();
+        let error = parse(&format!("node_name = 'a'\n{many}")).unwrap_err();
+        assert!(error.contains("at most 16"), "{error}");
+    }
+
+    #[test]
+    fn a_proxys_password_is_not_shown() {
+        let config = "node_name = 'a'\nhttps_proxy = 'http://edge:topsecret@10.0.0.1'\n\
+                      no_proxy = ['10.0.0.0/8']";
+        let settings = parse(config).unwrap();
+        let proxy = settings.https_proxy.clone().unwrap();
+        assert_eq!(proxy.address(), "10.0.0.1:3128");
+        assert!(!proxy.is_for("10.9.9.9"));
+        assert!(!format!("{settings:?}").contains("topsecret"));
+        let off = parse("node_name = 'a'\nhttps_proxy = ''").unwrap();
+        assert!(off.https_proxy.is_none());
     }
 
     #[test]
