@@ -5,11 +5,12 @@
 //! | [`CUT`] | the direct path is cut while traffic flows and a relay is there: `gap`, the longest time in which nothing came, of both directions; `tcp_gap` of a TCP connection beside it; `duplicates` that were delivered; `tcp_broken` |
 //! | [`RELAY`] | the relay in use is killed (SIGKILL), another is warm: the same |
 //! | [`ADDRESS`] | the node's own address changes: `gap`, `tcp_gap` |
+//! | [`UPLINK`] | the cable of its LAN is pulled, and it has a modem with another interface, address and NAT |
 //! | [`WAN`] | its site's public address does, which the node cannot see |
 //! | [`MATRIX`] | every kind of NAT meets every other for the first time: `answered`, from the first packet to the first answer; `direct`, until both ends are direct; `otherwise`, pairs that did not come to what they can, or gave the wrong reason |
 //! | [`LOSSY`] | 10 % of all frames are lost in bursts, round trips take 200 ms, 1 Mb/s: `answered_seconds` in which an echo came back, `gap` of the datagrams, `path_changes`, requests to a service and for its name that had no answer |
 //! | [`NARROW`], [`UNFRAGMENTED`] | 1280 bytes fit the underlay, and nobody says so; in the second case fragments do not pass either: bytes of a TCP transfer that did not arrive as they were sent, and its `rate` |
-//! | [`IDLE`] | 50 peers with direct paths and nothing to say: bytes a second and packets a minute at the interface, both ways, with all headers |
+//! | [`IDLE`], [`IDLE_METERED`] | 50 peers with direct paths and nothing to say: bytes a second and packets a minute at the interface, both ways, with all headers; in the second case the only way out costs |
 //! | [`SHARE_0`], [`SHARE_1`], [`SHARE_10`] | round trips by a relay while another client sends nothing, its share, ten times its share |
 //!
 //! Each figure scales with `--rounds`: of five, 50 runs, ten minutes of loss, 100 MB, five minutes of idling.
@@ -18,7 +19,7 @@ mod line;
 mod pairs;
 mod share;
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use anyhow::{Result, ensure};
 use netns_tests::matrix::{Matrix, Met, markdown};
@@ -30,11 +31,13 @@ pub(super) const CUT: &str = "direct-cut";
 pub(super) const RELAY: &str = "relay-killed";
 pub(super) const ADDRESS: &str = "address-change";
 pub(super) const WAN: &str = "public-address-change";
+pub(super) const UPLINK: &str = "uplink-switch";
 pub(super) const MATRIX: &str = "nat-matrix";
 pub(super) const LOSSY: &str = "lossy";
 pub(super) const NARROW: &str = "mtu-1280";
 pub(super) const UNFRAGMENTED: &str = "mtu-1280-no-fragments";
 pub(super) const IDLE: &str = "idle-50-peers";
+pub(super) const IDLE_METERED: &str = "idle-50-peers-metered";
 pub(super) const SHARE_0: &str = "relay-share-0";
 pub(super) const SHARE_1: &str = "relay-share-1";
 pub(super) const SHARE_10: &str = "relay-share-10";
@@ -45,11 +48,13 @@ const CASES: &[&str] = &[
     RELAY,
     ADDRESS,
     WAN,
+    UPLINK,
     MATRIX,
     LOSSY,
     NARROW,
     UNFRAGMENTED,
     IDLE,
+    IDLE_METERED,
     SHARE,
 ];
 
@@ -93,7 +98,7 @@ pub(super) fn run(options: &Options, samples: &mut Samples) -> Result<bool> {
     let (of_pairs, others): (Vec<_>, Vec<_>) =
         cases.into_iter().partition(|case| of_pairs.contains(case));
     if !of_pairs.is_empty() {
-        match Pairs::start(&options.bins, pairs::PAIRS, "") {
+        match Pairs::start(&options.bins, false) {
             Ok(pairs) => measure_pairs(&pairs, &of_pairs, options.rounds, samples),
             Err(error) => samples.error("pairs", &error),
         }
@@ -106,7 +111,8 @@ pub(super) fn run(options: &Options, samples: &mut Samples) -> Result<bool> {
             LOSSY => line::lossy(bins, rounds, samples),
             NARROW => line::narrow(bins, NARROW, rounds, samples),
             UNFRAGMENTED => line::narrow(bins, UNFRAGMENTED, rounds, samples),
-            IDLE => line::idle(bins, rounds, samples),
+            UPLINK => uplink(bins, rounds, samples),
+            IDLE | IDLE_METERED => line::idle(bins, case, rounds, samples),
             _ => share::measure(bins, rounds, samples),
         };
         if let Err(error) = measured {
@@ -135,6 +141,16 @@ fn measure_pairs(pairs: &Pairs, cases: &[&'static str], rounds: u32, samples: &m
     for &case in cases {
         pairs.tell_totals(case, samples);
     }
+}
+
+fn uplink(bins: &Path, rounds: u32, samples: &mut Samples) -> Result<()> {
+    let pairs = Pairs::start(bins, true)?;
+    for round in 1..=rounds {
+        eprintln!("{UPLINK}: round {round} of {rounds}");
+        pairs.each(What::Cable, UPLINK, round, samples)?;
+    }
+    pairs.tell_totals(UPLINK, samples);
+    Ok(())
 }
 
 fn matrix(options: &Options, samples: &mut Samples) -> Result<()> {

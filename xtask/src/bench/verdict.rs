@@ -250,6 +250,9 @@ const PATHS: &[Rule] = &[
     rule(paths::RELAY, "tcp_broken", NONE, AtMost(0.0)),
     rule(paths::ADDRESS, "gap", P99(500.0, "500 ms"), AtMost(1.0)),
     rule(paths::WAN, "gap", P99(500.0, "500 ms"), Stated),
+    rule(paths::UPLINK, "gap", P99(500.0, "500 ms"), AtMost(1.0)),
+    rule(paths::UPLINK, "duplicates", NONE, AtMost(0.0)),
+    rule(paths::UPLINK, "tcp_broken", NONE, AtMost(0.0)),
     rule(paths::MATRIX, "answered", P99(3_000.0, "3 s"), AtMost(1.0)),
     rule(paths::MATRIX, "direct", P99(5_000.0, "5 s"), AtMost(1.0)),
     rule(paths::MATRIX, "otherwise", NONE, AtMost(0.0)),
@@ -259,6 +262,7 @@ const PATHS: &[Rule] = &[
     rule(paths::NARROW, "missing_bytes", NONE, AtMost(0.0)),
     rule(paths::UNFRAGMENTED, "missing_bytes", NONE, AtMost(0.0)),
     rule(paths::IDLE, "bytes", Number(1_000.0, "1 KB/s"), AtMost(1.0)),
+    rule(paths::IDLE_METERED, "packets", NONE, AtMost(0.0)),
     rule(
         paths::SHARE_10,
         "rtt_p99",

@@ -31,7 +31,7 @@ const WAKE_LIMIT: Duration = Duration::from_secs(60);
 ///
 /// If a node does not come up, or a path does not.
 pub(super) fn measure(bins: &Path, case: &str, idle: Idle, samples: &mut Samples) -> Result<()> {
-    let mesh = start(bins, idle)?;
+    let mesh = start(bins, idle, "")?;
     if idle.time >= Duration::from_secs(30) {
         thread::sleep(CALM);
     }
@@ -53,19 +53,19 @@ pub(super) fn measure(bins: &Path, case: &str, idle: Idle, samples: &mut Samples
     tool::eventually("all processes run on", READY_LIMIT, || mesh.all_run())
 }
 
-/// [`NODE`] and its peers, with a direct path to each.
+/// [`NODE`], with these lines of configuration, and its peers, with a direct path to each.
 ///
 /// # Errors
 ///
 /// If a node does not come up, or a path does not.
-pub(in crate::bench) fn start(bins: &Path, idle: Idle) -> Result<Mesh> {
+pub(in crate::bench) fn start(bins: &Path, idle: Idle, lines: &str) -> Result<Mesh> {
     let manifests = tempfile::tempdir()?;
     fs::write(manifests.path().join("bench.yaml"), manifest(idle)?)?;
     let mesh = Mesh::start(bins, manifests.path())?;
     mesh.start_relay()?;
     mesh.lab()
         .public_node(NODE, Ipv4Addr::new(203, 0, 113, 254))?;
-    mesh.start_agent(NODE)?;
+    mesh.start_agent_with(NODE, lines)?;
     for number in 1..=idle.peers {
         let name = peer(number);
         mesh.lab()

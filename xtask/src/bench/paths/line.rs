@@ -19,7 +19,7 @@ use netns_tests::{
 };
 use serde_json::Value;
 
-use super::{IDLE, LOSSY, UNFRAGMENTED, ms, pairs};
+use super::{IDLE_METERED, LOSSY, UNFRAGMENTED, ms, pairs};
 use crate::{
     bench::{
         Samples,
@@ -210,7 +210,7 @@ pub(super) fn narrow(bins: &Path, case: &str, rounds: u32, samples: &mut Samples
         tool::nft(internet.netns(), NO_FRAGMENTS)?;
         tool::nft(mesh.site("site-a1")?.router().netns(), NO_FRAGMENTS)?;
     }
-    pairs::start_agents(&mesh, 1)?;
+    pairs::start_agents(&mesh, 1, "")?;
     let [from, to] = [mesh.node("a1")?, mesh.node("b1")?];
     let way = Way {
         from: &from,
@@ -248,7 +248,13 @@ const IDLE_TIME: Duration = Duration::from_secs(60);
 /// # Errors
 ///
 /// If a node does not come up, or a path does not.
-pub(super) fn idle(bins: &Path, rounds: u32, samples: &mut Samples) -> Result<()> {
+pub(super) fn idle(bins: &Path, case: &str, rounds: u32, samples: &mut Samples) -> Result<()> {
+    let metered = case == IDLE_METERED;
+    let lines = if metered {
+        "[[uplink]]\ninterface = \"wan\"\nmetered = true\n"
+    } else {
+        ""
+    };
     let mesh = idle::start(
         bins,
         Idle {
@@ -256,19 +262,20 @@ pub(super) fn idle(bins: &Path, rounds: u32, samples: &mut Samples) -> Result<()
             services: 10,
             time: IDLE_TIME,
         },
+        lines,
     )?;
     thread::sleep(idle::CALM);
     let node = mesh.node(idle::NODE)?;
     let mut before = counted(&node)?;
     for minute in 1..=rounds {
-        eprintln!("{IDLE}: minute {minute} of {rounds}");
+        eprintln!("{case}: minute {minute} of {rounds}");
         let began = Instant::now();
         thread::sleep(IDLE_TIME);
         let now = counted(&node)?;
         let seconds = began.elapsed().as_secs_f64();
         let [bytes, packets] = [0, 1].map(|of| (now[of] - before[of]) as f64 / seconds);
-        samples.add(IDLE, "bytes", "B/s", bytes);
-        samples.add(IDLE, "packets", "a minute", packets * 60.0);
+        samples.add(case, "bytes", "B/s", bytes);
+        samples.add(case, "packets", "a minute", packets * 60.0);
         before = now;
     }
     mesh.all_run()

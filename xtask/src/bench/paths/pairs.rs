@@ -55,6 +55,9 @@ const ONLY_RELAYS: &str = "table inet only\ndelete table inet only\ntable inet o
                            iifname \"wan\" ip saddr != { 198.51.100.10, 198.51.101.20 } drop; }; }\n";
 const EVERYBODY: &str = "table inet only\ndelete table inet only\n";
 
+/// The second way out of a pair's first node.
+const MODEM: &str = "[[uplink]]\ninterface = \"wwan0\"\nmetered = true\n";
+
 const LINES: &str = "services = false\npacket_threads = 1\n";
 
 const LINK: Impairment = Impairment::delay_loss(Duration::from_millis(10), 0.0);
@@ -71,6 +74,8 @@ pub(super) enum What {
     Address,
     /// Its site has another public address.
     Wan,
+    /// The cable of its LAN is pulled, and it has a modem: another interface, address and NAT.
+    Cable,
 }
 
 /// Two nodes; all addresses by number.
@@ -152,16 +157,22 @@ impl Traffic {
 }
 
 impl Pairs {
-    /// So many pairs, each with a node behind a NAT of its own, direct paths between them and traffic on these.
+    /// [`PAIRS`] pairs, each node behind a NAT of its own, direct paths between them and traffic on these; if so
+    /// wanted, with a modem beside the wire of each pair's first node.
     ///
     /// # Errors
     ///
     /// If something does not come up.
-    pub(super) fn start(bins: &Path, count: u8, relay: &str) -> Result<Self> {
+    pub(super) fn start(bins: &Path, modems: bool) -> Result<Self> {
+        let mut mesh = sites(bins, PAIRS, "")?;
+        if modems {
+            (1..=PAIRS).try_for_each(|number| add_modem(&mut mesh, number))?;
+        }
+        start_agents(&mesh, PAIRS, if modems { MODEM } else { "" })?;
         let mut pairs = Self {
             traffic: Vec::new(),
-            pairs: (1..=count).map(Pair::new).collect(),
-            mesh: quiet(bins, count, relay)?,
+            pairs: (1..=PAIRS).map(Pair::new).collect(),
+            mesh,
         };
         for pair in &pairs.pairs {
             pairs.traffic.push(Traffic::start(&pairs.mesh, pair)?);
@@ -219,10 +230,17 @@ impl Pairs {
                 let wan = Ipv4Addr::new(203, 0, 113, 50 + 40 * (pair.number - 1) + step % 40);
                 site.set_wan(self.mesh.lab().internet(), wan)?;
             }
+            What::Cable => tool::ip(router, "link set host0 down\n")?,
         }
         let gap = traffic.gap(since);
-        if what == What::Cut {
-            tool::nft(router, EVERYBODY)?;
+        match what {
+            What::Cut => tool::nft(router, EVERYBODY)?,
+            What::Cable => {
+                self.leaves_by(pair, "wwan0")?;
+                tool::ip(router, "link set host0 up\n")?;
+                self.leaves_by(pair, "eth0")?;
+            }
+            What::Address | What::Wan => {}
         }
         gap.with_context(|| format!("{what:?} of pair {}", pair.number))
     }
@@ -233,6 +251,19 @@ impl Pairs {
             for why in self.why(pair)? {
                 ensure!(word(&why, "state") == "direct", "{why}");
             }
+            Ok(())
+        })
+    }
+
+    /// Waits until the first node says that it leaves by this interface.
+    fn leaves_by(&self, pair: &Pair, interface: &str) -> Result<()> {
+        tool::eventually("the uplink in use", HEAL_LIMIT, || {
+            let status = self.mesh.status(&pair.a)?;
+            let uplinks = status.get("uplinks").and_then(Value::as_array);
+            let mut uplinks = uplinks.into_iter().flatten();
+            let used = uplinks.find(|one| one.get("used") == Some(&Value::Bool(true)));
+            let name = used.map(|one| word(one, "interface")).unwrap_or_default();
+            ensure!(name == interface, "{name} and not {interface}: {status}");
             Ok(())
         })
     }
@@ -374,8 +405,21 @@ fn phase(turn: u32) -> Duration {
 /// If something does not come up.
 pub(super) fn quiet(bins: &Path, count: u8, relay: &str) -> Result<Mesh> {
     let mesh = sites(bins, count, relay)?;
-    start_agents(&mesh, count)?;
+    start_agents(&mesh, count, "")?;
     Ok(mesh)
+}
+
+/// A modem at a pair's first node, with a site of its own behind it.
+fn add_modem(mesh: &mut Mesh, number: u8) -> Result<()> {
+    let (pair, site) = (Pair::new(number), format!("mobile-a{number}"));
+    let wan = Ipv4Addr::new(203, 0, 113, 30 + number);
+    mesh.add_site(&site, NatKind::PortRestricted, wan, LINK, &[])?;
+    let (edge, modem) = (mesh.node(&pair.a)?, mesh.site(&site)?.router());
+    mesh.lab().veth(&edge, "wwan0", modem, "modem")?;
+    tool::ip(modem.netns(), "addr add 192.168.8.1/24 dev modem\n")?;
+    let batch = "addr add 192.168.8.2/24 dev wwan0\n\
+                 route add default via 192.168.8.1 dev wwan0 metric 700\n";
+    tool::ip(edge.netns(), batch)
 }
 
 /// The same without agents.
@@ -416,19 +460,18 @@ pub(super) fn sites(bins: &Path, count: u8, relay: &str) -> Result<Mesh> {
     Ok(mesh)
 }
 
-/// Starts them on all nodes of [`sites`].
+/// Starts them on all nodes of [`sites`], with more lines of configuration for the first of each pair.
 ///
 /// # Errors
 ///
 /// If one does not come up.
-pub(super) fn start_agents(mesh: &Mesh, count: u8) -> Result<()> {
-    let nodes: Vec<_> = (1..=count)
-        .map(Pair::new)
-        .flat_map(|pair| [pair.a, pair.b])
-        .collect();
-    nodes
-        .iter()
-        .try_for_each(|node| mesh.start_agent_with(node, LINES))?;
+pub(super) fn start_agents(mesh: &Mesh, count: u8, first: &str) -> Result<()> {
+    let mut nodes = Vec::new();
+    for pair in (1..=count).map(Pair::new) {
+        mesh.start_agent_with(&pair.a, &format!("{LINES}{first}"))?;
+        mesh.start_agent_with(&pair.b, LINES)?;
+        nodes.extend([pair.a, pair.b]);
+    }
     let all = u64::try_from(nodes.len())?;
     nodes
         .iter()

@@ -39,6 +39,8 @@ const TURNS: u32 = 2;
 pub(super) fn measure(bins: &Path, rounds: u32, samples: &mut Samples) -> Result<()> {
     let limit = format!("client_rate_mbit_per_s = {SHARE_MBIT_PER_S}\n");
     let mesh = pairs::quiet(bins, 2, &limit)?;
+    // Two pairs may choose two relays, and then share none.
+    mesh.kill("far", "mesh-relay")?;
     let [greedy, modest] = [1, 2].map(|number| pairs::only_relays(&mesh, number));
     let [greedy, modest] = [greedy?, modest?];
     let names =
