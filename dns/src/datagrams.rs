@@ -120,7 +120,7 @@ impl Worker {
         Self {
             sockets,
             shared,
-            packed: Packed::default(),
+            packed: Packed::new(threads()),
             buffers: vec![[0; QUERY_MAX_BYTES]; BATCH],
             headers: MultiHeaders::preallocate(BATCH, None),
             replies: Vec::new(),

@@ -15,8 +15,9 @@ use mesh_core::services::View;
 
 use crate::zone::OWN_TTL_S;
 
-/// What is kept at most, in bytes: 10,000 names of 400 bytes each, both ways. When it is full, it begins anew.
-const BYTES_MAX: usize = 4 << 20;
+/// What all threads keep at most, in bytes: on two of them 7,500 names each, with 400 bytes for a name, its answer
+/// and the books. When a thread's part is full, it begins anew.
+const BYTES_MAX: usize = 6 << 20;
 
 /// What an entry takes beside its bytes: the map's slot, two vectors, and the allocator's rounding.
 const ENTRY_OVERHEAD_BYTES: usize = 160;
@@ -52,10 +53,11 @@ struct Entry {
 }
 
 /// The answers of one thread.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Packed {
     entries: HashMap<Vec<u8>, Entry>,
     bytes: usize,
+    bytes_max: usize,
     /// They hold for this view, and since then.
     view: Option<Arc<View>>,
     since: Option<Instant>,
@@ -63,6 +65,18 @@ pub(crate) struct Packed {
 }
 
 impl Packed {
+    /// For one of so many threads.
+    pub(crate) fn new(threads: usize) -> Self {
+        Self {
+            entries: HashMap::new(),
+            bytes: 0,
+            bytes_max: BYTES_MAX / threads.max(1),
+            view: None,
+            since: None,
+            key: Vec::new(),
+        }
+    }
+
     /// Forgets what was built from another view, or long ago.
     pub(crate) fn begin(&mut self, view: Option<&Arc<View>>, now: Instant) {
         let same = match (&self.view, view) {
@@ -100,7 +114,7 @@ impl Packed {
         }
         let turns = if several { TURNS } else { 1 };
         let more = self.key.len() + turns * size_of::<Option<Vec<u8>>>() + ENTRY_OVERHEAD_BYTES;
-        if self.bytes + more + reply.len() > BYTES_MAX {
+        if self.bytes + more + reply.len() > self.bytes_max {
             self.clear();
         }
         let entry = match self.entries.get_mut(&self.key) {

@@ -28,24 +28,17 @@ pub struct FieldError {
     pub problem: String,
 }
 
-/// A resource, checked.
+/// A resource, checked. There are as many of these as of resources: what is large is elsewhere.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Object {
     /// What holds for the whole mesh.
-    Mesh(MeshSettings),
+    Mesh(Box<MeshSettings>),
     /// A node. Whether the authority signed it is still to be checked.
-    Node {
-        /// What the record says.
-        node: Node,
-        /// The signed bytes.
-        record: Vec<u8>,
-        /// The signature.
-        signature: Vec<u8>,
-    },
+    Node(Box<Node>),
     /// A plain WireGuard device.
-    ExternalPeer(ExternalPeer),
+    ExternalPeer(Box<ExternalPeer>),
     /// A relay.
-    Relay(Relay),
+    Relay(Box<Relay>),
     /// A service.
     Service(Arc<Service>),
     /// Some of a service's endpoints.
@@ -106,14 +99,10 @@ pub fn key(resource: &Resource) -> Result<ResourceKey, FieldError> {
 pub fn decode(resource: &Resource) -> Result<Object, FieldError> {
     use resource::Kind;
     match resource.kind.as_ref().ok_or_else(unknown_kind)? {
-        Kind::Mesh(mesh) => Ok(Object::Mesh(decode_mesh(mesh)?)),
-        Kind::Node(signed) => Ok(Object::Node {
-            node: decode_node(&node_record(signed)?)?,
-            record: signed.record.clone(),
-            signature: signed.signature.clone(),
-        }),
-        Kind::ExternalPeer(peer) => Ok(Object::ExternalPeer(decode_external_peer(peer)?)),
-        Kind::Relay(relay) => Ok(Object::Relay(decode_relay(relay)?)),
+        Kind::Mesh(mesh) => Ok(Object::Mesh(decode_mesh(mesh)?.into())),
+        Kind::Node(signed) => Ok(Object::Node(decode_node(&node_record(signed)?)?.into())),
+        Kind::ExternalPeer(peer) => Ok(Object::ExternalPeer(decode_external_peer(peer)?.into())),
+        Kind::Relay(relay) => Ok(Object::Relay(decode_relay(relay)?.into())),
         Kind::Service(service) => Ok(Object::Service(decode_service(service)?.into())),
         Kind::Slice(slice) => {
             let (service, slice) = decode_slice(slice)?;

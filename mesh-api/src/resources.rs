@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt};
 
-use mesh_core::snapshot::{Generation, Node, Snapshot};
+use mesh_core::snapshot::{Generation, MeshSettings, Node, Snapshot};
 use mesh_identity::{
     certificate::{BadCertificate, mesh_id},
     record::{BadRecord, verify_record},
@@ -16,7 +16,7 @@ use tokio_rustls::rustls::pki_types::CertificateDer;
 
 use self::digest::differing;
 use crate::{
-    control::{Resource, ResourceKey, SnapshotFile, SyncResponse, resource_key::Kind},
+    control::{Resource, ResourceKey, SnapshotFile, SyncResponse, resource, resource_key::Kind},
     convert::{FieldError, Object, decode, key},
 };
 
@@ -244,14 +244,10 @@ impl State {
 
     fn check(&self, resource: &Resource, trust: Trust) -> Result<Object, Problem> {
         let object = decode(resource)?;
-        if let Object::Node {
-            node,
-            record,
-            signature,
-        } = &object
+        if let (Object::Node(node), Some(resource::Kind::Node(signed))) = (&object, &resource.kind)
         {
             if trust == Trust::Check {
-                verify_record(&self.authority, record, signature)?;
+                verify_record(&self.authority, &signed.record, &signed.signature)?;
             }
             check_overlay(self.mesh, node)?;
         }
@@ -265,8 +261,8 @@ impl State {
     /// [`SnapshotError`] when the mesh's own settings are missing, broken, or of another mesh.
     pub fn snapshot(&self, generation: Generation) -> Result<Snapshot, SnapshotError> {
         let settings = self.objects.values().find_map(|object| match object {
-            Object::Mesh(settings) => Some(settings.clone()),
-            Object::Node { .. }
+            Object::Mesh(settings) => Some(MeshSettings::clone(settings)),
+            Object::Node(_)
             | Object::ExternalPeer(_)
             | Object::Relay(_)
             | Object::Service(_)
@@ -284,8 +280,8 @@ impl State {
         }
         let mut snapshot = Snapshot::empty(settings);
         snapshot.generation = generation;
-        for object in self.objects.values() {
-            insert(&mut snapshot, object.clone());
+        for object in self.objects.values().cloned() {
+            insert(&mut snapshot, object);
         }
         Ok(snapshot)
     }
@@ -295,14 +291,14 @@ fn insert(snapshot: &mut Snapshot, object: Object) {
     match object {
         // There is only one, and it was taken before.
         Object::Mesh(_) => {}
-        Object::Node { node, .. } => {
-            snapshot.nodes.insert(node.name.clone(), node);
+        Object::Node(node) => {
+            snapshot.nodes.insert(node.name.clone(), *node);
         }
         Object::ExternalPeer(peer) => {
-            snapshot.external_peers.insert(peer.name.clone(), peer);
+            snapshot.external_peers.insert(peer.name.clone(), *peer);
         }
         Object::Relay(relay) => {
-            snapshot.relays.insert(RelayId::from(&relay.name), relay);
+            snapshot.relays.insert(RelayId::from(&relay.name), *relay);
         }
         Object::Service(service) => {
             snapshot.services.insert(service.name.clone(), service);
