@@ -329,6 +329,7 @@ impl Driver {
                 let changed = self.network.uplinks != network.uplinks;
                 self.network = network;
                 if changed {
+                    self.forget_asked();
                     self.input(input);
                 }
                 self.follow_uplink(); // Its routes may be others.
@@ -405,6 +406,7 @@ impl Driver {
         let name = self.network.name(uplink).unwrap_or("?");
         tracing::info!(uplink = name, "this way out is used from now on");
         self.uplink = Some(uplink);
+        self.forget_asked();
         self.follow_uplink();
         for (relay, transport) in self.links.leave_other_uplinks() {
             self.input(Input::RelayLost {
@@ -413,6 +415,12 @@ impl Driver {
                 reason: "another uplink is used".to_owned(),
             });
         }
+    }
+
+    /// What is answered now to questions of before is of another network: the core asks again.
+    fn forget_asked(&mut self) {
+        self.stun
+            .retain(|_, request| matches!(request.asks, Asks::Uplink(_)));
     }
 
     fn follow_uplink(&mut self) {
@@ -662,7 +670,8 @@ impl Driver {
     }
 }
 
-async fn sleep_until(deadline: Option<Instant>) {
+/// `None`: for ever.
+pub(crate) async fn sleep_until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => time::sleep_until(deadline.into()).await,
         None => std::future::pending().await,

@@ -263,14 +263,14 @@ impl Links {
         self.egress = egress.map(Arc::new);
     }
 
-    /// Ends links that leave by another uplink than the one in use, and names them. Those to relays that
-    /// a LAN is nearer to stay.
+    /// Ends links that leave by another uplink than the one in use, and names them. Those that are being
+    /// made begin anew: nothing is known of what they leave by. Those to relays that a LAN is nearer to stay.
     pub fn leave_other_uplinks(&mut self) -> Vec<(RelayId, RelayTransport)> {
         let Some(egress) = self.egress.clone() else {
             return Vec::new();
         };
         let in_use = Some(egress.0.link());
-        let mut left = Vec::new();
+        let (mut left, mut begun) = (Vec::new(), Vec::new());
         for (&id, hub) in &mut self.hubs {
             let mut addresses = hub.relay.addresses.iter();
             let is_near = addresses.all(|&ip| egress.0.towards(ip).is_none());
@@ -282,12 +282,16 @@ impl Links {
                     !stays && !task.abort.is_finished()
                 };
                 if hub.task(transport).as_mut().is_some_and(leaves) {
-                    left.push((id, transport));
+                    let is_up = hub.links.slot(transport).load().is_some();
+                    if is_up { &mut left } else { &mut begun }.push((id, transport));
                 }
             }
         }
         for &(id, transport) in &left {
             self.disconnect(id, transport);
+        }
+        for (id, transport) in begun {
+            self.connect(id, transport);
         }
         left
     }

@@ -61,9 +61,11 @@ impl Two {
         }
         let edge = mesh.node("edge-a1")?;
         let modem = mesh.site("mobile")?.router();
-        // An address without IPv6: the kernel's own questions of that family would count as packets.
         mesh.lab().veth(&edge, "wwan0", modem, "modem")?;
-        edge.sysctl("net/ipv6/conf/wwan0/disable_ipv6", "1")?;
+        // The kernels' own questions of that family would count as packets.
+        for (node, interface) in [(&edge, "wwan0"), (modem, "modem")] {
+            node.sysctl(&format!("net/ipv6/conf/{interface}/disable_ipv6"), "1")?;
+        }
         tool::ip(modem.netns(), "addr add 192.168.8.1/24 dev modem\n")?;
         let batch = "addr add 192.168.8.2/24 dev wwan0\n\
                      route add default via 192.168.8.1 dev wwan0 metric 700\n";
