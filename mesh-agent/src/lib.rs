@@ -31,6 +31,7 @@ pub mod proxy;
 pub mod publish;
 pub mod redirect;
 pub mod report;
+mod settle;
 pub mod sockets;
 pub mod state;
 pub mod store;

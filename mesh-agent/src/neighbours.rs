@@ -12,9 +12,10 @@ use std::{
     io,
     net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
 use mesh_core::{io::Input, pattern::NamePattern, services::View, snapshot::Snapshot};
@@ -33,13 +34,14 @@ use tokio::{
     net::UdpSocket,
     sync::{mpsc, watch},
     task::JoinSet,
-    time::{self, Instant},
+    time,
 };
 use tokio_util::sync::CancellationToken;
 
 use self::machine::{Believed, Counts, Heard, Known, Machine};
 use crate::{
-    driver::Event,
+    driver::{Event, sleep_until},
+    settle::Looks,
     uplinks::{UplinkRule, is_metered},
 };
 
@@ -48,9 +50,6 @@ const LANS_MAX: usize = 16;
 
 /// Datagrams that wait to be looked at: two rounds of a hundred nodes. More are dropped, and said again by their senders.
 const HEARD_MAX: usize = 256;
-
-/// Pause after a change of the network before it is read: changes come in bursts.
-const SETTLE: Duration = Duration::from_millis(50);
 
 /// Pause after a socket failed.
 const RETRY: Duration = Duration::from_secs(1);
@@ -98,7 +97,7 @@ pub async fn keep_neighbours(
         heard: mpsc::channel(1).1,
         complaint: String::new(),
     };
-    let mut look_at = Some(Instant::now());
+    let mut looks = Looks::new(now());
     loop {
         let deadline = shell.machine.poll_timeout();
         tokio::select! {
@@ -107,15 +106,17 @@ pub async fn keep_neighbours(
                 changed?;
                 let view = views.borrow_and_update().clone();
                 if shell.take_view(view) {
-                    look_at.get_or_insert(Instant::now());
+                    looks.handle_change(now());
                 }
             }
             change = changes.next() => {
-                anyhow::ensure!(change.is_some(), "the kernel closed the netlink socket");
-                look_at.get_or_insert(Instant::now() + SETTLE);
+                let change = change.context("the kernel closed the netlink socket")?;
+                if change.links || change.addresses {
+                    looks.handle_change(now());
+                }
             }
-            () = until(look_at) => {
-                look_at = None;
+            () = sleep_until(looks.due()) => {
+                looks.handle_look(now());
                 if shell.mesh.is_none() {
                     let view = views.borrow_and_update().clone();
                     shell.take_view(view);
@@ -124,7 +125,7 @@ pub async fn keep_neighbours(
                 shell.take_lans(lans);
             }
             Some(datagram) = shell.heard.recv() => shell.hear(datagram).await,
-            () = until(deadline.map(Into::into)) => {
+            () = sleep_until(deadline) => {
                 if let Some((boot, count)) = shell.machine.handle_timeout(now()) {
                     shell.announce(boot, count).await;
                 }
@@ -439,15 +440,8 @@ fn in_words(counts: &Counts) -> BTreeMap<String, u64> {
 }
 
 /// The one clock, as the machine reads it.
-fn now() -> std::time::Instant {
-    Instant::now().into_std()
-}
-
-async fn until(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => time::sleep_until(deadline).await,
-        None => std::future::pending().await,
-    }
+fn now() -> Instant {
+    time::Instant::now().into_std()
 }
 
 #[cfg(test)]

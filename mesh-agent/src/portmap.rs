@@ -12,9 +12,10 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4},
     num::NonZeroU16,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use anyhow::Context as _;
 use crab_nat::{
     GatewayAddress, InternetProtocol, PortMapping, PortMappingOptions, PortMappingType,
     TimeoutConfig, natpmp, pcp,
@@ -34,7 +35,7 @@ use tokio::{
     net::UdpSocket,
     sync::{mpsc, watch},
     task::JoinSet,
-    time::{self, Instant},
+    time,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -43,13 +44,10 @@ use self::{
     notice::Notice,
 };
 use crate::{
-    driver::Event,
+    driver::{Event, sleep_until},
+    settle::Looks,
     uplinks::{UplinkRule, is_metered},
 };
-
-/// Pause after a change of the network before it is read: changes come in bursts, and the first address of a LAN comes a
-/// moment after its carrier.
-const SETTLE: Duration = Duration::from_millis(50);
 
 /// PCP and NAT-PMP: 250, 500 and 1,000 ms. (RFC 6886, section 3.1, doubles 250 ms nine times: that is two minutes.)
 const UDP_TIMES: TimeoutConfig = TimeoutConfig {
@@ -115,7 +113,7 @@ pub async fn keep_mapped(
         notices: notices.ok(),
     };
     let mut known = Vec::new();
-    let mut look_at = Some(Instant::now());
+    let mut looks = Looks::new(now());
     loop {
         shell.perform().await;
         reports.send_if_modified(|last| {
@@ -126,11 +124,13 @@ pub async fn keep_mapped(
         tokio::select! {
             () = stop.cancelled() => break,
             change = changes.next() => {
-                anyhow::ensure!(change.is_some(), "the kernel closed the netlink socket");
-                look_at.get_or_insert(Instant::now() + SETTLE);
+                let change = change.context("the kernel closed the netlink socket")?;
+                if change.links || change.addresses || change.routes {
+                    looks.handle_change(now());
+                }
             }
-            () = until(look_at) => {
-                look_at = None;
+            () = sleep_until(looks.due()) => {
+                looks.handle_look(now());
                 let lans = netlink.lans(&config.interface).await?;
                 let unmetered = lans.iter().filter(|lan| !is_metered(&config.uplinks, &lan.name));
                 let found: Vec<_> = unmetered.flat_map(gateways).collect();
@@ -144,7 +144,7 @@ pub async fn keep_mapped(
             (from, notice) = heard(shell.notices.as_ref()) => {
                 shell.machine.handle_notice(from, notice, now());
             }
-            () = until(deadline.map(Into::into)) => shell.machine.handle_timeout(now()),
+            () = sleep_until(deadline) => shell.machine.handle_timeout(now()),
         }
     }
     shell.release().await;
@@ -225,15 +225,8 @@ impl Shell {
 }
 
 /// The one clock, as the machine reads it.
-fn now() -> std::time::Instant {
-    Instant::now().into_std()
-}
-
-async fn until(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => time::sleep_until(deadline).await,
-        None => std::future::pending().await,
-    }
+fn now() -> Instant {
+    time::Instant::now().into_std()
 }
 
 /// The gateways of a LAN, with the address that this machine has in the gateway's network, or else there at all.

@@ -37,7 +37,8 @@ impl Drop for Namespace {
 }
 
 fn run(words: &[&str]) -> String {
-    let output = Command::new(words[0]).args(&words[1..]).output().unwrap();
+    let (program, words) = words.split_first().unwrap();
+    let output = Command::new(program).args(words).output().unwrap();
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{words:?}: {errors}");
     String::from_utf8(output.stdout).unwrap()

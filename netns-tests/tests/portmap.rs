@@ -104,6 +104,16 @@ fn is_mapped(mesh: &Mesh, protocol: &str) -> Result<()> {
     })
 }
 
+/// A router that speaks UPnP only says nothing, when it starts, that anybody hears: the agent asks in half a minute, or when
+/// its network changes.
+fn unplug(mesh: &Mesh) -> Result<()> {
+    let host = mesh.node("edge-a1")?;
+    tool::ip(host.netns(), "link set eth0 down\n")?;
+    thread::sleep(Duration::from_millis(500));
+    let up = "link set eth0 up\nroute add default via 192.168.1.1 dev eth0\n";
+    tool::ip(host.netns(), up)
+}
+
 /// The port's mapping as the router's kernel has it.
 fn rule(mesh: &Mesh) -> Result<String> {
     let netns = mesh.site("site-a")?.router().netns().to_owned();
@@ -153,13 +163,7 @@ fn meets_by(protocol: &str, protocols: &str) -> Result<()> {
     })?;
     let mut router = daemon(&mesh, protocols, GRANT)?;
     if protocol == "UPnP" {
-        // It says nothing that anybody hears: the agent asks when the network changes, or in a while.
-        thread::sleep(Duration::from_secs(1));
-        let host = mesh.node("edge-a1")?;
-        tool::ip(
-            host.netns(),
-            "link set eth0 down\nlink set eth0 up\nroute add default via 192.168.1.1 dev eth0\n",
-        )?;
+        unplug(&mesh)?;
     }
     let begin = Instant::now();
     is_mapped(&mesh, protocol)?;
@@ -199,43 +203,57 @@ fn hard_nats_meet_at_a_port_mapped_by_upnp() -> Result<()> {
     meets_by("UPnP", "enable_natpmp=no\nenable_upnp=yes\n")
 }
 
-/// By NAT-PMP as the router does not speak PCP; and it forgets everything, twice.
-#[test]
-fn a_port_mapped_by_nat_pmp_is_mapped_again_when_the_router_starts_anew() -> Result<()> {
+/// The router forgets everything, twice.
+fn is_mapped_again_by(protocol: &str) -> Result<()> {
     let mesh = mesh()?;
-    tool::nft(mesh.site("site-a")?.router().netns(), NO_PCP)?;
+    if protocol == "NAT-PMP" {
+        tool::nft(mesh.site("site-a")?.router().netns(), NO_PCP)?;
+    }
     let protocols = "enable_natpmp=yes\nenable_upnp=no\n";
     let mut router = daemon(&mesh, protocols, GRANT)?;
-    is_mapped(&mesh, "NAT-PMP")?;
+    is_mapped(&mesh, protocol)?;
     for _ in 0..2 {
         // Its clock has to have gone on to be seen to begin anew.
         thread::sleep(Duration::from_secs(4));
         router.kill()?;
+        tool::nft(mesh.site("site-a")?.router().netns(), TABLE)?;
+        assert_eq!(rule(&mesh)?, "");
         router = daemon(&mesh, protocols, GRANT)?;
         let begin = Instant::now();
-        assert_eq!(rule(&mesh)?, "");
         tool::eventually("the port is mapped again", SOON, || {
             let rule = rule(&mesh)?;
             ensure!(rule.contains("192.168.1.11:51820"), "{rule}");
             Ok(())
         })?;
         eprintln!(
-            "mapped again {:?} after the router's start",
+            "{protocol}: mapped again {:?} after the router's start",
             begin.elapsed()
         );
         thread::sleep(Duration::from_secs(7)); // The agent listens to such news once in 10 s.
     }
-    is_mapped(&mesh, "NAT-PMP")?;
+    is_mapped(&mesh, protocol)?;
     mesh.all_run()
 }
 
 #[test]
-fn a_router_that_refuses_is_named_with_its_words_and_nobody_misses_it() -> Result<()> {
+fn a_port_mapped_by_pcp_is_mapped_again_when_the_router_starts_anew() -> Result<()> {
+    is_mapped_again_by("PCP")
+}
+
+#[test]
+fn a_port_mapped_by_nat_pmp_is_mapped_again_when_the_router_starts_anew() -> Result<()> {
+    is_mapped_again_by("NAT-PMP")
+}
+
+/// By UPnP: asked by PCP for what it may not grant, this daemon tries all ports, and answers nobody for half a minute.
+#[test]
+fn a_router_that_refuses_is_quoted_and_nobody_misses_it() -> Result<()> {
     let mesh = mesh()?;
-    let _router = daemon(&mesh, "enable_natpmp=yes\nenable_upnp=yes\n", "")?;
+    let _router = daemon(&mesh, "enable_natpmp=no\nenable_upnp=yes\n", "")?;
+    unplug(&mesh)?;
     tool::eventually("the refusals are told", SOON, || {
         let said = said(&mesh)?;
-        let words = ["not mapped: PCP", "Not authorized", "NAT-PMP", "UPnP: "];
+        let words = ["not mapped: PCP: ", "NAT-PMP: ", "UPnP: ", "not authorized"];
         ensure!(words.iter().all(|word| said.contains(word)), "{said}");
         Ok(())
     })?;

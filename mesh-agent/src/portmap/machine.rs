@@ -33,7 +33,8 @@ const RENEW_PAUSES: [Duration; 2] = [Duration::from_secs(2), Duration::from_secs
 const REST_FIRST: Duration = Duration::from_secs(30);
 const REST_MAX: Duration = Duration::from_secs(1_800);
 
-/// How often, at most, a gateway's own news make it be asked again: anybody on the LAN could forge them.
+/// How often, at most, a gateway's own news make it be asked again: anybody on the LAN could forge them, and an honest one
+/// says them several times (RFC 6886, section 3.2.1; RFC 6887, section 14.1.1).
 const NOTICE_EVERY: Duration = Duration::from_secs(10);
 
 /// Outside ports that are tried with a gateway that leaves the choice to the asker.
@@ -354,18 +355,19 @@ impl Machine {
     /// A gateway says that it started anew, or has another address (RFC 6886, section 3.2.1; RFC 6887, section 14.1).
     /// Nobody signs that: it makes it be asked, and nothing more.
     pub fn handle_notice(&mut self, from: Ipv4Addr, notice: Notice, now: Instant) {
-        for (_, entry) in self
-            .gateways
-            .iter_mut()
-            .filter(|(gateway, _)| gateway.address == from)
-        {
-            let recent = |at: Instant| now.saturating_duration_since(at) < NOTICE_EVERY;
-            if entry.noticed_at.is_some_and(recent) {
-                continue; // It says so several times (RFC 6887, section 14.1.1).
+        let of_it = |(gateway, _): &(&Gateway, &mut Entry)| gateway.address == from;
+        for (_, entry) in self.gateways.iter_mut().filter(of_it) {
+            // What comes sooner is heeded then; what comes meanwhile says the same.
+            let at = entry
+                .noticed_at
+                .map_or(now, |last| now.max(last + NOTICE_EVERY));
+            if entry.noticed_at.is_some_and(|last| last > now) {
+                continue;
             }
             match &mut entry.state {
+                State::Asking { .. } if at > now => continue,
                 State::Asking { .. } => entry.again = true,
-                State::Resting { until } => *until = now,
+                State::Resting { until } => *until = at.min(*until),
                 State::Mapped(held) => {
                     let moved = notice.outside.is_some_and(|ip| ip != *held.outside.ip());
                     let restarted = held.epoch.is_none_or(|(epoch_s, at)| {
@@ -374,10 +376,10 @@ impl Machine {
                     if !moved && !restarted {
                         continue;
                     }
-                    held.renew_at = now;
+                    held.renew_at = at.min(held.renew_at);
                 }
             }
-            entry.noticed_at = Some(now);
+            entry.noticed_at = Some(at);
         }
         self.handle_timeout(now);
     }

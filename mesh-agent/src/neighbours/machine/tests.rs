@@ -6,17 +6,15 @@ const MESH: MeshId = MeshId([9; 32]);
 const OWN: NodeId = NodeId([1; 32]);
 const PEER: NodeId = NodeId([2; 32]);
 
-#[expect(
-    clippy::disallowed_methods,
-    reason = "tests need one real instant to start from"
-)]
 fn start() -> Instant {
     Instant::now()
 }
 
 fn name(id: &NodeId) -> Option<NodeName> {
     let number = id.0[0];
-    (number % 2 == 0).then(|| format!("node-{number}").parse().unwrap())
+    number
+        .is_multiple_of(2)
+        .then(|| format!("node-{number}").parse().unwrap())
 }
 
 fn announcement(node: NodeId, boot: u64, count: u64) -> Announcement {
@@ -236,7 +234,7 @@ fn a_flood_costs_few_signatures_and_one_sender_cannot_take_all_of_them() {
         assert!(matches!(refusal, Refusal::Forged | Refusal::TooMany));
         world.now += Duration::from_millis(1);
     }
-    let seconds = (world.now - begin).as_secs() as u32;
+    let seconds = u32::try_from((world.now - begin).as_secs()).unwrap();
     assert!(
         world.verified.get() <= SOURCE_MAX + 4 * seconds + 1,
         "{:?}",
@@ -267,7 +265,7 @@ fn a_flood_from_all_addresses_is_limited_too_and_so_is_what_is_remembered_of_it(
         assert!(world.machine.sources.len() <= SOURCES_MAX);
         world.now += Duration::from_micros(100);
     }
-    let seconds = (world.now - begin).as_secs() as u32;
+    let seconds = u32::try_from((world.now - begin).as_secs()).unwrap();
     assert!(
         world.verified.get() <= ALL_MAX + 64 * (seconds + 1),
         "{:?}",

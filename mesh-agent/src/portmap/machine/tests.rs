@@ -16,10 +16,6 @@ struct World {
 }
 
 impl World {
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "tests need one real instant to start from"
-    )]
     fn new(gateways: &[Gateway]) -> Self {
         let mut world = Self {
             machine: Machine::new(51_820, 1),
@@ -230,11 +226,9 @@ fn a_gateway_that_started_anew_is_asked_at_once_and_then_not_for_a_while() {
         world.nobody_is_asked();
     }
     world.pass(Duration::from_secs(1));
-    world
-        .machine
-        .handle_notice(HOME.address, notice(5_000), world.now);
-    world.drain();
-    world.ask(Protocol::Pcp);
+    let ask = world.ask(Protocol::Pcp);
+    world.answer(ask, granted(OUTSIDE, 600, 11));
+    world.nobody_is_asked();
     // Nobody listens to others.
     let stranger = Ipv4Addr::new(192, 168, 1, 66);
     world.machine.handle_notice(stranger, notice(0), world.now);
