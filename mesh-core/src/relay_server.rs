@@ -439,7 +439,7 @@ impl RelayServer {
             UdpFrame::Ping { txid } => match self.heard_from(path.remote, now) {
                 Some(link) => {
                     self.use_address(link);
-                    Some(pong_frame(txid))
+                    Some(pong_frame(txid, datagram.len()))
                 }
                 None => unbound_frame(datagram)
                     .filter(|_| self.may_tell_unbound(path.remote.ip(), now))

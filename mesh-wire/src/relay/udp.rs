@@ -274,16 +274,21 @@ pub fn cookie_frame(sequence: u64, cookie: &Tag) -> Vec<u8> {
 
 const _: () = assert!(SHORT_LEN + TAG_LEN <= BIND_LEN_MIN);
 
-/// A ping.
+/// A ping of so many bytes, or as short as there are.
 #[must_use]
-pub fn ping_frame(txid: u64) -> Vec<u8> {
-    frame(TYPE_PING, &[&txid.to_be_bytes()])
+pub fn ping_frame(txid: u64, len: usize) -> Vec<u8> {
+    padded(frame(TYPE_PING, &[&txid.to_be_bytes()]), len)
 }
 
-/// Its answer, as long as itself.
+/// Its answer: `len` is the ping's own.
 #[must_use]
-pub fn pong_frame(txid: u64) -> Vec<u8> {
-    frame(TYPE_PONG, &[&txid.to_be_bytes()])
+pub fn pong_frame(txid: u64, len: usize) -> Vec<u8> {
+    padded(frame(TYPE_PONG, &[&txid.to_be_bytes()]), len)
+}
+
+fn padded(mut frame: Vec<u8>, len: usize) -> Vec<u8> {
+    frame.resize(len.clamp(frame.len(), FRAME_LEN_MAX), 0);
+    frame
 }
 
 /// Says that nobody is bound to the address from which `came` did. `None`: that is shorter than
@@ -346,12 +351,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn short_frames_survive_the_wire(number: u64, cookie: [u8; 32], session: (u32, u16)) {
+        fn short_frames_survive_the_wire(number: u64, len in 0..=FRAME_LEN_MAX, cookie: [u8; 32], session: (u32, u16)) {
             let session = Session { number: session.0, epoch: session.1 };
             let decode = |bytes: &[u8]| UdpFrame::decode(bytes).unwrap();
             let txid = number;
-            prop_assert_eq!(decode(&ping_frame(txid)), UdpFrame::Ping { txid });
-            prop_assert_eq!(decode(&pong_frame(txid)), UdpFrame::Pong { txid });
+            prop_assert_eq!(decode(&ping_frame(txid, len)), UdpFrame::Ping { txid });
+            prop_assert_eq!(decode(&pong_frame(txid, len)), UdpFrame::Pong { txid });
             let sequence = number;
             prop_assert_eq!(decode(&cookie_frame(sequence, &cookie)), UdpFrame::Cookie { sequence, cookie });
             let data = data_frame(session, &number.to_be_bytes());

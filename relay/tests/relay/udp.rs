@@ -164,7 +164,7 @@ impl UdpNode {
                 assert_eq!(bound, expected);
                 assert_eq!(self.node.link.udp_sessions().is_some(), expected);
                 if expected {
-                    let ping = ping_frame(0); // Sooner than the link's own.
+                    let ping = ping_frame(0, 0); // Sooner than the link's own.
                     self.port().send(&ping, ping.len());
                 }
                 return;
@@ -397,7 +397,7 @@ fn a_stranger_gets_no_more_than_it_sends_and_reaches_nobody() {
         data_frame(session, &[0; 1312]),
         data_frame(session, &[0; 8]),
         data_frame(session, &[]),
-        ping_frame(1),
+        ping_frame(1, 0),
         vec![0x20],
         vec![0x22; 8],
         vec![0x3f; 1500],

@@ -77,7 +77,7 @@ fn bind(server: &mut RelayServer, path: UdpPath, key: BindKey, sequence: u64, ms
     let cookie = cookie(server, path, key, sequence, ms);
     let request = key.bind(sequence, cookie, FULL);
     assert!(finish(server, path, key, &request, ms));
-    assert!(ask(server, path, &ping_frame(1), ms).is_some());
+    assert!(ask(server, path, &ping_frame(1, 0), ms).is_some());
 }
 
 fn from(server: &mut RelayServer, way: Way, session: Session, ms: u64) -> Verdict {
@@ -116,7 +116,7 @@ fn nothing_is_sent_to_an_address_before_its_node_says_that_it_listens() {
     let request = key.bind(1, cookie(&mut server, address(2), key, 1, 0), FULL);
     assert!(finish(&mut server, address(2), key, &request, 0));
     assert_eq!(from(&mut server, Way::Link(a), session, 1), by(b));
-    ask(&mut server, address(2), &ping_frame(1), 1);
+    ask(&mut server, address(2), &ping_frame(1, 0), 1);
     let there = forward(Way::Udp(address(2)), 1);
     assert_eq!(from(&mut server, Way::Link(a), session, 1), there);
 }
@@ -240,7 +240,7 @@ fn an_address_goes_with_its_link_or_when_its_node_says_so_or_is_silent() {
     let there = forward(Way::Udp(address(2)), 1);
     assert_eq!(from(&mut server, Way::Link(a), session, 34_999), there);
     assert_eq!(from(&mut server, Way::Link(a), session, 35_000), by(b));
-    assert!(ask(&mut server, address(2), &ping_frame(1), 35_000).is_some());
+    assert!(ask(&mut server, address(2), &ping_frame(1, 0), 35_000).is_some());
     assert_eq!(from(&mut server, Way::Link(a), session, 35_001), there);
 
     server.handle_control(b, Control::Unbind { sequence: 0 }); // Of a bind before.
@@ -286,9 +286,12 @@ fn a_node_that_sends_by_its_link_again_is_answered_there() {
 fn a_ping_is_answered_to_who_is_bound_and_refused_to_others() {
     let (mut server, ..) = with_address();
     let decoded = |answer: Option<Vec<u8>>| UdpFrame::decode(&answer.unwrap()).unwrap();
-    let pong = ask(&mut server, address(2), &ping_frame(7), 0);
+    let pong = ask(&mut server, address(2), &ping_frame(7, 0), 0);
     assert_eq!(decoded(pong), UdpFrame::Pong { txid: 7 });
-    let refused = ask(&mut server, address(3), &ping_frame(8), 0);
+    // As long as it was asked, and not a byte more.
+    let pong = ask(&mut server, address(2), &ping_frame(9, 1312), 0);
+    assert_eq!(pong.unwrap().len(), 1312);
+    let refused = ask(&mut server, address(3), &ping_frame(8, 0), 0);
     assert!(matches!(
         decoded(refused),
         UdpFrame::Unbound { echo: 8, .. }
