@@ -47,19 +47,30 @@ fn site_of_two() -> Result<Mesh> {
     Ok(mesh)
 }
 
-/// The nodes start in another life: other addresses, none remembered, and nobody beyond the router. Returns when.
-fn restart_cut_off(mesh: &Mesh, lines: &str, addresses: [u8; 2]) -> Result<Instant> {
-    for (name, last) in NODES.into_iter().zip(addresses) {
+/// The nodes stop, and remember no addresses.
+fn forget(mesh: &Mesh) -> Result<()> {
+    for name in NODES {
         mesh.kill(name, "mesh-agent")?;
-        let node = mesh.node(name)?;
-        let peers = node.dir().join("state/peers");
+        let peers = mesh.node(name)?.dir().join("state/peers");
         fs::remove_file(&peers).or_else(|error| match error.kind() {
             std::io::ErrorKind::NotFound => Ok(()),
             _ => Err(error),
         })?;
-        let address = [192, 168, 1, last].into();
-        mesh.site("site-a")?.renumber(&node, address)?;
     }
+    Ok(())
+}
+
+/// The nodes start in another life: other addresses, none remembered, and nobody beyond the router. Returns when.
+fn restart_cut_off(mesh: &Mesh, lines: &str, addresses: [u8; 2]) -> Result<Instant> {
+    forget(mesh)?;
+    for (name, last) in NODES.into_iter().zip(addresses) {
+        let address = [192, 168, 1, last].into();
+        mesh.site("site-a")?.renumber(&mesh.node(name)?, address)?;
+    }
+    start_cut_off(mesh, lines)
+}
+
+fn start_cut_off(mesh: &Mesh, lines: &str) -> Result<Instant> {
     mesh.site("site-a")?.link().set_down(true)?;
     let begin = Instant::now();
     for node in NODES {
@@ -107,6 +118,28 @@ fn nodes_of_a_site_that_is_cut_off_find_each_other_within_two_seconds() -> Resul
     );
     let why = mesh.ask(NODES[0], &["path", "why", NODES[1]])?;
     assert_eq!(word(&why, "state"), "direct", "{why}");
+    mesh.all_run()
+}
+
+#[test]
+fn nodes_with_ipv6_alone_find_each_other_as_well() -> Result<()> {
+    let mesh = site_of_two()?;
+    forget(&mesh)?;
+    for (name, last) in NODES.into_iter().zip([7, 8]) {
+        let batch =
+            format!("addr flush dev eth0 scope global\naddr add fd07::{last}/64 dev eth0 nodad\n");
+        tool::ip(mesh.node(name)?.netns(), &batch)?;
+    }
+    let begin = start_cut_off(&mesh, "")?;
+    tool::eventually("they reach each other", SOON, || ping(&mesh))?;
+    eprintln!("by IPv6, the first answer after {:?}", begin.elapsed());
+    assert!(
+        begin.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        begin.elapsed()
+    );
+    let why = mesh.ask(NODES[0], &["path", "why", NODES[1]])?;
+    assert!(why.to_string().contains("[fd07::8]:51820"), "{why}");
     mesh.all_run()
 }
 
