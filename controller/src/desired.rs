@@ -20,8 +20,8 @@ use mesh_api::{
 use mesh_core::{
     policy::resources::ObjectName,
     snapshot::{
-        Balance, ExternalPeer, Locality, Mapping, MeshSettings, Node, Relay, Service,
-        ServiceKind, ServiceName,
+        Balance, ExternalPeer, Locality, Mapping, MeshSettings, Node, Relay, Service, ServiceKind,
+        ServiceName,
     },
 };
 use mesh_wire::id::{MeshId, NodeId, NodeName, RelayName};
@@ -291,7 +291,8 @@ impl Builder {
                 return self.problem(loaded, "spec.node", &text);
             }
             if let Some(first) = self.acting.get(node) {
-                let text = format!("node {node} acts as relay {first} already; this one is left out");
+                let text =
+                    format!("node {node} acts as relay {first} already; this one is left out");
                 return self.problem(loaded, "spec.node", &text);
             }
             self.acting.insert(node.clone(), relay.name.clone());
