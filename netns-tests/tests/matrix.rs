@@ -18,7 +18,7 @@ fn every_kind_of_nat_meets_every_other_and_says_why_it_is_relayed() -> Result<()
     let lab = tool::binary("lab")?;
     let matrix = Matrix::start(lab.parent().context("the lab binary has no folder")?)?;
     let met = matrix.meet()?;
-    println!("{}", markdown(&[met.clone()]));
+    println!("{}", markdown(std::slice::from_ref(&met)));
     let odd: Vec<_> = met.iter().filter(|met| !met.as_expected()).collect();
     assert!(odd.is_empty(), "{} of {}: {odd:#?}", odd.len(), met.len());
     let slow = |time: Option<Duration>, limit| time.is_some_and(|time| time > limit);

@@ -273,7 +273,10 @@ pub(super) fn idle(bins: &Path, case: &str, rounds: u32, samples: &mut Samples) 
         thread::sleep(IDLE_TIME);
         let now = counted(&node)?;
         let seconds = began.elapsed().as_secs_f64();
-        let [bytes, packets] = [0, 1].map(|of| (now[of] - before[of]) as f64 / seconds);
+        let rate = |before: u64, now: u64| (now - before) as f64 / seconds;
+        let ([bytes_before, packets_before], [bytes_now, packets_now]) = (before, now);
+        let bytes = rate(bytes_before, bytes_now);
+        let packets = rate(packets_before, packets_now);
         samples.add(case, "bytes", "B/s", bytes);
         samples.add(case, "packets", "a minute", packets * 60.0);
         before = now;
