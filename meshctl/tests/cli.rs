@@ -146,6 +146,8 @@ async fn status_has_a_stable_form_for_machines() {
             { "interface": "wwan0", "used": false, "up": false, "metered": true, "weight": 7 },
         ],
         "transitions": { "peer relayed direct": 3, "path probing standby": 5 },
+        "port_mappings": { "192.168.7.254": "203.0.113.5:51820 by PCP" },
+        "lan_announcements": { "sent": 3, "forged": 0 },
     });
     assert_eq!(lab.json("status").await, (0, want));
 }
@@ -646,8 +648,12 @@ impl AgentAdmin for Agent {
                     ..admin::UplinkStatus::default()
                 },
             ],
-            port_mappings: [].into(),
-            lan_announcements: [].into(),
+            port_mappings: [("192.168.7.254", "203.0.113.5:51820 by PCP")]
+                .map(|(gateway, said)| (gateway.to_owned(), said.to_owned()))
+                .into(),
+            lan_announcements: [("sent", 3), ("forged", 0)]
+                .map(|(name, count)| (name.to_owned(), count))
+                .into(),
             transitions: [("peer relayed direct", 3), ("path probing standby", 5)]
                 .map(|(name, count)| (name.to_owned(), count))
                 .into(),
