@@ -16,7 +16,7 @@ use crate::tool;
 const CONNECTIONS_MAX: usize = 64;
 
 /// A client that says nothing for this long is let go.
-const CLIENT_LIMIT: Duration = Duration::from_secs(5);
+const CLIENT_LIMIT: Duration = Duration::from_secs(20);
 
 /// What the HTTP server answers.
 #[derive(Debug, Serialize, Deserialize)]
