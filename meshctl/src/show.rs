@@ -87,7 +87,7 @@ impl Report for Status {
             row("local", self.local_addresses.join(", ")),
             row("seen as", self.reflexive_addresses.join(", ")),
             row("NAT", &self.nat),
-            row("port mapped", mapped.collect::<Vec<_>>().join(", ")),
+            row("mapped", mapped.collect::<Vec<_>>().join(", ")),
             row("LAN", counted(&self.lan_announcements)),
             vec!["controller".into(), controller],
             row("snapshot", snapshot),

@@ -168,6 +168,8 @@ uplinks     eth0 (used), wwan0 (metered) (no carrier)
 local       192.168.7.1:51820
 seen as     203.0.113.5:40000
 NAT         port_restricted
+mapped      192.168.7.254: 203.0.113.5:51820 by PCP
+LAN         3 sent
 controller  cloud:7440, connected
 snapshot    generation 42, 3s old: 5 nodes, 7 services
 peers       3 direct, 1 relayed
