@@ -8,6 +8,7 @@ use mesh_core::services::View;
 
 use crate::{
     counters::DropReason,
+    local::LocalNames,
     zone::{self, Found, OWN_TTL_S, Records},
 };
 
@@ -71,7 +72,7 @@ pub(crate) fn udp_answer_max_bytes(query: &Message) -> u16 {
 
 /// Decides about a query. Without a view, own names are answered "try later".
 #[must_use]
-pub fn answer(query: &Message, view: Option<&View>) -> Answer {
+pub fn answer(query: &Message, view: Option<&View>, local: &LocalNames) -> Answer {
     if query.message_type == MessageType::Response {
         return Answer::Drop(DropReason::Response);
     }
@@ -86,12 +87,12 @@ pub fn answer(query: &Message, view: Option<&View>) -> Answer {
     };
     let question = question.clone();
     match view {
-        Some(view) => from_view(view, reply, question),
+        Some(view) => from_view(view, local, reply, question),
         None if zone::is_in_a_default_zone(question.name()) => {
             fail(&mut reply, ExtendedError::NotReady);
             Answer::Reply(reply)
         }
-        None => ask(reply, question),
+        None => from_records(None, local, reply, question),
     }
 }
 
@@ -177,15 +178,34 @@ fn ask(mut reply: Message, question: Query) -> Answer {
     Answer::Reply(reply)
 }
 
-fn from_view(view: &View, mut reply: Message, mut question: Query) -> Answer {
+/// A name that is not the mesh's.
+fn from_records(
+    view: Option<&View>,
+    local: &LocalNames,
+    mut reply: Message,
+    question: Query,
+) -> Answer {
+    let Some(data) = local.find(question.name()) else {
+        return ask(reply, question);
+    };
+    reply.metadata.authoritative = true;
+    let records = Records {
+        apex: question.name().clone(), // The zone around it is somebody else's.
+        data,
+        additional: Vec::new(),
+    };
+    Answer::Reply(finish(view, reply, &question, records))
+}
+
+fn from_view(view: &View, local: &LocalNames, mut reply: Message, mut question: Query) -> Answer {
     for _ in 0..=ALIASES_MAX {
         let name = question.name().clone();
-        let records = match zone::find(view, &name, reply.id) {
-            Found::Foreign => return ask(reply, question),
+        let records = match zone::find(view, local.pods(), &name, reply.id) {
+            Found::Foreign => return from_records(Some(view), local, reply, question),
             Found::NoName { apex } => {
                 reply.metadata.authoritative = true;
                 reply.metadata.response_code = ResponseCode::NXDomain;
-                reply.authorities.push(zone::soa(view, &apex));
+                reply.authorities.push(zone::soa(Some(view), &apex));
                 return Answer::Reply(reply);
             }
             Found::Here(records) => records,
@@ -196,7 +216,7 @@ fn from_view(view: &View, mut reply: Message, mut question: Query) -> Answer {
                 add(&mut reply, &name, &records.data);
                 question.set_name(target);
             }
-            None => return Answer::Reply(finish(view, reply, &question, records)),
+            None => return Answer::Reply(finish(Some(view), reply, &question, records)),
         }
     }
     fail(&mut reply, ExtendedError::TooManyAliases);
@@ -213,7 +233,7 @@ fn alias(records: &Records, wanted: RecordType) -> Option<Name> {
     }
 }
 
-fn finish(view: &View, mut reply: Message, question: &Query, records: Records) -> Message {
+fn finish(view: Option<&View>, mut reply: Message, question: &Query, records: Records) -> Message {
     let wanted = question.query_type();
     let mut data = records.data;
     data.retain(|data| wanted.is_any() || data.record_type() == wanted);

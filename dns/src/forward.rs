@@ -1,12 +1,16 @@
 //! Questions about everybody else's names: the cache, then the upstreams in order.
 
 use std::{
+    cmp::Reverse,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use hickory_proto::op::{Message, Query, ResponseCode};
+use hickory_proto::{
+    op::{Message, Query, ResponseCode},
+    rr::Name,
+};
 use tokio::time::{Instant, timeout};
 
 use crate::{
@@ -14,6 +18,7 @@ use crate::{
     cache::{Cache, Cached, Key},
     client::{self, ExchangeError},
     counters::Counters,
+    server::Stub,
 };
 
 /// All upstreams together get this long. glibc gives up after 5 s.
@@ -29,7 +34,8 @@ const PASSED_OVER: Duration = Duration::from_secs(2);
 /// Answers from upstreams.
 #[derive(Debug)]
 pub(crate) struct Forwarder {
-    upstreams: Vec<Upstream>,
+    /// By the domain that they are asked about; of several that fit, the longest counts.
+    upstreams: Vec<(Name, Vec<Upstream>)>,
     cache: Mutex<Cache>,
     counters: Arc<Counters>,
 }
@@ -47,13 +53,19 @@ struct Health {
 }
 
 impl Forwarder {
-    pub(crate) fn new(upstreams: &[SocketAddr], counters: Arc<Counters>) -> Self {
-        let upstream = |&address| Upstream {
-            address,
-            health: Mutex::default(),
+    pub(crate) fn new(upstreams: &[SocketAddr], stubs: &[Stub], counters: Arc<Counters>) -> Self {
+        let of = |domain: &Name, upstreams: &[SocketAddr]| {
+            let upstreams = upstreams.iter().map(|&address| Upstream {
+                address,
+                health: Mutex::default(),
+            });
+            (domain.clone(), upstreams.collect())
         };
+        let stubs = stubs.iter().map(|stub| of(&stub.domain, &stub.upstreams));
+        let mut upstreams: Vec<_> = stubs.chain([of(&Name::root(), upstreams)]).collect();
+        upstreams.sort_by_key(|(domain, _)| Reverse(domain.num_labels()));
         Self {
-            upstreams: upstreams.iter().map(upstream).collect(),
+            upstreams,
             cache: Mutex::default(),
             counters,
         }
@@ -93,7 +105,9 @@ impl Forwarder {
 
     async fn ask_upstreams(&self, key: &Key, question: Query) -> Option<Message> {
         let mut unhelpful = None;
-        for upstream in &self.upstreams {
+        let mut domains = self.upstreams.iter();
+        let responsible = domains.find(|(domain, _)| domain.zone_of(question.name()));
+        for upstream in responsible.into_iter().flat_map(|(_, upstreams)| upstreams) {
             if upstream.is_passed_over(Instant::now()) {
                 continue;
             }
@@ -181,14 +195,14 @@ mod tests {
 
     use hickory_proto::{
         op::OpCode,
-        rr::{Name, RData, Record, RecordType, rdata::A},
+        rr::{RData, Record, RecordType, rdata::A},
     };
 
     use super::*;
 
     #[tokio::test]
     async fn with_no_upstream_left_an_old_answer_is_better_than_none() {
-        let forwarder = Forwarder::new(&[], Arc::default());
+        let forwarder = Forwarder::new(&[], &[], Arc::default());
         let name = Name::from_str("example.org.").unwrap();
         let question = Query::query(name.clone(), RecordType::A);
         let reply = client::question(question.clone()).into_response();

@@ -16,6 +16,7 @@ pub mod counters;
 mod datagrams;
 mod forward;
 mod limit;
+pub mod local;
 mod packed;
 pub mod server;
 mod wire;

@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use hickory_proto::op::{Message, Query, ResponseCode};
+use hickory_proto::{
+    op::{Message, Query, ResponseCode},
+    rr::Name,
+};
 use ipnet::IpNet;
 use mesh_core::services::View;
 use mesh_wire::id::canonical_ip;
@@ -28,6 +31,7 @@ use crate::{
     datagrams::{self, Sockets, Threads},
     forward::Forwarder,
     limit::Limit,
+    local::LocalNames,
     packed::Said,
     wire::{Overflow, TCP_MESSAGE_MAX_BYTES, encode},
 };
@@ -63,9 +67,22 @@ pub struct DnsConfig {
     pub listen: Vec<SocketAddr>,
     /// Where everybody else's names are asked, in this order.
     pub upstreams: Vec<SocketAddr>,
+    /// Domains that are asked elsewhere.
+    pub stubs: Vec<Stub>,
+    /// This node's own names.
+    pub local: LocalNames,
     /// Who may ask, beyond this node itself: loopback, the listen addresses, and what the
     /// snapshot says is this node's (overlay and underlay addresses, prefixes behind it).
     pub allow_from: Vec<IpNet>,
+}
+
+/// A domain whose names are asked elsewhere: a company's own, say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stub {
+    /// It, and everything below it ([`crate::local::domain_name`]).
+    pub domain: Name,
+    /// Where, in this order.
+    pub upstreams: Vec<SocketAddr>,
 }
 
 /// Why a server did not start.
@@ -111,11 +128,9 @@ impl DnsServer {
         view: impl Fn() -> Option<Arc<View>> + Send + Sync + 'static,
         stop: CancellationToken,
     ) -> Result<Self, StartError> {
-        if let Some(&own) = config
-            .upstreams
-            .iter()
-            .find(|one| config.listen.contains(one))
-        {
+        let of_stubs = config.stubs.iter().flat_map(|stub| &stub.upstreams);
+        let mut upstreams = config.upstreams.iter().chain(of_stubs);
+        if let Some(&own) = upstreams.find(|one| config.listen.contains(one)) {
             return Err(StartError::UpstreamIsListener(own));
         }
         let mut sockets = Vec::new();
@@ -129,7 +144,8 @@ impl DnsServer {
         let shared = Arc::new(Shared {
             view: Box::new(view),
             clients: Clients::new(&local_addresses, config.allow_from),
-            forwarder: Forwarder::new(&config.upstreams, Arc::clone(&counters)),
+            forwarder: Forwarder::new(&config.upstreams, &config.stubs, Arc::clone(&counters)),
+            local: config.local,
             counters: Arc::clone(&counters),
             waiting: Limit::new(WAITING_MAX, WAITING_PER_SOURCE_MAX),
             connections: Limit::new(CONNECTIONS_MAX, CONNECTIONS_PER_SOURCE_MAX),
@@ -192,6 +208,7 @@ async fn bind(address: SocketAddr) -> Result<(SocketAddr, Sockets, TcpListener),
 pub(crate) struct Shared {
     view: Box<dyn Fn() -> Option<Arc<View>> + Send + Sync>,
     clients: Clients,
+    local: LocalNames,
     forwarder: Forwarder,
     counters: Arc<Counters>,
     waiting: Arc<Limit>,
@@ -342,7 +359,7 @@ impl Shared {
         match parse(query) {
             Ok(query) => {
                 let max = udp_answer_max_bytes(&query);
-                (self.step(answer(&query, view)), max)
+                (self.step(answer(&query, view, &self.local)), max)
             }
             Err(answer) => (self.step(*answer), PLAIN_UDP_MAX_BYTES),
         }

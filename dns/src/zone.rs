@@ -17,6 +17,8 @@ use mesh_core::{
 };
 use mesh_wire::id::MeshId;
 
+use crate::local::PodNames;
+
 /// How long clients may keep an own record, in seconds. Endpoints move, and the answer is on the
 /// same machine: the specification's schema knows no time, CoreDNS uses 5.
 pub(crate) const OWN_TTL_S: u32 = 5;
@@ -53,13 +55,18 @@ pub(crate) struct Records {
 }
 
 /// Looks `name` up. `turn` rotates endpoints that are equally good.
-pub(crate) fn find(view: &View, name: &Name, turn: u16) -> Found {
+pub(crate) fn find(view: &View, pods: PodNames, name: &Name, turn: u16) -> Found {
     let mesh = &view.snapshot.mesh;
     if let Some((apex, labels)) = zone_of(mesh, name) {
         let Some(labels) = labels else {
             return Found::NoName { apex };
         };
-        let zone = Zone { view, apex, turn };
+        let zone = Zone {
+            view,
+            pods,
+            apex,
+            turn,
+        };
         let labels: Vec<&str> = labels.iter().map(String::as_str).collect();
         let records = if Some(&zone.apex) == parse(&mesh.cluster_domain).as_ref() {
             zone.service_name(&labels)
@@ -82,14 +89,15 @@ pub(crate) fn is_in_a_default_zone(name: &Name) -> bool {
 
 /// The start-of-authority record of an own zone; its minimum is how long "no" may be kept
 /// (RFC 2308 §4).
-pub(crate) fn soa(view: &View, apex: &Name) -> Record {
+pub(crate) fn soa(view: Option<&View>, apex: &Name) -> Record {
     Record::from_rdata(apex.clone(), OWN_TTL_S, soa_data(view, apex))
 }
 
-fn soa_data(view: &View, apex: &Name) -> RData {
+fn soa_data(view: Option<&View>, apex: &Name) -> RData {
     let child = |label: &str| below(apex, label).unwrap_or_else(|| apex.clone());
     // A serial only has to change (RFC 1982): the low half of the generation does.
-    let [.., a, b, c, d] = view.snapshot.generation.0.to_be_bytes();
+    let generation = view.map_or(0, |view| view.snapshot.generation.0);
+    let [.., a, b, c, d] = generation.to_be_bytes();
     let serial = u32::from_be_bytes([a, b, c, d]);
     RData::SOA(SOA::new(
         child("ns"),
@@ -134,6 +142,7 @@ fn below(zone: &Name, label: &str) -> Option<Name> {
 
 struct Zone<'a> {
     view: &'a View,
+    pods: PodNames,
     apex: Name,
     turn: u16,
 }
@@ -142,12 +151,13 @@ impl Zone<'_> {
     /// `labels` from the apex down.
     fn service_name(&self, labels: &[&str]) -> Option<Records> {
         match *labels {
-            [] => self.here(vec![soa_data(self.view, &self.apex)]),
+            [] => self.here(vec![soa_data(Some(self.view), &self.apex)]),
             ["dns-version"] => {
                 let version = TXT::new(vec![SCHEMA_VERSION.to_owned()]);
                 self.here(vec![RData::TXT(version)])
             }
             ["svc"] => self.here(Vec::new()),
+            ["pod", ref rest @ ..] if self.pods != PodNames::Off => self.pod_name(rest),
             ["svc", namespace] => {
                 let exists = has_namespace(&self.view.snapshot, namespace);
                 exists.then(|| self.here(Vec::new())).flatten()
@@ -158,6 +168,27 @@ impl Zone<'_> {
                     name: name.to_owned(),
                 };
                 self.below_service(self.view.snapshot.services.get(&name)?, rest)
+            }
+            _ => None,
+        }
+    }
+
+    /// `labels` below `pod`, from there down.
+    fn pod_name(&self, labels: &[&str]) -> Option<Records> {
+        match *labels {
+            [] => self.here(Vec::new()),
+            [namespace] => {
+                let exists = has_namespace(&self.view.snapshot, namespace);
+                exists.then(|| self.here(Vec::new())).flatten()
+            }
+            [namespace, label] => {
+                let address = dashed_address(label)?;
+                let exists = match self.pods {
+                    PodNames::Off => false,
+                    PodNames::Insecure => has_namespace(&self.view.snapshot, namespace),
+                    PodNames::Verified => has_pod(&self.view.snapshot, namespace, address),
+                };
+                exists.then(|| self.here(vec![address.into()])).flatten()
             }
             _ => None,
         }
@@ -244,7 +275,7 @@ impl Zone<'_> {
     /// `labels` from the apex down. Node names may hold dots.
     fn node_name(&self, labels: &[&str]) -> Option<Records> {
         if labels.is_empty() {
-            return self.here(vec![soa_data(self.view, &self.apex)]);
+            return self.here(vec![soa_data(Some(self.view), &self.apex)]);
         }
         let wanted = labels.iter().rev().copied().collect::<Vec<_>>().join(".");
         let snapshot = &self.view.snapshot;
@@ -283,6 +314,30 @@ fn has_namespace(snapshot: &Snapshot, namespace: &str) -> bool {
     };
     let next = snapshot.services.range(first..).next();
     next.is_some_and(|(name, _)| name.namespace == namespace)
+}
+
+/// Whether a pod, or an endpoint of a service, in that namespace has that address.
+fn has_pod(snapshot: &Snapshot, namespace: &str, address: IpAddr) -> bool {
+    let pods = &snapshot.policy.pods;
+    let of_pods = pods.values().filter(|pod| pod.name.namespace == namespace);
+    let mut of_pods = of_pods.flat_map(|pod| &pod.addresses);
+    let first = ServiceName {
+        namespace: namespace.to_owned(),
+        name: String::new(),
+    };
+    let slices = snapshot.slices.range(first..);
+    let slices = slices.take_while(|(name, _)| name.namespace == namespace);
+    let mut endpoints = slices
+        .flat_map(|(_, slices)| slices.values())
+        .flat_map(|slice| &slice.endpoints);
+    of_pods.any(|&own| own == address) || endpoints.any(|endpoint| endpoint.address == address)
+}
+
+/// `10-2-3-1`, or an IPv6 address with dashes for colons, two of them for zeros that are left out.
+fn dashed_address(label: &str) -> Option<IpAddr> {
+    let v4 = label.replace('-', ".").parse().map(IpAddr::V4);
+    let v6 = || label.replace('-', ":").parse().map(IpAddr::V6);
+    v4.or_else(|_| v6()).ok()
 }
 
 fn parse_protocol(label: &str) -> Option<Protocol> {

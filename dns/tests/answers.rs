@@ -18,7 +18,10 @@ use hickory_proto::{
     rr::{DNSClass, Name, RData, RecordType},
 };
 use mesh_core::services::View;
-use mesh_dns::answer::{Answer, answer};
+use mesh_dns::{
+    answer::{Answer, answer},
+    local::{LocalNames, PodNames},
+};
 
 #[test]
 fn every_form_of_name_is_answered() {
@@ -249,7 +252,7 @@ fn every_form_of_name_is_answered() {
     ] {
         let asked = query(name, record_type.parse().unwrap());
         assert_eq!(
-            show(&answer(&asked, Some(&view))),
+            show(&answer(&asked, Some(&view), &LocalNames::default())),
             want,
             "{name} {record_type}"
         );
@@ -295,7 +298,7 @@ fn headless_answers_leave_dead_nodes_out_while_others_live() {
     let asked = query("db.shop.svc.cluster.local.", RecordType::A);
     let mut kill = |name: &str| {
         view.dead.insert(name.parse().unwrap());
-        show(&answer(&asked, Some(&view)))
+        show(&answer(&asked, Some(&view), &LocalNames::default()))
     };
     assert_eq!(kill("edge-a2"), "10.2.1.1 | 10.2.3.1");
     assert_eq!(kill("edge-a1"), "10.2.3.1");
@@ -314,7 +317,7 @@ fn endpoints_that_are_equally_near_take_turns() {
     let mut asked = query("big.shop.svc.cluster.local.", RecordType::A);
     let mut turn = |id| {
         asked.metadata.id = id;
-        show(&answer(&asked, Some(&view)))
+        show(&answer(&asked, Some(&view), &LocalNames::default()))
     };
     assert_eq!(turn(0), "10.2.100.0 | 10.2.100.1 | 10.2.100.2");
     assert_eq!(turn(1), "10.2.100.1 | 10.2.100.2 | 10.2.100.0");
@@ -332,7 +335,10 @@ fn endpoints_that_are_not_ready_are_told_when_the_service_says_so() {
     };
     let asked = query("db.shop.svc.cluster.local.", RecordType::A);
     let want = "10.2.1.1 | 10.2.1.9 | 10.2.2.1 | 10.2.3.1";
-    assert_eq!(show(&answer(&asked, Some(&view))), want);
+    assert_eq!(
+        show(&answer(&asked, Some(&view), &LocalNames::default())),
+        want
+    );
 }
 
 #[test]
@@ -351,7 +357,7 @@ fn what_this_server_does_not_do_is_said_in_the_right_code() {
     let with = |change: Change| {
         let mut message = own();
         change(&mut message);
-        show(&answer(&message, Some(&view())))
+        show(&answer(&message, Some(&view()), &LocalNames::default()))
     };
     let cases: [(&str, Change, &str); 10] = [
         ("no question", |m| m.queries.clear(), "FormErr"),
@@ -405,19 +411,28 @@ fn what_this_server_does_not_do_is_said_in_the_right_code() {
 fn a_response_is_never_answered() {
     let mut message = query("inventory.shop.svc.cluster.local.", RecordType::A);
     message.metadata.message_type = hickory_proto::op::MessageType::Response;
-    assert_eq!(show(&answer(&message, Some(&view()))), "drop Response");
+    assert_eq!(
+        show(&answer(&message, Some(&view()), &LocalNames::default())),
+        "drop Response"
+    );
 }
 
 #[test]
 fn without_a_snapshot_own_names_wait_and_others_are_forwarded() {
-    let ask = |name| show(&answer(&query(name, RecordType::A), None));
+    let ask = |name| {
+        show(&answer(
+            &query(name, RecordType::A),
+            None,
+            &LocalNames::default(),
+        ))
+    };
     assert_eq!(ask("inventory.shop.svc.cluster.local."), "ServFail");
     assert_eq!(ask("edge-a1.mesh."), "ServFail");
     assert_eq!(ask("example.org."), "ask example.org. A");
 }
 
 fn reply(view: &View, asked: &Message) -> Message {
-    match answer(asked, Some(view)) {
+    match answer(asked, Some(view), &LocalNames::default()) {
         Answer::Reply(reply) => reply,
         other => panic!("{other:?}"),
     }
@@ -461,4 +476,64 @@ fn show(answer: &Answer) -> String {
         .cloned()
         .collect();
     parts.join(" ")
+}
+
+#[test]
+fn names_of_pods_are_off_for_everybody_or_for_those_that_are_there() {
+    let view = view();
+    let asked = |pods, name: &str, record_type| {
+        let local = LocalNames::new(pods, []).unwrap();
+        let name = format!("{name}pod.cluster.local.");
+        show(&answer(&query(&name, record_type), Some(&view), &local))
+    };
+    let gone = "NXDOMAIN cluster.local.";
+    let empty = "NODATA cluster.local.";
+    use PodNames::{Insecure, Off, Verified};
+    for (name, record_type, [off, insecure, verified]) in [
+        (
+            "10-2-1-1.shop.",
+            RecordType::A,
+            [gone, "10.2.1.1", "10.2.1.1"],
+        ),
+        ("10-2-1-1.shop.", RecordType::AAAA, [gone, empty, empty]),
+        (
+            "fd02--1.shop.",
+            RecordType::AAAA,
+            [gone, "fd02::1", "fd02::1"],
+        ),
+        ("10-9-9-9.shop.", RecordType::A, [gone, "10.9.9.9", gone]),
+        ("10-2-1-1.attic.", RecordType::A, [gone, gone, gone]),
+        ("10-2-1.shop.", RecordType::A, [gone, gone, gone]),
+        ("10-2-1-1.x.shop.", RecordType::A, [gone, gone, gone]),
+        ("shop.", RecordType::A, [gone, empty, empty]),
+        ("", RecordType::A, [gone, empty, empty]),
+    ] {
+        for (pods, want) in [(Off, off), (Insecure, insecure), (Verified, verified)] {
+            assert_eq!(asked(pods, name, record_type), want, "{pods:?} {name}");
+        }
+    }
+}
+
+#[test]
+fn records_of_the_node_s_own_are_answered_also_before_there_is_a_snapshot() {
+    let addresses = ["192.168.7.9", "fd07::9"].map(common::address);
+    let records = [
+        ("printer.lan", addresses.as_slice()),
+        ("kiosk.shop.svc.cluster.local", addresses.as_slice()),
+    ];
+    let local = LocalNames::new(PodNames::Off, records).unwrap();
+    let view = view();
+    for view in [Some(&view), None] {
+        let ask = |name, record_type| show(&answer(&query(name, record_type), view, &local));
+        assert_eq!(ask("Printer.LAN.", RecordType::A), "192.168.7.9");
+        assert_eq!(ask("printer.lan.", RecordType::AAAA), "fd07::9");
+        assert_eq!(ask("printer.lan.", RecordType::MX), "NODATA printer.lan.");
+        let reverse = "9.7.168.192.in-addr.arpa.";
+        assert!(ask(reverse, RecordType::PTR).starts_with("printer.lan."));
+        assert_eq!(ask("scanner.lan.", RecordType::A), "ask scanner.lan. A");
+    }
+    // The mesh's own zones are the mesh's.
+    let kiosk = query("kiosk.shop.svc.cluster.local.", RecordType::A);
+    let said = show(&answer(&kiosk, Some(&view), &local));
+    assert_eq!(said, "NXDOMAIN cluster.local.");
 }

@@ -18,7 +18,11 @@ use proptest::prelude::*;
 /// What a client gets for `bytes`, if anything, as bytes.
 fn respond(bytes: &[u8]) -> Option<Vec<u8>> {
     let decided = match parse(bytes) {
-        Ok(message) => answer(&message, Some(&view())),
+        Ok(message) => answer(
+            &message,
+            Some(&view()),
+            &mesh_dns::local::LocalNames::default(),
+        ),
         Err(answer) => *answer,
     };
     match decided {

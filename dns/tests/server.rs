@@ -30,7 +30,8 @@ use mesh_core::services::View;
 use mesh_dns::{
     client,
     counters::DropReason,
-    server::{DnsConfig, DnsServer, StartError},
+    local::domain_name,
+    server::{DnsConfig, DnsServer, StartError, Stub},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -52,12 +53,19 @@ struct Running {
 }
 
 async fn start(upstreams: &[SocketAddr], view: Option<View>) -> Running {
+    let config = DnsConfig {
+        upstreams: upstreams.to_vec(),
+        ..DnsConfig::default()
+    };
+    start_with(config, view).await
+}
+
+async fn start_with(config: DnsConfig, view: Option<View>) -> Running {
     let view = view.map(Arc::new);
     for _ in 0..16 {
         let config = DnsConfig {
             listen: vec![(LOOPBACK, 0).into()],
-            upstreams: upstreams.to_vec(),
-            allow_from: Vec::new(),
+            ..config.clone()
         };
         let (view, stop) = (view.clone(), CancellationToken::new());
         match DnsServer::start(config, move || view.clone(), stop.clone()).await {
@@ -268,6 +276,39 @@ async fn other_names_come_from_the_upstream_once_and_then_from_the_cache() {
     running.ask("missing.shop.svc.cluster.local").await;
     running.ask("nobody.mesh").await;
     assert_eq!(upstream.asked_in_all(), 2, "own names stay here");
+}
+
+#[tokio::test]
+async fn a_stub_domain_has_upstreams_of_its_own() {
+    let [general, company, branch] = [
+        Upstream::start().await,
+        Upstream::start().await,
+        Upstream::start().await,
+    ];
+    let stub = |domain, upstream: &Upstream| Stub {
+        domain: domain_name(domain).unwrap(),
+        upstreams: vec![upstream.address],
+    };
+    let config = DnsConfig {
+        upstreams: vec![general.address],
+        stubs: vec![
+            stub("Example.org", &company),
+            stub("branch.example.org", &branch),
+        ],
+        ..DnsConfig::default()
+    };
+    let running = start_with(config, None).await;
+    for name in [
+        "www.EXAMPLE.org",
+        "www.branch.example.org",
+        "www.example.net",
+    ] {
+        running.ask(name).await;
+    }
+    let asked = [&general, &company, &branch].map(Upstream::asked_in_all);
+    assert_eq!(asked, [1, 1, 1]);
+    assert_eq!(branch.asked("www.branch.example.org."), 1);
+    assert_eq!(company.asked("www.EXAMPLE.org."), 1);
 }
 
 #[tokio::test]
@@ -499,7 +540,7 @@ async fn it_refuses_to_ask_itself() {
     let config = DnsConfig {
         listen: vec![own],
         upstreams: vec![own],
-        allow_from: Vec::new(),
+        ..DnsConfig::default()
     };
     let started = DnsServer::start(config, || None, CancellationToken::new()).await;
     assert!(matches!(started, Err(StartError::UpstreamIsListener(one)) if one == own));
@@ -535,11 +576,11 @@ async fn strangers_get_no_answer_inside() {
     for (allow_from, dropped) in [(None, 2), (Some("198.51.100.78/32"), 0)] {
         let config = DnsConfig {
             listen: vec![(own, 0).into()],
-            upstreams: Vec::new(),
             allow_from: allow_from
                 .map(|one| one.parse().unwrap())
                 .into_iter()
                 .collect(),
+            ..DnsConfig::default()
         };
         let view = Arc::new(view());
         let (view, stop) = (move || Some(Arc::clone(&view)), CancellationToken::new());

@@ -441,13 +441,13 @@ async fn start(
     supervisor.spawn("uplinks", uplinks);
     supervisor.spawn("remember", remember(state, to_remember, stop.clone()));
 
-    let dns_config = mesh_dns::server::DnsConfig {
-        listen: settings.dns.listen.clone(),
-        upstreams: settings.dns.upstreams.clone(),
-        allow_from: settings.dns.allow_from.clone(),
-    };
     let dns_view = view.clone();
-    let dns = DnsServer::start(dns_config, move || dns_view.borrow().clone(), stop.clone()).await?;
+    let dns = DnsServer::start(
+        settings.dns,
+        move || dns_view.borrow().clone(),
+        stop.clone(),
+    )
+    .await?;
     let proxy = settings.proxy.map(|settings| {
         let driver = DriverHandle(events.clone());
         let (proxy, serve) = Proxy::new(settings, view.clone(), driver, stop.clone());

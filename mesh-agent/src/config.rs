@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     env,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     num::NonZeroUsize,
     path::{Path, PathBuf},
     sync::Arc,
@@ -12,6 +12,10 @@ use std::{
 use ipnet::IpNet;
 use mesh_core::pattern::NamePattern;
 use mesh_daemon::{FileError, http_proxy::HttpProxy};
+use mesh_dns::{
+    local::{self, BadRecords, LocalNames, domain_name},
+    server::Stub,
+};
 use mesh_wire::id::NodeName;
 use serde::Deserialize;
 
@@ -64,7 +68,7 @@ pub struct Settings {
     /// Whether the node announces itself on its LANs, and listens for others.
     pub lan_discovery: bool,
     /// Where DNS listens, and what it forwards to.
-    pub dns: DnsConfig,
+    pub dns: mesh_dns::server::DnsConfig,
 }
 
 /// Where the join token is.
@@ -99,16 +103,88 @@ impl std::fmt::Debug for SecretText {
 /// The `[dns]` table.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct DnsConfig {
+struct DnsConfig {
     /// UDP and TCP addresses; ones that are link-local are put on the interface by the agent.
     #[serde(default = "default_dns_listen")]
-    pub listen: Vec<SocketAddr>,
+    listen: Vec<SocketAddr>,
     /// Resolvers for all other names.
     #[serde(default)]
-    pub upstreams: Vec<SocketAddr>,
+    upstreams: Vec<SocketAddr>,
     /// Who may ask beyond this node and what is behind it, as prefixes.
     #[serde(default)]
-    pub allow_from: Vec<IpNet>,
+    allow_from: Vec<IpNet>,
+    /// Whether `a-b-c-d.<namespace>.pod.<cluster domain>` exists.
+    #[serde(default)]
+    pod_names: PodNames,
+    /// Domains that are asked elsewhere.
+    #[serde(default)]
+    stub: Vec<DnsStub>,
+    /// Names of this node's own.
+    #[serde(default)]
+    record: Vec<DnsRecord>,
+}
+
+/// `pod_names`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum PodNames {
+    /// It does not.
+    #[default]
+    Off,
+    /// For every address.
+    Insecure,
+    /// For addresses of pods and endpoints in that namespace.
+    Verified,
+}
+
+/// A `[[dns.stub]]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DnsStub {
+    /// The domain; what is below it is meant too.
+    domain: String,
+    /// Resolvers for it.
+    upstreams: Vec<SocketAddr>,
+}
+
+/// A `[[dns.record]]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DnsRecord {
+    /// The name.
+    name: String,
+    /// Its addresses, of either family.
+    addresses: Vec<IpAddr>,
+}
+
+impl DnsConfig {
+    /// As the resolver takes it.
+    ///
+    /// # Errors
+    ///
+    /// For a name that is none, or a record without addresses.
+    fn settings(self) -> Result<mesh_dns::server::DnsConfig, BadRecords> {
+        let pods = match self.pod_names {
+            PodNames::Off => local::PodNames::Off,
+            PodNames::Insecure => local::PodNames::Insecure,
+            PodNames::Verified => local::PodNames::Verified,
+        };
+        let records = self.record.iter();
+        let records = records.map(|one| (one.name.as_str(), one.addresses.as_slice()));
+        let stubs = self.stub.iter().map(|stub| {
+            Ok(Stub {
+                domain: domain_name(&stub.domain)?,
+                upstreams: stub.upstreams.clone(),
+            })
+        });
+        Ok(mesh_dns::server::DnsConfig {
+            stubs: stubs.collect::<Result<_, _>>()?,
+            local: LocalNames::new(pods, records)?,
+            listen: self.listen,
+            upstreams: self.upstreams,
+            allow_from: self.allow_from,
+        })
+    }
 }
 
 impl Default for DnsConfig {
@@ -117,6 +193,9 @@ impl Default for DnsConfig {
             listen: default_dns_listen(),
             upstreams: Vec::new(),
             allow_from: Vec::new(),
+            pod_names: PodNames::Off,
+            stub: Vec::new(),
+            record: Vec::new(),
         }
     }
 }
@@ -364,7 +443,10 @@ impl Settings {
             static_candidates: file.static_candidates,
             port_mapping: file.port_mapping,
             lan_discovery: file.lan_discovery,
-            dns: file.dns,
+            dns: file
+                .dns
+                .settings()
+                .map_err(|error| bad("dns", error.to_string()))?,
         })
     }
 }
