@@ -273,7 +273,7 @@ impl Driver {
             via,
             &PeerMessage::EchoRequest {
                 txid,
-                full_size: false,
+                size_bytes: 0,
             },
         );
         Some((via, answer))
@@ -495,6 +495,7 @@ impl Driver {
                 peer,
                 primary,
                 duplicate,
+                duplicates_max: _, // The packet path does not count them yet.
             } => {
                 self.note_used(&primary);
                 self.tunnel.set_path(&peer, primary, duplicate);
@@ -548,6 +549,9 @@ impl Driver {
             } => {
                 let name = self.names.get(&peer).map_or("?", NodeName::as_str);
                 tracing::debug!(peer = name, ?from, ?to, ?reason, "a peer's state changed");
+            }
+            io::Event::Stranger { id } => {
+                tracing::warn!(%id, "a node calls whom the snapshot does not name: is it behind?");
             }
             io::Event::Liveness { peer, alive } => self.set_liveness(&peer, alive),
             io::Event::Remember { peer, addresses } => {

@@ -25,8 +25,12 @@ pub const CANDIDATES_MAX: usize = 32;
 /// (32 × 28 bytes).
 pub const RELAYS_MAX: usize = 16;
 
-/// Largest inner packet that every path must carry (RFC 8200 §5).
-pub const FULL_SIZE: usize = 1280;
+/// Largest inner packet that every path must carry (RFC 8200 §5), and the least that an overlay's MTU may be.
+pub const FULL_SIZE: u16 = 1280;
+
+/// Largest echo: the largest MTU of an overlay is 8,920 (9,000 less the tunnel's 80). A request for more
+/// is answered by this much, which is then not what was asked for.
+pub const ECHO_MAX: u16 = 8_920;
 
 /// One message between two cores.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,15 +39,15 @@ pub enum PeerMessage {
     EchoRequest {
         /// Chosen by the asker, copied into the answer.
         txid: u64,
-        /// Whether the packet is padded to [`FULL_SIZE`]; so is its answer.
-        full_size: bool,
+        /// The whole inner packet is padded to so many bytes, and so is its answer; 0: neither is.
+        size_bytes: u16,
     },
     /// The answer to an echo request.
     EchoReply {
         /// From the request.
         txid: u64,
-        /// From the request.
-        full_size: bool,
+        /// From the request: the answer is as large, or it proves nothing about that size.
+        size_bytes: u16,
         /// Where the request came from, as the answerer saw it (a peer-reflexive address);
         /// `None` if it came through a relay.
         observed: Option<SocketAddr>,
@@ -145,8 +149,8 @@ mod proto {
     pub(super) struct Echo {
         #[prost(fixed64, tag = "1")]
         pub(super) txid: u64,
-        #[prost(bool, tag = "2")]
-        pub(super) full_size: bool,
+        #[prost(uint32, tag = "2")]
+        pub(super) size_bytes: u32,
         #[prost(message, optional, tag = "3")]
         pub(super) observed: Option<Address>,
     }
@@ -246,36 +250,36 @@ impl PeerMessage {
     }
 
     fn encode(&self) -> Vec<u8> {
-        let full_size = match self {
-            Self::EchoRequest { full_size, .. } | Self::EchoReply { full_size, .. } => *full_size,
-            Self::Candidates { .. } | Self::Goodbye => false,
+        let size_bytes = match self {
+            Self::EchoRequest { size_bytes, .. } | Self::EchoReply { size_bytes, .. } => {
+                usize::from(*size_bytes)
+            }
+            Self::Candidates { .. } | Self::Goodbye => 0,
         };
         let mut envelope = proto::Envelope {
             body: Some(self.to_body()),
             padding: Vec::new(),
         };
-        if full_size {
-            // Tag and a two-byte length stand before the padding itself.
-            let taken = HEADERS_LEN + envelope.encoded_len() + 3;
-            envelope.padding = vec![0; FULL_SIZE.saturating_sub(taken)];
-        }
+        // Tag and a two-byte length stand before the padding itself: it is 128 bytes to 16 KiB long.
+        let taken = HEADERS_LEN + envelope.encoded_len() + 3;
+        envelope.padding = vec![0; size_bytes.saturating_sub(taken)];
         envelope.encode_to_vec()
     }
 
     fn to_body(&self) -> proto::Body {
         match self {
-            Self::EchoRequest { txid, full_size } => proto::Body::EchoRequest(proto::Echo {
+            Self::EchoRequest { txid, size_bytes } => proto::Body::EchoRequest(proto::Echo {
                 txid: *txid,
-                full_size: *full_size,
+                size_bytes: (*size_bytes).into(),
                 observed: None,
             }),
             Self::EchoReply {
                 txid,
-                full_size,
+                size_bytes,
                 observed,
             } => proto::Body::EchoReply(proto::Echo {
                 txid: *txid,
-                full_size: *full_size,
+                size_bytes: (*size_bytes).into(),
                 observed: observed.map(address_to_proto),
             }),
             Self::Candidates {
@@ -306,11 +310,11 @@ impl PeerMessage {
         match envelope.body.ok_or(BadPeerMessage::Malformed)? {
             proto::Body::EchoRequest(echo) => Ok(Self::EchoRequest {
                 txid: echo.txid,
-                full_size: echo.full_size,
+                size_bytes: size_from_proto(echo.size_bytes),
             }),
             proto::Body::EchoReply(echo) => Ok(Self::EchoReply {
                 txid: echo.txid,
-                full_size: echo.full_size,
+                size_bytes: size_from_proto(echo.size_bytes),
                 observed: echo.observed.map(|a| address_from_proto(&a)).transpose()?,
             }),
             proto::Body::Candidates(list) => {
@@ -331,6 +335,10 @@ impl PeerMessage {
             proto::Body::Goodbye(_) => Ok(Self::Goodbye),
         }
     }
+}
+
+fn size_from_proto(size_bytes: u32) -> u16 {
+    u16::try_from(size_bytes).map_or(ECHO_MAX, |size| size.min(ECHO_MAX))
 }
 
 fn rtt_to_proto(&(relay, rtt): &(RelayId, Duration)) -> proto::RelayRtt {
@@ -398,16 +406,18 @@ mod tests {
             .prop_map(|(relay, rtt_ms)| (RelayId(relay), Duration::from_millis(rtt_ms.into())));
         let relays = prop::collection::vec(relay, 0..RELAYS_MAX);
         prop_oneof![
-            any::<(u64, bool)>()
-                .prop_map(|(txid, full_size)| PeerMessage::EchoRequest { txid, full_size }),
-            any::<(u64, bool, Option<([u8; 4], u16)>)>().prop_map(|(txid, full_size, observed)| {
-                let observed = observed.map(SocketAddr::from);
-                PeerMessage::EchoReply {
-                    txid,
-                    full_size,
-                    observed,
+            (any::<u64>(), 0..=ECHO_MAX)
+                .prop_map(|(txid, size_bytes)| PeerMessage::EchoRequest { txid, size_bytes }),
+            (any::<u64>(), 0..=ECHO_MAX, any::<Option<([u8; 4], u16)>>()).prop_map(
+                |(txid, size_bytes, observed)| {
+                    let observed = observed.map(SocketAddr::from);
+                    PeerMessage::EchoReply {
+                        txid,
+                        size_bytes,
+                        observed,
+                    }
                 }
-            }),
+            ),
             (any::<u64>(), candidates, relays).prop_map(|(generation, candidates, relays)| {
                 PeerMessage::Candidates {
                     generation,
@@ -450,17 +460,40 @@ mod tests {
             relays: vec![(RelayId(u64::MAX), Duration::from_secs(60)); RELAYS_MAX],
             metered: true,
         };
-        assert!(message.to_packet(A, B).len() <= FULL_SIZE);
+        assert!(message.to_packet(A, B).len() <= FULL_SIZE.into());
     }
 
     #[test]
-    fn a_full_size_echo_fills_the_smallest_mtu_exactly() {
-        for txid in [0, 1, u64::MAX] {
-            let echo = PeerMessage::EchoRequest {
-                txid,
-                full_size: true,
-            };
-            assert_eq!(echo.to_packet(A, B).len(), FULL_SIZE);
+    fn an_echo_is_as_large_as_it_says() {
+        let observed = "[2001:db8::1]:65535".parse().ok();
+        for size_bytes in [FULL_SIZE, 1_281, 1_400, 1_420, ECHO_MAX] {
+            for txid in [0, 1, u64::MAX] {
+                let request = PeerMessage::EchoRequest { txid, size_bytes };
+                assert_eq!(request.to_packet(A, B).len(), usize::from(size_bytes));
+                for observed in [None, observed] {
+                    let reply = PeerMessage::EchoReply {
+                        txid,
+                        size_bytes,
+                        observed,
+                    };
+                    assert_eq!(reply.to_packet(A, B).len(), usize::from(size_bytes));
+                }
+            }
         }
+    }
+
+    #[test]
+    fn nobody_is_made_to_answer_by_more_than_an_overlay_carries() {
+        let asked = proto::Envelope {
+            body: Some(proto::Body::EchoRequest(proto::Echo {
+                txid: 1,
+                size_bytes: u32::MAX,
+                observed: None,
+            })),
+            padding: Vec::new(),
+        };
+        let asked = PeerMessage::decode(&asked.encode_to_vec());
+        let (txid, size_bytes) = (1, ECHO_MAX);
+        assert_eq!(asked, Ok(PeerMessage::EchoRequest { txid, size_bytes }));
     }
 }

@@ -71,11 +71,12 @@ pub(crate) struct Gather {
 }
 
 impl Gather {
-    /// Asks now: the first of `relays` for the node's addresses, and if that is due, all for their
-    /// distance. What was learned before stays until there is something newer.
+    /// Asks now: the first of `outside` for the node's addresses, and if that is due, all, and those
+    /// `inside` the site, for their distance. What was learned before stays until there is something newer.
     pub(crate) fn start(
         &mut self,
-        relays: &[RelayId],
+        outside: &[RelayId],
+        inside: &[RelayId],
         snapshot: &Snapshot,
         local: &[SocketAddr],
         now: Instant,
@@ -83,8 +84,14 @@ impl Gather {
         let mut asks = BTreeMap::new();
         let survey = self.surveyed_at.is_none_or(|at| now >= at + SURVEY_EVERY);
         let most = if survey { SURVEYED_MAX } else { RELAYS_MAX };
-        for (index, relay) in relays.iter().take(most).enumerate() {
-            let survey = index >= RELAYS_MAX;
+        let asked = outside.iter().enumerate();
+        let asked = asked.map(|(index, relay)| (index >= RELAYS_MAX, relay));
+        let inside = inside.iter().map(|relay| (true, relay));
+        let inside = inside.filter(|_| survey);
+        for (survey, relay) in asked
+            .take(most - inside.clone().count().min(most / 2))
+            .chain(inside)
+        {
             let targets = snapshot.relays.get(relay).into_iter().flat_map(targets);
             let targets = targets.filter(|&target| has_family(local, target));
             for target in targets.take(if survey { 1 } else { usize::MAX }) {
@@ -292,6 +299,7 @@ mod tests {
         let mut gather = Gather::default();
         gather.start(
             &[relay("r1", 1).0],
+            &[],
             &snapshot(),
             &[addr("10.0.0.1:51820")],
             at(0),
@@ -355,7 +363,7 @@ mod tests {
             .collect();
         let mut gather = Gather::default();
         let local = [addr("10.0.0.1:51820")];
-        gather.start(&relays, &snapshot, &local, at(0));
+        gather.start(&relays, &[], &snapshot, &local, at(0));
         let targets = asked(&mut gather, 0);
         assert_eq!(
             targets.len(),
@@ -371,9 +379,9 @@ mod tests {
             4,
             "what the survey saw does not count"
         );
-        gather.start(&relays, &snapshot, &local, at(20_000));
+        gather.start(&relays, &[], &snapshot, &local, at(20_000));
         assert_eq!(asked(&mut gather, 20_000).len(), 4);
-        gather.start(&relays, &snapshot, &local, at(300_000));
+        gather.start(&relays, &[], &snapshot, &local, at(300_000));
         assert_eq!(asked(&mut gather, 300_000).len(), 6);
     }
 
@@ -387,7 +395,13 @@ mod tests {
         let (other, described) = relay("r2", 2);
         snapshot.relays.clear();
         snapshot.relays.insert(other, described);
-        gather.start(&[other], &snapshot, &[addr("10.0.0.1:51820")], at(1_000));
+        gather.start(
+            &[other],
+            &[],
+            &snapshot,
+            &[addr("10.0.0.1:51820")],
+            at(1_000),
+        );
         for target in asked(&mut gather, 1_000) {
             gather.on_reflexive(target, addr("198.51.100.9:8")); // The NAT forgot, meanwhile.
         }

@@ -138,7 +138,8 @@ fn a_peer_that_leaves_the_mesh_loses_its_path() {
     assert!(drain(&mut core).contains(&Output::SetPath {
         peer,
         primary,
-        duplicate
+        duplicate,
+        duplicates_max: None,
     }));
     assert_eq!(core.peers().count(), 0);
 }
@@ -211,13 +212,13 @@ fn a_node_that_stops_says_goodbye_to_those_it_talks_to() {
 fn every_echo_request_is_answered_by_the_way_it_came() {
     let mut core = relayed();
     let via = Via::Direct("198.51.100.7:4000".parse().unwrap());
-    let (peer, txid, full_size) = (id(1), 5, true);
-    let message = PeerMessage::EchoRequest { txid, full_size };
+    let (peer, txid, size_bytes) = (id(1), 5, 1_400);
+    let message = PeerMessage::EchoRequest { txid, size_bytes };
     core.handle_input(Input::Message { peer, via, message }, at(200));
     let observed = Some("198.51.100.7:4000".parse().unwrap());
     let message = PeerMessage::EchoReply {
         txid,
-        full_size,
+        size_bytes,
         observed,
     };
     assert!(drain(&mut core).contains(&Output::Send { peer, via, message }));
@@ -232,7 +233,7 @@ fn strange_source_addresses_are_learned_up_to_a_limit() {
             id(1),
             PeerMessage::EchoRequest {
                 txid: 1,
-                full_size: false,
+                size_bytes: 0,
             },
         );
         core.handle_input(Input::Message { peer, via, message }, at(200));
@@ -337,11 +338,11 @@ fn a_path_that_comes_to_lead_into_the_tunnel_is_left() {
         core.handle_input(Input::Timeout, at(ms));
         for output in drain(&mut core) {
             if let Output::Send { via, message, .. } = output
-                && let PeerMessage::EchoRequest { txid, full_size } = message
+                && let PeerMessage::EchoRequest { txid, size_bytes } = message
             {
                 let message = PeerMessage::EchoReply {
                     txid,
-                    full_size,
+                    size_bytes,
                     observed: None,
                 };
                 core.handle_input(Input::Message { peer, via, message }, at(ms + 10));
@@ -392,7 +393,8 @@ fn a_plain_wireguard_device_is_up_when_it_shook_hands_and_may_roam() {
             outputs.contains(&Output::SetPath {
                 peer,
                 primary,
-                duplicate
+                duplicate,
+                duplicates_max: None,
             }),
             "{outputs:?}"
         );
@@ -466,12 +468,12 @@ fn any_via() -> impl Strategy<Value = Via> {
 fn any_message() -> impl Strategy<Value = PeerMessage> {
     let txid = any::<u64>();
     prop_oneof![
-        (txid, any::<bool>())
-            .prop_map(|(txid, full_size)| PeerMessage::EchoRequest { txid, full_size }),
+        (txid, any::<u16>())
+            .prop_map(|(txid, size_bytes)| PeerMessage::EchoRequest { txid, size_bytes }),
         // Stands for "the answer to the last question": see below.
         Just(PeerMessage::EchoReply {
             txid: 0,
-            full_size: false,
+            size_bytes: 1_280,
             observed: None
         }),
         (0..4u64, any::<u16>()).prop_map(|(generation, port)| PeerMessage::Candidates {
@@ -510,6 +512,17 @@ fn any_input() -> impl Strategy<Value = Input> {
         1 => (peer, any::<bool>())
             .prop_map(move |(peer, present)| Input::RelayPeer { relay, peer, present }),
         1 => Just(Input::RelayGoAway { relay }),
+        2 => (1..6u16).prop_map(|port| Input::Unsendable {
+            address: SocketAddr::new([198, 51, 100, 7].into(), port),
+        }),
+        1 => (0..4u32, any_via(), any::<bool>()).prop_map(|(peer, via, unknown)| Input::Refused {
+            peer: id(peer),
+            via,
+            why: match unknown {
+                true => Refusal::UnknownKey,
+                false => Refusal::OldTimestamp { behind: Duration::from_secs(3_600) },
+            },
+        }),
         1 => (1..3u8).prop_map(|host| {
             Input::LocalAddresses(vec![SocketAddr::new([10, 0, 0, host].into(), 51_820)])
         }),

@@ -276,7 +276,7 @@ impl Lab {
         let site = |site: usize| &self.world.sites[site];
         let clean = |one: usize| {
             let one = site(one);
-            one.loss == 0.0 && !one.small_only && one.nat.sort != NatSort::UdpBlocked
+            one.loss == 0.0 && one.carries_bytes >= 1_280 && one.nat.sort != NatSort::UdpBlocked
         };
         let severed = |a, b| {
             self.world.severed.contains(&(a, b)) || self.world.severed_one_way.contains(&(a, b))
@@ -623,14 +623,14 @@ impl Lab {
                 Some(format!("site {site}"))
             }
             Kind::SmallPacketsOnly => {
-                let site = self.pick_site(|world, site| !world.sites[site].small_only)?;
-                self.world.sites[site].small_only = true;
+                let site = self.pick_site(|world, site| world.sites[site].carries_bytes > 1_280)?;
+                self.world.sites[site].carries_bytes = 1_000;
                 Some(format!("at site {site}"))
             }
             Kind::LinesHealed => {
                 for site in &mut self.world.sites {
                     (site.loss, site.copies) = (0.0, 0.0);
-                    (site.jitter_us, site.small_only) = (0, false);
+                    (site.jitter_us, site.carries_bytes) = (0, u16::MAX);
                     site.delay_us = 10_000;
                 }
                 // A path that lost for minutes is measured rarely. Nobody waits for that here.

@@ -263,7 +263,7 @@ fn an_unreachable_peer_is_found_again_without_anybody_asking() {
 fn a_path_on_which_only_small_packets_pass_never_carries_traffic() {
     let (mut world, a, b, flow) = pair(NatSort::FullCone, NatSort::FullCone);
     let site = world.nodes[b].site;
-    world.sites[site].small_only = true;
+    world.sites[site].carries_bytes = 1_000;
     world.run_for(18_000);
     let report = world.report(a, b).unwrap();
     assert_eq!(

@@ -1,22 +1,24 @@
 //! The shell of one node: it feeds the core its inputs, does what the core puts out, and keeps
 //! the WireGuard sessions, the held packets and the streams of pings.
 
-use std::hash::Hash;
+use std::{collections::BTreeSet, hash::Hash, sync::Arc, time::Duration};
 
 use mesh_core::{
-    io::{Event, Input, Output, RelayTransport, TRAFFIC_TICK_MS},
+    io::{Event, Input, Output, Refusal, RelayTransport, TRAFFIC_TICK_MS},
     node::Core,
 };
 use mesh_wire::id::{NodeId, Via};
 
 use super::{
-    World,
+    Chosen, World,
     queue::{Happening, instant, micros},
 };
 use crate::session::{Body, Packet, message_input};
 
 /// Packets held for a peer without a path (`paths.md`).
 const HELD_MAX: usize = 64;
+/// The time when the world began, by a right clock.
+const CLOCK_US: u64 = 1_700_000_000_000_000;
 /// Timeouts of one node at one instant; more would be a core that spins.
 const WAKES_AT_ONCE_MAX: u32 = 200;
 
@@ -32,6 +34,14 @@ impl World {
                 node.unheard.push(input);
             }
             return;
+        }
+        if let Input::Snapshot(snapshot) = &input {
+            // Whoever is not in it any more is cut off at once.
+            node.snapshot = Some(Arc::clone(snapshot));
+            if !node.sessions.is_empty() {
+                let known: BTreeSet<NodeId> = snapshot.nodes.values().map(|node| node.id).collect();
+                node.sessions.retain(|peer, _| known.contains(peer));
+            }
         }
         core.handle_input(input, now);
         while let Some(output) = self.nodes[index].core.as_mut().and_then(Core::poll_output) {
@@ -55,10 +65,9 @@ impl World {
         let now_ms = self.now_ms();
         match output {
             Output::Handshake { peer, vias } => {
-                self.initiations += 1;
-                let number = self.initiations;
+                let clock = CLOCK_US + self.now - self.nodes[index].clock_behind_us;
                 let session = self.nodes[index].sessions.entry(peer).or_default();
-                let packet = session.initiate(number, peer);
+                let packet = session.initiate(clock, peer);
                 for via in vias {
                     self.send(index, peer, via, packet.clone());
                 }
@@ -70,15 +79,21 @@ impl World {
                 peer,
                 primary,
                 duplicate,
+                duplicates_max,
             } => {
                 (now_ms, index, format!("{primary:?} {duplicate:?}")).hash(&mut self.trace);
-                self.nodes[index].paths.insert(peer, (primary, duplicate));
+                let chosen = Chosen {
+                    primary,
+                    duplicate,
+                    duplicates_left: duplicates_max,
+                };
+                self.nodes[index].paths.insert(peer, chosen);
                 self.nodes[index].moves.push((now_ms, peer, primary));
                 self.flush(index, peer);
             }
             Output::ConnectRelay { relay, transport } => {
                 let relay = self.relay_index(relay);
-                let rtt = 2 * self.line_us(self.nodes[index].site, relay);
+                let rtt = 2 * self.line_us(index, relay);
                 let delay = match transport {
                     RelayTransport::Quic => rtt * 3 / 2,
                     RelayTransport::Tls => rtt * 3,
@@ -147,10 +162,8 @@ impl World {
         held.push_back(body);
         self.flush(index, peer);
         let node = &self.nodes[index];
-        let has_path = node
-            .paths
-            .get(&peer)
-            .is_some_and(|(primary, _)| primary.is_some());
+        let chosen = node.paths.get(&peer);
+        let has_path = chosen.is_some_and(|chosen| chosen.primary.is_some());
         if !has_path {
             self.input(index, Input::Wanted { peer });
         }
@@ -162,7 +175,8 @@ impl World {
             .sessions
             .get(&peer)
             .is_some_and(|session| session.current.is_some());
-        let Some(&(Some(primary), duplicate)) = node.paths.get(&peer) else {
+        let chosen = node.paths.get(&peer).copied().unwrap_or_default();
+        let Some(primary) = chosen.primary else {
             return;
         };
         let Some(held) = node
@@ -179,6 +193,12 @@ impl World {
             let Some(packet) = session.seal(body) else {
                 return;
             };
+            let chosen = self.nodes[index].paths.entry(peer).or_default();
+            let more = chosen.duplicates_left != Some(0);
+            let duplicate = chosen.duplicate.filter(|_| more);
+            if let Some(left) = &mut chosen.duplicates_left {
+                *left = left.saturating_sub(1);
+            }
             for via in duplicate.into_iter().chain([primary]) {
                 self.send(index, peer, via, packet.clone());
             }
@@ -226,8 +246,22 @@ impl World {
         stream.sent.insert(id, now_ms);
         let (from, to, at) = (stream.from, stream.to, self.now + stream.every_us);
         let peer = self.nodes[to].id;
-        self.send_data(from, peer, Body::Ping { flow, id });
+        let bytes = self.flows[flow].bytes;
+        self.send_data(from, peer, Body::Ping { flow, id, bytes });
         self.push(at, Happening::Ping { flow });
+    }
+
+    /// Whether a node's packet path takes anything from another.
+    fn knows(&self, index: usize, other: usize) -> bool {
+        let Some(snapshot) = &self.nodes[index].snapshot else {
+            return false;
+        };
+        let everybody = self.everybody.as_ref();
+        everybody.is_some_and(|all| Arc::ptr_eq(all, snapshot)) || {
+            let other = &self.nodes[other];
+            let known = snapshot.nodes.get(&other.name);
+            known.is_some_and(|known| known.id == other.id)
+        }
     }
 
     pub(super) fn deliver(&mut self, index: usize, from: usize, via: Via, packet: Packet) {
@@ -237,16 +271,31 @@ impl World {
             return;
         }
         let own = node.id;
+        if !self.knows(index, from) {
+            if matches!(packet, Packet::Initiation { to, .. } if to == own) {
+                let why = Refusal::UnknownKey;
+                self.input(index, Input::Refused { peer, via, why });
+            }
+            return;
+        }
+        let node = &mut self.nodes[index];
         let session = node.sessions.entry(peer).or_default();
         match packet {
             // It was sent to an address that another node has now.
             Packet::Initiation { to, .. } if to != own => {}
-            Packet::Initiation { number, .. } => {
-                if let Some(response) = session.respond(from, number) {
+            Packet::Initiation { number, .. } => match session.respond(from, number) {
+                Ok(response) => {
                     self.send(index, peer, via, response);
                     self.input(index, Input::Handshake { peer, via });
                 }
-            }
+                Err(0) => {} // A copy.
+                Err(_) if !self.call_back => {}
+                Err(behind_us) => {
+                    let behind = Duration::from_micros(behind_us);
+                    let why = Refusal::OldTimestamp { behind };
+                    self.input(index, Input::Refused { peer, via, why });
+                }
+            },
             Packet::Response { number } => {
                 if session.complete(index, number) {
                     self.seal(index, peer, via, Body::Keepalive);
@@ -268,16 +317,16 @@ impl World {
         match body {
             Body::Keepalive => {}
             Body::Control(message) => self.input(index, message_input(peer, via, message)),
-            Body::Ping { flow, id } => {
+            Body::Ping { flow, id, bytes } => {
                 let stream = &mut self.flows[flow];
                 assert!(
                     stream.to == index && stream.sent.contains_key(&id),
                     "nobody sent that"
                 );
                 stream.twice += u64::from(!stream.delivered.insert(id));
-                self.send_data(index, peer, Body::Pong { flow, id });
+                self.send_data(index, peer, Body::Pong { flow, id, bytes });
             }
-            Body::Pong { flow, id } => {
+            Body::Pong { flow, id, .. } => {
                 let now_ms = self.now_ms();
                 let stream = &mut self.flows[flow];
                 assert_eq!(stream.from, index, "that is for somebody else");
