@@ -194,6 +194,9 @@ impl Core {
                 peer,
                 present,
             } => {
+                if !self.us.relays_up.contains(&relay) {
+                    return; // What it said before its link broke does not hold any more.
+                }
                 self.with_relays(now, |relays, dice, out| relays.heard(relay, now, dice, out));
                 self.with_peer(peer, now, |peer, ctx| {
                     peer.on_relay_peer(relay, present, ctx)

@@ -64,8 +64,9 @@ const LOSS_COST: Duration = Duration::from_millis(200);
 /// A path to which the kernel refuses to send is left alone for this long; twice as long each time …
 const BARRED_FIRST: Duration = Duration::from_secs(1);
 
-/// … up to this, or a firewall that refuses now and then would make traffic swing …
-const BARRED_MAX: Duration = Duration::from_secs(60);
+/// … up to this, or a firewall that refuses now and then would make traffic swing; half of the longest
+/// pause between two searches, so that the next one finds it open …
+const BARRED_MAX: Duration = Duration::from_secs(30);
 
 /// … and from the beginning after so long without.
 const BARRED_FORGOTTEN: Duration = Duration::from_secs(300);
@@ -203,11 +204,14 @@ impl Path {
 
     /// The kernel refused to send there. Whoever knows more says [`Self::unbar`].
     pub(crate) fn on_refused(&mut self, now: Instant) {
+        self.happen(PathEvent::Gone, now);
+        if self.is_barred(now) {
+            return; // What the peer asks is answered all the same, or was to be.
+        }
         let again = |at: Instant| now < at + BARRED_FORGOTTEN;
         let again = self.refused_at.is_some_and(again);
         self.refusals = if again { self.refusals + 1 } else { 0 };
         self.refused_at = Some(now);
-        self.happen(PathEvent::Gone, now);
     }
 
     /// The network is another one: what was refused may work.
@@ -573,7 +577,7 @@ mod tests {
             }
             pauses.push((now - refused) / 1_000);
         }
-        assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 60, 60, 60]);
+        assert_eq!(pauses, [1, 2, 4, 8, 16, 30, 30, 30, 30]);
         path.on_refused(at(now));
         path.unbar();
         assert!(path.happen(PathEvent::ProbingBegan, at(now)));

@@ -457,6 +457,170 @@ fn a_peer_that_no_relay_knows_is_offline_after_twenty_seconds() {
     assert_eq!(core.peer_report(&peer).unwrap().reason, Reason::PeerOffline);
 }
 
+/// What node 0 says of peer 1, which it calls for 20 s while the relay says that it is there.
+fn unanswered(before: impl FnOnce(&mut Core)) -> Reason {
+    let mut core = core(mesh(3));
+    let (relay, transport, peer) = (r1(), RelayTransport::Quic, id(1));
+    core.handle_input(Input::RelayConnected { relay, transport }, at(10));
+    before(&mut core);
+    let present = true;
+    core.handle_input(Input::Wanted { peer }, at(5_000));
+    core.handle_input(
+        Input::RelayPeer {
+            relay,
+            peer,
+            present,
+        },
+        at(5_020),
+    );
+    while let Some(now) = core.poll_timeout().filter(|now| *now <= at(25_100)) {
+        core.handle_input(Input::Timeout, now);
+    }
+    let report = core.peer_report(&peer).unwrap();
+    assert_eq!(report.state, PeerState::Unreachable);
+    report.reason
+}
+
+#[test]
+fn a_handshake_that_arrives_and_is_not_answered_has_a_reason() {
+    let clock = |wall_s, at_least_s| Input::Clock {
+        wall: Duration::from_secs(wall_s),
+        at_least: Duration::from_secs(at_least_s),
+    };
+    assert_eq!(unanswered(|_| ()), Reason::MapStale);
+    let behind = |core: &mut Core| core.handle_input(clock(1_000, 1_061), at(20));
+    assert_eq!(unanswered(behind), Reason::ClockSkew);
+    let slightly = |core: &mut Core| core.handle_input(clock(1_000, 1_060), at(20));
+    assert_eq!(unanswered(slightly), Reason::MapStale);
+    let set = |core: &mut Core| {
+        core.handle_input(clock(1_000, 1_061), at(20));
+        core.handle_input(clock(1_061, 1_061), at(30));
+    };
+    assert_eq!(unanswered(set), Reason::MapStale);
+    let acquainted = |core: &mut Core| {
+        let (peer, via, message) = (id(1), Via::Relay(r1()), PeerMessage::Goodbye);
+        core.handle_input(Input::Handshake { peer, via }, at(20));
+        core.handle_input(Input::Message { peer, via, message }, at(30));
+        while let Some(now) = core.poll_timeout().filter(|now| *now <= at(4_000)) {
+            core.handle_input(Input::Timeout, now);
+        }
+        core.handle_input(Input::Snapshot(Arc::new(mesh(1))), at(4_100));
+        core.handle_input(Input::Snapshot(Arc::new(mesh(3))), at(4_200));
+    };
+    assert_eq!(
+        unanswered(acquainted),
+        Reason::MapStale,
+        "it was another life"
+    );
+}
+
+/// Where node 0 sends initiations to peer 1 when it is told, at each of these times, that it refused one.
+fn called_back(reports: &[(u64, u64)], up: bool) -> usize {
+    let mut core = if up { relayed() } else { core(mesh(3)) };
+    let (peer, via) = (id(1), Via::Direct("198.51.100.7:4000".parse().unwrap()));
+    let mut calls = 0;
+    for &(ms, behind_s) in reports {
+        let behind = Duration::from_secs(behind_s);
+        let why = Refusal::OldTimestamp { behind };
+        core.handle_input(Input::Refused { peer, via, why }, at(ms));
+        let vias = vec![via];
+        let call = Output::Handshake { peer, vias };
+        calls += drain(&mut core)
+            .iter()
+            .filter(|output| **output == call)
+            .count();
+    }
+    calls
+}
+
+#[test]
+fn a_peer_whose_clock_went_back_is_called_back_once_in_ten_seconds_by_its_own_way() {
+    let flood: Vec<(u64, u64)> = (0..100).map(|n| (1_000 + n * 100, 3_600)).collect();
+    assert_eq!(called_back(&flood, false), 1);
+    assert_eq!(called_back(&[(1_000, 3_600), (11_000, 3_600)], false), 2);
+    assert_eq!(called_back(&[(1_000, 59)], false), 0, "overtaken");
+    assert_eq!(
+        called_back(&[(1_000, 3_600)], true),
+        0,
+        "it can call itself"
+    );
+}
+
+#[test]
+fn a_stranger_is_called_when_the_snapshot_names_it_if_it_called_lately() {
+    for (later_ms, called) in [(50_000, true), (70_000, false)] {
+        let mut core = core(mesh(1));
+        let via = Via::Relay(r1());
+        let why = Refusal::UnknownKey;
+        let mut said = 0;
+        for number in 0..100 {
+            let peer = id(1 + number % 30);
+            core.handle_input(Input::Refused { peer, via, why }, at(1_000));
+            said += drain(&mut core).len();
+        }
+        assert_eq!(said, 1, "one event a minute");
+        core.handle_input(Input::Snapshot(Arc::new(mesh(31))), at(1_000 + later_ms));
+        let calls = drain(&mut core);
+        let calls = calls
+            .iter()
+            .filter(|output| matches!(output, Output::Handshake { .. }));
+        assert_eq!(calls.count(), if called { 16 } else { 0 }, "the last 16");
+    }
+}
+
+#[test]
+fn copies_are_counted_after_a_move_and_not_while_the_path_is_in_doubt() {
+    let mut core = relayed();
+    let peer = id(1);
+    let via = Via::Direct("198.51.100.7:4000".parse().unwrap());
+    core.handle_input(Input::Handshake { peer, via }, at(200));
+    let mut said = Vec::new();
+    for ms in (200..8_000).step_by(20) {
+        let (sent, received) = (ms > 4_000, Vec::new());
+        core.handle_input(
+            Input::Traffic {
+                peer,
+                sent,
+                received,
+            },
+            at(ms),
+        );
+        core.handle_input(Input::Timeout, at(ms));
+        for output in drain(&mut core) {
+            match output {
+                Output::SetPath {
+                    primary,
+                    duplicate,
+                    duplicates_max,
+                    ..
+                } => {
+                    said.push((primary, duplicate, duplicates_max));
+                }
+                Output::Send {
+                    via: by, message, ..
+                } if ms < 4_000 || by != via => {
+                    if let PeerMessage::EchoRequest { txid, size_bytes } = message {
+                        let (observed, via) = (None, by);
+                        let message = PeerMessage::EchoReply {
+                            txid,
+                            size_bytes,
+                            observed,
+                        };
+                        core.handle_input(Input::Message { peer, via, message }, at(ms + 10));
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+    let relay = Some(Via::Relay(r1()));
+    let moved = [(Some(via), relay, Some(32)), (Some(via), None, None)];
+    assert_eq!(said[..2], moved);
+    assert!(said.contains(&(Some(via), relay, None)), "{said:?}");
+    assert_eq!(said.last(), Some(&(relay, None, None)));
+    assert!(said[2..].iter().all(|(.., max)| max.is_none()), "{said:?}");
+}
+
 fn any_via() -> impl Strategy<Value = Via> {
     prop_oneof![
         Just(Via::Relay(r1())),

@@ -97,9 +97,15 @@ enum Kind {
     FlowStops,
     FlowsStart,
     AllIdle,
+    SendsRefused,
+    SendsAllowed,
+    ClockGoesBack,
+    MtuGrows,
+    MtuShrinks,
+    LineCarriesLess,
 }
 
-const KINDS: [Kind; 43] = {
+const KINDS: [Kind; 49] = {
     use Kind::*;
     [
         LineCut,
@@ -145,6 +151,12 @@ const KINDS: [Kind; 43] = {
         FlowStops,
         FlowsStart,
         AllIdle,
+        SendsRefused,
+        SendsAllowed,
+        ClockGoesBack,
+        MtuGrows,
+        MtuShrinks,
+        LineCarriesLess,
     ]
 };
 
@@ -161,6 +173,8 @@ struct Lab {
     log: Vec<String>,
     happened: BTreeMap<Kind, u32>,
     slowest_ms: u64,
+    /// The overlay's MTU.
+    mtu: u16,
 }
 
 const NATS: [NatSort; 6] = [
@@ -190,6 +204,7 @@ impl Lab {
         for (node, site) in [0, 1, 1, 2, 3].into_iter().enumerate() {
             world.add_node(&format!("node-{node}"), site);
         }
+        world.add_peer_relay(1, true, &[1]);
         let mut pairs = BTreeMap::new();
         for a in 0..world.nodes.len() {
             for b in a + 1..world.nodes.len() {
@@ -217,6 +232,7 @@ impl Lab {
             log: Vec::new(),
             happened: BTreeMap::new(),
             slowest_ms: 0,
+            mtu: 1_280,
         }
     }
 
@@ -227,13 +243,38 @@ impl Lab {
 
     // The reference.
 
+    /// Whether `node` is a client of a relay for the sake of a peer that the relay serves, or itself.
     fn relay_serves(&self, relay: usize, node: usize) -> bool {
-        self.world.relays[relay].up
+        let known = &self.world.relays[relay];
+        let site = self.world.nodes[node].site;
+        let works = |site: usize| !self.world.sites[site].down;
+        let line = match known.host {
+            None => works(site),
+            // Of a node that moved, the site's name still holds.
+            Some((host, _)) => {
+                let hosts = self.world.nodes[host].site;
+                let udp = self.world.sites[hosts].nat.sort != NatSort::UdpBlocked;
+                let near = hosts == site;
+                self.runs(host) && (near || udp && works(site) && works(hosts))
+            }
+        };
+        known.up
+            && line
             && !self.removed_relays.contains_key(&relay)
-            && !self
-                .world
-                .cut_off
-                .contains(&(self.world.nodes[node].site, relay))
+            && !self.world.cut_off.contains(&(site, relay))
+    }
+
+    /// Whether a session of the two may go by a relay: one is at home in its site.
+    fn may_use(&self, relay: usize, a: usize, b: usize) -> bool {
+        let Some(snapshot) = &self.world.snapshot else {
+            return false;
+        };
+        let serves = |node: usize| {
+            let node = snapshot.nodes.get(&self.world.nodes[node].name);
+            let site = node.and_then(|node| node.locality.site.as_ref());
+            self.world.relays[relay].relay.serves(site)
+        };
+        serves(a) || serves(b)
     }
 
     fn is_there(&self, node: usize) -> bool {
@@ -245,7 +286,9 @@ impl Lab {
     }
 
     fn can_talk(&self, a: usize, b: usize) -> bool {
-        let common = |relay: usize| self.relay_serves(relay, a) && self.relay_serves(relay, b);
+        let common = |relay: usize| {
+            self.may_use(relay, a, b) && self.relay_serves(relay, a) && self.relay_serves(relay, b)
+        };
         self.is_there(a) && self.is_there(b) && (0..self.world.relays.len()).any(common)
     }
 
@@ -266,7 +309,8 @@ impl Lab {
     }
 
     fn can_be_direct(&self, a: usize, b: usize) -> bool {
-        if !self.can_talk(a, b) || !self.may_be_direct(a, b) {
+        let refused = |node| self.world.refused.contains(&node);
+        if !self.can_talk(a, b) || !self.may_be_direct(a, b) || refused(a) || refused(b) {
             return false;
         }
         let (a, b) = (self.world.nodes[a].site, self.world.nodes[b].site);
@@ -276,7 +320,7 @@ impl Lab {
         let site = |site: usize| &self.world.sites[site];
         let clean = |one: usize| {
             let one = site(one);
-            one.loss == 0.0 && one.carries_bytes >= 1_280 && one.nat.sort != NatSort::UdpBlocked
+            one.loss == 0.0 && one.carries_bytes >= self.mtu && one.nat.sort != NatSort::UdpBlocked
         };
         let severed = |a, b| {
             self.world.severed.contains(&(a, b)) || self.world.severed_one_way.contains(&(a, b))
@@ -779,7 +823,44 @@ impl Lab {
                 self.start_flows();
                 Some("for 400 s".to_owned())
             }
+            Kind::SendsRefused => {
+                let node = self.pick_node(Self::runs)?;
+                self.world
+                    .refused
+                    .insert(node)
+                    .then(|| format!("node {node}"))
+            }
+            Kind::SendsAllowed => {
+                let any = !self.world.refused.is_empty();
+                self.world.refused.clear();
+                any.then(String::new)
+            }
+            Kind::ClockGoesBack => {
+                let node = self.pick_node(Self::runs)?;
+                self.world.kill(node);
+                // Four times at most: the world's own clock is so far on.
+                self.world.nodes[node].clock_behind_us += 3_600_000_000;
+                self.world.run_for(500);
+                self.world.boot(node);
+                Some(format!("node {node}"))
+            }
+            Kind::MtuGrows => self.set_mtu(1_400),
+            Kind::MtuShrinks => self.set_mtu(1_280),
+            Kind::LineCarriesLess => {
+                let site = self.pick_site(|world, site| world.sites[site].carries_bytes > 1_300)?;
+                self.world.sites[site].carries_bytes = 1_300;
+                Some(format!("at site {site}"))
+            }
         }
+    }
+
+    fn set_mtu(&mut self, bytes: u16) -> Option<String> {
+        if self.mtu == bytes {
+            return None;
+        }
+        self.mtu = bytes;
+        self.publish(|snapshot| snapshot.mesh.mtu_bytes = bytes);
+        Some(format!("to {bytes}"))
     }
 
     fn start_flows(&mut self) {

@@ -653,7 +653,7 @@ impl World {
             }
             Change::NoticeHost { relay, boot } => {
                 let host = self.relays[relay].host.map(|(host, _)| &self.nodes[host]);
-                if host.is_some_and(|host| host.boot == boot) {
+                if host.is_some_and(|host| host.boot == boot && host.core.is_none()) {
                     self.lose_clients(relay, "timed out");
                 }
             }
