@@ -109,7 +109,7 @@ pub enum Input {
         /// What must be over: when its certificate was made, when it last wrote its state.
         at_least: Duration,
     },
-    /// A WireGuard handshake with a peer completed, or a peer began one (`via` is how its last
+    /// A WireGuard session with a peer was proven by both ends, whoever began it (`via` is how its last
     /// message came). There is a session now.
     Handshake {
         /// The peer.

@@ -264,8 +264,9 @@ impl Lab {
             && !self.world.cut_off.contains(&(site, relay))
     }
 
-    /// Whether a session of the two may go by a relay: one is at home in its site.
-    fn may_use(&self, relay: usize, a: usize, b: usize) -> bool {
+    /// Whether a session that `from` begins may go by a relay, and finds `to` there: nobody keeps links to
+    /// the relays of another's site.
+    fn may_use(&self, relay: usize, from: usize, to: usize) -> bool {
         let Some(snapshot) = &self.world.snapshot else {
             return false;
         };
@@ -274,7 +275,7 @@ impl Lab {
             let site = node.and_then(|node| node.locality.site.as_ref());
             self.world.relays[relay].relay.serves(site)
         };
-        serves(a) || serves(b)
+        from != to && serves(to)
     }
 
     fn is_there(&self, node: usize) -> bool {
@@ -372,6 +373,47 @@ impl Lab {
                 break;
             }
             if took > self.bound_ms() {
+                for (&(from, to), &flow) in &self.pairs {
+                    if !silent.contains(&format!("{from} → {to}")) {
+                        continue;
+                    }
+                    println!(
+                        "pair {from} {to} running {}",
+                        self.world.flows[flow].running
+                    );
+                    for (of, peer) in [(from, to), (to, from)] {
+                        let relays: Vec<_> = self
+                            .world
+                            .core(of)
+                            .relays()
+                            .map(|r| (r.name, r.up, r.problem))
+                            .collect();
+                        println!("{of} at site {}: {relays:?}", self.world.nodes[of].site);
+                        if let Some(r) = self.world.report(of, peer) {
+                            println!(
+                                "  {:?} {:?} {:?} {:?}",
+                                r.state,
+                                r.reason,
+                                r.via,
+                                r.paths
+                                    .iter()
+                                    .map(|p| (p.via, p.state, p.loss))
+                                    .collect::<Vec<_>>()
+                            );
+                            for t in r.transitions.iter().rev().take(8) {
+                                println!("   {:?} {:?} {:?}", t.from, t.to, t.reason);
+                            }
+                        }
+                    }
+                }
+                println!(
+                    "cut off {:?}; down {:?}; refused {:?}",
+                    self.world.cut_off,
+                    (0..self.world.relays.len())
+                        .filter(|r| !self.world.relays[*r].up)
+                        .collect::<Vec<_>>(),
+                    self.world.refused
+                );
                 return Err(format!("{silent:?} do not talk after {took} ms"));
             }
         }

@@ -425,7 +425,7 @@ fn a_lossy_direct_path_gives_way_to_a_clean_relay_and_comes_back_when_it_is_clea
         (PeerState::Relayed, Reason::DirectLossy)
     );
     world.nodes[a].moves.clear();
-    world.run_for(120_000);
+    world.run_for(60_000);
     assert_eq!(world.nodes[a].moves, [], "it does not swing");
     world.lossy.clear();
     let took = world.run_until(180_000, "direct again", |w| {

@@ -131,24 +131,29 @@ impl Session {
         Some(Packet::Sealed { key, counter, body })
     }
 
-    /// Whether a sealed packet is authentic, and no copy. Confirms its session.
-    pub(crate) fn open(&mut self, key: Key, counter: u64) -> bool {
+    /// Whether a sealed packet is authentic, and no copy; `Some(true)`: and the first of a session that the
+    /// other end began, which is proven by that.
+    pub(crate) fn open(&mut self, key: Key, counter: u64) -> Option<bool> {
         if self.keys.contains(&key) {
             let seen = self.seen.entry(key).or_default();
             let newest = seen.last().copied().unwrap_or_default();
             if counter + REPLAY_WINDOW <= newest || !seen.insert(counter) {
-                return false;
+                return None;
             }
             if seen.len() > usize::try_from(REPLAY_WINDOW).unwrap() {
                 seen.pop_first();
             }
         }
         let age = |key: Key| self.keys.iter().position(|known| *known == key);
-        let known = age(key);
-        if known.is_some() && known >= self.current.and_then(age) {
+        let known = age(key)?;
+        let newer = self
+            .current
+            .and_then(age)
+            .is_none_or(|current| known > current);
+        if newer {
             self.current = Some(key);
         }
-        known.is_some()
+        Some(newer)
     }
 
     fn add(&mut self, key: Key) {

@@ -87,8 +87,11 @@ impl World {
                     duplicate,
                     duplicates_left: duplicates_max,
                 };
-                self.nodes[index].paths.insert(peer, chosen);
-                self.nodes[index].moves.push((now_ms, peer, primary));
+                let node = &mut self.nodes[index];
+                let before = node.paths.insert(peer, chosen);
+                if before.is_none_or(|before| before.primary != primary) {
+                    node.moves.push((now_ms, peer, primary));
+                }
                 self.flush(index, peer);
             }
             Output::ConnectRelay { relay, transport } => {
@@ -284,10 +287,7 @@ impl World {
             // It was sent to an address that another node has now.
             Packet::Initiation { to, .. } if to != own => {}
             Packet::Initiation { number, .. } => match session.respond(from, number) {
-                Ok(response) => {
-                    self.send(index, peer, via, response);
-                    self.input(index, Input::Handshake { peer, via });
-                }
+                Ok(response) => self.send(index, peer, via, response),
                 Err(0) => {} // A copy.
                 Err(_) if !self.call_back => {}
                 Err(behind_us) => {
@@ -304,7 +304,10 @@ impl World {
                 }
             }
             Packet::Sealed { key, counter, body } => {
-                if session.open(key, counter) {
+                if let Some(first) = session.open(key, counter) {
+                    if first {
+                        self.input(index, Input::Handshake { peer, via });
+                    }
                     self.note(index, peer, false, Some(via));
                     self.open(index, peer, via, body);
                     self.flush(index, peer);
