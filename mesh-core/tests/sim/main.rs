@@ -9,6 +9,7 @@
 )]
 
 mod communities;
+mod day;
 mod lines;
 mod mass;
 mod matrix;

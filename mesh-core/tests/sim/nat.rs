@@ -40,6 +40,7 @@ pub(crate) struct Nat {
     /// Permissions end after this much silence; and mappings, if it was said how long that is.
     expiry_us: u64,
     forgets: bool,
+    forgot_at: u64,
     /// Inside address and, if the mapping depends on it, destination, to outside port.
     ports: BTreeMap<(SocketAddr, Option<SocketAddr>), u16>,
     insides: BTreeMap<u16, SocketAddr>,
@@ -63,6 +64,7 @@ impl Nat {
             },
             expiry_us: EXPIRY_US,
             forgets: false,
+            forgot_at: 0,
             ports: BTreeMap::new(),
             insides: BTreeMap::new(),
             permitted: BTreeMap::new(),
@@ -126,7 +128,8 @@ impl Nat {
         to: SocketAddr,
         now_us: u64,
     ) -> Option<SocketAddr> {
-        if self.forgets {
+        if self.forgets && now_us >= self.forgot_at + 1_000_000 {
+            self.forgot_at = now_us;
             self.forget_unused(now_us);
         }
         let by_destination = match self.sort {

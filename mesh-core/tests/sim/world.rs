@@ -130,6 +130,15 @@ pub(crate) struct Flow {
     pub(crate) twice: u64,
 }
 
+impl Flow {
+    /// What was sent and answered before is of no interest any more.
+    pub(crate) fn forget(&mut self) {
+        self.sent.clear();
+        self.answered.clear();
+        self.delivered.clear();
+    }
+}
+
 /// Something that a scenario does to the world.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Change {
