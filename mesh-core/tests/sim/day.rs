@@ -241,10 +241,9 @@ impl Day {
         let due = whole.unwrap_or(at).max(at) + TALKS_WITHIN_MS;
         let flow = &self.world.flows[flow];
         self.judged += 1;
-        let answered = flow
-            .answered
-            .iter()
-            .filter(|(id, _)| flow.sent[id] + TALKS_WITHIN_MS <= due.max(at + TALKS_WITHIN_MS));
+        // Of those packets that went out early enough: what breaks later is of no interest.
+        let early = |id: &u64| flow.sent.get(id).is_some_and(|sent| *sent <= due);
+        let answered = flow.answered.iter().filter(|(id, _)| early(id));
         let first = answered.map(|(_, at)| *at).min();
         let sort = |node: usize| {
             let site = self.world.nodes[node].site;

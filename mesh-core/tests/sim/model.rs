@@ -314,9 +314,20 @@ impl Lab {
         if !self.can_talk(a, b) || !self.may_be_direct(a, b) || refused(a) || refused(b) {
             return false;
         }
+        let nodes = (a, b);
         let (a, b) = (self.world.nodes[a].site, self.world.nodes[b].site);
         if a == b {
             return true;
+        }
+        // Somebody has to tell them where they are; the relay of a site does not see it from outside.
+        let seen = |node: usize| {
+            let mut relays = 0..self.world.relays.len();
+            relays.any(|relay| {
+                self.world.relays[relay].host.is_none() && self.relay_serves(relay, node)
+            })
+        };
+        if !seen(nodes.0) || !seen(nodes.1) {
+            return false;
         }
         let site = |site: usize| &self.world.sites[site];
         let clean = |one: usize| {
@@ -361,6 +372,27 @@ impl Lab {
         silent
     }
 
+    /// What both ends of each of these pairs say of each other, and of their relays.
+    fn views(&self, pairs: &[String]) -> String {
+        let mut said = Vec::new();
+        let named = |pair: &&(usize, usize)| pairs.contains(&format!("{} → {}", pair.0, pair.1));
+        for &(from, to) in self.pairs.keys().filter(named) {
+            for (of, peer) in [(from, to), (to, from)] {
+                let relays = self.world.core(of).relays();
+                let relays: Vec<_> = relays.map(|relay| (relay.name, relay.up)).collect();
+                let site = self.world.nodes[of].site;
+                said.push(format!("{of} at site {site}: {relays:?}"));
+                if let Some(report) = self.world.report(of, peer) {
+                    let (state, reason, via) = (report.state, report.reason, report.via);
+                    said.push(format!("  of {peer}: {state:?} {reason:?} {via:?}"));
+                    let last = report.transitions.iter().rev().take(5);
+                    said.extend(last.map(|change| format!("  {change:?}")));
+                }
+            }
+        }
+        said.join("\n")
+    }
+
     fn settle(&mut self) -> Result<(), String> {
         let since = self.world.now_ms();
         self.watch_trouble();
@@ -373,48 +405,8 @@ impl Lab {
                 break;
             }
             if took > self.bound_ms() {
-                for (&(from, to), &flow) in &self.pairs {
-                    if !silent.contains(&format!("{from} → {to}")) {
-                        continue;
-                    }
-                    println!(
-                        "pair {from} {to} running {}",
-                        self.world.flows[flow].running
-                    );
-                    for (of, peer) in [(from, to), (to, from)] {
-                        let relays: Vec<_> = self
-                            .world
-                            .core(of)
-                            .relays()
-                            .map(|r| (r.name, r.up, r.problem))
-                            .collect();
-                        println!("{of} at site {}: {relays:?}", self.world.nodes[of].site);
-                        if let Some(r) = self.world.report(of, peer) {
-                            println!(
-                                "  {:?} {:?} {:?} {:?}",
-                                r.state,
-                                r.reason,
-                                r.via,
-                                r.paths
-                                    .iter()
-                                    .map(|p| (p.via, p.state, p.loss))
-                                    .collect::<Vec<_>>()
-                            );
-                            for t in r.transitions.iter().rev().take(8) {
-                                println!("   {:?} {:?} {:?}", t.from, t.to, t.reason);
-                            }
-                        }
-                    }
-                }
-                println!(
-                    "cut off {:?}; down {:?}; refused {:?}",
-                    self.world.cut_off,
-                    (0..self.world.relays.len())
-                        .filter(|r| !self.world.relays[*r].up)
-                        .collect::<Vec<_>>(),
-                    self.world.refused
-                );
-                return Err(format!("{silent:?} do not talk after {took} ms"));
+                let views = self.views(&silent);
+                return Err(format!("{silent:?} do not talk after {took} ms\n{views}"));
             }
         }
         self.long_trouble &= self.trouble_since.is_some();
