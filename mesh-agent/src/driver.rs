@@ -505,6 +505,8 @@ impl Driver {
             Output::UseRelayTransport { relay, transport } => self.links.prefer(relay, transport),
             Output::FindPeer { relay, peer } => self.links.find_peer(relay, peer),
             Output::AskReflexive { relay, target } => self.ask_reflexive(relay, target),
+            // Only of a node with `CoreConfig::bursts`; this shell does not set it.
+            Output::OpenSockets { .. } => {}
             // This shell says `LocalAddresses`: the kernel's routes choose the way out.
             Output::UseUplink { .. } | Output::ProbeUplink { .. } => {}
             Output::Event(event) => self.tell(event),

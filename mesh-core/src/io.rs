@@ -178,6 +178,14 @@ pub struct Uplink {
 /// time after which a path becomes suspect.
 pub const TRAFFIC_TICK_MS: u64 = 100;
 
+/// How long sockets of [`Output::OpenSockets`] wait: the peer guesses for 7 s, from when it hears of them,
+/// and most NATs keep a mapping without an answer for 30 s.
+pub const SOCKETS_TRIED: Duration = Duration::from_secs(20);
+
+/// After so long without a packet a socket that was of use is closed, too: a session without traffic ends after
+/// five minutes.
+pub const SOCKETS_KEPT: Duration = Duration::from_secs(300);
+
 /// What a link to a relay runs over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum RelayTransport {
@@ -252,6 +260,21 @@ pub enum Output {
         relay: RelayId,
         /// Its address.
         target: SocketAddr,
+    },
+    /// Open so many more UDP sockets, and send this message, sealed in the session, from each of them to
+    /// `target`. What comes in by them came by `Via::Direct` of its source, as by the node's own socket.
+    /// The one by which something authentic comes from an address is the one that what goes to that
+    /// address leaves by, until the next `OpenSockets` for this peer or the peer's path is gone for
+    /// [`SOCKETS_KEPT`]; those by which nothing came are closed after [`SOCKETS_TRIED`].
+    OpenSockets {
+        /// The peer.
+        peer: NodeId,
+        /// One of its addresses.
+        target: SocketAddr,
+        /// How many.
+        count: u16,
+        /// The message.
+        message: PeerMessage,
     },
     /// From now on, the node's UDP socket and its relay links use this uplink. Links that used
     /// another are said to be lost.

@@ -64,6 +64,9 @@ pub struct CoreConfig {
     pub id: NodeId,
     /// What `Event::Remember` last said of each peer.
     pub remembered: BTreeMap<NodeId, Vec<SocketAddr>>,
+    /// It takes part in bursts: behind a symmetric NAT it opens 256 sockets for
+    /// a peer that it can only reach by a relay, and otherwise guesses a thousand ports of such a peer.
+    pub bursts: bool,
 }
 
 /// The decisions of one node.
@@ -114,6 +117,7 @@ impl Core {
             metered: false,
             inside: Inside::default(),
             full_size: DEFAULT_MTU_BYTES,
+            bursts: config.bursts,
             clock_is_behind: false,
         };
         Self {

@@ -65,7 +65,12 @@ pub enum PeerMessage {
         relays: Vec<(RelayId, Duration)>,
         /// What the sender sends costs it: nobody should make it answer without need.
         metered: bool,
+        /// The sender takes part in [`PeerMessage::GuessPorts`].
+        bursts: bool,
     },
+    /// The sender, whose NAT gives each of its sockets and destinations another port, has opened many sockets
+    /// and sent from each to the receiver's address: now the receiver should guess one of the ports.
+    GuessPorts,
     /// The sender stops now: move its traffic away at once.
     Goodbye,
 }
@@ -127,7 +132,7 @@ mod proto {
 
     #[derive(Clone, PartialEq, prost::Message)]
     pub(super) struct Envelope {
-        #[prost(oneof = "Body", tags = "1, 2, 3, 4")]
+        #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5")]
         pub(super) body: Option<Body>,
         #[prost(bytes = "vec", tag = "15")]
         pub(super) padding: Vec<u8>,
@@ -142,7 +147,9 @@ mod proto {
         #[prost(message, tag = "3")]
         Candidates(Candidates),
         #[prost(message, tag = "4")]
-        Goodbye(Goodbye),
+        Goodbye(Empty),
+        #[prost(message, tag = "5")]
+        GuessPorts(Empty),
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -176,6 +183,8 @@ mod proto {
         pub(super) relays: Vec<RelayRtt>,
         #[prost(bool, tag = "5")]
         pub(super) metered: bool,
+        #[prost(bool, tag = "6")]
+        pub(super) bursts: bool,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -195,7 +204,7 @@ mod proto {
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct Goodbye {}
+    pub(super) struct Empty {}
 }
 
 /// Bytes of the IPv6 and UDP headers before the message.
@@ -254,7 +263,7 @@ impl PeerMessage {
             Self::EchoRequest { size_bytes, .. } | Self::EchoReply { size_bytes, .. } => {
                 usize::from(*size_bytes)
             }
-            Self::Candidates { .. } | Self::Goodbye => 0,
+            Self::Candidates { .. } | Self::Goodbye | Self::GuessPorts => 0,
         };
         let mut envelope = proto::Envelope {
             body: Some(self.to_body()),
@@ -288,6 +297,7 @@ impl PeerMessage {
                 nat,
                 relays,
                 metered,
+                bursts,
             } => {
                 let entry = |candidate: &Candidate| proto::Candidate {
                     kind: candidate.kind.into(),
@@ -299,9 +309,11 @@ impl PeerMessage {
                     nat: (*nat).into(),
                     relays: relays.iter().take(RELAYS_MAX).map(rtt_to_proto).collect(),
                     metered: *metered,
+                    bursts: *bursts,
                 })
             }
-            Self::Goodbye => proto::Body::Goodbye(proto::Goodbye {}),
+            Self::Goodbye => proto::Body::Goodbye(proto::Empty {}),
+            Self::GuessPorts => proto::Body::GuessPorts(proto::Empty {}),
         }
     }
 
@@ -330,9 +342,11 @@ impl PeerMessage {
                         .map(rtt_from_proto)
                         .collect(),
                     metered: list.metered,
+                    bursts: list.bursts,
                 })
             }
             proto::Body::Goodbye(_) => Ok(Self::Goodbye),
+            proto::Body::GuessPorts(_) => Ok(Self::GuessPorts),
         }
     }
 }
@@ -425,9 +439,11 @@ mod tests {
                     nat: NatKind::Hard,
                     relays,
                     metered: generation % 2 == 0,
+                    bursts: generation % 3 == 0,
                 }
             }),
             Just(PeerMessage::Goodbye),
+            Just(PeerMessage::GuessPorts),
         ]
     }
 
@@ -459,6 +475,7 @@ mod tests {
             nat: NatKind::Hard,
             relays: vec![(RelayId(u64::MAX), Duration::from_secs(60)); RELAYS_MAX],
             metered: true,
+            bursts: true,
         };
         assert!(message.to_packet(A, B).len() <= FULL_SIZE.into());
     }

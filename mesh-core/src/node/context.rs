@@ -50,6 +50,8 @@ pub(crate) struct Us {
     pub(crate) inside: Inside,
     /// The overlay's MTU: an inner packet of full size.
     pub(crate) full_size: u16,
+    /// It takes part in bursts of sockets and guesses.
+    pub(crate) bursts: bool,
     /// The wall clock says a time that is over.
     pub(crate) clock_is_behind: bool,
 }

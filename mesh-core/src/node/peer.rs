@@ -27,8 +27,10 @@ use crate::{
     },
 };
 
+use burst::Burst;
 use keepalive::Keepalive;
 
+mod burst;
 mod keepalive;
 mod paths;
 mod traffic;
@@ -93,8 +95,9 @@ const GOODBYE_GRACE: Duration = Duration::from_secs(1);
 const VISITS_MAX: usize = 2;
 
 /// A peer whose initiation was refused is called back no more often than this: who has recorded an old
-/// one can have it refused as often as it likes.
-const CALL_BACK_EVERY: Duration = Duration::from_secs(10);
+/// one can have it refused as often as it likes, and gets 300 bytes a second for it. Rarer would take
+/// long where packets are lost.
+const CALL_BACK_EVERY: Duration = Duration::from_millis(500);
 
 /// How long a refused initiation is a reason.
 const REFUSED_FOR: Duration = Duration::from_secs(60);
@@ -141,6 +144,8 @@ struct Remote {
     relay_rtts: BTreeMap<RelayId, Duration>,
     /// What it sends costs it.
     metered: bool,
+    /// It takes part in bursts.
+    bursts: bool,
 }
 
 /// The search for a direct path.
@@ -207,6 +212,7 @@ pub(crate) struct Peer {
     check_at: Option<Instant>,
     checks: u32,
     keepalive: Keepalive,
+    burst: Burst,
     /// What goes out costs, as this peer last heard.
     metered: bool,
     changes: Changes,
@@ -243,6 +249,7 @@ impl Peer {
             check_at: None,
             checks: 0,
             keepalive: Keepalive::default(),
+            burst: Burst::default(),
             metered: false,
             changes: Changes::default(),
             timer: None,
@@ -406,16 +413,18 @@ impl Peer {
                 nat,
                 relays,
                 metered,
+                bursts,
             } => {
                 if matches!(self.phase, Phase::Idle) {
                     self.active_at = ctx.now;
                     self.session = true;
                     self.answered(via, Reason::PeerCalled, ctx);
                 }
-                self.remote.metered = metered;
+                (self.remote.metered, self.remote.bursts) = (metered, bursts);
                 self.remote.relay_rtts = relays.into_iter().collect();
                 self.on_candidates(generation, candidates, nat, ctx);
             }
+            PeerMessage::GuessPorts => self.begin_to_guess(ctx),
             PeerMessage::Goodbye => return self.on_goodbye(ctx),
         }
         self.received(via, ctx);
@@ -469,6 +478,7 @@ impl Peer {
             Phase::Unreachable(_) => self.retry(ctx),
         }
         self.send_due_probes(ctx);
+        self.guess(ctx);
         self.end_search_round(ctx);
     }
 

@@ -200,3 +200,51 @@ fn a_path_to_which_the_kernel_refuses_to_send_is_left_at_once_and_tried_ever_mor
     world.tell(a, mesh_core::io::Input::LocalAddresses(vec![host]));
     world.run_until(1_000, "direct again", |w| both_direct(w, a, b));
 }
+
+/// One behind a NAT whose ports nobody can guess, one whose NAT lets in only what was written to.
+fn easy_and_hard(seed: u64, bursts: [bool; 2]) -> (World, usize, usize, usize) {
+    let mut world = World::new(seed);
+    world.add_relay("r1");
+    world.add_relay("r2");
+    let (a, b) = (
+        world.add_edge("a", NatSort::SymmetricRandom),
+        world.add_edge("b", NatSort::PortRestricted),
+    );
+    (world.nodes[a].bursts, world.nodes[b].bursts) = (bursts[0], bursts[1]);
+    let flow = world.add_flow(a, b, 20, false);
+    world.boot_all();
+    world.run_for(1_000);
+    world.start_flow(flow);
+    (world, a, b, flow)
+}
+
+#[test]
+fn with_a_burst_of_sockets_an_easy_and_a_hard_nat_become_direct_if_both_ends_take_part() {
+    let mut took = Vec::new();
+    for seed in 0..20 {
+        let (mut world, a, b, flow) = easy_and_hard(seed, [true, true]);
+        took.push(world.run_until(700_000, "direct", |w| both_direct(w, a, b)));
+        world.run_for(20_000);
+        assert!(both_direct(&world, a, b), "and stays so");
+        no_ping_is_lost(&mut world, flow);
+        let sent =
+            [(a, b), (b, a)].map(|(of, to)| world.nodes[of].direct_sent[&world.nodes[to].id]);
+        let bursts = if took.last() <= Some(&30_000) { 1 } else { 3 };
+        assert!(
+            sent.iter().max() <= Some(&(bursts * 1_500 + 1_500)),
+            "{sent:?}"
+        );
+    }
+    let first = took.iter().filter(|ms| **ms < 30_000).count();
+    println!("with the first burst: {first} of 20; {took:?}");
+    assert!(first >= 17, "1.7 % of the bursts may be in vain: {took:?}");
+    for bursts in [[true, false], [false, true], [false, false]] {
+        let (mut world, a, b, _) = easy_and_hard(1, bursts);
+        world.run_for(120_000);
+        let report = world.report(a, b).unwrap();
+        let got = (report.state, report.reason);
+        assert_eq!(got, (PeerState::Relayed, Reason::HardNatOne));
+        let sent = world.nodes[b].direct_sent[&world.nodes[a].id];
+        assert!(sent < 600, "{sent} packets");
+    }
+}

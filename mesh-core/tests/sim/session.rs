@@ -67,7 +67,7 @@ impl Packet {
                 PeerMessage::EchoRequest { size_bytes, .. }
                 | PeerMessage::EchoReply { size_bytes, .. },
             ) => (*size_bytes).max(48 + 20),
-            Body::Control(PeerMessage::Goodbye) => 48 + 20,
+            Body::Control(PeerMessage::Goodbye | PeerMessage::GuessPorts) => 48 + 20,
             Body::Ping { bytes, .. } | Body::Pong { bytes, .. } => *bytes,
         }
     }

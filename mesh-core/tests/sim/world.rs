@@ -30,6 +30,8 @@ use crate::{
 
 /// The WireGuard port of every node.
 const PORT: u16 = 51_820;
+/// Sockets that it opens besides have ports from here on.
+const EXTRA_PORT: u16 = 60_000;
 /// After this long a connection to a relay is noticed to be dead.
 const RELAY_IDLE_US: u64 = 3_000_000;
 
@@ -68,6 +70,10 @@ pub(crate) struct SimNode {
     paths: BTreeMap<NodeId, Chosen>,
     /// What the packet path knows.
     snapshot: Option<Arc<Snapshot>>,
+    /// Ports of its own that packets to some addresses leave by.
+    adopted: BTreeMap<SocketAddr, u16>,
+    /// Whether it takes part in bursts of sockets.
+    pub(crate) bursts: bool,
     /// By how much its wall clock is behind.
     pub(crate) clock_behind_us: u64,
     held: BTreeMap<NodeId, VecDeque<Body>>,
@@ -172,6 +178,8 @@ pub(crate) enum Change {
     NoticeBlocked(usize),
     /// Connections that `CutOff` cut are noticed.
     NoticeCut(usize, usize),
+    /// Sockets by which nothing came are closed.
+    CloseSockets(usize),
     /// A relay's clients notice that the node that it ran on is gone.
     NoticeHost {
         relay: usize,
@@ -379,6 +387,8 @@ impl World {
             sessions: BTreeMap::new(),
             paths: BTreeMap::new(),
             snapshot: None,
+            adopted: BTreeMap::new(),
+            bursts: false,
             clock_behind_us: 0,
             held: BTreeMap::new(),
             traffic: BTreeMap::new(),
@@ -462,6 +472,7 @@ impl World {
             node: node.name.clone(),
             id: node.id,
             remembered: node.remembered.clone(),
+            bursts: node.bursts,
         };
         node.core = Some(Core::new(config, seed, now));
         let host = node.host;
@@ -478,6 +489,7 @@ impl World {
     pub(crate) fn kill(&mut self, index: usize) {
         let node = &mut self.nodes[index];
         node.core = None;
+        node.adopted.clear();
         node.snapshot = None;
         node.boot += 1;
         node.wake_at = None;
@@ -659,6 +671,14 @@ impl World {
                 if self.sites[site].nat.sort == NatSort::UdpBlocked {
                     self.lose_quic(site);
                 }
+            }
+            Change::CloseSockets(node) => {
+                let used: BTreeSet<u16> = self.nodes[node].adopted.values().copied().collect();
+                let closed = |address: &SocketAddr| {
+                    address.port() >= EXTRA_PORT && !used.contains(&address.port())
+                };
+                self.hosts
+                    .retain(|(_, address), owner| *owner != node || !closed(address));
             }
             Change::NoticeHost { relay, boot } => {
                 let host = self.relays[relay].host.map(|(host, _)| &self.nodes[host]);

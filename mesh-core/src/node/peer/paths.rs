@@ -243,6 +243,7 @@ impl Peer {
                 .map(|(&id, &rtt)| (id, rtt))
                 .collect(),
             metered: ctx.us.metered,
+            bursts: ctx.us.bursts,
         };
         // The way in use may be the one that died.
         for via in self.duplicate.into_iter().chain([via]) {
@@ -288,7 +289,7 @@ impl Peer {
     }
 
     /// When every probe of a round was in vain, plans the next one.
-    pub(super) fn end_search_round(&mut self, ctx: &Context) {
+    pub(super) fn end_search_round(&mut self, ctx: &mut Context) {
         let probing = |path: &Path| !path.kind.is_relayed() && path.state() == PathState::Probing;
         let over = self.is_up()
             && !self.known.relay_only
@@ -298,6 +299,7 @@ impl Peer {
             && !self.paths.values().any(probing);
         if over {
             self.plan_search(ctx.now);
+            self.open_sockets(ctx);
         }
     }
 

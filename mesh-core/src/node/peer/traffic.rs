@@ -523,6 +523,7 @@ impl Peer {
             self.heartbeat_due(),
             self.check_at,
             self.leave_by,
+            self.guess_due(),
         ];
         timers.into_iter().flatten().min()
     }

@@ -26,6 +26,7 @@ fn word(output: Output) -> String {
         | Output::SetPath { .. }
         | Output::FindPeer { .. }
         | Output::AskReflexive { .. }
+        | Output::OpenSockets { .. }
         | Output::UseUplink { .. }
         | Output::ProbeUplink { .. }
         | Output::Event(_)) => panic!("{other:?}"),

@@ -10,7 +10,7 @@ use mesh_core::io::{Input, RelayTransport};
 use mesh_wire::id::{NodeId, RelayId, Via};
 use rand::RngExt;
 
-use super::{World, queue::Happening};
+use super::{EXTRA_PORT, World, queue::Happening};
 use crate::{nat::NatSort, session::Packet};
 
 /// A packet's way inside a site, and inside a node.
@@ -41,7 +41,10 @@ impl World {
     }
 
     fn send_udp(&mut self, index: usize, to: SocketAddr, packet: Packet) {
-        let (site, host) = (self.nodes[index].site, self.nodes[index].host);
+        let (site, mut host) = (self.nodes[index].site, self.nodes[index].host);
+        if let Some(port) = self.nodes[index].adopted.get(&to) {
+            host.set_port(*port);
+        }
         if self.refused.contains(&index) {
             let (node, boot) = (index, self.nodes[index].boot);
             let input = Input::Unsendable { address: to };
@@ -133,6 +136,9 @@ impl World {
         };
         if let Some(&node) = self.hosts.get(&(site, inside)) {
             (self.now, from, node).hash(&mut self.trace);
+            if inside.port() >= EXTRA_PORT && matches!(packet, Packet::Sealed { .. }) {
+                self.nodes[node].adopted.insert(source, inside.port());
+            }
             self.deliver(node, from, Via::Direct(source), packet);
         }
     }

@@ -1,16 +1,19 @@
 //! The shell of one node: it feeds the core its inputs, does what the core puts out, and keeps
 //! the WireGuard sessions, the held packets and the streams of pings.
 
-use std::{collections::BTreeSet, hash::Hash, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, hash::Hash, net::SocketAddr, sync::Arc, time::Duration};
 
 use mesh_core::{
-    io::{Event, Input, Output, Refusal, RelayTransport, TRAFFIC_TICK_MS},
+    io::{Event, Input, Output, Refusal, RelayTransport, SOCKETS_TRIED, TRAFFIC_TICK_MS},
     node::Core,
 };
-use mesh_wire::id::{NodeId, Via};
+use mesh_wire::{
+    id::{NodeId, Via},
+    peer::PeerMessage,
+};
 
 use super::{
-    Chosen, World,
+    Change, Chosen, EXTRA_PORT, World,
     queue::{Happening, instant, micros},
 };
 use crate::session::{Body, Packet, message_input};
@@ -125,6 +128,12 @@ impl World {
                 self.count(index, 28 + 20);
                 self.ask_reflexive(index, relay, target);
             }
+            Output::OpenSockets {
+                peer,
+                target,
+                count,
+                message,
+            } => self.open_sockets(index, (peer, target), count, &message),
             Output::UseUplink { uplink } => self.use_uplink(index, uplink),
             Output::ProbeUplink { uplink, target } => self.probe_uplink(index, uplink, target),
             Output::Event(event) => {
@@ -137,6 +146,26 @@ impl World {
                 self.nodes[index].events.push((now_ms, event));
             }
         }
+    }
+
+    fn open_sockets(
+        &mut self,
+        index: usize,
+        (peer, target): (NodeId, SocketAddr),
+        count: u16,
+        message: &PeerMessage,
+    ) {
+        let (site, host) = (self.nodes[index].site, self.nodes[index].host);
+        for port in EXTRA_PORT..EXTRA_PORT + count {
+            self.hosts
+                .insert((site, SocketAddr::new(host.ip(), port)), index);
+            self.nodes[index].adopted.insert(target, port);
+            let body = Body::Control(message.clone());
+            self.seal(index, peer, Via::Direct(target), body);
+        }
+        self.nodes[index].adopted.remove(&target);
+        let at = self.now_ms() + u64::try_from(SOCKETS_TRIED.as_millis()).unwrap();
+        self.at(at, Change::CloseSockets(index));
     }
 
     pub(super) fn count(&mut self, index: usize, bytes: u64) {
