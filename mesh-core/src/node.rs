@@ -6,7 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -20,7 +20,7 @@ use rand::SeedableRng;
 use crate::{
     io::{CLOCK_SKEW_MIN, Input, Output, Refusal},
     node::{
-        context::{Calls, Context, Dice, Inside, RelayWish, Us},
+        context::{Calls, Context, Dice, Inside, RelayWish, Us, is_of_a_lan},
         gather::{Gather, targets},
         peer::{Known, Peer, REMEMBERED_MAX},
         relays::{About, Place, Relays, domain, rank},
@@ -299,6 +299,27 @@ impl Core {
         })
     }
 
+    /// The addresses at which a relay is to be dialled, the likeliest first. One that the kernel's routes
+    /// lead into the tunnel is none: a link to a site's relay would run through what runs through it.
+    #[must_use]
+    pub fn relay_addresses(&self, relay: &RelayId) -> Vec<IpAddr> {
+        let relays = self.snapshot.as_ref().map(|snapshot| &snapshot.relays);
+        let Some(known) = relays.and_then(|relays| relays.get(relay)) else {
+            return Vec::new();
+        };
+        let near = matches!(self.relays.place(*relay), Place::Neighbour | Place::Here);
+        let inside = &self.us.inside;
+        let outside = |ip: &IpAddr| {
+            let ip = ip.to_canonical();
+            !inside.is_overlay(ip) && (near || !inside.is_behind_another(ip))
+        };
+        let addresses = known.addresses.iter().copied();
+        let mut addresses: Vec<IpAddr> = addresses.filter(outside).collect();
+        // Stable. A LAN's address means something else on another LAN.
+        addresses.sort_by_key(|ip| is_of_a_lan(*ip) != near);
+        addresses
+    }
+
     /// How often each change of state of a peer or path happened since the start.
     #[must_use]
     pub fn transitions(&self) -> &TransitionCounts {
@@ -483,13 +504,9 @@ impl Core {
 
     /// Who may be asked whether an uplink leads anywhere.
     fn probe_targets(&self) -> Vec<SocketAddr> {
-        let Some(snapshot) = &self.snapshot else {
-            return Vec::new();
-        };
         let (outside, _) = self.vantage_points();
-        let relays = outside.into_iter();
-        let relays = relays.filter_map(|relay| snapshot.relays.get(&relay));
-        relays.flat_map(targets).collect()
+        let targets = outside.iter().map(|relay| self.stun_targets(relay));
+        targets.flatten().collect()
     }
 
     /// A node that nobody here talks to is remembered only: it costs nothing.
@@ -558,11 +575,22 @@ impl Core {
     }
 
     fn start_gather(&mut self, now: Instant) {
-        if let Some(snapshot) = &self.snapshot {
-            let (outside, inside) = self.vantage_points();
+        let (outside, inside) = self.vantage_points();
+        let all = outside.iter().chain(&inside);
+        let all: BTreeMap<_, _> = all.map(|&id| (id, self.stun_targets(&id))).collect();
+        if self.snapshot.is_some() {
             let local = &self.us.local;
-            self.gather.start(&outside, &inside, snapshot, local, now);
+            self.gather.start(&outside, &inside, &all, local, now);
         }
+    }
+
+    /// Where a relay answers STUN.
+    fn stun_targets(&self, relay: &RelayId) -> Vec<SocketAddr> {
+        let relays = self.snapshot.as_ref().map(|snapshot| &snapshot.relays);
+        let known = relays.and_then(|relays| relays.get(relay));
+        known.map_or(Vec::new(), |known| {
+            targets(known, &self.relay_addresses(relay))
+        })
     }
 
     /// Relays that see this node from outside, those first that are likely to answer; and those of its site.

@@ -112,6 +112,14 @@ impl Inside {
     }
 }
 
+/// Whether an address means something on its own LAN only (RFC 1918, RFC 3927, RFC 4193, RFC 4291 §2.5.6).
+pub(crate) fn is_of_a_lan(ip: IpAddr) -> bool {
+    match ip.to_canonical() {
+        IpAddr::V4(ip) => ip.is_private() || ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unique_local() || ip.is_unicast_link_local(),
+    }
+}
+
 /// Background attempts at unreachable peers that begin within a second. With 3 initiations of
 /// 148 bytes by at most 14 ways each: 200 KB/s if a whole mesh is gone.
 const CALLS_PER_S: u32 = 32;

@@ -455,7 +455,8 @@ impl Relays {
         changed
     }
 
-    fn place(&self, relay: RelayId) -> Place {
+    /// Where a relay runs.
+    pub(crate) fn place(&self, relay: RelayId) -> Place {
         self.known
             .get(&relay)
             .map_or(Place::Apart, |about| about.place)

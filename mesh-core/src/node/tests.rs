@@ -589,29 +589,27 @@ fn copies_are_counted_after_a_move_and_not_while_the_path_is_in_doubt() {
         );
         core.handle_input(Input::Timeout, at(ms));
         for output in drain(&mut core) {
-            match output {
-                Output::SetPath {
-                    primary,
-                    duplicate,
-                    duplicates_max,
-                    ..
-                } => {
-                    said.push((primary, duplicate, duplicates_max));
-                }
-                Output::Send {
-                    via: by, message, ..
-                } if ms < 4_000 || by != via => {
-                    if let PeerMessage::EchoRequest { txid, size_bytes } = message {
-                        let (observed, via) = (None, by);
-                        let message = PeerMessage::EchoReply {
-                            txid,
-                            size_bytes,
-                            observed,
-                        };
-                        core.handle_input(Input::Message { peer, via, message }, at(ms + 10));
-                    }
-                }
-                _ => {}
+            if let Output::SetPath {
+                primary,
+                duplicate,
+                duplicates_max,
+                ..
+            } = output
+            {
+                said.push((primary, duplicate, duplicates_max));
+            } else if let Output::Send {
+                via: by, message, ..
+            } = output
+                && let PeerMessage::EchoRequest { txid, size_bytes } = message
+                && (ms < 4_000 || by != via)
+            {
+                let (observed, via) = (None, by);
+                let message = PeerMessage::EchoReply {
+                    txid,
+                    size_bytes,
+                    observed,
+                };
+                core.handle_input(Input::Message { peer, via, message }, at(ms + 10));
             }
         }
     }
@@ -621,6 +619,48 @@ fn copies_are_counted_after_a_move_and_not_while_the_path_is_in_doubt() {
     assert!(said.contains(&(Some(via), relay, None)), "{said:?}");
     assert_eq!(said.last(), Some(&(relay, None, None)));
     assert!(said[2..].iter().all(|(.., max)| max.is_none()), "{said:?}");
+}
+
+#[test]
+fn a_sites_relay_is_dialled_at_its_lan_from_within_and_never_through_the_tunnel() {
+    let mut snapshot = mesh(3);
+    let (id, mut gateway) = relay("gateway", 9);
+    gateway.node = "n2".parse().ok();
+    let [lan, overlay, public] = ["192.168.7.1", "100.96.0.9", "203.0.113.1"];
+    gateway.addresses = [public, overlay, lan].map(|ip| ip.parse().unwrap()).into();
+    snapshot.relays.insert(id, gateway);
+    let dialled = |snapshot: &Snapshot| -> Vec<String> {
+        let core = core(snapshot.clone());
+        core.relay_addresses(&id)
+            .iter()
+            .map(IpAddr::to_string)
+            .collect()
+    };
+    assert_eq!(
+        dialled(&snapshot),
+        [public, lan],
+        "an outsider tries the LAN last"
+    );
+    let node = |snapshot: &mut Snapshot, name: &str, act: &dyn Fn(&mut Node)| {
+        act(snapshot
+            .nodes
+            .get_mut(&name.parse::<NodeName>().unwrap())
+            .unwrap());
+    };
+    node(&mut snapshot, "n2", &|node| {
+        node.prefixes = vec!["192.168.7.0/24".parse().unwrap()]
+    });
+    assert_eq!(
+        dialled(&snapshot),
+        [public],
+        "the route there is the tunnel"
+    );
+    for name in ["n0", "n2"] {
+        node(&mut snapshot, name, &|node| {
+            node.locality.site = "yard".parse().ok()
+        });
+    }
+    assert_eq!(dialled(&snapshot), [lan, public]);
 }
 
 fn any_via() -> impl Strategy<Value = Via> {

@@ -15,7 +15,7 @@ use crate::{
     io::{Event, Output},
     node::{
         choose::choose,
-        context::{Context, RelayWish, Us},
+        context::{Context, RelayWish, Us, is_of_a_lan},
         gather::has_family,
         machine::PathEvent,
         relays::{PEER_RELAYS, is_nearer},
@@ -107,10 +107,7 @@ impl Peer {
     }
 
     fn kind_of(&self, address: SocketAddr, source: CandidateKind, us: &Us) -> PathKind {
-        let inside = match address.ip().to_canonical() {
-            std::net::IpAddr::V4(ip) => ip.is_private() || ip.is_link_local(),
-            std::net::IpAddr::V6(ip) => ip.is_unique_local() || ip.is_unicast_link_local(),
-        };
+        let inside = is_of_a_lan(address.ip());
         let both_told_sites = us.site.is_some() && !self.known.plain;
         let near = self.known.same_site || inside && !both_told_sites;
         let of_host = matches!(source, CandidateKind::Host | CandidateKind::PeerReflexive);
