@@ -263,9 +263,9 @@ pub enum Output {
     },
     /// Open so many more UDP sockets, and send this message, sealed in the session, from each of them to
     /// `target`. What comes in by them came by `Via::Direct` of its source, as by the node's own socket.
-    /// The one by which something authentic comes from an address is the one that what goes to that
-    /// address leaves by, until the next `OpenSockets` for this peer or the peer's path is gone for
-    /// [`SOCKETS_KEPT`]; those by which nothing came are closed after [`SOCKETS_TRIED`].
+    /// By the one by which something authentic came from an address, everything to that address leaves
+    /// from then on. Those by which nothing came are closed after [`SOCKETS_TRIED`], those by which nothing
+    /// has come or gone for so long after [`SOCKETS_KEPT`], and all when the network is another one.
     OpenSockets {
         /// The peer.
         peer: NodeId,
