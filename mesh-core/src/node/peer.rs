@@ -528,7 +528,11 @@ impl Peer {
             let step = if self.known.plain { LADDER.len() } else { rung };
             let gap = LADDER.get(step).or(LADDER.last()).copied();
             ladder.next = ctx.now + gap.unwrap_or(WAKE_DOUBT);
-            self.call(rung >= RELAY_ONLY_FROM && rung % 2 == 1, ctx);
+            let late = rung >= RELAY_ONLY_FROM;
+            self.call(late && rung % 2 == 1, ctx);
+            if late {
+                self.call_again_if_by_one_way(ctx);
+            }
             if rung >= RELAY_ONLY_FROM {
                 self.ask_absent_relays_again(ctx);
             }
@@ -572,6 +576,18 @@ impl Peer {
         if !vias.is_empty() {
             let peer = self.known.id;
             ctx.out.push_back(Output::Handshake { peer, vias });
+        }
+    }
+
+    /// The last call went by a single way, and the next one is far: a copy halves what loss can do. The peer
+    /// answers one of the two.
+    fn call_again_if_by_one_way(&self, ctx: &mut Context) {
+        let last = ctx.out.back_mut();
+        if let Some(Output::Handshake { peer, vias }) = last
+            && *peer == self.known.id
+            && let [only] = vias[..]
+        {
+            vias.push(only);
         }
     }
 
