@@ -4,7 +4,8 @@
 //!
 //! **What is asserted.** Every call between nodes whose lines are up is answered within [`TALKS_WITHIN_MS`] of
 //! its beginning or of the end of what was broken; without anything broken, and without loss on the lines, not a
-//! packet is lost once it was; none comes twice; and when everybody is silent, nobody has a timer any more.
+//! packet is lost once it was (but for the second and a half in which a relay dies); none comes twice; and when
+//! everybody is silent nobody has a timer any more, but for those who try blocked UDP again once in an hour.
 //!
 //! **How much.** [`SMALL`] on every run, [`LARGE`] with `HOLDFAST_NIGHTLY`.
 
@@ -327,5 +328,8 @@ fn a_day_of_a_mesh_in_which_something_breaks_now_and_then() {
     }
     let before = world.steps;
     world.run_for(10 * MINUTE_MS);
-    assert_eq!(world.steps - before, 0, "steps while nobody does anything");
+    // But for those whose UDP is blocked: they try QUIC again once in an hour.
+    let steps = world.steps - before;
+    let nodes = world.nodes.len() as u64;
+    assert!(steps <= nodes, "{steps} steps while nobody does anything");
 }
