@@ -591,8 +591,16 @@ impl Relays {
         dice: &mut Dice,
         out: &mut dyn FnMut(Output),
     ) {
+        let was_up = self.transport(&relay).is_some();
         if let Some(mut hand) = self.hand(relay, now, dice, out) {
             hand.on_lost(transport, reason);
+        }
+        if was_up && self.links.values().all(|link| link.up().is_none()) {
+            // Nothing is left: those that failed for long, and are tried rarely, are tried now.
+            for link in self.links.values_mut() {
+                link.retry_at = link.retry_at.map(|_| now);
+            }
+            return self.on_timeout(now, dice, out);
         }
         self.keep(now, dice, out);
     }

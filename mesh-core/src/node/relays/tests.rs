@@ -427,3 +427,31 @@ fn a_relay_of_another_site_is_visited_and_no_more() {
     bench.run_to(150_000);
     assert_eq!(bench.relays.up(), [RelayId(1)]);
 }
+
+#[test]
+fn who_loses_its_last_link_tries_those_at_once_that_failed_for_long() {
+    let mut bench = Bench::new(&[1, 2]);
+    bench.connected(Quic, 20);
+    let lose = |bench: &mut Bench, ms| {
+        for transport in [Quic, Tls] {
+            bench.act(|relays, dice, out| {
+                relays.on_lost(RelayId(2), transport, "no", at(ms), dice, out);
+            });
+        }
+    };
+    // The other one is refused for ten minutes: it is tried every half minute.
+    for ms in (30..600_000).step_by(10) {
+        bench.run_to(ms);
+        if bench
+            .said()
+            .iter()
+            .any(|said| said.starts_with("connect 2"))
+        {
+            lose(&mut bench, ms);
+            lose(&mut bench, ms);
+        }
+    }
+    bench.said();
+    bench.lost(Quic, 600_000);
+    assert_eq!(bench.said(), ["connect 1 Quic", "connect 2 Quic"]);
+}
