@@ -303,6 +303,7 @@ async fn start(
             node: settings.node_name.clone(),
             id,
             remembered: to_remember.borrow().clone(),
+            bursts: false, // Nobody opens the sockets yet.
         },
         rand::random(),
         time::Instant::now().into_std(),

@@ -299,7 +299,7 @@ impl Driver {
             via,
             &PeerMessage::EchoRequest {
                 txid,
-                full_size: false,
+                size_bytes: 0,
             },
         );
         Some((via, answer))
@@ -350,8 +350,9 @@ impl Driver {
             Event::Tunnel(TunnelEvent::RelayFrame { from, datagram }) => {
                 self.links.handle_datagram(from, datagram);
             }
-            // The core has no input for it yet; its own silence tells it a second later.
-            Event::Tunnel(TunnelEvent::Unsendable(_)) => {}
+            Event::Tunnel(TunnelEvent::Unsendable(address)) => {
+                self.input(Input::Unsendable { address });
+            }
             Event::Tunnel(TunnelEvent::Broken(problem)) => self.broken = Some(problem),
         }
     }
@@ -571,15 +572,19 @@ impl Driver {
                 peer,
                 primary,
                 duplicate,
+                duplicates_max,
             } => {
                 self.note_used(&primary);
-                self.tunnel.set_path(&peer, primary, duplicate, None);
+                self.tunnel
+                    .set_path(&peer, primary, duplicate, duplicates_max);
             }
             Output::ConnectRelay { relay, transport } => self.links.connect(relay, transport),
             Output::DisconnectRelay { relay, transport } => self.links.disconnect(relay, transport),
             Output::UseRelayTransport { relay, transport } => self.links.prefer(relay, transport),
             Output::FindPeer { relay, peer } => self.links.find_peer(relay, peer),
             Output::AskReflexive { relay, target } => self.ask(Asks::Address(relay), target),
+            // Only of a node with `CoreConfig::bursts`; this shell does not set it.
+            Output::OpenSockets { .. } => {}
             Output::UseUplink { uplink } => self.use_uplink(uplink),
             Output::ProbeUplink { uplink, target } => self.ask(Asks::Uplink(uplink), target),
             Output::Event(event) => self.tell(event),
@@ -630,6 +635,9 @@ impl Driver {
             } => {
                 let name = self.names.get(&peer).map_or("?", NodeName::as_str);
                 tracing::debug!(peer = name, ?from, ?to, ?reason, "a peer's state changed");
+            }
+            io::Event::Stranger { id } => {
+                tracing::warn!(%id, "a node calls whom the snapshot does not name: is it behind?");
             }
             io::Event::Liveness { peer, alive } => self.set_liveness(&peer, alive),
             io::Event::Remember { peer, addresses } => {

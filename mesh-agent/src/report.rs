@@ -337,6 +337,7 @@ pub fn path_why(driver: &Driver, id: &NodeId) -> PathWhyResponse {
 
 fn path_report(driver: &Driver, one: &report::PathReport) -> PathReport {
     let kind = match (one.kind, one.source) {
+        (path::PathKind::PeerRelay, _) => "peer_relay",
         (path::PathKind::Relay, _) => "relay",
         (_, Some(source)) => source_text(source),
         (path::PathKind::Lan | path::PathKind::Direct, None) => "cached",
@@ -572,6 +573,14 @@ fn words(reason: Reason) -> (&'static str, &'static str) {
         Reason::HandshakeTimeout => (
             "handshake_timeout",
             "The handshake got no answer by any path.",
+        ),
+        Reason::ClockSkew => (
+            "clock_skew",
+            "A clock is wrong: the handshake is refused as older than one before. Set this node's clock, or the other's.",
+        ),
+        Reason::MapStale => (
+            "map_stale",
+            "It is connected to a relay and never answered a handshake: it does not know this node's key. Its snapshot, or this node's, is old.",
         ),
         Reason::RelayUnreachable => (
             "relay_unreachable",

@@ -86,7 +86,30 @@ pub enum Input {
         /// The peer.
         peer: NodeId,
     },
-    /// A WireGuard handshake with a peer completed, or a peer began one (`via` is how its last
+    /// The kernel refused at once to send to this address: `ENETUNREACH`, `EHOSTUNREACH`, `ENETDOWN`,
+    /// `EPERM` (a local firewall). Said as often as it happens, but one in a second of each address says
+    /// enough: more are passed over.
+    Unsendable {
+        /// Where to.
+        address: SocketAddr,
+    },
+    /// A peer's WireGuard initiation was authentic, and was refused.
+    Refused {
+        /// Whose.
+        peer: NodeId,
+        /// The way it came.
+        via: Via,
+        /// Why.
+        why: Refusal,
+    },
+    /// What the node knows of the time, both since 1970. Said when it starts, and when the clock was set.
+    Clock {
+        /// What its wall clock says.
+        wall: Duration,
+        /// What must be over: when its certificate was made, when it last wrote its state.
+        at_least: Duration,
+    },
+    /// A WireGuard session with a peer was proven by both ends, whoever began it (`via` is how its last
     /// message came). There is a session now.
     Handshake {
         /// The peer.
@@ -115,6 +138,23 @@ pub enum Input {
     },
 }
 
+/// Why an authentic initiation was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// A later one had been answered: the peer's clock went back since. Copies and initiations that
+    /// were overtaken are older, too, but never by [`CLOCK_SKEW_MIN`].
+    OldTimestamp {
+        /// By how much it is older.
+        behind: Duration,
+    },
+    /// The snapshot has no such key.
+    UnknownKey,
+}
+
+/// Less is not called a wrong clock: no initiation is under way for so long, and certificates are made
+/// as if it were so much earlier.
+pub const CLOCK_SKEW_MIN: Duration = Duration::from_secs(60);
+
 /// A way out of the node: its interface's index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct UplinkId(pub u32);
@@ -137,6 +177,14 @@ pub struct Uplink {
 /// How often the shell reports [`Input::Traffic`], in milliseconds: a quarter of the shortest
 /// time after which a path becomes suspect.
 pub const TRAFFIC_TICK_MS: u64 = 100;
+
+/// How long sockets of [`Output::OpenSockets`] wait: the peer guesses for 7 s, from when it hears of them,
+/// and most NATs keep a mapping without an answer for 30 s.
+pub const SOCKETS_TRIED: Duration = Duration::from_secs(20);
+
+/// After so long without a packet a socket that was of use is closed, too: a session without traffic ends after
+/// five minutes.
+pub const SOCKETS_KEPT: Duration = Duration::from_secs(300);
 
 /// What a link to a relay runs over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -174,6 +222,8 @@ pub enum Output {
         primary: Option<Via>,
         /// Send each packet this way too.
         duplicate: Option<Via>,
+        /// But no more than so many from now on; `None`: until the next `SetPath`.
+        duplicates_max: Option<u32>,
     },
     /// Make a link to a relay. Answered by `RelayConnected` or `RelayLost`.
     ConnectRelay {
@@ -211,6 +261,21 @@ pub enum Output {
         /// Its address.
         target: SocketAddr,
     },
+    /// Open so many more UDP sockets, and send this message, sealed in the session, from each of them to
+    /// `target`. What comes in by them came by `Via::Direct` of its source, as by the node's own socket.
+    /// By the one by which something authentic came from an address, everything to that address leaves
+    /// from then on. Those by which nothing came are closed after [`SOCKETS_TRIED`], those by which nothing
+    /// has come or gone for so long after [`SOCKETS_KEPT`], and all when the network is another one.
+    OpenSockets {
+        /// The peer.
+        peer: NodeId,
+        /// One of its addresses.
+        target: SocketAddr,
+        /// How many.
+        count: u16,
+        /// The message.
+        message: PeerMessage,
+    },
     /// From now on, the node's UDP socket and its relay links use this uplink. Links that used
     /// another are said to be lost.
     UseUplink {
@@ -228,6 +293,9 @@ pub enum Output {
     /// Something that operators and subscribers should know.
     Event(Event),
 }
+
+/// How often [`Event::Stranger`] is said at most.
+pub const STRANGER_EVERY: Duration = Duration::from_secs(60);
 
 /// What operators and subscribers should know.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -249,6 +317,12 @@ pub enum Event {
         peer: NodeId,
         /// Whether it has a path that is not in doubt, or none is known to be dead.
         alive: bool,
+    },
+    /// Somebody calls whom the snapshot does not name: it may be behind. Said once in
+    /// [`STRANGER_EVERY`].
+    Stranger {
+        /// Its key.
+        id: NodeId,
     },
     /// Remember these addresses of a peer for the next boot.
     Remember {
@@ -313,6 +387,12 @@ pub enum Reason {
     DirectLossy,
     /// No answer to the handshake.
     HandshakeTimeout,
+    /// No answer to the handshake though a relay says that the peer is there, and this node's clock is
+    /// wrong; or the peer's handshake was refused, as its clock went back.
+    ClockSkew,
+    /// No answer to the handshake though a relay says that the peer is there, and never was one: it does
+    /// not know this node's key, as its snapshot, or this node's, is old.
+    MapStale,
     /// No relay is up, and no direct way works.
     RelayUnreachable,
     /// The peer is not connected to any relay.

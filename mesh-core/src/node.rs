@@ -6,7 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -18,16 +18,18 @@ use mesh_wire::{
 use rand::SeedableRng;
 
 use crate::{
-    io::{Input, Output},
+    io::{CLOCK_SKEW_MIN, Input, Output, Refusal},
     node::{
-        context::{Calls, Context, Dice, Inside, RelayWish, Us},
+        context::{Calls, Context, Dice, Inside, RelayWish, Us, is_of_a_lan},
         gather::{Gather, targets},
         peer::{Known, Peer, REMEMBERED_MAX},
-        relays::{Relays, domain},
+        relays::{About, Place, Relays, domain, rank},
         report::{PeerReport, RelayReport, TransitionCounts},
+        strangers::Strangers,
+        unsendable::Unsendable,
         uplinks::Uplinks,
     },
-    snapshot::{ExternalPeer, Locality, Node, Relay, Snapshot},
+    snapshot::{DEFAULT_MTU_BYTES, ExternalPeer, Locality, Node, Relay, Snapshot},
 };
 
 pub(crate) mod choose;
@@ -38,6 +40,8 @@ pub mod path;
 mod peer;
 mod relays;
 pub mod report;
+mod strangers;
+mod unsendable;
 mod uplinks;
 mod watch;
 
@@ -60,6 +64,9 @@ pub struct CoreConfig {
     pub id: NodeId,
     /// What `Event::Remember` last said of each peer.
     pub remembered: BTreeMap<NodeId, Vec<SocketAddr>>,
+    /// It takes part in bursts: behind a symmetric NAT it opens 256 sockets for
+    /// a peer that it can only reach by a relay, and otherwise guesses a thousand ports of such a peer.
+    pub bursts: bool,
 }
 
 /// The decisions of one node.
@@ -77,6 +84,8 @@ pub struct Core {
     uplinks: Uplinks,
     /// Outside addresses that the NAT granted.
     mapped: Vec<SocketAddr>,
+    unsendable: Unsendable,
+    strangers: Strangers,
     /// Peers are told of changed candidates then.
     tell_at: Option<Instant>,
     calls: Calls,
@@ -103,9 +112,13 @@ impl Core {
             relays_up: Vec::new(),
             hopeless_relays: Vec::new(),
             relays: Vec::new(),
+            peer_relays: BTreeSet::new(),
             relay_rtts: BTreeMap::new(),
             metered: false,
             inside: Inside::default(),
+            full_size: DEFAULT_MTU_BYTES,
+            bursts: config.bursts,
+            clock_is_behind: false,
         };
         Self {
             config,
@@ -118,6 +131,8 @@ impl Core {
             gather: Gather::default(),
             uplinks: Uplinks::default(),
             mapped: Vec::new(),
+            unsendable: Unsendable::default(),
+            strangers: Strangers::default(),
             tell_at: None,
             calls: Calls::new(now),
             sessions: 0,
@@ -183,12 +198,22 @@ impl Core {
                 peer,
                 present,
             } => {
+                if !self.us.relays_up.contains(&relay) {
+                    return; // What it said before its link broke does not hold any more.
+                }
                 self.with_relays(now, |relays, dice, out| relays.heard(relay, now, dice, out));
                 self.with_peer(peer, now, |peer, ctx| {
                     peer.on_relay_peer(relay, present, ctx)
                 });
             }
             Input::Wanted { peer } => self.with_new_peer(peer, now, |p, ctx| p.on_wanted(ctx)),
+            Input::Unsendable { address } => self.on_unsendable(canonical(address), now),
+            Input::Refused { peer, via, why } => {
+                self.on_refused(peer, canonical_via(via), why, now);
+            }
+            Input::Clock { wall, at_least } => {
+                self.us.clock_is_behind = wall + CLOCK_SKEW_MIN < at_least;
+            }
             Input::Handshake { peer, via } => {
                 let via = canonical_via(via);
                 self.with_new_peer(peer, now, |p, ctx| p.on_handshake(via, ctx));
@@ -254,10 +279,13 @@ impl Core {
         self.peers.get(peer).map(|peer| peer.report(&self.us))
     }
 
-    /// Every relay of the mesh, the preferred one first.
+    /// Every relay that serves this node, the preferred one first, and those that it visits.
     pub fn relays(&self) -> impl Iterator<Item = RelayReport> + '_ {
         let home = self.us.relays_up.first();
-        self.relays.preferred().iter().filter_map(move |&id| {
+        let serving = self.relays.preferred().iter();
+        let visited = self.us.relays_up.iter();
+        let visited = visited.filter(|relay| !self.us.relays.contains(relay));
+        serving.chain(visited).filter_map(move |&id| {
             let relay = self.snapshot.as_ref()?.relays.get(&id)?;
             let link = self.relays.report(&id);
             Some(RelayReport {
@@ -269,6 +297,27 @@ impl Core {
                 problem: link.problem,
             })
         })
+    }
+
+    /// The addresses at which a relay is to be dialled, the likeliest first. One that the kernel's routes
+    /// lead into the tunnel is none: a link to a site's relay would run through what runs through it.
+    #[must_use]
+    pub fn relay_addresses(&self, relay: &RelayId) -> Vec<IpAddr> {
+        let relays = self.snapshot.as_ref().map(|snapshot| &snapshot.relays);
+        let Some(known) = relays.and_then(|relays| relays.get(relay)) else {
+            return Vec::new();
+        };
+        let near = matches!(self.relays.place(*relay), Place::Neighbour | Place::Here);
+        let inside = &self.us.inside;
+        let outside = |ip: &IpAddr| {
+            let ip = ip.to_canonical();
+            !inside.is_overlay(ip) && (near || !inside.is_behind_another(ip))
+        };
+        let addresses = known.addresses.iter().copied();
+        let mut addresses: Vec<IpAddr> = addresses.filter(outside).collect();
+        // Stable. A LAN's address means something else on another LAN.
+        addresses.sort_by_key(|ip| is_of_a_lan(*ip) != near);
+        addresses
     }
 
     /// How often each change of state of a peer or path happened since the start.
@@ -334,17 +383,43 @@ impl Core {
         self.us.site = own.and_then(|node| node.locality.site.clone());
         self.us.direct_sites = snapshot.direct_sites(self.us.site.as_ref());
         self.us.inside = Inside::new(&snapshot, &self.config.node);
+        self.us.full_size = snapshot.mesh.mtu_bytes.max(DEFAULT_MTU_BYTES);
+        let relays = snapshot.relays.iter();
+        let relays = relays.map(|(&id, relay)| (id, self.about(relay, &snapshot)));
+        let relays: BTreeMap<RelayId, About> = relays.collect();
+        let peer_relays = relays.iter().filter(|(_, about)| about.place.is_node());
+        self.us.peer_relays = peer_relays.map(|(&id, _)| id).collect();
         self.forget_removed_peers();
-        if relays_before.as_ref() != Some(&snapshot.relays) {
-            let domains = |relay: &Relay| relay.addresses.iter().copied().map(domain).collect();
-            let known = snapshot.relays.iter();
-            let known = known.map(|(&id, relay)| (id, domains(relay)));
-            self.relays.set_known(&self.config.id, known);
+        let moved = self.relays.set_known(&self.config.id, relays);
+        if moved || relays_before.as_ref() != Some(&snapshot.relays) {
             self.with_relays(now, |relays, dice, out| relays.keep(now, dice, out));
             self.gather_anew(now);
         }
         self.refresh_us(now);
         self.for_each_peer(now, |peer, ctx| peer.on_snapshot(ctx));
+        for (id, via) in self.strangers.lately(now) {
+            if self.find(&id).is_some() {
+                self.strangers.remove(&id);
+                self.with_new_peer(id, now, |peer, ctx| peer.call_back(via, ctx));
+            }
+        }
+    }
+
+    fn about(&self, relay: &Relay, snapshot: &Snapshot) -> About {
+        let node = relay.node.as_ref();
+        let site = |name| snapshot.nodes.get(name).map(|node| &node.locality.site);
+        About {
+            domains: relay.addresses.iter().copied().map(domain).collect(),
+            serves: relay.serves(self.us.site.as_ref()),
+            place: match node {
+                None => Place::Apart,
+                Some(name) if *name == self.config.node => Place::Here,
+                Some(name) if self.us.site.is_some() && site(name) == Some(&self.us.site) => {
+                    Place::Neighbour
+                }
+                Some(_) => Place::Node,
+            },
+        }
     }
 
     /// Peers that the snapshot does not name any more, or under another key.
@@ -380,6 +455,7 @@ impl Core {
                 peer: id,
                 primary: None,
                 duplicate: None,
+                duplicates_max: None,
             });
         }
     }
@@ -428,12 +504,9 @@ impl Core {
 
     /// Who may be asked whether an uplink leads anywhere.
     fn probe_targets(&self) -> Vec<SocketAddr> {
-        let Some(snapshot) = &self.snapshot else {
-            return Vec::new();
-        };
-        let relays = self.vantage_points().into_iter();
-        let relays = relays.filter_map(|relay| snapshot.relays.get(&relay));
-        relays.flat_map(targets).collect()
+        let (outside, _) = self.vantage_points();
+        let targets = outside.iter().map(|relay| self.stun_targets(relay));
+        targets.flatten().collect()
     }
 
     /// A node that nobody here talks to is remembered only: it costs nothing.
@@ -446,6 +519,26 @@ impl Core {
             known.retain(|other| *other != address);
             known.insert(0, address);
             known.truncate(REMEMBERED_MAX);
+        }
+    }
+
+    /// The kernel refuses to send to an address.
+    fn on_unsendable(&mut self, address: SocketAddr, now: Instant) {
+        if self.unsendable.is_news(address, now) {
+            let via = Via::Direct(address);
+            self.for_each_peer(now, |peer, ctx| peer.on_unsendable(via, ctx));
+        }
+    }
+
+    fn on_refused(&mut self, id: NodeId, via: Via, why: Refusal, now: Instant) {
+        match why {
+            Refusal::OldTimestamp { behind } => {
+                self.with_new_peer(id, now, |peer, ctx| peer.on_refused(via, behind, ctx));
+            }
+            Refusal::UnknownKey => {
+                let event = self.strangers.add(id, via, now);
+                self.out.extend(event.map(Output::Event));
+            }
         }
     }
 
@@ -477,29 +570,44 @@ impl Core {
     }
 
     fn gather_anew(&mut self, now: Instant) {
-        if let Some(snapshot) = &self.snapshot {
-            let relays = self.vantage_points();
-            self.gather.start(&relays, snapshot, &self.us.local, now);
-            self.tend_gather(now);
+        self.start_gather(now);
+        self.tend_gather(now);
+    }
+
+    fn start_gather(&mut self, now: Instant) {
+        let (outside, inside) = self.vantage_points();
+        let all = outside.iter().chain(&inside);
+        let all: BTreeMap<_, _> = all.map(|&id| (id, self.stun_targets(&id))).collect();
+        if self.snapshot.is_some() {
+            let local = &self.us.local;
+            self.gather.start(&outside, &inside, &all, local, now);
         }
     }
 
-    /// Every relay, those first that are likely to answer.
-    fn vantage_points(&self) -> Vec<RelayId> {
-        let mut relays = self.relays.preferred().to_vec();
-        relays.sort_by_key(|relay| !self.relays.is_hopeful(relay));
-        relays
+    /// Where a relay answers STUN.
+    fn stun_targets(&self, relay: &RelayId) -> Vec<SocketAddr> {
+        let relays = self.snapshot.as_ref().map(|snapshot| &snapshot.relays);
+        let known = relays.and_then(|relays| relays.get(relay));
+        known.map_or(Vec::new(), |known| {
+            targets(known, &self.relay_addresses(relay))
+        })
+    }
+
+    /// Relays that see this node from outside, those first that are likely to answer; and those of its site.
+    fn vantage_points(&self) -> (Vec<RelayId>, Vec<RelayId>) {
+        let mut outside: Vec<RelayId> = self.relays.vantage_points().collect();
+        outside.sort_by_key(|relay| !self.relays.is_hopeful(relay));
+        let inside = self.relays.preferred().iter().copied();
+        let inside = inside.filter(|relay| !outside.contains(relay));
+        let inside = inside.collect();
+        (outside, inside)
     }
 
     fn tend_gather(&mut self, now: Instant) {
         // Where it costs, what was learned at first has to do.
         let active = self.is_active() && !self.us.metered;
-        if active
-            && self.gather.wants_refresh(now)
-            && let Some(snapshot) = &self.snapshot
-        {
-            let relays = self.vantage_points();
-            self.gather.start(&relays, snapshot, &self.us.local, now);
+        if active && self.gather.wants_refresh(now) {
+            self.start_gather(now);
         }
         let out = &mut self.out;
         let mut out = |output| out.push_back(output);
@@ -568,10 +676,7 @@ impl Core {
             out.push_back(output)
         });
         self.us.relays = self.relays.preferred().to_vec();
-        self.us.hopeless_relays = self.us.relays.clone();
-        self.us
-            .hopeless_relays
-            .retain(|relay| !self.relays.is_hopeful(relay));
+        self.us.hopeless_relays = self.relays.hopeless();
         let up = self.relays.up();
         let before = std::mem::replace(&mut self.us.relays_up, up.clone());
         for &relay in before.iter().filter(|relay| !up.contains(relay)) {
@@ -695,11 +800,11 @@ fn known(snapshot: &Snapshot, name: &NodeName, id: &NodeId, us: &Us) -> Option<K
             .get(name)
             .filter(|peer| peer.id == *id)
     };
-    node.map(|node| known_node(node, us))
+    node.map(|node| known_node(node, snapshot, us))
         .or_else(|| external().map(known_external))
 }
 
-fn known_node(node: &Node, us: &Us) -> Known {
+fn known_node(node: &Node, snapshot: &Snapshot, us: &Us) -> Known {
     let Locality { site, .. } = &node.locality;
     let same_site = site.is_some() && *site == us.site;
     let mut addresses = node.static_candidates.clone();
@@ -722,6 +827,14 @@ fn known_node(node: &Node, us: &Us) -> Known {
         same_site,
         relay_only: !may_be_direct(site.as_ref(), us),
         addresses,
+        relays: {
+            let all = snapshot.relays.iter();
+            let theirs = all.filter(|(_, relay)| relay.serves(site.as_ref()));
+            rank(
+                &node.id,
+                theirs.map(|(&id, relay)| (id, relay.node.is_some())),
+            )
+        },
     }
 }
 
@@ -737,6 +850,7 @@ fn known_external(peer: &ExternalPeer) -> Known {
         plain: true,
         same_site: false,
         relay_only: false, // It knows no relay.
+        relays: Vec::new(),
         addresses: peer.endpoint.into_iter().collect(),
     }
 }

@@ -25,8 +25,12 @@ pub const CANDIDATES_MAX: usize = 32;
 /// (32 × 28 bytes).
 pub const RELAYS_MAX: usize = 16;
 
-/// Largest inner packet that every path must carry (RFC 8200 §5).
-pub const FULL_SIZE: usize = 1280;
+/// Largest inner packet that every path must carry (RFC 8200 §5), and the least that an overlay's MTU may be.
+pub const FULL_SIZE: u16 = 1280;
+
+/// Largest echo: the largest MTU of an overlay is 8,920 (9,000 less the tunnel's 80). A request for more
+/// is answered by this much, which is then not what was asked for.
+pub const ECHO_MAX: u16 = 8_920;
 
 /// One message between two cores.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,15 +39,15 @@ pub enum PeerMessage {
     EchoRequest {
         /// Chosen by the asker, copied into the answer.
         txid: u64,
-        /// Whether the packet is padded to [`FULL_SIZE`]; so is its answer.
-        full_size: bool,
+        /// The whole inner packet is padded to so many bytes, and so is its answer; 0: neither is.
+        size_bytes: u16,
     },
     /// The answer to an echo request.
     EchoReply {
         /// From the request.
         txid: u64,
-        /// From the request.
-        full_size: bool,
+        /// From the request: the answer is as large, or it proves nothing about that size.
+        size_bytes: u16,
         /// Where the request came from, as the answerer saw it (a peer-reflexive address);
         /// `None` if it came through a relay.
         observed: Option<SocketAddr>,
@@ -61,7 +65,12 @@ pub enum PeerMessage {
         relays: Vec<(RelayId, Duration)>,
         /// What the sender sends costs it: nobody should make it answer without need.
         metered: bool,
+        /// The sender takes part in [`PeerMessage::GuessPorts`].
+        bursts: bool,
     },
+    /// The sender, whose NAT gives each of its sockets and destinations another port, has opened many sockets
+    /// and sent from each to the receiver's address: now the receiver should guess one of the ports.
+    GuessPorts,
     /// The sender stops now: move its traffic away at once.
     Goodbye,
 }
@@ -123,7 +132,7 @@ mod proto {
 
     #[derive(Clone, PartialEq, prost::Message)]
     pub(super) struct Envelope {
-        #[prost(oneof = "Body", tags = "1, 2, 3, 4")]
+        #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5")]
         pub(super) body: Option<Body>,
         #[prost(bytes = "vec", tag = "15")]
         pub(super) padding: Vec<u8>,
@@ -138,15 +147,17 @@ mod proto {
         #[prost(message, tag = "3")]
         Candidates(Candidates),
         #[prost(message, tag = "4")]
-        Goodbye(Goodbye),
+        Goodbye(Empty),
+        #[prost(message, tag = "5")]
+        GuessPorts(Empty),
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
     pub(super) struct Echo {
         #[prost(fixed64, tag = "1")]
         pub(super) txid: u64,
-        #[prost(bool, tag = "2")]
-        pub(super) full_size: bool,
+        #[prost(uint32, tag = "2")]
+        pub(super) size_bytes: u32,
         #[prost(message, optional, tag = "3")]
         pub(super) observed: Option<Address>,
     }
@@ -172,6 +183,8 @@ mod proto {
         pub(super) relays: Vec<RelayRtt>,
         #[prost(bool, tag = "5")]
         pub(super) metered: bool,
+        #[prost(bool, tag = "6")]
+        pub(super) bursts: bool,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -191,7 +204,7 @@ mod proto {
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct Goodbye {}
+    pub(super) struct Empty {}
 }
 
 /// Bytes of the IPv6 and UDP headers before the message.
@@ -246,36 +259,36 @@ impl PeerMessage {
     }
 
     fn encode(&self) -> Vec<u8> {
-        let full_size = match self {
-            Self::EchoRequest { full_size, .. } | Self::EchoReply { full_size, .. } => *full_size,
-            Self::Candidates { .. } | Self::Goodbye => false,
+        let size_bytes = match self {
+            Self::EchoRequest { size_bytes, .. } | Self::EchoReply { size_bytes, .. } => {
+                usize::from(*size_bytes)
+            }
+            Self::Candidates { .. } | Self::Goodbye | Self::GuessPorts => 0,
         };
         let mut envelope = proto::Envelope {
             body: Some(self.to_body()),
             padding: Vec::new(),
         };
-        if full_size {
-            // Tag and a two-byte length stand before the padding itself.
-            let taken = HEADERS_LEN + envelope.encoded_len() + 3;
-            envelope.padding = vec![0; FULL_SIZE.saturating_sub(taken)];
-        }
+        // Tag and a two-byte length stand before the padding itself: it is 128 bytes to 16 KiB long.
+        let taken = HEADERS_LEN + envelope.encoded_len() + 3;
+        envelope.padding = vec![0; size_bytes.saturating_sub(taken)];
         envelope.encode_to_vec()
     }
 
     fn to_body(&self) -> proto::Body {
         match self {
-            Self::EchoRequest { txid, full_size } => proto::Body::EchoRequest(proto::Echo {
+            Self::EchoRequest { txid, size_bytes } => proto::Body::EchoRequest(proto::Echo {
                 txid: *txid,
-                full_size: *full_size,
+                size_bytes: (*size_bytes).into(),
                 observed: None,
             }),
             Self::EchoReply {
                 txid,
-                full_size,
+                size_bytes,
                 observed,
             } => proto::Body::EchoReply(proto::Echo {
                 txid: *txid,
-                full_size: *full_size,
+                size_bytes: (*size_bytes).into(),
                 observed: observed.map(address_to_proto),
             }),
             Self::Candidates {
@@ -284,6 +297,7 @@ impl PeerMessage {
                 nat,
                 relays,
                 metered,
+                bursts,
             } => {
                 let entry = |candidate: &Candidate| proto::Candidate {
                     kind: candidate.kind.into(),
@@ -295,9 +309,11 @@ impl PeerMessage {
                     nat: (*nat).into(),
                     relays: relays.iter().take(RELAYS_MAX).map(rtt_to_proto).collect(),
                     metered: *metered,
+                    bursts: *bursts,
                 })
             }
-            Self::Goodbye => proto::Body::Goodbye(proto::Goodbye {}),
+            Self::Goodbye => proto::Body::Goodbye(proto::Empty {}),
+            Self::GuessPorts => proto::Body::GuessPorts(proto::Empty {}),
         }
     }
 
@@ -306,11 +322,11 @@ impl PeerMessage {
         match envelope.body.ok_or(BadPeerMessage::Malformed)? {
             proto::Body::EchoRequest(echo) => Ok(Self::EchoRequest {
                 txid: echo.txid,
-                full_size: echo.full_size,
+                size_bytes: size_from_proto(echo.size_bytes),
             }),
             proto::Body::EchoReply(echo) => Ok(Self::EchoReply {
                 txid: echo.txid,
-                full_size: echo.full_size,
+                size_bytes: size_from_proto(echo.size_bytes),
                 observed: echo.observed.map(|a| address_from_proto(&a)).transpose()?,
             }),
             proto::Body::Candidates(list) => {
@@ -326,11 +342,17 @@ impl PeerMessage {
                         .map(rtt_from_proto)
                         .collect(),
                     metered: list.metered,
+                    bursts: list.bursts,
                 })
             }
             proto::Body::Goodbye(_) => Ok(Self::Goodbye),
+            proto::Body::GuessPorts(_) => Ok(Self::GuessPorts),
         }
     }
+}
+
+fn size_from_proto(size_bytes: u32) -> u16 {
+    u16::try_from(size_bytes).map_or(ECHO_MAX, |size| size.min(ECHO_MAX))
 }
 
 fn rtt_to_proto(&(relay, rtt): &(RelayId, Duration)) -> proto::RelayRtt {
@@ -398,16 +420,18 @@ mod tests {
             .prop_map(|(relay, rtt_ms)| (RelayId(relay), Duration::from_millis(rtt_ms.into())));
         let relays = prop::collection::vec(relay, 0..RELAYS_MAX);
         prop_oneof![
-            any::<(u64, bool)>()
-                .prop_map(|(txid, full_size)| PeerMessage::EchoRequest { txid, full_size }),
-            any::<(u64, bool, Option<([u8; 4], u16)>)>().prop_map(|(txid, full_size, observed)| {
-                let observed = observed.map(SocketAddr::from);
-                PeerMessage::EchoReply {
-                    txid,
-                    full_size,
-                    observed,
+            (any::<u64>(), 0..=ECHO_MAX)
+                .prop_map(|(txid, size_bytes)| PeerMessage::EchoRequest { txid, size_bytes }),
+            (any::<u64>(), 0..=ECHO_MAX, any::<Option<([u8; 4], u16)>>()).prop_map(
+                |(txid, size_bytes, observed)| {
+                    let observed = observed.map(SocketAddr::from);
+                    PeerMessage::EchoReply {
+                        txid,
+                        size_bytes,
+                        observed,
+                    }
                 }
-            }),
+            ),
             (any::<u64>(), candidates, relays).prop_map(|(generation, candidates, relays)| {
                 PeerMessage::Candidates {
                     generation,
@@ -415,9 +439,11 @@ mod tests {
                     nat: NatKind::Hard,
                     relays,
                     metered: generation % 2 == 0,
+                    bursts: generation % 3 == 0,
                 }
             }),
             Just(PeerMessage::Goodbye),
+            Just(PeerMessage::GuessPorts),
         ]
     }
 
@@ -449,18 +475,42 @@ mod tests {
             nat: NatKind::Hard,
             relays: vec![(RelayId(u64::MAX), Duration::from_secs(60)); RELAYS_MAX],
             metered: true,
+            bursts: true,
         };
-        assert!(message.to_packet(A, B).len() <= FULL_SIZE);
+        assert!(message.to_packet(A, B).len() <= FULL_SIZE.into());
     }
 
     #[test]
-    fn a_full_size_echo_fills_the_smallest_mtu_exactly() {
-        for txid in [0, 1, u64::MAX] {
-            let echo = PeerMessage::EchoRequest {
-                txid,
-                full_size: true,
-            };
-            assert_eq!(echo.to_packet(A, B).len(), FULL_SIZE);
+    fn an_echo_is_as_large_as_it_says() {
+        let observed = "[2001:db8::1]:65535".parse().ok();
+        for size_bytes in [FULL_SIZE, 1_281, 1_400, 1_420, ECHO_MAX] {
+            for txid in [0, 1, u64::MAX] {
+                let request = PeerMessage::EchoRequest { txid, size_bytes };
+                assert_eq!(request.to_packet(A, B).len(), usize::from(size_bytes));
+                for observed in [None, observed] {
+                    let reply = PeerMessage::EchoReply {
+                        txid,
+                        size_bytes,
+                        observed,
+                    };
+                    assert_eq!(reply.to_packet(A, B).len(), usize::from(size_bytes));
+                }
+            }
         }
+    }
+
+    #[test]
+    fn nobody_is_made_to_answer_by_more_than_an_overlay_carries() {
+        let asked = proto::Envelope {
+            body: Some(proto::Body::EchoRequest(proto::Echo {
+                txid: 1,
+                size_bytes: u32::MAX,
+                observed: None,
+            })),
+            padding: Vec::new(),
+        };
+        let asked = PeerMessage::decode(&asked.encode_to_vec());
+        let (txid, size_bytes) = (1, ECHO_MAX);
+        assert_eq!(asked, Ok(PeerMessage::EchoRequest { txid, size_bytes }));
     }
 }

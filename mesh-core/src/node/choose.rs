@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use mesh_wire::id::Via;
 
-use crate::node::path::{Path, PathKind};
+use crate::node::path::Path;
 
 /// Within a tier a path must be this much cheaper (`paths.md`), or traffic would swing.
 const CHEAPER_BY: f64 = 0.8;
@@ -12,34 +12,35 @@ const CHEAPER_BY: f64 = 0.8;
 /// And cheaper by at least this (`paths.md`).
 const CHEAPER_BY_AT_LEAST: Duration = Duration::from_millis(10);
 
-/// A direct path that loses more than this gives up its tier (`paths.md`) …
+/// A path that loses more than this gives up its tier (`paths.md` says it of direct ones) …
 const LOSSY: f64 = 0.03;
 
 /// … until it loses less than this: otherwise traffic would swing around the other number. …
 const LOSSY_NO_MORE: f64 = 0.015;
 
-/// … if a relay loses less than this.
+/// … if a relay of a lower tier loses less than this.
 const LOSSLESS: f64 = 0.005;
 
 /// The path to use of `usable` ones, given the one in use.
 pub(crate) fn choose(usable: &[(Via, &Path)], primary: Option<Via>) -> Option<Via> {
+    let current = usable.iter().find(|(via, _)| Some(*via) == primary);
     let lossless = |path: &Path| path.judged_loss().is_some_and(|loss| loss < LOSSLESS);
-    let relay_is_better = usable
+    let best_clean_relay = usable
         .iter()
-        .any(|(_, path)| path.kind == PathKind::Relay && lossless(path));
-    let on_relay = matches!(primary, Some(Via::Relay(_)));
+        .filter(|(_, path)| path.kind.is_relayed() && lossless(path))
+        .map(|(_, path)| path.kind)
+        .max();
     let tier = |path: &Path| {
         let much = path.judged_loss().is_some_and(|loss| loss > LOSSY);
-        let lossy = is_lossy(path) && (much || on_relay);
-        if lossy && relay_is_better {
-            PathKind::Relay
-        } else {
-            path.kind
+        let was_left = current.is_some_and(|(_, current)| current.kind > path.kind);
+        let lossy = is_lossy(path) && (much || was_left);
+        match best_clean_relay.filter(|relay| lossy && *relay > path.kind) {
+            Some(relay) => relay,
+            None => path.kind,
         }
     };
     let key = |path: &Path| (tier(path), path.cost().unwrap_or(Duration::MAX));
     let &(best, best_path) = usable.iter().min_by_key(|(via, path)| (key(path), *via))?;
-    let current = usable.iter().find(|(via, _)| Some(*via) == primary);
     let Some(&(current, current_path)) = current else {
         return Some(best);
     };
@@ -67,7 +68,7 @@ mod tests {
     use mesh_wire::id::RelayId;
 
     use super::*;
-    use crate::node::tests::at;
+    use crate::node::{path::PathKind, tests::at};
 
     const A: Via = Via::Direct(std::net::SocketAddr::new(
         std::net::IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1)),
@@ -80,18 +81,18 @@ mod tests {
     fn path(kind: PathKind, rtt_ms: u64, lost_every: u64) -> Path {
         let mut path = Path::new(kind, None);
         for txid in 0..80 {
-            path.on_echo_sent(txid, true, at(10_000 * txid));
+            path.on_echo_sent(txid, 0, at(10_000 * txid));
             if txid == 0 || lost_every == 0 || txid % lost_every != 0 {
-                path.on_echo_answered(txid, at(10_000 * txid + rtt_ms));
+                path.on_echo_answered(txid, 0, at(10_000 * txid + rtt_ms));
             }
         }
-        path.on_echo_sent(99, true, at(800_000)); // Lets the last loss be seen.
+        path.on_echo_sent(99, 0, at(800_000)); // Lets the last loss be seen.
         path
     }
 
     #[test]
     fn tier_first_then_cost_with_hysteresis() {
-        use PathKind::{Direct, Lan, Relay};
+        use PathKind::{Direct, Lan, PeerRelay, Relay};
         // Name, the path in use, another, whether to move.
         let table = [
             (
@@ -107,6 +108,36 @@ mod tests {
                 false,
             ),
             ("LAN beats direct", (Direct, 5, 0), (Lan, 6, 0), true),
+            (
+                "a peer relay beats a faster relay",
+                (Relay, 5, 0),
+                (PeerRelay, 80, 0),
+                true,
+            ),
+            (
+                "and direct beats a faster peer relay",
+                (PeerRelay, 5, 0),
+                (Direct, 80, 0),
+                true,
+            ),
+            (
+                "a lossy peer relay gives up its tier",
+                (PeerRelay, 50, 4),
+                (Relay, 60, 0),
+                true,
+            ),
+            (
+                "a lossy direct path gives it up to a clean peer relay, too",
+                (Direct, 50, 4),
+                (PeerRelay, 60, 0),
+                true,
+            ),
+            (
+                "a clean relay is no reason to leave a lossless peer relay",
+                (PeerRelay, 60, 0),
+                (Relay, 5, 0),
+                false,
+            ),
             (
                 "9 ms better is not enough",
                 (Relay, 20, 0),
@@ -176,9 +207,9 @@ mod tests {
         let relay = path(PathKind::Relay, 60, 0);
         let mut direct = Path::new(PathKind::Direct, None);
         for txid in 0..112 {
-            direct.on_echo_sent(txid, true, at(10_000 * txid));
+            direct.on_echo_sent(txid, 0, at(10_000 * txid));
             if txid > 10 || txid % 2 == 0 {
-                direct.on_echo_answered(txid, at(10_000 * txid + 50));
+                direct.on_echo_answered(txid, 0, at(10_000 * txid + 50));
             }
         }
         assert!(direct.judged_loss().unwrap() > LOSSY);

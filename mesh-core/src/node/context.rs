@@ -16,6 +16,7 @@ use rand::rngs::Xoshiro256PlusPlus;
 use crate::{
     gateways::is_own,
     io::{Event, Output},
+    node::path::PathKind,
     snapshot::Snapshot,
 };
 
@@ -37,14 +38,32 @@ pub(crate) struct Us {
     pub(crate) relays_up: Vec<RelayId>,
     /// Relays that do not answer, or will stop soon.
     pub(crate) hopeless_relays: Vec<RelayId>,
-    /// Every relay of the mesh, the preferred one first.
+    /// Every relay that serves this node, the preferred one first.
     pub(crate) relays: Vec<RelayId>,
+    /// Relays that are nodes of the mesh.
+    pub(crate) peer_relays: BTreeSet<RelayId>,
     /// How far they are, as peers are told.
     pub(crate) relay_rtts: BTreeMap<RelayId, Duration>,
     /// What goes out costs: nothing is sent that nobody asked for.
     pub(crate) metered: bool,
     /// What the tunnel itself leads to.
     pub(crate) inside: Inside,
+    /// The overlay's MTU: an inner packet of full size.
+    pub(crate) full_size: u16,
+    /// It takes part in bursts of sockets and guesses.
+    pub(crate) bursts: bool,
+    /// The wall clock says a time that is over.
+    pub(crate) clock_is_behind: bool,
+}
+
+impl Us {
+    /// What sort of path one through this relay is.
+    pub(crate) fn kind_of_relay(&self, relay: RelayId) -> PathKind {
+        match self.peer_relays.contains(&relay) {
+            true => PathKind::PeerRelay,
+            false => PathKind::Relay,
+        }
+    }
 }
 
 /// The mesh's own addresses, and those behind other nodes. The kernel routes packets to them into
@@ -90,6 +109,14 @@ impl Inside {
     pub(crate) fn is_behind_another(&self, ip: IpAddr) -> bool {
         let nearest = self.behind.range(..=ip).next_back();
         nearest.is_some_and(|(_, net)| net.contains(&ip))
+    }
+}
+
+/// Whether an address means something on its own LAN only (RFC 1918, RFC 3927, RFC 4193, RFC 4291 §2.5.6).
+pub(crate) fn is_of_a_lan(ip: IpAddr) -> bool {
+    match ip.to_canonical() {
+        IpAddr::V4(ip) => ip.is_private() || ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unique_local() || ip.is_unicast_link_local(),
     }
 }
 

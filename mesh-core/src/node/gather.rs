@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
@@ -12,7 +12,7 @@ use mesh_wire::{
 };
 use rand::RngExt;
 
-use crate::{io::Output, node::context::Dice, snapshot::Snapshot};
+use crate::{io::Output, node::context::Dice, snapshot::Relay};
 
 /// Gaps between the sendings of one question; the last one repeats (`paths.md`).
 const RETRANSMIT_GAPS: [Duration; 2] = [Duration::from_millis(100), Duration::from_millis(200)];
@@ -71,21 +71,28 @@ pub(crate) struct Gather {
 }
 
 impl Gather {
-    /// Asks now: the first of `relays` for the node's addresses, and if that is due, all for their
-    /// distance. What was learned before stays until there is something newer.
+    /// Asks now, at the `targets` of each relay: the first of `outside` for the node's addresses, and if that is due, all, and those
+    /// `inside` the site, for their distance. What was learned before stays until there is something newer.
     pub(crate) fn start(
         &mut self,
-        relays: &[RelayId],
-        snapshot: &Snapshot,
+        outside: &[RelayId],
+        inside: &[RelayId],
+        targets: &BTreeMap<RelayId, Vec<SocketAddr>>,
         local: &[SocketAddr],
         now: Instant,
     ) {
         let mut asks = BTreeMap::new();
         let survey = self.surveyed_at.is_none_or(|at| now >= at + SURVEY_EVERY);
         let most = if survey { SURVEYED_MAX } else { RELAYS_MAX };
-        for (index, relay) in relays.iter().take(most).enumerate() {
-            let survey = index >= RELAYS_MAX;
-            let targets = snapshot.relays.get(relay).into_iter().flat_map(targets);
+        let asked = outside.iter().enumerate();
+        let asked = asked.map(|(index, relay)| (index >= RELAYS_MAX, relay));
+        let inside = inside.iter().map(|relay| (true, relay));
+        let inside = inside.filter(|_| survey);
+        for (survey, relay) in asked
+            .take(most - inside.clone().count().min(most / 2))
+            .chain(inside)
+        {
+            let targets = targets.get(relay).into_iter().flatten().copied();
             let targets = targets.filter(|&target| has_family(local, target));
             for target in targets.take(if survey { 1 } else { usize::MAX }) {
                 let (relay, observed) = (*relay, None);
@@ -236,7 +243,8 @@ impl Gather {
     }
 }
 
-pub(crate) fn targets(relay: &crate::snapshot::Relay) -> Vec<SocketAddr> {
+/// Where `relay` answers STUN, at these of its addresses.
+pub(crate) fn targets(relay: &Relay, addresses: &[IpAddr]) -> Vec<SocketAddr> {
     let mut ports = relay.stun_ports.clone();
     ports.push(relay.quic_port);
     ports.sort_unstable();
@@ -247,7 +255,7 @@ pub(crate) fn targets(relay: &crate::snapshot::Relay) -> Vec<SocketAddr> {
             .iter()
             .map(move |&port| canonical(SocketAddr::new(ip, port)))
     };
-    relay.addresses.iter().flat_map(of_address).collect()
+    addresses.iter().flat_map(of_address).collect()
 }
 
 /// Whether the node has an address of the family of `remote`; if it told none, perhaps.
@@ -263,7 +271,7 @@ mod tests {
     use super::*;
     use crate::{
         node::tests::{at, relay},
-        snapshot::MeshSettings,
+        snapshot::{MeshSettings, Snapshot},
     };
 
     fn snapshot() -> Snapshot {
@@ -271,6 +279,12 @@ mod tests {
         let (id, relay) = relay("r1", 1);
         snapshot.relays.insert(id, relay);
         snapshot
+    }
+
+    fn of(snapshot: &Snapshot) -> BTreeMap<RelayId, Vec<SocketAddr>> {
+        let relays = snapshot.relays.iter();
+        let relays = relays.map(|(&id, relay)| (id, targets(relay, &relay.addresses)));
+        relays.collect()
     }
 
     fn addr(text: &str) -> SocketAddr {
@@ -292,7 +306,8 @@ mod tests {
         let mut gather = Gather::default();
         gather.start(
             &[relay("r1", 1).0],
-            &snapshot(),
+            &[],
+            &of(&snapshot()),
             &[addr("10.0.0.1:51820")],
             at(0),
         );
@@ -355,7 +370,7 @@ mod tests {
             .collect();
         let mut gather = Gather::default();
         let local = [addr("10.0.0.1:51820")];
-        gather.start(&relays, &snapshot, &local, at(0));
+        gather.start(&relays, &[], &of(&snapshot), &local, at(0));
         let targets = asked(&mut gather, 0);
         assert_eq!(
             targets.len(),
@@ -371,9 +386,9 @@ mod tests {
             4,
             "what the survey saw does not count"
         );
-        gather.start(&relays, &snapshot, &local, at(20_000));
+        gather.start(&relays, &[], &of(&snapshot), &local, at(20_000));
         assert_eq!(asked(&mut gather, 20_000).len(), 4);
-        gather.start(&relays, &snapshot, &local, at(300_000));
+        gather.start(&relays, &[], &of(&snapshot), &local, at(300_000));
         assert_eq!(asked(&mut gather, 300_000).len(), 6);
     }
 
@@ -387,7 +402,13 @@ mod tests {
         let (other, described) = relay("r2", 2);
         snapshot.relays.clear();
         snapshot.relays.insert(other, described);
-        gather.start(&[other], &snapshot, &[addr("10.0.0.1:51820")], at(1_000));
+        gather.start(
+            &[other],
+            &[],
+            &of(&snapshot),
+            &[addr("10.0.0.1:51820")],
+            at(1_000),
+        );
         for target in asked(&mut gather, 1_000) {
             gather.on_reflexive(target, addr("198.51.100.9:8")); // The NAT forgot, meanwhile.
         }

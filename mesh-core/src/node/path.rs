@@ -2,10 +2,11 @@
 
 use std::{
     collections::VecDeque,
+    net::SocketAddr,
     time::{Duration, Instant},
 };
 
-use mesh_wire::peer::CandidateKind;
+use mesh_wire::peer::{CandidateKind, FULL_SIZE};
 
 use crate::node::machine::{PathChange, PathEvent};
 
@@ -60,6 +61,16 @@ const PATIENCE_MAX: Duration = Duration::from_secs(3);
 /// What a lost packet costs at least (`paths.md`): TCP's smallest retransmission timer.
 const LOSS_COST: Duration = Duration::from_millis(200);
 
+/// A path to which the kernel refuses to send is left alone for this long; twice as long each time …
+const BARRED_FIRST: Duration = Duration::from_secs(1);
+
+/// … up to this, or a firewall that refuses now and then would make traffic swing; half of the longest
+/// pause between two searches, so that the next one finds it open …
+const BARRED_MAX: Duration = Duration::from_secs(30);
+
+/// … and from the beginning after so long without.
+const BARRED_FORGOTTEN: Duration = Duration::from_secs(300);
+
 /// What kind of way a path is. The order is the preference.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum PathKind {
@@ -67,8 +78,18 @@ pub enum PathKind {
     Lan,
     /// Straight to the peer.
     Direct,
-    /// Through a relay.
+    /// Through a relay that is a node of the mesh, perhaps one of the two: one hop on somebody's own ground.
+    PeerRelay,
+    /// Through another relay.
     Relay,
+}
+
+impl PathKind {
+    /// Whether it goes through a relay of either sort.
+    #[must_use]
+    pub fn is_relayed(self) -> bool {
+        matches!(self, Self::PeerRelay | Self::Relay)
+    }
 }
 
 /// The states of a path (`paths.md`).
@@ -99,7 +120,7 @@ struct Unanswered {
 struct Echo {
     txid: u64,
     at: Instant,
-    full_size: bool,
+    size_bytes: u16,
 }
 
 /// One way to a peer.
@@ -116,6 +137,8 @@ pub(crate) struct Path {
     pub(crate) small_ok: bool,
     /// A full-size packet went there and back.
     pub(crate) full_ok: bool,
+    /// What full size is: the overlay's MTU.
+    full_size: u16,
     /// A round ended with small packets answered and full-size ones not.
     pub(crate) small_only: bool,
     /// When something authenticated last came by it.
@@ -134,6 +157,10 @@ pub(crate) struct Path {
     probes: usize,
     next_probe: Option<Instant>,
     unanswered: Option<Unanswered>,
+    /// Where the peer last saw this node's packets come from.
+    pub(crate) observed: Option<SocketAddr>,
+    refusals: u32,
+    refused_at: Option<Instant>,
 }
 
 impl Path {
@@ -160,7 +187,43 @@ impl Path {
             probes: 0,
             next_probe: None,
             unanswered: None,
+            full_size: FULL_SIZE,
+            observed: None,
+            refusals: 0,
+            refused_at: None,
         }
+    }
+
+    /// What a packet of full size is. Returns whether it has to be proven anew.
+    pub(crate) fn set_full_size(&mut self, bytes: u16) -> bool {
+        let more = bytes > self.full_size;
+        self.full_size = bytes;
+        self.full_ok &= !more;
+        more
+    }
+
+    /// The kernel refused to send there. Whoever knows more says [`Self::unbar`].
+    pub(crate) fn on_refused(&mut self, now: Instant) {
+        self.happen(PathEvent::Gone, now);
+        if self.is_barred(now) {
+            return; // What the peer asks is answered all the same, or was to be.
+        }
+        let again = |at: Instant| now < at + BARRED_FORGOTTEN;
+        let again = self.refused_at.is_some_and(again);
+        self.refusals = if again { self.refusals + 1 } else { 0 };
+        self.refused_at = Some(now);
+    }
+
+    /// The network is another one: what was refused may work.
+    pub(crate) fn unbar(&mut self) {
+        (self.refusals, self.refused_at) = (0, None);
+    }
+
+    /// Whether it is left alone, as the kernel refused to send there.
+    fn is_barred(&self, now: Instant) -> bool {
+        let pause = BARRED_FIRST * 2u32.saturating_pow(self.refusals.min(6));
+        let until = |at: Instant| at + pause.min(BARRED_MAX);
+        self.refused_at.is_some_and(|at| now < until(at))
     }
 
     pub(crate) fn state(&self) -> PathState {
@@ -169,6 +232,10 @@ impl Path {
 
     /// Something happened: the state is what the table says. Returns whether it is another one.
     pub(crate) fn happen(&mut self, event: PathEvent, now: Instant) -> bool {
+        let revives = matches!(event, PathEvent::ProbingBegan | PathEvent::Proven);
+        if revives && self.is_barred(now) {
+            return false;
+        }
         let Some(to) = self.state.after(event) else {
             return false;
         };
@@ -260,7 +327,7 @@ impl Path {
     }
 
     /// Notes an echo that goes out.
-    pub(crate) fn on_echo_sent(&mut self, txid: u64, full_size: bool, now: Instant) {
+    pub(crate) fn on_echo_sent(&mut self, txid: u64, size_bytes: u16, now: Instant) {
         self.forget_lost(now);
         if self.outstanding.len() == OUTSTANDING_MAX {
             self.outstanding.pop_front();
@@ -274,7 +341,7 @@ impl Path {
         self.outstanding.push_back(Echo {
             txid,
             at,
-            full_size,
+            size_bytes,
         });
         self.sent += 1;
         if self.state == PathState::Standby {
@@ -285,7 +352,7 @@ impl Path {
     }
 
     /// Notes an answer. `false`: to nothing that was asked here.
-    pub(crate) fn on_echo_answered(&mut self, txid: u64, now: Instant) -> bool {
+    pub(crate) fn on_echo_answered(&mut self, txid: u64, size_bytes: u16, now: Instant) -> bool {
         let Some(index) = self.outstanding.iter().position(|echo| echo.txid == txid) else {
             return false;
         };
@@ -297,7 +364,8 @@ impl Path {
         self.sample(now.saturating_duration_since(echo.at));
         self.unanswered = None;
         self.small_ok = true;
-        self.full_ok |= echo.full_size;
+        // The answer may be smaller: by a peer that could not be asked for more.
+        self.full_ok |= echo.size_bytes.min(size_bytes) >= self.full_size;
         self.small_only &= !self.full_ok;
         true
     }
@@ -435,13 +503,13 @@ mod tests {
             None,
             "a standby that nobody asks is left alone"
         );
-        path.on_echo_sent(1, false, at(1_000));
+        path.on_echo_sent(1, 0, at(1_000));
         let mut asked = Vec::new();
         let mut dead_at = None;
         while let Some(now) = path.deadline() {
             if path.take_due_probe(now).is_some() {
                 asked.push(now.duration_since(at(0)).as_millis());
-                path.on_echo_sent(2, false, now);
+                path.on_echo_sent(2, 0, now);
             } else {
                 dead_at = Some(now.duration_since(at(0)).as_millis());
             }
@@ -449,7 +517,7 @@ mod tests {
         assert_eq!((asked, dead_at), (vec![1_400, 1_800], Some(2_200)));
         assert_eq!(path.state(), PathState::Dead);
         // A late answer is proof enough.
-        assert!(path.on_echo_answered(2, at(2_300)));
+        assert!(path.on_echo_answered(2, 0, at(2_300)));
         path.happen(PathEvent::Proven, at(2_300));
         assert_eq!((path.state(), path.deadline()), (PathState::Standby, None));
     }
@@ -459,22 +527,71 @@ mod tests {
         let mut path = Path::new(PathKind::Direct, None);
         path.start_probing(at(0));
         assert_eq!(path.take_due_probe(at(0)), Some(false));
-        path.on_echo_sent(1, false, at(0));
-        assert!(path.on_echo_answered(1, at(30)));
+        path.on_echo_sent(1, 0, at(0));
+        assert!(path.on_echo_answered(1, 0, at(30)));
         assert!(path.small_ok && !path.full_ok);
         assert_eq!(path.take_due_probe(at(200)), Some(true));
-        path.on_echo_sent(2, true, at(200));
-        assert!(path.on_echo_answered(2, at(230)));
+        path.on_echo_sent(2, FULL_SIZE, at(200));
+        assert!(path.on_echo_answered(2, FULL_SIZE, at(230)));
         assert!(path.full_ok);
+    }
+
+    #[test]
+    fn full_size_is_what_the_overlay_carries_both_ways() {
+        let mut path = Path::new(PathKind::Direct, None);
+        path.start_probing(at(0));
+        // Name, the echo, its answer, whether that proves an MTU of 1,400.
+        let table = [
+            ("of a smaller mesh", 1_280, 1_280, false),
+            ("the answer is smaller", 1_400, 1_280, false),
+            ("both", 1_400, 1_400, true),
+        ];
+        path.set_full_size(1_400);
+        for (txid, (name, asked, answered, proves)) in (0..).zip(table) {
+            path.on_echo_sent(txid, asked, at(txid));
+            assert!(path.on_echo_answered(txid, answered, at(txid + 10)));
+            assert_eq!(path.full_ok, proves, "{name}");
+        }
+        assert!(
+            !path.set_full_size(1_300) && path.full_ok,
+            "less passes, too"
+        );
+        assert!(path.set_full_size(1_420) && !path.full_ok);
+    }
+
+    #[test]
+    fn what_the_kernel_refuses_is_left_alone_ever_longer() {
+        let mut path = Path::new(PathKind::Direct, None);
+        let (mut now, mut pauses) = (0, Vec::new());
+        for _ in 0..9 {
+            path.happen(PathEvent::Proven, at(now));
+            assert_eq!(path.state(), PathState::Standby);
+            path.on_refused(at(now));
+            let refused = now;
+            while !path.happen(PathEvent::ProbingBegan, at(now)) {
+                assert!(
+                    !path.happen(PathEvent::Proven, at(now)),
+                    "not by an answer either"
+                );
+                now += 500;
+            }
+            pauses.push((now - refused) / 1_000);
+        }
+        assert_eq!(pauses, [1, 2, 4, 8, 16, 30, 30, 30, 30]);
+        path.on_refused(at(now));
+        path.unbar();
+        assert!(path.happen(PathEvent::ProbingBegan, at(now)));
+        path.on_refused(at(now + 300_000));
+        assert!(path.happen(PathEvent::ProbingBegan, at(now + 301_000)));
     }
 
     #[test]
     fn an_answer_to_another_question_is_none() {
         let mut path = Path::new(PathKind::Direct, None);
-        path.on_echo_sent(1, false, at(0));
-        assert!(!path.on_echo_answered(2, at(30)));
-        assert!(path.on_echo_answered(1, at(30)));
-        assert!(!path.on_echo_answered(1, at(31)), "counted twice");
+        path.on_echo_sent(1, 0, at(0));
+        assert!(!path.on_echo_answered(2, 0, at(30)));
+        assert!(path.on_echo_answered(1, 0, at(30)));
+        assert!(!path.on_echo_answered(1, 0, at(31)), "counted twice");
     }
 
     #[test]
@@ -482,13 +599,13 @@ mod tests {
         let mut path = Path::new(PathKind::Direct, None);
         assert_eq!(path.patience(), PATIENCE_MIN);
         for (txid, rtt) in [(1, 20), (2, 20)] {
-            path.on_echo_sent(txid, false, at(0));
-            path.on_echo_answered(txid, at(rtt));
+            path.on_echo_sent(txid, 0, at(0));
+            path.on_echo_answered(txid, 0, at(rtt));
         }
         assert_eq!(path.patience(), PATIENCE_MIN);
         for txid in 3..40 {
-            path.on_echo_sent(txid, false, at(0));
-            path.on_echo_answered(txid, at(300));
+            path.on_echo_sent(txid, 0, at(0));
+            path.on_echo_answered(txid, 0, at(300));
         }
         let patience = path.patience();
         assert!((900..1100).contains(&patience.as_millis()), "{patience:?}");
@@ -499,9 +616,9 @@ mod tests {
         let mut path = Path::new(PathKind::Direct, None);
         for txid in 0..20 {
             assert_eq!(path.loss(), None);
-            path.on_echo_sent(txid, false, at(0));
+            path.on_echo_sent(txid, 0, at(0));
             if txid % 2 == 0 {
-                path.on_echo_answered(txid, at(20));
+                path.on_echo_answered(txid, 0, at(20));
             } else {
                 path.forget_lost(at(5000));
             }
@@ -517,7 +634,7 @@ mod tests {
         path.happen(PathEvent::Gone, at(500));
         path.probe_back(at(1000));
         assert_eq!(path.take_due_probe(at(1000)), Some(false));
-        path.on_echo_sent(1, false, at(1000));
+        path.on_echo_sent(1, 0, at(1000));
         path.probe_back(at(1050));
         assert_eq!(path.take_due_probe(at(1050)), None);
     }

@@ -11,22 +11,27 @@ use std::{
 
 use mesh_wire::{
     id::{NodeId, NodeName, RelayId, Via},
-    peer::{Candidate, NatKind, PeerMessage},
+    peer::{Candidate, ECHO_MAX, NatKind, PeerMessage},
 };
 use rand::RngExt;
 
 use crate::{
-    io::{Event, Output, PeerState, Reason, TRAFFIC_TICK_MS},
+    io::{CLOCK_SKEW_MIN, Event, Output, PeerState, Reason, TRAFFIC_TICK_MS},
     node::{
-        context::{Context, RelayWish},
+        context::{Context, RelayWish, Us},
         machine::{Changes, PathChange, PathEvent, PeerEvent},
         path::{Path, PathKind, PathState},
-        relays::rank,
+        relays::PEER_RELAYS,
         report::TransitionCounts,
         watch::{Watch, WatchInput},
     },
 };
 
+use burst::Burst;
+use keepalive::Keepalive;
+
+mod burst;
+mod keepalive;
 mod paths;
 mod traffic;
 mod why;
@@ -86,8 +91,16 @@ const LAZY_IDLE: Duration = Duration::from_secs(300);
 /// Packets that were on their way when a peer said goodbye do not bring it back.
 const GOODBYE_GRACE: Duration = Duration::from_secs(1);
 
-/// Relays of a peer's that are looked for it at.
+/// Relays of a peer's that are looked for it at, besides [`PEER_RELAYS`].
 const VISITS_MAX: usize = 2;
+
+/// A peer whose initiation was refused is called back no more often than this: who has recorded an old
+/// one can have it refused as often as it likes, and gets 300 bytes a second for it. Rarer would take
+/// long where packets are lost.
+const CALL_BACK_EVERY: Duration = Duration::from_millis(500);
+
+/// How long a refused initiation is a reason.
+const REFUSED_FOR: Duration = Duration::from_secs(60);
 
 /// Addresses kept of a peer for the next boot.
 pub(crate) const REMEMBERED_MAX: usize = 8;
@@ -131,6 +144,8 @@ struct Remote {
     relay_rtts: BTreeMap<RelayId, Duration>,
     /// What it sends costs it.
     metered: bool,
+    /// It takes part in bursts.
+    bursts: bool,
 }
 
 /// The search for a direct path.
@@ -156,6 +171,8 @@ pub(crate) struct Known {
     pub(crate) relay_only: bool,
     /// Addresses that the operator gave, and likely ones.
     pub(crate) addresses: Vec<SocketAddr>,
+    /// Relays that serve it, in its order.
+    pub(crate) relays: Vec<RelayId>,
 }
 
 /// One peer.
@@ -168,6 +185,10 @@ pub(crate) struct Peer {
     alive: bool,
     /// A handshake completed, and nothing says that the peer forgot it.
     session: bool,
+    /// A handshake completed since the node started: the two know each other's keys.
+    acquainted: bool,
+    /// When its initiation was last refused for its time.
+    refused_at: Option<Instant>,
     paths: BTreeMap<Via, Path>,
     remembered: Vec<SocketAddr>,
     remote: Remote,
@@ -190,6 +211,8 @@ pub(crate) struct Peer {
     hint_at: Option<Instant>,
     check_at: Option<Instant>,
     checks: u32,
+    keepalive: Keepalive,
+    burst: Burst,
     /// What goes out costs, as this peer last heard.
     metered: bool,
     changes: Changes,
@@ -206,6 +229,8 @@ impl Peer {
             reason: Reason::LazyIdle,
             alive: true,
             session: false,
+            acquainted: false,
+            refused_at: None,
             paths: BTreeMap::new(),
             remembered,
             remote: Remote::default(),
@@ -223,6 +248,8 @@ impl Peer {
             hint_at: None,
             check_at: None,
             checks: 0,
+            keepalive: Keepalive::default(),
+            burst: Burst::default(),
             metered: false,
             changes: Changes::default(),
             timer: None,
@@ -301,6 +328,10 @@ impl Peer {
 
     /// The node's own network is another one: every path has to prove itself again.
     pub(crate) fn on_network_change(&mut self, moved: bool, ctx: &mut Context) {
+        self.paths.values_mut().for_each(Path::unbar);
+        if moved {
+            self.keepalive = Keepalive::default(); // Behind another NAT.
+        }
         match &mut self.phase {
             Phase::Idle => {}
             Phase::Waking(_) | Phase::Unreachable(_) => self.call_anew(ctx),
@@ -346,7 +377,8 @@ impl Peer {
     }
 
     pub(crate) fn on_handshake(&mut self, via: Via, ctx: &mut Context) {
-        self.session = true;
+        (self.session, self.acquainted) = (true, true);
+        self.refused_at = None;
         self.remote.generation = None; // The peer may have started anew, and count from 1 again.
         self.learn_path(via, ctx);
         self.note_received(via, ctx);
@@ -367,29 +399,56 @@ impl Peer {
     pub(crate) fn on_message(&mut self, via: Via, message: PeerMessage, ctx: &mut Context) {
         self.learn_path(via, ctx);
         match message {
-            PeerMessage::EchoRequest { txid, full_size } => {
-                self.answer_echo(via, txid, full_size, ctx);
+            PeerMessage::EchoRequest { txid, size_bytes } => {
+                self.answer_echo(via, txid, size_bytes.min(ECHO_MAX), ctx);
             }
-            PeerMessage::EchoReply { txid, .. } => self.on_echo_reply(via, txid, ctx),
+            PeerMessage::EchoReply {
+                txid,
+                size_bytes,
+                observed,
+            } => self.on_echo_reply(via, (txid, size_bytes, observed), ctx),
             PeerMessage::Candidates {
                 generation,
                 candidates,
                 nat,
                 relays,
                 metered,
+                bursts,
             } => {
                 if matches!(self.phase, Phase::Idle) {
                     self.active_at = ctx.now;
                     self.session = true;
                     self.answered(via, Reason::PeerCalled, ctx);
                 }
-                self.remote.metered = metered;
+                (self.remote.metered, self.remote.bursts) = (metered, bursts);
                 self.remote.relay_rtts = relays.into_iter().collect();
                 self.on_candidates(generation, candidates, nat, ctx);
             }
+            PeerMessage::GuessPorts => self.begin_to_guess(ctx),
             PeerMessage::Goodbye => return self.on_goodbye(ctx),
         }
         self.received(via, ctx);
+    }
+
+    /// Its initiation was refused as older than one before: its clock went back, and it cannot call. It
+    /// can be called. Once, by the way it came: what was recorded of it could be sent by anybody.
+    pub(crate) fn on_refused(&mut self, via: Via, behind: Duration, ctx: &mut Context) {
+        if behind < CLOCK_SKEW_MIN {
+            return; // Overtaken.
+        }
+        let recent = |at: Instant| ctx.now < at + CALL_BACK_EVERY;
+        if !self.refused_at.is_some_and(recent) {
+            self.refused_at = Some(ctx.now);
+            self.call_back(via, ctx);
+        }
+    }
+
+    /// Calls it once, without waiting for it.
+    pub(crate) fn call_back(&self, via: Via, ctx: &mut Context) {
+        if !self.is_up() && !self.is_forbidden(via) {
+            let (peer, vias) = (self.known.id, vec![via]);
+            ctx.out.push_back(Output::Handshake { peer, vias });
+        }
     }
 
     pub(crate) fn on_traffic(&mut self, sent: bool, received: &[Via], ctx: &mut Context) {
@@ -419,6 +478,7 @@ impl Peer {
             Phase::Unreachable(_) => self.retry(ctx),
         }
         self.send_due_probes(ctx);
+        self.guess(ctx);
         self.end_search_round(ctx);
     }
 
@@ -449,7 +509,7 @@ impl Peer {
             next,
         });
         self.publish(called, reason, ctx);
-        for &relay in &ctx.us.relays_up {
+        for relay in self.relays_up(ctx.us) {
             let peer = self.known.id;
             ctx.out.push_back(Output::FindPeer { relay, peer });
         }
@@ -468,7 +528,11 @@ impl Peer {
             let step = if self.known.plain { LADDER.len() } else { rung };
             let gap = LADDER.get(step).or(LADDER.last()).copied();
             ladder.next = ctx.now + gap.unwrap_or(WAKE_DOUBT);
-            self.call(rung >= RELAY_ONLY_FROM && rung % 2 == 1, ctx);
+            let late = rung >= RELAY_ONLY_FROM;
+            self.call(late && rung % 2 == 1, ctx);
+            if late {
+                self.call_again_if_by_one_way(ctx);
+            }
             if rung >= RELAY_ONLY_FROM {
                 self.ask_absent_relays_again(ctx);
             }
@@ -502,9 +566,9 @@ impl Peer {
     /// Sends one handshake initiation by every way that may work.
     fn call(&mut self, by_relays_only: bool, ctx: &mut Context) {
         self.visit_relays(ctx);
-        let here = |relay: &&RelayId| self.presence.get(relay) != Some(&false);
-        let relays = ctx.us.relays_up.iter().filter(here);
-        let mut vias: Vec<Via> = relays.map(|&relay| Via::Relay(relay)).collect();
+        let here = |relay: &RelayId| self.presence.get(relay) != Some(&false);
+        let relays = self.relays_up(ctx.us).into_iter();
+        let mut vias: Vec<Via> = relays.filter(here).map(Via::Relay).collect();
         if !by_relays_only || vias.is_empty() {
             let direct = self.addresses_to_call(ctx.us);
             vias.splice(0..0, direct.into_iter().map(Via::Direct));
@@ -512,6 +576,18 @@ impl Peer {
         if !vias.is_empty() {
             let peer = self.known.id;
             ctx.out.push_back(Output::Handshake { peer, vias });
+        }
+    }
+
+    /// The last call went by a single way, and the next one is far: a copy halves what loss can do. The peer
+    /// answers one of the two.
+    fn call_again_if_by_one_way(&self, ctx: &mut Context) {
+        let last = ctx.out.back_mut();
+        if let Some(Output::Handshake { peer, vias }) = last
+            && *peer == self.known.id
+            && let [only] = vias[..]
+        {
+            vias.push(only);
         }
     }
 
@@ -523,19 +599,32 @@ impl Peer {
         let may_be_there = |relay: &RelayId| {
             self.presence.get(relay) != Some(&false) && !ctx.us.hopeless_relays.contains(relay)
         };
-        let order = rank(&self.known.id, ctx.us.relays.iter().copied());
-        let visits = order.into_iter().filter(may_be_there).take(VISITS_MAX);
+        let is_node = |relay: &RelayId| ctx.us.peer_relays.contains(relay);
+        let theirs = || self.known.relays.iter().copied().filter(may_be_there);
+        let apart = theirs().filter(|relay| !is_node(relay)).take(VISITS_MAX);
+        let visits = apart.chain(theirs().filter(is_node).take(PEER_RELAYS));
         // And where it was at home when it last said so.
         let told = self.remote.relay_rtts.iter();
         let home = told.min_by_key(|(_, rtt)| **rtt).map(|(&relay, _)| relay);
-        let home = home.filter(|home| ctx.us.relays.contains(home) && may_be_there(home));
+        let home = home.filter(|home| self.may_use(*home, ctx.us) && may_be_there(home));
         let visits = home.into_iter().chain(visits);
         let visits: Vec<RelayWish> = visits.map(RelayWish::Visit).collect();
         ctx.wishes.extend(visits);
     }
 
+    /// Whether one of the two is at home there.
+    fn may_use(&self, relay: RelayId, us: &Us) -> bool {
+        us.relays.contains(&relay) || self.known.relays.contains(&relay)
+    }
+
+    /// Relays with a link that may carry something to it.
+    fn relays_up(&self, us: &Us) -> Vec<RelayId> {
+        let up = us.relays_up.iter().copied();
+        up.filter(|relay| self.may_use(*relay, us)).collect()
+    }
+
     fn ask_absent_relays_again(&self, ctx: &mut Context) {
-        for &relay in &ctx.us.relays_up {
+        for relay in self.relays_up(ctx.us) {
             if self.presence.get(&relay) == Some(&false) {
                 let peer = self.known.id;
                 ctx.out.push_back(Output::FindPeer { relay, peer });

@@ -25,11 +25,20 @@ const RTTS_MAX: usize = 5;
 /// A relay must be nearer by this, and by a third, or traffic would swing (`paths.md`).
 const NEARER_BY: Duration = Duration::from_millis(10);
 
-/// Links at a time, visits to the peers' relays included.
-const LINKS_MAX: usize = 8;
+/// Relays that are nodes of the mesh to which links are kept besides, so that a site that is cut off
+/// has one when the first fails.
+pub(crate) const PEER_RELAYS: usize = 2;
 
-/// A link to a relay of a peer's ends this long after it was last of use.
+/// Links at a time: the node's own (home, second, anchors, peer relays, its own relay: 7), and visits to
+/// the peers' relays.
+const LINKS_MAX: usize = 12;
+
+/// A link to a relay of a peer's ends this long after it was last of use …
 const VISIT: Duration = Duration::from_secs(60);
+
+/// … and if it does not come up, after three attempts by both transports: a peer relay may have
+/// addresses that only its site reaches.
+const VISIT_TRY: Duration = Duration::from_secs(10);
 
 /// TLS starts this long after QUIC (`paths.md`).
 const TLS_DELAY: Duration = Duration::from_millis(300);
@@ -102,20 +111,57 @@ pub(crate) struct LinkReport {
     pub(crate) problem: Option<String>,
 }
 
+/// What the snapshot says of a relay.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct About {
+    /// The networks in which it is.
+    pub(crate) domains: Vec<IpNet>,
+    /// It serves this node, whoever its peer is. Other relays are only visited, for peers that they serve.
+    pub(crate) serves: bool,
+    pub(crate) place: Place,
+}
+
+/// Where a relay runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// By itself.
+    Apart,
+    /// On a node of the mesh.
+    Node,
+    /// On a node of this site: it sees this node's address on the LAN, not that outside.
+    Neighbour,
+    /// On this node.
+    Here,
+}
+
+impl Place {
+    /// Whether it is a peer relay.
+    pub(crate) fn is_node(self) -> bool {
+        match self {
+            Self::Apart => false,
+            Self::Node | Self::Neighbour | Self::Here => true,
+        }
+    }
+}
+
 /// All links to relays.
 ///
-/// Two kinds are kept: to the *nearest*, and to the next one of another failure domain, over which
-/// traffic goes; and to the *anchors*, the first of the order that every node can tell of every
-/// other, where peers that know nothing better look. In a mesh of two relays they are the same.
+/// Three kinds are kept: to the *nearest*, and to the next one of another failure domain, over which
+/// traffic goes; to the *anchors*, the first of the order that every node can tell of every
+/// other, where peers that know nothing better look; and to the first *peer relays* of that order. In a
+/// mesh of two relays the first two are the same.
+///
+/// A node that is a relay itself has a link to that, too, so that it is found there, but has its home
+/// elsewhere if it can: a relay here dies with the node, and nobody is told where it went.
 #[derive(Debug, Default)]
 pub(crate) struct Relays {
     links: BTreeMap<RelayId, Link>,
-    /// Every relay of the mesh, by weight.
+    /// Every relay that serves this node, by weight.
     order: Vec<RelayId>,
-    /// Every relay of the mesh, the preferred one first.
+    /// Every relay that serves this node, the preferred one first.
     preferred: Vec<RelayId>,
-    /// The networks in which each relay is.
-    domains: BTreeMap<RelayId, Vec<IpNet>>,
+    /// Every relay of the mesh.
+    known: BTreeMap<RelayId, About>,
     rtts: BTreeMap<RelayId, VecDeque<Duration>>,
     /// What peers are told of these.
     told: BTreeMap<RelayId, Duration>,
@@ -135,16 +181,16 @@ pub(crate) fn domain(address: IpAddr) -> IpNet {
     IpNet::new_assert(address, bits).trunc()
 }
 
-/// `relays` in the order in which `node` prefers them (highest random weight): every node can
-/// tell every other's, and together they spread evenly.
-pub(crate) fn rank(node: &NodeId, relays: impl Iterator<Item = RelayId>) -> Vec<RelayId> {
+/// `relays` in the order in which `node` prefers them (highest random weight), those that are nodes of
+/// the mesh last: every node can tell every other's, and together they spread evenly.
+pub(crate) fn rank(node: &NodeId, relays: impl Iterator<Item = (RelayId, bool)>) -> Vec<RelayId> {
     let key = node
         .0
         .first_chunk::<8>()
         .map_or(0, |b| u64::from_be_bytes(*b));
-    let mut order: Vec<RelayId> = relays.collect();
-    order.sort_by_key(|relay| (mix(relay.0 ^ key), *relay));
-    order
+    let mut order: Vec<(RelayId, bool)> = relays.collect();
+    order.sort_by_key(|(relay, is_node)| (*is_node, mix(relay.0 ^ key), *relay));
+    order.into_iter().map(|(relay, _)| relay).collect()
 }
 
 /// The finaliser of `SplitMix64` (Steele et al. 2014).
@@ -395,21 +441,41 @@ impl Hand<'_> {
 }
 
 impl Relays {
-    /// The mesh has these relays now.
-    pub(crate) fn set_known(
-        &mut self,
-        own: &NodeId,
-        known: impl Iterator<Item = (RelayId, Vec<IpNet>)>,
-    ) {
-        self.domains = known.collect();
-        self.order = rank(own, self.domains.keys().copied());
-        let domains = &self.domains;
-        self.rtts.retain(|relay, _| domains.contains_key(relay));
-        self.told.retain(|relay, _| domains.contains_key(relay));
+    /// The mesh has these relays now. Returns whether something about them is new.
+    pub(crate) fn set_known(&mut self, own: &NodeId, known: BTreeMap<RelayId, About>) -> bool {
+        let changed = self.known != known;
+        self.known = known;
+        let serving = self.known.iter().filter(|(_, about)| about.serves);
+        let serving = serving.map(|(&relay, about)| (relay, about.place.is_node()));
+        self.order = rank(own, serving);
+        let known = &self.known;
+        self.rtts.retain(|relay, _| known.contains_key(relay));
+        self.told.retain(|relay, _| known.contains_key(relay));
         self.prefer();
+        changed
     }
 
-    /// Every relay of the mesh, the preferred one first.
+    /// Where a relay runs.
+    pub(crate) fn place(&self, relay: RelayId) -> Place {
+        self.known
+            .get(&relay)
+            .map_or(Place::Apart, |about| about.place)
+    }
+
+    /// Relays that serve this node and see it from outside its site, the preferred one first.
+    pub(crate) fn vantage_points(&self) -> impl Iterator<Item = RelayId> + '_ {
+        let outside =
+            |relay: &RelayId| !matches!(self.place(*relay), Place::Neighbour | Place::Here);
+        self.preferred.iter().copied().filter(outside)
+    }
+
+    /// Relays with a link that will not carry anything soon.
+    pub(crate) fn hopeless(&self) -> Vec<RelayId> {
+        let hopeless = self.links.iter().filter(|(_, link)| !link.is_hopeful());
+        hopeless.map(|(&relay, _)| relay).collect()
+    }
+
+    /// Every relay that serves this node, the preferred one first.
     pub(crate) fn preferred(&self) -> &[RelayId] {
         &self.preferred
     }
@@ -422,7 +488,7 @@ impl Relays {
 
     /// A relay answered after `rtt`. Returns whether peers should be told.
     pub(crate) fn on_rtt(&mut self, relay: RelayId, rtt: Duration) -> bool {
-        if !self.domains.contains_key(&relay) {
+        if !self.known.contains_key(&relay) {
             return false;
         }
         let recent = self.rtts.entry(relay).or_default();
@@ -452,10 +518,13 @@ impl Relays {
         &self.told
     }
 
-    /// Relays with a link, the preferred one first.
+    /// Relays with a link, the preferred one first, those that are only visited last.
     pub(crate) fn up(&self) -> Vec<RelayId> {
         let is_up = |relay: &&RelayId| self.transport(relay).is_some();
-        let mut up: Vec<RelayId> = self.preferred.iter().filter(is_up).copied().collect();
+        let foreign = self.links.keys();
+        let foreign = foreign.filter(|relay| !self.preferred.contains(relay));
+        let all = self.preferred.iter().chain(foreign);
+        let mut up: Vec<RelayId> = all.filter(is_up).copied().collect();
         up.sort_by_key(|relay| self.links.get(relay).is_some_and(|link| link.leaving));
         up
     }
@@ -506,6 +575,8 @@ impl Relays {
             out(Output::DisconnectRelay { relay, transport });
         } else if let Some(mut hand) = self.hand(relay, now, dice, out) {
             hand.on_connected(transport);
+            let until = hand.link.visit_until.as_mut();
+            until.into_iter().for_each(|until| *until = now + VISIT);
         }
         self.keep(now, dice, out);
     }
@@ -520,8 +591,16 @@ impl Relays {
         dice: &mut Dice,
         out: &mut dyn FnMut(Output),
     ) {
+        let was_up = self.transport(&relay).is_some();
         if let Some(mut hand) = self.hand(relay, now, dice, out) {
             hand.on_lost(transport, reason);
+        }
+        if was_up && self.links.values().all(|link| link.up().is_none()) {
+            // Nothing is left: those that failed for long, and are tried rarely, are tried now.
+            for link in self.links.values_mut() {
+                link.retry_at = link.retry_at.map(|_| now);
+            }
+            return self.on_timeout(now, dice, out);
         }
         self.keep(now, dice, out);
     }
@@ -570,14 +649,15 @@ impl Relays {
         dice: &mut Dice,
         out: &mut dyn FnMut(Output),
     ) {
-        let until = now + VISIT;
         if let Some(link) = self.links.get_mut(&relay) {
-            link.visit_until = link.visit_until.map(|_| until);
+            let more = link.up().map_or(VISIT_TRY, |_| VISIT);
+            link.visit_until = link.visit_until.map(|until| until.max(now + more));
             return;
         }
-        if self.links.len() == LINKS_MAX || !self.order.contains(&relay) {
+        if self.links.len() == LINKS_MAX || !self.known.contains_key(&relay) {
             return; // The peer is looked for where links are.
         }
+        let until = now + VISIT_TRY;
         self.links.insert(relay, Link::new(Some(until), now));
         if let Some(mut hand) = self.hand(relay, now, dice, out) {
             hand.on_timeout();
@@ -650,9 +730,9 @@ impl Relays {
                 link.visit_until = Some(now + VISIT);
             }
         }
-        let (order, links) = (&self.order, &self.links);
+        let (known, links) = (&self.known, &self.links);
         let is_over = |(relay, link): &(&RelayId, &Link)| {
-            !order.contains(relay) || link.visit_until.is_some_and(|until| now >= until)
+            !known.contains_key(relay) || link.visit_until.is_some_and(|until| now >= until)
         };
         let over: Vec<RelayId> = links.iter().filter(is_over).map(|(&id, _)| id).collect();
         for relay in over {
@@ -680,31 +760,51 @@ impl Relays {
         self.keep(now, dice, out);
     }
 
-    /// The node's own relays: the nearest ones, and the first of its order, as many as it takes to
-    /// have two hopeful.
+    /// The node's own relays: the nearest ones, the first of its order, and the first peer relays, as many
+    /// as it takes to have two hopeful of each.
     fn warm(&self) -> Vec<RelayId> {
         if self.resting {
             return Vec::new();
         }
-        let mut hopeful = 0;
         let mut warm: Vec<RelayId> = self.home.into_iter().chain(self.second).collect();
-        for relay in self.order.iter().take(LINKS_MAX - warm.len()) {
-            if hopeful == ANCHORS {
-                break;
-            }
-            hopeful += usize::from(self.is_hopeful(relay));
-            if !warm.contains(relay) {
-                warm.push(*relay);
+        let order = || self.order.iter().copied();
+        let is_node = |relay: &RelayId| self.place(*relay).is_node();
+        let peer_relays = self.first_hopeful(order().filter(is_node), PEER_RELAYS);
+        let own = order().filter(|relay| self.place(*relay) == Place::Here);
+        for relay in own
+            .chain(self.first_hopeful(order(), ANCHORS))
+            .chain(peer_relays)
+        {
+            if !warm.contains(&relay) && warm.len() < LINKS_MAX {
+                warm.push(relay);
             }
         }
         warm
     }
 
+    /// The first of `relays`, as many as it takes to have `wanted` hopeful ones.
+    fn first_hopeful(
+        &self,
+        relays: impl Iterator<Item = RelayId>,
+        wanted: usize,
+    ) -> impl Iterator<Item = RelayId> {
+        let mut hopeful = 0;
+        relays.take_while(move |relay| {
+            let more = hopeful < wanted;
+            hopeful += usize::from(self.is_hopeful(relay));
+            more
+        })
+    }
+
     /// Settles which relays are preferred: the home, the one that steps in for it, then the near
-    /// ones.
+    /// ones, and the one on this node itself last.
     fn prefer(&mut self) {
         let hopeful = |relay: &RelayId| self.is_hopeful(relay);
-        let hopeful: Vec<RelayId> = self.order.iter().copied().filter(hopeful).collect();
+        let mut hopeful: Vec<RelayId> = self.order.iter().copied().filter(hopeful).collect();
+        let elsewhere = |relay: &RelayId| self.place(*relay) != Place::Here;
+        if hopeful.iter().any(elsewhere) {
+            hopeful.retain(elsewhere);
+        }
         self.home = self.nearest(&hopeful, self.home);
         let others: Vec<RelayId> = hopeful
             .into_iter()
@@ -726,7 +826,8 @@ impl Relays {
         order.sort_by_key(|relay| {
             let first = Some(*relay) != home;
             let next = Some(*relay) != second;
-            (first, next, self.rtt(relay).unwrap_or(Duration::MAX))
+            let here = self.place(*relay) == Place::Here;
+            (first, next, here, self.rtt(relay).unwrap_or(Duration::MAX))
         });
         self.preferred = order;
     }
@@ -749,7 +850,10 @@ impl Relays {
     }
 
     fn fail_together(&self, one: RelayId, other: RelayId) -> bool {
-        let of = |relay: &RelayId| self.domains.get(relay).map_or(&[][..], Vec::as_slice);
+        let of = |relay: &RelayId| {
+            let about = self.known.get(relay);
+            about.map_or(&[][..], |about| about.domains.as_slice())
+        };
         of(&one).iter().any(|net| of(&other).contains(net))
     }
 

@@ -77,6 +77,7 @@ fn core(snapshot: Snapshot) -> Core {
         node: "n0".parse().unwrap(),
         id: id(0),
         remembered: BTreeMap::new(),
+        bursts: true,
     };
     let mut core = Core::new(config, 1, at(0));
     let local = vec!["10.0.0.1:51820".parse().unwrap()];
@@ -138,7 +139,8 @@ fn a_peer_that_leaves_the_mesh_loses_its_path() {
     assert!(drain(&mut core).contains(&Output::SetPath {
         peer,
         primary,
-        duplicate
+        duplicate,
+        duplicates_max: None,
     }));
     assert_eq!(core.peers().count(), 0);
 }
@@ -211,13 +213,13 @@ fn a_node_that_stops_says_goodbye_to_those_it_talks_to() {
 fn every_echo_request_is_answered_by_the_way_it_came() {
     let mut core = relayed();
     let via = Via::Direct("198.51.100.7:4000".parse().unwrap());
-    let (peer, txid, full_size) = (id(1), 5, true);
-    let message = PeerMessage::EchoRequest { txid, full_size };
+    let (peer, txid, size_bytes) = (id(1), 5, 1_400);
+    let message = PeerMessage::EchoRequest { txid, size_bytes };
     core.handle_input(Input::Message { peer, via, message }, at(200));
     let observed = Some("198.51.100.7:4000".parse().unwrap());
     let message = PeerMessage::EchoReply {
         txid,
-        full_size,
+        size_bytes,
         observed,
     };
     assert!(drain(&mut core).contains(&Output::Send { peer, via, message }));
@@ -232,7 +234,7 @@ fn strange_source_addresses_are_learned_up_to_a_limit() {
             id(1),
             PeerMessage::EchoRequest {
                 txid: 1,
-                full_size: false,
+                size_bytes: 0,
             },
         );
         core.handle_input(Input::Message { peer, via, message }, at(200));
@@ -253,6 +255,7 @@ fn probed(core: &mut Core, told: impl IntoIterator<Item = SocketAddr>) -> Vec<So
         nat: NatKind::Easy,
         relays: Vec::new(),
         metered: false,
+        bursts: true,
     };
     let (peer, via) = (id(1), Via::Relay(r1()));
     core.handle_input(Input::Message { peer, via, message }, at(200));
@@ -337,11 +340,11 @@ fn a_path_that_comes_to_lead_into_the_tunnel_is_left() {
         core.handle_input(Input::Timeout, at(ms));
         for output in drain(&mut core) {
             if let Output::Send { via, message, .. } = output
-                && let PeerMessage::EchoRequest { txid, full_size } = message
+                && let PeerMessage::EchoRequest { txid, size_bytes } = message
             {
                 let message = PeerMessage::EchoReply {
                     txid,
-                    full_size,
+                    size_bytes,
                     observed: None,
                 };
                 core.handle_input(Input::Message { peer, via, message }, at(ms + 10));
@@ -392,7 +395,8 @@ fn a_plain_wireguard_device_is_up_when_it_shook_hands_and_may_roam() {
             outputs.contains(&Output::SetPath {
                 peer,
                 primary,
-                duplicate
+                duplicate,
+                duplicates_max: None,
             }),
             "{outputs:?}"
         );
@@ -415,6 +419,7 @@ fn an_overtaken_list_of_candidates_is_ignored() {
             nat,
             relays: Vec::new(),
             metered: false,
+            bursts: true,
         };
         let (peer, via) = (id(1), Via::Relay(r1()));
         core.handle_input(Input::Message { peer, via, message }, at(200));
@@ -455,6 +460,209 @@ fn a_peer_that_no_relay_knows_is_offline_after_twenty_seconds() {
     assert_eq!(core.peer_report(&peer).unwrap().reason, Reason::PeerOffline);
 }
 
+/// What node 0 says of peer 1, which it calls for 20 s while the relay says that it is there.
+fn unanswered(before: impl FnOnce(&mut Core)) -> Reason {
+    let mut core = core(mesh(3));
+    let (relay, transport, peer) = (r1(), RelayTransport::Quic, id(1));
+    core.handle_input(Input::RelayConnected { relay, transport }, at(10));
+    before(&mut core);
+    let present = true;
+    core.handle_input(Input::Wanted { peer }, at(5_000));
+    core.handle_input(
+        Input::RelayPeer {
+            relay,
+            peer,
+            present,
+        },
+        at(5_020),
+    );
+    while let Some(now) = core.poll_timeout().filter(|now| *now <= at(25_100)) {
+        core.handle_input(Input::Timeout, now);
+    }
+    let report = core.peer_report(&peer).unwrap();
+    assert_eq!(report.state, PeerState::Unreachable);
+    report.reason
+}
+
+#[test]
+fn a_handshake_that_arrives_and_is_not_answered_has_a_reason() {
+    let clock = |wall_s, at_least_s| Input::Clock {
+        wall: Duration::from_secs(wall_s),
+        at_least: Duration::from_secs(at_least_s),
+    };
+    assert_eq!(unanswered(|_| ()), Reason::MapStale);
+    let behind = |core: &mut Core| core.handle_input(clock(1_000, 1_061), at(20));
+    assert_eq!(unanswered(behind), Reason::ClockSkew);
+    let slightly = |core: &mut Core| core.handle_input(clock(1_000, 1_060), at(20));
+    assert_eq!(unanswered(slightly), Reason::MapStale);
+    let set = |core: &mut Core| {
+        core.handle_input(clock(1_000, 1_061), at(20));
+        core.handle_input(clock(1_061, 1_061), at(30));
+    };
+    assert_eq!(unanswered(set), Reason::MapStale);
+    let acquainted = |core: &mut Core| {
+        let (peer, via, message) = (id(1), Via::Relay(r1()), PeerMessage::Goodbye);
+        core.handle_input(Input::Handshake { peer, via }, at(20));
+        core.handle_input(Input::Message { peer, via, message }, at(30));
+        while let Some(now) = core.poll_timeout().filter(|now| *now <= at(4_000)) {
+            core.handle_input(Input::Timeout, now);
+        }
+        core.handle_input(Input::Snapshot(Arc::new(mesh(1))), at(4_100));
+        core.handle_input(Input::Snapshot(Arc::new(mesh(3))), at(4_200));
+    };
+    assert_eq!(
+        unanswered(acquainted),
+        Reason::MapStale,
+        "it was another life"
+    );
+}
+
+/// Where node 0 sends initiations to peer 1 when it is told, at each of these times, that it refused one.
+fn called_back(reports: &[(u64, u64)], up: bool) -> usize {
+    let mut core = if up { relayed() } else { core(mesh(3)) };
+    let (peer, via) = (id(1), Via::Direct("198.51.100.7:4000".parse().unwrap()));
+    let mut calls = 0;
+    for &(ms, behind_s) in reports {
+        let behind = Duration::from_secs(behind_s);
+        let why = Refusal::OldTimestamp { behind };
+        core.handle_input(Input::Refused { peer, via, why }, at(ms));
+        let vias = vec![via];
+        let call = Output::Handshake { peer, vias };
+        calls += drain(&mut core)
+            .iter()
+            .filter(|output| **output == call)
+            .count();
+    }
+    calls
+}
+
+#[test]
+fn a_peer_whose_clock_went_back_is_called_back_twice_a_second_at_most_by_its_own_way() {
+    let flood: Vec<(u64, u64)> = (0..100).map(|n| (1_000 + n * 100, 3_600)).collect();
+    assert_eq!(called_back(&flood, false), 20);
+    assert_eq!(called_back(&[(1_000, 59)], false), 0, "overtaken");
+    assert_eq!(
+        called_back(&[(1_000, 3_600)], true),
+        0,
+        "it can call itself"
+    );
+}
+
+#[test]
+fn a_stranger_is_called_when_the_snapshot_names_it_if_it_called_lately() {
+    for (later_ms, called) in [(50_000, true), (70_000, false)] {
+        let mut core = core(mesh(1));
+        let via = Via::Relay(r1());
+        let why = Refusal::UnknownKey;
+        let mut said = 0;
+        for number in 0..100 {
+            let peer = id(1 + number % 30);
+            core.handle_input(Input::Refused { peer, via, why }, at(1_000));
+            said += drain(&mut core).len();
+        }
+        assert_eq!(said, 1, "one event a minute");
+        core.handle_input(Input::Snapshot(Arc::new(mesh(31))), at(1_000 + later_ms));
+        let calls = drain(&mut core);
+        let calls = calls
+            .iter()
+            .filter(|output| matches!(output, Output::Handshake { .. }));
+        assert_eq!(calls.count(), if called { 16 } else { 0 }, "the last 16");
+    }
+}
+
+#[test]
+fn copies_are_counted_after_a_move_and_not_while_the_path_is_in_doubt() {
+    let mut core = relayed();
+    let peer = id(1);
+    let via = Via::Direct("198.51.100.7:4000".parse().unwrap());
+    core.handle_input(Input::Handshake { peer, via }, at(200));
+    let mut said = Vec::new();
+    for ms in (200..8_000).step_by(20) {
+        let (sent, received) = (ms > 4_000, Vec::new());
+        core.handle_input(
+            Input::Traffic {
+                peer,
+                sent,
+                received,
+            },
+            at(ms),
+        );
+        core.handle_input(Input::Timeout, at(ms));
+        for output in drain(&mut core) {
+            if let Output::SetPath {
+                primary,
+                duplicate,
+                duplicates_max,
+                ..
+            } = output
+            {
+                said.push((primary, duplicate, duplicates_max));
+            } else if let Output::Send {
+                via: by, message, ..
+            } = output
+                && let PeerMessage::EchoRequest { txid, size_bytes } = message
+                && (ms < 4_000 || by != via)
+            {
+                let (observed, via) = (None, by);
+                let message = PeerMessage::EchoReply {
+                    txid,
+                    size_bytes,
+                    observed,
+                };
+                core.handle_input(Input::Message { peer, via, message }, at(ms + 10));
+            }
+        }
+    }
+    let relay = Some(Via::Relay(r1()));
+    let moved = [(Some(via), relay, Some(32)), (Some(via), None, None)];
+    assert_eq!(said[..2], moved);
+    assert!(said.contains(&(Some(via), relay, None)), "{said:?}");
+    assert_eq!(said.last(), Some(&(relay, None, None)));
+    assert!(said[2..].iter().all(|(.., max)| max.is_none()), "{said:?}");
+}
+
+#[test]
+fn a_sites_relay_is_dialled_at_its_lan_from_within_and_never_through_the_tunnel() {
+    let mut snapshot = mesh(3);
+    let (id, mut gateway) = relay("gateway", 9);
+    gateway.node = "n2".parse().ok();
+    let [lan, overlay, public] = ["192.168.7.1", "100.96.0.9", "203.0.113.1"];
+    gateway.addresses = [public, overlay, lan].map(|ip| ip.parse().unwrap()).into();
+    snapshot.relays.insert(id, gateway);
+    let dialled = |snapshot: &Snapshot| -> Vec<String> {
+        let core = core(snapshot.clone());
+        core.relay_addresses(&id)
+            .iter()
+            .map(IpAddr::to_string)
+            .collect()
+    };
+    assert_eq!(
+        dialled(&snapshot),
+        [public, lan],
+        "an outsider tries the LAN last"
+    );
+    let node = |snapshot: &mut Snapshot, name: &str, act: &dyn Fn(&mut Node)| {
+        act(snapshot
+            .nodes
+            .get_mut(&name.parse::<NodeName>().unwrap())
+            .unwrap());
+    };
+    node(&mut snapshot, "n2", &|node| {
+        node.prefixes = vec!["192.168.7.0/24".parse().unwrap()]
+    });
+    assert_eq!(
+        dialled(&snapshot),
+        [public],
+        "the route there is the tunnel"
+    );
+    for name in ["n0", "n2"] {
+        node(&mut snapshot, name, &|node| {
+            node.locality.site = "yard".parse().ok()
+        });
+    }
+    assert_eq!(dialled(&snapshot), [lan, public]);
+}
+
 fn any_via() -> impl Strategy<Value = Via> {
     prop_oneof![
         Just(Via::Relay(r1())),
@@ -466,12 +674,12 @@ fn any_via() -> impl Strategy<Value = Via> {
 fn any_message() -> impl Strategy<Value = PeerMessage> {
     let txid = any::<u64>();
     prop_oneof![
-        (txid, any::<bool>())
-            .prop_map(|(txid, full_size)| PeerMessage::EchoRequest { txid, full_size }),
+        (txid, any::<u16>())
+            .prop_map(|(txid, size_bytes)| PeerMessage::EchoRequest { txid, size_bytes }),
         // Stands for "the answer to the last question": see below.
         Just(PeerMessage::EchoReply {
             txid: 0,
-            full_size: false,
+            size_bytes: 1_280,
             observed: None
         }),
         (0..4u64, any::<u16>()).prop_map(|(generation, port)| PeerMessage::Candidates {
@@ -483,8 +691,10 @@ fn any_message() -> impl Strategy<Value = PeerMessage> {
             nat: NatKind::Easy,
             relays: Vec::new(),
             metered: false,
+            bursts: true,
         }),
         Just(PeerMessage::Goodbye),
+        Just(PeerMessage::GuessPorts),
     ]
 }
 
@@ -510,6 +720,17 @@ fn any_input() -> impl Strategy<Value = Input> {
         1 => (peer, any::<bool>())
             .prop_map(move |(peer, present)| Input::RelayPeer { relay, peer, present }),
         1 => Just(Input::RelayGoAway { relay }),
+        2 => (1..6u16).prop_map(|port| Input::Unsendable {
+            address: SocketAddr::new([198, 51, 100, 7].into(), port),
+        }),
+        1 => (0..4u32, any_via(), any::<bool>()).prop_map(|(peer, via, unknown)| Input::Refused {
+            peer: id(peer),
+            via,
+            why: match unknown {
+                true => Refusal::UnknownKey,
+                false => Refusal::OldTimestamp { behind: Duration::from_secs(3_600) },
+            },
+        }),
         1 => (1..3u8).prop_map(|host| {
             Input::LocalAddresses(vec![SocketAddr::new([10, 0, 0, host].into(), 51_820)])
         }),

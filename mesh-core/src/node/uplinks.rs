@@ -66,6 +66,10 @@ impl Uplinks {
         out: &mut dyn FnMut(Output),
     ) -> bool {
         let before = self.active().cloned();
+        let works = |uplink: &Uplink| uplink.up && !uplink.addresses.is_empty();
+        let stays = uplinks
+            .iter()
+            .any(|one| Some(one.id) == self.active && works(one));
         let mut known = BTreeMap::new();
         for mut uplink in uplinks.into_iter().take(UPLINKS_MAX) {
             for address in &mut uplink.addresses {
@@ -75,7 +79,13 @@ impl Uplinks {
             // Another network behind the same socket is another chance.
             let old = self.known.remove(&id);
             let old = old.filter(|old| old.uplink.addresses == uplink.addresses && old.uplink.up);
-            let failed_at = old.as_ref().and_then(|old| old.failed_at);
+            // A carrier is no way yet: a switch behind it may pass nothing for a while. While another
+            // uplink works this one has to answer first; where asking costs, its turn comes when it must.
+            let unproven = old.is_none() && stays && Some(id) != self.active && !uplink.metered;
+            let failed_at = match &old {
+                Some(old) => old.failed_at,
+                None => unproven.then_some(now),
+            };
             let ask_at = old.map_or(Some(now), |old| old.ask_at);
             let (unanswered, answers) = (0, 0);
             let one = Known {
@@ -376,8 +386,11 @@ mod tests {
         pulled[1].addresses.clear();
         bench.act(2_000, |all, now, out| all.set(pulled, now, out));
         bench.act(3_000, |all, now, out| all.set(three(), now, out));
-        let used = [(0, WIRED), (1_000, WIFI), (2_000, MOBILE), (3_000, WIRED)];
+        let used = [(0, WIRED), (1_000, WIFI), (2_000, MOBILE)];
         assert_eq!(bench.used, used);
+        // Back once they have answered, and not when the carrier came: three times, 5 s apart.
+        bench.run_to(20_000);
+        assert_eq!(bench.used[3..], [(13_000, WIRED)]);
     }
 
     #[test]

@@ -9,10 +9,14 @@
 )]
 
 mod communities;
+mod day;
+mod lines;
 mod mass;
 mod matrix;
 mod model;
 mod nat;
+mod peer_relays;
+mod reasons;
 mod scenarios;
 mod session;
 mod uplinks;

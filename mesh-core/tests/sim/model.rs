@@ -97,9 +97,15 @@ enum Kind {
     FlowStops,
     FlowsStart,
     AllIdle,
+    SendsRefused,
+    SendsAllowed,
+    ClockGoesBack,
+    MtuGrows,
+    MtuShrinks,
+    LineCarriesLess,
 }
 
-const KINDS: [Kind; 43] = {
+const KINDS: [Kind; 49] = {
     use Kind::*;
     [
         LineCut,
@@ -145,6 +151,12 @@ const KINDS: [Kind; 43] = {
         FlowStops,
         FlowsStart,
         AllIdle,
+        SendsRefused,
+        SendsAllowed,
+        ClockGoesBack,
+        MtuGrows,
+        MtuShrinks,
+        LineCarriesLess,
     ]
 };
 
@@ -161,6 +173,8 @@ struct Lab {
     log: Vec<String>,
     happened: BTreeMap<Kind, u32>,
     slowest_ms: u64,
+    /// The overlay's MTU.
+    mtu: u16,
 }
 
 const NATS: [NatSort; 6] = [
@@ -190,6 +204,7 @@ impl Lab {
         for (node, site) in [0, 1, 1, 2, 3].into_iter().enumerate() {
             world.add_node(&format!("node-{node}"), site);
         }
+        world.add_peer_relay(1, true, &[1]);
         let mut pairs = BTreeMap::new();
         for a in 0..world.nodes.len() {
             for b in a + 1..world.nodes.len() {
@@ -217,6 +232,7 @@ impl Lab {
             log: Vec::new(),
             happened: BTreeMap::new(),
             slowest_ms: 0,
+            mtu: 1_280,
         }
     }
 
@@ -227,13 +243,39 @@ impl Lab {
 
     // The reference.
 
+    /// Whether `node` is a client of a relay for the sake of a peer that the relay serves, or itself.
     fn relay_serves(&self, relay: usize, node: usize) -> bool {
-        self.world.relays[relay].up
+        let known = &self.world.relays[relay];
+        let site = self.world.nodes[node].site;
+        let works = |site: usize| !self.world.sites[site].down;
+        let line = match known.host {
+            None => works(site),
+            // Of a node that moved, the site's name still holds.
+            Some((host, _)) => {
+                let hosts = self.world.nodes[host].site;
+                let udp = self.world.sites[hosts].nat.sort != NatSort::UdpBlocked;
+                let near = hosts == site;
+                self.runs(host) && (near || udp && works(site) && works(hosts))
+            }
+        };
+        known.up
+            && line
             && !self.removed_relays.contains_key(&relay)
-            && !self
-                .world
-                .cut_off
-                .contains(&(self.world.nodes[node].site, relay))
+            && !self.world.cut_off.contains(&(site, relay))
+    }
+
+    /// Whether a session that `from` begins may go by a relay, and finds `to` there: nobody keeps links to
+    /// the relays of another's site.
+    fn may_use(&self, relay: usize, from: usize, to: usize) -> bool {
+        let Some(snapshot) = &self.world.snapshot else {
+            return false;
+        };
+        let serves = |node: usize| {
+            let node = snapshot.nodes.get(&self.world.nodes[node].name);
+            let site = node.and_then(|node| node.locality.site.as_ref());
+            self.world.relays[relay].relay.serves(site)
+        };
+        from != to && serves(to)
     }
 
     fn is_there(&self, node: usize) -> bool {
@@ -245,7 +287,9 @@ impl Lab {
     }
 
     fn can_talk(&self, a: usize, b: usize) -> bool {
-        let common = |relay: usize| self.relay_serves(relay, a) && self.relay_serves(relay, b);
+        let common = |relay: usize| {
+            self.may_use(relay, a, b) && self.relay_serves(relay, a) && self.relay_serves(relay, b)
+        };
         self.is_there(a) && self.is_there(b) && (0..self.world.relays.len()).any(common)
     }
 
@@ -266,17 +310,29 @@ impl Lab {
     }
 
     fn can_be_direct(&self, a: usize, b: usize) -> bool {
-        if !self.can_talk(a, b) || !self.may_be_direct(a, b) {
+        let refused = |node| self.world.refused.contains(&node);
+        if !self.can_talk(a, b) || !self.may_be_direct(a, b) || refused(a) || refused(b) {
             return false;
         }
+        let nodes = (a, b);
         let (a, b) = (self.world.nodes[a].site, self.world.nodes[b].site);
         if a == b {
             return true;
         }
+        // Somebody has to tell them where they are; the relay of a site does not see it from outside.
+        let seen = |node: usize| {
+            let mut relays = 0..self.world.relays.len();
+            relays.any(|relay| {
+                self.world.relays[relay].host.is_none() && self.relay_serves(relay, node)
+            })
+        };
+        if !seen(nodes.0) || !seen(nodes.1) {
+            return false;
+        }
         let site = |site: usize| &self.world.sites[site];
         let clean = |one: usize| {
             let one = site(one);
-            one.loss == 0.0 && !one.small_only && one.nat.sort != NatSort::UdpBlocked
+            one.loss == 0.0 && one.carries_bytes >= self.mtu && one.nat.sort != NatSort::UdpBlocked
         };
         let severed = |a, b| {
             self.world.severed.contains(&(a, b)) || self.world.severed_one_way.contains(&(a, b))
@@ -316,6 +372,27 @@ impl Lab {
         silent
     }
 
+    /// What both ends of each of these pairs say of each other, and of their relays.
+    fn views(&self, pairs: &[String]) -> String {
+        let mut said = Vec::new();
+        let named = |pair: &&(usize, usize)| pairs.contains(&format!("{} → {}", pair.0, pair.1));
+        for &(from, to) in self.pairs.keys().filter(named) {
+            for (of, peer) in [(from, to), (to, from)] {
+                let relays = self.world.core(of).relays();
+                let relays: Vec<_> = relays.map(|relay| (relay.name, relay.up)).collect();
+                let site = self.world.nodes[of].site;
+                said.push(format!("{of} at site {site}: {relays:?}"));
+                if let Some(report) = self.world.report(of, peer) {
+                    let (state, reason, via) = (report.state, report.reason, report.via);
+                    said.push(format!("  of {peer}: {state:?} {reason:?} {via:?}"));
+                    let last = report.transitions.iter().rev().take(5);
+                    said.extend(last.map(|change| format!("  {change:?}")));
+                }
+            }
+        }
+        said.join("\n")
+    }
+
     fn settle(&mut self) -> Result<(), String> {
         let since = self.world.now_ms();
         self.watch_trouble();
@@ -328,7 +405,8 @@ impl Lab {
                 break;
             }
             if took > self.bound_ms() {
-                return Err(format!("{silent:?} do not talk after {took} ms"));
+                let views = self.views(&silent);
+                return Err(format!("{silent:?} do not talk after {took} ms\n{views}"));
             }
         }
         self.long_trouble &= self.trouble_since.is_some();
@@ -623,14 +701,14 @@ impl Lab {
                 Some(format!("site {site}"))
             }
             Kind::SmallPacketsOnly => {
-                let site = self.pick_site(|world, site| !world.sites[site].small_only)?;
-                self.world.sites[site].small_only = true;
+                let site = self.pick_site(|world, site| world.sites[site].carries_bytes > 1_280)?;
+                self.world.sites[site].carries_bytes = 1_000;
                 Some(format!("at site {site}"))
             }
             Kind::LinesHealed => {
                 for site in &mut self.world.sites {
                     (site.loss, site.copies) = (0.0, 0.0);
-                    (site.jitter_us, site.small_only) = (0, false);
+                    (site.jitter_us, site.carries_bytes) = (0, u16::MAX);
                     site.delay_us = 10_000;
                 }
                 // A path that lost for minutes is measured rarely. Nobody waits for that here.
@@ -779,7 +857,44 @@ impl Lab {
                 self.start_flows();
                 Some("for 400 s".to_owned())
             }
+            Kind::SendsRefused => {
+                let node = self.pick_node(Self::runs)?;
+                self.world
+                    .refused
+                    .insert(node)
+                    .then(|| format!("node {node}"))
+            }
+            Kind::SendsAllowed => {
+                let any = !self.world.refused.is_empty();
+                self.world.refused.clear();
+                any.then(String::new)
+            }
+            Kind::ClockGoesBack => {
+                let node = self.pick_node(Self::runs)?;
+                self.world.kill(node);
+                // Four times at most: the world's own clock is so far on.
+                self.world.nodes[node].clock_behind_us += 3_600_000_000;
+                self.world.run_for(500);
+                self.world.boot(node);
+                Some(format!("node {node}"))
+            }
+            Kind::MtuGrows => self.set_mtu(1_400),
+            Kind::MtuShrinks => self.set_mtu(1_280),
+            Kind::LineCarriesLess => {
+                let site = self.pick_site(|world, site| world.sites[site].carries_bytes > 1_300)?;
+                self.world.sites[site].carries_bytes = 1_300;
+                Some(format!("at site {site}"))
+            }
         }
+    }
+
+    fn set_mtu(&mut self, bytes: u16) -> Option<String> {
+        if self.mtu == bytes {
+            return None;
+        }
+        self.mtu = bytes;
+        self.publish(|snapshot| snapshot.mesh.mtu_bytes = bytes);
+        Some(format!("to {bytes}"))
     }
 
     fn start_flows(&mut self) {

@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-/// Mappings and permissions end after this much silence, in microseconds: what Linux grants a
+/// Permissions end after this much silence, in microseconds, unless said otherwise: what Linux grants a
 /// stream of UDP.
 const EXPIRY_US: u64 = 120_000_000;
 
@@ -37,6 +37,10 @@ pub(crate) enum NatSort {
 pub(crate) struct Nat {
     pub(crate) sort: NatSort,
     pub(crate) public: IpAddr,
+    /// Permissions end after this much silence; and mappings, if it was said how long that is.
+    expiry_us: u64,
+    forgets: bool,
+    forgot_at: u64,
     /// Inside address and, if the mapping depends on it, destination, to outside port.
     ports: BTreeMap<(SocketAddr, Option<SocketAddr>), u16>,
     insides: BTreeMap<u16, SocketAddr>,
@@ -58,12 +62,33 @@ impl Nat {
                 Some(_) => [100, 64, 0, 1].into(),
                 None => public,
             },
+            expiry_us: EXPIRY_US,
+            forgets: false,
+            forgot_at: 0,
             ports: BTreeMap::new(),
             insides: BTreeMap::new(),
             permitted: BTreeMap::new(),
             next_port: 20_000,
             upstream,
         }
+    }
+
+    /// Mappings that nobody uses for so long are given up.
+    pub(crate) fn expire_after(&mut self, us: u64) {
+        (self.expiry_us, self.forgets) = (us, true);
+    }
+
+    fn forget_unused(&mut self, now_us: u64) {
+        let expiry_us = self.expiry_us;
+        self.permitted.retain(|_, at| now_us < *at + expiry_us);
+        let permitted = &self.permitted;
+        let used = |port: u16| {
+            let all = (port, SocketAddr::new([0, 0, 0, 0].into(), 0))..;
+            let mut of_port = permitted.range(all);
+            of_port.next().is_some_and(|((used, _), _)| *used == port)
+        };
+        self.ports.retain(|_, port| used(*port));
+        self.insides.retain(|port, _| used(*port));
     }
 
     /// The router starts anew, and remembers nothing.
@@ -103,6 +128,10 @@ impl Nat {
         to: SocketAddr,
         now_us: u64,
     ) -> Option<SocketAddr> {
+        if self.forgets && now_us >= self.forgot_at + 1_000_000 {
+            self.forgot_at = now_us;
+            self.forget_unused(now_us);
+        }
         let by_destination = match self.sort {
             NatSort::Open => return Some(inside),
             NatSort::UdpBlocked => return None,
@@ -138,16 +167,16 @@ impl Nat {
 
     /// Where a packet from `from` to the outside address `to` goes; `None`: dropped.
     pub(crate) fn inbound(
-        &self,
+        &mut self,
         from: SocketAddr,
         to: SocketAddr,
         now_us: u64,
     ) -> Option<SocketAddr> {
-        let to = match &self.upstream {
+        let to = match &mut self.upstream {
             Some(upstream) => upstream.inbound(from, to, now_us)?,
             None => to,
         };
-        let fresh = |at: &u64| now_us < at + EXPIRY_US;
+        let fresh = |at: &u64| now_us < at + self.expiry_us;
         let written_to = |matches: &dyn Fn(&SocketAddr) -> bool| {
             let all = (to.port(), SocketAddr::new([0, 0, 0, 0].into(), 0))..;
             let of_port = self.permitted.range(all);
@@ -165,8 +194,14 @@ impl Nat {
             | NatSort::Double
             | NatSort::Firewall => written_to(&|written| *written == from),
         };
-        let inside = self.insides.get(&to.port());
-        inside.copied().filter(|_| permitted)
+        let inside = self.insides.get(&to.port()).copied();
+        let inside = inside.filter(|_| permitted)?;
+        if self.forgets
+            && let Some(used) = self.permitted.get_mut(&(to.port(), from))
+        {
+            *used = now_us; // What comes in keeps the mapping, too, as Linux does it.
+        }
+        Some(inside)
     }
 }
 

@@ -10,7 +10,11 @@ use crate::{
 
 /// Two relays, and two nodes that ping each other's way every 20 ms.
 pub(crate) fn pair(a: NatSort, b: NatSort) -> (World, usize, usize, usize) {
-    let mut world = World::new(1);
+    pair_of(1, a, b)
+}
+
+fn pair_of(seed: u64, a: NatSort, b: NatSort) -> (World, usize, usize, usize) {
+    let mut world = World::new(seed);
     world.add_relay("r1");
     world.add_relay("r2");
     let (a, b) = (world.add_edge("a", a), world.add_edge("b", b));
@@ -263,7 +267,7 @@ fn an_unreachable_peer_is_found_again_without_anybody_asking() {
 fn a_path_on_which_only_small_packets_pass_never_carries_traffic() {
     let (mut world, a, b, flow) = pair(NatSort::FullCone, NatSort::FullCone);
     let site = world.nodes[b].site;
-    world.sites[site].small_only = true;
+    world.sites[site].carries_bytes = 1_000;
     world.run_for(18_000);
     let report = world.report(a, b).unwrap();
     assert_eq!(
@@ -409,35 +413,40 @@ fn a_dead_neighbour_on_the_lan_is_doubted_within_700_ms_at_worst() {
 
 #[test]
 fn a_lossy_direct_path_gives_way_to_a_clean_relay_and_comes_back_when_it_is_clean() {
-    let (mut world, a, b, flow) = pair(NatSort::PortRestricted, NatSort::PortRestricted);
-    world.run_until(3_000, "direct", |w| state(w, a, b) == PeerState::Direct);
-    world.run_for(20_000);
-    let between = (world.nodes[a].site, world.nodes[b].site);
-    world.lossy.insert(between, 0.1);
-    let took = world.run_until(180_000, "relayed", |w| {
-        state(w, a, b) == PeerState::Relayed && state(w, b, a) == PeerState::Relayed
-    });
-    println!("relayed {took} ms after the loss began");
-    world.run_for(20_000);
-    let report = world.report(a, b).unwrap();
-    assert_eq!(
-        (report.state, report.reason),
-        (PeerState::Relayed, Reason::DirectLossy)
-    );
-    world.nodes[a].moves.clear();
-    world.run_for(120_000);
-    assert_eq!(world.nodes[a].moves, [], "it does not swing");
-    world.lossy.clear();
-    let took = world.run_until(180_000, "direct again", |w| {
-        state(w, a, b) == PeerState::Direct
-    });
-    println!("direct {took} ms after the loss ended");
-    world.run_for(1_000);
-    let sent = world.flows[flow].sent.len();
-    assert!(
-        world.flows[flow].answered.len() * 100 > sent * 96,
-        "most arrived"
-    );
+    let mut noticed = Vec::new();
+    for seed in 1..=7 {
+        let (mut world, a, b, flow) =
+            pair_of(seed, NatSort::PortRestricted, NatSort::PortRestricted);
+        world.run_until(3_000, "direct", |w| state(w, a, b) == PeerState::Direct);
+        world.run_for(20_000);
+        let between = (world.nodes[a].site, world.nodes[b].site);
+        world.lossy.insert(between, 0.1);
+        let took = world.run_until(240_000, "relayed", |w| {
+            state(w, a, b) == PeerState::Relayed && state(w, b, a) == PeerState::Relayed
+        });
+        world.run_for(20_000);
+        let report = world.report(a, b).unwrap();
+        assert_eq!(
+            (report.state, report.reason),
+            (PeerState::Relayed, Reason::DirectLossy)
+        );
+        world.nodes[a].moves.clear();
+        let calm = world.now_ms();
+        world.run_for(60_000);
+        assert_eq!(world.nodes[a].moves, [], "it does not swing");
+        world.lossy.clear();
+        let back = world.run_until(180_000, "direct again", |w| {
+            state(w, a, b) == PeerState::Direct
+        });
+        noticed.push((took, back));
+        world.stop_flow(flow);
+        world.run_for(1_000);
+        let gap = longest_gap(&world, flow, calm);
+        assert_eq!(gap, 0, "nothing is lost once the relay carries it");
+    }
+    println!("ms from loss to relay, and back: {noticed:?}");
+    noticed.sort_unstable();
+    assert!(noticed[3].0 <= 90_000, "{noticed:?}");
 }
 
 #[test]

@@ -41,45 +41,34 @@ pub(crate) enum Packet {
 pub(crate) enum Body {
     Keepalive,
     Control(PeerMessage),
-    Ping { flow: usize, id: u64 },
-    Pong { flow: usize, id: u64 },
+    Ping { flow: usize, id: u64, bytes: u16 },
+    Pong { flow: usize, id: u64, bytes: u16 },
 }
 
 impl Packet {
-    /// Its bytes with all headers: 28 of UDP over IPv4, 8 of a relay's, 32 of a sealed packet. What
-    /// cores say is 48 bytes of headers and some 20 more, 300 with addresses.
+    /// Its bytes with all headers: 28 of UDP over IPv4, 8 of a relay's, 32 of a sealed packet.
     pub(crate) fn len(&self) -> u64 {
-        let large = if self.is_large() { 1_232 } else { 0 };
-        let inner = match self {
-            Self::Initiation { .. } => return 36 + 148,
-            Self::Response { .. } => return 36 + 92,
-            Self::Sealed { body, .. } => match body {
-                Body::Keepalive => 0,
-                Body::Control(PeerMessage::Candidates { .. }) => 48 + 300,
-                Body::Control(_) => 48 + 20,
-                Body::Ping { .. } | Body::Pong { .. } => 84,
-            },
-        };
-        36 + 32 + inner.max(large)
+        match self {
+            Self::Initiation { .. } => 36 + 148,
+            Self::Response { .. } => 36 + 92,
+            Self::Sealed { .. } => 36 + 32 + u64::from(self.inner_len()),
+        }
     }
 
-    /// Whether it only fits where full-size packets do.
-    pub(crate) fn is_large(&self) -> bool {
-        match self {
-            Self::Sealed {
-                body: Body::Control(message),
-                ..
-            } => matches!(
-                message,
-                PeerMessage::EchoRequest {
-                    full_size: true,
-                    ..
-                } | PeerMessage::EchoReply {
-                    full_size: true,
-                    ..
-                }
-            ),
-            Self::Initiation { .. } | Self::Response { .. } | Self::Sealed { .. } => false,
+    /// The packet inside. What cores say is 48 bytes of headers and some 20 more, 300 with addresses.
+    pub(crate) fn inner_len(&self) -> u16 {
+        let Self::Sealed { body, .. } = self else {
+            return 0;
+        };
+        match body {
+            Body::Keepalive => 0,
+            Body::Control(PeerMessage::Candidates { .. }) => 48 + 300,
+            Body::Control(
+                PeerMessage::EchoRequest { size_bytes, .. }
+                | PeerMessage::EchoReply { size_bytes, .. },
+            ) => (*size_bytes).max(48 + 20),
+            Body::Control(PeerMessage::Goodbye | PeerMessage::GuessPorts) => 48 + 20,
+            Body::Ping { bytes, .. } | Body::Pong { bytes, .. } => *bytes,
         }
     }
 }
@@ -88,6 +77,7 @@ impl Packet {
 #[derive(Debug, Default)]
 pub(crate) struct Session {
     pending: Vec<u64>,
+    last_sent: u64,
     last_seen: u64,
     keys: Vec<Key>,
     pub(crate) current: Option<Key>,
@@ -97,8 +87,10 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// A new initiation, numbered by a clock that survives reboots.
-    pub(crate) fn initiate(&mut self, number: u64, to: NodeId) -> Packet {
+    /// A new initiation, numbered by the node's wall clock, or one more than the last.
+    pub(crate) fn initiate(&mut self, clock: u64, to: NodeId) -> Packet {
+        let number = clock.max(self.last_sent + 1);
+        self.last_sent = number;
         self.pending.push(number);
         if self.pending.len() > 2 {
             self.pending.remove(0);
@@ -106,14 +98,18 @@ impl Session {
         Packet::Initiation { number, to }
     }
 
-    /// The answer to an initiation, unless it is a copy or an old one.
-    pub(crate) fn respond(&mut self, caller: usize, number: u64) -> Option<Packet> {
+    /// The answer to an initiation.
+    ///
+    /// # Errors
+    ///
+    /// It is a copy, or by so much older than the last one.
+    pub(crate) fn respond(&mut self, caller: usize, number: u64) -> Result<Packet, u64> {
         if number <= self.last_seen {
-            return None;
+            return Err(self.last_seen - number);
         }
         self.last_seen = number;
         self.add((caller, number));
-        Some(Packet::Response { number })
+        Ok(Packet::Response { number })
     }
 
     /// Whether the response completes a handshake.
@@ -135,24 +131,29 @@ impl Session {
         Some(Packet::Sealed { key, counter, body })
     }
 
-    /// Whether a sealed packet is authentic, and no copy. Confirms its session.
-    pub(crate) fn open(&mut self, key: Key, counter: u64) -> bool {
+    /// Whether a sealed packet is authentic, and no copy; `Some(true)`: and the first of a session that the
+    /// other end began, which is proven by that.
+    pub(crate) fn open(&mut self, key: Key, counter: u64) -> Option<bool> {
         if self.keys.contains(&key) {
             let seen = self.seen.entry(key).or_default();
             let newest = seen.last().copied().unwrap_or_default();
             if counter + REPLAY_WINDOW <= newest || !seen.insert(counter) {
-                return false;
+                return None;
             }
             if seen.len() > usize::try_from(REPLAY_WINDOW).unwrap() {
                 seen.pop_first();
             }
         }
         let age = |key: Key| self.keys.iter().position(|known| *known == key);
-        let known = age(key);
-        if known.is_some() && known >= self.current.and_then(age) {
+        let known = age(key)?;
+        let newer = self
+            .current
+            .and_then(age)
+            .is_none_or(|current| known > current);
+        if newer {
             self.current = Some(key);
         }
-        known.is_some()
+        Some(newer)
     }
 
     fn add(&mut self, key: Key) {

@@ -30,6 +30,8 @@ use crate::{
 
 /// The WireGuard port of every node.
 const PORT: u16 = 51_820;
+/// Sockets that it opens besides have ports from here on.
+const EXTRA_PORT: u16 = 60_000;
 /// After this long a connection to a relay is noticed to be dead.
 const RELAY_IDLE_US: u64 = 3_000_000;
 
@@ -39,7 +41,10 @@ pub(crate) struct Site {
     pub(crate) delay_us: u64,
     pub(crate) loss: f64,
     pub(crate) down: bool,
-    pub(crate) small_only: bool,
+    /// The largest inner packets that its line carries.
+    pub(crate) carries_bytes: u16,
+    /// Its hosts cannot send each other UDP.
+    pub(crate) lan_blocked: bool,
     /// Up to so much later than others a packet comes: they overtake each other.
     pub(crate) jitter_us: u64,
     /// Share of packets that come twice.
@@ -62,7 +67,15 @@ pub(crate) struct SimNode {
     /// Counts boots: what was meant for an earlier one is void.
     boot: u32,
     sessions: BTreeMap<NodeId, Session>,
-    paths: BTreeMap<NodeId, (Option<Via>, Option<Via>)>,
+    paths: BTreeMap<NodeId, Chosen>,
+    /// What the packet path knows.
+    snapshot: Option<Arc<Snapshot>>,
+    /// Ports of its own that packets to some addresses leave by.
+    adopted: BTreeMap<SocketAddr, u16>,
+    /// Whether it takes part in bursts of sockets.
+    pub(crate) bursts: bool,
+    /// By how much its wall clock is behind.
+    pub(crate) clock_behind_us: u64,
     held: BTreeMap<NodeId, VecDeque<Body>>,
     traffic: BTreeMap<NodeId, (bool, BTreeSet<Via>)>,
     wake_at: Option<u64>,
@@ -81,9 +94,20 @@ pub(crate) struct SimNode {
     pub(crate) bytes_out: u64,
 }
 
+/// By which ways a node's packets to a peer go.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Chosen {
+    primary: Option<Via>,
+    duplicate: Option<Via>,
+    /// So many packets more go twice; `None`: all.
+    duplicates_left: Option<u32>,
+}
+
 pub(crate) struct SimRelay {
     pub(crate) id: RelayId,
-    relay: Relay,
+    pub(crate) relay: Relay,
+    /// The node that it runs on, and whether it is reached from outside that node's site.
+    pub(crate) host: Option<(usize, bool)>,
     pub(crate) up: bool,
     /// How much longer than to other relays the way from a site is, in one direction.
     pub(crate) far_us: BTreeMap<usize, u64>,
@@ -99,6 +123,8 @@ pub(crate) struct Flow {
     pub(crate) to: usize,
     every_us: u64,
     until_answered: bool,
+    /// Inner bytes of each packet.
+    pub(crate) bytes: u16,
     pub(crate) running: bool,
     next_id: u64,
     /// When each was sent and answered, in milliseconds.
@@ -108,6 +134,15 @@ pub(crate) struct Flow {
     delivered: BTreeSet<u64>,
     /// Packets that an application got a second time.
     pub(crate) twice: u64,
+}
+
+impl Flow {
+    /// What was sent and answered before is of no interest any more.
+    pub(crate) fn forget(&mut self) {
+        self.sent.clear();
+        self.answered.clear();
+        self.delivered.clear();
+    }
 }
 
 /// Something that a scenario does to the world.
@@ -143,6 +178,13 @@ pub(crate) enum Change {
     NoticeBlocked(usize),
     /// Connections that `CutOff` cut are noticed.
     NoticeCut(usize, usize),
+    /// Sockets by which nothing came are closed.
+    CloseSockets(usize),
+    /// A relay's clients notice that the node that it ran on is gone.
+    NoticeHost {
+        relay: usize,
+        boot: u32,
+    },
     /// Connections to relays that a dead line cut are noticed.
     Notice {
         site: usize,
@@ -167,14 +209,22 @@ pub(crate) struct World {
     pub(crate) severed: BTreeSet<(usize, usize)>,
     /// The same for what goes from the first to the second.
     pub(crate) severed_one_way: BTreeSet<(usize, usize)>,
+    /// The largest inner packets that go directly from one site to another, where that is less than what
+    /// the lines carry.
+    pub(crate) carries_one_way: BTreeMap<(usize, usize), u16>,
+    /// Nodes whose kernel refuses to send anything directly.
+    pub(crate) refused: BTreeSet<usize>,
+    /// Whether packet paths say that they refused an initiation.
+    pub(crate) call_back: bool,
     /// What share of packets is lost directly from one site to another.
     pub(crate) lossy: BTreeMap<(usize, usize), f64>,
     /// Sites and relays between which nothing passes.
     pub(crate) cut_off: BTreeSet<(usize, usize)>,
     pub(crate) snapshot: Option<Arc<Snapshot>>,
+    /// One that names every node.
+    everybody: Option<Arc<Snapshot>>,
     /// Connections to relays that are being made: node, relay, by what.
     attempts: BTreeSet<(usize, usize, RelayTransport)>,
-    initiations: u64,
     trace: DefaultHasher,
     pub(crate) steps: u64,
 }
@@ -196,10 +246,13 @@ impl World {
             severed: BTreeSet::new(),
             severed_one_way: BTreeSet::new(),
             cut_off: BTreeSet::new(),
+            carries_one_way: BTreeMap::new(),
+            refused: BTreeSet::new(),
+            call_back: true,
             lossy: BTreeMap::new(),
             snapshot: None,
+            everybody: None,
             attempts: BTreeSet::new(),
-            initiations: 0,
             trace: DefaultHasher::new(),
             steps: 0,
         }
@@ -236,12 +289,34 @@ impl World {
         self.relays.push(SimRelay {
             id,
             relay,
+            host: None,
             up: true,
             far_us: BTreeMap::new(),
             clients,
             using,
             asked,
         });
+        index
+    }
+
+    /// `node` is a relay, for the sites of these numbers (none: for everybody); `public`: from outside its
+    /// own site, too.
+    pub(crate) fn add_peer_relay(&mut self, node: usize, public: bool, sites: &[usize]) -> usize {
+        let index = self.add_relay(&format!("relay-on-{}", self.nodes[node].name));
+        let site = self.nodes[node].site;
+        let relay = &mut self.relays[index];
+        relay.host = Some((node, public));
+        relay.relay.node = Some(self.nodes[node].name.clone());
+        let sites = sites.iter().map(|site| format!("site-{site}"));
+        relay.relay.sites = sites.map(|site| site.parse().unwrap()).collect();
+        // What its name in the snapshot leads to; the simulator goes by `host`.
+        let outside = self.sites[site].nat.public;
+        let inside = self.nodes[node].host.ip();
+        relay.relay.addresses = vec![inside];
+        relay
+            .relay
+            .addresses
+            .extend(Some(outside).filter(|_| public));
         index
     }
 
@@ -266,7 +341,8 @@ impl World {
             delay_us: 10_000,
             loss: 0.0,
             down: false,
-            small_only: false,
+            carries_bytes: u16::MAX,
+            lan_blocked: false,
             jitter_us: 0,
             copies: 0.0,
         });
@@ -310,6 +386,10 @@ impl World {
             boot: 0,
             sessions: BTreeMap::new(),
             paths: BTreeMap::new(),
+            snapshot: None,
+            adopted: BTreeMap::new(),
+            bursts: false,
+            clock_behind_us: 0,
             held: BTreeMap::new(),
             traffic: BTreeMap::new(),
             wake_at: None,
@@ -375,11 +455,15 @@ impl World {
             snapshot.relays.insert(relay.id, relay.relay.clone());
         }
         self.snapshot = Some(Arc::new(snapshot));
+        self.everybody.clone_from(&self.snapshot);
     }
 
     /// Starts a node anew, with what it remembered.
     pub(crate) fn boot(&mut self, index: usize) {
         self.kill(index);
+        for relay in self.hosted(index) {
+            self.lose_clients(relay, "reset by peer");
+        }
         let seed = self.dice.random();
         let now = instant(self.now);
         let snapshot = self.snapshot.clone().unwrap();
@@ -388,6 +472,7 @@ impl World {
             node: node.name.clone(),
             id: node.id,
             remembered: node.remembered.clone(),
+            bursts: node.bursts,
         };
         node.core = Some(Core::new(config, seed, now));
         let host = node.host;
@@ -404,6 +489,8 @@ impl World {
     pub(crate) fn kill(&mut self, index: usize) {
         let node = &mut self.nodes[index];
         node.core = None;
+        node.adopted.clear();
+        node.snapshot = None;
         node.boot += 1;
         node.wake_at = None;
         node.sessions.clear();
@@ -413,9 +500,32 @@ impl World {
         node.unheard.clear();
         (node.frozen, node.lag_us) = (false, 0);
         self.attempts.retain(|(node, _, _)| *node != index);
+        let boot = node.boot;
         for relay in 0..self.relays.len() {
             self.disconnect(relay, index, None);
         }
+        for relay in self.hosted(index) {
+            let notice = Change::NoticeHost { relay, boot };
+            self.push(self.now + RELAY_IDLE_US, Happening::Change(notice));
+        }
+    }
+
+    /// The relays that run on a node.
+    fn hosted(&self, node: usize) -> Vec<usize> {
+        let here = |relay: &usize| {
+            self.relays[*relay]
+                .host
+                .is_some_and(|(host, _)| host == node)
+        };
+        (0..self.relays.len()).filter(here).collect()
+    }
+
+    fn lose_clients(&mut self, relay: usize, reason: &str) {
+        let clients: Vec<usize> = self.relays[relay].clients.keys().copied().collect();
+        for node in clients {
+            self.disconnect(relay, node, Some(reason));
+        }
+        self.relays[relay].asked.clear();
     }
 
     // Running.
@@ -473,6 +583,7 @@ impl World {
             to,
             every_us: every_ms * 1000,
             until_answered,
+            bytes: 84,
             running: false,
             next_id: 0,
             sent: BTreeMap::new(),
@@ -524,11 +635,7 @@ impl World {
             Change::Notice { .. } => {}
             Change::RelayDown(relay) => {
                 self.relays[relay].up = false;
-                let clients: Vec<usize> = self.relays[relay].clients.keys().copied().collect();
-                for node in clients {
-                    self.disconnect(relay, node, Some("reset by peer"));
-                }
-                self.relays[relay].asked.clear();
+                self.lose_clients(relay, "reset by peer");
             }
             Change::RelayUp(relay) => self.relays[relay].up = true,
             Change::RelayGoAway(index) => {
@@ -563,6 +670,20 @@ impl World {
             Change::NoticeBlocked(site) => {
                 if self.sites[site].nat.sort == NatSort::UdpBlocked {
                     self.lose_quic(site);
+                }
+            }
+            Change::CloseSockets(node) => {
+                let used: BTreeSet<u16> = self.nodes[node].adopted.values().copied().collect();
+                let closed = |address: &SocketAddr| {
+                    address.port() >= EXTRA_PORT && !used.contains(&address.port())
+                };
+                self.hosts
+                    .retain(|(_, address), owner| *owner != node || !closed(address));
+            }
+            Change::NoticeHost { relay, boot } => {
+                let host = self.relays[relay].host.map(|(host, _)| &self.nodes[host]);
+                if host.is_some_and(|host| host.boot == boot && host.core.is_none()) {
+                    self.lose_clients(relay, "timed out");
                 }
             }
             Change::NoticeCut(site, relay) => {
@@ -663,7 +784,7 @@ impl World {
             let boot = self.nodes[index].boot;
             let input = Input::UplinkAnswered { uplink: id };
             let node = index;
-            let at = self.now + 2 * self.line_us(site, relay);
+            let at = self.now + 2 * self.line_from(site, relay);
             self.push(at, Happening::Tell { node, boot, input });
         }
     }
@@ -678,6 +799,13 @@ impl World {
             self.disconnect(relay, index, Some("the address is gone"));
         }
         self.input(index, Input::LocalAddresses(vec![host]));
+    }
+
+    /// Whether a node has, or tries to make, a link to a relay.
+    pub(crate) fn is_client(&self, relay: usize, node: usize) -> bool {
+        let tried =
+            |attempt: &(usize, usize, RelayTransport)| (attempt.0, attempt.1) == (node, relay);
+        self.relays[relay].clients.contains_key(&node) || self.attempts.iter().any(tried)
     }
 
     /// Something happens to a node.
@@ -697,6 +825,9 @@ impl World {
             self.input(index, Input::Timeout);
         }
         self.kill(index);
+        for relay in self.hosted(index) {
+            self.lose_clients(relay, "closed");
+        }
     }
 
     fn freeze(&mut self, node: usize, for_us: u64, clock_stops: bool) {

@@ -15,10 +15,10 @@ use crate::{
     io::{Event, Output},
     node::{
         choose::choose,
-        context::{Context, RelayWish, Us},
+        context::{Context, RelayWish, Us, is_of_a_lan},
         gather::has_family,
         machine::PathEvent,
-        relays::is_nearer,
+        relays::{PEER_RELAYS, is_nearer},
         watch::{Watch, WatchInput},
     },
 };
@@ -32,8 +32,11 @@ const PEER_REFLEXIVE_MAX: usize = 4;
 /// Addresses that one handshake initiation is sent to.
 const ADDRESSES_TO_CALL_MAX: usize = 12;
 
-/// How long packets go by the old path, too (`paths.md`).
+/// How long packets go by the old path, too (`paths.md`) …
 const DUPLICATE: Duration = Duration::from_millis(250);
+
+/// … and how many of them at most (`paths.md`).
+const DUPLICATES_MAX: u32 = 32;
 
 /// Gaps between the tellings of the candidates in one round: nobody acknowledges them, and three
 /// repetitions survive 20 % of loss in 99.8 of 100 rounds.
@@ -78,8 +81,9 @@ impl Peer {
         }
         match via {
             _ if self.is_forbidden(via) => {}
-            Via::Relay(_) => {
-                self.paths.insert(via, Path::new(PathKind::Relay, None));
+            Via::Relay(relay) => {
+                let kind = ctx.us.kind_of_relay(relay);
+                self.paths.insert(via, Path::new(kind, None));
             }
             // Its packets came out of the tunnel itself.
             Via::Direct(address) if self.is_inside(address, ctx.us) => {}
@@ -103,10 +107,7 @@ impl Peer {
     }
 
     fn kind_of(&self, address: SocketAddr, source: CandidateKind, us: &Us) -> PathKind {
-        let inside = match address.ip().to_canonical() {
-            std::net::IpAddr::V4(ip) => ip.is_private() || ip.is_link_local(),
-            std::net::IpAddr::V6(ip) => ip.is_unique_local() || ip.is_unicast_link_local(),
-        };
+        let inside = is_of_a_lan(address.ip());
         let both_told_sites = us.site.is_some() && !self.known.plain;
         let near = self.known.same_site || inside && !both_told_sites;
         let of_host = matches!(source, CandidateKind::Host | CandidateKind::PeerReflexive);
@@ -156,7 +157,7 @@ impl Peer {
 
     /// Makes a path for each relay with a link, and probes it.
     pub(super) fn add_relay_paths(&mut self, ctx: &mut Context) {
-        for &relay in &ctx.us.relays_up {
+        for relay in self.relays_up(ctx.us) {
             if self.presence.get(&relay) == Some(&false) {
                 continue;
             }
@@ -164,7 +165,7 @@ impl Peer {
                 let peer = self.known.id;
                 ctx.out.push_back(Output::FindPeer { relay, peer });
             }
-            let new = || Path::new(PathKind::Relay, None);
+            let new = || Path::new(ctx.us.kind_of_relay(relay), None);
             let path = self.paths.entry(Via::Relay(relay)).or_insert_with(new);
             path.start_probing(ctx.now);
         }
@@ -203,12 +204,13 @@ impl Peer {
         self.search.told = 0;
         self.tell_candidates(ctx);
         self.probe_direct(ctx);
+        self.seek_peer_relay(ctx);
     }
 
     fn probe_direct(&mut self, ctx: &mut Context) {
         self.add_direct_paths(ctx);
         for path in self.paths.values_mut() {
-            if path.kind != PathKind::Relay {
+            if !path.kind.is_relayed() {
                 path.start_probing(ctx.now);
             }
         }
@@ -238,6 +240,7 @@ impl Peer {
                 .map(|(&id, &rtt)| (id, rtt))
                 .collect(),
             metered: ctx.us.metered,
+            bursts: ctx.us.bursts,
         };
         // The way in use may be the one that died.
         for via in self.duplicate.into_iter().chain([via]) {
@@ -283,9 +286,8 @@ impl Peer {
     }
 
     /// When every probe of a round was in vain, plans the next one.
-    pub(super) fn end_search_round(&mut self, ctx: &Context) {
-        let probing =
-            |path: &Path| path.kind != PathKind::Relay && path.state() == PathState::Probing;
+    pub(super) fn end_search_round(&mut self, ctx: &mut Context) {
+        let probing = |path: &Path| !path.kind.is_relayed() && path.state() == PathState::Probing;
         let over = self.is_up()
             && !self.known.relay_only
             && self.relay_in_use().is_some()
@@ -293,12 +295,17 @@ impl Peer {
             && self.search.retry_at.is_none()
             && !self.paths.values().any(probing);
         if over {
-            let pause = RETRY_DIRECT
-                .get(self.search.failures)
-                .or(RETRY_DIRECT.last());
-            self.search.retry_at = pause.map(|&pause| ctx.now + pause);
-            self.search.failures += 1;
+            self.plan_search(ctx.now);
+            self.open_sockets(ctx);
         }
+    }
+
+    /// The next search begins after a pause.
+    pub(super) fn plan_search(&mut self, now: Instant) {
+        let pause = RETRY_DIRECT.get(self.search.failures);
+        let pause = pause.or(RETRY_DIRECT.last());
+        self.search.retry_at = pause.map(|&pause| now + pause);
+        self.search.failures += 1;
     }
 
     // What the mesh allows.
@@ -311,6 +318,12 @@ impl Peer {
     /// The snapshot is another one: a way may be forbidden now, or lead into the tunnel itself, and one that was
     /// forbidden may be allowed.
     pub(crate) fn on_snapshot(&mut self, ctx: &mut Context) {
+        for (via, path) in &mut self.paths {
+            if let Via::Relay(relay) = via {
+                path.kind = ctx.us.kind_of_relay(*relay);
+            }
+        }
+        self.demand_full_size(ctx);
         self.select(ctx);
         self.forget_forbidden(ctx.now);
         if !self.is_up() {
@@ -327,6 +340,46 @@ impl Peer {
         }
         self.leave_by = None;
         if self.search.began.is_none() && self.search.retry_at.is_none() {
+            self.start_search(ctx);
+        }
+    }
+
+    /// The overlay's packets may be larger now: a direct path has to prove that it carries them. Meanwhile they
+    /// go by a relay, if there is one.
+    fn demand_full_size(&mut self, ctx: &mut Context) {
+        let mut paths = self.paths.values_mut();
+        let doubtful = paths.any(|path| path.set_full_size(ctx.us.full_size));
+        self.paths.values_mut().for_each(|path| {
+            path.set_full_size(ctx.us.full_size);
+        });
+        if !doubtful || self.known.plain {
+            return;
+        }
+        let in_use = self.primary;
+        let unproven = |(via, path): &(&Via, &Path)| {
+            !path.kind.is_relayed() && !path.full_ok && Some(**via) != in_use
+        };
+        let unproven: Vec<Via> = self
+            .paths
+            .iter()
+            .filter(unproven)
+            .map(|(&via, _)| via)
+            .collect();
+        for via in unproven {
+            if let Some(path) = self.paths.get_mut(&via) {
+                path.happen(PathEvent::Gone, ctx.now);
+            }
+        }
+        let proven = in_use.and_then(|via| self.paths.get(&via));
+        let proven = proven.is_none_or(|path| path.full_ok || path.kind.is_relayed());
+        if !proven && self.is_up() && self.watch.suspect_since().is_none() {
+            if let Some(relay) = self.alternative(ctx) {
+                self.set_primary(Some(relay), None, ctx);
+                self.publish_up(Reason::Probing, ctx);
+                if let Some(path) = in_use.and_then(|via| self.paths.get_mut(&via)) {
+                    path.happen(PathEvent::Gone, ctx.now);
+                }
+            }
             self.start_search(ctx);
         }
     }
@@ -380,7 +433,9 @@ impl Peer {
         let reason = match self.paths.get(&best).map(|path| path.kind) {
             _ if old.is_some_and(|old| self.is_forbidden(old)) => Reason::PolicyRelayOnly,
             Some(PathKind::Lan) => Reason::LanFound,
-            Some(PathKind::Direct | PathKind::Relay) | None => Reason::ProbeAnswered,
+            Some(PathKind::Direct | PathKind::PeerRelay | PathKind::Relay) | None => {
+                Reason::ProbeAnswered
+            }
         };
         self.publish_up(reason, ctx);
     }
@@ -398,7 +453,10 @@ impl Peer {
     pub(super) fn is_there(&self, via: Via, ctx: &Context) -> bool {
         match via {
             Via::Direct(address) => !self.known.relay_only && !self.is_inside(address, ctx.us),
-            Via::Relay(relay) => ctx.is_up(via) && self.presence.get(&relay) != Some(&false),
+            Via::Relay(relay) => {
+                let absent = self.presence.get(&relay) == Some(&false);
+                ctx.is_up(via) && self.may_use(relay, ctx.us) && !absent
+            }
         }
     }
 
@@ -407,7 +465,7 @@ impl Peer {
         let mut others = self.usable(ctx);
         others.retain(|(via, _)| Some(*via) != self.primary);
         choose(&others, None).or_else(|| {
-            let relays = ctx.us.relays_up.iter().map(|&relay| Via::Relay(relay));
+            let relays = self.relays_up(ctx.us).into_iter().map(Via::Relay);
             relays
                 .filter(|via| Some(*via) != self.primary)
                 .find(|&via| self.is_there(via, ctx))
@@ -429,7 +487,7 @@ impl Peer {
         if let Some(via) = primary {
             let kind = match via {
                 Via::Direct(_) => PathKind::Direct,
-                Via::Relay(_) => PathKind::Relay,
+                Via::Relay(relay) => ctx.us.kind_of_relay(relay),
             };
             let path = self
                 .paths
@@ -450,27 +508,34 @@ impl Peer {
         (self.primary, self.duplicate) = (primary, duplicate);
         self.duplicate_until = None;
         if before != (primary, duplicate) {
-            self.say_path(ctx);
+            // After a move the other end only has to notice. What is in doubt is doubled until it is not.
+            let moved = primary != before.0 && duplicate == before.0;
+            self.say_path(duplicate.filter(|_| moved).map(|_| DUPLICATES_MAX), ctx);
         }
         self.forget_forbidden(ctx.now);
         self.remember(ctx);
     }
 
-    fn say_path(&self, ctx: &mut Context) {
+    fn say_path(&self, duplicates_max: Option<u32>, ctx: &mut Context) {
         ctx.out.push_back(Output::SetPath {
             peer: self.known.id,
             primary: self.primary,
             duplicate: self.duplicate,
+            duplicates_max,
         });
     }
 
     pub(super) fn end_duplicate(&mut self, ctx: &mut Context) {
         if self.duplicate_until.is_some_and(|until| ctx.now >= until) {
-            self.duplicate_until = None;
-            self.duplicate = None;
-            self.say_path(ctx);
+            self.drop_duplicate(ctx);
             self.forget_forbidden(ctx.now);
         }
+    }
+
+    pub(super) fn drop_duplicate(&mut self, ctx: &mut Context) {
+        self.duplicate_until = None;
+        self.duplicate = None;
+        self.say_path(None, ctx);
     }
 
     /// Keeps what will help after a reboot without anybody to ask.
@@ -517,7 +582,10 @@ impl Peer {
             return;
         };
         let hopeful = |relay: &&RelayId| !ctx.us.hopeless_relays.contains(relay);
-        let sums = ctx.us.relays.iter().filter(hopeful);
+        let tier = ctx.us.kind_of_relay(in_use);
+        let all = ctx.us.relays.iter().chain(&self.known.relays);
+        let sums = all.filter(hopeful);
+        let sums = sums.filter(|relay| ctx.us.kind_of_relay(**relay) <= tier);
         let sums = sums.filter_map(|&relay| Some((self.sum_by(&relay, ctx.us)?, relay)));
         let Some((sum, best)) = sums.min() else {
             return;
@@ -528,7 +596,28 @@ impl Peer {
         }
     }
 
+    /// Looks for the peer at the relays that are nodes at its site, if it is reached by others.
+    pub(super) fn seek_peer_relay(&self, ctx: &mut Context) {
+        let in_use = self.relay_in_use().map(|relay| ctx.us.kind_of_relay(relay));
+        if in_use != Some(PathKind::Relay) || self.costs() {
+            return;
+        }
+        let may_be_there = |relay: &&RelayId| {
+            ctx.us.kind_of_relay(**relay) == PathKind::PeerRelay
+                && self.presence.get(relay) != Some(&false)
+                && !ctx.us.hopeless_relays.contains(relay)
+        };
+        let visits = self.known.relays.iter().filter(may_be_there);
+        let visits = visits
+            .take(PEER_RELAYS)
+            .map(|&relay| RelayWish::Visit(relay));
+        ctx.wishes.extend(visits);
+    }
+
     pub(crate) fn on_relay_up(&mut self, relay: RelayId, ctx: &mut Context) {
+        if !self.may_use(relay, ctx.us) {
+            return;
+        }
         self.presence.remove(&relay);
         let peer = self.known.id;
         match self.phase {
@@ -553,15 +642,16 @@ impl Peer {
         if self.primary == Some(via) {
             self.move_off(Reason::LinkDown, ctx);
         } else if self.duplicate == Some(via) {
-            self.duplicate_until = None;
-            self.duplicate = None;
-            self.say_path(ctx);
+            self.drop_duplicate(ctx);
         }
     }
 
     pub(crate) fn on_relay_peer(&mut self, relay: RelayId, present: bool, ctx: &mut Context) {
         let via = Via::Relay(relay);
         let before = self.presence.insert(relay, present);
+        if matches!(self.phase, Phase::Unreachable(_)) && self.reason != Reason::Goodbye {
+            self.reason = self.why_unreachable(ctx);
+        }
         match (&self.phase, present) {
             (Phase::Idle, _) => {}
             // Otherwise the last call went there already, in the hope of this answer. Sending it
@@ -599,7 +689,7 @@ impl Peer {
     }
 
     /// The relay in use does not reach the peer any more.
-    fn move_off(&mut self, reason: Reason, ctx: &mut Context) {
+    pub(super) fn move_off(&mut self, reason: Reason, ctx: &mut Context) {
         match self.alternative(ctx) {
             Some(other) => {
                 self.set_primary(Some(other), None, ctx);

@@ -1,6 +1,9 @@
 //! Echoes, heartbeats and the watch over the path in use.
 
-use std::time::{Duration, Instant};
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 use mesh_wire::{id::Via, peer::PeerMessage};
 use rand::RngExt;
@@ -17,9 +20,6 @@ const WARM_FOR: Duration = Duration::from_secs(45);
 
 /// Heartbeat of a warm path by which nothing came in (`paths.md`).
 const HEARTBEAT: Duration = Duration::from_secs(3);
-
-/// Keepalive of a direct path that is not warm (`paths.md`): keeps the NAT's mapping.
-const KEEPALIVE: Duration = Duration::from_secs(25);
 
 /// How often the standbys are measured, and the path in use at least.
 const CHECK: Duration = Duration::from_secs(15);
@@ -47,13 +47,17 @@ const HINT_SILENCE: Duration = Duration::from_millis(300);
 /// Such doubt is raised no more often: two ends may well prefer different paths.
 const HINT_EVERY: Duration = Duration::from_secs(10);
 
-/// Relays, and direct paths, measured at a time.
+/// Relays, peer relays, and direct paths, measured at a time.
 const CHECKED_OF_KIND_MAX: usize = 2;
+
+/// Every so many checks a peer relay is looked for that would be better than the relay in use: five minutes.
+/// The search for a direct path does so, too.
+const SEEK_PEER_RELAY_EVERY: u32 = 20;
 
 impl Peer {
     // Echoes.
 
-    pub(super) fn answer_echo(&mut self, via: Via, txid: u64, full_size: bool, ctx: &mut Context) {
+    pub(super) fn answer_echo(&mut self, via: Via, txid: u64, size_bytes: u16, ctx: &mut Context) {
         if self.is_forbidden(via) {
             return; // An answer would make it a way.
         }
@@ -63,7 +67,7 @@ impl Peer {
         };
         let reply = PeerMessage::EchoReply {
             txid,
-            full_size,
+            size_bytes,
             observed,
         };
         ctx.send(self.known.id, via, reply);
@@ -75,15 +79,30 @@ impl Peer {
         }
     }
 
-    pub(super) fn on_echo_reply(&mut self, via: Via, txid: u64, ctx: &mut Context) {
+    /// `reply`: which echo is answered, its size, and where the peer saw it come from.
+    pub(super) fn on_echo_reply(
+        &mut self,
+        via: Via,
+        reply: (u64, u16, Option<SocketAddr>),
+        ctx: &mut Context,
+    ) {
+        let (txid, size_bytes, observed) = reply;
         let Some(path) = self.paths.get_mut(&via) else {
             return;
         };
-        if !path.on_echo_answered(txid, ctx.now) {
+        if !path.on_echo_answered(txid, size_bytes, ctx.now) {
             return; // Late by more than an echo lives, or by another way than it was asked.
         }
-        if path.full_ok || path.kind == PathKind::Relay {
+        let before = std::mem::replace(&mut path.observed, observed);
+        if self.primary == Some(via) && matches!(via, Via::Direct(_)) {
+            let moved = before.is_some() && before != observed;
+            self.keepalive.on_answered(moved);
+        }
+        if path.full_ok || path.kind.is_relayed() {
             path.happen(PathEvent::Proven, ctx.now);
+            if path.state() == PathState::Dead {
+                return; // The kernel refuses to send there.
+            }
             self.cover(ctx);
             self.on_path_proven(via, ctx);
         } else if path.state() == PathState::Probing {
@@ -120,8 +139,10 @@ impl Peer {
     fn send_echo(&mut self, via: Via, full_size: bool, ctx: &mut Context) {
         if let Some(path) = self.paths.get_mut(&via) {
             let txid = ctx.dice.random();
-            path.on_echo_sent(txid, full_size, ctx.now);
-            let message = PeerMessage::EchoRequest { txid, full_size };
+            path.set_full_size(ctx.us.full_size);
+            let size_bytes = if full_size { ctx.us.full_size } else { 0 };
+            path.on_echo_sent(txid, size_bytes, ctx.now);
+            let message = PeerMessage::EchoRequest { txid, size_bytes };
             ctx.send(self.known.id, via, message);
         }
     }
@@ -198,7 +219,7 @@ impl Peer {
     fn probe_new_way(&mut self, via: Via, ctx: &mut Context) {
         if let Some(path) = self.paths.get_mut(&via)
             && path.state() == PathState::Candidate
-            && path.kind != PathKind::Relay
+            && !path.kind.is_relayed()
         {
             path.start_probing(ctx.now);
             self.send_due_probes(ctx);
@@ -289,7 +310,7 @@ impl Peer {
     pub(super) fn probe_all(&mut self, ctx: &mut Context) {
         let mut ways: Vec<Via> = self.primary.into_iter().collect();
         ways.extend(self.standbys(ctx));
-        let relays = ctx.us.relays_up.iter().map(|&relay| Via::Relay(relay));
+        let relays = self.relays_up(ctx.us).into_iter().map(Via::Relay);
         ways.extend(relays.filter(|&via| self.is_there(via, ctx)));
         ways.sort_unstable();
         ways.dedup();
@@ -300,7 +321,8 @@ impl Peer {
     }
 
     fn standbys(&self, ctx: &Context) -> Vec<Via> {
-        let of_kind = |relay: bool| {
+        let of_kinds = |kinds: &[PathKind]| {
+            let relay = kinds.iter().all(|kind| kind.is_relayed());
             let mut ways: Vec<(Via, &Path)> = self
                 .paths
                 .iter()
@@ -308,7 +330,7 @@ impl Peer {
                     // A relay that did not answer is asked again: nothing else would.
                     let worth = path.state() == PathState::Standby
                         || relay && path.state() == PathState::Dead;
-                    worth && matches!(via, Via::Relay(_)) == relay && self.is_there(**via, ctx)
+                    worth && kinds.contains(&path.kind) && self.is_there(**via, ctx)
                 })
                 .map(|(&via, path)| (via, path))
                 .collect();
@@ -316,7 +338,10 @@ impl Peer {
             ways.truncate(CHECKED_OF_KIND_MAX);
             ways.into_iter().map(|(via, _)| via)
         };
-        of_kind(false).chain(of_kind(true)).collect()
+        of_kinds(&[PathKind::Lan, PathKind::Direct])
+            .chain(of_kinds(&[PathKind::PeerRelay]))
+            .chain(of_kinds(&[PathKind::Relay]))
+            .collect()
     }
 
     fn on_cleared(&mut self, ctx: &mut Context) {
@@ -341,6 +366,9 @@ impl Peer {
         let Some(best) = crate::node::choose::choose(&answering, None) else {
             return self.lose(Reason::Silent, ctx);
         };
+        if matches!(self.primary, Some(Via::Direct(_))) {
+            self.keepalive.on_dead();
+        }
         self.set_primary(Some(best), None, ctx);
         self.publish_up(Reason::Silent, ctx);
     }
@@ -363,6 +391,10 @@ impl Peer {
         }
         self.search_again(ctx);
         if self.heartbeat_due().is_some_and(|at| ctx.now >= at) {
+            let silent_for = ctx.now.saturating_duration_since(self.last_heard());
+            if silent_for >= self.keepalive.every() {
+                self.keepalive.on_sent(silent_for);
+            }
             self.heartbeat_at = ctx.now;
             self.probe_primary(ctx);
             self.handle_watch(WatchInput::Sent, ctx);
@@ -392,20 +424,29 @@ impl Peer {
             return None;
         }
         let primary = self.primary?;
-        let received = self.paths.get(&primary).and_then(|path| path.received_at);
-        let last = received.map_or(self.heartbeat_at, |at| at.max(self.heartbeat_at));
+        let last = self.last_heard();
         let warm = self
             .sent_at
             .is_some_and(|at| last + HEARTBEAT <= at + WARM_FOR);
         match (warm, primary) {
             (true, _) => Some(last + HEARTBEAT),
-            (false, Via::Direct(_)) => Some(last + KEEPALIVE),
+            (false, Via::Direct(_)) => Some(last + self.keepalive.every()),
             (false, Via::Relay(_)) => None,
         }
     }
 
+    /// When the path in use last carried something, as far as this end knows.
+    fn last_heard(&self) -> Instant {
+        let path = self.primary.and_then(|via| self.paths.get(&via));
+        let received = path.and_then(|path| path.received_at);
+        received.map_or(self.heartbeat_at, |at| at.max(self.heartbeat_at))
+    }
+
     fn check(&mut self, ctx: &mut Context) {
         self.seek_nearer_relay(ctx);
+        if self.checks.is_multiple_of(SEEK_PEER_RELAY_EVERY) {
+            self.seek_peer_relay(ctx);
+        }
         let warm = self.sent_at.is_some_and(|at| ctx.now < at + WARM_FOR);
         let standbys = self.standbys(ctx);
         let losing = |via: &Via| {
@@ -444,8 +485,23 @@ impl Peer {
         self.select(ctx);
     }
 
+    /// The kernel refuses to send to `via`: it is dead at once, and what there is else takes over.
+    pub(crate) fn on_unsendable(&mut self, via: Via, ctx: &mut Context) {
+        let Some(path) = self.paths.get_mut(&via).filter(|_| !self.known.plain) else {
+            return;
+        };
+        path.on_refused(ctx.now);
+        if self.duplicate == Some(via) {
+            self.drop_duplicate(ctx);
+        }
+        if self.primary == Some(via) && self.is_up() {
+            self.move_off(Reason::LinkDown, ctx);
+            self.plan_search(ctx.now);
+        }
+    }
+
     /// Whether what is sent there, or its answer, costs one of the two.
-    fn costs(&self) -> bool {
+    pub(super) fn costs(&self) -> bool {
         self.metered || self.remote.metered
     }
 
@@ -467,6 +523,7 @@ impl Peer {
             self.heartbeat_due(),
             self.check_at,
             self.leave_by,
+            self.guess_due(),
         ];
         timers.into_iter().flatten().min()
     }

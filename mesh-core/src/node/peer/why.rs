@@ -1,13 +1,13 @@
 //! Reasons and reports for people.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mesh_wire::{
     id::{NodeName, Via},
     peer::NatKind,
 };
 
-use super::{Path, PathKind, Peer, PeerState, Phase, Reason};
+use super::{Path, Peer, PeerState, Phase, REFUSED_FOR, Reason};
 use crate::node::{
     choose::is_lossy,
     context::{Context, Us},
@@ -18,7 +18,9 @@ impl Peer {
     pub(super) fn why_unreachable(&self, ctx: &Context) -> Reason {
         let us = ctx.us;
         let absent = |relay| self.presence.get(relay) == Some(&false);
-        let relays_matter = !us.relays.is_empty() && !self.known.plain;
+        let some = !us.relays.is_empty() || !self.known.relays.is_empty();
+        let relays_matter = some && !self.known.plain;
+        let relays_up = self.relays_up(us);
         if self.session
             && self
                 .paths
@@ -28,10 +30,14 @@ impl Peer {
             Reason::MtuFail
         } else if self.known.relay_only && us.relays.is_empty() {
             Reason::PolicyRelayOnly
-        } else if relays_matter && us.relays_up.is_empty() {
+        } else if relays_matter && relays_up.is_empty() {
             Reason::RelayUnreachable
-        } else if relays_matter && us.relays_up.iter().all(absent) {
+        } else if relays_matter && relays_up.iter().all(absent) {
             Reason::PeerOffline
+        } else if self.is_refused(ctx.now) || self.is_somewhere() && us.clock_is_behind {
+            Reason::ClockSkew
+        } else if self.is_somewhere() && !self.acquainted {
+            Reason::MapStale
         } else if !relays_matter && self.addresses_to_call(us).is_empty() {
             Reason::NoCandidates
         } else {
@@ -39,9 +45,18 @@ impl Peer {
         }
     }
 
+    /// Whether a relay says that the peer is there: the handshake arrives.
+    fn is_somewhere(&self) -> bool {
+        self.presence.values().any(|present| *present)
+    }
+
+    fn is_refused(&self, now: Instant) -> bool {
+        self.refused_at.is_some_and(|at| now < at + REFUSED_FOR)
+    }
+
     /// Why a relayed peer is not direct.
     fn why_relayed(&self, us: &Us) -> Reason {
-        let direct = || self.paths.values().filter(|p| p.kind != PathKind::Relay);
+        let direct = || self.paths.values().filter(|path| !path.kind.is_relayed());
         if self.known.relay_only {
             return Reason::PolicyRelayOnly;
         }

@@ -26,9 +26,19 @@ fn word(output: Output) -> String {
         | Output::SetPath { .. }
         | Output::FindPeer { .. }
         | Output::AskReflexive { .. }
+        | Output::OpenSockets { .. }
         | Output::UseUplink { .. }
         | Output::ProbeUplink { .. }
         | Output::Event(_)) => panic!("{other:?}"),
+    }
+}
+
+fn about(domains: Vec<IpNet>, place: Place) -> About {
+    let serves = true;
+    About {
+        domains,
+        serves,
+        place,
     }
 }
 
@@ -42,10 +52,10 @@ impl Bench {
         // Each in a network of its own, unless they have the same tens.
         let known = relays.iter().map(|&id| {
             let net = domain([192, 0, u8::try_from(id / 10).unwrap(), 1].into());
-            let nets = if id < 10 { Vec::new() } else { vec![net] };
-            (RelayId(id), nets)
+            let domains = if id < 10 { Vec::new() } else { vec![net] };
+            (RelayId(id), about(domains, Place::Apart))
         });
-        bench.relays.set_known(&NodeId([0; 32]), known);
+        bench.relays.set_known(&NodeId([0; 32]), known.collect());
         bench.act(|relays, dice, out| relays.keep(at(0), dice, out));
         bench
     }
@@ -324,7 +334,7 @@ fn an_answer_that_nobody_waits_for_is_closed_again() {
 
 #[test]
 fn nodes_spread_over_the_relays_and_agree_on_each_others_order() {
-    let relays = || (1..=4).map(RelayId);
+    let relays = || (1..=4).map(|id| (RelayId(id), false));
     let mut firsts = BTreeMap::new();
     for node in 0..=255 {
         let order = rank(&NodeId([node; 32]), relays());
@@ -335,4 +345,113 @@ fn nodes_spread_over_the_relays_and_agree_on_each_others_order() {
         firsts.len() == 4 && firsts.values().all(|n| *n > 40),
         "{firsts:?}"
     );
+}
+
+/// Relays by themselves, each in a network of its own, and one of another place.
+fn beside(alone: &[u64], id: u64, place: Place) -> Bench {
+    let mut bench = Bench::new(&[]);
+    let net = |id: u64| vec![domain([192, 0, u8::try_from(id).unwrap(), 1].into())];
+    let alone = alone.iter();
+    let mut known: BTreeMap<RelayId, About> = alone
+        .map(|&id| (RelayId(id), about(net(id), Place::Apart)))
+        .collect();
+    known.insert(RelayId(id), about(net(id), place));
+    bench.relays.set_known(&NodeId([0; 32]), known);
+    bench.act(|relays, dice, out| relays.keep(at(0), dice, out));
+    bench.said();
+    bench
+}
+
+fn measured(bench: &mut Bench, rtts: &[(u64, u64)]) {
+    for &(relay, ms) in rtts {
+        bench
+            .relays
+            .on_rtt(RelayId(relay), Duration::from_millis(ms));
+    }
+    bench.act(|relays, dice, out| relays.keep(at(10), dice, out));
+}
+
+#[test]
+fn a_peer_relay_of_the_site_is_the_home_when_it_is_near_and_sees_nothing_from_outside() {
+    let mut bench = beside(&[1, 2, 3], 9, Place::Neighbour);
+    let linked: Vec<RelayId> = bench.relays.links.keys().copied().collect();
+    assert!(linked.contains(&RelayId(9)), "before anything is measured");
+    assert_eq!(linked.len(), 3, "beside two anchors: {linked:?}");
+    measured(&mut bench, &[(9, 1), (1, 30), (2, 40), (3, 50)]);
+    assert_eq!(bench.relays.home(), Some(RelayId(9)));
+    let seen_from: Vec<RelayId> = bench.relays.vantage_points().collect();
+    assert_eq!(seen_from, [1, 2, 3].map(RelayId));
+}
+
+#[test]
+fn a_relay_on_this_node_is_linked_and_never_the_only_home() {
+    let mut bench = beside(&[1, 2, 3], 9, Place::Here);
+    measured(&mut bench, &[(9, 0), (1, 30), (2, 40), (3, 50)]);
+    assert!(bench.relays.links.contains_key(&RelayId(9)));
+    assert_eq!(bench.relays.preferred(), [1, 2, 3, 9].map(RelayId));
+    assert_eq!(bench.relays.vantage_points().count(), 3);
+    let mut alone = beside(&[], 9, Place::Here);
+    measured(&mut alone, &[(9, 0)]);
+    assert_eq!(alone.relays.home(), Some(RelayId(9)), "better than none");
+}
+
+#[test]
+fn a_relay_of_another_site_is_visited_and_no_more() {
+    let mut bench = Bench::new(&[]);
+    let mut foreign = about(Vec::new(), Place::Node);
+    foreign.serves = false;
+    let own = about(Vec::new(), Place::Apart);
+    let known = BTreeMap::from([(RelayId(1), own), (RelayId(9), foreign)]);
+    bench.relays.set_known(&NodeId([0; 32]), known);
+    bench.act(|relays, dice, out| relays.keep(at(0), dice, out));
+    measured(&mut bench, &[(9, 1), (1, 30)]);
+    assert_eq!(bench.said(), ["connect 1 Quic"]);
+    assert_eq!(bench.relays.home(), Some(RelayId(1)));
+    bench.connected(Quic, 20);
+    let visit = |bench: &mut Bench, ms| {
+        bench.act(|relays, dice, out| relays.visit(RelayId(9), at(ms), dice, out));
+    };
+    visit(&mut bench, 100);
+    // It does not answer: three attempts by both transports, then it is let go of.
+    bench.run_to(60_000);
+    let said = bench.said();
+    let attempts = said.iter().filter(|said| *said == "connect 9 Quic").count();
+    assert!((3..=4).contains(&attempts), "{said:?}");
+    assert!(!bench.relays.links.contains_key(&RelayId(9)));
+    visit(&mut bench, 60_000);
+    bench.act(|relays, dice, out| relays.on_connected(RelayId(9), Quic, at(60_100), dice, out));
+    assert_eq!(bench.relays.up(), [1, 9].map(RelayId));
+    visit(&mut bench, 90_000);
+    bench.run_to(149_999);
+    assert_eq!(bench.relays.up(), [1, 9].map(RelayId));
+    bench.run_to(150_000);
+    assert_eq!(bench.relays.up(), [RelayId(1)]);
+}
+
+#[test]
+fn who_loses_its_last_link_tries_those_at_once_that_failed_for_long() {
+    let mut bench = Bench::new(&[1, 2]);
+    bench.connected(Quic, 20);
+    let lose = |bench: &mut Bench, ms| {
+        for transport in [Quic, Tls] {
+            bench.act(|relays, dice, out| {
+                relays.on_lost(RelayId(2), transport, "no", at(ms), dice, out);
+            });
+        }
+    };
+    // The other one is refused for ten minutes: it is tried every half minute.
+    for ms in (30..600_000).step_by(10) {
+        bench.run_to(ms);
+        if bench
+            .said()
+            .iter()
+            .any(|said| said.starts_with("connect 2"))
+        {
+            lose(&mut bench, ms);
+            lose(&mut bench, ms);
+        }
+    }
+    bench.said();
+    bench.lost(Quic, 600_000);
+    assert_eq!(bench.said(), ["connect 1 Quic", "connect 2 Quic"]);
 }

@@ -10,11 +10,12 @@ use mesh_core::io::{Input, RelayTransport};
 use mesh_wire::id::{NodeId, RelayId, Via};
 use rand::RngExt;
 
-use super::{World, queue::Happening};
+use super::{EXTRA_PORT, World, queue::Happening};
 use crate::{nat::NatSort, session::Packet};
 
-/// A packet's way inside a site.
+/// A packet's way inside a site, and inside a node.
 const LAN_US: u64 = 300;
+const LOOPBACK_US: u64 = 50;
 /// A connection attempt without an answer is repeated after this (RFC 6298 §2, RFC 9002 §6.2.2).
 const CONNECT_RETRY_US: u64 = 1_000_000;
 
@@ -40,8 +41,19 @@ impl World {
     }
 
     fn send_udp(&mut self, index: usize, to: SocketAddr, packet: Packet) {
-        let (site, host) = (self.nodes[index].site, self.nodes[index].host);
+        let (site, mut host) = (self.nodes[index].site, self.nodes[index].host);
+        if let Some(port) = self.nodes[index].adopted.get(&to) {
+            host.set_port(*port);
+        }
+        if self.refused.contains(&index) {
+            let (node, boot) = (index, self.nodes[index].boot);
+            let input = Input::Unsendable { address: to };
+            return self.push(self.now, Happening::Tell { node, boot, input });
+        }
         if let Some(&node) = self.hosts.get(&(site, to)) {
+            if self.sites[site].lan_blocked {
+                return;
+            }
             let via = Via::Direct(host);
             let deliver = Happening::Deliver {
                 node,
@@ -56,7 +68,7 @@ impl World {
         if private
             || other_family
             || self.lost(site)
-            || self.sites[site].small_only && packet.is_large()
+            || packet.inner_len() > self.sites[site].carries_bytes
         {
             return;
         }
@@ -113,7 +125,10 @@ impl World {
             || self.severed_one_way.contains(&(between[1], between[0]));
         let lossy = self.lossy.get(&(between[1], between[0])).copied();
         let gone = lossy.is_some_and(|loss| self.dice.random_bool(loss));
-        if severed || gone || self.lost(site) || self.sites[site].small_only && packet.is_large() {
+        let line = self.carries_one_way.get(&(between[1], between[0]));
+        let line = line.map_or(u16::MAX, |line| *line);
+        let too_large = packet.inner_len() > self.sites[site].carries_bytes.min(line);
+        if severed || gone || self.lost(site) || too_large {
             return;
         }
         let Some(inside) = self.sites[site].nat.inbound(source, to, self.now) else {
@@ -121,6 +136,9 @@ impl World {
         };
         if let Some(&node) = self.hosts.get(&(site, inside)) {
             (self.now, from, node).hash(&mut self.trace);
+            if inside.port() >= EXTRA_PORT && matches!(packet, Packet::Sealed { .. }) {
+                self.nodes[node].adopted.insert(source, inside.port());
+            }
             self.deliver(node, from, Via::Direct(source), packet);
         }
     }
@@ -131,12 +149,17 @@ impl World {
             let node = &self.nodes[index];
             (node.site, node.host, node.boot)
         };
-        let cut_off = self.cut_off.contains(&(site, relay));
-        if self.lost(site) || self.lost(site) || !self.relays[relay].up || cut_off {
+        let near = self.is_near(index, relay);
+        let lost = !near && (self.lost(site) || self.lost(site)) || self.sites[site].lan_blocked;
+        if lost || !self.reaches(index, relay) || !self.relay_runs(relay) {
             return;
         }
-        let round_trip = 2 * self.line_us(site, relay);
-        if let Some(observed) = self.sites[site].nat.outbound(host, asked, self.now) {
+        let round_trip = 2 * self.line_us(index, relay);
+        let observed = match near {
+            true => Some(host),
+            false => self.sites[site].nat.outbound(host, asked, self.now),
+        };
+        if let Some(observed) = observed {
             let input = Input::Reflexive {
                 relay: id,
                 asked,
@@ -158,9 +181,59 @@ impl World {
     // Relays.
 
     /// One way between a site and a relay.
-    pub(super) fn line_us(&self, site: usize, relay: usize) -> u64 {
+    pub(super) fn line_from(&self, site: usize, relay: usize) -> u64 {
         let far = self.relays[relay].far_us.get(&site);
-        self.sites[site].delay_us + far.copied().unwrap_or_default()
+        let other = self.relays[relay]
+            .host
+            .map(|(host, _)| self.nodes[host].site);
+        let other = other.map(|site| self.sites[site].delay_us);
+        self.sites[site].delay_us + far.copied().or(other).unwrap_or_default()
+    }
+
+    /// One way between a node and a relay.
+    pub(super) fn line_us(&self, node: usize, relay: usize) -> u64 {
+        match self.relays[relay].host {
+            Some((host, _)) if host == node => LOOPBACK_US,
+            Some(_) if self.is_near(node, relay) => LAN_US,
+            Some(_) | None => self.line_from(self.nodes[node].site, relay),
+        }
+    }
+
+    /// Whether a relay is on a node's own LAN.
+    fn is_near(&self, node: usize, relay: usize) -> bool {
+        let host = self.relays[relay].host;
+        host.is_some_and(|(host, _)| self.nodes[host].site == self.nodes[node].site)
+    }
+
+    /// Whether there is a line from a node to a relay at all.
+    fn reaches(&self, node: usize, relay: usize) -> bool {
+        let site = self.nodes[node].site;
+        let works = |site: usize| !self.sites[site].down;
+        let cut_off = self.cut_off.contains(&(site, relay));
+        match self.relays[relay].host {
+            None => works(site) && !cut_off,
+            Some(_) if self.is_near(node, relay) => true,
+            Some((host, public)) => {
+                public && works(site) && works(self.nodes[host].site) && !cut_off
+            }
+        }
+    }
+
+    fn relay_runs(&self, relay: usize) -> bool {
+        let runs = |(host, _)| self.runs(host) && !self.nodes[host].frozen;
+        self.relays[relay].up && self.relays[relay].host.is_none_or(runs)
+    }
+
+    /// Whether UDP between a node and a relay is dropped.
+    fn udp_is_blocked(&self, node: usize, relay: usize) -> bool {
+        let site = &self.sites[self.nodes[node].site];
+        let own = self.relays[relay]
+            .host
+            .is_some_and(|(host, _)| host == node);
+        match self.is_near(node, relay) {
+            true => site.lan_blocked && !own,
+            false => site.nat.sort == NatSort::UdpBlocked,
+        }
     }
 
     pub(super) fn relay_index(&self, id: RelayId) -> usize {
@@ -168,13 +241,13 @@ impl World {
     }
 
     pub(super) fn connect(&mut self, node: usize, relay: usize, transport: RelayTransport) {
-        let site = &self.sites[self.nodes[node].site];
-        let blocked = transport == RelayTransport::Quic && site.nat.sort == NatSort::UdpBlocked;
+        let blocked = transport == RelayTransport::Quic && self.udp_is_blocked(node, relay);
         let attempt = (node, relay, transport);
         if !self.attempts.contains(&attempt) {
             return; // Given up meanwhile.
         }
-        if site.down || blocked || self.cut_off.contains(&(self.nodes[node].site, relay)) {
+        let host_is_off = self.relays[relay].up && !self.relay_runs(relay);
+        if blocked || host_is_off || !self.reaches(node, relay) {
             // Both TCP and QUIC ask again; the core's own patience ends it.
             let boot = self.nodes[node].boot;
             let again = Happening::Connect {
@@ -187,7 +260,7 @@ impl World {
         }
         self.attempts.remove(&attempt);
         let id = self.relays[relay].id;
-        if !self.relays[relay].up {
+        if !self.relay_runs(relay) {
             let reason = "connection refused".to_owned();
             return self.input(
                 node,
@@ -285,9 +358,8 @@ impl World {
 
     /// Half a round trip later, if the line is up then as now.
     pub(super) fn tell_later(&mut self, node: usize, relay: usize, input: Input) {
-        let site = self.nodes[node].site;
-        if !self.sites[site].down && !self.cut_off.contains(&(site, relay)) {
-            let at = self.now + self.line_us(site, relay);
+        if self.reaches(node, relay) {
+            let at = self.now + self.line_us(node, relay);
             let boot = self.nodes[node].boot;
             self.push(at, Happening::Tell { node, boot, input });
         }
@@ -295,13 +367,12 @@ impl World {
 
     pub(super) fn find(&mut self, node: usize, id: RelayId, peer: NodeId) {
         let relay = self.relay_index(id);
-        let site = self.nodes[node].site;
         if !self.leg_works(relay, node) {
             return;
         }
         self.relays[relay].asked.insert((peer, node));
         let present = self.relays[relay].clients.contains_key(&self.ids[&peer]);
-        let at = self.now + 2 * self.line_us(site, relay);
+        let at = self.now + 2 * self.line_us(node, relay);
         let boot = self.nodes[node].boot;
         let input = Input::RelayPeer {
             relay: id,
@@ -313,15 +384,10 @@ impl World {
 
     /// Whether a client's connection carries anything now.
     fn leg_works(&self, relay: usize, node: usize) -> bool {
-        if self.cut_off.contains(&(self.nodes[node].site, relay)) {
-            return false;
-        }
-        let site = &self.sites[self.nodes[node].site];
-        let blocked = site.nat.sort == NatSort::UdpBlocked;
         match self.relays[relay].using.get(&node) {
             None => false,
-            Some(RelayTransport::Quic) if blocked => false,
-            Some(_) => self.relays[relay].up && !site.down,
+            Some(RelayTransport::Quic) if self.udp_is_blocked(node, relay) => false,
+            Some(_) => self.relay_runs(relay) && self.reaches(node, relay),
         }
     }
 
@@ -331,8 +397,9 @@ impl World {
             return None;
         }
         let site = self.nodes[node].site;
-        let delay = self.line_us(site, relay);
-        match (self.lost(site), self.relays[relay].using.get(&node)) {
+        let delay = self.line_us(node, relay);
+        let lost = !self.is_near(node, relay) && self.lost(site);
+        match (lost, self.relays[relay].using.get(&node)) {
             (false, _) => Some(delay),
             (true, Some(RelayTransport::Tls)) => Some(delay * 3 + 200_000),
             (true, Some(RelayTransport::Quic) | None) => None,
