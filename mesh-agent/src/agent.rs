@@ -8,21 +8,24 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context as _, ensure};
+use arc_swap::ArcSwap;
 use ebpf_loader::{BPFFS, Pins, PinsError, Services};
 use mesh_api::{
     cni::{NETWORK_FILE, POLICY_FILE},
     control::NodeReport,
 };
 use mesh_core::{
+    io::Input,
     node::{Core, CoreConfig},
     snapshot::Snapshot,
 };
 use mesh_daemon::{NotifyState, supervisor::Supervisor};
 use mesh_dns::server::DnsServer;
+use mesh_identity::credentials::Credentials;
 use mesh_linux::{
     IfIndex, memory,
     netlink::{Changes, Netlink},
@@ -67,6 +70,9 @@ const RUNTIME_GRACE: Duration = Duration::from_secs(2);
 
 /// How often is looked whether the node has something else to say of itself.
 const REPORT_EVERY: Duration = Duration::from_secs(5);
+
+/// How often the clock is looked at: sooner than a call is given up.
+const CLOCK_EVERY: Duration = Duration::from_secs(15);
 
 /// A desired state that stays so long is no longer one of many changes: what taking it needed will not be needed
 /// again at once. With 1,000 services that is a fifth of all memory.
@@ -327,6 +333,8 @@ async fn start(
     supervisor.spawn("driver", driver.run(event_queue, snapshots, stop.clone()));
     let reporter = keep_report(DriverHandle(events.clone()), reports, stop.clone());
     supervisor.spawn("report", reporter);
+    let clock = keep_clock(events.clone(), Arc::clone(&credentials), stop.clone());
+    supervisor.spawn("clock", clock);
     let (published, filled) = watch::channel(false);
     if let Some(services) = &services {
         let services = Arc::clone(services);
@@ -501,6 +509,27 @@ async fn keep_report(
         if let Some(now) = driver.ask(|driver| report::for_controller(driver)).await {
             reports.send_if_modified(|last| std::mem::replace(last, now) != now);
         }
+    }
+}
+
+/// Tells the core what the time is, and what it must be at least: now and then, as clocks are set without a word.
+async fn keep_clock(
+    events: mpsc::Sender<Event>,
+    credentials: Arc<ArcSwap<Credentials>>,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let mut rounds = time::interval(CLOCK_EVERY);
+    let since_1970 = |at: SystemTime| at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            _ = rounds.tick() => {}
+        }
+        let clock = Input::Clock {
+            wall: since_1970(SystemTime::now()),
+            at_least: since_1970(credentials.load().validity().not_before),
+        };
+        events.send(Event::Core(clock)).await.ok(); // Fails only while the agent stops.
     }
 }
 

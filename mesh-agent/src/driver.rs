@@ -11,7 +11,7 @@ use std::{
 use anyhow::bail;
 use mesh_core::{
     gateways::Gateways,
-    io::{self, Input, Output, TRAFFIC_TICK_MS, UplinkId},
+    io::{self, Input, Output, Refusal, TRAFFIC_TICK_MS, UplinkId},
     node::Core,
     services::{Costs, View},
     snapshot::{ExternalPeer, Node, Snapshot},
@@ -350,6 +350,12 @@ impl Driver {
             Event::Tunnel(TunnelEvent::RelayFrame { from, datagram }) => {
                 self.links.handle_datagram(from, datagram);
             }
+            Event::Tunnel(TunnelEvent::Refused { peer, via, behind }) => {
+                let why = behind.map_or(Refusal::UnknownKey, |behind| Refusal::OldTimestamp {
+                    behind,
+                });
+                self.input(Input::Refused { peer, via, why });
+            }
             Event::Tunnel(TunnelEvent::Unsendable(address)) => {
                 self.input(Input::Unsendable { address });
             }
@@ -578,7 +584,10 @@ impl Driver {
                 self.tunnel
                     .set_path(&peer, primary, duplicate, duplicates_max);
             }
-            Output::ConnectRelay { relay, transport } => self.links.connect(relay, transport),
+            Output::ConnectRelay { relay, transport } => {
+                let addresses = self.core.relay_addresses(&relay);
+                self.links.connect(relay, transport, addresses);
+            }
             Output::DisconnectRelay { relay, transport } => self.links.disconnect(relay, transport),
             Output::UseRelayTransport { relay, transport } => self.links.prefer(relay, transport),
             Output::FindPeer { relay, peer } => self.links.find_peer(relay, peer),

@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeMap,
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -71,6 +71,8 @@ struct Hub {
     relay: Relay,
     /// Whose certificate it shows.
     identity: Identity,
+    /// Where it was dialled last, the likeliest first.
+    addresses: Vec<IpAddr>,
     links: Arc<HubLinks>,
     quic: Option<Task>,
     tls: Option<Task>,
@@ -223,6 +225,7 @@ impl Links {
             let hub = Hub {
                 relay: relay.clone(),
                 identity,
+                addresses: Vec::new(),
                 links,
                 quic: None,
                 tls: None,
@@ -231,13 +234,15 @@ impl Links {
         }
     }
 
-    /// Begins to connect. The core hears `RelayConnected` or `RelayLost`.
-    pub fn connect(&mut self, id: RelayId, transport: RelayTransport) {
+    /// Begins to connect, at `addresses` in this order. The core hears `RelayConnected` or `RelayLost`.
+    pub fn connect(&mut self, id: RelayId, transport: RelayTransport, addresses: Vec<IpAddr>) {
         let Some(hub) = self.hubs.get_mut(&id) else {
             return;
         };
+        hub.addresses.clone_from(&addresses);
         let task = LinkTask {
             id,
+            addresses,
             relay: hub.relay.clone(),
             identity: hub.identity.clone(),
             transport,
@@ -283,15 +288,19 @@ impl Links {
                 };
                 if hub.task(transport).as_mut().is_some_and(leaves) {
                     let is_up = hub.links.slot(transport).load().is_some();
-                    if is_up { &mut left } else { &mut begun }.push((id, transport));
+                    if is_up {
+                        left.push((id, transport));
+                    } else {
+                        begun.push((id, transport, hub.addresses.clone()));
+                    }
                 }
             }
         }
         for &(id, transport) in &left {
             self.disconnect(id, transport);
         }
-        for (id, transport) in begun {
-            self.connect(id, transport);
+        for (id, transport, addresses) in begun {
+            self.connect(id, transport, addresses);
         }
         left
     }
@@ -395,6 +404,7 @@ struct LinkTask {
     id: RelayId,
     relay: Relay,
     identity: Identity,
+    addresses: Vec<IpAddr>,
     transport: RelayTransport,
     links: Arc<HubLinks>,
     events: mpsc::Sender<Event>,
@@ -438,8 +448,8 @@ impl LinkTask {
 
     /// Tries the relay's addresses one after the other.
     async fn connect(&self, events: mpsc::Sender<LinkEvent>) -> Result<Link, String> {
-        let mut problem = "the relay has no address".to_owned();
-        for &ip in &self.relay.addresses {
+        let mut problem = "the relay has no address that can be dialled from here".to_owned();
+        for &ip in &self.addresses {
             let port = match self.transport {
                 RelayTransport::Quic => self.relay.quic_port,
                 RelayTransport::Tls => self.relay.tls_port,

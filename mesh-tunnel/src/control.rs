@@ -10,6 +10,7 @@ use std::{
 };
 
 use mesh_linux::{udp::Ecn, wake::StopSignal};
+use mesh_wire::id::NodeId;
 use mesh_wireguard::{
     gate::{Admission, Gate},
     message::{INITIATION_LEN, Kind, OVERHEAD},
@@ -22,7 +23,7 @@ use crate::{
     peer::Peer,
     stats::DropReason,
     transmit::{Leave, Way},
-    tunnel::{Inner, since_1970},
+    tunnel::{Inner, TunnelEvent, since_1970},
 };
 
 /// How often timers are looked at: a fraction of the shortest of WireGuard's (5 s), and fine
@@ -156,12 +157,28 @@ impl Control<'_> {
         let tunnel = self.tunnel;
         self.admit(bytes, arrival)?;
         let received = Received::read(&tunnel.key, bytes).ok_or(DropReason::BadHandshake)?;
-        let peer = tunnel.wake(&mesh_wire::id::NodeId(received.remote()));
-        let peer = peer.ok_or(DropReason::UnknownKey)?;
+        let id = NodeId(received.remote());
+        let refused = |behind| {
+            let via = arrival.via;
+            tunnel.emit(TunnelEvent::Refused {
+                peer: id,
+                via,
+                behind,
+            });
+        };
+        let Some(peer) = tunnel.wake(&id) else {
+            refused(None);
+            return Err(DropReason::UnknownKey);
+        };
         let mut state = peer.lock();
         let number = state.next_session();
         let answer = state.protocol.respond(received, number, arrival.now);
-        let (response, _) = answer.map_err(reason)?;
+        let (response, _) = answer.map_err(|why| {
+            if let (Refused::Older { behind }, false) = (why, peer.is_external) {
+                refused(Some(behind));
+            }
+            reason(why)
+        })?;
         if peer.is_external {
             state.primary = Some(arrival.way_back());
         }
@@ -256,7 +273,7 @@ impl Control<'_> {
 
 fn reason(refused: Refused) -> DropReason {
     match refused {
-        Refused::Replayed => DropReason::Replayed,
+        Refused::Replayed | Refused::Older { .. } => DropReason::Replayed,
         Refused::TooMany => DropReason::UnderLoad,
         Refused::Unasked => DropReason::Unasked,
         Refused::Forged => DropReason::BadHandshake,

@@ -120,6 +120,15 @@ pub enum TunnelEvent {
         /// The datagram.
         datagram: Vec<u8>,
     },
+    /// A node's initiation was authentic, and was refused.
+    Refused {
+        /// Who calls.
+        peer: NodeId,
+        /// The way it came.
+        via: Via,
+        /// By how much it is older than one that was answered; `None`: nobody has such a key.
+        behind: Option<Duration>,
+    },
     /// The kernel refused at once to send to this address: no route, or a local firewall. Said once in a
     /// second of each address, mostly.
     Unsendable(SocketAddr),

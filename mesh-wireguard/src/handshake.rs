@@ -39,6 +39,16 @@ pub(crate) fn timestamp(since_1970: Duration) -> Timestamp {
     label
 }
 
+/// The time from the one to the other, in whole seconds.
+pub(crate) fn between(earlier: &Timestamp, later: &Timestamp) -> Duration {
+    let seconds = |label: &Timestamp| {
+        label
+            .first_chunk()
+            .map_or(0, |high| u64::from_be_bytes(*high))
+    };
+    Duration::from_secs(seconds(later).saturating_sub(seconds(earlier)))
+}
+
 fn builder(local: &LocalKey) -> Option<Builder<'_>> {
     let builder = Builder::new(PATTERN.parse().ok()?)
         .prologue(PROLOGUE)

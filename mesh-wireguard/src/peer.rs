@@ -44,9 +44,15 @@ const RENEW_WHEN_RECEIVING: Duration = Duration::from_secs(
 /// Why a handshake message was not accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    /// An initiation that is not newer than the last one of this peer.
-    #[error("the initiation is not newer than the last one")]
+    /// The last initiation of this peer once more.
+    #[error("the initiation was answered before")]
     Replayed,
+    /// An initiation that is older than one that was answered.
+    #[error("the initiation is {} s older than one that was answered", behind.as_secs())]
+    Older {
+        /// By how much, in whole seconds.
+        behind: Duration,
+    },
     /// The peer's last initiation was answered a moment ago.
     #[error("too many initiations")]
     TooMany,
@@ -201,7 +207,12 @@ impl Peer {
         index: u32,
         now: Instant,
     ) -> Result<([u8; RESPONSE_LEN], Arc<Session>), Refused> {
-        if received.timestamp() <= self.timestamp_seen {
+        let (sent, seen) = (received.timestamp(), self.timestamp_seen);
+        if sent < seen {
+            let behind = handshake::between(&sent, &seen);
+            return Err(Refused::Older { behind });
+        }
+        if sent == seen {
             return Err(Refused::Replayed);
         }
         let soon = |at| now.saturating_duration_since(at) < INITIATION_GAP;

@@ -314,7 +314,7 @@ fn cores_talk_by_the_way_they_choose_and_no_process_can_pass_for_one() {
     connect(&a, &b, b.direct_v4(), a.direct_v4());
     let message = PeerMessage::EchoRequest {
         txid: 7,
-        full_size: true,
+        size_bytes: 1280,
     };
     let packet = message.to_packet(Side::A.overlay_v6(), Side::B.overlay_v6());
     a.tunnel.send_inner(&b.id, b.direct_v6(), &packet);
