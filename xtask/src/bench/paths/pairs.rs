@@ -40,8 +40,8 @@ const WINDOW: Duration = Duration::from_secs(3);
 /// Traffic that is not back by then does not come back.
 const BACK_LIMIT: Duration = Duration::from_secs(30);
 
-/// Until a path is as it was: the direct one is looked for again after 5, 10 and 20 s.
-const HEAL_LIMIT: Duration = Duration::from_secs(60);
+/// Until a path is as it was: the direct one is looked for again after 5, 10, 20, 40 and 60 s, and then each 60 s.
+const HEAL_LIMIT: Duration = Duration::from_secs(90);
 
 /// Heartbeats come each 3 s (`paths.md`): what happens has to happen at every moment in between.
 const HEARTBEAT: Duration = Duration::from_secs(3);
