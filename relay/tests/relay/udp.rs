@@ -162,8 +162,9 @@ impl UdpNode {
         loop {
             if let LinkEvent::Udp { bound } = self.node.event().await {
                 assert_eq!(bound, expected);
-                assert_eq!(self.node.link.udp_sessions().is_some(), expected);
                 if expected {
+                    // The other way round, it may be bound again by now.
+                    assert!(self.node.link.udp_sessions().is_some());
                     let ping = ping_frame(0, 0); // Sooner than the link's own.
                     self.port().send(&ping, ping.len());
                 }
