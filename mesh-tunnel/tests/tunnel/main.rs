@@ -304,6 +304,11 @@ fn an_unknown_key_is_not_answered_and_a_forgotten_peer_is_cut_off() {
     wait_until("its key is not known", || {
         b.tunnel.stats().dropped(DropReason::UnknownKey) == 1
     });
+    let refused = b.await_event(|event| match event {
+        TunnelEvent::Refused { peer, behind, .. } => Some((peer, behind)),
+        _ => None,
+    });
+    assert_eq!(refused, (a.id, None));
     assert_eq!(b.tunnel.stats().active_peers, 0);
 }
 

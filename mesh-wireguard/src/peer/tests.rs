@@ -206,6 +206,20 @@ fn a_clock_that_goes_back_does_not_lock_out_a_running_node() {
 }
 
 #[test]
+fn a_node_that_starts_again_with_a_clock_that_went_back_is_told_apart_from_a_copy() {
+    let now = Instant::now();
+    let [mut one, mut other] = End::pair(zeros(), now);
+    let first = one.initiate(now, CLOCK);
+    other.answer(&first, now).unwrap();
+    // The same keys: a reboot.
+    let [mut again, _] = End::pair(zeros(), now);
+    let hour = Duration::from_secs(3600);
+    let late = again.initiate(now + REKEY_TIMEOUT, CLOCK - hour);
+    let refused = other.answer(&late, now + REKEY_TIMEOUT);
+    assert_eq!(refused, Err(Refused::Older { behind: hour }));
+}
+
+#[test]
 fn initiations_in_quick_succession_are_answered_fifty_times_a_second() {
     let now = Instant::now();
     let [mut one, mut other] = End::pair(zeros(), now);
