@@ -29,10 +29,6 @@ const EVERY: Duration = Duration::from_millis(5);
 /// are 500 ms; a debug build on a busy machine gets twice that.
 const TOLD_MAX: Duration = Duration::from_secs(1);
 
-/// A carrier is not yet a way: a router's switch or bridge passes nothing for a moment (the kernel tells a
-/// bridge of its ports' carriers once a second), and whoever moves back at once waits for it.
-const CARRIER_MAX: Duration = Duration::from_secs(2);
-
 /// And where only silence says it: 0.45 s until somebody doubts, 1 s of questions, and the new way.
 const SILENT_MAX: Duration = Duration::from_millis(3_500);
 
@@ -225,7 +221,7 @@ fn a_pulled_cable_moves_traffic_to_the_modem_which_is_not_used_before_or_after()
 
         let since = Instant::now();
         two.pull_cable(false)?;
-        flows.gap("cable put back", since, CARRIER_MAX)?;
+        flows.gap("cable put back", since, TOLD_MAX)?;
         two.uses("eth0")?;
         two.is_direct_from("203.0.113.11")?;
         // What the last ones to speak to it send, and what lasts of the change, may take a moment.

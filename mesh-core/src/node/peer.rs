@@ -157,6 +157,8 @@ struct Search {
     tell_at: Option<Instant>,
     failures: usize,
     retry_at: Option<Instant>,
+    /// Since when there was a direct path, after the last search in vain.
+    direct_since: Option<Instant>,
 }
 
 /// What the snapshot says of a peer.
@@ -818,6 +820,9 @@ impl Peer {
             return;
         };
         let from = std::mem::replace(&mut self.state, to);
+        if to == PeerState::Direct {
+            self.search.direct_since.get_or_insert(ctx.now);
+        }
         self.changes.note_peer(ctx.now, (from, to), reason);
         let peer = self.known.id;
         ctx.event(Event::Peer {

@@ -248,3 +248,30 @@ fn with_a_burst_of_sockets_an_easy_and_a_hard_nat_become_direct_if_both_ends_tak
         assert!(sent < 600, "{sent} packets");
     }
 }
+
+#[test]
+fn a_node_that_moves_all_day_is_direct_again_after_each_move() {
+    let (mut world, a, b, _) = pair(NatSort::PortRestricted, NatSort::PortRestricted);
+    world.run_until(3_000, "direct", |w| both_direct(w, a, b));
+    for _ in 0..9 {
+        world.run_for(15_000);
+        world.rehome(b, NatSort::PortRestricted);
+        world.run_for(2_000); // It may take the old path for good until it notices.
+        world.run_until(10_000, "direct again", |w| both_direct(w, a, b));
+    }
+}
+
+#[test]
+fn a_path_that_lasted_is_looked_for_soon_however_often_it_was_cut() {
+    let (mut world, a, b, _) = pair(NatSort::PortRestricted, NatSort::PortRestricted);
+    world.run_until(3_000, "direct", |w| both_direct(w, a, b));
+    let between = (world.nodes[a].site, world.nodes[b].site);
+    for _ in 0..8 {
+        world.run_for(20_000);
+        world.severed.insert(between);
+        world.run_for(12_000); // The search is over, and was in vain.
+        assert_eq!(state(&world, a, b), PeerState::Relayed);
+        world.severed.clear();
+        world.run_until(20_000, "direct again", |w| both_direct(w, a, b));
+    }
+}

@@ -36,7 +36,8 @@ fn a_cable_that_is_pulled_and_put_back_costs_half_a_second_at_most() {
         for (up, home) in [(false, false), (true, true)] {
             let changed = world.now_ms();
             world.set_carrier(a, 0, up);
-            world.run_for(8_000);
+            // Who comes back has to answer three times first; who went is left at once.
+            world.run_for(if up { 20_000 } else { 8_000 });
             assert_eq!(world.nodes[a].site == cable, home);
             let gap = longest_gap(&world, flow, changed.saturating_sub(100));
             let moves = |node: usize| {

@@ -55,6 +55,10 @@ const RETRY_DIRECT: [Duration; 5] = [
     Duration::from_secs(60),
 ];
 
+/// A direct path that has been there for so long, and the search that follows it (10 s), was worth the search:
+/// the next one begins soon again. What comes and goes faster is looked for ever more rarely.
+const DIRECT_LASTED: Duration = Duration::from_secs(20);
+
 /// How long a direct path is used on that is allowed no more, while no relay reaches the peer: a link to one of
 /// the peer's relays (3 s at most by QUIC and TLS), and a round of probes through it.
 const LEAVE_MAX: Duration = Duration::from_secs(6);
@@ -130,15 +134,17 @@ impl Peer {
             address: canonical(address),
         });
         let all: Vec<Candidate> = told.into_iter().chain(known).collect();
-        // Addresses that it has no more would take the room of those that it has.
-        let valid = |via: &Via| {
-            all.iter()
-                .any(|one| *via == Via::Direct(canonical(one.address)))
+        // Addresses that it has no more would take the room of those that it has. One that worked once is
+        // remembered, but has no place among those that are told.
+        let valid = |via: &Via, kind| {
+            let same = |one: &Candidate| *via == Via::Direct(canonical(one.address));
+            all.iter().any(|one| one.kind == kind && same(one))
         };
         let old = self.paths.iter().filter(|(via, path)| {
-            let told = !matches!(path.source, None | Some(CandidateKind::PeerReflexive));
+            let told = path.source;
+            let told = told.filter(|&kind| kind != CandidateKind::PeerReflexive);
             let useless = !path.usable() && path.state() != PathState::Suspect;
-            told && useless && !valid(via)
+            told.is_some_and(|kind| useless && !valid(via, kind))
         });
         let old: Vec<Via> = old.map(|(&via, _)| via).collect();
         old.into_iter()
@@ -302,6 +308,10 @@ impl Peer {
 
     /// The next search begins after a pause.
     pub(super) fn plan_search(&mut self, now: Instant) {
+        let since = self.search.direct_since.take();
+        if since.is_some_and(|since| now.saturating_duration_since(since) >= DIRECT_LASTED) {
+            self.search.failures = 0;
+        }
         let pause = RETRY_DIRECT.get(self.search.failures);
         let pause = pause.or(RETRY_DIRECT.last());
         self.search.retry_at = pause.map(|&pause| now + pause);
