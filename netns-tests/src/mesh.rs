@@ -114,17 +114,27 @@ impl Mesh {
         Self::two_sites_of(&["edge-a1"], &["edge-b1"])
     }
 
-    /// The same, with these hosts at the two: agents run on all of them.
+    /// Controller and relay with the demo's manifests, and no node yet.
+    ///
+    /// # Errors
+    ///
+    /// If they do not come up.
+    pub fn demo() -> Result<Self> {
+        let lab = tool::binary("lab")?;
+        let bins = lab.parent().context("the lab binary has no folder")?;
+        let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/demo");
+        let mesh = Self::start(bins, &manifests)?;
+        mesh.start_relay()?;
+        Ok(mesh)
+    }
+
+    /// Like [`Self::two_sites`], with these hosts at the two: agents run on all of them.
     ///
     /// # Errors
     ///
     /// If something does not come up.
     pub fn two_sites_of(at_a: &[&str], at_b: &[&str]) -> Result<Self> {
-        let lab = tool::binary("lab")?;
-        let bins = lab.parent().context("the lab binary has no folder")?;
-        let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/demo");
-        let mut mesh = Self::start(bins, &manifests)?;
-        mesh.start_relay()?;
+        let mut mesh = Self::demo()?;
         let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
         let wan = |last| [203, 0, 113, last].into();
         for (name, last, hosts) in [("site-a", 1, at_a), ("site-b", 2, at_b)] {

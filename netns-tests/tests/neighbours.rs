@@ -4,7 +4,6 @@
 use std::{
     fs,
     net::{Ipv4Addr, SocketAddr, UdpSocket},
-    path::Path,
     time::{Duration, Instant},
 };
 
@@ -30,11 +29,7 @@ const SECOND: &str = "100.96.1.2";
 
 /// Two nodes at site A that have known each other, and are stopped.
 fn site_of_two() -> Result<Mesh> {
-    let lab = tool::binary("lab")?;
-    let bins = lab.parent().context("the lab binary has no folder")?;
-    let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/demo");
-    let mut mesh = Mesh::start(bins, &manifests)?;
-    mesh.start_relay()?;
+    let mut mesh = Mesh::demo()?;
     let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
     let wan = [203, 0, 113, 1].into();
     mesh.add_site("site-a", NatKind::PortRestricted, wan, link, &NODES)?;

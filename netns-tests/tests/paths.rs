@@ -3,7 +3,6 @@
 
 use std::{
     net::Ipv4Addr,
-    path::Path,
     time::{Duration, Instant},
 };
 
@@ -177,10 +176,7 @@ fn nodes_join_and_5_mb_arrive_where_1280_bytes_pass_and_nobody_says_so() -> Resu
     let whole = "table ip whole { chain raw { type filter hook prerouting priority -450; ip frag-off & 0x3fff != 0 \
                  drop; }; }\n";
     for fragments in [true, false] {
-        let bins = tool::binary("lab")?;
-        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/demo");
-        let mut mesh = Mesh::start(bins.parent().context("a folder")?, &demo)?;
-        mesh.start_relay()?;
+        let mut mesh = Mesh::demo()?;
         for (site, last, host) in [("site-a", 1, "edge-a1"), ("site-b", 2, "edge-b1")] {
             let wan = [203, 0, 113, last].into();
             mesh.add_site(

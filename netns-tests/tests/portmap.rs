@@ -5,7 +5,6 @@ use std::{
     collections::BTreeMap,
     fs,
     net::{Ipv4Addr, SocketAddr, UdpSocket},
-    path::Path,
     thread,
     time::{Duration, Instant},
 };
@@ -44,11 +43,7 @@ const NO_PCP: &str = "table inet nopcp { chain input { type filter hook input pr
 
 /// `edge-a1` and `edge-b1` behind symmetric NATs with random ports.
 fn mesh() -> Result<Mesh> {
-    let lab = tool::binary("lab")?;
-    let bins = lab.parent().context("the lab binary has no folder")?;
-    let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/demo");
-    let mut mesh = Mesh::start(bins, &manifests)?;
-    mesh.start_relay()?;
+    let mut mesh = Mesh::demo()?;
     let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
     let hard = NatKind::SymmetricRandom;
     mesh.add_site("site-a", hard, WAN, link, &["edge-a1"])?;
