@@ -11,6 +11,7 @@ use std::{
     time::Instant,
 };
 
+use mesh_core::services::View;
 use nix::sys::socket::{
     MsgFlags, MultiHeaders, SockaddrIn, SockaddrIn6, SockaddrStorage, recvmmsg,
 };
@@ -106,25 +107,23 @@ impl Drop for Threads {
 
 struct Worker {
     sockets: Vec<Arc<UdpSocket>>,
-    shared: Arc<Shared>,
-    packed: Packed,
     buffers: Vec<[u8; QUERY_MAX_BYTES]>,
     headers: MultiHeaders<SockaddrStorage>,
-    /// Replies of one batch, one behind the other, and where each ends and goes.
-    replies: Vec<u8>,
-    ends: Vec<(usize, SocketAddrAny)>,
+    replies: Replies,
 }
 
 impl Worker {
     fn new(sockets: Vec<Arc<UdpSocket>>, shared: Arc<Shared>) -> Self {
         Self {
             sockets,
-            shared,
-            packed: Packed::new(threads()),
             buffers: vec![[0; QUERY_MAX_BYTES]; BATCH],
             headers: MultiHeaders::preallocate(BATCH, None),
-            replies: Vec::new(),
-            ends: Vec::with_capacity(BATCH),
+            replies: Replies {
+                shared,
+                packed: Packed::new(threads()),
+                bytes: Vec::new(),
+                ends: Vec::with_capacity(BATCH),
+            },
         }
     }
 
@@ -156,10 +155,7 @@ impl Worker {
 
     /// Answers what waits at a socket, at most [`BATCH`] datagrams.
     fn serve(&mut self, socket: &Arc<UdpSocket>) -> io::Result<()> {
-        let view = self.shared.view();
-        self.packed.begin(view.as_ref(), now());
-        self.replies.clear();
-        self.ends.clear();
+        let view = self.replies.begin();
         let buffers = self.buffers.iter_mut();
         let mut buffers: Vec<_> = buffers.map(|one| [IoSliceMut::new(one)]).collect();
         let flags = MsgFlags::MSG_DONTWAIT;
@@ -182,45 +178,75 @@ impl Worker {
             else {
                 continue;
             };
-            let start = self.replies.len();
-            if self.shared.is_client(source.ip(), view.as_deref()) {
-                if let Some(said) = self.packed.reply(query, &mut self.replies) {
-                    self.shared.count_packed(said);
-                } else {
-                    let (step, max) = self.shared.decide(query, view.as_deref());
-                    match step {
-                        Step::Nothing => {}
-                        Step::Send(reply) => {
-                            let keeps = reply.metadata.authoritative;
-                            let several = reply.answers.len() > 1;
-                            if let Some(Written { bytes, said }) =
-                                self.shared.write_datagram(reply, max)
-                            {
-                                if keeps {
-                                    self.packed.keep(query, &bytes, said, several);
-                                }
-                                self.replies.extend_from_slice(&bytes);
-                            }
-                        }
-                        Step::Ask(reply, question) => {
-                            let (socket, shared) = (Arc::clone(socket), Arc::clone(&self.shared));
-                            shared.ask_for_datagram(socket, reply, question, max, source);
-                        }
-                    }
-                }
-            }
-            if self.replies.len() > start {
-                self.ends.push((self.replies.len(), source.into()));
-            }
+            self.replies.add(query, source, view.as_deref(), socket);
         }
-        self.send(socket);
+        self.replies.send(socket);
         Ok(())
+    }
+}
+
+/// The replies of one batch.
+struct Replies {
+    shared: Arc<Shared>,
+    packed: Packed,
+    /// One behind the other.
+    bytes: Vec<u8>,
+    /// Where each ends, and where it goes.
+    ends: Vec<(usize, SocketAddrAny)>,
+}
+
+impl Replies {
+    /// Forgets the batch before; the next one is answered from this view.
+    fn begin(&mut self) -> Option<Arc<View>> {
+        self.bytes.clear();
+        self.ends.clear();
+        let view = self.shared.view();
+        self.packed.begin(view.as_ref(), now());
+        view
+    }
+
+    /// Adds the reply to a query, if there is one now.
+    fn add(
+        &mut self,
+        query: &[u8],
+        source: SocketAddr,
+        view: Option<&View>,
+        socket: &Arc<UdpSocket>,
+    ) {
+        if !self.shared.is_client(source.ip(), view) {
+            return;
+        }
+        if let Some(said) = self.packed.reply(query, &mut self.bytes) {
+            self.shared.count_packed(said);
+            return self.ends.push((self.bytes.len(), source.into()));
+        }
+        let (step, max) = self.shared.decide(query, view);
+        let (reply, is_own) = match step {
+            Step::Nothing => return,
+            Step::Own(reply) => (reply, true),
+            Step::Cached(reply) => (reply, false),
+            Step::Ask(reply, question) => {
+                let (socket, shared) = (Arc::clone(socket), Arc::clone(&self.shared));
+                return shared.ask_for_datagram(socket, reply, question, max, source);
+            }
+        };
+        // What is wrong with a query is not worth the room.
+        let keeps = is_own && reply.metadata.authoritative;
+        let several = reply.answers.len() > 1;
+        let Some(Written { bytes, said }) = self.shared.write_datagram(reply, max) else {
+            return;
+        };
+        if keeps {
+            self.packed.keep(query, &bytes, said, several);
+        }
+        self.bytes.extend_from_slice(&bytes);
+        self.ends.push((self.bytes.len(), source.into()));
     }
 
     fn send(&self, socket: &UdpSocket) {
         let mut start = 0;
         let slices = self.ends.iter().map(|(end, to)| {
-            let bytes = self.replies.get(start..*end).unwrap_or_default();
+            let bytes = self.bytes.get(start..*end).unwrap_or_default();
             start = *end;
             ([IoSlice::new(bytes)], to)
         });

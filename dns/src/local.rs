@@ -3,12 +3,14 @@
 use std::{collections::BTreeMap, net::IpAddr};
 
 use hickory_proto::rr::{Name, RData, rdata::PTR};
+use serde::Deserialize;
 
 /// Records of a node's own at most: a LAN's printers and machines. More is a zone, for a server of its own.
 pub const RECORDS_MAX: usize = 1000;
 
 /// Whether `a-b-c-d.<namespace>.pod.<cluster domain>` exists. No part of the specification; CoreDNS has the same three.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum PodNames {
     /// No.
     #[default]

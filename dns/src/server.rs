@@ -226,7 +226,10 @@ impl fmt::Debug for Shared {
 
 /// What is left to do for a query.
 pub(crate) enum Step {
-    Send(Message),
+    /// It is answered from the view alone.
+    Own(Message),
+    /// It is answered with what an upstream said before; that counts down.
+    Cached(Message),
     Ask(Message, Query),
     Nothing,
 }
@@ -337,7 +340,7 @@ impl Shared {
             }
             let reply = match self.decide(&query, view.as_deref()).0 {
                 Step::Nothing => return Ok(()),
-                Step::Send(reply) => reply,
+                Step::Own(reply) | Step::Cached(reply) => reply,
                 Step::Ask(reply, question) => match self.waiting.admit(source) {
                     Some(_admission) => self.forwarder.ask(reply, question).await,
                     None => self.busy(reply),
@@ -373,10 +376,10 @@ impl Shared {
             }
             Answer::Reply(reply) => {
                 self.counters.own.add();
-                Step::Send(reply)
+                Step::Own(reply)
             }
             Answer::Ask { reply, question } => match self.forwarder.cached(&reply, &question) {
-                Some(reply) => Step::Send(reply),
+                Some(reply) => Step::Cached(reply),
                 None => Step::Ask(reply, question),
             },
         }

@@ -318,6 +318,13 @@ async fn an_external_name_is_followed_to_the_upstream() {
     let shown = running.dig("+short search.shop.svc.cluster.local").await;
     assert_eq!(shown, "search.example.org.\n192.0.2.1\n");
     assert_eq!(upstream.asked_in_all(), 1);
+    // Its time to live counts down: what the upstream said is looked up each time.
+    let counters = running.server.counters();
+    for asked in 1..=3 {
+        let reply = running.ask("search.shop.svc.cluster.local").await;
+        assert_eq!(reply.answers.len(), 2, "{reply:?}");
+        assert_eq!(counters.cache_hits.get(), asked);
+    }
 }
 
 #[tokio::test]
