@@ -136,15 +136,25 @@ impl Mesh {
     pub fn two_sites_of(at_a: &[&str], at_b: &[&str]) -> Result<Self> {
         let mut mesh = Self::demo()?;
         let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
-        let wan = |last| [203, 0, 113, last].into();
-        for (name, last, hosts) in [("site-a", 1, at_a), ("site-b", 2, at_b)] {
-            mesh.add_site(name, NatKind::PortRestricted, wan(last), link, hosts)?;
-        }
+        mesh.add_two_sites(link, at_a, at_b)?;
         let nodes = || at_a.iter().chain(at_b);
         nodes().try_for_each(|node| mesh.start_agent(node))?;
         let all = u64::try_from(nodes().count())?;
         nodes().try_for_each(|node| mesh.agent_ready(node, all))?;
         Ok(mesh)
+    }
+
+    /// Adds `site-a` and `site-b`, behind port-restricted NATs; nothing runs there yet.
+    ///
+    /// # Errors
+    ///
+    /// If a name is taken.
+    pub fn add_two_sites(&mut self, link: Impairment, at_a: &[&str], at_b: &[&str]) -> Result<()> {
+        let wan = |last| [203, 0, 113, last].into();
+        for (name, last, hosts) in [("site-a", 1, at_a), ("site-b", 2, at_b)] {
+            self.add_site(name, NatKind::PortRestricted, wan(last), link, hosts)?;
+        }
+        Ok(())
     }
 
     /// The lab around it.

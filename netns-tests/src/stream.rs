@@ -3,7 +3,7 @@
 
 use std::{
     io::{self, ErrorKind, Read as _, Write as _},
-    net::{TcpListener, TcpStream, UdpSocket},
+    net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 
-use crate::load::Way;
+use crate::{load::Way, node::Node};
 
 /// Arrivals that are kept: an hour at 200 a second.
 const ARRIVALS_MAX: usize = 720_000;
@@ -209,6 +209,99 @@ impl Drop for Stream {
         for thread in self.threads.drain(..) {
             thread.join().ok(); // It panicked, and said so.
         }
+    }
+}
+
+/// Datagrams both ways between two nodes, and a TCP connection from the first; ends when dropped.
+#[derive(Debug)]
+pub struct Traffic {
+    out: Stream,
+    back: Stream,
+    tcp: Stream,
+}
+
+/// For how long nothing came.
+#[derive(Debug, Clone, Copy)]
+pub struct Gaps {
+    /// Datagrams from the first node.
+    pub out: Duration,
+    /// Datagrams from the second one.
+    pub back: Duration,
+    /// Bytes of the TCP connection.
+    pub tcp: Duration,
+}
+
+impl Gaps {
+    /// Datagrams of either direction.
+    #[must_use]
+    pub fn datagrams(&self) -> Duration {
+        self.out.max(self.back)
+    }
+}
+
+impl Traffic {
+    /// Between two nodes by these addresses, something each `interval`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Stream::datagrams`] and [`Stream::tcp`].
+    pub fn start(nodes: [&Node; 2], addresses: [Ipv4Addr; 2], interval: Duration) -> Result<Self> {
+        let ([a, b], [own, others]) = (nodes, addresses);
+        let way = |from, to, address| Way { from, to, address };
+        let (out, back) = (way(a, b, others), way(b, a, own));
+        Ok(Self {
+            tcp: Stream::tcp(out, interval)?,
+            out: Stream::datagrams(out, interval)?,
+            back: Stream::datagrams(back, interval)?,
+        })
+    }
+
+    fn streams(&self) -> [&Stream; 3] {
+        [&self.out, &self.back, &self.tcp]
+    }
+
+    /// Waits until all of it flows.
+    ///
+    /// # Errors
+    ///
+    /// If a part does not within `limit`.
+    pub fn flows(&self, limit: Duration) -> Result<()> {
+        let mut streams = self.streams().into_iter();
+        streams.try_for_each(|stream| stream.flows(limit))
+    }
+
+    /// The longest times without anything since then.
+    #[must_use]
+    pub fn gaps(&self, since: Instant) -> Gaps {
+        let [out, back, tcp] = self.streams().map(|stream| stream.longest_gap(since));
+        Gaps { out, back, tcp }
+    }
+
+    /// How many datagrams came twice.
+    #[must_use]
+    pub fn duplicates(&self) -> u64 {
+        self.out.duplicates() + self.back.duplicates()
+    }
+
+    /// Whether the TCP connection lives, and each of its bytes was right.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with it.
+    pub fn intact(&self) -> Result<()> {
+        self.tcp.intact()
+    }
+
+    /// Whether nothing is broken, and nothing came twice.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong.
+    pub fn unharmed(&self) -> Result<()> {
+        self.intact()?;
+        let twice = self.duplicates();
+        ensure!(twice == 0, "{twice} datagrams were delivered twice");
+        Ok(())
     }
 }
 

@@ -13,7 +13,7 @@ use netns_tests::{
     matrix::path_in_use,
     mesh::{Mesh, word},
     nat::NatKind,
-    stream::{Stream, transfer},
+    stream::{Traffic, transfer},
     tool,
 };
 
@@ -33,45 +33,18 @@ const ONLY_CLOUD: &str = "table inet only\ndelete table inet only\ntable inet on
                           forward priority -20; oifname \"wan\" ip daddr != 198.51.100.10 drop; \
                           iifname \"wan\" ip saddr != 198.51.100.10 drop; }; }\n";
 
-/// Datagrams both ways and a TCP connection, for as long as it lives.
-struct Traffic {
-    datagrams: [Stream; 2],
-    tcp: Stream,
+/// Between `edge-a1` and `edge-b1`.
+fn traffic(mesh: &Mesh) -> Result<Traffic> {
+    let [a, b] = [mesh.node("edge-a1")?, mesh.node("edge-b1")?];
+    Traffic::start([&a, &b], [A, B], EVERY)
 }
 
-impl Traffic {
-    fn start(mesh: &Mesh) -> Result<Self> {
-        let [a, b] = [mesh.node("edge-a1")?, mesh.node("edge-b1")?];
-        let way = |from, to, address| Way { from, to, address };
-        let (there, back) = (way(&a, &b, B), way(&b, &a, A));
-        let tcp = Stream::tcp(there, EVERY)?;
-        let datagrams = [
-            Stream::datagrams(there, EVERY)?,
-            Stream::datagrams(back, EVERY)?,
-        ];
-        Ok(Self { datagrams, tcp })
-    }
-
-    /// Waits until everything flows again, and says for how long nothing came.
-    fn gap(&self, since: Instant) -> Result<Duration> {
-        std::thread::sleep(
-            (since + Duration::from_secs(2)).saturating_duration_since(Instant::now()),
-        );
-        for stream in self.datagrams.iter().chain([&self.tcp]) {
-            stream.flows(SOON)?;
-        }
-        self.tcp.intact()?;
-        let duplicates: u64 = self.datagrams.iter().map(Stream::duplicates).sum();
-        ensure!(
-            duplicates == 0,
-            "{duplicates} datagrams were delivered twice"
-        );
-        let gaps = self
-            .datagrams
-            .iter()
-            .map(|stream| stream.longest_gap(since));
-        gaps.max().context("two directions")
-    }
+/// Waits until everything flows again, and says for how long no datagrams came.
+fn gap(traffic: &Traffic, since: Instant) -> Result<Duration> {
+    std::thread::sleep((since + Duration::from_secs(2)).saturating_duration_since(Instant::now()));
+    traffic.flows(SOON)?;
+    traffic.unharmed()?;
+    Ok(traffic.gaps(since).datagrams())
 }
 
 fn is(mesh: &Mesh, state: &str) -> Result<()> {
@@ -88,7 +61,7 @@ fn is(mesh: &Mesh, state: &str) -> Result<()> {
 #[test]
 fn traffic_goes_on_over_a_cut_and_over_new_addresses_and_nothing_comes_twice() -> Result<()> {
     let mesh = Mesh::two_sites()?;
-    let traffic = Traffic::start(&mesh)?;
+    let traffic = traffic(&mesh)?;
     let site = mesh.site("site-a")?;
     let internet = mesh.lab().internet();
     let changes: [(&str, &dyn Fn() -> Result<()>); 3] = [
@@ -104,9 +77,7 @@ fn traffic_goes_on_over_a_cut_and_over_new_addresses_and_nothing_comes_twice() -
         is(&mesh, "direct")?;
         let since = Instant::now();
         change()?;
-        let gap = traffic
-            .gap(since)
-            .with_context(|| format!("after {what}"))?;
+        let gap = gap(&traffic, since).with_context(|| format!("after {what}"))?;
         ensure!(gap < BACK_WITHIN, "{gap:?} of silence after {what}");
         tool::nft(
             site.router().netns(),
@@ -140,7 +111,7 @@ fn a_killed_relay_is_left_for_the_warm_one() -> Result<()> {
     ["edge-a1", "edge-b1"]
         .iter()
         .try_for_each(|host| mesh.agent_ready(host, 2))?;
-    let traffic = Traffic::start(&mesh)?;
+    let traffic = traffic(&mesh)?;
     is(&mesh, "relayed")?;
     for host in ["edge-a1", "edge-b1"] {
         tool::eventually("both relays are warm", SOON, || {
@@ -162,7 +133,7 @@ fn a_killed_relay_is_left_for_the_warm_one() -> Result<()> {
     };
     let since = Instant::now();
     mesh.kill(node, "mesh-relay")?;
-    let gap = traffic.gap(since)?;
+    let gap = gap(&traffic, since)?;
     ensure!(gap < BACK_WITHIN, "{gap:?} of silence by {path}");
     let now = path_in_use(&mesh.ask("edge-a1", &["path", "why", "edge-b1"])?);
     ensure!(now != path, "still by {now}");
@@ -177,16 +148,7 @@ fn nodes_join_and_5_mb_arrive_where_1280_bytes_pass_and_nobody_says_so() -> Resu
                  drop; }; }\n";
     for fragments in [true, false] {
         let mut mesh = Mesh::demo()?;
-        for (site, last, host) in [("site-a", 1, "edge-a1"), ("site-b", 2, "edge-b1")] {
-            let wan = [203, 0, 113, last].into();
-            mesh.add_site(
-                site,
-                NatKind::PortRestricted,
-                wan,
-                Impairment::NONE,
-                &[host],
-            )?;
-        }
+        mesh.add_two_sites(Impairment::NONE, &["edge-a1"], &["edge-b1"])?;
         let site = mesh.site("site-a")?;
         site.narrow(mesh.lab().internet(), 1_280)?;
         if !fragments {

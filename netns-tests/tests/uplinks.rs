@@ -10,11 +10,10 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use netns_tests::{
     link::Impairment,
-    load::Way,
     mesh::{Mesh, word},
     nat::NatKind,
     node::Node,
-    stream::Stream,
+    stream::Traffic,
     tool,
 };
 use serde_json::Value;
@@ -93,24 +92,9 @@ impl Two {
     }
 
     fn flows(&self) -> Result<Flows> {
-        let [own, others] = self.addresses;
-        let out = Way {
-            from: &self.edge,
-            to: &self.other,
-            address: others,
-        };
-        let back = Way {
-            from: &self.other,
-            to: &self.edge,
-            address: own,
-        };
-        let flows = Flows {
-            out: Stream::datagrams(out, EVERY)?,
-            back: Stream::datagrams(back, EVERY)?,
-            tcp: Stream::tcp(out, EVERY)?,
-        };
+        let traffic = Traffic::start([&self.edge, &self.other], self.addresses, EVERY)?;
         thread::sleep(Duration::from_secs(1));
-        Ok(flows)
+        Ok(Flows(traffic))
     }
 
     /// Waits until `edge-b1` sees `edge-a1` directly at an address of this router's.
@@ -170,29 +154,21 @@ impl Two {
     }
 }
 
-/// Both directions, and a connection.
-struct Flows {
-    out: Stream,
-    back: Stream,
-    tcp: Stream,
-}
+struct Flows(Traffic);
 
 impl Flows {
     /// Waits until all flow again, and says how long nothing came.
     fn gap(&self, what: &str, since: Instant, most: Duration) -> Result<Duration> {
-        for stream in [&self.out, &self.back, &self.tcp] {
-            stream.flows(SOON)?;
-        }
+        let Self(traffic) = self;
+        traffic.flows(SOON)?;
         // What follows soon after belongs to it.
         thread::sleep(Duration::from_secs(2));
-        let gaps = [&self.out, &self.back, &self.tcp].map(|stream| stream.longest_gap(since));
-        println!("{what}: nothing came for {gaps:?} (out, back, TCP)");
-        self.tcp.intact()?;
-        let twice = self.out.duplicates() + self.back.duplicates();
-        ensure!(twice == 0, "{twice} datagrams were delivered twice");
-        let [out, back, _] = gaps;
-        ensure!(out.max(back) <= most, "{what}: {gaps:?}, at most {most:?}");
-        Ok(out.max(back))
+        let gaps = traffic.gaps(since);
+        println!("{what}: nothing came for {gaps:?}");
+        traffic.unharmed()?;
+        let gap = gaps.datagrams();
+        ensure!(gap <= most, "{what}: {gaps:?}, at most {most:?}");
+        Ok(gap)
     }
 }
 

@@ -12,7 +12,6 @@ use netns_tests::{
     link::Impairment,
     load::{ROUND_TRIP_MAX, Way, round_trips},
     mesh::{Mesh, word},
-    nat::NatKind,
     node::Node,
     stream::transfer,
     tool,
@@ -59,18 +58,10 @@ const NAME: &str = "inventory.shop.svc.cluster.local";
 pub(super) fn lossy(bins: &Path, rounds: u32, samples: &mut Samples) -> Result<()> {
     let mut mesh = Mesh::start(bins, &root().join("examples/demo"))?;
     mesh.start_relay()?;
-    for (site, last, host) in [("site-a", 1, "edge-a1"), ("site-b", 2, "edge-b1")] {
-        let wan = [203, 0, 113, last].into();
-        mesh.add_site(
-            site,
-            NatKind::PortRestricted,
-            wan,
-            Impairment::NONE,
-            &[host],
-        )?;
-        mesh.start_agent(host)?;
-    }
-    ["edge-a1", "edge-b1"]
+    mesh.add_two_sites(Impairment::NONE, &["edge-a1"], &["edge-b1"])?;
+    let nodes = ["edge-a1", "edge-b1"];
+    nodes.iter().try_for_each(|node| mesh.start_agent(node))?;
+    nodes
         .iter()
         .try_for_each(|node| mesh.agent_ready(node, 2))?;
     mesh.serve("edge-b1", "inventory", &["http", "edge-b1", "[::]:8080"])?;

@@ -13,11 +13,10 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, ensure};
 use netns_tests::{
     link::Impairment,
-    load::Way,
     matrix::path_in_use,
     mesh::{CLOUD, Mesh, word},
     nat::NatKind,
-    stream::Stream,
+    stream::{Gaps, Traffic},
     tool,
 };
 use serde_json::Value;
@@ -110,50 +109,17 @@ pub(super) struct Pairs {
     pub(super) mesh: Mesh,
 }
 
-struct Traffic {
-    datagrams: [Stream; 2],
-    tcp: Stream,
+fn traffic(mesh: &Mesh, pair: &Pair) -> Result<Traffic> {
+    let [a, b] = [mesh.node(&pair.a)?, mesh.node(&pair.b)?];
+    let addresses = [&pair.a, &pair.b].map(|name| pair.address(name));
+    Traffic::start([&a, &b], addresses, EVERY)
 }
 
-/// How long nothing came.
-#[derive(Debug, Clone, Copy)]
-struct Gap {
-    datagrams: Duration,
-    tcp: Duration,
-}
-
-impl Traffic {
-    fn start(mesh: &Mesh, pair: &Pair) -> Result<Self> {
-        let [a, b] = [mesh.node(&pair.a)?, mesh.node(&pair.b)?];
-        let there = Way {
-            from: &a,
-            to: &b,
-            address: pair.address(&pair.b),
-        };
-        let back = Way {
-            from: &b,
-            to: &a,
-            address: pair.address(&pair.a),
-        };
-        let tcp = Stream::tcp(there, EVERY)?;
-        let datagrams = [
-            Stream::datagrams(there, EVERY)?,
-            Stream::datagrams(back, EVERY)?,
-        ];
-        Ok(Self { datagrams, tcp })
-    }
-
-    fn gap(&self, since: Instant) -> Result<Gap> {
-        thread::sleep((since + WINDOW).saturating_duration_since(Instant::now()));
-        for stream in self.datagrams.iter().chain([&self.tcp]) {
-            stream.flows(BACK_LIMIT)?;
-        }
-        let [there, back] = &self.datagrams;
-        Ok(Gap {
-            datagrams: there.longest_gap(since).max(back.longest_gap(since)),
-            tcp: self.tcp.longest_gap(since),
-        })
-    }
+/// Waits until it flows again, and says how long nothing came.
+fn gaps(traffic: &Traffic, since: Instant) -> Result<Gaps> {
+    thread::sleep((since + WINDOW).saturating_duration_since(Instant::now()));
+    traffic.flows(BACK_LIMIT)?;
+    Ok(traffic.gaps(since))
 }
 
 impl Pairs {
@@ -175,7 +141,7 @@ impl Pairs {
             mesh,
         };
         for pair in &pairs.pairs {
-            pairs.traffic.push(Traffic::start(&pairs.mesh, pair)?);
+            pairs.traffic.push(traffic(&pairs.mesh, pair)?);
         }
         Ok(pairs)
     }
@@ -192,7 +158,7 @@ impl Pairs {
         round: u32,
         samples: &mut Samples,
     ) -> Result<()> {
-        let gaps: Vec<Result<Vec<Gap>>> = thread::scope(|scope| {
+        let gaps: Vec<Result<Vec<Gaps>>> = thread::scope(|scope| {
             let begin = |(pair, traffic)| {
                 scope.spawn(move || {
                     let turns = (0..RUNS).map(|run| (round - 1) * RUNS + run);
@@ -213,7 +179,7 @@ impl Pairs {
         Ok(())
     }
 
-    fn one(&self, what: What, pair: &Pair, traffic: &Traffic, turn: u32) -> Result<Gap> {
+    fn one(&self, what: What, pair: &Pair, traffic: &Traffic, turn: u32) -> Result<Gaps> {
         self.is_direct(pair)?;
         thread::sleep(phase(u32::from(PAIRS) * turn + u32::from(pair.number)));
         let site = self.mesh.site(&pair.site)?;
@@ -232,7 +198,7 @@ impl Pairs {
             }
             What::Cable => tool::ip(router, "link set host0 down\n")?,
         }
-        let gap = traffic.gap(since);
+        let gap = gaps(traffic, since);
         match what {
             What::Cut => tool::nft(router, EVERYBODY)?,
             What::Cable => {
@@ -311,7 +277,7 @@ impl Pairs {
         self.mesh.kill(node, "mesh-relay")?;
         for number in users {
             let traffic = self.traffic.get(number).context("a pair")?;
-            add(samples, case, traffic.gap(since)?);
+            add(samples, case, gaps(traffic, since)?);
         }
         let node = self.mesh.node(node)?;
         self.mesh.start_relay_on(&node, name, "")?;
@@ -357,16 +323,9 @@ impl Pairs {
 
     /// Notes what must not be at all.
     pub(super) fn tell_totals(&self, case: &str, samples: &mut Samples) {
-        let of = |traffic: &Traffic| {
-            traffic
-                .datagrams
-                .iter()
-                .map(Stream::duplicates)
-                .sum::<u64>()
-        };
-        let duplicates: u64 = self.traffic.iter().map(of).sum();
+        let duplicates: u64 = self.traffic.iter().map(Traffic::duplicates).sum();
         let broken = self.traffic.iter().filter(|traffic| {
-            let intact = traffic.tcp.intact();
+            let intact = traffic.intact();
             if let Err(error) = &intact {
                 samples.note(case, format!("TCP: {error:#}"));
             }
@@ -386,8 +345,8 @@ impl Pairs {
     }
 }
 
-fn add(samples: &mut Samples, case: &str, gap: Gap) {
-    samples.add(case, "gap", "ms", ms(gap.datagrams));
+fn add(samples: &mut Samples, case: &str, gap: Gaps) {
+    samples.add(case, "gap", "ms", ms(gap.datagrams()));
     samples.add(case, "tcp_gap", "ms", ms(gap.tcp));
 }
 
