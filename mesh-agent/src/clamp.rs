@@ -42,8 +42,8 @@ pub async fn keep_clamped(
         };
         let view = views.borrow_and_update().clone();
         let forwards = view.is_some_and(|view| {
-            let desired = network::desired(&view.snapshot, &view.node, &local);
-            desired.is_some_and(|desired| desired.forwarding)
+            let own = view.snapshot.nodes.get(&view.node);
+            own.is_some_and(|own| network::forwards(own, &local))
         });
         if clamps == Some(forwards) && !(look && forwards) {
             continue;

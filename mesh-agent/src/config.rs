@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use mesh_core::pattern::NamePattern;
 use mesh_daemon::{FileError, http_proxy::HttpProxy};
 use mesh_dns::{
-    local::{self, BadRecords, LocalNames, domain_name},
+    local::{BadRecords, LocalNames, PodNames, domain_name},
     server::Stub,
 };
 use mesh_wire::id::NodeName;
@@ -124,19 +124,6 @@ struct DnsConfig {
     record: Vec<DnsRecord>,
 }
 
-/// `pod_names`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum PodNames {
-    /// It does not.
-    #[default]
-    Off,
-    /// For every address.
-    Insecure,
-    /// For addresses of pods and endpoints in that namespace.
-    Verified,
-}
-
 /// A `[[dns.stub]]`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -164,22 +151,17 @@ impl DnsConfig {
     ///
     /// For a name that is none, or a record without addresses.
     fn settings(self) -> Result<mesh_dns::server::DnsConfig, BadRecords> {
-        let pods = match self.pod_names {
-            PodNames::Off => local::PodNames::Off,
-            PodNames::Insecure => local::PodNames::Insecure,
-            PodNames::Verified => local::PodNames::Verified,
-        };
         let records = self.record.iter();
         let records = records.map(|one| (one.name.as_str(), one.addresses.as_slice()));
-        let stubs = self.stub.iter().map(|stub| {
+        let stubs = self.stub.into_iter().map(|stub| {
             Ok(Stub {
                 domain: domain_name(&stub.domain)?,
-                upstreams: stub.upstreams.clone(),
+                upstreams: stub.upstreams,
             })
         });
         Ok(mesh_dns::server::DnsConfig {
             stubs: stubs.collect::<Result<_, _>>()?,
-            local: LocalNames::new(pods, records)?,
+            local: LocalNames::new(self.pod_names, records)?,
             listen: self.listen,
             upstreams: self.upstreams,
             allow_from: self.allow_from,

@@ -12,7 +12,12 @@ use std::{
 };
 
 use ipnet::IpNet;
-use mesh_core::{gateways::is_own, io::Input, services::View, snapshot::Snapshot};
+use mesh_core::{
+    gateways::is_own,
+    io::Input,
+    services::View,
+    snapshot::{Node, Snapshot},
+};
 use mesh_linux::{
     IfIndex,
     netlink::{Changes, Netlink, Route},
@@ -94,8 +99,13 @@ pub fn desired(snapshot: &Snapshot, own: &NodeName, local: &Local) -> Option<Des
     Some(Desired {
         addresses,
         routes: routes.collect(),
-        forwarding: local.serves_devices || !node.prefixes.is_empty(),
+        forwarding: forwards(node, local),
     })
+}
+
+/// Whether this node hands on packets of others.
+pub(crate) fn forwards(node: &Node, local: &Local) -> bool {
+    local.serves_devices || !node.prefixes.is_empty()
 }
 
 /// Keeps the kernel as the view says, until `stop`.
@@ -254,7 +264,7 @@ fn warn_if_strict(network: &Network, told: &mut BTreeSet<String>) {
 
 #[cfg(test)]
 mod tests {
-    use mesh_core::snapshot::{ExternalPeer, Locality, MeshSettings, Node};
+    use mesh_core::snapshot::{ExternalPeer, Locality, MeshSettings};
     use mesh_wire::id::{MeshId, NodeId};
 
     use super::*;
