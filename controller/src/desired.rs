@@ -205,20 +205,9 @@ impl Builder {
 
     fn register(&mut self, nodes: &Nodes) {
         for (name, registered) in in_mesh(nodes) {
-            let overlay_v6 = self.desired.mesh.id.overlay_v6(&registered.id);
-            let node = Node {
-                id: registered.id,
-                name: name.clone(),
-                locality: Locality::default(),
-                overlay_v4: registered.overlay_v4,
-                overlay_v6,
-                prefixes: Vec::new(),
-                pod_prefixes: Vec::new(),
-                underlay_addresses: Vec::new(),
-                static_candidates: Vec::new(),
-                mapped: Vec::new(),
-            };
-            for address in [IpAddr::V4(registered.overlay_v4), IpAddr::V6(overlay_v6)] {
+            let Registered { id, overlay_v4, .. } = *registered;
+            let node = Node::new(&self.desired.mesh.id, name.clone(), id, overlay_v4);
+            for address in [IpAddr::V4(overlay_v4), IpAddr::V6(node.overlay_v6)] {
                 let claimed = self.desired.claims.claim(address.into(), &owner(name));
                 if let Err((taken, by)) = claimed {
                     // The registry gives each address once; only a damaged one gets here.

@@ -46,7 +46,7 @@ impl Clients {
 mod tests {
     use std::sync::Arc;
 
-    use mesh_core::snapshot::{Locality, MeshSettings, Node, Snapshot};
+    use mesh_core::snapshot::{MeshSettings, Node, Snapshot};
     use mesh_wire::id::{MeshId, NodeId};
 
     use super::*;
@@ -55,17 +55,11 @@ mod tests {
     fn only_this_node_and_what_is_behind_it_may_ask() {
         let mut snapshot = Snapshot::empty(MeshSettings::with_defaults(MeshId([9; 32]), "demo"));
         for (number, name) in [(1, "own"), (2, "other")] {
+            let (name, id) = (name.parse().unwrap(), NodeId([number; 32]));
             let node = Node {
-                id: NodeId([number; 32]),
-                name: name.parse().unwrap(),
-                locality: Locality::default(),
-                overlay_v4: [100, 96, 0, number].into(),
-                overlay_v6: snapshot.mesh.id.overlay_v6(&NodeId([number; 32])),
                 prefixes: vec![format!("10.2.{number}.0/24").parse().unwrap()],
-                pod_prefixes: Vec::new(),
                 underlay_addresses: vec![IpAddr::from([192, 168, 7, number])],
-                static_candidates: Vec::new(),
-                mapped: Vec::new(),
+                ..Node::new(&snapshot.mesh.id, name, id, [100, 96, 0, number].into())
             };
             snapshot.nodes.insert(node.name.clone(), node);
         }

@@ -193,7 +193,7 @@ mod tests {
     use std::time::Duration;
 
     use mesh_api::cni::{Attachment, AttachmentId, FileName, HostInterface};
-    use mesh_core::snapshot::{Locality, MeshSettings, Node};
+    use mesh_core::snapshot::{MeshSettings, Node};
     use mesh_wire::id::{MeshId, NodeId};
 
     use super::*;
@@ -202,16 +202,9 @@ mod tests {
         let mesh = MeshId([1; 32]);
         let id = NodeId([2; 32]);
         let node = Node {
-            id,
-            name: "a".parse().unwrap(),
-            locality: Locality::default(),
-            overlay_v4: [100, 96, 0, 1].into(),
-            overlay_v6: mesh.overlay_v6(&id),
             prefixes: vec!["192.168.7.0/24".parse().unwrap()],
             pod_prefixes: ranges.iter().map(|net| net.parse().unwrap()).collect(),
-            underlay_addresses: Vec::new(),
-            static_candidates: Vec::new(),
-            mapped: Vec::new(),
+            ..Node::new(&mesh, "a".parse().unwrap(), id, [100, 96, 0, 1].into())
         };
         let mut snapshot = Snapshot::empty(MeshSettings::with_defaults(mesh, "demo"));
         snapshot.nodes.insert(node.name.clone(), node);

@@ -264,7 +264,7 @@ fn warn_if_strict(network: &Network, told: &mut BTreeSet<String>) {
 
 #[cfg(test)]
 mod tests {
-    use mesh_core::snapshot::{ExternalPeer, Locality, MeshSettings};
+    use mesh_core::snapshot::{ExternalPeer, MeshSettings};
     use mesh_wire::id::{MeshId, NodeId};
 
     use super::*;
@@ -274,17 +274,10 @@ mod tests {
         let mut snapshot = Snapshot::empty(MeshSettings::with_defaults(mesh, "test"));
         for (index, name, prefix) in [(1, "own", "10.42.1.0/24"), (2, "other", "10.42.2.0/24")] {
             let id = NodeId([index; 32]);
+            let (name, overlay_v4) = (name.parse().unwrap(), [100, 96, 0, index].into());
             let node = Node {
-                id,
-                name: name.parse().unwrap(),
-                locality: Locality::default(),
-                overlay_v4: [100, 96, 0, index].into(),
-                overlay_v6: mesh.overlay_v6(&id),
                 prefixes: vec![prefix.parse().unwrap()],
-                pod_prefixes: Vec::new(),
-                underlay_addresses: Vec::new(),
-                static_candidates: Vec::new(),
-                mapped: Vec::new(),
+                ..Node::new(&mesh, name, id, overlay_v4)
             };
             snapshot.nodes.insert(node.name.clone(), node);
         }

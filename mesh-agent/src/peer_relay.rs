@@ -257,7 +257,7 @@ async fn ended(running: &mut Option<Running>) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
-    use mesh_core::snapshot::{Locality, MeshSettings, Node};
+    use mesh_core::snapshot::{MeshSettings, Node};
     use mesh_wire::id::{MeshId, RelayId};
 
     use super::*;
@@ -271,21 +271,9 @@ mod tests {
             (3, "far", "port"),
         ] {
             let id = NodeId([index; 32]);
-            let node = Node {
-                id,
-                name: name.parse().unwrap(),
-                locality: Locality {
-                    site: Some(site.parse().unwrap()),
-                    ..Locality::default()
-                },
-                overlay_v4: [100, 96, 0, index].into(),
-                overlay_v6: mesh.overlay_v6(&id),
-                prefixes: Vec::new(),
-                pod_prefixes: Vec::new(),
-                underlay_addresses: Vec::new(),
-                static_candidates: Vec::new(),
-                mapped: Vec::new(),
-            };
+            let (name, overlay_v4) = (name.parse().unwrap(), [100, 96, 0, index].into());
+            let mut node = Node::new(&mesh, name, id, overlay_v4);
+            node.locality.site = Some(site.parse().unwrap());
             snapshot.nodes.insert(node.name.clone(), node);
         }
         snapshot

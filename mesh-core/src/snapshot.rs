@@ -121,6 +121,23 @@ pub struct Mapping {
 }
 
 impl Node {
+    /// A node of `mesh` of which nothing else is known yet: nowhere in particular, nothing behind it.
+    #[must_use]
+    pub fn new(mesh: &MeshId, name: NodeName, id: NodeId, overlay_v4: Ipv4Addr) -> Self {
+        Self {
+            id,
+            name,
+            locality: Locality::default(),
+            overlay_v4,
+            overlay_v6: mesh.overlay_v6(&id),
+            prefixes: Vec::new(),
+            pod_prefixes: Vec::new(),
+            underlay_addresses: Vec::new(),
+            static_candidates: Vec::new(),
+            mapped: Vec::new(),
+        }
+    }
+
     /// Every prefix whose packets may come from this node, and go to it.
     pub fn allowed_prefixes(&self) -> impl Iterator<Item = IpNet> + '_ {
         let own = [

@@ -87,20 +87,15 @@ pub(crate) fn snapshot() -> Snapshot {
 
 pub(crate) fn add_node(snapshot: &mut Snapshot, number: u8, name: &str, site: &str) {
     let id = NodeId([number; 32]);
+    let (name, overlay_v4) = (name.parse().unwrap(), [100, 96, 0, number].into());
     let node = Node {
-        id,
-        name: name.parse().unwrap(),
         locality: Locality {
             site: Some(site.parse().unwrap()),
             ..Locality::default()
         },
-        overlay_v4: [100, 96, 0, number].into(),
-        overlay_v6: snapshot.mesh.id.overlay_v6(&id),
         prefixes: vec![format!("10.2.{number}.0/24").parse().unwrap()],
-        pod_prefixes: Vec::new(),
         underlay_addresses: vec![IpAddr::from([192, 168, 7, number])],
-        static_candidates: Vec::new(),
-        mapped: Vec::new(),
+        ..Node::new(&snapshot.mesh.id, name, id, overlay_v4)
     };
     snapshot.nodes.insert(node.name.clone(), node);
 }

@@ -49,18 +49,8 @@ fn id(number: u32) -> NodeId {
 }
 
 pub(crate) fn node(number: u32) -> Node {
-    Node {
-        id: id(number),
-        name: format!("n{number}").parse().unwrap(),
-        locality: Locality::default(),
-        overlay_v4: [100, 96, 0, 1].into(),
-        overlay_v6: MeshId([0; 32]).overlay_v6(&id(number)),
-        prefixes: Vec::new(),
-        pod_prefixes: Vec::new(),
-        underlay_addresses: Vec::new(),
-        static_candidates: Vec::new(),
-        mapped: Vec::new(),
-    }
+    let name = format!("n{number}").parse().unwrap();
+    Node::new(&MeshId([0; 32]), name, id(number), [100, 96, 0, 1].into())
 }
 
 /// A mesh of nodes 0 to `nodes` - 1 and one relay, seen by node 0.

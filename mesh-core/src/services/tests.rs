@@ -25,21 +25,15 @@ fn view() -> View {
     ];
     for (index, (name, site, zone, region)) in (1_u8..).zip(nodes) {
         let id = NodeId([index; 32]);
+        let (name, overlay_v4) = (name.parse().unwrap(), [100, 96, 0, index].into());
         let node = Node {
-            id,
-            name: name.parse().unwrap(),
             locality: Locality {
                 site: site.map(|site| site.parse().unwrap()),
                 zone: Some(zone.to_owned()),
                 region: Some(region.to_owned()),
             },
-            overlay_v4: [100, 96, 0, index].into(),
-            overlay_v6: mesh.overlay_v6(&id),
-            prefixes: Vec::new(),
-            pod_prefixes: Vec::new(),
             underlay_addresses: vec![[192, 0, 2, index].into()],
-            static_candidates: Vec::new(),
-            mapped: Vec::new(),
+            ..Node::new(&mesh, name, id, overlay_v4)
         };
         snapshot.nodes.insert(node.name.clone(), node);
     }

@@ -17,7 +17,7 @@ use std::{
 use mesh_core::{
     io::{Event, Input, RelayTransport, Uplink, UplinkId},
     node::{Core, CoreConfig, report::PeerReport},
-    snapshot::{Locality, MeshSettings, Node, Relay, Snapshot},
+    snapshot::{MeshSettings, Node, Relay, Snapshot},
 };
 use mesh_wire::id::{MeshId, NodeId, NodeName, RelayId, SiteName, Via};
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
@@ -434,21 +434,9 @@ impl World {
         let mut snapshot = Snapshot::empty(MeshSettings::with_defaults(mesh, "sim"));
         for node in &self.nodes {
             let site = format!("site-{}", node.site);
-            let described = Node {
-                id: node.id,
-                name: node.name.clone(),
-                locality: Locality {
-                    site: Some(SiteName::try_from(site).unwrap()),
-                    ..Locality::default()
-                },
-                overlay_v4: Ipv4Addr::new(100, 96, 0, 1),
-                overlay_v6: mesh.overlay_v6(&node.id),
-                prefixes: Vec::new(),
-                pod_prefixes: Vec::new(),
-                underlay_addresses: Vec::new(),
-                static_candidates: Vec::new(),
-                mapped: Vec::new(),
-            };
+            let overlay_v4 = Ipv4Addr::new(100, 96, 0, 1);
+            let mut described = Node::new(&mesh, node.name.clone(), node.id, overlay_v4);
+            described.locality.site = Some(SiteName::try_from(site).unwrap());
             snapshot.nodes.insert(node.name.clone(), described);
         }
         for relay in &self.relays {
