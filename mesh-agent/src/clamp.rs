@@ -35,7 +35,9 @@ pub async fn keep_clamped(
         let look = tokio::select! {
             () = stop.cancelled() => break,
             changed = views.changed() => {
-                changed?;
+                if changed.is_err() {
+                    break; // The driver was told to stop as well, and was quicker.
+                }
                 false
             }
             _ = rounds.tick() => true,

@@ -223,7 +223,11 @@ pub async fn keep_peer_relay(
         }
         tokio::select! {
             () = stop.cancelled() => break,
-            changed = views.changed() => changed?,
+            changed = views.changed() => {
+                if changed.is_err() {
+                    break; // The driver was told to stop as well, and was quicker.
+                }
+            }
             _ = looks.tick() => {
                 if let Some(running) = &mut running {
                     running.show(&credentials.load_full());
