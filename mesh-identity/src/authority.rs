@@ -16,7 +16,7 @@ use zeroize::{Zeroize as _, Zeroizing};
 use crate::{
     certificate::{self, AUTHORITY_LIFETIME, BadCertificate, Validity},
     pem::{self, BadPem},
-    record::signed_bytes,
+    record::{RECORD_CONTEXT, SNAPSHOT_CONTEXT},
 };
 
 /// Longest trust domain, in bytes: `<63 bytes>.relay.<trust domain>` must be a DNS name, which
@@ -224,14 +224,23 @@ impl CertificateAuthority {
         Ok(certificate.der().clone())
     }
 
-    /// Signs a record: ECDSA P-256 SHA-256 (ASN.1) over
-    /// [`RECORD_CONTEXT`](crate::record::RECORD_CONTEXT) and the record.
+    /// Signs a record: ECDSA P-256 SHA-256 (ASN.1) over [`RECORD_CONTEXT`] and the record.
     ///
     /// # Errors
     ///
     /// When the system gives no random bytes.
     pub fn sign_record(&self, record: &[u8]) -> Result<Vec<u8>, IssueError> {
-        Ok(self.key.sign(&signed_bytes(record))?)
+        Ok(self.key.sign(&[RECORD_CONTEXT, record].concat())?)
+    }
+
+    /// Signs the head of a snapshot, in the same way over
+    /// [`SNAPSHOT_CONTEXT`] and the head.
+    ///
+    /// # Errors
+    ///
+    /// When the system gives no random bytes.
+    pub fn sign_snapshot(&self, head: &[u8]) -> Result<Vec<u8>, IssueError> {
+        Ok(self.key.sign(&[SNAPSHOT_CONTEXT, head].concat())?)
     }
 }
 
