@@ -8,6 +8,7 @@
 pub mod gateways;
 pub mod io;
 pub mod node;
+pub mod offline;
 pub mod pattern;
 pub mod policy;
 pub mod proxy;

@@ -1,0 +1,179 @@
+use super::*;
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "tests need one real instant to start from"
+)]
+fn start() -> Instant {
+    Instant::now()
+}
+
+fn node(number: u8) -> NodeId {
+    NodeId([number; 32])
+}
+
+fn place(number: u8) -> SocketAddr {
+    SocketAddr::from(([192, 168, 1, number], 51_818))
+}
+
+fn made(made_unix_ms: u64) -> Version {
+    Version {
+        epoch: 1,
+        made_unix_ms,
+    }
+}
+
+fn offer(exchange: &mut Exchange, number: u8, version: u64, now: Instant) {
+    exchange.handle_offer(node(number), place(number), made(version), now);
+}
+
+fn asked(exchange: &mut Exchange) -> (Instant, u8) {
+    let due = exchange.poll_timeout().unwrap();
+    let ask = exchange.handle_timeout(due).unwrap();
+    (due, ask.node.0[0])
+}
+
+#[test]
+fn the_newest_is_asked_for_once_no_controller_spoke_for_two_seconds() {
+    let t = start();
+    let mut exchange = Exchange::new(made(10), 1, t);
+    for (number, version) in [(1, 11), (2, 30), (3, 20), (4, 10)] {
+        offer(&mut exchange, number, version, t);
+    }
+    let (due, who) = asked(&mut exchange);
+    assert_eq!((due, who), (t + CONTROLLER_FIRST, 2));
+    // One at a time.
+    assert_eq!(exchange.poll_timeout(), None);
+    exchange.handle_own(made(30));
+    exchange.handle_outcome(node(2), Outcome::Taken, due);
+    assert_eq!(exchange.poll_timeout(), None, "nobody has a newer one");
+}
+
+#[test]
+fn nobody_is_asked_while_a_controller_speaks() {
+    let t = start();
+    let mut exchange = Exchange::new(made(10), 1, t);
+    exchange.handle_controller(true, t);
+    offer(&mut exchange, 1, 11, t);
+    assert_eq!(exchange.poll_timeout(), None);
+    let later = t + Duration::from_secs(60);
+    exchange.handle_controller(false, later);
+    exchange.handle_controller(false, later + Duration::from_secs(1));
+    assert_eq!(asked(&mut exchange), (later + CONTROLLER_FIRST, 1));
+}
+
+#[test]
+fn who_does_not_answer_is_asked_ever_more_rarely_and_others_meanwhile() {
+    let t = start();
+    let mut exchange = Exchange::new(made(10), 1, t);
+    offer(&mut exchange, 1, 30, t);
+    offer(&mut exchange, 2, 20, t);
+    let (at, who) = asked(&mut exchange);
+    assert_eq!(who, 1);
+    exchange.handle_outcome(node(1), Outcome::Failed, at);
+    let (at, who) = asked(&mut exchange);
+    assert_eq!(who, 2);
+    exchange.handle_own(made(20));
+    exchange.handle_outcome(node(2), Outcome::Taken, at);
+    let mut pauses = Vec::new();
+    let mut before = at;
+    for _ in 0..8 {
+        offer(&mut exchange, 1, 30, before);
+        let (at, who) = asked(&mut exchange);
+        assert_eq!(who, 1);
+        pauses.push((at - before).as_secs());
+        exchange.handle_outcome(node(1), Outcome::Failed, at);
+        before = at;
+    }
+    assert_eq!(pauses[1..], [10, 20, 40, 80, 160, 300, 300]);
+}
+
+#[test]
+fn a_liar_is_not_asked_for_an_hour_whatever_it_announces() {
+    let t = start();
+    let mut exchange = Exchange::new(made(10), 1, t);
+    offer(&mut exchange, 1, u64::MAX, t);
+    let (at, _) = asked(&mut exchange);
+    exchange.handle_outcome(node(1), Outcome::Distrusted, at);
+    for minutes in 1..60 {
+        let now = at + Duration::from_secs(60 * minutes);
+        exchange.handle_offer(
+            node(1),
+            place(1),
+            Version {
+                epoch: minutes,
+                made_unix_ms: 0,
+            },
+            now,
+        );
+        assert_eq!(exchange.handle_timeout(now), None, "after {minutes} min");
+    }
+    // It does not keep others from being asked.
+    let now = at + Duration::from_secs(60 * 60 - 1);
+    offer(&mut exchange, 2, 11, now);
+    assert_eq!(asked(&mut exchange).1, 2);
+}
+
+#[test]
+fn what_was_announced_long_ago_counts_no_more() {
+    let t = start();
+    let mut exchange = Exchange::new(made(10), 1, t);
+    exchange.handle_controller(true, t);
+    offer(&mut exchange, 1, 11, t);
+    let later = t + OFFER_AGE_MAX;
+    exchange.handle_controller(false, later);
+    let due = exchange.poll_timeout().unwrap();
+    assert_eq!(exchange.handle_timeout(due), None);
+    assert_eq!(exchange.poll_timeout(), None);
+}
+
+#[test]
+fn neighbours_that_are_remembered_are_limited_and_the_oldest_goes() {
+    let t = start();
+    let mut exchange = Exchange::new(made(10), 1, t);
+    for number in 0..1_000_u32 {
+        let mut id = [0; 32];
+        id[..4].copy_from_slice(&number.to_be_bytes());
+        let now = t + Duration::from_millis(number.into());
+        exchange.handle_offer(NodeId(id), place(1), made(11), now);
+    }
+    assert_eq!(exchange.offers.len(), OFFERS_MAX);
+    assert!(!exchange.offers.contains_key(&NodeId([0; 32])));
+}
+
+#[test]
+fn equally_new_neighbours_share_the_work() {
+    let t = start();
+    let mut counts = [0; 4];
+    for seed in 0..400 {
+        let mut exchange = Exchange::new(made(10), seed, t);
+        for number in 0..4 {
+            offer(&mut exchange, number, 11, t);
+        }
+        let now = t + Duration::from_secs(10);
+        counts[usize::from(exchange.handle_timeout(now).unwrap().node.0[0])] += 1;
+    }
+    assert!(
+        counts.iter().all(|count| (60..140).contains(count)),
+        "{counts:?}"
+    );
+}
+
+#[test]
+fn two_are_answered_at_once_and_each_rarely() {
+    let t = start();
+    let mut answers = Answers::default();
+    assert_eq!(answers.handle_request(node(1), t), Ok(()));
+    assert_eq!(
+        answers.handle_request(node(1), t),
+        Err(Unanswered::TooOften)
+    );
+    assert_eq!(answers.handle_request(node(2), t), Ok(()));
+    assert_eq!(answers.handle_request(node(3), t), Err(Unanswered::Busy));
+    answers.handle_end();
+    assert_eq!(answers.handle_request(node(3), t), Ok(()));
+    answers.handle_end();
+    answers.handle_end();
+    let later = t + ANSWER_EVERY;
+    assert_eq!(answers.handle_request(node(1), later), Ok(()));
+}
