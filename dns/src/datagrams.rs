@@ -1,25 +1,25 @@
-//! UDP: some threads, each with sockets of its own at every address (the kernel spreads clients over them),
-//! that take and give many datagrams in one system call. Own names are answered here and now; what has to
-//! wait for an upstream is a task of the runtime.
+//! UDP: some threads, each with a socket of its own (the kernel spreads clients over them), that take and
+//! give many datagrams in one system call. Own names are answered here and now; what has to wait for an
+//! upstream is a task of the runtime.
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
-    net::{SocketAddr, UdpSocket},
-    os::fd::{AsRawFd as _, OwnedFd},
-    sync::Arc,
+    net::{Shutdown, SocketAddr, UdpSocket},
+    os::fd::AsRawFd as _,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::Instant,
 };
 
 use mesh_core::services::View;
 use nix::sys::socket::{
-    MsgFlags, MultiHeaders, SockaddrIn, SockaddrIn6, SockaddrStorage, recvmmsg,
+    ControlMessage, MsgFlags, MultiHeaders, SockaddrIn, SockaddrIn6, SockaddrStorage, recvmmsg,
+    sendmmsg,
 };
-use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, eventfd, poll},
-    net::{MMsgHdr, SendAncillaryBuffer, SendFlags, SocketAddrAny, sendmmsg},
-};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::{
     counters::DropReason,
@@ -27,28 +27,26 @@ use crate::{
     server::{PAUSE_AFTER_ERROR, Shared, Step, Written},
 };
 
-/// Threads at most: more cores are the applications'.
+/// Threads at most at each address: more cores are the applications'.
 const THREADS_MAX: usize = 4;
 
-/// Datagrams in one system call.
-const BATCH: usize = 32;
+/// Datagrams in one system call: what came while the batch before was answered, a third of a millisecond.
+const BATCH: usize = 64;
 
 /// A query has one name of at most 255 bytes and a few options; what is longer is cut, and then malformed.
-const QUERY_MAX_BYTES: usize = 4096;
+/// With [`BATCH`], 128 KiB for each socket.
+const QUERY_MAX_BYTES: usize = 2048;
 
 /// What waits to be read: a burst of 2,000 small queries, each with the kernel's 768 bytes of accounting.
 const RECEIVE_BUFFER_BYTES: usize = 2 << 20;
 
-/// The sockets of one address, one for each thread.
-pub(crate) type Sockets = Vec<Arc<UdpSocket>>;
-
-/// How many threads serve.
-pub(crate) fn threads() -> usize {
+/// How many threads serve an address.
+fn threads() -> usize {
     thread::available_parallelism().map_or(1, |cores| cores.get().min(THREADS_MAX))
 }
 
 /// One socket for each thread at `address`; port 0 becomes the same real one for all.
-pub(crate) fn bind(mut address: SocketAddr) -> io::Result<Sockets> {
+pub(crate) fn bind(mut address: SocketAddr) -> io::Result<Vec<Arc<UdpSocket>>> {
     let mut sockets = Vec::new();
     for _ in 0..threads() {
         let domain = Domain::for_address(address);
@@ -61,7 +59,6 @@ pub(crate) fn bind(mut address: SocketAddr) -> io::Result<Sockets> {
             socket.set_reuse_port(true)?;
             socket.bind(&address.into())?;
         }
-        socket.set_nonblocking(true)?;
         socket.set_recv_buffer_size(RECEIVE_BUFFER_BYTES).ok(); // Up to `net.core.rmem_max`.
         let socket = UdpSocket::from(socket);
         address = socket.local_addr()?;
@@ -70,25 +67,26 @@ pub(crate) fn bind(mut address: SocketAddr) -> io::Result<Sockets> {
     Ok(sockets)
 }
 
-/// Threads that serve; they end when this is dropped.
+/// Threads that serve, one for each socket; they end when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Threads {
-    stop: Arc<OwnedFd>,
+    stop: Arc<AtomicBool>,
+    sockets: Vec<Arc<UdpSocket>>,
     threads: Vec<thread::JoinHandle<()>>,
 }
 
 impl Threads {
-    pub(crate) fn start(addresses: &[Sockets], shared: &Arc<Shared>) -> io::Result<Self> {
-        let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+    pub(crate) fn start(sockets: Vec<Arc<UdpSocket>>, shared: &Arc<Shared>) -> io::Result<Self> {
         let mut started = Self {
-            stop: Arc::clone(&stop),
+            stop: Arc::default(),
+            sockets,
             threads: Vec::new(),
         };
-        for number in 0..threads() {
-            let mine = addresses.iter().filter_map(|sockets| sockets.get(number));
-            let (sockets, shared) = (mine.cloned().collect(), Arc::clone(shared));
-            let stop = Arc::clone(&stop);
-            let run = move || Worker::new(sockets, shared).run(&stop);
+        for (number, socket) in started.sockets.iter().enumerate() {
+            let packed = Packed::new(started.sockets.len());
+            let (socket, shared) = (Arc::clone(socket), Arc::clone(shared));
+            let stop = Arc::clone(&started.stop);
+            let run = move || serve(Replies::new(socket, shared, packed), &stop);
             let thread = thread::Builder::new().name(format!("dns-{number}"));
             started.threads.push(thread.spawn(run)?);
         }
@@ -98,127 +96,96 @@ impl Threads {
 
 impl Drop for Threads {
     fn drop(&mut self) {
-        rustix::io::write(&self.stop, &1_u64.to_ne_bytes()).ok(); // Full: they were told.
+        self.stop.store(true, Ordering::Release);
+        for socket in &self.sockets {
+            // It has no peer, and says so (`ENOTCONN`); who waits in it is woken all the same (`inet_shutdown`).
+            SockRef::from(&**socket).shutdown(Shutdown::Read).ok();
+        }
         for thread in self.threads.drain(..) {
             thread.join().ok(); // It says itself why it panicked.
         }
     }
 }
 
-struct Worker {
-    sockets: Vec<Arc<UdpSocket>>,
-    buffers: Vec<[u8; QUERY_MAX_BYTES]>,
-    headers: MultiHeaders<SockaddrStorage>,
-    replies: Replies,
-}
-
-impl Worker {
-    fn new(sockets: Vec<Arc<UdpSocket>>, shared: Arc<Shared>) -> Self {
-        Self {
-            sockets,
-            buffers: vec![[0; QUERY_MAX_BYTES]; BATCH],
-            headers: MultiHeaders::preallocate(BATCH, None),
-            replies: Replies {
-                shared,
-                packed: Packed::new(threads()),
-                bytes: Vec::new(),
-                ends: Vec::with_capacity(BATCH),
-            },
-        }
-    }
-
-    fn run(mut self, stop: &OwnedFd) {
-        let sockets = self.sockets.clone();
-        loop {
-            let mut waiting: Vec<_> = sockets
-                .iter()
-                .map(|one| PollFd::new(one, PollFlags::IN))
-                .collect();
-            waiting.push(PollFd::new(stop, PollFlags::IN));
-            if poll(&mut waiting, None).is_err() {
-                continue; // A signal.
-            }
-            if waiting.pop().is_none_or(|stop| !stop.revents().is_empty()) {
-                return;
-            }
-            for (socket, ready) in sockets.iter().zip(&waiting) {
-                if ready.revents().is_empty() {
-                    continue;
-                }
-                if let Err(error) = self.serve(socket) {
-                    tracing::debug!(%error, "DNS listener paused");
-                    thread::sleep(PAUSE_AFTER_ERROR);
-                }
-            }
-        }
-    }
-
-    /// Answers what waits at a socket, at most [`BATCH`] datagrams.
-    fn serve(&mut self, socket: &Arc<UdpSocket>) -> io::Result<()> {
-        let view = self.replies.begin();
-        let buffers = self.buffers.iter_mut();
-        let mut buffers: Vec<_> = buffers.map(|one| [IoSliceMut::new(one)]).collect();
-        let flags = MsgFlags::MSG_DONTWAIT;
-        let received = match recvmmsg(
-            socket.as_raw_fd(),
-            &mut self.headers,
-            &mut buffers,
-            flags,
-            None,
-        ) {
+/// Answers what comes, until it is told to stop.
+fn serve(mut replies: Replies, stop: &AtomicBool) {
+    let socket = Arc::clone(&replies.socket);
+    let mut buffers = Box::new([[0; QUERY_MAX_BYTES]; BATCH]);
+    let mut headers = MultiHeaders::preallocate(BATCH, None);
+    while !stop.load(Ordering::Acquire) {
+        let mut slices = buffers.each_mut().map(|one| [IoSliceMut::new(one)]);
+        // Waits for the first, and takes what else is there.
+        let flags = MsgFlags::MSG_WAITFORONE;
+        let received = recvmmsg(socket.as_raw_fd(), &mut headers, &mut slices, flags, None);
+        let received = match received {
+            Ok(_) if stop.load(Ordering::Acquire) => return, // That was no datagram.
             Ok(received) => received,
-            Err(nix::Error::EAGAIN | nix::Error::EINTR) => return Ok(()),
-            // What an earlier answer met: its client is gone.
-            Err(nix::Error::ECONNREFUSED) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        };
-        for message in received {
-            let (Some(query), Some(source)) =
-                (message.iovs().next(), message.address.and_then(address))
-            else {
+            // A signal; what an earlier answer met: its client is gone.
+            Err(nix::Error::EINTR | nix::Error::ECONNREFUSED) => continue,
+            Err(error) => {
+                tracing::debug!(%error, "DNS listener paused");
+                thread::sleep(PAUSE_AFTER_ERROR);
                 continue;
-            };
-            self.replies.add(query, source, view.as_deref(), socket);
+            }
+        };
+        let view = replies.begin();
+        for message in received {
+            if let (Some(query), Some(source)) = (message.iovs().next(), message.address) {
+                replies.add(query, source, view.as_deref());
+            }
         }
-        self.replies.send(socket);
-        Ok(())
+        replies.send();
     }
 }
 
-/// The replies of one batch.
+/// The replies of one batch, all to be sent by one socket.
 struct Replies {
+    socket: Arc<UdpSocket>,
     shared: Arc<Shared>,
     packed: Packed,
     /// One behind the other.
     bytes: Vec<u8>,
-    /// Where each ends, and where it goes.
-    ends: Vec<(usize, SocketAddrAny)>,
+    /// Where each ends.
+    ends: Vec<usize>,
+    /// Where each goes; always there.
+    to: Vec<Option<SockaddrStorage>>,
+    headers: MultiHeaders<SockaddrStorage>,
 }
 
 impl Replies {
+    fn new(socket: Arc<UdpSocket>, shared: Arc<Shared>, packed: Packed) -> Self {
+        Self {
+            socket,
+            shared,
+            packed,
+            bytes: Vec::new(),
+            ends: Vec::with_capacity(BATCH),
+            to: Vec::with_capacity(BATCH),
+            headers: MultiHeaders::preallocate(BATCH, None),
+        }
+    }
+
     /// Forgets the batch before; the next one is answered from this view.
     fn begin(&mut self) -> Option<Arc<View>> {
         self.bytes.clear();
         self.ends.clear();
+        self.to.clear();
         let view = self.shared.view();
         self.packed.begin(view.as_ref(), now());
         view
     }
 
     /// Adds the reply to a query, if there is one now.
-    fn add(
-        &mut self,
-        query: &[u8],
-        source: SocketAddr,
-        view: Option<&View>,
-        socket: &Arc<UdpSocket>,
-    ) {
+    fn add(&mut self, query: &[u8], from: SockaddrStorage, view: Option<&View>) {
+        let Some(source) = address(from) else {
+            return;
+        };
         if !self.shared.is_client(source.ip(), view) {
             return;
         }
         if let Some(said) = self.packed.reply(query, &mut self.bytes) {
             self.shared.count_packed(said);
-            return self.ends.push((self.bytes.len(), source.into()));
+            return self.end(from);
         }
         let (step, max) = self.shared.decide(query, view);
         let (reply, is_own) = match step {
@@ -226,7 +193,7 @@ impl Replies {
             Step::Own(reply) => (reply, true),
             Step::Cached(reply) => (reply, false),
             Step::Ask(reply, question) => {
-                let (socket, shared) = (Arc::clone(socket), Arc::clone(&self.shared));
+                let (socket, shared) = (Arc::clone(&self.socket), Arc::clone(&self.shared));
                 return shared.ask_for_datagram(socket, reply, question, max, source);
             }
         };
@@ -240,32 +207,35 @@ impl Replies {
             self.packed.keep(query, &bytes, said, several);
         }
         self.bytes.extend_from_slice(&bytes);
-        self.ends.push((self.bytes.len(), source.into()));
+        self.end(from);
     }
 
-    fn send(&self, socket: &UdpSocket) {
+    fn end(&mut self, to: SockaddrStorage) {
+        self.ends.push(self.bytes.len());
+        self.to.push(Some(to));
+    }
+
+    fn send(&mut self) {
+        let mut slices = [[IoSlice::new(&[])]; BATCH];
         let mut start = 0;
-        let slices = self.ends.iter().map(|(end, to)| {
-            let bytes = self.bytes.get(start..*end).unwrap_or_default();
-            start = *end;
-            ([IoSlice::new(bytes)], to)
-        });
-        let slices: Vec<_> = slices.collect();
-        let mut left = slices.as_slice();
-        while !left.is_empty() {
-            let mut control: Vec<_> = left
-                .iter()
-                .map(|_| SendAncillaryBuffer::default())
-                .collect();
-            let messages = left.iter().zip(&mut control);
-            let mut messages: Vec<_> = messages
-                .map(|((slice, to), control)| MMsgHdr::new_with_addr(to, slice, control))
-                .collect();
-            let sent = sendmmsg(socket, &mut messages, SendFlags::DONTWAIT).unwrap_or(0);
-            if sent == 0 {
-                self.shared.drop_one(DropReason::Unsent); // The first; the others may go.
-            }
-            left = left.get(sent.max(1)..).unwrap_or_default();
+        for (slice, &end) in slices.iter_mut().zip(&self.ends) {
+            *slice = [IoSlice::new(self.bytes.get(start..end).unwrap_or_default())];
+            start = end;
+        }
+        let mut sent = 0;
+        while let (Some(slices), Some(to)) = (slices.get(sent..), self.to.get(sent..))
+            && !to.is_empty()
+        {
+            let (socket, flags) = (self.socket.as_raw_fd(), MsgFlags::MSG_DONTWAIT);
+            let none: [ControlMessage<'_>; 0] = [];
+            let tried = sendmmsg(socket, &mut self.headers, slices, to, none, flags);
+            sent += match tried.map_or(0, Iterator::count) {
+                0 => {
+                    self.shared.drop_one(DropReason::Unsent); // The first; the others may go.
+                    1
+                }
+                some => some,
+            };
         }
     }
 }

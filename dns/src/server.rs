@@ -14,6 +14,7 @@ use hickory_proto::{
 use ipnet::IpNet;
 use mesh_core::services::View;
 use mesh_wire::id::canonical_ip;
+use rustix::net::{SendFlags, sendto};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -28,7 +29,7 @@ use crate::{
     },
     clients::Clients,
     counters::{Counters, DropReason},
-    datagrams::{self, Sockets, Threads},
+    datagrams::{self, Threads},
     forward::Forwarder,
     limit::Limit,
     local::LocalNames,
@@ -155,10 +156,10 @@ impl DnsServer {
         });
         let mut addresses = Vec::new();
         for (_, udp, tcp) in sockets {
-            addresses.push(udp);
+            addresses.extend(udp);
             tasks.spawn(Arc::clone(&shared).serve_tcp(tcp));
         }
-        let threads = Threads::start(&addresses, &shared).map_err(StartError::Threads)?;
+        let threads = Threads::start(addresses, &shared).map_err(StartError::Threads)?;
         Ok(Self {
             counters,
             local_addresses,
@@ -189,7 +190,9 @@ impl DnsServer {
     }
 }
 
-async fn bind(address: SocketAddr) -> Result<(SocketAddr, Sockets, TcpListener), StartError> {
+async fn bind(
+    address: SocketAddr,
+) -> Result<(SocketAddr, Vec<Arc<UdpSocket>>, TcpListener), StartError> {
     let bind_error = |transport| {
         move |source| StartError::Bind {
             address,
@@ -296,7 +299,8 @@ impl Shared {
         let Some(reply) = self.write_datagram(reply, max) else {
             return;
         };
-        if socket.send_to(&reply.bytes, to).is_err() {
+        // The socket waits for nothing but queries.
+        if sendto(socket, &reply.bytes, SendFlags::DONTWAIT, &to).is_err() {
             self.counters.drop_one(DropReason::Unsent);
         }
     }

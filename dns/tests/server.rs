@@ -520,6 +520,27 @@ async fn one_source_cannot_hold_every_connection() {
 }
 
 #[tokio::test]
+async fn addresses_of_both_families_are_served_beside_each_other() {
+    let config = DnsConfig {
+        listen: ["127.0.0.1:0", "[::1]:0"]
+            .map(|one| one.parse().unwrap())
+            .into(),
+        ..DnsConfig::default()
+    };
+    let (view, stop) = (Arc::new(view()), CancellationToken::new());
+    let server = DnsServer::start(config, move || Some(Arc::clone(&view)), stop.clone());
+    let server = server.await.unwrap();
+    for _ in 0..4 {
+        for &address in server.local_addresses() {
+            let asked = timeout(SOON, client::ask(address, "edge-b1.mesh", "A"));
+            assert_eq!(asked.await.unwrap().unwrap().code, "NOERROR", "{address}");
+        }
+    }
+    stop.cancel();
+    timeout(SOON, server.stopped()).await.unwrap();
+}
+
+#[tokio::test]
 async fn it_stops_when_told_and_leaves_its_ports() {
     let running = start(&[], Some(view())).await;
     let _open = TcpStream::connect(running.address).await.unwrap();
