@@ -6,8 +6,11 @@ use std::{
     ffi::{OsStr, OsString},
     fs::File,
     io::{Read as _, Seek as _},
+    iter,
     path::PathBuf,
     process::{Command, Stdio},
+    sync::mpsc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -41,6 +44,15 @@ struct Row {
     said: String,
 }
 
+impl Row {
+    /// Says at once how it went, for who is waiting.
+    fn announced(self) -> Self {
+        let mark = if self.failed == 0 { "ok" } else { "FAILED" };
+        eprintln!("{mark:>6}  {} ({})", self.what, report::took(self.time));
+        self
+    }
+}
+
 /// Runs everything; says whether all of it passed.
 ///
 /// # Errors
@@ -50,31 +62,17 @@ pub(crate) fn run(nightly: bool) -> Result<bool> {
     setup::ready()?;
     setup::wireguard_peers()?;
     let path = path_with(setup::kubectl()?)?;
-    let mut rows = Vec::new();
-    let mut add = |row: Row| {
-        let mark = if row.failed == 0 { "ok" } else { "FAILED" };
-        eprintln!("{mark:>6}  {} ({})", row.what, report::took(row.time));
-        rows.push(row);
-    };
-    add(check("format", &["fmt", "--all", "--check"]));
-    add(check(
-        "clippy",
-        &[
-            "clippy",
-            "--quiet",
-            "--workspace",
-            "--all-targets",
-            "--",
-            "-D",
-            "warnings",
-        ],
-    ));
-    add(tidy_row());
+    let clippy = "clippy --quiet --workspace --all-targets -- -D warnings";
+    let mut rows = vec![
+        check("format", "fmt --all --check"),
+        check("clippy", clippy),
+        tidy_row(),
+    ];
     let built = Instant::now();
     let programs = match build_all().and_then(|()| test_programs()) {
         Ok(programs) => programs,
         Err(error) => {
-            add(Row {
+            rows.push(Row {
                 what: "build".to_owned(),
                 passed: 0,
                 failed: 1,
@@ -84,29 +82,51 @@ pub(crate) fn run(nightly: bool) -> Result<bool> {
             return Ok(finish(&rows));
         }
     };
-    let mut tries = if nightly { 0 } else { SECOND_TRIES };
     let mut unsteady = Vec::new();
-    for program in programs {
-        let rounds = if nightly && program.scenario { 3 } else { 1 };
-        for _ in 0..rounds {
-            let mut row = run_tests(&program, &path, nightly);
-            let names = failed_tests(&row.said);
-            if (1..=tries).contains(&names.len()) && names.len() as u64 == row.failed {
-                tries -= names.len();
-                unsteady.extend(second_tries(&program, &path, &names, &mut row));
-            }
-            add(row);
+    let mut tries = if nightly { 0 } else { SECOND_TRIES };
+    for (program, mut row) in run_programs(&programs, &path, nightly) {
+        let names = failed_tests(&row.said);
+        if (1..=tries).contains(&names.len()) && names.len() as u64 == row.failed {
+            tries -= names.len();
+            unsteady.extend(second_tries(program, &path, &names, &mut row));
         }
+        rows.push(row);
     }
     if nightly {
-        add(netns_row());
+        rows.push(netns_row());
     }
     let doc = cargo(&["test", "--workspace", "--doc", "--no-fail-fast", "--quiet"]);
-    add(count("documentation examples", doc, true));
+    rows.push(count("documentation examples", doc, true));
     for name in unsteady {
         println!("unsteady, failed at first, to be mended: {name}");
     }
     Ok(finish(&rows))
+}
+
+/// Runs scenarios and the other tests beside each other: both wait for clocks and the kernel more than they compute.
+fn run_programs<'a>(
+    programs: &'a [TestProgram],
+    path: &OsStr,
+    nightly: bool,
+) -> Vec<(&'a TestProgram, Row)> {
+    let (sender, receiver) = mpsc::channel();
+    thread::scope(|scope| {
+        for scenarios in [false, true] {
+            let sender = sender.clone();
+            scope.spawn(move || {
+                let rounds = if nightly && scenarios { 3 } else { 1 };
+                let lane = programs.iter().filter(|one| one.scenario == scenarios);
+                for program in lane.flat_map(|one| iter::repeat_n(one, rounds)) {
+                    let row = run_tests(program, path, nightly);
+                    if sender.send((program, row)).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        drop(sender);
+        receiver.into_iter().collect()
+    })
 }
 
 /// Runs what failed again, each test alone; says which passed now. What they said at first is printed, so that it can be mended.
@@ -182,8 +202,9 @@ fn finish(rows: &[Row]) -> bool {
 }
 
 /// A command that passes or fails as a whole.
-fn check(what: &str, words: &[&str]) -> Row {
-    count(what, cargo(words), false)
+fn check(what: &str, words: &str) -> Row {
+    let words: Vec<_> = words.split(' ').collect();
+    count(what, cargo(&words), false)
 }
 
 fn tidy_row() -> Row {
@@ -203,6 +224,7 @@ fn tidy_row() -> Row {
             .flat_map(|(_, problems)| problems.iter())
             .fold(String::new(), |all, line| all + line + "\n"),
     }
+    .announced()
 }
 
 /// WireGuard's own script: it comes with 140 MB of other things, so only nightly.
@@ -219,6 +241,7 @@ fn netns_row() -> Row {
         time: start.elapsed(),
         said,
     }
+    .announced()
 }
 
 /// Binaries and tests in one step: tests want more features of some crates, and apart half of all would be built twice.
@@ -282,7 +305,6 @@ fn test_programs() -> Result<Vec<TestProgram>> {
             format!("{name}, {kind}")
         };
         let scenario = name == "netns-tests" && kind == "test";
-        // Scenarios last: what is cheap fails first.
         programs.insert(
             (scenario, what.clone()),
             TestProgram {
@@ -339,6 +361,7 @@ fn count(what: &str, command: Command, tests: bool) -> Row {
         time: start.elapsed(),
         said,
     }
+    .announced()
 }
 
 fn run_captured(mut command: Command) -> Result<(bool, String)> {
@@ -361,7 +384,7 @@ fn run_captured(mut command: Command) -> Result<(bool, String)> {
             let said = read_again(&mut file)?;
             return Ok((false, format!("{}\nkilled after {LIMIT:?}", tail(&said))));
         }
-        std::thread::sleep(LOOK_EVERY);
+        thread::sleep(LOOK_EVERY);
     };
     Ok((status.success(), read_again(&mut file)?))
 }
