@@ -373,7 +373,20 @@ impl Folder {
             scanned.remember.insert(name, None);
         }
         for (name, path) in names {
-            self.scan_file(name, &path, &mut scanned);
+            self.scan_file(name, &path, true, &mut scanned);
+        }
+        scanned
+    }
+
+    /// Reads these files in the folder at `path`, soon after they changed: takes what they bring. What one of them no
+    /// longer holds may be in another file that is still on its way, so that such a file, and one with a problem,
+    /// stays as it was until [`Self::scan`].
+    pub fn scan_files(&mut self, path: &Path, names: &BTreeSet<String>) -> Scanned {
+        let mut scanned = Scanned::default();
+        for name in names {
+            if self.files.contains_key(name) || self.files.len() < FILES_MAX {
+                self.scan_file(name.clone(), &path.join(name), false, &mut scanned);
+            }
         }
         scanned
     }
@@ -398,10 +411,11 @@ impl Folder {
         (objects, problems)
     }
 
-    fn scan_file(&mut self, name: String, path: &Path, scanned: &mut Scanned) {
+    fn scan_file(&mut self, name: String, path: &Path, settled: bool, scanned: &mut Scanned) {
         let file = self.files.entry(name.clone()).or_default();
         let text = match read(path) {
             Ok(text) => text,
+            Err(_) if !settled => return,
             Err(error) => {
                 let problems = vec![format!("{name}: {error}")];
                 scanned.changed |= file.problems != problems;
@@ -416,10 +430,14 @@ impl Folder {
         if file.hash == hash {
             return;
         }
-        scanned.changed = true;
         let parsed = parse_file(&name, &text);
         let mut problems = parsed.problems;
         let mut objects = by_id(parsed.objects, &mut problems);
+        let takes_away = || file.objects.keys().any(|id| !objects.contains_key(id));
+        if !settled && (!problems.is_empty() || takes_away()) {
+            return;
+        }
+        scanned.changed = true;
         if problems.is_empty() {
             scanned.remember.insert(name, Some(text));
         } else {
@@ -462,22 +480,24 @@ fn list(folder: &Path) -> io::Result<BTreeMap<String, PathBuf>> {
     let mut names = BTreeMap::new();
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
-        let name = path.file_name().and_then(|name| name.to_str());
-        let ending = path.extension().and_then(|ending| ending.to_str());
-        let manifest = matches!(ending, Some("yaml" | "yml" | "json"));
-        if let Some(name) = name
-            && manifest
-            && !name.starts_with('.')
+        if let Some(name) = manifest_name(&path).map(ToOwned::to_owned)
             && !path.is_dir()
         {
             if names.len() == FILES_MAX {
                 let text = format!("has more than {FILES_MAX} manifest files");
                 return Err(io::Error::other(text));
             }
-            names.insert(name.to_owned(), path);
+            names.insert(name, path);
         }
     }
     Ok(names)
+}
+
+fn manifest_name(path: &Path) -> Option<&str> {
+    let name = path.file_name()?.to_str()?;
+    let ending = path.extension()?.to_str()?;
+    let manifest = matches!(ending, "yaml" | "yml" | "json");
+    (manifest && !name.starts_with('.')).then_some(name)
 }
 
 fn read(path: &Path) -> io::Result<String> {

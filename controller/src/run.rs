@@ -32,7 +32,7 @@ use crate::{
     config::Settings,
     control::{ControlService, REQUEST_BYTES_MAX},
     kubernetes::{self, Reviewer},
-    manifests::watch::{RESCAN, Watch},
+    manifests::watch::{FolderChange, RESCAN, Watch},
     shared,
     state::State,
 };
@@ -149,22 +149,26 @@ async fn manifests(
 ) -> Result<()> {
     let folder = state.settings().manifests.clone();
     let mut watch = folder.map(Watch::new);
+    // Something may have changed between the first reading and the watch.
+    let mut changed = FolderChange::Any;
     loop {
-        // Something may have changed between the first reading and the watch.
         let scanning = state.clone();
-        tokio::task::spawn_blocking(move || scanning.scan()).await?;
+        tokio::task::spawn_blocking(move || scanning.scan(&changed)).await?;
         certificate.renew(&state)?;
-        tokio::select! {
+        changed = tokio::select! {
             () = stop.cancelled() => return Ok(()),
-            () = changed(watch.as_mut()) => {}
-        }
+            changed = next_change(watch.as_mut()) => changed,
+        };
     }
 }
 
-async fn changed(watch: Option<&mut Watch>) {
+async fn next_change(watch: Option<&mut Watch>) -> FolderChange {
     match watch {
         Some(watch) => watch.changed().await,
-        None => tokio::time::sleep(RESCAN).await,
+        None => {
+            tokio::time::sleep(RESCAN).await;
+            FolderChange::Any
+        }
     }
 }
 

@@ -33,7 +33,7 @@ use crate::{
     config::Settings,
     desired::{Desired, Rejected, desired},
     history::{Differing, History, Index, Wanted},
-    manifests::{Folder, Loaded, ObjectId, duplicate},
+    manifests::{Folder, Loaded, ObjectId, duplicate, watch::FolderChange},
     removal::Deletions,
     shared::{self, Candidate, Pass, Shared},
     status::{self, Due, Pending, Report, Seen},
@@ -256,7 +256,7 @@ impl State {
         };
         state.began_unix_s = state.now_unix_s();
         let mut work = state.work();
-        state.scan_folder(&mut work);
+        state.scan_folder(&mut work, &FolderChange::Any);
         state.refresh(&mut work);
         drop(work);
         Ok(state)
@@ -425,10 +425,10 @@ impl State {
         })
     }
 
-    /// Reads the folder again, and publishes what changed. Blocks on the disk.
-    pub fn scan(&self) {
+    /// Reads again what changed in the folder, and publishes it. Blocks on the disk.
+    pub fn scan(&self, change: &FolderChange) {
         let mut work = self.work();
-        let changed = self.scan_folder(&mut work);
+        let changed = self.scan_folder(&mut work, change);
         if changed || work.unsaved.is_some() || !work.remember.is_empty() {
             self.refresh(&mut work);
         }
@@ -686,11 +686,14 @@ impl State {
         changed
     }
 
-    fn scan_folder(&self, work: &mut Work) -> bool {
+    fn scan_folder(&self, work: &mut Work, change: &FolderChange) -> bool {
         let Some(folder) = &self.settings.manifests else {
             return false;
         };
-        let scanned = work.folder.scan(folder);
+        let scanned = match change {
+            FolderChange::Files(names) => work.folder.scan_files(folder, names),
+            FolderChange::Any => work.folder.scan(folder),
+        };
         work.remember.extend(scanned.remember);
         scanned.changed
     }

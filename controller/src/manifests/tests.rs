@@ -476,6 +476,33 @@ fn the_first_of_two_equal_objects_counts_also_across_files() {
     folder.scan(place.path());
     assert_eq!(ports(&folder), [("inventory".to_owned(), 80)]);
     let problems = folder.objects().1;
+#[test]
+fn what_a_file_brings_counts_at_once_and_what_it_takes_away_later() {
+    let place = tempfile::tempdir().unwrap();
+    let other = SERVICE.replace("inventory", "orders");
+    let of = |name: &str, port| (name.to_owned(), port);
+    let both = [of("inventory", 80), of("orders", 80)];
+    write(place.path(), &format!("{SERVICE}---\n{other}"));
+    let mut folder = Folder::default();
+    let names = ["shop.yaml".to_owned()].into();
+    let scanned = folder.scan_files(place.path(), &names);
+    assert!(scanned.changed && scanned.remember.contains_key("shop.yaml"));
+    assert_eq!(ports(&folder), both);
+
+    // One of them is about to be in another file; then the file is broken, and then gone.
+    write(place.path(), &SERVICE.replace("80", "81"));
+    assert_eq!(folder.scan_files(place.path(), &names), Scanned::default());
+    write(place.path(), &format!("{SERVICE}---\n{other}---\nx: ["));
+    assert_eq!(folder.scan_files(place.path(), &names), Scanned::default());
+    fs::remove_file(place.path().join("shop.yaml")).unwrap();
+    assert_eq!(folder.scan_files(place.path(), &names), Scanned::default());
+    assert_eq!(ports(&folder), both);
+
+    write(place.path(), &SERVICE.replace("80", "81"));
+    assert!(folder.scan(place.path()).changed);
+    assert_eq!(ports(&folder), [of("inventory", 81)]);
+}
+
     let expected = "z.yaml:1: document 1: Service shop/inventory: is already at shop.yaml:1: document 1; this one is left out";
     assert_eq!(problems, [expected]);
 }

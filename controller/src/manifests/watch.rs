@@ -1,12 +1,22 @@
 //! Says when the folder may have changed.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
-use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
+use notify::{
+    Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher as _,
+    event::{AccessKind, AccessMode, ModifyKind, RenameMode},
+};
 use tokio::{
     sync::Notify,
     time::{Instant, timeout},
 };
+
+use super::manifest_name;
 
 /// How long it must be quiet before the folder is read: editors write in several steps.
 const QUIET: Duration = Duration::from_millis(100);
@@ -15,17 +25,45 @@ const QUIET: Duration = Duration::from_millis(100);
 const QUIET_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// How often to read the folder although nobody said that it changed: network file systems say
-/// nothing, and a folder that was replaced takes its watch with it.
+/// nothing, and a folder that was replaced takes its watch with it. So long, too, a file that is being
+/// written is waited for.
 pub const RESCAN: Duration = Duration::from_secs(10);
+
+/// What may have changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FolderChange {
+    /// These files, the first after a quiet time, each written to its end. Others may follow, and one
+    /// of them may hold what these no longer do: [`Self::Any`] comes soon.
+    Files(BTreeSet<String>),
+    /// Anything, and the folder is quiet.
+    Any,
+}
 
 /// Watches one folder.
 #[derive(Debug)]
 pub struct Watch {
     folder: PathBuf,
-    changed: Arc<Notify>,
+    seen: Arc<Seen>,
     /// Kept alive; made anew at each rescan, so that it follows a folder that was replaced.
     watcher: Option<RecommendedWatcher>,
     warned: bool,
+    /// Files were told, and the folder was not since.
+    owes_folder: bool,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    files: Mutex<Files>,
+    changed: Notify,
+}
+
+/// By name; at most as many as there are files in the folder.
+#[derive(Debug, Default)]
+struct Files {
+    /// Written to their end, or put there as a whole.
+    whole: BTreeSet<String>,
+    /// Somebody writes them.
+    unfinished: BTreeSet<String>,
 }
 
 impl Watch {
@@ -34,29 +72,45 @@ impl Watch {
     pub fn new(folder: PathBuf) -> Self {
         let mut watch = Self {
             folder,
-            changed: Arc::new(Notify::new()),
+            seen: Arc::default(),
             watcher: None,
             warned: false,
+            owes_folder: false,
         };
         watch.renew();
         watch
     }
 
-    /// Waits until the folder may have changed and is quiet again, or [`RESCAN`] is over.
-    pub async fn changed(&mut self) {
-        if timeout(RESCAN, self.changed.notified()).await.is_err() {
-            return self.renew();
+    /// Waits until files may have changed, or [`RESCAN`] is over.
+    pub async fn changed(&mut self) -> FolderChange {
+        let changed = self.seen.changed.notified();
+        if !self.owes_folder && timeout(RESCAN, changed).await.is_err() {
+            self.renew();
+            return FolderChange::Any;
         }
-        let end = Instant::now() + QUIET_WAIT_MAX;
-        while Instant::now() < end && timeout(QUIET, self.changed.notified()).await.is_ok() {}
+        let start = Instant::now();
+        loop {
+            let (is_written, whole) = self.seen.so_far();
+            let waits_max = if is_written { RESCAN } else { QUIET_WAIT_MAX };
+            if !self.owes_folder && !whole.is_empty() {
+                self.owes_folder = true;
+                return FolderChange::Files(whole);
+            }
+            let more = timeout(QUIET, self.seen.changed.notified()).await.is_ok();
+            if !(more || is_written) || start.elapsed() >= waits_max {
+                *self.seen.files() = Files::default();
+                self.owes_folder = false;
+                return FolderChange::Any;
+            }
+        }
     }
 
     fn renew(&mut self) {
-        let changed = self.changed.clone();
-        let made = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            // Reading the files is no change; otherwise each scan would cause the next.
-            if !event.is_ok_and(|event| event.kind.is_access()) {
-                changed.notify_one();
+        let seen = self.seen.clone();
+        let made = notify::recommended_watcher(move |event: notify::Result<Event>| {
+            let news = event.map(|event| seen.files().handle_event(&event));
+            if news.unwrap_or(true) {
+                seen.changed.notify_one();
             }
         });
         let made = made.and_then(|mut watcher| {
@@ -75,6 +129,119 @@ impl Watch {
                     tracing::warn!(%folder, %error, every = ?RESCAN, "cannot watch the manifests, scanning instead");
                 }
             }
+        }
+    }
+}
+
+impl Seen {
+    /// Whether files are being written, and which were.
+    fn so_far(&self) -> (bool, BTreeSet<String>) {
+        let files = self.files();
+        (!files.unfinished.is_empty(), files.whole.clone())
+    }
+
+    fn files(&self) -> MutexGuard<'_, Files> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Files {
+    /// Takes in what happened to a file. Says whether the folder may be another now.
+    fn handle_event(&mut self, event: &Event) -> bool {
+        let name = event.paths.first().and_then(|path| manifest_name(path));
+        let Some(name) = name.map(ToOwned::to_owned) else {
+            // The link that a ConfigMap's volume swaps, say.
+            return !event.kind.is_access();
+        };
+        match event.kind {
+            EventKind::Access(AccessKind::Close(AccessMode::Write))
+            | EventKind::Modify(ModifyKind::Name(RenameMode::To)) => {
+                self.unfinished.remove(&name);
+                self.whole.insert(name);
+            }
+            EventKind::Modify(ModifyKind::Data(_)) => {
+                self.whole.remove(&name);
+                self.unfinished.insert(name);
+            }
+            // Reading the files is no change; otherwise each scan would cause the next.
+            EventKind::Access(_) => return false,
+            EventKind::Create(_)
+            | EventKind::Remove(_)
+            | EventKind::Modify(ModifyKind::Name(RenameMode::From)) => {
+                self.whole.remove(&name);
+                self.unfinished.remove(&name);
+            }
+            // Both names of a renamed file came before, one by one.
+            EventKind::Modify(_) | EventKind::Any | EventKind::Other => {}
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs,
+        io::{self, Write as _},
+        path::Path,
+    };
+
+    use super::*;
+
+    fn one() -> FolderChange {
+        FolderChange::Files(["one.yaml".to_owned()].into())
+    }
+
+    #[tokio::test]
+    async fn a_file_put_there_as_a_whole_is_told_before_the_folder_is_quiet() {
+        let place = tempfile::tempdir().unwrap();
+        let mut watch = Watch::new(place.path().to_owned());
+        for text in ["a", "b"] {
+            let fresh = place.path().join(".one");
+            fs::write(&fresh, text).unwrap();
+            fs::rename(&fresh, place.path().join("one.yaml")).unwrap();
+            assert_eq!(watch.changed().await, one());
+            assert_eq!(watch.changed().await, FolderChange::Any);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_being_written_is_waited_for() {
+        let place = tempfile::tempdir().unwrap();
+        let mut watch = Watch::new(place.path().to_owned());
+        let mut file = fs::File::create(place.path().join("one.yaml")).unwrap();
+        file.write_all(b"half").unwrap();
+        let early = timeout(QUIET * 4, watch.changed()).await;
+        assert!(early.is_err(), "{early:?}");
+        file.write_all(b" and half").unwrap();
+        drop(file);
+        assert_eq!(watch.changed().await, one());
+        assert_eq!(watch.changed().await, FolderChange::Any);
+    }
+
+    #[tokio::test]
+    async fn what_is_taken_away_and_what_is_no_manifest_waits_for_quiet() {
+        let place = tempfile::tempdir().unwrap();
+        let path = |name: &str| place.path().join(name);
+        fs::write(path("one.yaml"), "a").unwrap();
+        let mut watch = Watch::new(place.path().to_owned());
+        let remove = || fs::remove_file(path("one.yaml"));
+        let swap = || std::os::unix::fs::symlink("..now", path("..data"));
+        let link = || std::os::unix::fs::symlink("..data/one.yaml", path("one.yaml"));
+        let changes: [&dyn Fn() -> io::Result<()>; 3] = [&remove, &swap, &link];
+        for change in changes {
+            change().unwrap();
+            assert_eq!(watch.changed().await, FolderChange::Any);
+        }
+    }
+
+    #[test]
+    fn reading_is_no_change() {
+        let mut files = Files::default();
+        let read = AccessKind::Open(AccessMode::Any);
+        for name in ["/m/one.yaml", "/m/.one"] {
+            let event = Event::new(EventKind::Access(read)).add_path(Path::new(name).to_owned());
+            assert!(!files.handle_event(&event), "{name}");
         }
     }
 }
