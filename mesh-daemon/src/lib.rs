@@ -5,7 +5,9 @@
 
 #![forbid(unsafe_code)]
 
+pub mod http;
 pub mod http_proxy;
+pub mod metrics;
 pub mod supervisor;
 
 use std::{

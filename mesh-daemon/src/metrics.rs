@@ -1,0 +1,334 @@
+//! `/metrics`, for Prometheus: a page that is made anew for each who asks, from what the daemon knows anyway.
+//!
+//! Labels are closed sets: reasons, states, transports. Names of nodes, services and clients are none, as a mesh has 100,000 of
+//! them.
+
+use std::{
+    future,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
+
+use hyper::{
+    Method, Request, Response, StatusCode,
+    body::Incoming,
+    header::{CONTENT_TYPE, HeaderValue},
+};
+use prometheus_client::{
+    encoding::text,
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::{Registry, Unit},
+};
+use serde::Deserialize;
+use tokio::{net::TcpListener, sync::Semaphore, time};
+use tokio_util::sync::CancellationToken;
+
+use crate::http;
+
+/// Where the page is.
+const PATH: &str = "/metrics";
+
+/// Who asks at once: two Prometheus, an agent of a monitoring system, and somebody with `curl`.
+const CONNECTIONS_MAX: usize = 4;
+
+/// Pause before an address that could not be listened on is tried again.
+const RETRY: Duration = Duration::from_secs(10);
+
+/// `OpenMetrics` 1.0, which Prometheus reads since 2.5 (2018).
+const OPEN_METRICS: HeaderValue =
+    HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
+
+/// Where the page is shown: an address and port, or `"off"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Listen(pub Option<SocketAddr>);
+
+impl Listen {
+    /// At this machine alone: a page tells how many there are of everything.
+    #[must_use]
+    pub const fn local(port: u16) -> Self {
+        Self(Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port)))
+    }
+}
+
+impl TryFrom<String> for Listen {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        if text == "off" {
+            return Ok(Self(None));
+        }
+        let at = text.parse();
+        at.map(|at| Self(Some(at))).map_err(|_| {
+            format!("{text:?} is neither an address with a port (127.0.0.1:9640) nor \"off\"")
+        })
+    }
+}
+
+/// What goes up and down.
+type Number = Gauge<f64, AtomicU64>;
+
+/// A label's name and value.
+pub type Labels = Vec<(&'static str, String)>;
+
+/// What one who asks is shown.
+#[derive(Debug)]
+pub struct Page(Registry);
+
+impl Page {
+    /// Empty; each name of it will begin with `prefix` and an underscore.
+    #[must_use]
+    pub fn new(prefix: &str) -> Self {
+        Self(Registry::with_prefix(prefix))
+    }
+
+    /// A number that goes up and down. `help` is a sentence; its full stop is added.
+    pub fn gauge(&mut self, name: &str, help: &str, value: f64) {
+        self.0.register(name, help, number(value));
+    }
+
+    /// Seconds; `_seconds` is added to the name.
+    pub fn seconds(&mut self, name: &str, help: &str, value: f64) {
+        let seconds = number(value);
+        self.0
+            .register_with_unit(name, help, Unit::Seconds, seconds);
+    }
+
+    /// The same for each of `values`, which have the same labels.
+    pub fn gauges(
+        &mut self,
+        name: &str,
+        help: &str,
+        values: impl IntoIterator<Item = (Labels, f64)>,
+    ) {
+        let family: Family<Labels, Number> = Family::default();
+        for (labels, value) in values {
+            family.get_or_create(&labels).set(value);
+        }
+        self.0.register(name, help, family);
+    }
+
+    /// A number that only grows; `_total` is added to the name.
+    pub fn counter(&mut self, name: &str, help: &str, value: u64) {
+        let counter: Counter = Counter::default();
+        counter.inc_by(value);
+        self.0.register(name, help, counter);
+    }
+
+    /// The same for each of `values`, which have the same labels.
+    pub fn counters(
+        &mut self,
+        name: &str,
+        help: &str,
+        values: impl IntoIterator<Item = (Labels, u64)>,
+    ) {
+        let family: Family<Labels, Counter> = Family::default();
+        for (labels, value) in values {
+            family.get_or_create(&labels).inc_by(value);
+        }
+        self.0.register(name, help, family);
+    }
+
+    /// In Prometheus' text format.
+    ///
+    /// # Errors
+    ///
+    /// If a label cannot be written.
+    pub fn text(&self) -> Result<String, std::fmt::Error> {
+        let mut text = String::new();
+        text::encode(&mut text, &self.0)?;
+        Ok(text)
+    }
+}
+
+fn number(value: f64) -> Number {
+    let number = Number::default();
+    number.set(value);
+    number
+}
+
+/// Shows what `page` makes at `listen` until `stop`. Where it cannot listen, that is logged once and tried again: a mesh does
+/// not stop for its metrics.
+///
+/// # Errors
+///
+/// Never; so that it can be one task among others.
+pub async fn serve<F>(
+    Listen(listen): Listen,
+    page: impl Fn() -> F + Clone + Send + 'static,
+    stop: CancellationToken,
+) -> anyhow::Result<()>
+where
+    F: Future<Output = Page> + Send + 'static,
+{
+    let serving = async {
+        let Some(listen) = listen else {
+            return future::pending().await;
+        };
+        let listener = bind(listen).await;
+        let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let answer = move |request: Request<Incoming>| {
+            let page = page.clone();
+            async move {
+                match refusal(&request) {
+                    Some(refusal) => refusal,
+                    None => respond(&page().await),
+                }
+            }
+        };
+        http::serve(listener, connections, answer).await;
+    };
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = serving => {}
+    }
+    Ok(())
+}
+
+async fn bind(listen: SocketAddr) -> TcpListener {
+    let mut said = false;
+    loop {
+        match TcpListener::bind(listen).await {
+            Ok(listener) => return listener,
+            Err(error) if !said => {
+                tracing::warn!(%listen, %error, "no metrics are shown; trying again (`metrics_listen`)");
+                said = true;
+            }
+            Err(_) => {}
+        }
+        time::sleep(RETRY).await;
+    }
+}
+
+fn refusal<B>(request: &Request<B>) -> Option<Response<String>> {
+    let code = if request.uri().path() != PATH {
+        StatusCode::NOT_FOUND
+    } else if ![Method::GET, Method::HEAD].contains(request.method()) {
+        StatusCode::METHOD_NOT_ALLOWED
+    } else {
+        return None;
+    };
+    let mut response = Response::new(format!("GET {PATH}\n"));
+    *response.status_mut() = code;
+    Some(response)
+}
+
+fn respond(page: &Page) -> Response<String> {
+    match page.text() {
+        Ok(text) => {
+            let mut response = Response::new(text);
+            response.headers_mut().insert(CONTENT_TYPE, OPEN_METRICS);
+            response
+        }
+        Err(error) => {
+            let mut response = Response::new(format!("{error}\n"));
+            *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+            response
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error;
+
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpStream,
+    };
+
+    use super::*;
+
+    fn page() -> Page {
+        let mut page = Page::new("holdfast_test");
+        page.gauge("peers", "Peers", 2.5);
+        page.seconds("snapshot_age", "How old the snapshot is", 7.0);
+        let reasons =
+            ["replay", "de\"nied\\\n"].map(|reason| (vec![("reason", reason.to_owned())], 3));
+        page.counters("drops", "Dropped packets", reasons);
+        page
+    }
+
+    #[test]
+    fn a_page_is_in_prometheus_text_format() {
+        let text = page().text().unwrap();
+        for line in [
+            "# HELP holdfast_test_peers Peers.",
+            "# TYPE holdfast_test_peers gauge",
+            "holdfast_test_peers 2.5",
+            "holdfast_test_snapshot_age_seconds 7.0",
+            "# TYPE holdfast_test_drops counter",
+            "holdfast_test_drops_total{reason=\"replay\"} 3",
+            "holdfast_test_drops_total{reason=\"de\\\"nied\\\\\\n\"} 3",
+            "# EOF",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} in {text}");
+        }
+    }
+
+    #[test]
+    fn where_to_listen_is_an_address_or_off() {
+        let read = |text: &str| Listen::try_from(text.to_owned());
+        assert_eq!(read("127.0.0.1:9640"), Ok(Listen::local(9640)));
+        assert_eq!(read("off"), Ok(Listen(None)));
+        for wrong in ["", "9640", "localhost:9640", "127.0.0.1"] {
+            assert!(read(wrong).is_err_and(|error| error.contains(wrong)));
+        }
+    }
+
+    async fn ask(at: SocketAddr, request: &str) -> Result<String, Box<dyn Error>> {
+        let mut stream = TcpStream::connect(at).await?;
+        stream.write_all(request.as_bytes()).await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        Ok(answer)
+    }
+
+    #[tokio::test]
+    async fn it_is_shown_to_who_asks_for_it_also_once_the_port_is_free() {
+        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = taken.local_addr().unwrap();
+        let stop = CancellationToken::new();
+        let pages = || async { page() };
+        drop(taken);
+        let serving = tokio::spawn(serve(Listen(Some(at)), pages, stop.clone()));
+        let get = "GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n";
+        let mut answer = ask(at, get).await;
+        while answer.is_err() {
+            time::sleep(Duration::from_millis(5)).await;
+            answer = ask(at, get).await;
+        }
+        let answer = answer.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+        assert!(answer.contains("content-type: application/openmetrics-text; version=1.0.0"));
+        assert!(answer.ends_with("# EOF\n"));
+        let other = ask(at, "GET / HTTP/1.1\r\nHost: h\r\n\r\n").await.unwrap();
+        assert!(other.starts_with("HTTP/1.1 404 "), "{other}");
+        let put = ask(at, "PUT /metrics HTTP/1.1\r\nHost: h\r\n\r\n")
+            .await
+            .unwrap();
+        assert!(put.starts_with("HTTP/1.1 405 "), "{put}");
+        let garbage = ask(at, "\x16\x03\x01 nonsense\r\n\r\n").await.unwrap();
+        assert!(
+            garbage.is_empty() || garbage.starts_with("HTTP/1.1 400 "),
+            "{garbage}"
+        );
+        stop.cancel();
+        serving.await.unwrap().unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_port_that_another_has_is_waited_for() {
+        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = taken.local_addr().unwrap();
+        let stop = CancellationToken::new();
+        let serving = tokio::spawn(serve(Listen(Some(at)), || async { page() }, stop.clone()));
+        time::sleep(RETRY * 2).await;
+        drop(taken);
+        time::sleep(RETRY * 2).await;
+        assert!(TcpListener::bind(at).await.is_err());
+        stop.cancel();
+        serving.await.unwrap().unwrap();
+    }
+}
