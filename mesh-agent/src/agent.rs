@@ -52,6 +52,7 @@ use crate::{
     health,
     interfaces::{self, AllServed, Programs, Wanted},
     links::Links,
+    loads,
     mapping::{self, Mapper},
     neighbours::{self, NeighboursConfig},
     network::{self, Local},
@@ -350,6 +351,10 @@ async fn start(
         let driver = DriverHandle(events.clone());
         let keeper = outliers::keep_outliers(Arc::clone(services), driver, stop.clone());
         supervisor.spawn("outliers", keeper);
+        let driver = DriverHandle(events.clone());
+        let services = Arc::clone(services);
+        let keeper = loads::keep_loads(services, view.clone(), driver, stop.clone());
+        supervisor.spawn("loads", keeper);
     }
     let keeper = policy::keep_policy(Arc::clone(&enforcer), view.clone(), stop.clone());
     supervisor.spawn("policy", keeper);

@@ -101,6 +101,7 @@ pub struct Driver {
     static_candidates: Vec<SocketAddr>,
     dead: BTreeSet<NodeName>,
     ejected: BTreeSet<SocketAddr>,
+    open: BTreeMap<SocketAddr, u32>,
     measured: Costs,
     costs: BTreeMap<NodeName, Duration>,
     views: watch::Sender<Option<Arc<View>>>,
@@ -168,6 +169,7 @@ impl Driver {
             static_candidates: parts.static_candidates,
             dead: BTreeSet::new(),
             ejected: BTreeSet::new(),
+            open: BTreeMap::new(),
             measured: Costs::default(),
             costs: BTreeMap::new(),
             views: parts.views,
@@ -547,6 +549,7 @@ impl Driver {
             dead: self.dead.clone(),
             ejected: self.ejected.clone(),
             costs: self.costs.clone(),
+            open: self.open.clone(),
         }
     }
 
@@ -660,6 +663,12 @@ impl Driver {
     /// Says which endpoints new flows keep away from.
     pub fn set_ejected(&mut self, ejected: BTreeSet<SocketAddr>) {
         self.ejected = ejected;
+        self.publish_view();
+    }
+
+    /// Says how many connections are open to endpoints with a limit.
+    pub fn set_open(&mut self, open: BTreeMap<SocketAddr, u32>) {
+        self.open = open;
         self.publish_view();
     }
 

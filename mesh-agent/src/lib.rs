@@ -20,6 +20,7 @@ pub mod driver;
 pub mod health;
 pub mod interfaces;
 pub mod links;
+pub mod loads;
 pub mod mapping;
 pub mod neighbours;
 pub mod network;

@@ -1,14 +1,15 @@
 //! Between the wire's resources and the core's types. What comes in is checked field by field.
 
 use std::{
-    collections::BTreeSet, fmt::Display, net::IpAddr, str::FromStr, sync::Arc, time::Duration,
+    collections::BTreeSet, fmt::Display, net::IpAddr, num::NonZeroU16, str::FromStr, sync::Arc,
+    time::Duration,
 };
 
 use ipnet::IpNet;
 use mesh_core::policy::resources::{Labels, MeshPolicy, NetworkPolicy, Pod};
 use mesh_core::snapshot::{
-    Balance, Endpoint, EndpointPort, EndpointSlice, External, ExternalPeer, Hints, Locality,
-    Mapping, MeshSettings, Node, Place, Policy, Protocol, Relay, SPILL_OVER_MAX, Service,
+    Balance, CONNECTIONS_MAX, Endpoint, EndpointPort, EndpointSlice, External, ExternalPeer, Hints,
+    Locality, Mapping, MeshSettings, Node, Place, Policy, Protocol, Relay, SPILL_OVER_MAX, Service,
     ServiceKind, ServiceName, ServicePort, TrafficDistribution, WEIGHT_MAX, Weight,
 };
 use mesh_wire::id::{MeshId, NodeId, SiteName};
@@ -305,6 +306,9 @@ fn encode_balance(balance: &Balance) -> control::Balance {
     control::Balance {
         policy: policy.into(),
         spill_over: balance.spill_over.into(),
+        max_connections: balance
+            .max_connections
+            .map_or(0, |limit| limit.get().into()),
         weights: balance.weights.iter().map(weight).collect(),
     }
 }
@@ -473,6 +477,11 @@ fn decode_balance(balance: Option<&control::Balance>) -> Result<Balance, FieldEr
             Wire::LeastLatency => Policy::LeastLatency,
         },
         spill_over: at_most("balance.spill_over", balance.spill_over, SPILL_OVER_MAX)?,
+        max_connections: NonZeroU16::new(at_most(
+            "balance.max_connections",
+            balance.max_connections,
+            CONNECTIONS_MAX,
+        )?),
         weights: weights
             .map(|(index, weight)| decode_weight(&format!("balance.weights[{index}]"), weight))
             .collect::<Result<_, _>>()?,

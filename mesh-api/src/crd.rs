@@ -57,6 +57,9 @@ pub const POLICY_ANNOTATION: &str = "mesh.holdfast.dev/policy";
 /// Annotation of a `v1 Service` with the `spillOver` of a [`MeshService`].
 pub const SPILL_OVER_ANNOTATION: &str = "mesh.holdfast.dev/spill-over";
 
+/// Annotation of a `v1 Service` with the `maxConnections` of a [`MeshService`].
+pub const MAX_CONNECTIONS_ANNOTATION: &str = "mesh.holdfast.dev/max-connections";
+
 /// The only name that a [`MeshConfig`] may have.
 pub const CONFIG_NAME: &str = "default";
 

@@ -5,6 +5,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
+    num::NonZeroU16,
     sync::Arc,
     time::Duration,
 };
@@ -15,12 +16,13 @@ use mesh_wire::id::NodeName;
 use self::balance::Weighted;
 pub use self::{
     costs::Costs,
+    loads::Loads,
     outliers::{Failures, Outliers},
     table::{Table, Update},
 };
 use crate::snapshot::{
     Endpoint, EndpointPort, EndpointSlice, External, Locality, Node, Place, Policy, Protocol,
-    Service, ServiceKind, ServiceName, ServicePort, Snapshot, TrafficDistribution,
+    SPILL_OVER_MAX, Service, ServiceKind, ServiceName, ServicePort, Snapshot, TrafficDistribution,
 };
 
 /// The desired state, and what this node knows that the controller cannot: where it is, and
@@ -37,6 +39,8 @@ pub struct View {
     pub ejected: BTreeSet<SocketAddr>,
     /// What a packet to a node costs, as far as that is measured ([`Costs`]).
     pub costs: BTreeMap<NodeName, Duration>,
+    /// How many TCP connections this node has open to endpoints of services with a limit ([`Loads`]).
+    pub open: BTreeMap<SocketAddr, u32>,
 }
 
 impl View {
@@ -49,6 +53,7 @@ impl View {
             dead: BTreeSet::new(),
             ejected: BTreeSet::new(),
             costs: BTreeMap::new(),
+            open: BTreeMap::new(),
         }
     }
 }
@@ -109,6 +114,10 @@ pub struct Ranked<'a> {
     weight: u16,
     /// Ports at its address to which TCP connects fail.
     ejected: BTreeSet<u16>,
+    /// TCP connections that this node has open, by port at its address.
+    open: BTreeMap<u16, u32>,
+    /// How many of them are enough for its service.
+    max_connections: Option<NonZeroU16>,
     /// Whether its hints name this node; `None`: they name no node.
     for_node: Option<bool>,
     /// Whether its hints name this node's zone; `None`: they name no zone.
@@ -122,6 +131,23 @@ impl Ranked<'_> {
     pub fn is_ejected(&self) -> bool {
         let mut ports = self.slice.ports.iter();
         ports.any(|port| port.protocol == Protocol::Tcp && self.ejected.contains(&port.port))
+    }
+
+    /// Whether this node has as many connections open to any of its ports as the service's `maxConnections`
+    /// says. It may be chosen all the same, where all others are full too.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        let mut ports = self.slice.ports.iter();
+        ports.any(|port| port.protocol == Protocol::Tcp && self.is_full_at(port.port))
+    }
+
+    fn is_full_at(&self, port: u16) -> bool {
+        let limit = self.max_connections.map(|limit| u32::from(limit.get()));
+        limit.is_some_and(|limit| self.open_at(port) >= limit)
+    }
+
+    fn open_at(&self, port: u16) -> u32 {
+        self.open.get(&port).copied().unwrap_or_default()
     }
 
     fn target(&self, port: &ServicePort) -> Option<u16> {
@@ -258,6 +284,29 @@ pub fn health_checks(view: &View) -> BTreeMap<u16, HealthCheck> {
     checks
 }
 
+/// Of how many connections of this node each endpoint of a service with `maxConnections` is full; the least, if
+/// several services have it. Costs a look at each service, and at the endpoints of those.
+#[must_use]
+pub fn connection_limits(view: &View) -> BTreeMap<SocketAddr, u32> {
+    let mut limits = BTreeMap::new();
+    for service in view.snapshot.services.values() {
+        let Some(limit) = service.balance.max_connections else {
+            continue;
+        };
+        let limit = u32::from(limit.get());
+        for one in judge_all(view, service) {
+            let ports = service.ports.iter();
+            let ports = ports.filter(|port| port.protocol == Protocol::Tcp);
+            for target in ports.filter_map(|port| one.target(port)) {
+                let at = SocketAddr::new(one.address, target);
+                let least = limits.entry(at).or_insert(limit);
+                *least = limit.min(*least);
+            }
+        }
+    }
+    limits
+}
+
 /// What kind of address a frontend has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
@@ -372,7 +421,7 @@ impl<'a> LeadsTo<'a> {
                 };
                 Some(weighted)
             });
-            balance::slots(&service.balance, chosen.collect())
+            balance::slots(&service.balance, choice.enough, chosen.collect())
         });
         list.clone()
     }
@@ -437,6 +486,10 @@ struct Choice<'a> {
     any_alive: bool,
     /// Whether ejected endpoints are left out.
     ejects: bool,
+    /// Whether full endpoints are left out.
+    spares: bool,
+    /// How many endpoints carry the whole load.
+    enough: usize,
     order: Order,
     /// The lowest cost in each tier, where that counts.
     best: BTreeMap<Tier, Duration>,
@@ -457,6 +510,8 @@ impl<'a> Choice<'a> {
             draining: false,
             any_alive: false,
             ejects: false,
+            spares: false,
+            enough: usize::from(service.balance.spill_over),
             order: Order::by_distribution(service.distribution),
             best: BTreeMap::new(),
             last: None,
@@ -469,6 +524,9 @@ impl<'a> Choice<'a> {
             choice.order = Order::by_hints(&usable).unwrap_or(choice.order);
         }
         choice.ejects = choice.may_eject(&usable);
+        if let Some(limit) = service.balance.max_connections {
+            choice.spare_full(&usable, limit);
+        }
         let candidates = usable.iter().filter(|one| choice.is_candidate(one));
         let candidates: Vec<_> = candidates.copied().collect();
         if service.balance.policy == Policy::LeastLatency {
@@ -484,7 +542,7 @@ impl<'a> Choice<'a> {
         }
         let candidates = candidates.iter();
         let candidates = candidates.map(|one| (choice.standing(one), one.address));
-        choice.last = balance::last_tier(&service.balance, candidates);
+        choice.last = balance::last_tier(choice.enough, candidates);
         choice
     }
 
@@ -503,6 +561,37 @@ impl<'a> Choice<'a> {
         let port = self.port.filter(|port| port.protocol == Protocol::Tcp);
         let target = port.and_then(|port| one.target(port));
         target.is_some_and(|target| one.ejected.contains(&target))
+    }
+
+    /// Leaves full endpoints out while another has room. What is open now needs so many endpoints with so many
+    /// connections each: those that come next take their part before the nearest are full, and short connections,
+    /// of which a look sees few, do not all go to and fro. A full one carries its part already.
+    fn spare_full(&mut self, usable: &[&Ranked<'_>], limit: NonZeroU16) {
+        let Some(port) = self.port.filter(|port| port.protocol == Protocol::Tcp) else {
+            return;
+        };
+        let candidates = usable.iter().filter(|one| self.is_candidate(one));
+        let open: BTreeMap<_, _> = candidates
+            .filter_map(|one| {
+                let target = one.target(port)?;
+                Some(((one.address, target), one.open_at(target)))
+            })
+            .collect();
+        let limit = u32::from(limit.get());
+        let full = open.values().filter(|&&open| open >= limit).count();
+        self.spares = full < open.len();
+        let all = open.values().map(|&open| u64::from(open)).sum::<u64>();
+        let needed = all.div_ceil(u64::from(limit));
+        let needed = usize::try_from(needed).unwrap_or(usize::MAX);
+        let enough = self.enough.max(needed);
+        let carrying = if self.spares { full } else { 0 };
+        self.enough = enough.saturating_sub(carrying).min(SPILL_OVER_MAX.into());
+    }
+
+    fn is_full(&self, one: &Ranked<'_>) -> bool {
+        let port = self.port.filter(|port| port.protocol == Protocol::Tcp);
+        let target = port.and_then(|port| one.target(port));
+        target.is_some_and(|target| one.is_full_at(target))
     }
 
     fn standing(&self, one: &Ranked<'_>) -> Standing {
@@ -525,6 +614,7 @@ impl<'a> Choice<'a> {
         self.is_usable(one)
             && (one.alive || !self.any_alive)
             && !(self.ejects && self.is_ejected(one))
+            && !(self.spares && self.is_full(one))
     }
 
     fn takes(&self, one: &Ranked<'_>) -> bool {
@@ -612,6 +702,7 @@ fn judge<'a>(
     });
     let [first, last] = [u16::MIN, u16::MAX].map(|port| SocketAddr::new(address, port));
     let ejected = view.ejected.range(first..=last);
+    let open = view.open.range(first..=last);
     Ranked {
         slice,
         endpoint,
@@ -633,6 +724,8 @@ fn judge<'a>(
         },
         chosen: false,
         ejected: ejected.map(SocketAddr::port).collect(),
+        open: open.map(|(at, &open)| (at.port(), open)).collect(),
+        max_connections: service.balance.max_connections,
         weight: weight(service, name, node, endpoint),
         for_node: (!hints.nodes.is_empty()).then(|| hints.nodes.contains(&view.node)),
         for_zone: (!hints.zones.is_empty())
@@ -707,6 +800,7 @@ fn same<T: PartialEq>(one: Option<&T>, other: Option<&T>) -> bool {
 
 mod balance;
 mod costs;
+mod loads;
 mod outliers;
 mod table;
 #[cfg(test)]

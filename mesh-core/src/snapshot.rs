@@ -7,6 +7,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    num::NonZeroU16,
     sync::Arc,
     time::Duration,
 };
@@ -284,6 +285,9 @@ pub struct Balance {
     /// part and those that come next take the rest. 0 and 1: the first always carry it. At most
     /// [`SPILL_OVER_MAX`].
     pub spill_over: u16,
+    /// How many TCP connections of this node an endpoint takes before new ones go on to others; `None`: any
+    /// number. At most [`CONNECTIONS_MAX`].
+    pub max_connections: Option<NonZeroU16>,
     /// Which endpoints take more flows than others beside them: the first that matches counts, an
     /// endpoint that none matches has weight 1.
     pub weights: Vec<Weight>,
@@ -291,6 +295,9 @@ pub struct Balance {
 
 /// Largest `spill_over`: more endpoints than a service has at one site.
 pub const SPILL_OVER_MAX: u16 = 1_000;
+
+/// Largest `max_connections`: a node counts the connections of 16,384 sockets.
+pub const CONNECTIONS_MAX: u16 = 10_000;
 
 /// Most weights of a service: each endpoint is compared with all.
 pub const WEIGHTS_MAX: usize = 64;

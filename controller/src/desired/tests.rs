@@ -118,6 +118,7 @@ spec: {{policy: consistent-hash}}
             balance: Balance {
                 policy,
                 spill_over,
+                max_connections: None,
                 weights: Vec::new(),
             },
             ..Service::new(name.clone(), kind)

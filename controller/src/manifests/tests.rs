@@ -1,4 +1,4 @@
-use std::path::Path;
+use std::{num::NonZeroU16, path::Path};
 
 use mesh_core::snapshot::{External, Hints, Place, Policy, TrafficDistribution, Weight};
 
@@ -317,6 +317,7 @@ metadata: {name: inventory, namespace: shop}
 spec:
   policy: round-robin
   spillOver: 3
+  maxConnections: 100
   weights: [{zone: z1, weight: 5}, {node: edge-a1, weight: 100}, {address: 10.0.0.9, weight: 1}]
 ";
 
@@ -337,6 +338,7 @@ fn a_mesh_service_and_annotations_say_how_flows_are_spread() {
     let expected = Balance {
         policy: Policy::RoundRobin,
         spill_over: 3,
+        max_connections: NonZeroU16::new(100),
         weights,
     };
     assert_eq!(*balance, expected);
@@ -345,7 +347,8 @@ fn a_mesh_service_and_annotations_say_how_flows_are_spread() {
         let metadata = format!("annotations: {{{said}}}, name: inventory");
         parse_file("s.yaml", &SERVICE.replace("name: inventory", &metadata))
     };
-    let said = "mesh.holdfast.dev/policy: consistent-hash, mesh.holdfast.dev/spill-over: \"2\"";
+    let said = "mesh.holdfast.dev/policy: consistent-hash, mesh.holdfast.dev/spill-over: \"2\", \
+                mesh.holdfast.dev/max-connections: \"10000\"";
     let parsed = annotated(said);
     assert_eq!(parsed.problems, [""; 0]);
     let Object::Service(Some(service)) = &parsed.objects[0].object else {
@@ -354,6 +357,7 @@ fn a_mesh_service_and_annotations_say_how_flows_are_spread() {
     let expected = Balance {
         policy: Policy::ConsistentHash,
         spill_over: 2,
+        max_connections: NonZeroU16::new(10_000),
         weights: Vec::new(),
     };
     assert_eq!(service.balance, expected);
@@ -368,6 +372,11 @@ fn a_mesh_service_and_annotations_say_how_flows_are_spread() {
             "spillOver: 3",
             "spillOver: 0",
             "spec.spillOver: 0 is not in 1 to 1000",
+        ),
+        (
+            "maxConnections: 100",
+            "maxConnections: 0",
+            "spec.maxConnections: 0 is not in 1 to 10000",
         ),
         (
             "spillOver: 3",

@@ -11,6 +11,7 @@ mod connects;
 pub mod guard;
 mod leftover;
 pub mod mapping;
+mod open;
 mod order;
 mod packets;
 mod pins;

@@ -44,6 +44,11 @@ pub struct MeshServiceSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1000))]
     pub spill_over: Option<u16>,
+    /// How many TCP connections of one node an endpoint takes before new ones go on to others, the nearest with room
+    /// first. As each node counts by itself, once a second; where all are full they share. Unless said otherwise any number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10000))]
+    pub max_connections: Option<u16>,
     /// Endpoints that take more flows than others beside them; the first that matches counts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64))]

@@ -1,5 +1,6 @@
 use std::{
     net::{IpAddr, SocketAddr},
+    num::NonZeroU16,
     time::{Duration, SystemTime},
 };
 
@@ -336,6 +337,7 @@ fn balance(text: &str, number: Option<u32>, addresses: &[IpAddr]) -> Balance {
     Balance {
         policy: policies[text.len() % 4],
         spill_over: number.map_or(0, |number| number.to_be_bytes()[0].into()),
+        max_connections: NonZeroU16::new(u16::from(text.len().is_multiple_of(2)) * 7),
         weights: weights
             .map(|(place, weight)| Weight { place, weight })
             .collect(),

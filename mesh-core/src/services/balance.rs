@@ -36,12 +36,11 @@ pub(super) struct Weighted<T> {
 }
 
 /// The furthest tier of `candidates` that takes flows: the nearest, and with spill-over as many
-/// as it takes to have enough endpoints.
+/// as it takes to have `enough` endpoints.
 pub(super) fn last_tier<T: Copy + Ord>(
-    balance: &Balance,
+    enough: usize,
     candidates: impl Iterator<Item = (T, IpAddr)>,
 ) -> Option<T> {
-    let enough = usize::from(balance.spill_over);
     if enough <= 1 {
         return candidates.map(|(tier, _)| tier).min();
     }
@@ -61,19 +60,20 @@ pub(super) fn last_tier<T: Copy + Ord>(
 /// The list in which `chosen`, which are of all tiers down to the last, take their shares.
 pub(super) fn slots<T: Copy + Ord>(
     balance: &Balance,
+    enough: usize,
     mut chosen: Vec<Weighted<T>>,
 ) -> Vec<SocketAddr> {
     // Several controllers may write the same endpoint into their slices.
     chosen.sort_unstable_by_key(|one| (one.endpoint, one.tier));
     chosen.dedup_by_key(|one| one.endpoint);
-    let alike = balance.spill_over <= 1 && balance.weights.is_empty();
+    let alike = enough <= 1 && balance.weights.is_empty();
     match balance.policy {
-        Policy::ConsistentHash => hashed(&shares(balance, &chosen)),
+        Policy::ConsistentHash => hashed(&shares(enough, &chosen)),
         Policy::Random | Policy::RoundRobin | Policy::LeastLatency if alike => {
             chosen.into_iter().map(|one| one.endpoint).collect()
         }
         Policy::Random | Policy::RoundRobin | Policy::LeastLatency => {
-            repeated(&shares(balance, &chosen))
+            repeated(&shares(enough, &chosen))
         }
     }
 }
@@ -83,7 +83,7 @@ type Shares = BTreeMap<SocketAddr, u128>;
 /// How many flows each gets compared with the others. Each tier but the last carries one part for
 /// each of its endpoints, the last what is left of the parts that are enough, or as many as it
 /// has; the endpoints of a tier divide its parts by weight.
-fn shares<T: Copy + Ord>(balance: &Balance, chosen: &[Weighted<T>]) -> Shares {
+fn shares<T: Copy + Ord>(enough: usize, chosen: &[Weighted<T>]) -> Shares {
     let mut tiers: BTreeMap<T, (u128, u128)> = BTreeMap::new(); // Endpoints, sum of weights.
     for one in chosen {
         let (count, sum) = tiers.entry(one.tier).or_default();
@@ -95,7 +95,7 @@ fn shares<T: Copy + Ord>(balance: &Balance, chosen: &[Weighted<T>]) -> Shares {
     let mut common = tiers.values();
     let common = common.try_fold(1_u128, |whole, &(_, sum)| lcm(whole, sum));
     let whole = common.filter(|whole| whole >> 100 == 0).unwrap_or(1 << 100);
-    let mut left = u128::from(balance.spill_over.max(1));
+    let mut left = u128::try_from(enough.max(1)).unwrap_or(1);
     let mut parts = BTreeMap::new();
     let several = tiers.len() > 1;
     for (tier, (count, sum)) in tiers {

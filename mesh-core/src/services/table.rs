@@ -10,7 +10,7 @@ use std::{
 use mesh_wire::id::NodeName;
 
 use super::{API_SERVER, Backends, Frontend, Kind, View, frontends, judge_all};
-use crate::snapshot::{EndpointSlice, Policy, ServiceName, ServicePort, Snapshot};
+use crate::snapshot::{EndpointSlice, Policy, Service, ServiceName, ServicePort, Snapshot};
 
 /// What every frontend leads to by the last view, service by service: a view that changes one
 /// service costs one service, beside a look at whether the others are still the same (a pointer
@@ -121,7 +121,11 @@ impl Table {
                 .cloned()
                 .collect();
         }
-        let mut touched = services_with(new, &before.ejected, &now.ejected);
+        let ejected = before.ejected.symmetric_difference(&now.ejected);
+        let mut touched = services_with(new, ejected, |_| true);
+        let open = different(&before.open, &now.open, |_, _| false, PartialEq::eq);
+        let is_limited = |service: &Service| service.balance.max_connections.is_some();
+        touched.extend(services_with(new, open, is_limited));
         touched.extend(self.measured(before, now));
         let mut nodes: BTreeSet<&NodeName> = before.dead.symmetric_difference(&now.dead).collect();
         if !Arc::ptr_eq(old, new) {
@@ -223,17 +227,14 @@ impl Table {
     }
 }
 
-/// The services with an endpoint that is ejected by one view and not by the other: costs a look at every
-/// endpoint, when that is so.
-fn services_with(
+/// The services with one of `endpoints`, of those that `are_asked`: costs a look at every endpoint of these,
+/// when there is any.
+fn services_with<'a>(
     snapshot: &Snapshot,
-    before: &BTreeSet<SocketAddr>,
-    now: &BTreeSet<SocketAddr>,
+    endpoints: impl Iterator<Item = &'a SocketAddr>,
+    are_asked: impl Fn(&Service) -> bool,
 ) -> BTreeSet<ServiceName> {
-    let led_to: BTreeSet<_> = before
-        .symmetric_difference(now)
-        .map(SocketAddr::ip)
-        .collect();
+    let led_to: BTreeSet<_> = endpoints.map(SocketAddr::ip).collect();
     if led_to.is_empty() {
         return BTreeSet::new();
     }
@@ -244,7 +245,13 @@ fn services_with(
     });
     let underlay = nodes.flat_map(|node| &node.underlay_addresses).copied();
     let addresses: BTreeSet<_> = underlay.chain(led_to.iter().copied()).collect();
-    let slices = snapshot.slices.iter();
+    let asked = |name| {
+        snapshot
+            .services
+            .get(name)
+            .is_some_and(|one| are_asked(one))
+    };
+    let slices = snapshot.slices.iter().filter(|(name, _)| asked(name));
     let with = slices.filter(|(_, slices)| {
         let mut endpoints = slices.values().flat_map(|slice| &slice.endpoints);
         endpoints.any(|endpoint| addresses.contains(&endpoint.address))

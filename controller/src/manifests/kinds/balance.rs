@@ -1,10 +1,14 @@
 //! `MeshService`, and annotations of a `v1 Service` that say the same.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, num::NonZeroU16};
 
-use mesh_api::crd::{EndpointWeight, MeshServiceSpec, POLICY_ANNOTATION, SPILL_OVER_ANNOTATION};
+use mesh_api::crd::{
+    EndpointWeight, MAX_CONNECTIONS_ANNOTATION, MeshServiceSpec, POLICY_ANNOTATION,
+    SPILL_OVER_ANNOTATION,
+};
 use mesh_core::snapshot::{
-    Balance, Place, Policy, SPILL_OVER_MAX, ServiceName, WEIGHT_MAX, WEIGHTS_MAX, Weight,
+    Balance, CONNECTIONS_MAX, Place, Policy, SPILL_OVER_MAX, ServiceName, WEIGHT_MAX, WEIGHTS_MAX,
+    Weight,
 };
 
 use super::{Checked, FieldProblem, Object, ObjectId, parse};
@@ -18,6 +22,7 @@ pub(crate) fn mesh_service(id: &ObjectId, spec: &MeshServiceSpec) -> Checked<Obj
     let balance = Balance {
         policy: policy("spec.policy", spec.policy.as_deref())?,
         spill_over: spill_over("spec.spillOver", spec.spill_over)?,
+        max_connections: max_connections("spec.maxConnections", spec.max_connections)?,
         weights: weights
             .map(|(index, raw)| weight(&format!("spec.weights[{index}]"), raw))
             .collect::<Checked<_>>()?,
@@ -34,9 +39,12 @@ pub(super) fn by_annotations(said: Option<&BTreeMap<String, String>>) -> Checked
     let field = |name: &str| format!("metadata.annotations[{name}]");
     let parts = field(SPILL_OVER_ANNOTATION);
     let enough = text(SPILL_OVER_ANNOTATION).map(|text| parse(&parts, text));
+    let connections = field(MAX_CONNECTIONS_ANNOTATION);
+    let limit = text(MAX_CONNECTIONS_ANNOTATION).map(|text| parse(&connections, text));
     Ok(Balance {
         policy: policy(&field(POLICY_ANNOTATION), text(POLICY_ANNOTATION))?,
         spill_over: spill_over(&parts, enough.transpose()?)?,
+        max_connections: max_connections(&connections, limit.transpose()?)?,
         weights: Vec::new(),
     })
 }
@@ -63,6 +71,17 @@ fn spill_over(field: &str, enough: Option<u16>) -> Checked<u16> {
         Some(enough) if (1..=SPILL_OVER_MAX).contains(&enough) => Ok(enough),
         Some(other) => {
             let text = format!("{other} is not in 1 to {SPILL_OVER_MAX}");
+            Err(FieldProblem::new(field, text))
+        }
+    }
+}
+
+fn max_connections(field: &str, limit: Option<u16>) -> Checked<Option<NonZeroU16>> {
+    match limit {
+        None => Ok(None),
+        Some(limit @ 1..=CONNECTIONS_MAX) => Ok(NonZeroU16::new(limit)),
+        Some(other) => {
+            let text = format!("{other} is not in 1 to {CONNECTIONS_MAX}");
             Err(FieldProblem::new(field, text))
         }
     }

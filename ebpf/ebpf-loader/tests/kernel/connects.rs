@@ -145,3 +145,46 @@ fn connects_that_go_well_are_not_remembered() {
     }
     assert!(lab.services().failures().unwrap().is_empty());
 }
+
+/// How many connections are open to each of `at`.
+fn open(lab: &mut Lab, at: &[SocketAddr]) -> Vec<u32> {
+    let open = lab.services().open_connections().unwrap();
+    assert!(
+        open.keys().all(|endpoint| at.contains(endpoint)),
+        "{open:?}"
+    );
+    let of = |endpoint| open.get(endpoint).copied().unwrap_or_default();
+    at.iter().map(of).collect()
+}
+
+#[test]
+fn connections_are_counted_by_endpoint_while_they_are_open() {
+    let mut lab = Lab::new();
+    for family in &FAMILIES {
+        let servers = tcp_servers(family.loopback, 2);
+        let at = addresses(&servers, TcpListener::local_addr);
+        let connect = |lab: &mut Lab, to: &[SocketAddr], count| -> Vec<TcpStream> {
+            family.serve(lab, Protocol::Tcp, to);
+            let client = |_| TcpStream::connect(family.asked()).unwrap();
+            (0..count).map(client).collect()
+        };
+        let mut first = connect(&mut lab, &at[..1], 5);
+        let second = connect(&mut lab, &at[1..], 3);
+        // Who asks for the endpoint itself was not led there.
+        let direct = TcpStream::connect(at[0]).unwrap();
+        assert_eq!(open(&mut lab, &at), [5, 3], "{}", family.name);
+        // A descriptor more is the same socket, and what the other end does is not its end.
+        let again = first[0].try_clone().unwrap();
+        first.truncate(1);
+        assert_eq!(open(&mut lab, &at), [1, 3], "{}", family.name);
+        drop((first, accepted(&servers)));
+        assert_eq!(open(&mut lab, &at), [1, 3], "{}", family.name);
+        drop((again, second, direct));
+        assert_eq!(open(&mut lab, &at), [0, 0], "{}", family.name);
+        // It ends with its last descriptor, whether it was answered or not.
+        let deaf = closed(family);
+        family.serve(&mut lab, Protocol::Tcp, &[deaf]);
+        connected(family).unwrap_err();
+        assert_eq!(open(&mut lab, &[deaf]), [0], "{}", family.name);
+    }
+}

@@ -1,8 +1,8 @@
 //! How the TCP connects of clients that are no processes here end, as it is counted of their endpoints.
 
 use std::{
-    io,
-    net::{SocketAddr, TcpListener, TcpStream},
+    io::{self, Read as _, Write as _},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     time::Duration,
 };
 
@@ -14,7 +14,7 @@ use crate::{
     lan::{Lan, families},
     machine::{Machine, TCP, Verdict},
     netns::ip,
-    sockets::{connect, connected},
+    sockets::{connect, connected, listener},
     verdicts::{ack, age_ms, fin, quote, rst, served, syn},
     wire::{IcmpError, Net, error, nets, tcp, udp},
 };
@@ -181,5 +181,35 @@ fn a_device_s_connects_are_counted_as_those_of_sockets() {
         lan.in_client(|| TcpStream::connect_timeout(&family.service, patience))
             .unwrap_err();
         assert_eq!(failures(&lan, silent), Some((1, 1)));
+    }
+}
+
+#[test]
+fn a_device_s_open_connections_are_counted_by_endpoint() {
+    let mut lan = Lan::new();
+    for family in &families() {
+        let (server, at) = listener(&lan, family);
+        lan.serve(family.service, &[at]);
+        let open = |lan: &Lan| {
+            let open = lan.services.open_connections().unwrap();
+            open.get(&at).copied().unwrap_or_default()
+        };
+        let three = [(); 3].map(|()| connected(&lan, family, &server));
+        let [kept, (client, peer), (reset, resets)] = three;
+        assert_eq!(open(&lan), 3);
+        // One end is half of it.
+        client.shutdown(Shutdown::Write).unwrap();
+        (&peer).read_to_end(&mut Vec::new()).unwrap();
+        assert_eq!(open(&lan), 3);
+        drop(peer);
+        (&client).read_to_end(&mut Vec::new()).unwrap();
+        assert_eq!(open(&lan), 2);
+        // What it did not read makes it a reset.
+        (&reset).write_all(b"?").unwrap();
+        resets.peek(&mut [0]).unwrap();
+        drop(resets);
+        (&reset).read(&mut [0]).unwrap_err();
+        assert_eq!(open(&lan), 1);
+        drop(kept);
     }
 }

@@ -28,13 +28,6 @@ fn weighted(policy: Policy) -> Balance {
     }
 }
 
-fn spilling(spill_over: u16) -> Balance {
-    Balance {
-        spill_over,
-        ..Balance::default()
-    }
-}
-
 /// How often each of the first endpoints is in the list.
 fn counts(list: &[SocketAddr], endpoints: usize) -> Vec<usize> {
     let count = |number| list.iter().filter(|&&one| one == endpoint(number)).count();
@@ -45,10 +38,10 @@ fn counts(list: &[SocketAddr], endpoints: usize) -> Vec<usize> {
 fn without_weights_each_endpoint_is_there_once_sorted_and_nearest_counts() {
     let (near, far) = (Tier::SameNode, Tier::Anywhere);
     let chosen = vec![at(near, 2, 1), at(near, 1, 1), at(far, 2, 1)];
-    let list = slots(&Balance::default(), chosen);
+    let list = slots(&Balance::default(), 1, chosen);
     assert_eq!(list, [endpoint(1), endpoint(2)]);
     for policy in [Policy::Random, Policy::ConsistentHash, Policy::RoundRobin] {
-        assert_eq!(slots::<Tier>(&weighted(policy), Vec::new()), []);
+        assert_eq!(slots::<Tier>(&weighted(policy), 1, Vec::new()), []);
     }
 }
 
@@ -56,11 +49,11 @@ fn without_weights_each_endpoint_is_there_once_sorted_and_nearest_counts() {
 fn weights_are_repetitions_without_a_common_divisor_and_evenly_mixed() {
     let near = Tier::SameNode;
     let chosen = vec![at(near, 0, 4), at(near, 1, 2), at(near, 2, 2)];
-    let list = slots(&weighted(Policy::RoundRobin), chosen);
+    let list = slots(&weighted(Policy::RoundRobin), 1, chosen);
     let [a, b, c] = [0, 1, 2].map(endpoint);
     assert_eq!(list, [a, b, c, a]);
     let alike = vec![at(near, 0, 7), at(near, 1, 7)];
-    assert_eq!(slots(&weighted(Policy::Random), alike), [a, b]);
+    assert_eq!(slots(&weighted(Policy::Random), 1, alike), [a, b]);
 }
 
 #[test]
@@ -81,7 +74,7 @@ fn weights_that_would_fill_a_list_are_rounded_and_nobody_is_left_out() {
             _ => 89,
         };
         let chosen = (0..count).map(|number| at(near, number, weight(number)));
-        let list = slots(&weighted(Policy::Random), chosen.collect());
+        let list = slots(&weighted(Policy::Random), 1, chosen.collect());
         assert!(list.len() <= longest, "{count}: {}", list.len());
         let counts = counts(&list, count);
         assert!(counts.iter().all(|&times| times > 0), "{count}");
@@ -106,7 +99,7 @@ fn who_comes_next_takes_what_the_nearest_are_too_few_for() {
             .collect::<Vec<_>>()
     };
     // How many are enough, endpoints of each tier, the furthest that takes flows, the shares.
-    let rows: [(u16, [usize; 3], Tier, &[usize]); 7] = [
+    let rows: [(usize, [usize; 3], Tier, &[usize]); 7] = [
         (1, [1, 2, 2], near, &[1]),
         (2, [2, 2, 2], near, &[1, 1]),
         (3, [1, 2, 2], next, &[1, 1, 1]),
@@ -121,17 +114,17 @@ fn who_comes_next_takes_what_the_nearest_are_too_few_for() {
     for (enough, per_tier, last, expected) in rows {
         let chosen = all(per_tier);
         let candidates = chosen.iter().map(|one| (one.tier, one.endpoint.ip()));
-        let found = last_tier(&spilling(enough), candidates);
+        let found = last_tier(enough, candidates);
         assert_eq!(found, Some(last), "{enough} {per_tier:?}");
         let chosen: Vec<_> = chosen.into_iter().filter(|one| one.tier <= last).collect();
-        let list = slots(&spilling(enough), chosen);
+        let list = slots(&Balance::default(), enough, chosen);
         assert_eq!(
             counts(&list, expected.len()),
             expected,
             "{enough} {per_tier:?}"
         );
     }
-    assert_eq!(last_tier::<Tier>(&spilling(3), std::iter::empty()), None);
+    assert_eq!(last_tier::<Tier>(3, std::iter::empty()), None);
 }
 
 #[test]
@@ -142,7 +135,7 @@ fn a_tier_s_part_is_divided_by_weight() {
         at(Tier::Anywhere, 1, 2),
         at(Tier::Anywhere, 2, 1),
     ];
-    let list = slots(&spilling(2), chosen);
+    let list = slots(&Balance::default(), 2, chosen);
     assert_eq!(counts(&list, 3), [3, 2, 1]);
 }
 
@@ -151,7 +144,7 @@ fn hashed_lists_share_evenly_and_by_weight() {
     let hashed = weighted(Policy::ConsistentHash);
     for count in [1, 2, 3, 25, 26, 100, 409] {
         let chosen = (0..count).map(|number| at(Tier::SameNode, number, 1));
-        let list = slots(&hashed, chosen.collect());
+        let list = slots(&hashed, 1, chosen.collect());
         let expected = HASHED_SLOTS
             .into_iter()
             .find(|&length| length >= 10 * count);
@@ -167,10 +160,10 @@ fn hashed_lists_share_evenly_and_by_weight() {
         );
     }
     let chosen = vec![at(Tier::SameNode, 0, 3), at(Tier::SameNode, 1, 1)];
-    let counts = counts(&slots(&hashed, chosen), 2);
+    let counts = counts(&slots(&hashed, 1, chosen), 2);
     assert!((187..=190).contains(&counts[0]), "{counts:?}"); // Three quarters of 251.
     let crowd = (0..5_000).map(|number| at(Tier::SameNode, number, 1));
-    assert_eq!(slots(&hashed, crowd.collect()).len(), 5_000);
+    assert_eq!(slots(&hashed, 1, crowd.collect()).len(), 5_000);
 }
 
 #[test]
@@ -179,7 +172,7 @@ fn few_clients_move_when_an_endpoint_goes() {
     let list_without = |gone: usize| {
         let chosen = (0..10).filter(|&number| number != gone);
         let chosen = chosen.map(|number| at(Tier::SameNode, number, 1));
-        slots(&hashed, chosen.collect())
+        slots(&hashed, 1, chosen.collect())
     };
     let all = list_without(10);
     for gone in 0..10 {

@@ -1,4 +1,4 @@
-//! Endpoints to which connects fail, and what ways to them cost.
+//! Endpoints to which connects fail, what ways to them cost, and those that are full.
 
 use super::*;
 
@@ -122,4 +122,85 @@ fn this_node_costs_nothing_and_spill_over_goes_on_by_cost() {
     check_chosen(&view, &[1, 1, 2, 3, 4, 5, 1, 1]);
     view = with(view, at(&["near", "zone", "region", "far"]));
     check_chosen(&view, &[2, 3]);
+}
+
+/// So many connections to each, of at most `limit`.
+fn load(view: &mut View, limit: u16, open: &[(u8, u32)]) {
+    service_of(view).balance.max_connections = NonZeroU16::new(limit);
+    let at = |&(number, open): &(u8, u32)| (([10, 42, 0, number], 8080).into(), open);
+    view.open = open.iter().map(at).collect();
+}
+
+#[test]
+fn a_full_endpoint_takes_no_connections_while_another_has_room() {
+    let mut view = with(view(), at(&ALL));
+    load(&mut view, 10, &[(1, 9)]);
+    check_chosen(&view, &[1]);
+    load(&mut view, 10, &[(1, 10)]);
+    check_chosen(&view, &[2]);
+    let ranked = rank(&view, &view.snapshot.services[&name()]);
+    let full = ranked.iter().filter(|one| one.is_full());
+    let full: Vec<_> = full.map(|one| (one.address, one.chosen)).collect();
+    assert_eq!(full, [([10, 42, 0, 1].into(), false)]);
+    // It carries its part already.
+    load(&mut view, 10, &[(1, 10), (2, 9)]);
+    check_chosen(&view, &[2]);
+    load(&mut view, 10, &[(1, 10), (2, 10)]);
+    check_chosen(&view, &[3]);
+    load(&mut view, 10, &[(2, 10)]);
+    check_chosen(&view, &[1]);
+    // The limit is of connections.
+    service_of(&mut view).ports[0].protocol = Protocol::Udp;
+    let slices = &mut Arc::make_mut(&mut view.snapshot).slices;
+    let slice = slices.get_mut(&name()).unwrap().get_mut("s1").unwrap();
+    Arc::make_mut(slice).ports[0].protocol = Protocol::Udp;
+    let near = SocketAddr::from(([10, 42, 0, 1], 8080));
+    view.open = [(near, 10)].into();
+    let table = table(&view);
+    assert_eq!(table.values().next().unwrap().endpoints, [near]);
+}
+
+#[test]
+fn connections_that_ended_leave_room_and_the_load_says_how_many_carry_it() {
+    let mut view = with(view(), at(&["own", "near", "zone"]));
+    // Half of what 20 connections need: the other half goes on.
+    load(&mut view, 10, &[(1, 8), (2, 6), (3, 6)]);
+    check_chosen(&view, &[1, 2]);
+    load(&mut view, 10, &[(1, 8), (2, 6), (3, 7)]);
+    check_chosen(&view, &[1, 2, 3]);
+    load(&mut view, 10, &[(1, 4), (2, 6)]);
+    check_chosen(&view, &[1]);
+    // What `spillOver` asks for is the least; who is full is one of those.
+    service_of(&mut view).balance.spill_over = 2;
+    check_chosen(&view, &[1, 2]);
+    load(&mut view, 10, &[(1, 10)]);
+    check_chosen(&view, &[2]);
+}
+
+#[test]
+fn where_all_are_full_they_share_as_if_there_were_no_limit_but_the_load() {
+    let mut view = with(view(), at(&["own", "near", "far"]));
+    load(&mut view, 1, &[(1, 1), (2, 1), (5, 1)]);
+    check_chosen(&view, &[1, 2, 5]);
+    service_of(&mut view).local_only = true;
+    check_chosen(&view, &[1]);
+}
+
+#[test]
+fn an_endpoint_of_two_services_has_the_least_limit_and_others_none() {
+    let mut view = with(view(), at(&["own", "near"]));
+    assert_eq!(connection_limits(&view), BTreeMap::new());
+    load(&mut view, 10, &[]);
+    let snapshot = Arc::make_mut(&mut view.snapshot);
+    let mut other = Service::clone(&snapshot.services[&name()]);
+    other.name.name = "other".into();
+    other.balance.max_connections = NonZeroU16::new(7);
+    let mut slices = snapshot.slices[&name()].clone();
+    Arc::make_mut(slices.get_mut("s1").unwrap())
+        .endpoints
+        .truncate(1);
+    snapshot.slices.insert(other.name.clone(), slices);
+    snapshot.services.insert(other.name.clone(), other.into());
+    let at = |number: u8| SocketAddr::from(([10, 42, 0, number], 8080));
+    assert_eq!(connection_limits(&view), [(at(1), 7), (at(2), 10)].into());
 }

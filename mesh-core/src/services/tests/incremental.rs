@@ -79,6 +79,24 @@ fn an_ejected_endpoint_costs_the_services_that_have_it() {
 }
 
 #[test]
+fn a_connection_costs_the_services_with_a_limit_that_have_its_endpoint() {
+    let at = |number: u8, index: u8| SocketAddr::from(([10, 42, index, number], 8080));
+    let open = |number: u8| [(at(number, 1), 3), (at(8, 1), 3)].into();
+    check(|view| view.open = open(7), 0, 0);
+    let mut now = hundred();
+    let services = &mut Arc::make_mut(&mut now.snapshot).services;
+    let service = Arc::make_mut(services.get_mut(&named(7)).unwrap());
+    service.balance.max_connections = NonZeroU16::new(3);
+    let mut followed = Table::default();
+    followed.update(&Arc::new(now.clone()));
+    for (number, expected) in [(7, (1, 1)), (9, (1, 1)), (10, (0, 0))] {
+        now.open = open(number);
+        let update = followed.update(&Arc::new(now.clone()));
+        assert_eq!((update.services, update.changed.len()), expected);
+    }
+}
+
+#[test]
 fn a_cost_costs_the_services_that_go_by_it_and_have_endpoints_there() {
     let costs = |view: &mut View| {
         view.costs = [("far".parse().unwrap(), Duration::from_millis(9))].into();

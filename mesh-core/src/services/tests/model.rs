@@ -2,7 +2,7 @@
 //! client at a time, as plain as can be. Few names and addresses, so that they clash often.
 
 use proptest::{
-    collection::vec,
+    collection::{btree_map, btree_set, vec},
     option,
     prelude::*,
     sample::{select, subsequence},
@@ -129,7 +129,25 @@ fn endpoints(
         all.retain(|one| !fails(one));
     }
     // Row "spill-over": those that come next as well, until there are enough.
-    let enough = usize::from(service.balance.spill_over.max(1));
+    let mut enough = usize::from(service.balance.spill_over.max(1));
+    // Row "maxConnections": so many as all connections need, those that are full among them.
+    let limit = service
+        .balance
+        .max_connections
+        .map(|limit| u32::from(limit.get()));
+    if let Some(limit) = limit.filter(|_| port.protocol == Protocol::Tcp) {
+        let open = |at: &SocketAddr| view.open.get(at).copied().unwrap_or(0);
+        let addresses: BTreeSet<_> = all.iter().map(|one| one.at).collect();
+        let total: u32 = addresses.iter().map(open).sum();
+        while u32::try_from(enough).unwrap() * limit < total {
+            enough += 1;
+        }
+        let full = addresses.iter().filter(|&at| open(at) >= limit).count();
+        if full < addresses.len() {
+            all.retain(|one| open(&one.at) < limit);
+            enough = enough.saturating_sub(full).max(1);
+        }
+    }
     let mut chosen: BTreeMap<IpAddr, Vec<SocketAddr>> = BTreeMap::new();
     for near in order {
         // Row "least-latency": of those that come next, first those that cost about as little as the
@@ -356,7 +374,7 @@ fn service() -> impl Strategy<Value = Service> {
         vec(mostly(false), 3),
         distribution,
         mostly(true),
-        (policy, 0..4_u16),
+        (policy, 0..4_u16, option::of(select([1, 2, 9].as_slice()))),
     );
     let parts = (
         name,
@@ -374,7 +392,7 @@ fn service() -> impl Strategy<Value = Service> {
                 namespace: namespace.to_owned(),
                 name: name.to_owned(),
             };
-            let (flags, distribution, has_address, (policy, spill_over)) = said;
+            let (flags, distribution, has_address, (policy, spill_over, limit)) = said;
             let kind = if has_address {
                 ServiceKind::ClusterIp(cluster)
             } else {
@@ -400,6 +418,7 @@ fn service() -> impl Strategy<Value = Service> {
                 balance: Balance {
                     policy,
                     spill_over,
+                    max_connections: limit.and_then(NonZeroU16::new),
                     weights: Vec::new(),
                 },
                 ..Service::new(name, kind)
@@ -413,14 +432,18 @@ pub(super) fn any_view() -> impl Strategy<Value = View> {
     let dead = subsequence(NODES.to_vec(), 0..3);
     let overlay = [100, 96, 0, 2].into();
     let addresses = [endpoint_addresses(), vec![overlay]].concat();
-    let ejected = vec((select(addresses), select(NUMBERS.as_slice())), 0..6);
+    let at = (select(addresses), select(NUMBERS.as_slice()));
+    let at = at.prop_map(|(address, port)| SocketAddr::new(address, port));
+    let ejected = btree_set(at.clone(), 0..6);
+    let open = btree_map(at, 1..12_u32, 0..12);
     // The limits of what counts as alike: a quarter, and 2 ms.
     let costs = vec(
         option::of(select([1, 3, 4, 40, 50, 51].as_slice())),
         NODES.len(),
     );
-    let seen = (dead, ejected, costs);
-    (vec(node(), 0..5), services, seen).prop_map(|(nodes, services, (dead, ejected, costs))| {
+    let seen = (dead, ejected, costs, open);
+    (vec(node(), 0..5), services, seen).prop_map(|(nodes, services, seen)| {
+        let (dead, ejected, costs, open) = seen;
         let mesh = MeshId([1; 32]);
         let mut snapshot = Snapshot::empty(MeshSettings::with_defaults(mesh, "test"));
         for (index, (name, (locality, underlay_addresses))) in (1_u8..).zip(NODES.iter().zip(nodes))
@@ -451,14 +474,14 @@ pub(super) fn any_view() -> impl Strategy<Value = View> {
                 .insert(service.name.clone(), service.into());
         }
         let dead = dead.iter().map(|name| name.parse().unwrap());
-        let at = |(address, port)| SocketAddr::new(address, port);
         let costs = NODES
             .iter()
             .zip(costs)
             .filter_map(|(node, ms)| Some((node, ms?)));
         View {
             dead: dead.collect(),
-            ejected: ejected.into_iter().map(at).collect(),
+            ejected,
+            open,
             costs: costs
                 .map(|(node, ms)| (node.parse().unwrap(), Duration::from_millis(ms)))
                 .collect(),
