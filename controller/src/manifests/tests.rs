@@ -477,15 +477,6 @@ fn a_broken_file_takes_nothing_away_not_even_after_a_restart() {
 }
 
 #[test]
-fn the_first_of_two_equal_objects_counts_also_across_files() {
-    let place = tempfile::tempdir().unwrap();
-    write(place.path(), SERVICE);
-    fs::write(place.path().join("z.yaml"), SERVICE.replace("80", "99")).unwrap();
-    let mut folder = Folder::default();
-    folder.scan(place.path());
-    assert_eq!(ports(&folder), [("inventory".to_owned(), 80)]);
-    let problems = folder.objects().1;
-#[test]
 fn what_a_file_brings_counts_at_once_and_what_it_takes_away_later() {
     let place = tempfile::tempdir().unwrap();
     let other = SERVICE.replace("inventory", "orders");
@@ -512,6 +503,15 @@ fn what_a_file_brings_counts_at_once_and_what_it_takes_away_later() {
     assert_eq!(ports(&folder), [of("inventory", 81)]);
 }
 
+#[test]
+fn the_first_of_two_equal_objects_counts_also_across_files() {
+    let place = tempfile::tempdir().unwrap();
+    write(place.path(), SERVICE);
+    fs::write(place.path().join("z.yaml"), SERVICE.replace("80", "99")).unwrap();
+    let mut folder = Folder::default();
+    folder.scan(place.path());
+    assert_eq!(ports(&folder), [("inventory".to_owned(), 80)]);
+    let problems = folder.objects().1;
     let expected = "z.yaml:1: document 1: Service shop/inventory: is already at shop.yaml:1: document 1; this one is left out";
     assert_eq!(problems, [expected]);
 }
