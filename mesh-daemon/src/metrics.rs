@@ -67,7 +67,7 @@ impl TryFrom<String> for Listen {
 }
 
 /// What goes up and down.
-type Number = Gauge<f64, AtomicU64>;
+type Number = Gauge<u64, AtomicU64>;
 
 /// A label's name and value.
 pub type Labels = Vec<(&'static str, String)>;
@@ -84,13 +84,16 @@ impl Page {
     }
 
     /// A number that goes up and down. `help` is a sentence; its full stop is added.
-    pub fn gauge(&mut self, name: &str, help: &str, value: f64) {
-        self.0.register(name, help, number(value));
+    pub fn gauge(&mut self, name: &str, help: &str, value: u64) {
+        let gauge = Number::default();
+        gauge.set(value);
+        self.0.register(name, help, gauge);
     }
 
     /// Seconds; `_seconds` is added to the name.
     pub fn seconds(&mut self, name: &str, help: &str, value: f64) {
-        let seconds = number(value);
+        let seconds: Gauge<f64, AtomicU64> = Gauge::default();
+        seconds.set(value);
         self.0
             .register_with_unit(name, help, Unit::Seconds, seconds);
     }
@@ -100,7 +103,7 @@ impl Page {
         &mut self,
         name: &str,
         help: &str,
-        values: impl IntoIterator<Item = (Labels, f64)>,
+        values: impl IntoIterator<Item = (Labels, u64)>,
     ) {
         let family: Family<Labels, Number> = Family::default();
         for (labels, value) in values {
@@ -140,12 +143,6 @@ impl Page {
         text::encode(&mut text, &self.0)?;
         Ok(text)
     }
-}
-
-fn number(value: f64) -> Number {
-    let number = Number::default();
-    number.set(value);
-    number
 }
 
 /// Shows what `page` makes at `listen` until `stop`. Where it cannot listen, that is logged once and tried again: a mesh does
@@ -190,7 +187,11 @@ async fn bind(listen: SocketAddr) -> TcpListener {
     let mut said = false;
     loop {
         match TcpListener::bind(listen).await {
-            Ok(listener) => return listener,
+            Ok(listener) => {
+                let listen = listener.local_addr().unwrap_or(listen);
+                tracing::info!(%listen, "metrics are shown");
+                return listener;
+            }
             Err(error) if !said => {
                 tracing::warn!(%listen, %error, "no metrics are shown; trying again (`metrics_listen`)");
                 said = true;
@@ -242,7 +243,7 @@ mod tests {
 
     fn page() -> Page {
         let mut page = Page::new("holdfast_test");
-        page.gauge("peers", "Peers", 2.5);
+        page.gauge("peers", "Peers", 2);
         page.seconds("snapshot_age", "How old the snapshot is", 7.0);
         let reasons =
             ["replay", "de\"nied\\\n"].map(|reason| (vec![("reason", reason.to_owned())], 3));
@@ -256,7 +257,7 @@ mod tests {
         for line in [
             "# HELP holdfast_test_peers Peers.",
             "# TYPE holdfast_test_peers gauge",
-            "holdfast_test_peers 2.5",
+            "holdfast_test_peers 2",
             "holdfast_test_snapshot_age_seconds 7.0",
             "# TYPE holdfast_test_drops counter",
             "holdfast_test_drops_total{reason=\"replay\"} 3",

@@ -6,7 +6,7 @@ use std::{
 };
 
 use mesh_core::relay_server::{Limits, Rate};
-use mesh_daemon::FileError;
+use mesh_daemon::{FileError, metrics};
 use mesh_identity::credentials::{Credentials, CredentialsError};
 use mesh_wire::id::{Identity, RelayName};
 use serde::Deserialize;
@@ -31,6 +31,8 @@ struct ConfigFile {
     tls_listen: SocketAddr,
     #[serde(default = "stun_ports")]
     stun_listen: Vec<SocketAddr>,
+    #[serde(default = "metrics_port")]
+    metrics_listen: metrics::Listen,
     #[serde(default)]
     clients_max: Option<usize>,
     #[serde(default)]
@@ -47,6 +49,10 @@ fn stun_ports() -> Vec<SocketAddr> {
     vec![(std::net::Ipv6Addr::UNSPECIFIED, 3478).into()]
 }
 
+fn metrics_port() -> metrics::Listen {
+    metrics::Listen::local(9_641)
+}
+
 /// What a relay needs to run.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -58,6 +64,8 @@ pub struct Settings {
     pub files: CredentialFiles,
     /// Where it listens.
     pub listen: Listen,
+    /// Where Prometheus asks.
+    pub metrics: metrics::Listen,
     /// How much is too much.
     pub limits: Limits,
 }
@@ -157,6 +165,7 @@ impl Settings {
         }
         Ok(Self {
             limits: limits(&file, path)?,
+            metrics: file.metrics_listen,
             name: file.name,
             credentials,
             files,

@@ -5,12 +5,13 @@
 #![forbid(unsafe_code)]
 
 use std::{
+    future::ready,
     process::ExitCode,
     time::{Duration, SystemTime},
 };
 
 use anyhow::Context as _;
-use mesh_daemon::{Daemon, NotifyState, notify, stop_signal};
+use mesh_daemon::{Daemon, NotifyState, metrics, notify, stop_signal};
 use mesh_relay::{
     config::Settings,
     server::{Relay, RelayHandle},
@@ -42,6 +43,9 @@ async fn run(settings: &Settings) -> anyhow::Result<()> {
     let handle = relay.handle();
     notify(NotifyState::Ready);
     let stop = CancellationToken::new();
+    let shown = handle.clone();
+    let page = move || ready(shown.metrics());
+    tokio::spawn(metrics::serve(settings.metrics, page, stop.clone()));
     let mut serving = Box::pin(relay.run(stop.clone()));
     tokio::select! {
         ended = &mut serving => return Ok(ended?),

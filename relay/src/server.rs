@@ -5,6 +5,7 @@ use std::{collections::BTreeSet, fmt, io, net::SocketAddr, sync::Arc, time::Dura
 use arc_swap::ArcSwap;
 use futures_util::future;
 use mesh_core::relay_server::Limits;
+use mesh_daemon::metrics::Page;
 use mesh_identity::{
     certificate::peer_identity,
     credentials::Credentials,
@@ -37,6 +38,7 @@ use crate::{
 mod hub;
 mod quic_link;
 mod tls_link;
+mod totals;
 mod udp;
 
 /// TLS handshakes at once, of either transport: 256 × 50 KiB; at 1 ms of processor each, a quarter
@@ -79,6 +81,12 @@ impl RelayHandle {
     /// Whom the relay serves from now on: one node of each pair is one of these. `None`: everybody.
     pub fn set_served(&self, served: Option<BTreeSet<NodeId>>) {
         self.0.hub.set_served(served);
+    }
+
+    /// What it counted, for Prometheus.
+    #[must_use]
+    pub fn metrics(&self) -> Page {
+        self.0.hub.totals_now().page()
     }
 
     /// What the relay shows of itself from now on, to who comes; links that are there stay.

@@ -14,8 +14,7 @@ use bytes::Bytes;
 use mesh_core::{
     io::RelayTransport,
     relay_server::{
-        Batch, Counters, DropReason, Limits, LinkId, Output, Refusal, RelayServer, UdpPath,
-        Verdict, Way,
+        Batch, DropReason, Limits, LinkId, Output, Refusal, RelayServer, UdpPath, Verdict, Way,
     },
 };
 use mesh_wire::{
@@ -31,6 +30,7 @@ use crate::{
     BATCH_FRAMES,
     queue::Queue,
     quic::{SEND_BYTES_MAX, endpoint::Socket},
+    server::totals::Totals,
 };
 
 /// One lock for all links: it is held for some map look-ups a batch of packets, a small part of
@@ -80,70 +80,6 @@ pub(super) struct UdpCounters {
     pub(super) stun_ignored: AtomicU64,
     /// Neither STUN nor QUIC nor a frame.
     pub(super) garbage_datagrams: AtomicU64,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-struct Totals {
-    core: Counters,
-    links: usize,
-    bad_frames: u64,
-    queue_dropped_frames: u64,
-    overrun_datagrams: u64,
-    failed_handshakes: u64,
-    plain_http_requests: u64,
-    stun_answers: u64,
-    stun_ignored: u64,
-    garbage_datagrams: u64,
-}
-
-impl Totals {
-    /// What an operator should look at when it grows.
-    fn refused_or_dropped(&self) -> u64 {
-        let core = &self.core;
-        core.no_session_frames
-            + core.rate_limited_frames
-            + core.unbound_frames
-            + core.binds_refused
-            + core.handshakes_limited
-            + core.links_refused
-            + core.finds_refused
-            + core.pairs_not_served
-            + self.bad_frames
-            + self.queue_dropped_frames
-            + self.overrun_datagrams
-            + self.failed_handshakes
-            + self.plain_http_requests
-            + self.stun_ignored
-            + self.garbage_datagrams
-    }
-
-    fn log(&self, what: &'static str) {
-        let core = &self.core;
-        tracing::info!(
-            links = self.links,
-            forwarded_frames = core.forwarded_frames,
-            forwarded_bytes = core.forwarded_bytes,
-            no_session_frames = core.no_session_frames,
-            rate_limited_frames = core.rate_limited_frames,
-            binds = core.binds,
-            binds_refused = core.binds_refused,
-            unbound_frames = core.unbound_frames,
-            handshakes_limited = core.handshakes_limited,
-            links_refused = core.links_refused,
-            links_replaced = core.links_replaced,
-            finds_refused = core.finds_refused,
-            pairs_not_served = core.pairs_not_served,
-            bad_frames = self.bad_frames,
-            queue_dropped_frames = self.queue_dropped_frames,
-            overrun_datagrams = self.overrun_datagrams,
-            failed_handshakes = self.failed_handshakes,
-            plain_http_requests = self.plain_http_requests,
-            stun_answers = self.stun_answers,
-            stun_ignored = self.stun_ignored,
-            garbage_datagrams = self.garbage_datagrams,
-            "{what}"
-        );
-    }
 }
 
 impl Hub {
@@ -391,15 +327,18 @@ impl Hub {
     pub(super) fn log_drops(&self) {
         let mut state = self.lock();
         let totals = self.totals(&state);
-        if totals.refused_or_dropped() > state.reported.refused_or_dropped() {
+        if totals.refused_or_dropped_sum() > state.reported.refused_or_dropped_sum() {
             totals.log("something was refused or dropped");
         }
         state.reported = totals;
     }
 
     pub(super) fn log_totals(&self) {
-        let totals = self.totals(&self.lock());
-        totals.log("stopped");
+        self.totals_now().log("stopped");
+    }
+
+    pub(super) fn totals_now(&self) -> Totals {
+        self.totals(&self.lock())
     }
 
     fn totals(&self, state: &State) -> Totals {

@@ -90,9 +90,14 @@ impl Mesh {
     pub(crate) fn configure(&self, listen: Option<[SocketAddr; 3]>, more: &str) -> PathBuf {
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
         let [quic, tls, stun] = listen.unwrap_or([any; 3]);
+        let metrics = if more.contains("metrics_listen") {
+            ""
+        } else {
+            "metrics_listen = \"off\"\n" // Its port is not free for all tests at once.
+        };
         let text = format!(
             "name = \"r1\"\ncertificate = \"relay.pem\"\nkey = \"relay.key\"\nca = \"ca.pem\"\n\
-             quic_listen = \"{quic}\"\ntls_listen = \"{tls}\"\nstun_listen = [\"{stun}\"]\n{more}\n"
+             quic_listen = \"{quic}\"\ntls_listen = \"{tls}\"\nstun_listen = [\"{stun}\"]\n{metrics}{more}\n"
         );
         self.write("relay.toml", &text);
         self.path("relay.toml")
@@ -138,6 +143,7 @@ impl Relay {
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let mut before = Vec::new();
         let listening = loop {
             match lines.next() {
                 Some(line) => {
@@ -145,11 +151,12 @@ impl Relay {
                     if line.contains("listening") {
                         break line;
                     }
+                    before.push(line);
                 }
                 None => panic!("the relay ended: {:?}", child.wait()),
             }
         };
-        let log = Arc::new(Mutex::new(Vec::new()));
+        let log = Arc::new(Mutex::new(before));
         let writer = log.clone();
         let reader = thread::spawn(move || {
             for line in lines.map_while(Result::ok) {
@@ -170,22 +177,22 @@ impl Relay {
         [self.quic, self.tls, self.stun]
     }
 
-    /// Waits until it has written a line with `words` in it.
-    pub(crate) async fn logged(&self, words: &str) {
+    /// The line with `words` in it, once it has been written.
+    pub(crate) async fn logged(&self, words: &str) -> String {
         let logged = || {
-            self.log
-                .lock()
-                .unwrap()
-                .iter()
-                .any(|line| line.contains(words))
+            let log = self.log.lock().unwrap();
+            log.iter().find(|line| line.contains(words)).cloned()
         };
         let waiting = async {
-            while !logged() {
+            loop {
+                if let Some(line) = logged() {
+                    return line;
+                }
                 time::sleep(Duration::from_millis(50)).await;
             }
         };
         let waited = time::timeout(PATIENCE, waiting).await;
-        waited.unwrap_or_else(|_| panic!("nothing of {words:?} in the log"));
+        waited.unwrap_or_else(|_| panic!("nothing of {words:?} in the log"))
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -207,7 +214,7 @@ impl Relay {
         self.child.wait().unwrap()
     }
 
-    /// Stops it in order. Returns what it wrote after it had started.
+    /// Stops it in order. Returns what it wrote.
     pub(crate) fn stop(mut self) -> String {
         self.terminate();
         let status = self.wait();
@@ -234,7 +241,7 @@ impl Drop for Relay {
     }
 }
 
-fn field(line: &str, key: &str) -> SocketAddr {
+pub(crate) fn field(line: &str, key: &str) -> SocketAddr {
     let (_, rest) = line.split_once(key).unwrap();
     let word = rest.split([' ', ',']).next().unwrap();
     word.trim_end_matches(']').parse().unwrap() // The end of the list.

@@ -7,8 +7,12 @@ use std::{
 };
 
 use mesh_relay::client::{ConnectError, LinkEvent, SendError};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 
-use crate::harness::{Mesh, Node, PATIENCE, Quic, Relay, Tls, Transport, counter, id};
+use crate::harness::{Mesh, Node, PATIENCE, Quic, Relay, Tls, Transport, counter, field, id};
 
 /// WireGuard's data packet around a full-size inner packet.
 const FULL_SIZE: usize = 1280 + 32;
@@ -38,6 +42,32 @@ async fn nodes_exchange_packets_of_all_sizes_by_every_mix_of_transports() {
         assert!(a.link.rtt().is_some_and(|rtt| rtt < PATIENCE));
     }
     assert_eq!(counter(&relay.stop(), "queue_dropped_frames"), 0);
+}
+
+#[tokio::test]
+async fn prometheus_sees_what_the_relay_did() {
+    let mesh = Mesh::new();
+    let relay = mesh.relay_with("metrics_listen = \"127.0.0.1:0\"");
+    let line = relay.logged("metrics are shown").await;
+    let at = field(&line, "listen=");
+    let a = Node::connect(&mesh, &relay, 1, Quic).await;
+    let mut b = Node::connect(&mesh, &relay, 2, Tls).await;
+    a.send(&b, b"one");
+    b.data().await;
+    let mut stream = TcpStream::connect(at).await.unwrap();
+    let request = b"GET /metrics HTTP/1.1\r\nHost: relay\r\n\r\n";
+    stream.write_all(request).await.unwrap();
+    let mut page = String::new();
+    stream.read_to_string(&mut page).await.unwrap();
+    for line in [
+        "holdfast_relay_links 2",
+        "holdfast_relay_forwarded_frames_total 1",
+        "holdfast_relay_forwarded_bytes_total 3",
+        "holdfast_relay_refused_or_dropped_total{reason=\"queue_dropped_frames\"} 0",
+    ] {
+        assert!(page.lines().any(|found| found == line), "{line} in {page}");
+    }
+    assert_eq!(counter(&relay.stop(), "forwarded_frames"), 1);
 }
 
 #[tokio::test]
