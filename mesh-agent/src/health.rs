@@ -4,7 +4,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    convert::Infallible,
+    future::ready,
     net::SocketAddr,
     sync::Arc,
     time::Duration,
@@ -14,16 +14,14 @@ use anyhow::Context as _;
 use hyper::{
     HeaderMap, Response, StatusCode,
     header::{CONTENT_TYPE, HeaderName, HeaderValue},
-    server::conn::http1,
-    service::service_fn,
 };
-use hyper_util::rt::TokioIo;
 use mesh_core::{
     services::{self, HealthCheck, View},
     snapshot::ServiceName,
 };
+use mesh_daemon::http;
 use tokio::{
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
     sync::{Semaphore, watch},
     task::{AbortHandle, JoinSet},
     time::{self, Instant},
@@ -41,14 +39,7 @@ const SAID_MAX: usize = 8;
 /// answered in milliseconds. One more for each socket waits, and others in the kernel's backlog.
 const CONNECTIONS_MAX: usize = 64;
 
-/// How long a connection lasts at most, with one request.
-const CONNECTION_LIMIT: Duration = Duration::from_secs(5);
-
-/// What a request's header may take: hyper's least.
-const HEADER_BYTES_MAX: usize = 8_192;
-
-/// Pause before an address that could not be listened on is tried again, and after a connection that
-/// the kernel could not give (no file descriptor left).
+/// Pause before an address that could not be listened on is tried again.
 const RETRY: Duration = Duration::from_secs(5);
 
 /// How many endpoints this node has, for load balancers that share by it.
@@ -168,49 +159,15 @@ fn said(
     lines
 }
 
+/// Answers whatever is asked for. A service that is gone meanwhile has nothing here.
 async fn serve(
     listener: TcpListener,
     port: u16,
     told: watch::Receiver<Checks>,
     connections: Arc<Semaphore>,
 ) {
-    let mut clients = JoinSet::new();
-    loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(port, %error, "cannot take a health check");
-                time::sleep(RETRY).await;
-                continue;
-            }
-        };
-        let Ok(permit) = Arc::clone(&connections).acquire_owned().await else {
-            return; // Never closed.
-        };
-        while clients.try_join_next().is_some() {}
-        let told = told.clone();
-        clients.spawn(async move {
-            let check = told.borrow().get(&port).cloned();
-            let answered = time::timeout(CONNECTION_LIMIT, answer(stream, check)).await;
-            if let Ok(Err(error)) = answered {
-                tracing::debug!(port, %error, "a health check went wrong");
-            }
-            drop(permit);
-        });
-    }
-}
-
-/// One request, whatever it asks for. A service that is gone meanwhile has nothing here.
-async fn answer(stream: TcpStream, check: Option<HealthCheck>) -> hyper::Result<()> {
-    let response = service_fn(|_request| {
-        let response = respond(check.as_ref());
-        async move { Ok::<_, Infallible>(response) }
-    });
-    http1::Builder::new()
-        .keep_alive(false)
-        .max_buf_size(HEADER_BYTES_MAX)
-        .serve_connection(TokioIo::new(stream), response)
-        .await
+    let answer = move |_request| ready(respond(told.borrow().get(&port)));
+    http::serve(listener, connections, answer).await;
 }
 
 fn respond(check: Option<&HealthCheck>) -> Response<String> {
