@@ -1,9 +1,9 @@
-//! Endpoints to which connects fail are left alone for a while.
+//! Endpoints to which connects fail, and those that are full, are left alone for a while.
 
 use std::{fs, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use netns_tests::{mesh::Mesh, tool};
+use netns_tests::{mesh::Mesh, node::Process, tool};
 use serde_json::Value;
 
 /// What should happen soon has happened by then, or never will; trials come after 10 s, 20 s and 40 s.
@@ -78,4 +78,59 @@ fn an_endpoint_that_resets_connects_is_left_alone_and_tried_again() -> Result<()
         ensure!(flags == (false, true), "{flags:?}");
         Ok(())
     })
+}
+
+/// Kept open until it is killed, by whoever asks at `node`.
+fn connection(mesh: &Mesh, number: usize) -> Result<Process> {
+    let node = mesh.node("edge-a1")?;
+    let address = URL.trim_start_matches("http:/");
+    let open = format!("exec 3<>/dev/tcp{address}80 && echo open && exec sleep 600");
+    let log = format!("connection{number}");
+    let process = node.spawn(&log, &["bash", "-c", &open])?;
+    tool::eventually("it connects", REQUEST_LIMIT, || {
+        let said = fs::read_to_string(node.dir().join(format!("{log}.log")))?;
+        ensure!(said.contains("open"), "{said}");
+        Ok(())
+    })?;
+    Ok(process)
+}
+
+#[test]
+fn new_connections_go_on_where_the_near_endpoint_is_full_and_return_when_some_end() -> Result<()> {
+    let mesh = Mesh::two_sites()?;
+    mesh.serve("edge-a1", "near", &["http", "near", "[::]:8080"])?;
+    mesh.serve("edge-b1", "far", &["http", "far", "[::]:8080"])?;
+    let manifest = "apiVersion: v1
+kind: Service
+metadata: {name: kiosk, namespace: shop, annotations: {mesh.holdfast.dev/max-connections: '3'}}
+spec: {clusterIP: 10.43.0.77, ports: [{name: http, port: 80, targetPort: http}]}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: kiosk, namespace: shop, labels: {kubernetes.io/service-name: kiosk}}
+addressType: IPv4
+ports: [{name: http, port: 8080}]
+endpoints: [{addresses: [100.96.1.1], nodeName: edge-a1}, {addresses: [100.96.2.1], nodeName: edge-b1}]
+";
+    fs::write(mesh.manifests().join("kiosk.yaml"), manifest)?;
+    let all_go_to = |wanted: &str| {
+        tool::eventually(&format!("all go to the {wanted} one"), SOON, || {
+            for _ in 0..4 {
+                let node = mesh.get("edge-a1", &[URL], REQUEST_LIMIT)?.node;
+                ensure!(node == wanted, "{node}");
+            }
+            Ok(())
+        })
+    };
+    all_go_to("near")?;
+    let open = (0..3).map(|number| connection(&mesh, number));
+    let mut open: Vec<_> = open.collect::<Result<_>>()?;
+    all_go_to("far")?;
+    // It stays so while they are open.
+    std::thread::sleep(Duration::from_secs(2));
+    all_go_to("far")?;
+    for mut connection in open.drain(..2) {
+        connection.kill()?;
+    }
+    all_go_to("near")
 }
