@@ -3,12 +3,16 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
+    io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsRawFd,
     path::{Path, PathBuf},
     process,
-    sync::MutexGuard,
-    thread,
+    sync::{
+        Arc, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
 };
 
 use ebpf_abi::RedirectCounter;
@@ -16,15 +20,23 @@ use ebpf_loader::{
     Clients, Frontend, Protocol, RedirectKind, RedirectLink, RedirectReport, Redirects, Services,
     find_cgroup2,
 };
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{
     lan::{index, inside, namespace, new_namespace, return_home, turn},
     netns::ip,
+    redirect::tap,
     sockets::PATIENCE,
 };
 
 /// The node's own addresses towards its pods.
 const NODE: [&str; 2] = ["10.244.0.1", "fd44::1"];
+
+/// How often a wire looks whether it is to end.
+const WIRE_LOOK: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 50_000_000,
+};
 
 /// Of the service of [`Node::serve`].
 pub(crate) const SERVICES: [&str; 2] = ["10.96.0.1:80", "[fd96::1]:80"];
@@ -84,6 +96,13 @@ pub(crate) struct Node {
 /// Its namespace is there as long as this is.
 pub(crate) struct Pod {
     namespace: File,
+    _wire: Option<Wire>,
+}
+
+/// What a hypervisor does: frames go from one TAP device to the other until this is dropped.
+struct Wire {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Node {
@@ -203,6 +222,39 @@ impl Drop for Node {
     }
 }
 
+impl Wire {
+    fn new(one: File, other: File) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let carry = move || {
+            let mut frame = [0; 2_000];
+            while !stopped.load(Ordering::Relaxed) {
+                let mut ends = [&one, &other].map(|end| PollFd::new(end, PollFlags::IN));
+                poll(&mut ends, Some(&WIRE_LOOK)).unwrap();
+                for (mut from, mut to) in [(&one, &other), (&other, &one)] {
+                    while let Ok(length) = from.read(&mut frame) {
+                        // Down, or its queue is full: a wire loses frames.
+                        to.write_all(&frame[..length]).ok();
+                    }
+                }
+            }
+        };
+        let thread = Some(thread::spawn(carry));
+        Self { stop, thread }
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let ended = self.thread.take().map(JoinHandle::join);
+        // A second panic would hide the first.
+        if !thread::panicking() {
+            ended.unwrap().unwrap();
+        }
+    }
+}
+
 impl Pod {
     /// `options` are those of the node's end, as `ip link add` takes them.
     pub(crate) fn new(name: Name, options: &[&str]) -> Self {
@@ -213,6 +265,25 @@ impl Pod {
         let add = ["link", "add", port, "address", &port_mac];
         let veth = ["type", "veth", "peer", "name", "eth0", "address", &mac];
         ip(&[&add, options, &veth, &["netns", &peer]].concat());
+        Self::addressed(namespace, name, None)
+    }
+
+    /// A virtual machine: the node's end is a TAP device.
+    pub(crate) fn virtual_machine(name: Name) -> Self {
+        let namespace = thread::spawn(new_namespace).join().unwrap();
+        let end = |device: &str, mac| {
+            let end = tap(device);
+            ip(&["link", "set", device, "address", &text(mac)]);
+            end
+        };
+        let node = end(name.port, name.port_mac());
+        let machine = inside(&namespace, || end("eth0", name.mac()));
+        let wire = Wire::new(node, machine);
+        Self::addressed(namespace, name, Some(wire))
+    }
+
+    fn addressed(namespace: File, name: Name, wire: Option<Wire>) -> Self {
+        let port = name.port;
         ip(&["link", "set", port, "up"]);
         for (node, pod) in NODE.iter().zip(name.addresses()) {
             let nodad = node.contains(':').then_some("nodad");
@@ -227,7 +298,10 @@ impl Pod {
             });
             ip(&["route", "add", &pod, "dev", port]);
         }
-        Self { namespace }
+        Self {
+            namespace,
+            _wire: wire,
+        }
     }
 
     pub(crate) fn run<T: Send>(&self, run: impl FnOnce() -> T + Send) -> T {

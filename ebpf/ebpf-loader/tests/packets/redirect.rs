@@ -343,6 +343,17 @@ fn an_interface_that_is_not_there_is_told_and_the_others_are_redirected() {
 
 /// A TUN device of the thread's namespace, gone when it is closed.
 pub(crate) fn tun(name: &str) -> File {
+    const IFF_TUN: u16 = 1;
+    without_prefix(name, IFF_TUN)
+}
+
+/// A TAP device alike.
+pub(crate) fn tap(name: &str) -> File {
+    const IFF_TAP: u16 = 2;
+    without_prefix(name, IFF_TAP)
+}
+
+fn without_prefix(name: &str, kind: u16) -> File {
     #[repr(C)]
     struct Request {
         name: [u8; 16],
@@ -350,10 +361,10 @@ pub(crate) fn tun(name: &str) -> File {
         rest: [u8; 22],
     }
     const TUNSETIFF: Opcode = 0x4004_54ca;
-    const TUN_WITHOUT_PREFIX: u16 = 0x1001;
+    const IFF_NO_PI: u16 = 0x1000;
     let mut request = Request {
         name: [0; 16],
-        flags: TUN_WITHOUT_PREFIX,
+        flags: kind | IFF_NO_PI,
         rest: [0; 22],
     };
     request.name[..name.len()].copy_from_slice(name.as_bytes());

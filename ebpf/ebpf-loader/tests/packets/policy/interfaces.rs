@@ -802,3 +802,37 @@ fn at_a_bridge_s_ports_pods_are_judged_as_everywhere() {
         assert!(guarded.new_ones(Spoofed) > 0);
     }
 }
+
+#[test]
+fn a_virtual_machine_at_a_tap_device_is_judged_as_a_pod() {
+    let (_node, _veth, b) = unredirected();
+    ip(&["link", "del", A.port]);
+    let a = Pod::virtual_machine(A);
+    let mut guarded = Guarded::new();
+    assert_eq!(programs_from(A), 1);
+    for (family, (a_ip, b_ip)) in A.addresses().into_iter().zip(B.addresses()).enumerate() {
+        guarded.say_of_all(ALLOWED);
+        let (at_a, at_b) = (a.listener(a_ip), b.listener(b_ip));
+        connected(&b, &at_a);
+        let (mut client, mut server) = connected(&a, &at_b);
+        assert!(talks(&mut client, &mut server, LONG));
+        for (denier, other, direction) in [(A, B, Out), (B, A, In)] {
+            guarded.say_of_all(ALLOWED);
+            guarded.say(denier, class(other), direction, DENIED);
+            assert!(connect(&a, &at_b).is_none(), "{denier:?}");
+            connected(&b, &at_a); // The other way, with answers.
+            assert!(
+                !talks(&mut client, &mut server, SHORT),
+                "{denier:?}: it was open"
+            );
+        }
+        guarded.say_of_all(ALLOWED);
+        guarded.say(A, class(B), In, DENIED);
+        assert!(connect(&b, &at_a).is_none());
+        connected(&a, &at_b);
+        assert_eq!(guarded.new_ones(Spoofed), 0);
+        let liar = strange(&a, ["10.9.9.9", "fd09::9"][family].parse().unwrap());
+        assert!(!hears(&liar, &b.socket(b_ip)));
+        assert_eq!(guarded.new_ones(Spoofed), 1);
+    }
+}
