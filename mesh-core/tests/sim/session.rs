@@ -15,8 +15,8 @@ const REPLAY_WINDOW: u64 = 8192;
 /// Sessions that a node still opens packets of.
 const KEYS_MAX: usize = 8;
 
-/// Who began a session, and with which of its initiations.
-pub(crate) type Key = (usize, u64);
+/// Who began a session, with whom, and with which of its initiations: two that a node begins at once have one number.
+pub(crate) type Key = (usize, NodeId, u64);
 
 /// One encrypted packet.
 #[derive(Debug, Clone)]
@@ -27,7 +27,7 @@ pub(crate) enum Packet {
         to: NodeId,
     },
     Response {
-        number: u64,
+        key: Key,
     },
     Sealed {
         key: Key,
@@ -103,22 +103,24 @@ impl Session {
     /// # Errors
     ///
     /// It is a copy, or by so much older than the last one.
-    pub(crate) fn respond(&mut self, caller: usize, number: u64) -> Result<Packet, u64> {
+    pub(crate) fn respond(&mut self, (caller, own, number): Key) -> Result<Packet, u64> {
         if number <= self.last_seen {
             return Err(self.last_seen - number);
         }
         self.last_seen = number;
-        self.add((caller, number));
-        Ok(Packet::Response { number })
+        let key = (caller, own, number);
+        self.add(key);
+        Ok(Packet::Response { key })
     }
 
-    /// Whether the response completes a handshake.
-    pub(crate) fn complete(&mut self, own: usize, number: u64) -> bool {
-        let known = self.pending.contains(&number);
+    /// Whether the response completes a handshake of `own` with `peer`.
+    pub(crate) fn complete(&mut self, own: usize, peer: NodeId, key: Key) -> bool {
+        let (caller, called, number) = key;
+        let known = (caller, called) == (own, peer) && self.pending.contains(&number);
         if known {
             self.pending.clear();
-            self.current = Some((own, number));
-            self.add((own, number));
+            self.current = Some(key);
+            self.add(key);
         }
         known
     }

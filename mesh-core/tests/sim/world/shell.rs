@@ -315,7 +315,7 @@ impl World {
         match packet {
             // It was sent to an address that another node has now.
             Packet::Initiation { to, .. } if to != own => {}
-            Packet::Initiation { number, .. } => match session.respond(from, number) {
+            Packet::Initiation { number, .. } => match session.respond((from, own, number)) {
                 Ok(response) => self.send(index, peer, via, response),
                 Err(0) => {} // A copy.
                 Err(_) if !self.call_back => {}
@@ -325,8 +325,8 @@ impl World {
                     self.input(index, Input::Refused { peer, via, why });
                 }
             },
-            Packet::Response { number } => {
-                if session.complete(index, number) {
+            Packet::Response { key } => {
+                if session.complete(index, peer, key) {
                     self.seal(index, peer, via, Body::Keepalive);
                     self.input(index, Input::Handshake { peer, via });
                     self.flush(index, peer);
