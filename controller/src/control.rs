@@ -390,6 +390,7 @@ impl SyncSession {
         if let Some(report) = request.report {
             self.guard.report(report.into());
         }
+        self.guard.returns_within_s(request.returns_within_s);
         match &self.has {
             Has::NotSaid => {
                 self.compares = request.compares;

@@ -192,7 +192,7 @@ pub enum PrepareError {
 pub struct NodeView {
     /// What is published of it.
     pub node: Node,
-    /// The generation that it said it has, if its Sync stream is up.
+    /// The generation that it said it has, if its Sync stream is up, or it is away for no longer than it said.
     pub generation: Option<u64>,
 }
 
@@ -359,12 +359,14 @@ impl State {
     #[must_use]
     pub fn nodes(&self) -> Vec<NodeView> {
         let nodes: Vec<_> = self.published(|published| published.nodes.values().cloned().collect());
+        let now_unix_s = self.now_unix_s();
         let sessions = lock(&self.sessions);
         let view = |node: Node| NodeView {
             generation: sessions
-                .open
+                .seen
                 .get(&node.name)
-                .map(|session| session.generation),
+                .filter(|seen| seen.is_here(now_unix_s))
+                .map(|seen| seen.generation),
             node,
         };
         nodes.into_iter().map(view).collect()
@@ -822,6 +824,7 @@ impl Sessions {
             generation: open
                 .or(before.map(|seen| seen.generation))
                 .unwrap_or_default(),
+            returns_within_s: before.map_or(0, |seen| seen.returns_within_s),
             report: before.map(|seen| seen.report).unwrap_or_default(),
         };
         self.seen.insert(name.clone(), seen);
@@ -902,12 +905,21 @@ impl SessionGuard {
 
     /// Remembers what the node says of itself.
     pub fn report(&self, report: Report) {
+        self.note(|seen| seen.report = report);
+    }
+
+    /// Remembers within which time the node comes again after it left; 0: it stays.
+    pub fn returns_within_s(&self, returns_within_s: u32) {
+        self.note(|seen| seen.returns_within_s = returns_within_s);
+    }
+
+    fn note(&self, note: impl FnOnce(&mut Seen)) {
         let mut sessions = lock(&self.state.sessions);
         let session = sessions.open.get(&self.name);
         if session.is_some_and(|session| session.number == self.number)
             && let Some(seen) = sessions.seen.get_mut(&self.name)
         {
-            seen.report = report;
+            note(seen);
         }
     }
 }

@@ -33,6 +33,9 @@ const AWAITING_APPROVAL: &str = "AwaitingApproval";
 /// Longest note of an Event (`events.k8s.io/v1`).
 const NOTE_LEN_MAX: usize = 1024;
 
+/// Longest time within which a node may say that it comes again: who names more is late after that.
+pub const RETURNS_WITHIN_S_MAX: u32 = 86_400;
+
 /// When a node was last seen, and with which generation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seen {
@@ -42,8 +45,24 @@ pub struct Seen {
     pub at_unix_s: i64,
     /// The generation that it said it had.
     pub generation: u64,
+    /// It ends its streams itself, and comes again within so long; 0: it stays, and its stream's end is its own.
+    pub returns_within_s: u32,
     /// What else it said of itself.
     pub report: Report,
+}
+
+impl Seen {
+    /// Whether the node is connected, or away and not missed yet.
+    #[must_use]
+    pub fn is_here(&self, now_unix_s: i64) -> bool {
+        self.connected || self.missed_at_unix_s().is_some_and(|at| now_unix_s < at)
+    }
+
+    /// Until when nobody misses a node that comes and goes: one visit may fail.
+    fn missed_at_unix_s(&self) -> Option<i64> {
+        let within_s = i64::from(self.returns_within_s.min(RETURNS_WITHIN_S_MAX));
+        (within_s > 0).then(|| self.at_unix_s + 2 * within_s + START_GRACE_S)
+    }
 }
 
 /// What a node says of itself.
@@ -225,8 +244,7 @@ impl Mesh<'_> {
         let text = |name: &str| item.status.get(name).and_then(Value::as_str);
         let said = text("controller");
         let silent = || {
-            let last = text("lastSeen");
-            let last = last.and_then(|text| text.parse::<Timestamp>().ok());
+            let last = item.status.get("lastSeen").and_then(time_in);
             let age_s = last.map_or(i64::MAX, |last| {
                 self.now_unix_s.saturating_sub(last.as_second())
             });
@@ -286,11 +304,23 @@ impl Mesh<'_> {
         };
         let connected = match seen {
             None if !speaks => old["connected"] == true,
-            Some(seen) => seen.connected,
-            // It may come back in a moment.
+            Some(seen) => seen.is_here(self.now_unix_s),
+            // It may come back in a moment, or when it said.
             None if self.now_unix_s - self.began_unix_s < START_GRACE_S => old["connected"] == true,
-            None => false,
+            None => {
+                let missed_at = time_in(&old["missedAt"]);
+                missed_at.is_some_and(|at| self.now_unix_s < at.as_second())
+            }
         };
+        let missed_at = match seen {
+            // Written once a visit, when it is over.
+            Some(seen) if seen.connected && seen.returns_within_s > 0 => old["missedAt"].clone(),
+            Some(seen) => seen
+                .missed_at_unix_s()
+                .map_or(Value::Null, |at| json!(moment(at))),
+            None => old["missedAt"].clone(),
+        };
+        let visits = seen.map_or(!old["missedAt"].is_null(), |seen| seen.returns_within_s > 0);
         let mut status = Map::new();
         let mut set = |name: &str, value: Value| {
             if !value.is_null() {
@@ -306,6 +336,7 @@ impl Mesh<'_> {
         let every_s = if other_paths { PATHS_S } else { LAST_SEEN_S };
         let last_seen = self.last_seen(&old["lastSeen"], seen, every_s);
         set("lastSeen", last_seen.clone());
+        set("missedAt", missed_at);
         let nat = seen.and_then(|seen| seen.report.nat);
         set(
             "nat",
@@ -319,7 +350,8 @@ impl Mesh<'_> {
             );
         }
         let joined = self.condition(item, "Joined", self.joined(item, node));
-        let ready = self.condition(item, "Ready", readiness(node.is_some(), connected));
+        let ready = readiness(node.is_some(), connected, visits);
+        let ready = self.condition(item, "Ready", ready);
         set("conditions", json!([accepted, joined, ready]));
         for name in ["snapshotGeneration", "snapshotTime", "paths"] {
             set(name, old[name].clone());
@@ -378,8 +410,7 @@ impl Mesh<'_> {
         if !seen.connected {
             return json!(moment(seen.at_unix_s));
         }
-        let before = old.as_str().and_then(|text| text.parse::<Timestamp>().ok());
-        match before {
+        match time_in(old) {
             Some(before) if (0..every_s).contains(&(self.now_unix_s - before.as_second())) => {
                 old.clone()
             }
@@ -416,9 +447,13 @@ fn waiting(item: &Item) -> Option<String> {
     Some(waits["message"].as_str()?.to_owned())
 }
 
-fn readiness(joined: bool, connected: bool) -> Verdict {
+fn readiness(joined: bool, connected: bool, visits: bool) -> Verdict {
     match (joined, connected) {
         (false, _) => ("False", "NotJoined", "it is not in the mesh".to_owned()),
+        (true, true) if visits => {
+            let text = "its way out is metered: it comes now and then, and serves what it has on its disk in between";
+            ("True", "Visits", text.to_owned())
+        }
         (true, true) => {
             let text = "it has a stream to the controller".to_owned();
             ("True", "Connected", text)
@@ -429,6 +464,10 @@ fn readiness(joined: bool, connected: bool) -> Verdict {
             ("False", "Disconnected", text)
         }
     }
+}
+
+fn time_in(status: &Value) -> Option<Timestamp> {
+    status.as_str()?.parse().ok()
 }
 
 fn moment(unix_s: i64) -> String {

@@ -64,6 +64,7 @@ use crate::{
     state::StateFolder,
     store::remove_if_there,
     sync::{self, Sync},
+    uplinks::Network,
 };
 
 /// How long the runtime waits for blocking work (a snapshot being written) at the end.
@@ -221,7 +222,20 @@ async fn start(
     let key = wireguard_key(&state)?;
     let id = key.node_id();
     let (reports, report) = watch::channel(NodeReport::default());
-    let (sync, snapshots) = Sync::open(&settings, Arc::clone(&state), id, report).await?;
+    let netlink = Netlink::connect().context("cannot talk to the kernel by netlink")?;
+    // The core will say what is used; until then what it will most likely say.
+    let network = network::read(&netlink, &settings).await?;
+    let way = network.as_ref().map_or_else(Vec::new, Network::ways);
+    let (ways, way) = watch::channel(way.into_iter().next().unwrap_or_default());
+    let (sync, snapshots) = Sync::open(
+        &settings,
+        Arc::clone(&state),
+        id,
+        report,
+        way.clone(),
+        &netlink,
+    )
+    .await?;
     let credentials = sync.credentials();
     let connection = sync.connection();
     supervisor.spawn("sync", sync.run(stop.clone()));
@@ -231,7 +245,6 @@ async fn start(
         .get(&settings.node_name)
         .context("the snapshot lost this node while it was read")?;
 
-    let netlink = Netlink::connect().context("cannot talk to the kernel by netlink")?;
     let changes = Changes::listen().context("cannot listen for changes of the network")?;
     let tun = Tun::create(&settings.interface, settings.packet_threads)?;
     let interface = (tun.index(), settings.interface.clone());
@@ -328,6 +341,8 @@ async fn start(
         snapshot,
         views,
         remembered,
+        ways,
+        network: network::read(&netlink, &settings).await?,
     });
     let settling = settle(snapshots.clone(), stop.clone());
     supervisor.spawn("memory", settling);

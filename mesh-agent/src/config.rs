@@ -5,8 +5,10 @@ use std::{
     env,
     net::{IpAddr, SocketAddr},
     num::NonZeroUsize,
+    ops::RangeInclusive,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use ipnet::IpNet;
@@ -21,6 +23,7 @@ use serde::Deserialize;
 
 use crate::{
     proxy::settings::{ProxyFile, ProxySettings},
+    sync::VISITS_EVERY,
     uplinks::UplinkRule,
 };
 
@@ -61,6 +64,8 @@ pub struct Settings {
     pub https_proxy: Option<Arc<HttpProxy>>,
     /// What is to be known of this machine's ways out.
     pub uplinks: Vec<UplinkRule>,
+    /// How long the controller is not asked, at most, while the way out is metered.
+    pub metered_sync: Duration,
     /// Addresses where this node's UDP socket is reachable for sure.
     pub static_candidates: Vec<SocketAddr>,
     /// Whether default gateways are asked to lead an outside port to this node's (PCP, NAT-PMP, UPnP).
@@ -240,6 +245,8 @@ struct ConfigFile {
     no_proxy: Option<Vec<String>>,
     #[serde(default)]
     uplink: Vec<UplinkFile>,
+    #[serde(default = "default_metered_sync_s")]
+    metered_sync_s: u64,
     #[serde(default)]
     static_candidates: Vec<SocketAddr>,
     #[serde(default = "default_true")]
@@ -292,6 +299,10 @@ fn default_packet_threads() -> NonZeroUsize {
     std::thread::available_parallelism().map_or(NonZeroUsize::MIN, |cores| cores.min(most))
 }
 
+fn default_metered_sync_s() -> u64 {
+    VISITS_EVERY.as_secs()
+}
+
 fn default_admin_socket() -> PathBuf {
     "/run/holdfast/agent.sock".into()
 }
@@ -323,6 +334,10 @@ const POD_PATTERNS_MAX: usize = 16;
 
 /// Most `[[uplink]]` tables: twice what the core has use for.
 const UPLINK_RULES_MAX: usize = 16;
+
+/// What `metered_sync_s` may be: for tests and meters that do not count much; and once a day, as a certificate of a week
+/// is renewed when half of it is over.
+const METERED_SYNC_S: RangeInclusive<u64> = 10..=86_400;
 
 /// Why the configuration cannot be used. Exit code 64.
 #[derive(Debug, thiserror::Error)]
@@ -404,6 +419,11 @@ impl Settings {
         .map_err(|problem| bad("https_proxy", problem))?;
         let uplinks =
             uplinks(file.uplink, &file.interface).map_err(|problem| bad("uplink", problem))?;
+        if !METERED_SYNC_S.contains(&file.metered_sync_s) {
+            let (least, most) = (METERED_SYNC_S.start(), METERED_SYNC_S.end());
+            let text = format!("must be {least} to {most} seconds; the default is 3600");
+            return Err(bad("metered_sync_s", text));
+        }
         Ok(Self {
             node_name,
             controllers,
@@ -422,6 +442,7 @@ impl Settings {
             proxy,
             https_proxy: https_proxy.map(Arc::new),
             uplinks,
+            metered_sync: Duration::from_secs(file.metered_sync_s),
             static_candidates: file.static_candidates,
             port_mapping: file.port_mapping,
             lan_discovery: file.lan_discovery,
@@ -664,6 +685,8 @@ mod tests {
                 "service_interfaces",
                 "services = false\nservice_interfaces = ['lan0']",
             ),
+            ("metered_sync_s", "metered_sync_s = 9"),
+            ("metered_sync_s", "metered_sync_s = 86401"),
             ("uplink", "[[uplink]]\ninterface = 'w*n'"),
             ("uplink", "[[uplink]]\ninterface = ''"),
             ("uplink", "[[uplink]]\ninterface = 'holdfast0'"),

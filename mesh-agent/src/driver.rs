@@ -35,7 +35,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     links::Links,
-    uplinks::{NamedUplink, Network},
+    uplinks::{NamedUplink, Network, Way},
 };
 
 /// Events that wait for the driver. A full queue makes packet threads drop events, which costs
@@ -98,6 +98,7 @@ pub struct Driver {
     network: Network,
     /// The uplink in use; `None`: the kernel's routes choose.
     uplink: Option<UplinkId>,
+    ways: watch::Sender<Way>,
     static_candidates: Vec<SocketAddr>,
     dead: BTreeSet<NodeName>,
     ejected: BTreeSet<SocketAddr>,
@@ -148,6 +149,11 @@ pub struct Parts {
     pub views: watch::Sender<Option<Arc<View>>>,
     /// Where addresses that worked go.
     pub remembered: watch::Sender<BTreeMap<NodeId, Vec<SocketAddr>>>,
+    /// Where it is said how the node's own connections leave.
+    pub ways: watch::Sender<Way>,
+    /// The ways out of this machine, known before anything is sent, so that nothing goes where it costs; `None`: the
+    /// kernel's routes choose.
+    pub network: Option<Network>,
 }
 
 impl Driver {
@@ -166,6 +172,7 @@ impl Driver {
             local_addresses: Vec::new(),
             network: Network::default(),
             uplink: None,
+            ways: parts.ways,
             static_candidates: parts.static_candidates,
             dead: BTreeSet::new(),
             ejected: BTreeSet::new(),
@@ -178,6 +185,9 @@ impl Driver {
             pings: BTreeMap::new(),
             broken: None,
         };
+        if let Some(network) = parts.network {
+            driver.handle_event(Event::Network(network));
+        }
         driver.take_snapshot(parts.snapshot);
         driver
     }
@@ -441,6 +451,9 @@ impl Driver {
         self.tunnel.set_egress(egress.clone());
         let name = self.network.name(uplink).map(str::to_owned);
         self.links.set_egress(egress.zip(name));
+        let way = self.network.way(uplink);
+        self.ways
+            .send_if_modified(|last| std::mem::replace(last, way.clone()) != way);
     }
 
     fn report_traffic(&mut self) {

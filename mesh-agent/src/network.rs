@@ -30,6 +30,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    config::Settings,
     driver::Event,
     uplinks::{Network, UplinkRule},
 };
@@ -197,6 +198,18 @@ fn forward(interface: &str) -> Result<(), String> {
     }
 }
 
+/// The ways out of this machine, before anybody follows them; `None`: the kernel's routes choose.
+///
+/// # Errors
+///
+/// If the kernel does not answer.
+pub async fn read(netlink: &Netlink, settings: &Settings) -> anyhow::Result<Option<Network>> {
+    let ways = netlink.ways(&settings.interface).await?;
+    let network = Network::new(&ways, &settings.uplinks, settings.listen_port);
+    let chosen = network.has_choice(&settings.uplinks);
+    Ok(chosen.then_some(network))
+}
+
 /// Tells the driver the ways out of this machine, now and whenever the network changes. While there is
 /// one, and `rules` say nothing, those are only the addresses of the node's socket, and the kernel's
 /// routes choose; from the second one on, the core does.
@@ -213,12 +226,12 @@ pub async fn watch_uplinks(
     events: mpsc::Sender<Event>,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
-    let mut chosen = !rules.is_empty();
+    let mut chosen = false;
     let mut strict = BTreeSet::new();
     loop {
         let ways = netlink.ways(&interface).await?;
         let network = Network::new(&ways, &rules, port);
-        chosen |= network.uplinks.len() > 1;
+        chosen |= network.has_choice(&rules);
         let event = if chosen {
             warn_if_strict(&network, &mut strict);
             Event::Network(network)

@@ -25,6 +25,7 @@ use mesh_wire::{
     id::{NodeId, Via},
     peer::{CandidateKind, NatKind},
 };
+use tokio::time;
 
 use crate::{
     admin::Facts, driver::Driver, portmap, proxy::Proxy, sync::Connection, uplinks::NamedUplink,
@@ -73,6 +74,9 @@ pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> Status
         problems,
         uptime_ms: millis(facts.started.elapsed()),
         controller_connected: connection.connected,
+        controller_asked_in_s: connection.next_visit.map_or(0, |at| {
+            1 + at.saturating_duration_since(time::Instant::now()).as_secs()
+        }),
         controller: connection.controller.clone().unwrap_or_default(),
         snapshot_generation: snapshot.generation.0,
         snapshot_age_s: snapshot_age(connection).map_or(0, |age| age.as_secs()),
@@ -161,7 +165,7 @@ fn problems(driver: &Driver, connection: &Connection, relays: &[RelayStatus]) ->
     if let Some(controller) = connection
         .controller
         .as_ref()
-        .filter(|_| !connection.connected)
+        .filter(|_| !connection.connected && connection.next_visit.is_none())
     {
         let why = &connection.problem;
         problems.push(format!(

@@ -2,9 +2,12 @@
 //!
 //! Everything here may fail for days; the agent serves from its disk meanwhile.
 
+mod visits;
+
 use std::{
     collections::BTreeMap,
     fs, io,
+    net::IpAddr,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -13,7 +16,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use arc_swap::ArcSwap;
 use mesh_api::{
-    connect::{ALPN, connect_tcp, control_channel, control_channel_over, control_client},
+    connect::{ALPN, connect_tcp, control_channel_over, control_client},
     control::{
         JoinRequest, JoinResponse, NodeReport, RenewRequest, SnapshotFile, SyncRequest,
         SyncResponse, control_client::ControlClient,
@@ -32,22 +35,27 @@ use mesh_identity::{
     tls,
     token::{JoinToken, MeshAnchor},
 };
+use mesh_linux::netlink::Netlink;
 use mesh_wire::id::{Identity, NodeId, NodeName};
 use prost::Message as _;
 use tokio::{
+    net::TcpStream,
     sync::{mpsc, watch},
     task,
     time::{self, Instant},
 };
-use tokio_rustls::rustls::{ClientConfig, pki_types::ServerName};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, transport::Channel};
 
+pub use self::visits::EVERY as VISITS_EVERY;
+use self::visits::{Visit, Visits};
 use crate::{
     config::{Settings, TokenSource},
+    network,
     state::{IdentityFiles, StateFolder},
     store::Store,
+    uplinks::Way,
 };
 
 /// First pause between attempts to reach the controller.
@@ -104,12 +112,11 @@ impl Rotation {
     }
 
     /// Turns to the next one after the current one was of use for so long, and says how long to wait at
-    /// most before it is tried. The pause grows only once all of them failed.
-    fn failed(&mut self, lasted: Duration) -> Duration {
+    /// most before it is tried. The pause grows only once all of them failed, to `longest`.
+    fn failed(&mut self, lasted: Duration, longest: Duration) -> Duration {
         let count = self.addresses.len().max(1);
         if lasted > GOOD_CONNECTION {
-            self.failed = 0;
-            self.pause = RETRY_MIN;
+            self.worked();
         }
         self.current = (self.current + 1) % count;
         self.failed += 1;
@@ -118,9 +125,33 @@ impl Rotation {
         }
         self.failed = 0;
         let pause = self.pause;
-        self.pause = (pause * 2).min(RETRY_MAX);
-        pause
+        self.pause = (pause * 2).min(longest);
+        pause.min(longest)
     }
+
+    /// The current one was good.
+    fn worked(&mut self) {
+        self.failed = 0;
+        self.pause = RETRY_MIN;
+    }
+}
+
+/// How a connection ended with which nothing was wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    /// It was a visit.
+    Visited,
+    /// Another uplink is in use.
+    Moved,
+}
+
+/// Where a connection leads, and how it leaves.
+#[derive(Debug, Clone)]
+struct Line {
+    to: IpAddr,
+    /// `None`: as the kernel's routes say.
+    device: Option<String>,
+    costs: bool,
 }
 
 /// How it stands with the controller.
@@ -134,6 +165,8 @@ pub struct Connection {
     pub problem: String,
     /// When the controller last said something, by the node's own clock.
     pub last_contact: Option<SystemTime>,
+    /// When the controller is visited next, at the latest, by a node whose way out is metered.
+    pub next_visit: Option<Instant>,
 }
 
 /// The agent's side of the control protocol.
@@ -152,6 +185,9 @@ pub struct Sync {
     connection: watch::Sender<Connection>,
     /// How this node is, for people at the controller.
     report: watch::Receiver<NodeReport>,
+    /// By which uplink connections leave.
+    way: watch::Receiver<Way>,
+    visits: Visits,
     /// When the resources may be written again, and whether they changed since.
     next_write: Option<Instant>,
     dirty: bool,
@@ -168,10 +204,12 @@ impl Sync {
         state: Arc<StateFolder>,
         id: NodeId,
         report: watch::Receiver<NodeReport>,
+        way: watch::Receiver<Way>,
+        netlink: &Netlink,
     ) -> anyhow::Result<(Self, watch::Receiver<Option<Arc<Snapshot>>>)> {
         let credentials = match state.identity()? {
             Some(files) => read_credentials(&files, &state)?,
-            None => join(settings, &state, id).await?,
+            None => join(settings, &state, id, netlink).await?,
         };
         check_identity(&credentials, settings, id)?;
         let opened = Store::open(state.path());
@@ -193,6 +231,8 @@ impl Sync {
             controllers: Rotation::new(&settings.controllers),
             connection: watch::Sender::new(Connection::default()),
             report,
+            way,
+            visits: Visits::new(settings.metered_sync),
             next_write: None,
             dirty: false,
         };
@@ -233,11 +273,20 @@ impl Sync {
                 ended = self.follow(&controller) => ended,
                 () = stop.cancelled() => break,
             };
-            let mut problem = match &ended {
-                Ok(()) => "ended".to_owned(),
-                Err(error) => format!("{error:#}"),
+            let error = match ended {
+                Ok(Ended::Moved) => continue,
+                Ok(Ended::Visited) => {
+                    self.write_if_dirty().await;
+                    self.controllers.worked();
+                    tokio::select! {
+                        () = self.rest() => continue,
+                        () = stop.cancelled() => break,
+                    }
+                }
+                Err(error) => error,
             };
-            if ended.is_err_and(|error| self.may_join_again(&error)) {
+            let mut problem = format!("{error:#}");
+            if self.may_join_again(&error) {
                 let joined = tokio::select! {
                     joined = self.join_again(&controller) => joined,
                     () = stop.cancelled() => break,
@@ -255,14 +304,41 @@ impl Sync {
                 connection.problem = problem;
             });
             self.write_if_dirty().await;
-            let pause = self.controllers.failed(begun.elapsed());
+            let longest = match self.way.borrow().is_metered() {
+                true => self.visits.within().max(RETRY_MAX),
+                false => RETRY_MAX,
+            };
+            let pause = self.controllers.failed(begun.elapsed(), longest);
             tokio::select! {
                 () = time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))) => {}
+                () = other_uplink(self.way.clone()) => self.controllers.worked(),
                 () = stop.cancelled() => break,
             }
         }
         self.write_if_dirty().await;
         Ok(())
+    }
+
+    /// Says nothing until the next visit is due, or another uplink is in use.
+    async fn rest(&mut self) {
+        let (left, share) = (Instant::now(), rand::random());
+        let mut report = self.report.clone();
+        let moved = other_uplink(self.way.clone());
+        tokio::pin!(moved);
+        loop {
+            let next = self.visits.next(left, &report.borrow_and_update(), share);
+            self.connection.send_modify(|connection| {
+                connection.connected = false;
+                connection.next_visit = Some(next);
+            });
+            tokio::select! {
+                () = time::sleep_until(next) => break,
+                () = changed(&mut report) => {}
+                () = &mut moved => break,
+            }
+        }
+        self.connection
+            .send_modify(|connection| connection.next_visit = None);
     }
 
     /// Whether the controller knows this node no more, and its pod's token may change that.
@@ -276,7 +352,9 @@ impl Sync {
     async fn join_again(&mut self, controller: &str) -> anyhow::Result<()> {
         let new = new_key()?;
         let pass = read_pass(&self.settings.token)?;
-        let tried = try_join(controller, pass, &self.settings, self.id, new.csr_der).await;
+        let way = self.way.borrow().clone();
+        let tried = try_join(controller, &way, pass, &self.settings, self.id, new.csr_der);
+        let tried = tried.await;
         let response = tried.map_err(|error| match error {
             JoinError::Refused(status) => said(status),
             JoinError::Unreachable(error) => error,
@@ -289,12 +367,15 @@ impl Sync {
     }
 
     /// One connection's life.
-    async fn follow(&mut self, controller: &str) -> anyhow::Result<()> {
-        let mut client = self.connect(controller).await?;
+    async fn follow(&mut self, controller: &str) -> anyhow::Result<Ended> {
+        let (mut client, line) = self.connect(controller).await?;
         let mut renew = time::interval(RENEW_CHECK); // The first tick comes at once.
         loop {
             let had = (self.store_id.clone(), self.generation);
-            self.follow_stream(&mut client, &mut renew).await?;
+            let followed = self.follow_stream(&mut client, &line, &mut renew);
+            if let Some(ended) = followed.await? {
+                return Ok(ended);
+            }
             // After a large answer the controller ends the stream for the sake of both ends' buffers, and nothing is wrong.
             if had == (self.store_id.clone(), self.generation) {
                 bail!("the controller closed the stream");
@@ -302,14 +383,16 @@ impl Sync {
         }
     }
 
-    /// One stream's life, until the controller ends it.
+    /// One stream's life, until one of both ends it; `None`: the controller did.
     async fn follow_stream(
         &mut self,
         client: &mut ControlClient<Channel>,
+        line: &Line,
         renew: &mut time::Interval,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<Option<Ended>> {
         let (requests, outgoing) = mpsc::channel(REQUESTS_MAX);
-        requests.send(self.request(Vec::new())).await.ok(); // There is room for the first.
+        requests.send(self.request(line, Vec::new())).await.ok(); // There is room for the first.
+        let mut visit = line.costs.then(|| Visit::begin(Instant::now()));
         let mut report_at = Instant::now();
         let mut responses = client
             .sync(ReceiverStream::new(outgoing))
@@ -318,32 +401,46 @@ impl Sync {
             .into_inner();
         loop {
             let write_at = self.write_due();
-            let mut report = self.report.clone();
+            let (mut report, mut way) = (self.report.clone(), self.way.clone());
+            let over = visit.map(Visit::ends);
             tokio::select! {
                 response = responses.message() => {
                     let Some(response) = response.map_err(said)? else {
-                        return Ok(());
+                        return Ok(None);
                     };
                     let digests = match response.digests_wanted {
                         0 => {
                             self.take(response).await?;
+                            if let Some(visit) = &mut visit {
+                                visit.handle_answer(Instant::now());
+                            }
                             Vec::new()
                         }
                         buckets => self.digests(buckets).await?,
                     };
-                    let request = self.request(digests);
+                    let request = self.request(line, digests);
                     requests.send(request).await.context("the stream is closed")?;
                 }
                 () = async { time::sleep_until(write_at.unwrap_or_else(Instant::now)).await },
                     if write_at.is_some() => self.write_if_dirty().await,
-                () = async {
-                    if report.changed().await.is_err() {
-                        std::future::pending().await // Whoever says it has ended, and so will this.
+                () = async { time::sleep_until(over.unwrap_or_else(Instant::now)).await }, if over.is_some() => {
+                    if !visit.is_some_and(Visit::is_answered) {
+                        bail!("the controller did not say whether there is something new");
                     }
+                    return Ok(Some(Ended::Visited));
+                }
+                () = changed(&mut way) => {
+                    let now = self.way.borrow_and_update().clone();
+                    if self.device(&now, line.to) != line.device || now.costs(line.to) != line.costs {
+                        return Ok(Some(Ended::Moved));
+                    }
+                }
+                () = async {
+                    changed(&mut report).await;
                     time::sleep_until(report_at).await;
                 } => {
                     report_at = Instant::now() + REPORT_PAUSE;
-                    let request = self.request(Vec::new());
+                    let request = self.request(line, Vec::new());
                     requests.send(request).await.context("the stream is closed")?;
                 }
                 _ = renew.tick() => self.renew_if_due(client).await?,
@@ -351,22 +448,43 @@ impl Sync {
         }
     }
 
-    async fn connect(&self, controller: &str) -> anyhow::Result<ControlClient<Channel>> {
-        let credentials = self.credentials.load();
+    async fn connect(
+        &mut self,
+        controller: &str,
+    ) -> anyhow::Result<(ControlClient<Channel>, Line)> {
+        let credentials = self.credentials.load_full();
         let config = Arc::new(tls::client_config(&credentials, ALPN)?);
         let name = tls::server_name(credentials.trust_domain(), &Identity::Controller)?;
         let proxy = self.settings.https_proxy.as_deref();
-        let channel = channel(controller, proxy, config, name).await?;
-        Ok(control_client(channel))
+        let way = self.way.borrow_and_update().clone();
+        let tcp = connect_out(controller, proxy, |ip| self.device(&way, ip)).await?;
+        let to = tcp.peer_addr().context("the connection is gone")?.ip();
+        let line = Line {
+            to: to.to_canonical(),
+            device: self.device(&way, to),
+            costs: way.costs(to),
+        };
+        let channel = control_channel_over(tcp, controller, config, name).await?;
+        Ok((control_client(channel), line))
     }
 
-    fn request(&mut self, digests: Vec<u64>) -> SyncRequest {
+    /// By which interface `to` is reached.
+    fn device(&self, way: &Way, to: IpAddr) -> Option<String> {
+        way.device(to, self.snapshots.borrow().as_deref())
+    }
+
+    fn request(&mut self, line: &Line, digests: Vec<u64>) -> SyncRequest {
+        let returns_within = match line.costs {
+            true => self.visits.within(),
+            false => Duration::ZERO,
+        };
         SyncRequest {
             store_id: self.store_id.clone(),
             generation: self.generation,
             compares: !lock(&self.resources).resources().is_empty(),
             digests,
             report: Some(*self.report.borrow_and_update()),
+            returns_within_s: u32::try_from(returns_within.as_secs()).unwrap_or(u32::MAX),
         }
     }
 
@@ -519,6 +637,24 @@ impl Sync {
     }
 }
 
+/// Waits for the next value. Whoever says it may have ended: then so will who waits.
+async fn changed<T>(watched: &mut watch::Receiver<T>) {
+    if watched.changed().await.is_err() {
+        std::future::pending().await
+    }
+}
+
+/// Waits until connections leave by another interface than now.
+async fn other_uplink(mut way: watch::Receiver<Way>) {
+    let before = way.borrow_and_update().clone();
+    loop {
+        changed(&mut way).await;
+        if way.borrow_and_update().interface() != before.interface() {
+            return;
+        }
+    }
+}
+
 /// How long nothing is written after a snapshot of so many bytes.
 fn write_pause(bytes: usize) -> Duration {
     let seconds = bytes as u64 / WRITE_RATE;
@@ -606,17 +742,34 @@ fn check_identity(
 
 /// Joins the mesh; tries until the controller answers. What a join token does not open stays shut; a
 /// ServiceAccount token is another in an hour, and what refuses it can be mended without this node.
-async fn join(settings: &Settings, state: &StateFolder, id: NodeId) -> anyhow::Result<Credentials> {
+/// By each way out, the best first; then, as nothing is known yet of where the controller is, as the kernel's routes say.
+async fn join(
+    settings: &Settings,
+    state: &StateFolder,
+    id: NodeId,
+    netlink: &Netlink,
+) -> anyhow::Result<Credentials> {
     let renewed = matches!(settings.token, TokenSource::ServiceAccount { .. });
     let mut controllers = Rotation::new(&settings.controllers);
     let new = new_key()?;
     let mut told = BTreeMap::new();
+    let mut attempt = 0;
     loop {
         let Some(controller) = controllers.current() else {
             bail!("this node has not joined a mesh yet: set `controller` in the configuration");
         };
+        let network = network::read(netlink, settings).await?;
+        let mut ways = network.map_or_else(Vec::new, |network| network.ways());
+        ways.push(Way::default());
+        // Each controller by this one before the next one's turn.
+        let turn = attempt / settings.controllers.len().max(1) % ways.len();
+        let way = ways.swap_remove(turn);
+        attempt += 1;
         let tried = match read_pass(&settings.token) {
-            Ok(pass) => try_join(controller, pass, settings, id, new.csr_der.clone()).await,
+            Ok(pass) => {
+                let csr_der = new.csr_der.clone();
+                try_join(controller, &way, pass, settings, id, csr_der).await
+            }
             Err(error) if renewed => Err(JoinError::Unreachable(error)),
             Err(error) => return Err(error),
         };
@@ -638,7 +791,7 @@ async fn join(settings: &Settings, state: &StateFolder, id: NodeId) -> anyhow::R
         if told.insert(controller.to_owned(), problem.clone()) != Some(problem.clone()) {
             tracing::warn!(%controller, %problem, "cannot join yet; trying again");
         }
-        let pause = controllers.failed(Duration::ZERO);
+        let pause = controllers.failed(Duration::ZERO, RETRY_MAX);
         time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
     }
 }
@@ -690,12 +843,14 @@ enum JoinError {
 
 async fn try_join(
     controller: &str,
+    way: &Way,
     pass: Pass,
     settings: &Settings,
     id: NodeId,
     csr_der: Vec<u8>,
 ) -> Result<JoinResponse, JoinError> {
-    let mut client = connect_to_join(controller, &pass.mesh, settings.https_proxy.as_deref())
+    let proxy = settings.https_proxy.as_deref();
+    let mut client = connect_to_join(controller, way, &pass.mesh, proxy)
         .await
         .map_err(JoinError::Unreachable)?;
     let request = JoinRequest {
@@ -726,31 +881,34 @@ fn is_refusal(code: Code) -> bool {
 
 async fn connect_to_join(
     controller: &str,
+    way: &Way,
     anchor: &MeshAnchor,
     proxy: Option<&HttpProxy>,
 ) -> anyhow::Result<ControlClient<Channel>> {
     let config = Arc::new(tls::join_client_config(anchor.mesh, ALPN)?);
     let name = tls::server_name(&anchor.trust_domain, &Identity::Controller)?;
-    let channel = channel(controller, proxy, config, name).await?;
+    let tcp = connect_out(controller, proxy, |ip| way.device(ip, None)).await?;
+    let channel = control_channel_over(tcp, controller, config, name).await?;
     Ok(control_client(channel))
 }
 
-/// A connection to the controller, through the HTTP proxy where there is one for it.
-async fn channel(
+/// A connection to the controller, through the HTTP proxy where there is one for it, by the interface that `device` names.
+async fn connect_out(
     controller: &str,
     proxy: Option<&HttpProxy>,
-    config: Arc<ClientConfig>,
-    name: ServerName<'static>,
-) -> anyhow::Result<Channel> {
+    device: impl Fn(IpAddr) -> Option<String>,
+) -> anyhow::Result<TcpStream> {
     let host = controller
         .rsplit_once(':')
         .map_or(controller, |(host, _)| host);
     let Some(proxy) = proxy.filter(|proxy| proxy.is_for(host)) else {
-        return Ok(control_channel(controller, config, name).await?);
+        return Ok(connect_tcp(controller, device).await?);
     };
-    let connecting = async { connect_tcp(proxy.address()).await.map_err(io::Error::other) };
-    let tcp = proxy.through(connecting, controller).await?;
-    Ok(control_channel_over(tcp, controller, config, name).await?)
+    let connecting = async {
+        let connected = connect_tcp(proxy.address(), device).await;
+        connected.map_err(io::Error::other)
+    };
+    Ok(proxy.through(connecting, controller).await?)
 }
 
 fn credentials_from(response: JoinResponse, key_pem: &str) -> anyhow::Result<Credentials> {
@@ -791,7 +949,7 @@ mod tests {
         let mut pauses = Vec::new();
         for _ in 0..6 {
             tried.push(controllers.current().unwrap().to_owned());
-            pauses.push(controllers.failed(Duration::ZERO).as_millis());
+            pauses.push(controllers.failed(Duration::ZERO, RETRY_MAX).as_millis());
         }
         assert_eq!(tried[..3], tried[3..]);
         tried.truncate(3);
@@ -799,9 +957,11 @@ mod tests {
         assert_eq!(tried, names);
         assert_eq!(pauses, [500, 500, 500, 500, 500, 1000]);
         // One that was good for long is left for the next at once.
-        let pause = controllers.failed(GOOD_CONNECTION * 2);
+        let pause = controllers.failed(GOOD_CONNECTION * 2, RETRY_MAX);
         assert_eq!(pause, RETRY_MIN);
-        let longest = (0..100).map(|_| controllers.failed(Duration::ZERO)).max();
+        let longest = (0..100)
+            .map(|_| controllers.failed(Duration::ZERO, RETRY_MAX))
+            .max();
         assert_eq!(longest, Some(RETRY_MAX));
         assert_eq!(Rotation::new(&[]).current(), None);
     }

@@ -3,12 +3,17 @@
 //! An uplink is an interface with a default route in the main table; the lower that one's metric, the
 //! larger its weight. How packets are made to leave by it is `mesh_tunnel::egress`' business.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    cmp::Reverse,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use mesh_core::{
     io::{Uplink, UplinkId},
     pattern::NamePattern,
+    snapshot::{Service, ServiceKind, Snapshot},
 };
 use mesh_linux::{
     IfIndex,
@@ -55,6 +60,68 @@ pub struct Network {
     /// The uplinks.
     pub uplinks: Vec<NamedUplink>,
     routes: Vec<(IpNet, IfIndex)>,
+}
+
+/// How the node's own connections get out: by the uplink in use, or, by default, as the kernel's routes say.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Way {
+    uplink: Option<Arc<(Egress, String)>>,
+    metered: bool,
+}
+
+impl Way {
+    /// The interface by which to reach `to`; `None`: as the kernel's routes say, because a LAN is nearer to it, or
+    /// because it is in the mesh.
+    #[must_use]
+    pub fn device(&self, to: IpAddr, snapshot: Option<&Snapshot>) -> Option<String> {
+        let (egress, name) = &**self.uplink.as_ref()?;
+        let outside = !to.is_loopback() && !snapshot.is_some_and(|all| is_inside(all, to));
+        (outside && egress.towards(to).is_some()).then(|| name.clone())
+    }
+
+    /// Whether what goes to `to` costs. Into the mesh it costs what the packets around it do.
+    #[must_use]
+    pub fn costs(&self, to: IpAddr) -> bool {
+        let leaves = |uplink: &Arc<(Egress, String)>| uplink.0.towards(to).is_some();
+        self.metered && !to.is_loopback() && self.uplink.as_ref().is_some_and(leaves)
+    }
+
+    /// Whether what goes by the uplink in use costs.
+    #[must_use]
+    pub fn is_metered(&self) -> bool {
+        self.metered
+    }
+
+    /// The interface in use; `None`: it is the kernel that chooses.
+    #[must_use]
+    pub fn interface(&self) -> Option<&str> {
+        Some(&self.uplink.as_ref()?.1)
+    }
+}
+
+/// Whether the mesh leads to `ip`: by a route into the tunnel, or as a service.
+fn is_inside(snapshot: &Snapshot, ip: IpAddr) -> bool {
+    let mesh = &snapshot.mesh;
+    let overlay = match ip {
+        IpAddr::V4(v4) => mesh.overlay_v4.contains(&v4),
+        IpAddr::V6(v6) => mesh.id.ula_prefix().contains(&v6),
+    };
+    let mut nodes = snapshot.nodes.values();
+    let mut services = snapshot.services.values();
+    overlay
+        || nodes.any(|node| node.prefixes.iter().any(|net| net.contains(&ip)))
+        || services.any(|service| has(service, ip))
+}
+
+fn has(service: &Service, ip: IpAddr) -> bool {
+    let virtual_ips = match &service.kind {
+        ServiceKind::ClusterIp(ips) => ips.as_slice(),
+        ServiceKind::Headless | ServiceKind::ExternalName(_) => &[],
+    };
+    let external = &service.external;
+    [virtual_ips, &external.addresses, &external.load_balancer]
+        .iter()
+        .any(|ips| ips.contains(&ip))
 }
 
 impl Network {
@@ -139,6 +206,30 @@ impl Network {
             nearer.push(Ipv6Net::default().into());
         }
         Some(Egress::new(link, &nearer))
+    }
+
+    /// How connections leave while this uplink is in use.
+    #[must_use]
+    pub fn way(&self, active: UplinkId) -> Way {
+        let name = self.name(active).map(str::to_owned);
+        let uplink = self.egress(active).zip(name).map(Arc::new);
+        let metered = self.get(active).is_some_and(|one| one.told.metered);
+        Way { uplink, metered }
+    }
+
+    /// Whether there is a choice among uplinks, or a word about one: otherwise the kernel's routes choose.
+    #[must_use]
+    pub fn has_choice(&self, rules: &[UplinkRule]) -> bool {
+        !rules.is_empty() || self.uplinks.len() > 1
+    }
+
+    /// The ways out that there are, in the order in which the core would take them that knows nothing of them yet.
+    #[must_use]
+    pub fn ways(&self) -> Vec<Way> {
+        let works = |one: &&NamedUplink| one.told.up && !one.told.addresses.is_empty();
+        let mut all: Vec<_> = self.uplinks.iter().filter(works).collect();
+        all.sort_by_key(|one| (one.told.metered, Reverse(one.told.weight), one.told.id));
+        all.into_iter().map(|one| self.way(one.told.id)).collect()
     }
 
     fn get(&self, id: UplinkId) -> Option<&NamedUplink> {

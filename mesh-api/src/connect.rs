@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -115,11 +115,11 @@ pub async fn control_channel(
     config: Arc<ClientConfig>,
     server_name: ServerName<'static>,
 ) -> Result<Channel, ConnectError> {
-    let tcp = connect_tcp(address).await?;
+    let tcp = connect_tcp(address, |_| None).await?;
     control_channel_over(tcp, address, config, server_name).await
 }
 
-/// The same over a connection that is there already: an HTTP proxy's.
+/// The same over a connection that is there already: an HTTP proxy's, or one that leaves by a certain interface.
 ///
 /// # Errors
 ///
@@ -149,12 +149,16 @@ pub fn control_client(channel: Channel) -> ControlClient<Channel> {
     ControlClient::new(channel).max_decoding_message_size(SYNC_BYTES_MAX)
 }
 
-/// Connects to `address` (`host:port`), with small segments ([`TCP_SEGMENT_BYTES`]).
+/// Connects to `address` (`host:port`), with small segments ([`TCP_SEGMENT_BYTES`]), by the interface that `device` names for
+/// an address; `None`: as the kernel's routes say. The name is resolved as the system does it.
 ///
 /// # Errors
 ///
 /// [`ConnectError::Resolve`] or [`ConnectError::Tcp`].
-pub async fn connect_tcp(address: &str) -> Result<TcpStream, ConnectError> {
+pub async fn connect_tcp(
+    address: &str,
+    device: impl Fn(IpAddr) -> Option<String>,
+) -> Result<TcpStream, ConnectError> {
     let found = within(CONNECT_TIMEOUT, lookup_host(address)).await;
     let found = found.map_err(|source| ConnectError::Resolve {
         address: address.to_owned(),
@@ -162,7 +166,8 @@ pub async fn connect_tcp(address: &str) -> Result<TcpStream, ConnectError> {
     })?;
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for candidate in found {
-        match within(CONNECT_TIMEOUT, connect_to(candidate)).await {
+        let device = device(candidate.ip());
+        match within(CONNECT_TIMEOUT, connect_to(candidate, device)).await {
             Ok(stream) => {
                 // Small messages that somebody waits for; a failure costs 40 ms, not the connection.
                 stream.set_nodelay(true).ok();
@@ -177,13 +182,17 @@ pub async fn connect_tcp(address: &str) -> Result<TcpStream, ConnectError> {
     })
 }
 
-async fn connect_to(address: SocketAddr) -> io::Result<TcpStream> {
+async fn connect_to(address: SocketAddr, device: Option<String>) -> io::Result<TcpStream> {
     let socket = match address {
         SocketAddr::V4(_) => TcpSocket::new_v4()?,
         SocketAddr::V6(_) => TcpSocket::new_v6()?,
     };
     // The other side is told too, and sends no larger ones.
     SockRef::from(&socket).set_tcp_mss(TCP_SEGMENT_BYTES)?;
+    if let Some(device) = device {
+        // Needs CAP_NET_RAW before Linux 5.7.
+        SockRef::from(&socket).bind_device(Some(device.as_bytes()))?;
+    }
     socket.connect(address).await
 }
 

@@ -73,6 +73,8 @@ pub(crate) struct StatusController {
     /// `null`: none is configured.
     pub(crate) address: Option<String>,
     pub(crate) connected: bool,
+    /// The way out is metered: it is asked again in so long; `null`: it is or should be connected.
+    pub(crate) asked_in_s: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -111,6 +113,7 @@ impl From<admin::StatusResponse> for Status {
             controller: StatusController {
                 address: some(said.controller),
                 connected: said.controller_connected,
+                asked_in_s: Some(said.controller_asked_in_s).filter(|in_s| *in_s > 0),
             },
             snapshot: StatusSnapshot {
                 generation: said.snapshot_generation,

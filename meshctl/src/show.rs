@@ -12,8 +12,8 @@ use crate::{
     preflight::{Check, Level},
     report::{
         ControllerStatus, CreatedToken, DnsQuery, Endpoint, Nodes, PathWhy, Peers, Ping, PingReply,
-        Preflight, RelayFiles, RemovedNode, RevokedToken, Service, Services, Status, StatusRelay,
-        StatusUplink, Tokens, Uninstalled,
+        Preflight, RelayFiles, RemovedNode, RevokedToken, Service, Services, Status,
+        StatusController, StatusRelay, StatusUplink, Tokens, Uninstalled,
     },
     table::{Cell, Tone, bytes, columns, duration, milliseconds, printable, table},
 };
@@ -39,10 +39,21 @@ impl Report for Status {
             Verdict::Degraded => Tone::Warning,
             Verdict::Down | Verdict::Usage => Tone::Bad,
         };
-        let controller = match (&self.controller.address, self.controller.connected) {
-            (None, _) => Cell::new("none configured", Tone::Faint),
-            (Some(address), true) => Cell::new(format!("{address}, connected"), Tone::Good),
-            (Some(address), false) => Cell::new(format!("{address}, not connected"), Tone::Warning),
+        let StatusController {
+            address,
+            connected,
+            asked_in_s,
+        } = &self.controller;
+        let controller = match (address, connected, asked_in_s) {
+            (None, ..) => Cell::new("none configured", Tone::Faint),
+            (Some(address), true, _) => Cell::new(format!("{address}, connected"), Tone::Good),
+            (Some(address), false, Some(in_s)) => {
+                let text = format!("{address}, metered: asked in {}", duration(*in_s));
+                Cell::new(text, Tone::Good)
+            }
+            (Some(address), false, None) => {
+                Cell::new(format!("{address}, not connected"), Tone::Warning)
+            }
         };
         let snapshot = format!(
             "generation {}, {} old: {} nodes, {} services",

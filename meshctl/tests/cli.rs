@@ -124,7 +124,7 @@ async fn status_has_a_stable_form_for_machines() {
         "reflexive_addresses": ["203.0.113.5:40000"],
         "nat": "port_restricted",
         "uptime_ms": 90_061_000,
-        "controller": { "address": "cloud:7440", "connected": true },
+        "controller": { "address": "cloud:7440", "connected": true, "asked_in_s": null },
         "snapshot": { "generation": 42, "age_s": 3, "nodes": 5, "services": 7 },
         "relays": [
             { "name": "r1", "transport": "quic", "home": true, "rtt_ms": 20.5, "problem": null },
@@ -607,6 +607,7 @@ impl AgentAdmin for Agent {
             problems: texts(&["relay r2 is down"]),
             uptime_ms: 90_061_000,
             controller_connected: true,
+            controller_asked_in_s: 0,
             controller: "cloud:7440".to_owned(),
             snapshot_generation: 42,
             snapshot_age_s: 3,

@@ -433,6 +433,17 @@ impl Mesh {
         )
     }
 
+    /// What the controller says of the nodes.
+    ///
+    /// # Errors
+    ///
+    /// If it does not answer.
+    pub fn known_nodes(&self) -> Result<Value> {
+        Ok(serde_json::from_str(
+            &self.controller(&["--json", "nodes"])?,
+        )?)
+    }
+
     fn controller(&self, words: &[&str]) -> Result<String> {
         let socket = self.cloud.dir().join("controller.sock");
         let command = self.meshctl_command(&self.cloud, "--controller-socket", &socket, words)?;

@@ -33,6 +33,25 @@ const SILENT_MAX: Duration = Duration::from_millis(3_500);
 
 const METERED: &str = "[[uplink]]\ninterface = \"wwan*\"\nmetered = true\n";
 
+/// A modem at this node, behind site `mobile`.
+fn add_modem(mesh: &Mesh, edge: &Node) -> Result<()> {
+    let modem = mesh.site("mobile")?.router();
+    mesh.lab().veth(edge, "wwan0", modem, "modem")?;
+    // The kernels' own questions would count as packets; a modem's line knows none.
+    let ends = [(edge, "wwan0", 2, 1), (modem, "modem", 1, 2)];
+    for (node, interface, own, other) in ends {
+        node.sysctl(&format!("net/ipv6/conf/{interface}/disable_ipv6"), "1")?;
+        let batch = format!(
+            "link set {interface} address 02:00:00:00:08:0{own}\n\
+             addr add 192.168.8.{own}/24 dev {interface}\n\
+             neigh add 192.168.8.{other} lladdr 02:00:00:00:08:0{other} dev {interface} nud permanent\n"
+        );
+        tool::ip(node.netns(), &batch)?;
+    }
+    let route = "route add default via 192.168.8.1 dev wwan0 metric 700\n";
+    tool::ip(edge.netns(), route)
+}
+
 /// `edge-a1` at a wired site and at a modem's, `edge-b1` somewhere else, directly connected.
 struct Two {
     mesh: Mesh,
@@ -55,16 +74,7 @@ impl Two {
             mesh.add_site(name, NatKind::PortRestricted, wan, link, hosts)?;
         }
         let edge = mesh.node("edge-a1")?;
-        let modem = mesh.site("mobile")?.router();
-        mesh.lab().veth(&edge, "wwan0", modem, "modem")?;
-        // The kernels' own questions of that family would count as packets.
-        for (node, interface) in [(&edge, "wwan0"), (modem, "modem")] {
-            node.sysctl(&format!("net/ipv6/conf/{interface}/disable_ipv6"), "1")?;
-        }
-        tool::ip(modem.netns(), "addr add 192.168.8.1/24 dev modem\n")?;
-        let batch = "addr add 192.168.8.2/24 dev wwan0\n\
-                     route add default via 192.168.8.1 dev wwan0 metric 700\n";
-        tool::ip(edge.netns(), batch)?;
+        add_modem(&mesh, &edge)?;
         mesh.start_agent_with("edge-a1", config)?;
         mesh.start_agent("edge-b1")?;
         for node in ["edge-a1", "edge-b1"] {
@@ -125,16 +135,8 @@ impl Two {
         })
     }
 
-    /// Packets that went out and came in by the modem so far.
     fn by_modem(&self) -> Result<[u64; 2]> {
-        let words = ["ip", "-j", "-s", "link", "show", "wwan0"];
-        let said = self.edge.run(&words, SOON)?.ok()?;
-        let said: Value = serde_json::from_str(&said)?;
-        let count = |way: &str| {
-            let count = said.pointer(&format!("/0/stats64/{way}/packets"));
-            count.and_then(Value::as_u64).context("no count")
-        };
-        Ok([count("tx")?, count("rx")?])
+        by_modem(&self.edge)
     }
 
     /// Pulls the wired cable, or puts it back.
@@ -152,6 +154,18 @@ impl Two {
             netns_tests::node::tail(&log)
         ))
     }
+}
+
+/// Packets of every kind that went out and came in by the modem so far.
+fn by_modem(edge: &Node) -> Result<[u64; 2]> {
+    let words = ["ip", "-j", "-s", "link", "show", "wwan0"];
+    let said = edge.run(&words, SOON)?.ok()?;
+    let said: Value = serde_json::from_str(&said)?;
+    let count = |way: &str| {
+        let count = said.pointer(&format!("/0/stats64/{way}/packets"));
+        count.and_then(Value::as_u64).context("no count")
+    };
+    Ok([count("tx")?, count("rx")?])
 }
 
 struct Flows(Traffic);
@@ -250,6 +264,63 @@ fn a_new_address_at_the_same_uplink_costs_half_a_second() -> Result<()> {
         two.mesh.all_run()
     };
     run().map_err(|error| two.fails(error))
+}
+
+/// A modem is all there is: the agent comes to its controller, leaves, and comes again. In between there is no connection,
+/// not a packet goes either way, and nobody misses it.
+#[test]
+fn a_node_with_only_a_modem_visits_its_controller_and_is_silent_in_between() -> Result<()> {
+    let mut mesh = Mesh::two_sites_of(&[], &[])?;
+    let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
+    let wan = [203, 0, 113, 12].into();
+    mesh.add_site("mobile", NatKind::PortRestricted, wan, link, &[])?;
+    let edge = mesh.lab().add_node("edge-a1")?;
+    add_modem(&mesh, &edge)?;
+    mesh.start_agent_with("edge-a1", &format!("metered_sync_s = 10\n{METERED}"))?;
+    mesh.agent_ready("edge-a1", 1)?;
+    let generation = || -> Result<u64> {
+        let status = mesh.status("edge-a1")?;
+        let generation = status.pointer("/snapshot/generation");
+        generation.and_then(Value::as_u64).context("no generation")
+    };
+    let before = generation()?;
+    let has_left = || {
+        let status = mesh.status("edge-a1")?;
+        let asked_in = status.pointer("/controller/asked_in_s");
+        // It comes after 7.5 to 10 s.
+        ensure!(asked_in.and_then(Value::as_u64) >= Some(7), "{status}");
+        Ok(())
+    };
+    tool::eventually("the first visit is over", SOON, has_left)?;
+    let manifest = "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: Community\nmetadata: {name: late}\nspec: {sites: [x]}\n";
+    std::fs::write(mesh.manifests().join("late.yaml"), manifest)?;
+    thread::sleep(Duration::from_millis(500)); // For the last acknowledgement.
+    let quiet = by_modem(&edge)?;
+    thread::sleep(Duration::from_secs(5));
+    ensure!(
+        by_modem(&edge)? == quiet,
+        "{quiet:?}, {:?}",
+        by_modem(&edge)?
+    );
+    let connections = edge.run(&["ss", "-Htn", "state", "established"], SOON)?;
+    ensure!(connections.ok()?.trim().is_empty(), "a connection stayed");
+    ensure!(generation()? == before, "it heard of a change meanwhile");
+    let nodes = mesh.known_nodes()?;
+    ensure!(
+        nodes.pointer("/nodes/0/connected") == Some(&Value::Bool(true)),
+        "{nodes}"
+    );
+    let visited = tool::eventually("the next visit", SOON, || {
+        let now = generation()?;
+        ensure!(now > before, "{now}");
+        by_modem(&edge)
+    })?;
+    tool::eventually("that is over, too", SOON, has_left)?;
+    println!(
+        "a visit: {} packets",
+        visited[0] + visited[1] - quiet[0] - quiet[1]
+    );
+    mesh.all_run()
 }
 
 /// A modem whose weight is larger is used though the kernel's routes prefer the wire, and peers on a LAN

@@ -95,6 +95,53 @@ fn a_node_is_seen_to_the_hour_and_its_end_to_the_second() {
 }
 
 #[test]
+fn a_node_that_comes_and_goes_is_missed_when_it_did_not_come_twice() {
+    let mut lab = Lab::new("kind: MeshNode\nspec: {}", &["a"]);
+    let id = lab.id(Kind::MeshNode);
+    lab.returns_within_s = 3600;
+    lab.see(true, T0, 5);
+    lab.write(&lab.due(T0));
+    lab.see(false, T0 + 2, 5);
+    let due = lab.due(T0 + 2);
+    let status = &due.statuses[&id];
+    assert_eq!(status["connected"], true);
+    assert_eq!(status["conditions"][2]["reason"], "Visits");
+    let missed_at = T0 + 2 + 2 * 3600 + START_GRACE_S;
+    assert_eq!(status["missedAt"], moment(missed_at));
+    lab.write(&due);
+    assert_eq!(lab.due(missed_at - 1), Due::default());
+    // A visit is written once, when it is over.
+    lab.see(true, T0 + 3000, 6);
+    assert_eq!(lab.due(T0 + 3000), Due::default());
+    lab.see(false, T0 + 3002, 6);
+    assert_eq!(
+        lab.due(T0 + 3002).statuses[&id]["missedAt"],
+        moment(missed_at + 3000)
+    );
+    // A controller that began anew goes by what the last one wrote.
+    lab.seen.clear();
+    lab.began = T0 + 4000;
+    assert_eq!(lab.due(missed_at - 1), Due::default());
+    let due = lab.due(missed_at);
+    assert_eq!(due.statuses[&id]["connected"], false);
+    assert_eq!(due.statuses[&id]["conditions"][2]["reason"], "Disconnected");
+    // One that came by another way out since stays, and is gone when it goes.
+    lab.returns_within_s = 0;
+    lab.see(true, missed_at, 7);
+    let due = lab.due(missed_at);
+    assert_eq!(due.statuses[&id].get("missedAt"), None);
+    assert_eq!(due.statuses[&id]["conditions"][2]["reason"], "Connected");
+    // Nobody may say that it comes in a hundred years.
+    lab.returns_within_s = u32::MAX;
+    lab.see(false, missed_at, 7);
+    let day = i64::from(RETURNS_WITHIN_S_MAX);
+    assert_eq!(
+        lab.due(missed_at + 2 * day + START_GRACE_S).statuses[&id]["connected"],
+        false
+    );
+}
+
+#[test]
 fn what_a_node_says_of_itself_is_written_as_often_as_it_is_worth() {
     let mut lab = Lab::new("kind: MeshNode\nspec: {}", &["a"]);
     let id = lab.id(Kind::MeshNode);
@@ -247,6 +294,7 @@ struct Lab {
     began: i64,
     role: Role<'static>,
     report: Report,
+    returns_within_s: u32,
     generation: u64,
 }
 
@@ -278,6 +326,7 @@ impl Lab {
             began: T0,
             role: Role::Sole,
             report: Report::default(),
+            returns_within_s: 0,
             generation: 0,
         }
     }
@@ -308,6 +357,7 @@ impl Lab {
             connected,
             at_unix_s,
             generation,
+            returns_within_s: self.returns_within_s,
             report: self.report,
         };
         self.seen.insert("a".parse().unwrap(), seen);

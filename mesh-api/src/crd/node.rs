@@ -127,7 +127,8 @@ pub struct MeshNodeStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 2), extend("x-kubernetes-list-type" = "atomic"))]
     pub overlay_addresses: Vec<String>,
-    /// Whether it has a stream to the controller. The mesh carries traffic without one.
+    /// Whether it has a stream to the controller, or, where its way out is metered, comes as it said (`missedAt`). The mesh
+    /// carries traffic without one.
     #[serde(default)]
     pub connected: bool,
     /// Which controller it is or was connected to, where there are several.
@@ -137,6 +138,10 @@ pub struct MeshNodeStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("format" = "date-time"))]
     pub last_seen: Option<String>,
+    /// Of a node that comes now and then only, because its way out is metered: when it is taken to be gone unless it came.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "date-time"))]
+    pub missed_at: Option<String>,
     /// The generation of the mesh's state that it had on its disk when it was last seen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot_generation: Option<i64>,
