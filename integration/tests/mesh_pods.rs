@@ -23,6 +23,10 @@ use serde_json::{Value, json};
 const A: &str = "edge-a1";
 const B: &str = "edge-b1";
 const PORT: u16 = 9300;
+
+/// Of Debian's `containernetworking-plugins`.
+const STOCK_BRIDGE: &str = "/usr/lib/cni/bridge";
+
 const SOON: Duration = Duration::from_secs(10);
 const ANSWER_LIMIT: Duration = Duration::from_millis(500);
 
@@ -40,16 +44,47 @@ fn state(mesh: &Mesh, node: &str) -> Result<PathBuf> {
 
 /// Has the plug-in do `verb` for `pod`, as a container runtime on its node would.
 fn plug_in(mesh: &Mesh, pod: &Pod, verb: &str) -> Result<Value> {
-    let host = mesh.node(pod.on)?;
     let config = json!({"cniVersion": "1.1.0", "name": "mesh", "type": "mesh-cni", "masquerade": true, "stateDir": state(mesh, pod.on)?});
+    call(mesh, pod, &mesh.bin("mesh-cni"), &config, verb)
+}
+
+/// The same for Debian's `bridge` and ours chained behind it.
+fn behind_the_bridge(mesh: &Mesh, pod: &Pod, verb: &str) -> Result<Value> {
+    let state = state(mesh, pod.on)?;
+    let bridge = json!({
+        "cniVersion": "1.0.0", "name": "mesh", "type": "bridge", "bridge": "cni0", "isGateway": true,
+        "ipam": {
+            "type": "host-local",
+            "dataDir": state.join("host-local"),
+            "ranges": [[{"subnet": "10.244.2.0/24"}], [{"subnet": "fd44:2::/64"}]],
+            "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+        },
+    });
+    let ours = |previous: &Value| {
+        json!({
+            "cniVersion": "1.0.0", "name": "mesh", "type": "mesh-cni", "chained": true, "stateDir": state, "prevResult": previous,
+        })
+    };
+    let ours = |previous: &Value| call(mesh, pod, &mesh.bin("mesh-cni"), &ours(previous), verb);
+    let stock = || call(mesh, pod, STOCK_BRIDGE, &bridge, verb);
+    if verb == "ADD" {
+        return ours(&stock()?);
+    }
+    // Backwards, as runtimes do.
+    ours(&Value::Null)?;
+    stock()
+}
+
+fn call(mesh: &Mesh, pod: &Pod, program: &str, config: &Value, verb: &str) -> Result<Value> {
+    let host = mesh.node(pod.on)?;
     let path = host.write(&format!("network-{}.conf", pod.name), &config.to_string())?;
-    let mut command = host.command(&[mesh.bin("mesh-cni")])?;
+    let mut command = host.command(&[program])?;
     command
         .env("CNI_COMMAND", verb)
         .env("CNI_CONTAINERID", &pod.name)
         .env("CNI_NETNS", Path::new("/run/netns").join(pod.node.netns()))
         .env("CNI_IFNAME", "eth0")
-        .env("CNI_PATH", "/opt/cni/bin")
+        .env("CNI_PATH", "/usr/lib/cni")
         .stdin(File::open(path)?);
     let output = host.run_with(command, COMMAND_LIMIT)?;
     let said = format!("{}{}", output.stdout, output.stderr);
@@ -62,6 +97,15 @@ fn plug_in(mesh: &Mesh, pod: &Pod, verb: &str) -> Result<Value> {
 
 impl Pod {
     fn add(mesh: &Mesh, on: &'static str, name: &str) -> Result<Self> {
+        Self::add_by(mesh, on, name, plug_in)
+    }
+
+    fn add_by(
+        mesh: &Mesh,
+        on: &'static str,
+        name: &str,
+        plug_in: fn(&Mesh, &Self, &str) -> Result<Value>,
+    ) -> Result<Self> {
         let mut pod = Self {
             on,
             name: name.to_owned(),
@@ -235,6 +279,69 @@ fn pods_of_the_plug_in_are_in_the_mesh_under_policy_and_outlive_the_agent() -> R
             .ok()?;
         ensure!(!links.contains("hfp"), "{links}");
     }
+    mesh.all_run()
+}
+
+#[test]
+fn pods_of_the_stock_bridge_with_ours_behind_it_are_in_the_mesh_and_under_policy() -> Result<()> {
+    let mesh = with_pod_ranges()?;
+    let far = Pod::add(&mesh, A, "far")?;
+    let [db, near] = ["db", "near"].map(|name| Pod::add_by(&mesh, B, name, behind_the_bridge));
+    let (db, near) = (db?, near?);
+    let others = [&far, &near];
+    for (family, &address) in db.addresses.iter().enumerate() {
+        let listener = db.listen(address)?;
+        for pod in others {
+            let mut client = tool::eventually("a path", SOON, || pod.connect(address))?;
+            let (mut server, from) = listener.accept()?;
+            ensure!(from.ip() == pod.addresses[family], "{from}");
+            talk(&mut client, &mut server)?;
+            talk(&mut server, &mut client)?;
+        }
+    }
+    let rule = |ingress: &str| {
+        format!(
+            "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: db, namespace: shop}}\n\
+             spec: {{podSelector: {{matchLabels: {{app: db}}}}, ingress: [{ingress}]}}\n"
+        )
+    };
+    let pods = far.manifest() + &db.manifest() + &near.manifest();
+    fs::write(mesh.manifests().join("pods.yaml"), pods)?;
+    let policy = mesh.manifests().join("policy.yaml");
+    for (ingress, may) in [
+        ("", [false, false]),
+        (
+            "{from: [{podSelector: {matchLabels: {app: near}}}]}",
+            [false, true],
+        ),
+        (
+            "{from: [{podSelector: {matchLabels: {app: far}}}]}",
+            [true, false],
+        ),
+    ] {
+        fs::write(&policy, rule(ingress))?;
+        for &address in &db.addresses {
+            let _listener = db.listen(address)?;
+            tool::eventually(&format!("who may speak with {address}"), SOON, || {
+                let does = others.map(|pod| pod.connect(address).is_ok());
+                ensure!(does == may, "{ingress}: {does:?}");
+                Ok(())
+            })?;
+        }
+    }
+    // What holds, holds for one that comes while no agent runs, by the bridge too.
+    mesh.take(B, "mesh-agent")?.terminate(SOON)?;
+    let late = Pod::add_by(&mesh, B, "late", behind_the_bridge)?;
+    let listener = db.listen(db.addresses[0])?;
+    let refused = late.connect(db.addresses[0]);
+    ensure!(refused.is_err(), "{refused:?}");
+    drop(listener);
+    start(&mesh, B)?;
+    for pod in [&late, &near, &db] {
+        behind_the_bridge(&mesh, pod, "DEL")?;
+        behind_the_bridge(&mesh, pod, "DEL")?;
+    }
+    plug_in(&mesh, &far, "DEL")?;
     mesh.all_run()
 }
 
