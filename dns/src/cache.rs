@@ -23,9 +23,15 @@ const POSITIVE_TTL_MAX_S: u32 = 3600;
 /// people who have just made a name should not wait that long).
 const NEGATIVE_TTL_MAX_S: u32 = 300;
 
-/// How long beyond its time an answer is kept for when no upstream answers (RFC 8767 §5 suggests
-/// one to three days).
-const STALE_MAX: Duration = Duration::from_secs(86_400);
+/// How long beyond its time an answer is kept for when no upstream answers, unless told otherwise (RFC 8767 §5
+/// suggests one to three days).
+pub(crate) const DEFAULT_STALE_MAX: Duration = Duration::from_secs(86_400);
+
+/// An answer is asked for anew in this last part of its time …
+const PREFETCH_PART: u32 = 10;
+
+/// … if it was given this often in its time: what nobody wants should not be asked for for ever.
+const PREFETCH_HITS_MIN: u32 = 2;
 
 /// How long clients may keep an answer beyond its time, in seconds (RFC 8767 §4).
 const STALE_TTL_S: u32 = 30;
@@ -45,13 +51,16 @@ pub(crate) struct Key {
 pub(crate) enum Cached {
     /// Holds still.
     Fresh(Message),
+    /// Holds still, is near its end, and was asked for often: ask for it anew. Said once.
+    Ending(Message),
     /// Better than nothing.
     Stale(Message),
 }
 
 /// Evicts what was learnt longest ago.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Cache {
+    stale_max: Duration,
     entries: HashMap<Key, Entry>,
     by_age: BTreeMap<u64, Key>,
     inserted: u64,
@@ -64,12 +73,24 @@ struct Entry {
     bytes: Vec<u8>,
     learnt: Instant,
     expires: Instant,
+    hits: u32,
+    refreshing: bool,
 }
 
 impl Cache {
-    pub(crate) fn get(&self, key: &Key, now: Instant) -> Option<Cached> {
-        let entry = self.entries.get(key)?;
-        if now >= entry.expires + STALE_MAX {
+    /// `stale_max`: how long beyond its time an answer may still be given.
+    pub(crate) fn new(stale_max: Duration) -> Self {
+        Self {
+            stale_max,
+            entries: HashMap::new(),
+            by_age: BTreeMap::new(),
+            inserted: 0,
+        }
+    }
+
+    pub(crate) fn get(&mut self, key: &Key, now: Instant) -> Option<Cached> {
+        let entry = self.entries.get_mut(key)?;
+        if now >= entry.expires + self.stale_max {
             return None; // It goes when its place is needed.
         }
         let mut message = Message::from_vec(&entry.bytes).ok()?;
@@ -87,11 +108,16 @@ impl Cache {
                 STALE_TTL_S
             };
         }
-        Some(if fresh {
-            Cached::Fresh(message)
-        } else {
-            Cached::Stale(message)
-        })
+        if !fresh {
+            return Some(Cached::Stale(message));
+        }
+        entry.hits = entry.hits.saturating_add(1);
+        let ending = entry.expires - now <= (entry.expires - entry.learnt) / PREFETCH_PART;
+        if ending && entry.hits > PREFETCH_HITS_MIN && !entry.refreshing {
+            entry.refreshing = true;
+            return Some(Cached::Ending(message));
+        }
+        Some(Cached::Fresh(message))
     }
 
     /// Keeps `message`, which came as `bytes`, if it may be kept.
@@ -106,6 +132,8 @@ impl Cache {
             bytes,
             learnt: now,
             expires: now + Duration::from_secs(ttl_s.into()),
+            hits: 0,
+            refreshing: false,
         };
         self.by_age.insert(self.inserted, key.clone());
         if let Some(replaced) = self.entries.insert(key, entry) {

@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use hickory_net::NetError;
 use hickory_proto::{
     op::{Edns, Message, MessageType, Query, ResponseCode},
     rr::{Name, RecordType},
@@ -72,7 +73,10 @@ pub enum ExchangeError {
     /// The network said no.
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// What came back over TCP is not an answer to the question.
+    /// TLS or HTTP did not work.
+    #[error(transparent)]
+    Secure(#[from] NetError),
+    /// What came back is not an answer to the question.
     #[error("what came back is not an answer to the question")]
     NotAnAnswer,
     /// The question cannot be written.

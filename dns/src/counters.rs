@@ -61,6 +61,12 @@ pub struct Counters {
     pub forwarded: Counter,
     /// Questions for upstreams that the cache answered.
     pub cache_hits: Counter,
+    /// Questions that were put to a second upstream because the first took longer than usual.
+    pub hedged: Counter,
+    /// Exchanges with upstreams that gave no answer.
+    pub upstream_failures: Counter,
+    /// Answers that were asked for anew before their end.
+    pub prefetched: Counter,
     /// Answers beyond their time, given because no upstream answered.
     pub stale: Counter,
     /// Questions turned away because too many are waiting for upstreams.

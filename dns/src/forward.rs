@@ -1,35 +1,34 @@
-//! Questions about everybody else's names: the cache, then the upstreams in order.
+//! Questions about everybody else's names: the cache, then the upstreams, each a little after the one before it.
 
 use std::{
     cmp::Reverse,
-    net::SocketAddr,
+    collections::VecDeque,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use hickory_proto::{
     op::{Message, Query, ResponseCode},
     rr::Name,
 };
-use tokio::time::{Instant, timeout};
+use rustls::ClientConfig;
+use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::{
     answer::{ExtendedError, explain, fail},
     cache::{Cache, Cached, Key},
     client::{self, ExchangeError},
     counters::Counters,
-    server::Stub,
+    server::DnsConfig,
+    upstream::{Upstream, UpstreamConfig},
 };
 
 /// All upstreams together get this long. glibc gives up after 5 s.
 const DEADLINE: Duration = Duration::from_secs(3);
 
-/// An upstream that was silent this often in a row is passed over for a while. Not after the
-/// first time: on a lossy link both packets of one exchange may be lost.
-const SILENCES_MAX: u32 = 2;
-
-/// For how long. With no upstream left, questions fail at once until then.
-const PASSED_OVER: Duration = Duration::from_secs(2);
+/// And this long when there is an answer beyond its time (RFC 8767 §5).
+const DEADLINE_WITH_STALE: Duration = Duration::from_millis(1800);
 
 /// Answers from upstreams.
 #[derive(Debug)]
@@ -40,57 +39,82 @@ pub(crate) struct Forwarder {
     counters: Arc<Counters>,
 }
 
-#[derive(Debug)]
-struct Upstream {
-    address: SocketAddr,
-    health: Mutex<Health>,
-}
-
-#[derive(Debug, Default)]
-struct Health {
-    silences: u32,
-    passed_over_until: Option<Instant>,
+/// What is known of a question.
+pub(crate) enum Known {
+    /// This.
+    Answer(Message),
+    /// This, and it is worth being asked for anew.
+    Ending(Message),
+    /// Nothing that holds.
+    Nothing,
 }
 
 impl Forwarder {
-    pub(crate) fn new(upstreams: &[SocketAddr], stubs: &[Stub], counters: Arc<Counters>) -> Self {
-        let of = |domain: &Name, upstreams: &[SocketAddr]| {
-            let upstreams = upstreams.iter().map(|&address| Upstream {
-                address,
-                health: Mutex::default(),
-            });
+    /// `tls`: there if an upstream is asked by TLS.
+    pub(crate) fn new(
+        config: &DnsConfig,
+        tls: Option<Arc<ClientConfig>>,
+        counters: Arc<Counters>,
+    ) -> Self {
+        let of = |domain: &Name, upstreams: &[UpstreamConfig]| {
+            let upstreams = upstreams.iter().cloned();
+            let upstreams = upstreams.map(|one| Upstream::new(one, tls.clone()));
             (domain.clone(), upstreams.collect())
         };
-        let stubs = stubs.iter().map(|stub| of(&stub.domain, &stub.upstreams));
-        let mut upstreams: Vec<_> = stubs.chain([of(&Name::root(), upstreams)]).collect();
+        let stubs = config.stubs.iter();
+        let stubs = stubs.map(|stub| of(&stub.domain, &stub.upstreams));
+        let mut upstreams: Vec<_> = stubs
+            .chain([of(&Name::root(), &config.upstreams)])
+            .collect();
         upstreams.sort_by_key(|(domain, _)| Reverse(domain.num_labels()));
         Self {
             upstreams,
-            cache: Mutex::default(),
+            cache: Mutex::new(Cache::new(config.stale_max)),
             counters,
         }
     }
 
     /// `reply`, completed from the cache if what it knows of `question` still holds.
-    pub(crate) fn cached(&self, reply: &Message, question: &Query) -> Option<Message> {
+    pub(crate) fn cached(&self, reply: &Message, question: &Query) -> Known {
         let cached = lock(&self.cache).get(&key(reply, question), Instant::now().into_std());
-        let Some(Cached::Fresh(message)) = cached else {
-            return None;
+        let completed = |message| {
+            self.counters.cache_hits.add();
+            complete(reply.clone(), message)
         };
-        self.counters.cache_hits.add();
-        Some(complete(reply.clone(), message))
+        match cached {
+            Some(Cached::Fresh(message)) => Known::Answer(completed(message)),
+            Some(Cached::Ending(message)) => Known::Ending(completed(message)),
+            Some(Cached::Stale(_)) | None => Known::Nothing,
+        }
+    }
+
+    /// Asks anew for what is about to end.
+    pub(crate) async fn refresh(&self, reply: Message, question: Query) {
+        self.counters.prefetched.add();
+        let key = key(&reply, &question);
+        // Without an answer it stays until its end, and is asked for then.
+        timeout(DEADLINE, self.ask_upstreams(&key, question))
+            .await
+            .ok();
     }
 
     /// `reply`, completed by an upstream, or by what one once said, or with an error.
     pub(crate) async fn ask(&self, mut reply: Message, question: Query) -> Message {
         self.counters.forwarded.add();
         let key = key(&reply, &question);
-        let answered = timeout(DEADLINE, self.ask_upstreams(&key, question)).await;
+        let is_stale = matches!(self.look_up(&key), Some(Cached::Stale(_)));
+        let deadline = if is_stale {
+            DEADLINE_WITH_STALE
+        } else {
+            DEADLINE
+        };
+        let answered = timeout(deadline, self.ask_upstreams(&key, question)).await;
         if let Ok(Some(message)) = answered {
             return complete(reply, message);
         }
-        match lock(&self.cache).get(&key, Instant::now().into_std()) {
-            Some(Cached::Fresh(message)) => complete(reply, message), // Another asked meanwhile.
+        match self.look_up(&key) {
+            // Another asked meanwhile.
+            Some(Cached::Fresh(message) | Cached::Ending(message)) => complete(reply, message),
             Some(Cached::Stale(message)) => {
                 self.counters.stale.add();
                 explain(&mut reply, ExtendedError::StaleAnswer);
@@ -103,56 +127,91 @@ impl Forwarder {
         }
     }
 
+    fn look_up(&self, key: &Key) -> Option<Cached> {
+        lock(&self.cache).get(key, Instant::now().into_std())
+    }
+
+    /// The first helpful answer. The next upstream is asked when one has failed, and also when one takes longer than
+    /// it usually does.
     async fn ask_upstreams(&self, key: &Key, question: Query) -> Option<Message> {
+        let mut next = self.to_ask(question.name());
         let mut unhelpful = None;
-        let mut domains = self.upstreams.iter();
-        let responsible = domains.find(|(domain, _)| domain.zone_of(question.name()));
-        for upstream in responsible.into_iter().flat_map(|(_, upstreams)| upstreams) {
-            if upstream.is_passed_over(Instant::now()) {
-                continue;
-            }
-            let mut query = client::question(question.clone());
-            query.metadata.checking_disabled = key.checking_disabled;
-            if let Some(edns) = &mut query.edns {
-                edns.set_dnssec_ok(key.dnssec_ok);
-            }
-            let answered = client::exchange(upstream.address, query).await;
-            upstream.note(answered.as_ref().err(), Instant::now());
-            match answered {
-                Ok((message, bytes)) if is_helpful(&message) => {
-                    let now = Instant::now().into_std();
-                    lock(&self.cache).insert(key.clone(), bytes, &message, now);
-                    return Some(message);
+        let mut asked = FuturesUnordered::new();
+        let mut order: Vec<&Upstream> = Vec::new();
+        let mut hedge_at = Instant::now();
+        loop {
+            tokio::select! {
+                Some((upstream, answered)) = asked.next() => match self.judge(upstream, key, answered) {
+                    Judged::Helpful(message) => {
+                        let overtaken = order.into_iter().take_while(|&one| !std::ptr::eq(one, upstream));
+                        overtaken.for_each(|one| one.note_overtaken(Instant::now()));
+                        return Some(message);
+                    }
+                    Judged::Unhelpful(message) => {
+                        unhelpful = message.or(unhelpful);
+                        order.retain(|&one| !std::ptr::eq(one, upstream));
+                        hedge_at = Instant::now();
+                    }
+                },
+                () = sleep_until(hedge_at), if !next.is_empty() => {
+                    let Some(upstream) = next.pop_front() else { continue };
+                    if !order.is_empty() {
+                        self.counters.hedged.add();
+                    }
+                    order.push(upstream);
+                    hedge_at = Instant::now() + upstream.hedge_after();
+                    asked.push(ask(upstream, key, question.clone()));
                 }
-                Ok((message, _)) => unhelpful = Some(message),
-                Err(error) => tracing::trace!(upstream = %upstream.address, %error, "no answer"),
+                else => return unhelpful,
             }
         }
-        unhelpful
+    }
+
+    /// The upstreams for `name`, in order, without those that are passed over.
+    fn to_ask(&self, name: &Name) -> VecDeque<&Upstream> {
+        let now = Instant::now();
+        let mut domains = self.upstreams.iter();
+        let responsible = domains.find(|(domain, _)| domain.zone_of(name));
+        let all = responsible.into_iter().flat_map(|(_, upstreams)| upstreams);
+        all.filter(|one| !one.is_passed_over(now)).collect()
+    }
+
+    /// Keeps what is good of an answer.
+    fn judge(&self, upstream: &Upstream, key: &Key, answered: Answered) -> Judged {
+        match answered {
+            Ok((message, bytes)) if is_helpful(&message) => {
+                let now = Instant::now().into_std();
+                lock(&self.cache).insert(key.clone(), bytes, &message, now);
+                Judged::Helpful(message)
+            }
+            Ok((message, _)) => Judged::Unhelpful(Some(message)),
+            Err(error) => {
+                self.counters.upstream_failures.add();
+                tracing::trace!(upstream = %upstream.config.address, %error, "no answer");
+                Judged::Unhelpful(None)
+            }
+        }
     }
 }
 
-impl Upstream {
-    fn is_passed_over(&self, now: Instant) -> bool {
-        let until = lock(&self.health).passed_over_until;
-        until.is_some_and(|until| now < until)
-    }
+type Answered = Result<(Message, Vec<u8>), ExchangeError>;
 
-    /// Remembers how an exchange went. Errors that come at once cost nobody time.
-    fn note(&self, error: Option<&ExchangeError>, now: Instant) {
-        let mut health = lock(&self.health);
-        match error {
-            Some(ExchangeError::Timeout) => {
-                health.silences = health.silences.saturating_add(1);
-                if health.silences >= SILENCES_MAX {
-                    health.passed_over_until = Some(now + PASSED_OVER);
-                }
-            }
-            Some(ExchangeError::Io(_) | ExchangeError::NotAnAnswer | ExchangeError::Unwritable) => {
-            }
-            None => *health = Health::default(),
-        }
+enum Judged {
+    Helpful(Message),
+    /// What it said, if it said anything.
+    Unhelpful(Option<Message>),
+}
+
+async fn ask<'a>(upstream: &'a Upstream, key: &Key, question: Query) -> (&'a Upstream, Answered) {
+    let mut query = client::question(question);
+    query.metadata.checking_disabled = key.checking_disabled;
+    if let Some(edns) = &mut query.edns {
+        edns.set_dnssec_ok(key.dnssec_ok);
     }
+    let start = Instant::now();
+    let answered = upstream.ask(query).await;
+    upstream.note(answered.as_ref().err(), start, Instant::now());
+    (upstream, answered)
 }
 
 fn key(reply: &Message, question: &Query) -> Key {
@@ -202,7 +261,7 @@ mod tests {
 
     #[tokio::test]
     async fn with_no_upstream_left_an_old_answer_is_better_than_none() {
-        let forwarder = Forwarder::new(&[], &[], Arc::default());
+        let forwarder = Forwarder::new(&DnsConfig::default(), None, Arc::default());
         let name = Name::from_str("example.org.").unwrap();
         let question = Query::query(name.clone(), RecordType::A);
         let reply = client::question(question.clone()).into_response();
@@ -212,7 +271,10 @@ mod tests {
         let bytes = said.to_vec().unwrap();
         lock(&forwarder.cache).insert(key(&reply, &question), bytes, &said, learnt);
 
-        assert_eq!(forwarder.cached(&reply, &question), None);
+        assert!(matches!(
+            forwarder.cached(&reply, &question),
+            Known::Nothing
+        ));
         let stale = forwarder.ask(reply.clone(), question.clone()).await;
         assert_eq!(stale.answers[0].data, said.answers[0].data);
         assert_eq!(
@@ -224,22 +286,5 @@ mod tests {
         let other = Query::query(Name::from_str("example.net.").unwrap(), RecordType::A);
         let failed = forwarder.ask(reply, other).await;
         assert_eq!(failed.response_code, ResponseCode::ServFail);
-    }
-
-    #[test]
-    fn an_upstream_is_passed_over_after_two_silences_and_tried_again_later() {
-        let upstream = Upstream {
-            address: ([192, 0, 2, 1], 53).into(),
-            health: Mutex::default(),
-        };
-        let now = Instant::now();
-        let silent = Some(&ExchangeError::Timeout);
-        upstream.note(silent, now);
-        assert!(!upstream.is_passed_over(now), "one loss is no outage");
-        upstream.note(silent, now);
-        assert!(upstream.is_passed_over(now));
-        assert!(!upstream.is_passed_over(now + PASSED_OVER));
-        upstream.note(None, now);
-        assert!(!upstream.is_passed_over(now));
     }
 }

@@ -19,5 +19,6 @@ mod limit;
 pub mod local;
 mod packed;
 pub mod server;
+pub mod upstream;
 mod wire;
 mod zone;

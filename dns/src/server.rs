@@ -2,7 +2,8 @@
 
 use std::{
     fmt, io,
-    net::{IpAddr, SocketAddr, UdpSocket},
+    net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket},
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
@@ -27,22 +28,27 @@ use crate::{
     answer::{
         Answer, ExtendedError, PLAIN_UDP_MAX_BYTES, answer, fail, parse, udp_answer_max_bytes,
     },
+    cache::DEFAULT_STALE_MAX,
     clients::Clients,
     counters::{Counters, DropReason},
     datagrams::{self, Threads},
-    forward::Forwarder,
+    forward::{Forwarder, Known},
     limit::Limit,
     local::LocalNames,
     packed::Said,
+    upstream::{AuthoritiesError, UpstreamConfig, tls},
     wire::{Overflow, TCP_MESSAGE_MAX_BYTES, encode},
 };
 
-/// Questions that may wait for upstreams at once: each holds a socket, of the 20,000 that a
-/// process may have here, for at most 3 s.
+/// Questions that may wait for upstreams at once: each holds a socket for each upstream that is slow, of the 20,000
+/// that a process may have here, for at most 3 s.
 const WAITING_MAX: usize = 512;
 
 /// Of these for one source address: a pod that goes wild leaves room for the others.
 const WAITING_PER_SOURCE_MAX: usize = 256;
+
+/// Whose questions count that nobody asked just now.
+const OURSELVES: IpAddr = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
 
 /// TCP connections at once. With [`TCP_QUERY_MAX_BYTES`] and one answer of 64 KiB each, 17 MiB.
 const CONNECTIONS_MAX: usize = 256;
@@ -61,13 +67,17 @@ const TCP_QUERY_MAX_BYTES: usize = 4096;
 pub(crate) const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(50);
 
 /// What a server needs to know.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DnsConfig {
     /// UDP and TCP listeners. The addresses must be on an interface already, and be real ones:
     /// with `0.0.0.0`, answers may come from another address than was asked.
     pub listen: Vec<SocketAddr>,
     /// Where everybody else's names are asked, in this order.
-    pub upstreams: Vec<SocketAddr>,
+    pub upstreams: Vec<UpstreamConfig>,
+    /// Certificates (PEM) of those who certify upstreams that are asked by TLS; `None`: whom the system trusts.
+    pub ca_file: Option<PathBuf>,
+    /// How long beyond its time an upstream's answer is given while no upstream answers.
+    pub stale_max: Duration,
     /// Domains that are asked elsewhere.
     pub stubs: Vec<Stub>,
     /// This node's own names.
@@ -83,7 +93,21 @@ pub struct Stub {
     /// It, and everything below it ([`crate::local::domain_name`]).
     pub domain: Name,
     /// Where, in this order.
-    pub upstreams: Vec<SocketAddr>,
+    pub upstreams: Vec<UpstreamConfig>,
+}
+
+impl Default for DnsConfig {
+    fn default() -> Self {
+        Self {
+            listen: Vec::new(),
+            upstreams: Vec::new(),
+            ca_file: None,
+            stale_max: DEFAULT_STALE_MAX,
+            stubs: Vec::new(),
+            local: LocalNames::default(),
+            allow_from: Vec::new(),
+        }
+    }
 }
 
 /// Why a server did not start.
@@ -102,6 +126,9 @@ pub enum StartError {
     /// There are no threads to be had.
     #[error("cannot start the threads of DNS")]
     Threads(io::Error),
+    /// No upstream could be trusted.
+    #[error("cannot ask DNS upstreams by TLS")]
+    Authorities(#[from] AuthoritiesError),
     /// The server would ask itself.
     #[error("DNS upstream {0} is an address that this server listens at: it would ask itself")]
     UpstreamIsListener(SocketAddr),
@@ -130,10 +157,14 @@ impl DnsServer {
         stop: CancellationToken,
     ) -> Result<Self, StartError> {
         let of_stubs = config.stubs.iter().flat_map(|stub| &stub.upstreams);
-        let mut upstreams = config.upstreams.iter().chain(of_stubs);
-        if let Some(&own) = upstreams.find(|one| config.listen.contains(one)) {
+        let upstreams: Vec<_> = config.upstreams.iter().chain(of_stubs).collect();
+        let mut addresses = upstreams.iter().map(|one| one.address);
+        if let Some(own) = addresses.find(|one| config.listen.contains(one)) {
             return Err(StartError::UpstreamIsListener(own));
         }
+        let is_secure = upstreams.iter().any(|one| one.is_secure());
+        let tls = is_secure.then(|| tls(config.ca_file.as_deref()));
+        let tls = tls.transpose()?.map(Arc::new);
         let mut sockets = Vec::new();
         for &address in &config.listen {
             sockets.push(bind(address).await?);
@@ -144,8 +175,8 @@ impl DnsServer {
         let tasks = TaskTracker::new();
         let shared = Arc::new(Shared {
             view: Box::new(view),
+            forwarder: Arc::new(Forwarder::new(&config, tls, Arc::clone(&counters))),
             clients: Clients::new(&local_addresses, config.allow_from),
-            forwarder: Forwarder::new(&config.upstreams, &config.stubs, Arc::clone(&counters)),
             local: config.local,
             counters: Arc::clone(&counters),
             waiting: Limit::new(WAITING_MAX, WAITING_PER_SOURCE_MAX),
@@ -212,7 +243,7 @@ pub(crate) struct Shared {
     view: Box<dyn Fn() -> Option<Arc<View>> + Send + Sync>,
     clients: Clients,
     local: LocalNames,
-    forwarder: Forwarder,
+    forwarder: Arc<Forwarder>,
     counters: Arc<Counters>,
     waiting: Arc<Limit>,
     connections: Arc<Limit>,
@@ -383,10 +414,28 @@ impl Shared {
                 Step::Own(reply)
             }
             Answer::Ask { reply, question } => match self.forwarder.cached(&reply, &question) {
-                Some(reply) => Step::Cached(reply),
-                None => Step::Ask(reply, question),
+                Known::Answer(reply) => Step::Cached(reply),
+                Known::Ending(answer) => {
+                    self.refresh(reply, question);
+                    Step::Cached(answer)
+                }
+                Known::Nothing => Step::Ask(reply, question),
             },
         }
+    }
+
+    fn refresh(&self, reply: Message, question: Query) {
+        // With too many waiting, it is asked for when it has ended.
+        let Some(admission) = self.waiting.admit(OURSELVES) else {
+            return;
+        };
+        let (forwarder, stop) = (Arc::clone(&self.forwarder), self.stop.clone());
+        let task = async move {
+            let _admission = admission;
+            let refreshed = forwarder.refresh(reply, question);
+            stop.run_until_cancelled(refreshed).await;
+        };
+        self.tasks.spawn_on(task, &self.runtime);
     }
 
     fn busy(&self, mut reply: Message) -> Message {

@@ -11,20 +11,19 @@
 mod common;
 
 use std::{
-    collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
-    process::Output,
-    sync::{Arc, Mutex},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 
-use common::{add_big_service, query, snapshot, view};
+use common::{
+    add_big_service, query,
+    running::{LOOPBACK, SOON, Upstream, plain, start, start_with, stub_answer, text},
+    snapshot, view,
+};
 use hickory_proto::{
     op::{Message, ResponseCode},
-    rr::{
-        Name, RData, Record, RecordType,
-        rdata::{A, SOA},
-    },
+    rr::{Name, RData, RecordType, rdata::A},
 };
 use mesh_core::services::View;
 use mesh_dns::{
@@ -40,84 +39,6 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
-
-const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
-
-/// Longer than anything here may take.
-const SOON: Duration = Duration::from_secs(10);
-
-struct Running {
-    server: DnsServer,
-    address: SocketAddr,
-    stop: CancellationToken,
-}
-
-async fn start(upstreams: &[SocketAddr], view: Option<View>) -> Running {
-    let config = DnsConfig {
-        upstreams: upstreams.to_vec(),
-        ..DnsConfig::default()
-    };
-    start_with(config, view).await
-}
-
-async fn start_with(config: DnsConfig, view: Option<View>) -> Running {
-    let view = view.map(Arc::new);
-    for _ in 0..16 {
-        let config = DnsConfig {
-            listen: vec![(LOOPBACK, 0).into()],
-            ..config.clone()
-        };
-        let (view, stop) = (view.clone(), CancellationToken::new());
-        match DnsServer::start(config, move || view.clone(), stop.clone()).await {
-            Ok(server) => {
-                let address = server.local_addresses()[0];
-                return Running {
-                    server,
-                    address,
-                    stop,
-                };
-            }
-            // The port that UDP got may be somebody's on TCP.
-            Err(StartError::Bind { transport, .. }) => assert_eq!(transport, "TCP"),
-            Err(error) => panic!("{error}"),
-        }
-    }
-    panic!("no free port after 16 attempts");
-}
-
-impl Running {
-    async fn dig(&self, arguments: &str) -> String {
-        let output = Command::new("dig")
-            .arg(format!("@{}", self.address.ip()))
-            .args(["-p", &self.address.port().to_string()])
-            .args(["+tries=1", "+time=5"])
-            .args(arguments.split_whitespace())
-            .output();
-        text(
-            &timeout(SOON, output)
-                .await
-                .unwrap()
-                .expect("dig (dnsutils)"),
-        )
-    }
-
-    async fn ask(&self, name: &str) -> client::Reply {
-        timeout(SOON, client::ask(self.address, name, "A"))
-            .await
-            .unwrap()
-            .unwrap()
-    }
-
-    async fn answers_own_names(&self) {
-        let reply = self.ask("inventory.shop.svc.cluster.local").await;
-        assert_eq!(reply.code, "NOERROR");
-        assert!(reply.elapsed < Duration::from_secs(1), "{reply:?}");
-    }
-}
-
-fn text(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
 
 fn big_view(endpoints: u16) -> View {
     let mut snapshot = snapshot();
@@ -210,51 +131,6 @@ async fn an_answer_too_large_for_udp_comes_over_tcp() {
 }
 
 #[tokio::test]
-async fn glibc_resolves_a_short_name_through_its_search_list() {
-    // Loopback addresses are all local; this one is this process's.
-    let [_, _, high, low] = std::process::id().to_be_bytes();
-    let address = SocketAddr::from(([127, 53, high, low.max(1)], 53));
-    let config = DnsConfig {
-        listen: vec![address],
-        ..DnsConfig::default()
-    };
-    let (view, stop) = (Arc::new(view()), CancellationToken::new());
-    let started = DnsServer::start(config, move || Some(Arc::clone(&view)), stop).await;
-    let _server = started.unwrap();
-    let resolv_conf = format!(
-        "nameserver {}\nsearch shop.svc.cluster.local svc.cluster.local\noptions ndots:5\n",
-        address.ip()
-    );
-    let script = r#"
-        set -e
-        mount --make-rprivate /
-        mount -t tmpfs none /mnt
-        printf %s "$RESOLV_CONF" > /mnt/resolv.conf
-        mount --bind /mnt/resolv.conf /etc/resolv.conf
-        getent ahosts inventory
-        getent hosts edge-a2.mesh
-        getent hosts 10.43.0.10
-    "#;
-    let output = Command::new("unshare")
-        .args(["--mount", "sh", "-c", script])
-        .env("RESOLV_CONF", resolv_conf)
-        .output();
-    let output = timeout(SOON, output).await.unwrap().unwrap();
-    let (shown, errors) = (text(&output), String::from_utf8_lossy(&output.stderr));
-    for want in [
-        "10.43.0.10",
-        "fd43::a",
-        "edge-a2.mesh",
-        "inventory.shop.svc.cluster.local",
-    ] {
-        assert!(
-            shown.contains(want),
-            "{want} is missing:\n{shown}\n{errors}"
-        );
-    }
-}
-
-#[tokio::test]
 async fn other_names_come_from_the_upstream_once_and_then_from_the_cache() {
     let upstream = Upstream::start().await;
     let running = start(&[upstream.address], Some(view())).await;
@@ -287,10 +163,10 @@ async fn a_stub_domain_has_upstreams_of_its_own() {
     ];
     let stub = |domain, upstream: &Upstream| Stub {
         domain: domain_name(domain).unwrap(),
-        upstreams: vec![upstream.address],
+        upstreams: plain(&[upstream.address]),
     };
     let config = DnsConfig {
-        upstreams: vec![general.address],
+        upstreams: plain(&[general.address]),
         stubs: vec![
             stub("Example.org", &company),
             stub("branch.example.org", &branch),
@@ -567,7 +443,7 @@ async fn it_refuses_to_ask_itself() {
     let own = SocketAddr::from((LOOPBACK, 5353));
     let config = DnsConfig {
         listen: vec![own],
-        upstreams: vec![own],
+        upstreams: plain(&[own]),
         ..DnsConfig::default()
     };
     let started = DnsServer::start(config, || None, CancellationToken::new()).await;
@@ -668,94 +544,4 @@ impl Noise {
         self.0 ^= self.0 << 17;
         self.0
     }
-}
-
-/// A resolver that knows `*.example.org`; ends with the test's runtime.
-struct Upstream {
-    address: SocketAddr,
-    asked: Arc<Mutex<BTreeMap<String, u32>>>,
-}
-
-impl Upstream {
-    async fn start() -> Self {
-        let (udp, tcp) = both_at_one_port().await;
-        let address = udp.local_addr().unwrap();
-        let asked = Arc::<Mutex<BTreeMap<String, u32>>>::default();
-        let seen = Arc::clone(&asked);
-        tokio::spawn(async move {
-            let mut buffer = [0; 1500];
-            while let Ok((len, from)) = udp.recv_from(&mut buffer).await {
-                let query = Message::from_vec(&buffer[..len]).unwrap();
-                let name = query.queries[0].name().to_ascii();
-                *seen.lock().unwrap().entry(name).or_default() += 1;
-                let answer = stub_answer(&query, false).to_vec().unwrap();
-                udp.send_to(&answer, from).await.unwrap();
-            }
-        });
-        tokio::spawn(async move {
-            while let Ok((mut stream, _)) = tcp.accept().await {
-                let mut query = vec![0; usize::from(stream.read_u16().await.unwrap())];
-                stream.read_exact(&mut query).await.unwrap();
-                let answer = stub_answer(&Message::from_vec(&query).unwrap(), true);
-                let answer = answer.to_vec().unwrap();
-                let len = u16::try_from(answer.len()).unwrap();
-                stream.write_u16(len).await.unwrap();
-                stream.write_all(&answer).await.unwrap();
-            }
-        });
-        Self { address, asked }
-    }
-
-    fn asked(&self, name: &str) -> u32 {
-        self.asked
-            .lock()
-            .unwrap()
-            .get(name)
-            .copied()
-            .unwrap_or_default()
-    }
-
-    fn asked_in_all(&self) -> u32 {
-        self.asked.lock().unwrap().values().sum()
-    }
-}
-
-async fn both_at_one_port() -> (UdpSocket, TcpListener) {
-    for _ in 0..16 {
-        let udp = UdpSocket::bind((LOOPBACK, 0)).await.unwrap();
-        if let Ok(tcp) = TcpListener::bind(udp.local_addr().unwrap()).await {
-            return (udp, tcp);
-        }
-    }
-    panic!("no free port after 16 attempts");
-}
-
-fn stub_answer(query: &Message, over_tcp: bool) -> Message {
-    let mut answer = query.clone().into_response();
-    answer.metadata.recursion_available = true;
-    let name = query.queries[0].name().clone();
-    let first = name.to_ascii();
-    let first = first.split('.').next().unwrap();
-    let record = |low| Record::from_rdata(name.clone(), 60, RData::A(A::new(192, 0, 2, low)));
-    match first {
-        "missing" => {
-            answer.metadata.response_code = ResponseCode::NXDomain;
-            let zone = Name::from_ascii("example.org.").unwrap();
-            let soa = SOA::new(zone.clone(), zone.clone(), 1, 1, 1, 1, 60);
-            answer.add_authority(Record::from_rdata(zone, 60, RData::SOA(soa)));
-        }
-        "broken" => answer.metadata.response_code = ResponseCode::ServFail,
-        "plain" if query.edns.is_some() => {
-            answer.metadata.response_code = ResponseCode::FormErr;
-            answer.edns = None;
-        }
-        "large" if over_tcp => {
-            answer.add_answers((0..200).map(record));
-        }
-        "large" => answer.metadata.truncation = true,
-        _ => {
-            answer.add_answer(record(1));
-        }
-    }
-    answer
 }

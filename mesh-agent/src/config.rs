@@ -17,6 +17,7 @@ use mesh_daemon::{FileError, http_proxy::HttpProxy};
 use mesh_dns::{
     local::{BadRecords, LocalNames, PodNames, domain_name},
     server::Stub,
+    upstream::{BadUpstream, UpstreamConfig},
 };
 use mesh_wire::id::NodeName;
 use serde::Deserialize;
@@ -114,7 +115,12 @@ struct DnsConfig {
     listen: Vec<SocketAddr>,
     /// Resolvers for all other names.
     #[serde(default)]
-    upstreams: Vec<SocketAddr>,
+    upstreams: Vec<DnsUpstream>,
+    /// Certificates (PEM) of those who certify upstreams by TLS, instead of whom the system trusts.
+    ca_file: Option<PathBuf>,
+    /// For how long beyond its time an answer is given while no upstream answers.
+    #[serde(default = "default_serve_stale_s")]
+    serve_stale_s: u32,
     /// Who may ask beyond this node and what is behind it, as prefixes.
     #[serde(default)]
     allow_from: Vec<IpNet>,
@@ -136,7 +142,55 @@ struct DnsStub {
     /// The domain; what is below it is meant too.
     domain: String,
     /// Resolvers for it.
-    upstreams: Vec<SocketAddr>,
+    upstreams: Vec<DnsUpstream>,
+}
+
+/// An upstream: `"10.0.0.53:53"`, or a table that says how it is asked.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(
+    untagged,
+    expecting = "`\"address:port\"`, `{ address = …, tls = \"name\" }` or `{ address = …, https = \"https://name/path\" }` expected"
+)]
+enum DnsUpstream {
+    Plain(SocketAddr),
+    Secure(SecureUpstream),
+}
+
+/// An upstream with a certificate.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SecureUpstream {
+    address: SocketAddr,
+    /// DNS over TLS: the certificate's name.
+    tls: Option<String>,
+    /// DNS over HTTPS: the URL.
+    https: Option<String>,
+}
+
+/// Why the `[dns]` table is refused.
+#[derive(Debug, thiserror::Error)]
+enum BadDns {
+    #[error(transparent)]
+    Records(#[from] BadRecords),
+    #[error(transparent)]
+    Upstream(#[from] BadUpstream),
+    #[error("upstream {0} needs either `tls` or `https`")]
+    HowAsked(SocketAddr),
+    #[error("serve_stale_s = {0} is more than {SERVE_STALE_MAX_S} (a week)")]
+    ServeStale(u32),
+}
+
+impl DnsUpstream {
+    fn settings(&self) -> Result<UpstreamConfig, BadDns> {
+        match self {
+            Self::Plain(address) => Ok(UpstreamConfig::plain(*address)),
+            Self::Secure(one) => Ok(match (&one.tls, &one.https) {
+                (Some(name), None) => UpstreamConfig::tls(one.address, name)?,
+                (None, Some(url)) => UpstreamConfig::https(one.address, url)?,
+                (None, None) | (Some(_), Some(_)) => return Err(BadDns::HowAsked(one.address)),
+            }),
+        }
+    }
 }
 
 /// A `[[dns.record]]`.
@@ -154,21 +208,30 @@ impl DnsConfig {
     ///
     /// # Errors
     ///
-    /// For a name that is none, or a record without addresses.
-    fn settings(self) -> Result<mesh_dns::server::DnsConfig, BadRecords> {
+    /// For a name that is none, a record without addresses, an upstream that cannot be asked so.
+    fn settings(self) -> Result<mesh_dns::server::DnsConfig, BadDns> {
+        if self.serve_stale_s > SERVE_STALE_MAX_S {
+            return Err(BadDns::ServeStale(self.serve_stale_s));
+        }
+        let upstreams = |written: &[DnsUpstream]| {
+            let upstreams = written.iter().map(DnsUpstream::settings);
+            upstreams.collect::<Result<Vec<_>, _>>()
+        };
         let records = self.record.iter();
         let records = records.map(|one| (one.name.as_str(), one.addresses.as_slice()));
-        let stubs = self.stub.into_iter().map(|stub| {
+        let stubs = self.stub.iter().map(|stub| {
             Ok(Stub {
                 domain: domain_name(&stub.domain)?,
-                upstreams: stub.upstreams,
+                upstreams: upstreams(&stub.upstreams)?,
             })
         });
         Ok(mesh_dns::server::DnsConfig {
-            stubs: stubs.collect::<Result<_, _>>()?,
+            stubs: stubs.collect::<Result<_, BadDns>>()?,
             local: LocalNames::new(self.pod_names, records)?,
             listen: self.listen,
-            upstreams: self.upstreams,
+            upstreams: upstreams(&self.upstreams)?,
+            ca_file: self.ca_file,
+            stale_max: std::time::Duration::from_secs(self.serve_stale_s.into()),
             allow_from: self.allow_from,
         })
     }
@@ -181,6 +244,8 @@ impl Default for DnsConfig {
             upstreams: Vec::new(),
             allow_from: Vec::new(),
             pod_names: PodNames::Off,
+            ca_file: None,
+            serve_stale_s: default_serve_stale_s(),
             stub: Vec::new(),
             record: Vec::new(),
         }
@@ -279,6 +344,14 @@ fn default_dns_listen() -> Vec<SocketAddr> {
 fn default_state_dir() -> PathBuf {
     "/var/lib/holdfast".into()
 }
+
+/// A day (RFC 8767 §5: one to three).
+fn default_serve_stale_s() -> u32 {
+    86_400
+}
+
+/// Addresses that old say nothing of where a name is now (RFC 8767 §5).
+const SERVE_STALE_MAX_S: u32 = 7 * 86_400;
 
 fn default_interface() -> String {
     "holdfast0".into()
@@ -654,6 +727,7 @@ mod tests {
         }
     }
 
+        assert_eq!(example.dns, defaults.dns);
     #[test]
     fn values_out_of_range_are_refused_with_their_key() {
         for (key, line) in [
@@ -717,6 +791,46 @@ mod tests {
         assert_eq!(controllers("controller = 'a:1'"), ["a:1"]);
         assert_eq!(controllers("controller = ['a:1', 'b:2']"), ["a:1", "b:2"]);
         let many = vec!["'a:1'"; CONTROLLERS_MAX + 1].join(", ");
+    #[test]
+    fn dns_upstreams_say_how_they_are_asked() {
+        let dns = |text: &str| parse(&format!("node_name = 'edge-a1'\n[dns]\n{text}"));
+        let address = "192.0.2.1:853".parse().unwrap();
+        let settings = dns(
+            "upstreams = ['10.0.0.53:53', {address = '192.0.2.1:853', tls = 'dns.example.org'}]\nca_file = '/ca.pem'\n\
+             serve_stale_s = 60\n[[dns.stub]]\ndomain = 'corp.example'\n\
+             upstreams = [{address = '192.0.2.1:853', https = 'https://dns.example.org/dns-query'}]",
+        );
+        let settings = settings.unwrap().dns;
+        let upstreams = [
+            UpstreamConfig::plain("10.0.0.53:53".parse().unwrap()),
+            UpstreamConfig::tls(address, "dns.example.org").unwrap(),
+        ];
+        assert_eq!(settings.upstreams, upstreams);
+        let stub = UpstreamConfig::https(address, "https://dns.example.org/dns-query");
+        assert_eq!(settings.stubs[0].upstreams, [stub.unwrap()]);
+        assert_eq!(settings.ca_file, Some("/ca.pem".into()));
+        assert_eq!(settings.stale_max.as_secs(), 60);
+        for (text, part) in [
+            ("upstreams = ['resolver']", "tls ="),
+            (
+                "upstreams = [{address = '192.0.2.1:853'}]",
+                "either `tls` or `https`",
+            ),
+            (
+                "upstreams = [{address = '192.0.2.1:853', tls = 'a b'}]",
+                "a b",
+            ),
+            (
+                "upstreams = [{address = '192.0.2.1:443', https = 'dns.example'}]",
+                "https://",
+            ),
+            ("serve_stale_s = 604801", "a week"),
+        ] {
+            let error = dns(text).unwrap_err();
+            assert!(error.contains(part), "{part} is not in: {error}");
+        }
+    }
+
         let error = parse(&format!("node_name = 'a'\ncontroller = [{many}]")).unwrap_err();
         assert!(error.contains("at most 16"), "{error}");
     }

@@ -43,6 +43,9 @@ const PACKAGES: &[(&str, &str)] = &[
     ("containerd", "containerd"),
     ("runc", "runc"),
     ("busybox", "busybox-static"),
+    ("musl-gcc", "musl-tools"),
+    ("unbound", "unbound"),
+    ("promtool", "prometheus"),
     ("etcd", "etcd-server"),
     ("etcdctl", "etcd-client"),
 ];
@@ -53,10 +56,9 @@ const WIREGUARD_PEERS: &[(&str, &str)] = &[
     ("gotatun", "gotatun-cli"),
 ];
 
-/// Resolvers and name servers that a bench measures beside ours, and what loads them.
+/// Resolvers and name servers that a bench measures beside ours, unbound apart, and what loads them.
 const DNS_PACKAGES: &[(&str, &str)] = &[
     ("dnsperf", "dnsperf"),
-    ("unbound", "unbound"),
     ("dnsmasq", "dnsmasq-base"),
     ("knotd", "knot"),
     ("nsd", "nsd"),

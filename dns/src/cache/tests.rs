@@ -49,19 +49,41 @@ fn seconds(count: u64) -> Duration {
 
 #[test]
 fn an_answer_counts_down_then_is_stale_then_is_gone() {
-    let (mut cache, start) = (Cache::default(), Instant::now());
+    let (mut cache, start) = (Cache::new(DEFAULT_STALE_MAX), Instant::now());
     insert(&mut cache, "example.org.", &positive(60), start);
     let ttl = |cached| match cached {
         Some(Cached::Fresh(message)) => ("fresh", message.answers[0].ttl),
+        Some(Cached::Ending(message)) => ("ending", message.answers[0].ttl),
         Some(Cached::Stale(message)) => ("stale", message.answers[0].ttl),
         None => ("gone", 0),
     };
-    let at = |count| ttl(cache.get(&key("example.org."), start + seconds(count)));
+    let mut at = |count| ttl(cache.get(&key("example.org."), start + seconds(count)));
     assert_eq!(at(0), ("fresh", 60));
     assert_eq!(at(59), ("fresh", 1));
     assert_eq!(at(60), ("stale", STALE_TTL_S));
     assert_eq!(at(60 + 86_399), ("stale", STALE_TTL_S));
     assert_eq!(at(60 + 86_400), ("gone", 0));
+}
+
+#[test]
+fn what_is_asked_for_often_is_asked_for_anew_near_its_end_and_once() {
+    let (mut cache, start) = (Cache::new(Duration::ZERO), Instant::now());
+    for name in ["often.org.", "seldom.org."] {
+        insert(&mut cache, name, &positive(60), start);
+    }
+    let mut ending = |name: &str, count| {
+        let cached = cache.get(&key(name), start + seconds(count));
+        matches!(cached.unwrap(), Cached::Ending(_))
+    };
+    assert!(!ending("seldom.org.", 59));
+    let asked = [10, 20, 53, 54, 55].map(|count| ending("often.org.", count));
+    assert_eq!(asked, [false, false, false, true, false]);
+    insert(&mut cache, "often.org.", &positive(60), start + seconds(56));
+    assert_eq!(
+        cache.get(&key("often.org."), start + seconds(116)),
+        None,
+        "nothing stale"
+    );
 }
 
 #[test]
@@ -101,7 +123,7 @@ fn what_may_not_be_kept_is_not() {
 
 #[test]
 fn the_oldest_answers_make_room() {
-    let (mut cache, now) = (Cache::default(), Instant::now());
+    let (mut cache, now) = (Cache::new(DEFAULT_STALE_MAX), Instant::now());
     insert(&mut cache, "refreshed.org.", &positive(60), now);
     for index in 0..ENTRIES_MAX {
         insert(&mut cache, &format!("n{index}.org."), &positive(60), now);

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+pub(crate) mod running;
+
 use std::{net::IpAddr, sync::Arc};
 
 use hickory_proto::{

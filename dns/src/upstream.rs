@@ -1,0 +1,440 @@
+//! One upstream: where it is, how it is asked, and how it does.
+
+use std::{
+    fmt,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use hickory_net::{
+    h2::HttpsClientStream,
+    runtime::TokioRuntimeProvider,
+    tls::tls_exchange,
+    xfer::{DnsExchange, DnsHandle as _, FirstAnswer as _},
+};
+use hickory_proto::op::{DnsRequest, DnsRequestOptions, Message};
+use rustls::{
+    ClientConfig, RootCertStore,
+    crypto::ring,
+    pki_types::{CertificateDer, ServerName, pem::PemObject as _},
+};
+use tokio::time::{Instant, timeout};
+
+use crate::client::{self, ExchangeError};
+
+/// For connecting (two round trips), asking and answering over TLS, by way of a geostationary satellite
+/// (600 ms each).
+const SECURE_TIMEOUT: Duration = Duration::from_millis(2500);
+
+/// An upstream that was silent this often in a row is passed over for a while. Not after the
+/// first time: on a lossy link both packets of one exchange may be lost.
+const SILENCES_MAX: u32 = 2;
+
+/// For how long. With no upstream left, questions fail at once until then.
+pub(crate) const PASSED_OVER: Duration = Duration::from_secs(2);
+
+/// The next upstream is asked, too, when this one did not answer within its usual time, which is at least …
+const HEDGE_MIN: Duration = Duration::from_millis(20);
+
+/// … and at most this: that long, nobody waits for a page without noticing.
+const HEDGE_MAX: Duration = Duration::from_millis(400);
+
+/// Before anything is known of it (RFC 8305 §5).
+const HEDGE_UNKNOWN: Duration = Duration::from_millis(250);
+
+/// Questions at once on one connection: as many as may wait at all.
+const QUESTIONS_MAX: usize = 512;
+
+/// How an upstream is asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Transport {
+    /// UDP, and TCP where the answer does not fit.
+    Plain,
+    /// DNS over TLS (RFC 7858). The certificate has to be for this name.
+    Tls(ServerName<'static>),
+    /// DNS over HTTPS (RFC 8484), by HTTP/2. The certificate has to be for this name.
+    Https {
+        /// Of the URL.
+        name: String,
+        /// The URL's part behind it.
+        path: String,
+    },
+}
+
+/// An upstream as it is configured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UpstreamConfig {
+    /// Where it is. An address: names cannot be resolved yet.
+    pub address: SocketAddr,
+    /// How it is asked.
+    pub transport: Transport,
+}
+
+/// Why an upstream is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BadUpstream {
+    /// No name that a certificate could be for.
+    #[error("{0:?} is no name that a certificate could be for")]
+    Name(String),
+    /// Not `https://name/path`.
+    #[error("{0:?} is not of the form https://dns.example.org/dns-query")]
+    Url(String),
+}
+
+/// Whom upstreams' certificates may be from.
+#[derive(Debug, thiserror::Error)]
+pub enum AuthoritiesError {
+    /// The file cannot be read, or is no PEM.
+    #[error("cannot read certificates of authorities from {}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: rustls::pki_types::pem::Error,
+    },
+    /// Nobody would be trusted.
+    #[error(
+        "there are no certificates of authorities {0}, so that no upstream by TLS could be trusted: install \
+         ca-certificates, or name a file (dns.ca_file)"
+    )]
+    None(String),
+    /// The system's cannot be used.
+    #[error("the certificates of authorities cannot be used")]
+    Unusable(#[from] rustls::Error),
+}
+
+impl UpstreamConfig {
+    /// By UDP and TCP.
+    #[must_use]
+    pub fn plain(address: SocketAddr) -> Self {
+        Self {
+            address,
+            transport: Transport::Plain,
+        }
+    }
+
+    /// By TLS, for a certificate with `name`, which may be an address.
+    ///
+    /// # Errors
+    ///
+    /// [`BadUpstream::Name`].
+    pub fn tls(address: SocketAddr, name: &str) -> Result<Self, BadUpstream> {
+        let transport = Transport::Tls(server_name(name)?);
+        Ok(Self { address, transport })
+    }
+
+    /// By HTTPS, at `https://name/path`.
+    ///
+    /// # Errors
+    ///
+    /// [`BadUpstream`].
+    pub fn https(address: SocketAddr, url: &str) -> Result<Self, BadUpstream> {
+        let bad = || BadUpstream::Url(url.to_owned());
+        let rest = url.strip_prefix("https://").ok_or_else(bad)?;
+        let (name, path) = rest.split_once('/').ok_or_else(bad)?;
+        server_name(name)?;
+        if path.is_empty() || path.contains(|c: char| c.is_whitespace() || c.is_control()) {
+            return Err(bad());
+        }
+        let transport = Transport::Https {
+            name: name.to_owned(),
+            path: format!("/{path}"),
+        };
+        Ok(Self { address, transport })
+    }
+
+    pub(crate) fn is_secure(&self) -> bool {
+        self.transport != Transport::Plain
+    }
+}
+
+fn server_name(name: &str) -> Result<ServerName<'static>, BadUpstream> {
+    let bad = |_| BadUpstream::Name(name.to_owned());
+    ServerName::try_from(name.to_owned()).map_err(bad)
+}
+
+/// TLS to upstreams, with a certificate from `authorities`, or else from whom the system trusts. Blocks on the disk.
+///
+/// # Errors
+///
+/// [`AuthoritiesError`].
+pub(crate) fn tls(authorities: Option<&Path>) -> Result<ClientConfig, AuthoritiesError> {
+    let mut roots = RootCertStore::empty();
+    let found = match authorities {
+        Some(path) => from_file(path)?,
+        None => rustls_native_certs::load_native_certs().certs,
+    };
+    roots.add_parsable_certificates(found);
+    if roots.is_empty() {
+        let of_system = || "on this system".to_owned();
+        let place = authorities.map_or_else(of_system, |path| format!("in {}", path.display()));
+        return Err(AuthoritiesError::None(place));
+    }
+    let provider = Arc::new(ring::default_provider());
+    let config =
+        ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
+    Ok(config.with_root_certificates(roots).with_no_client_auth())
+}
+
+fn from_file(path: &Path) -> Result<Vec<CertificateDer<'static>>, AuthoritiesError> {
+    let read = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
+    read.map_err(|source| AuthoritiesError::File {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// An upstream that is asked.
+#[derive(Debug)]
+pub(crate) struct Upstream {
+    pub(crate) config: UpstreamConfig,
+    tls: Option<Arc<ClientConfig>>,
+    health: Mutex<Health>,
+    connection: tokio::sync::Mutex<Connection>,
+    /// Owns what moves the connection's bytes.
+    runtime: Runtime,
+}
+
+#[derive(Clone, Default)]
+struct Runtime(TokioRuntimeProvider);
+
+impl fmt::Debug for Runtime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Runtime").finish_non_exhaustive()
+    }
+}
+
+/// One, for all questions: each costs a handshake. With how many there were.
+#[derive(Default)]
+struct Connection(u64, Option<DnsExchange<TokioRuntimeProvider>>);
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Connection").field(&self.0).finish()
+    }
+}
+
+/// How it does.
+#[derive(Debug, Default)]
+struct Health {
+    silences: u32,
+    passed_over_until: Option<Instant>,
+    usual: Option<RoundTrip>,
+}
+
+/// Smoothed, and how far off (RFC 6298 §2).
+#[derive(Debug, Clone, Copy)]
+struct RoundTrip {
+    smoothed: Duration,
+    variation: Duration,
+}
+
+impl Upstream {
+    /// `tls`: there if it is asked by TLS.
+    pub(crate) fn new(config: UpstreamConfig, tls: Option<Arc<ClientConfig>>) -> Self {
+        Self {
+            config,
+            tls,
+            health: Mutex::default(),
+            connection: tokio::sync::Mutex::default(),
+            runtime: Runtime::default(),
+        }
+    }
+
+    /// Asks. Gives the answer, and the bytes that it came in.
+    pub(crate) async fn ask(&self, query: Message) -> Result<(Message, Vec<u8>), ExchangeError> {
+        let asked = match self.config.transport {
+            Transport::Plain => return client::exchange(self.config.address, query).await,
+            Transport::Tls(_) | Transport::Https { .. } => {
+                timeout(SECURE_TIMEOUT, self.securely(&query)).await
+            }
+        };
+        let (message, bytes) = asked.unwrap_or(Err(ExchangeError::Timeout))?;
+        let answers = message.queries == query.queries; // The id is the connection's own.
+        answers
+            .then_some((message, bytes))
+            .ok_or(ExchangeError::NotAnAnswer)
+    }
+
+    async fn securely(&self, query: &Message) -> Result<(Message, Vec<u8>), ExchangeError> {
+        let kept = self.connection.lock().await;
+        let (number, known) = (kept.0, kept.1.clone());
+        drop(kept);
+        if let Some(connection) = known
+            && let Ok(said) = send(&connection, query).await
+        {
+            return Ok(said);
+        }
+        // The server closes what was idle (RFC 7858 §3.4).
+        let connection = self.connect(number).await?;
+        send(&connection, query).await
+    }
+
+    /// A connection after the one with that number: a new one, unless somebody else made it.
+    async fn connect(
+        &self,
+        number: u64,
+    ) -> Result<DnsExchange<TokioRuntimeProvider>, ExchangeError> {
+        let (address, runtime) = (self.config.address, self.runtime.0.clone());
+        let tls = self.tls.clone().ok_or(ExchangeError::NotAnAnswer)?;
+        let mut kept = self.connection.lock().await; // Others wait for this one.
+        if let Connection(newer, Some(connection)) = &*kept
+            && *newer > number
+        {
+            return Ok(connection.clone());
+        }
+        let connection = match &self.config.transport {
+            Transport::Https { name, path } => {
+                let builder = HttpsClientStream::builder(tls, runtime);
+                let (name, path) = (name.as_str().into(), path.as_str().into());
+                builder.exchange(address, name, path).await?
+            }
+            Transport::Tls(name) => {
+                let (name, tls) = (name.clone(), ClientConfig::clone(&tls));
+                let most = Some(QUESTIONS_MAX);
+                tls_exchange(address, name, tls, SECURE_TIMEOUT, most, runtime).await?
+            }
+            Transport::Plain => return Err(ExchangeError::NotAnAnswer),
+        };
+        *kept = Connection(kept.0 + 1, Some(connection.clone()));
+        Ok(connection)
+    }
+
+    pub(crate) fn is_passed_over(&self, now: Instant) -> bool {
+        let until = self.health().passed_over_until;
+        until.is_some_and(|until| now < until)
+    }
+
+    /// How long it may take before the next is asked, too.
+    pub(crate) fn hedge_after(&self) -> Duration {
+        self.health().hedge_after()
+    }
+
+    /// Remembers how an exchange went that began at `start`.
+    pub(crate) fn note(&self, error: Option<&ExchangeError>, start: Instant, now: Instant) {
+        let mut health = self.health();
+        match error {
+            Some(ExchangeError::Timeout | ExchangeError::Secure(_)) => health.silence(now),
+            // Errors that come at once cost nobody time.
+            Some(ExchangeError::Io(_) | ExchangeError::NotAnAnswer | ExchangeError::Unwritable) => {
+            }
+            None => health.answer(now.saturating_duration_since(start)),
+        }
+    }
+
+    /// Remembers that one that was asked later answered, and this one did not.
+    pub(crate) fn note_overtaken(&self, now: Instant) {
+        self.health().silence(now);
+    }
+
+    fn health(&self) -> MutexGuard<'_, Health> {
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn send(
+    connection: &DnsExchange<TokioRuntimeProvider>,
+    query: &Message,
+) -> Result<(Message, Vec<u8>), ExchangeError> {
+    let request = DnsRequest::new(query.clone(), DnsRequestOptions::default());
+    let response = connection.send(request).first_answer().await?;
+    Ok(response.into_parts())
+}
+
+impl Health {
+    fn silence(&mut self, now: Instant) {
+        self.silences = self.silences.saturating_add(1);
+        if self.silences >= SILENCES_MAX {
+            self.passed_over_until = Some(now + PASSED_OVER);
+        }
+    }
+
+    fn answer(&mut self, took: Duration) {
+        let usual = self.usual.map_or(
+            RoundTrip {
+                smoothed: took,
+                variation: took / 2,
+            },
+            |usual| RoundTrip {
+                smoothed: (usual.smoothed * 7 + took) / 8,
+                variation: (usual.variation * 3 + usual.smoothed.abs_diff(took)) / 4,
+            },
+        );
+        *self = Self {
+            usual: Some(usual),
+            ..Self::default()
+        };
+    }
+
+    fn hedge_after(&self) -> Duration {
+        let usual = self.usual.map(|usual| usual.smoothed + usual.variation * 4);
+        usual.map_or(HEDGE_UNKNOWN, |usual| usual.clamp(HEDGE_MIN, HEDGE_MAX))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_upstream_is_passed_over_after_two_silences_and_tried_again_later() {
+        let address = ([192, 0, 2, 1], 53).into();
+        let upstream = Upstream::new(UpstreamConfig::plain(address), None);
+        let now = Instant::now();
+        let silent = Some(&ExchangeError::Timeout);
+        upstream.note(silent, now, now);
+        assert!(!upstream.is_passed_over(now), "one loss is no outage");
+        upstream.note_overtaken(now);
+        assert!(upstream.is_passed_over(now));
+        assert!(!upstream.is_passed_over(now + PASSED_OVER));
+        upstream.note(None, now, now);
+        assert!(!upstream.is_passed_over(now));
+    }
+
+    #[test]
+    fn the_next_is_asked_when_the_usual_time_is_over() {
+        let mut health = Health::default();
+        assert_eq!(health.hedge_after(), HEDGE_UNKNOWN);
+        for _ in 0..64 {
+            health.answer(Duration::from_millis(50));
+        }
+        let near = Duration::from_millis(50)..Duration::from_millis(55);
+        assert!(near.contains(&health.hedge_after()), "{health:?}");
+        health.answer(Duration::from_millis(2));
+        assert!(
+            health.hedge_after() > Duration::from_millis(80),
+            "{health:?}"
+        );
+        for (took, wait) in [(0, HEDGE_MIN), (900, HEDGE_MAX)] {
+            for _ in 0..64 {
+                health.answer(Duration::from_millis(took));
+            }
+            assert_eq!(health.hedge_after(), wait, "{took} ms");
+        }
+    }
+
+    #[test]
+    fn what_is_no_upstream_by_tls_is_named() {
+        let address = "192.0.2.1:853".parse().unwrap();
+        let name = |name: &str| UpstreamConfig::tls(address, name).map(|one| one.transport);
+        assert!(matches!(name("dns.example.org"), Ok(Transport::Tls(_))));
+        assert!(matches!(name("192.0.2.1"), Ok(Transport::Tls(_))));
+        assert_eq!(name("a b"), Err(BadUpstream::Name("a b".to_owned())));
+        let url = |url: &str| UpstreamConfig::https(address, url).map(|one| one.transport);
+        let https = Transport::Https {
+            name: "dns.example.org".to_owned(),
+            path: "/dns-query".to_owned(),
+        };
+        assert_eq!(url("https://dns.example.org/dns-query"), Ok(https));
+        for bad in [
+            "http://dns.example.org/q",
+            "https://dns.example.org",
+            "https://a/b c",
+            "https://a/",
+        ] {
+            assert_eq!(url(bad), Err(BadUpstream::Url(bad.to_owned())));
+        }
+    }
+}

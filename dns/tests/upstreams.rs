@@ -1,0 +1,262 @@
+//! Upstreams: by TLS and HTTPS (Debian's unbound as the server), slow ones, and what is kept of their answers.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test may fail loudly, and its helpers too"
+)]
+
+mod common;
+
+use std::{fs, net::SocketAddr, path::PathBuf, process::Stdio, time::Duration};
+
+use common::running::{LOOPBACK, Running, SOON, Upstream, plain, start, start_with};
+use mesh_dns::{
+    server::{DnsConfig, DnsServer, StartError},
+    upstream::UpstreamConfig,
+};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use tempfile::TempDir;
+use tokio::{
+    net::{TcpStream, UdpSocket},
+    process::{Child, Command},
+    time::{Instant, sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+const NAME: &str = "resolver.example.org";
+
+/// Unbound with a certificate for [`NAME`]; `www.example.org` is 192.0.2.53 there.
+struct Secure {
+    tls: SocketAddr,
+    https: SocketAddr,
+    /// The one that signed the certificate.
+    ca_file: PathBuf,
+    process: Child,
+    folder: TempDir,
+}
+
+impl Secure {
+    async fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+        let key = KeyPair::generate().unwrap();
+        let certificate = CertificateParams::new([NAME.to_owned()]).unwrap();
+        let certificate = certificate.signed_by(&key, &authority).unwrap();
+        fs::write(path("ca.pem"), authority.pem()).unwrap();
+        fs::write(path("cert.pem"), certificate.pem()).unwrap();
+        fs::write(path("key.pem"), key.serialize_pem()).unwrap();
+        let [tls, https] = [free_port().await, free_port().await];
+        let ca_file = path("ca.pem");
+        let mut secure = Self {
+            process: unbound(&folder, tls, https),
+            tls,
+            https,
+            ca_file,
+            folder,
+        };
+        secure.until_up().await;
+        secure
+    }
+
+    async fn again(&mut self) {
+        self.process.kill().await.unwrap();
+        self.process = unbound(&self.folder, self.tls, self.https);
+        self.until_up().await;
+    }
+
+    async fn until_up(&mut self) {
+        let start = Instant::now();
+        while TcpStream::connect(self.https).await.is_err() {
+            assert_eq!(
+                self.process.try_wait().unwrap(),
+                None,
+                "unbound (Debian's unbound) ended"
+            );
+            assert!(start.elapsed() < SOON);
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    fn config(&self, upstream: UpstreamConfig) -> DnsConfig {
+        DnsConfig {
+            upstreams: vec![upstream],
+            ca_file: Some(self.ca_file.clone()),
+            ..DnsConfig::default()
+        }
+    }
+}
+
+fn unbound(folder: &TempDir, tls: SocketAddr, https: SocketAddr) -> Child {
+    let dir = folder.path().display();
+    let text = format!(
+        "server:\n interface: {}@{}\n interface: {}@{}\n tls-port: {}\n https-port: {}\n http-endpoint: \"/dns-query\"\n \
+         tls-service-key: {dir}/key.pem\n tls-service-pem: {dir}/cert.pem\n do-daemonize: no\n chroot: \"\"\n \
+         username: \"\"\n directory: {dir}\n pidfile: \"\"\n use-syslog: no\n logfile: \"\"\n \
+         local-zone: example.org. static\n local-data: \"www.example.org. 60 A 192.0.2.53\"\nremote-control:\n \
+         control-enable: no\n",
+        tls.ip(),
+        tls.port(),
+        https.ip(),
+        https.port(),
+        tls.port(),
+        https.port(),
+    );
+    let file = folder.path().join("unbound.conf");
+    fs::write(&file, text).unwrap();
+    let path = std::env::var("PATH").unwrap_or_default();
+    let mut command = Command::new("unbound");
+    command
+        .arg("-d")
+        .arg("-c")
+        .arg(file)
+        .env("PATH", path + ":/usr/sbin");
+    command.stderr(Stdio::null()).kill_on_drop(true);
+    command.spawn().expect("unbound (Debian's unbound)")
+}
+
+async fn free_port() -> SocketAddr {
+    let listener = tokio::net::TcpListener::bind((LOOPBACK, 0)).await;
+    listener.unwrap().local_addr().unwrap()
+}
+
+impl Running {
+    async fn gets(&self, name: &str, code: &str) {
+        let reply = self.ask(name).await;
+        assert_eq!(reply.code, code, "{name}: {reply:?}");
+    }
+}
+
+#[tokio::test]
+async fn upstreams_are_asked_by_tls_and_by_https_also_after_they_restarted() {
+    let mut secure = Secure::start().await;
+    let url = format!("https://{NAME}/dns-query");
+    let by_tls = UpstreamConfig::tls(secure.tls, NAME).unwrap();
+    let by_https = UpstreamConfig::https(secure.https, &url).unwrap();
+    let mut servers = Vec::new();
+    for upstream in [by_tls, by_https] {
+        servers.push(start_with(secure.config(upstream), None).await);
+    }
+    for server in &servers {
+        let reply = server.ask("www.example.org").await;
+        assert!(
+            reply.answers.concat().contains("192.0.2.53"),
+            "{reply:?} {:?}",
+            server.server.counters()
+        );
+        server.gets("missing.example.org", "NXDOMAIN").await;
+    }
+    // The connection that they have is over.
+    secure.again().await;
+    for server in &servers {
+        server.gets("missing2.example.org", "NXDOMAIN").await;
+        assert_eq!(server.server.counters().forwarded.get(), 3);
+    }
+}
+
+#[tokio::test]
+async fn an_upstream_without_the_right_certificate_is_not_believed() {
+    let (secure, other) = (Secure::start().await, Secure::start().await);
+    let wrong_name = UpstreamConfig::tls(secure.tls, "other.example.org").unwrap();
+    let right_name = UpstreamConfig::tls(secure.tls, NAME).unwrap();
+    let strange_authority = DnsConfig {
+        ca_file: Some(other.ca_file.clone()),
+        ..secure.config(right_name)
+    };
+    for config in [secure.config(wrong_name), strange_authority] {
+        let server = start_with(config, None).await;
+        server.gets("www.example.org", "SERVFAIL").await;
+        assert_eq!(server.server.counters().upstream_failures.get(), 1);
+    }
+}
+
+#[tokio::test]
+async fn authorities_that_are_none_are_named_before_anything_is_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let empty = folder.path().join("empty.pem");
+    fs::write(&empty, "").unwrap();
+    for (file, want) in [
+        (&empty, "no certificates of authorities in"),
+        (&folder.path().join("none"), "cannot read"),
+    ] {
+        let upstream = UpstreamConfig::tls(([192, 0, 2, 1], 853).into(), NAME).unwrap();
+        let config = DnsConfig {
+            upstreams: vec![upstream],
+            ca_file: Some(file.clone()),
+            ..DnsConfig::default()
+        };
+        let started = DnsServer::start(config, || None, CancellationToken::new()).await;
+        let Err(StartError::Authorities(error)) = started else {
+            panic!("started")
+        };
+        assert!(error.to_string().contains(want), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_slow_upstream_is_overtaken_by_the_next_of_the_other_family_and_then_passed_over() {
+    let silent = UdpSocket::bind(("::1", 0)).await.unwrap();
+    let upstream = Upstream::start().await;
+    let running = start(&[silent.local_addr().unwrap(), upstream.address], None).await;
+    let counters = running.server.counters();
+    for asked in 1..=2 {
+        // Long before the silent one has had its 1.2 s.
+        let reply = running.ask(&format!("n{asked}.example.org")).await;
+        assert_eq!(reply.code, "NOERROR");
+        assert!(reply.elapsed < Duration::from_millis(1100), "{reply:?}");
+        assert_eq!(counters.hedged.get(), asked);
+    }
+    running.gets("n3.example.org", "NOERROR").await;
+    assert_eq!(counters.hedged.get(), 2, "the silent one was asked again");
+    assert_eq!(upstream.asked_in_all(), 3);
+}
+
+#[tokio::test]
+async fn what_is_asked_for_often_is_there_when_its_time_is_over() {
+    let upstream = Upstream::start().await;
+    let running = start(&[upstream.address], None).await;
+    let counters = running.server.counters();
+    let start = Instant::now();
+    // Its time to live is 3 s: asked for all the time, it is asked for anew in the last 0.3 s.
+    while counters.prefetched.get() == 0 {
+        running.gets("short.example.org", "NOERROR").await;
+        assert!(start.elapsed() < SOON);
+        sleep(Duration::from_millis(20)).await;
+    }
+    timeout(SOON, async {
+        while upstream.asked("short.example.org.") < 2 {
+            sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await
+    .unwrap();
+    assert_eq!(counters.forwarded.get(), 1, "nobody had to wait for it");
+}
+
+#[tokio::test]
+async fn stale_answers_are_given_for_as_long_as_is_configured() {
+    for (stale_max, code) in [
+        (Duration::from_secs(60), "NOERROR"),
+        (Duration::ZERO, "SERVFAIL"),
+    ] {
+        let upstream = Upstream::start().await;
+        let config = DnsConfig {
+            upstreams: plain(&[upstream.address]),
+            stale_max,
+            ..DnsConfig::default()
+        };
+        let running = start_with(config, None).await;
+        running.gets("brief.example.org", "NOERROR").await;
+        upstream.end();
+        sleep(Duration::from_millis(1100)).await; // Its time to live is one second.
+        let start = Instant::now();
+        running.gets("brief.example.org", code).await;
+        assert!(start.elapsed() < Duration::from_secs(3));
+        let given = u64::from(code == "NOERROR");
+        assert_eq!(running.server.counters().stale.get(), given);
+    }
+}
