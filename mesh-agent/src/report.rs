@@ -419,6 +419,7 @@ fn service_report(view: &View, service: &Service) -> ServiceReport {
         alive: one.alive,
         chosen: one.chosen,
         ejected: one.is_ejected(),
+        full: one.is_full(),
     };
     ServiceReport {
         namespace: service.name.namespace.clone(),

@@ -372,6 +372,8 @@ pub(crate) struct Endpoint {
     pub(crate) chosen: bool,
     /// TCP connects to it fail.
     pub(crate) ejected: bool,
+    /// This node has as many connections open there as the service says.
+    pub(crate) full: bool,
 }
 
 impl From<admin::ServicesResponse> for Services {
@@ -384,6 +386,7 @@ impl From<admin::ServicesResponse> for Services {
             alive: said.alive,
             chosen: said.chosen,
             ejected: said.ejected,
+            full: said.full,
         };
         let service = |said: admin::ServiceReport| Service {
             namespace: said.namespace,

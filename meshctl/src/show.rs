@@ -502,6 +502,7 @@ fn endpoint_row(service: &Service, endpoint: &Endpoint) -> Vec<Cell> {
         match endpoint.chosen {
             true => Cell::new("yes", Tone::Good),
             false if endpoint.ejected => Cell::new("ejected", Tone::Bad),
+            false if endpoint.full => Cell::new("full", Tone::Warning),
             false => Cell::new("no", Tone::Faint),
         },
     ]

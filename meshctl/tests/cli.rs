@@ -327,7 +327,7 @@ shop/lost       Headless                            1 ready of 1  -
 SERVICE         ENDPOINT       NODE     TIER       READY  ALIVE  CHOSEN
 shop/inventory  10.2.3.1:8080  edge-b1  same-site  yes    yes    yes
 shop/inventory  10.9.9.9:8080  -        anywhere   yes    yes    ejected
-shop/lost       10.2.4.1       edge-c1  anywhere   yes    no     no
+shop/lost       10.2.4.1       edge-c1  anywhere   yes    no     full
 ";
     assert_eq!(lab.run("services --endpoints").await.out, want);
 }
@@ -341,6 +341,7 @@ fn endpoint_json(address: &str, node: Value, tier: &str, alive: bool, chosen: bo
         "alive": alive,
         "chosen": chosen,
         "ejected": address == "10.9.9.9:8080",
+        "full": address == "10.2.4.1",
     })
 }
 
@@ -776,6 +777,7 @@ impl AgentAdmin for Agent {
                 alive,
                 chosen,
                 ejected: address == "10.9.9.9:8080",
+                full: address == "10.2.4.1",
             };
         let inventory = admin::ServiceReport {
             namespace: "shop".to_owned(),

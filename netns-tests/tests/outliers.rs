@@ -18,16 +18,24 @@ const URL: &str = "http://10.43.0.77/";
 const GOOD: usize = 0;
 const BAD: usize = 1;
 
+/// Of all endpoints the first: nearest come first.
+const NEAR: usize = 0;
+
 /// Whether the agent says so of the endpoint of a slice: ejected, chosen.
 fn said(mesh: &Mesh, slice: usize) -> Result<(bool, bool)> {
+    flags(mesh, slice, ["/ejected", "/chosen"])
+}
+
+fn flags(mesh: &Mesh, endpoint: usize, keys: [&str; 2]) -> Result<(bool, bool)> {
     let services = mesh.ask("edge-a1", &["services"])?;
     let services = services.pointer("/services").and_then(Value::as_array);
     let mut services = services.into_iter().flatten();
     let kiosk = services.find(|one| one.pointer("/name").and_then(Value::as_str) == Some("kiosk"));
-    let found = kiosk.and_then(|kiosk| kiosk.pointer(&format!("/endpoints/{slice}")));
+    let found = kiosk.and_then(|kiosk| kiosk.pointer(&format!("/endpoints/{endpoint}")));
     let found = found.context("no such endpoint")?;
     let flag = |key: &str| found.pointer(key).and_then(Value::as_bool);
-    let flags = flag("/ejected").zip(flag("/chosen"));
+    let [one, other] = keys.map(flag);
+    let flags = one.zip(other);
     flags.with_context(|| format!("no flags: {found}"))
 }
 
@@ -126,11 +134,14 @@ endpoints: [{addresses: [100.96.1.1], nodeName: edge-a1}, {addresses: [100.96.2.
     let open = (0..3).map(|number| connection(&mesh, number));
     let mut open: Vec<_> = open.collect::<Result<_>>()?;
     all_go_to("far")?;
+    assert_eq!(flags(&mesh, NEAR, ["/full", "/chosen"])?, (true, false));
     // It stays so while they are open.
     std::thread::sleep(Duration::from_secs(2));
     all_go_to("far")?;
     for mut connection in open.drain(..2) {
         connection.kill()?;
     }
-    all_go_to("near")
+    all_go_to("near")?;
+    assert_eq!(flags(&mesh, NEAR, ["/full", "/chosen"])?, (false, true));
+    Ok(())
 }
