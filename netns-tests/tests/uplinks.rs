@@ -139,6 +139,16 @@ impl Two {
         by_modem(&self.edge)
     }
 
+    /// Waits until the agent says so of the controller.
+    fn controller(&self, what: &str, holds: impl Fn(&Value) -> bool) -> Result<()> {
+        tool::eventually(what, SOON, || {
+            let status = self.mesh.status("edge-a1")?;
+            let controller = status.get("controller").context("no controller")?;
+            ensure!(holds(controller), "{controller}");
+            Ok(())
+        })
+    }
+
     /// Pulls the wired cable, or puts it back.
     fn pull_cable(&self, pulled: bool) -> Result<()> {
         let state = if pulled { "down" } else { "up" };
@@ -237,6 +247,10 @@ fn a_line_that_dies_behind_its_router_is_left_and_taken_again_without_a_gap() ->
         two.mesh.site("wired")?.link().set_down(true)?;
         flows.gap("the line is dead", since, SILENT_MAX)?;
         two.uses("wwan0")?;
+        // The kernel's routes still lead to the dead line: by them nobody would hear of the controller.
+        two.controller("it is asked by the modem", |said| {
+            said["asked_in_s"].is_u64()
+        })?;
 
         let since = Instant::now();
         two.mesh.site("wired")?.link().set_down(false)?;
@@ -245,6 +259,8 @@ fn a_line_that_dies_behind_its_router_is_left_and_taken_again_without_a_gap() ->
         // The modem still works: nobody has to wait for anything.
         flows.gap("the line is back", since, Duration::from_millis(500))?;
         two.is_direct_from("203.0.113.11")?;
+        let stays = |said: &Value| said["connected"] == true;
+        two.controller("its stream stays, where that costs nothing", stays)?;
         two.mesh.all_run()
     };
     run().map_err(|error| two.fails(error))

@@ -133,6 +133,17 @@ impl Samples {
             .push(value);
     }
 
+    /// Takes in what was measured beside this, of other cases.
+    pub(crate) fn append(&mut self, mut other: Self) {
+        self.order.append(&mut other.order);
+        self.values.append(&mut other.values);
+        self.turns.append(&mut other.turns);
+        self.versions.append(&mut other.versions);
+        self.notes.append(&mut other.notes);
+        self.markdown.append(&mut other.markdown);
+        self.errors.append(&mut other.errors);
+    }
+
     /// Notes the same metric in each turn of a round, in which all cases have as many: what its ratios are made of.
     pub(crate) fn add_turns(&mut self, case: &str, metric: &'static str, values: Vec<f64>) {
         let turns = self.turns.entry((case.to_owned(), metric)).or_default();

@@ -286,7 +286,12 @@ impl Day {
         let report = self.world.report(from, to);
         let direct = report.is_some_and(|report| report.state == PeerState::Direct);
         self.direct += u64::from(direct);
-        self.problems.extend(problem);
+        if let Some(problem) = problem {
+            // At once: a day takes ten minutes.
+            let ends = [(from, to), (to, from)].map(|(at, of)| self.world.report(at, of));
+            println!("{problem}\n{ends:#?}");
+            self.problems.push(problem);
+        }
     }
 }
 

@@ -13,15 +13,16 @@
 //! | [`IDLE`], [`IDLE_METERED`] | 50 peers with direct paths and nothing to say: bytes a second and packets a minute at the interface, both ways, with all headers; in the second case the only way out costs |
 //! | [`SHARE_0`], [`SHARE_1`], [`SHARE_10`] | round trips by a relay while another client sends nothing, its share, ten times its share |
 //!
-//! Each figure scales with `--rounds`: of five, 50 runs, ten minutes of loss, 100 MB, five minutes of idling.
+//! Each figure scales with `--rounds`: of five, 50 runs, ten minutes of loss, 100 MB, five minutes of idling. Those who mostly
+//! wait ([`WAITING`]) wait together.
 
 mod line;
 mod pairs;
 mod share;
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, thread, time::Duration};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, anyhow, ensure};
 use netns_tests::matrix::{Matrix, Met, markdown};
 
 use self::pairs::{Pairs, What};
@@ -57,6 +58,9 @@ const CASES: &[&str] = &[
     IDLE_METERED,
     SHARE,
 ];
+
+/// These mostly wait, and are measured beside each other, each in a lab of its own.
+const WAITING: [&str; 3] = [LOSSY, IDLE, IDLE_METERED];
 
 /// The three that are measured in turns.
 const SHARE: &str = "relay-share";
@@ -103,23 +107,50 @@ pub(super) fn run(options: &Options, samples: &mut Samples) -> Result<bool> {
             Err(error) => samples.error("pairs", &error),
         }
     }
+    let (waiting, others): (Vec<_>, Vec<_>) =
+        others.into_iter().partition(|case| WAITING.contains(case));
     for case in others {
         eprintln!("{case}");
         let (bins, rounds) = (&options.bins, options.rounds);
         let measured = match case {
             MATRIX => matrix(options, samples),
-            LOSSY => line::lossy(bins, rounds, samples),
             NARROW => line::narrow(bins, NARROW, rounds, samples),
             UNFRAGMENTED => line::narrow(bins, UNFRAGMENTED, rounds, samples),
             UPLINK => uplink(bins, rounds, samples),
-            IDLE | IDLE_METERED => line::idle(bins, case, rounds, samples),
             _ => share::measure(bins, rounds, samples),
         };
         if let Err(error) = measured {
             samples.error(case, &error);
         }
     }
+    wait_for(&waiting, options, samples);
     Ok(samples.errors().next().is_none())
+}
+
+fn wait_for(cases: &[&'static str], options: &Options, samples: &mut Samples) {
+    let (bins, rounds) = (&options.bins, options.rounds);
+    let measure = |case: &'static str| {
+        eprintln!("{case}");
+        let mut samples = Samples::default();
+        let measured = match case {
+            LOSSY => line::lossy(bins, rounds, &mut samples),
+            _ => line::idle(bins, case, rounds, &mut samples),
+        };
+        if let Err(error) = measured {
+            samples.error(case, &error);
+        }
+        samples
+    };
+    thread::scope(|scope| {
+        let begin = |&case: &&'static str| (case, scope.spawn(move || measure(case)));
+        let running: Vec<_> = cases.iter().map(begin).collect();
+        for (case, measuring) in running {
+            match measuring.join() {
+                Ok(measured) => samples.append(measured),
+                Err(_) => samples.error(case, &anyhow!("its thread panicked")),
+            }
+        }
+    });
 }
 
 fn measure_pairs(pairs: &Pairs, cases: &[&'static str], rounds: u32, samples: &mut Samples) {

@@ -234,6 +234,10 @@ pub(super) fn narrow(bins: &Path, case: &str, rounds: u32, samples: &mut Samples
 /// Of each round.
 const IDLE_TIME: Duration = Duration::from_secs(60);
 
+/// Where the way out costs, links to relays that nobody needs any more end a minute after their last use, as visits do:
+/// then there is nothing left to say.
+const LINKS_END: Duration = Duration::from_secs(70);
+
 /// Counts what an agent with 50 peers sends and receives when nobody has anything to say.
 ///
 /// # Errors
@@ -256,6 +260,9 @@ pub(super) fn idle(bins: &Path, case: &str, rounds: u32, samples: &mut Samples) 
         lines,
     )?;
     thread::sleep(idle::CALM);
+    if metered {
+        thread::sleep(LINKS_END);
+    }
     let node = mesh.node(idle::NODE)?;
     let mut before = counted(&node)?;
     for minute in 1..=rounds {
