@@ -198,8 +198,8 @@ fn hard_nats_meet_at_a_port_mapped_by_upnp() -> Result<()> {
     meets_by("UPnP", "enable_natpmp=no\nenable_upnp=yes\n")
 }
 
-/// The router forgets everything, twice.
-fn is_mapped_again_by(protocol: &str) -> Result<()> {
+/// The router forgets everything, so often.
+fn is_mapped_again_by(protocol: &str, times: u32) -> Result<()> {
     let mesh = mesh()?;
     if protocol == "NAT-PMP" {
         tool::nft(mesh.site("site-a")?.router().netns(), NO_PCP)?;
@@ -207,7 +207,10 @@ fn is_mapped_again_by(protocol: &str) -> Result<()> {
     let protocols = "enable_natpmp=yes\nenable_upnp=no\n";
     let mut router = daemon(&mesh, protocols, GRANT)?;
     is_mapped(&mesh, protocol)?;
-    for _ in 0..2 {
+    for time in 0..times {
+        if time > 0 {
+            thread::sleep(Duration::from_secs(7)); // The agent listens to such news once in 10 s.
+        }
         // Its clock has to have gone on to be seen to begin anew.
         thread::sleep(Duration::from_secs(4));
         router.kill()?;
@@ -224,7 +227,6 @@ fn is_mapped_again_by(protocol: &str) -> Result<()> {
             "{protocol}: mapped again {:?} after the router's start",
             begin.elapsed()
         );
-        thread::sleep(Duration::from_secs(7)); // The agent listens to such news once in 10 s.
     }
     is_mapped(&mesh, protocol)?;
     mesh.all_run()
@@ -232,12 +234,12 @@ fn is_mapped_again_by(protocol: &str) -> Result<()> {
 
 #[test]
 fn a_port_mapped_by_pcp_is_mapped_again_when_the_router_starts_anew() -> Result<()> {
-    is_mapped_again_by("PCP")
+    is_mapped_again_by("PCP", 2)
 }
 
 #[test]
 fn a_port_mapped_by_nat_pmp_is_mapped_again_when_the_router_starts_anew() -> Result<()> {
-    is_mapped_again_by("NAT-PMP")
+    is_mapped_again_by("NAT-PMP", 1)
 }
 
 /// By UPnP: asked by PCP for what it may not grant, this daemon tries all ports, and answers nobody for half a minute.
@@ -313,7 +315,7 @@ fn ticks(process: &Process) -> Result<u64> {
 
 #[test]
 fn nonsense_and_a_flood_of_news_cost_a_few_questions_and_no_processor() -> Result<()> {
-    const LENGTH: Duration = Duration::from_secs(25);
+    const LENGTH: Duration = Duration::from_secs(15); // News are listened to once in 10 s.
     let mesh = mesh()?;
     let router = mesh.site("site-a")?.router().clone();
     let agent = mesh.take("edge-a1", "mesh-agent")?;
@@ -325,8 +327,8 @@ fn nonsense_and_a_flood_of_news_cost_a_few_questions_and_no_processor() -> Resul
         spent * 10
     );
     // Each time all protocols, of which two are retransmitted, and no more often than every 10 s.
-    assert!((2..=30).contains(&questions), "{questions}");
-    assert!(spent * 10 < 2_500, "{spent} ticks");
+    assert!((2..=20).contains(&questions), "{questions}");
+    assert!(spent * 10 < 1_500, "{spent} ticks");
     let said = said(&mesh)?;
     assert!(said.starts_with("not mapped") || said == "asked", "{said}");
     mesh.put("edge-a1", "mesh-agent", agent);
