@@ -21,7 +21,8 @@ use mesh_api::{
     },
     serve::AdminSocket,
 };
-use mesh_dns::client;
+use mesh_daemon::metrics::Page;
+use mesh_dns::{client, counters::Counters};
 use mesh_identity::credentials::Credentials;
 use mesh_wire::id::NodeId;
 use tokio::{sync::watch, task, time};
@@ -32,6 +33,7 @@ use crate::{
     driver::{Driver, DriverHandle},
     interfaces::AllServed,
     mapping::{self, Mapper},
+    metrics,
     policy::{self, Enforcer},
     portmap,
     proxy::Proxy,
@@ -67,6 +69,8 @@ pub struct Facts {
     pub interface: String,
     /// Where names are answered.
     pub dns_listen: Vec<SocketAddr>,
+    /// What became of questions for names.
+    pub dns_counters: Arc<Counters>,
     /// The credentials in force.
     pub credentials: Arc<ArcSwap<Credentials>>,
     /// Events of the packet path that found the driver's queue full.
@@ -123,6 +127,30 @@ impl Admin {
             .serve_with_incoming_shutdown(socket, stop.cancelled_owned())
             .await?;
         Ok(())
+    }
+
+    /// What Prometheus is shown. Empty when the agent is stopping, or the kernel tells nothing.
+    pub async fn metrics(self) -> Page {
+        let shown = async {
+            let status = self.whole_status().await?;
+            let measured = self.ask(|driver| report::measured(driver)).await?;
+            Ok(metrics::page(&status, &measured, &self.facts.dns_counters))
+        };
+        shown.await.unwrap_or_else(|error: Status| {
+            tracing::debug!(%error, "no metrics");
+            Page::new("")
+        })
+    }
+
+    async fn whole_status(&self) -> Result<StatusResponse, Status> {
+        let (facts, connection) = (self.facts.clone(), self.connection.borrow().clone());
+        let mut status = self
+            .ask(move |driver| report::status(driver, &facts, &connection))
+            .await?;
+        status.service_packets = self.service_packets().await?;
+        self.add_mapping(&mut status).await?;
+        self.add_policy(&mut status).await?;
+        Ok(status)
     }
 
     /// What became of the devices' packets. Beside the driver: filling the maps may hold them longer
@@ -212,14 +240,7 @@ impl AgentAdmin for Admin {
     type PingStream = PingStream;
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
-        let (facts, connection) = (self.facts.clone(), self.connection.borrow().clone());
-        let mut status = self
-            .ask(move |driver| report::status(driver, &facts, &connection))
-            .await?;
-        status.service_packets = self.service_packets().await?;
-        self.add_mapping(&mut status).await?;
-        self.add_policy(&mut status).await?;
-        Ok(Response::new(status))
+        Ok(Response::new(self.whole_status().await?))
     }
 
     async fn peers(&self, _: Request<PeersRequest>) -> Result<Response<PeersResponse>, Status> {

@@ -23,7 +23,7 @@ use mesh_core::{
     node::{Core, CoreConfig},
     snapshot::Snapshot,
 };
-use mesh_daemon::{NotifyState, supervisor::Supervisor};
+use mesh_daemon::{NotifyState, metrics, supervisor::Supervisor};
 use mesh_dns::server::DnsServer;
 use mesh_identity::credentials::Credentials;
 use mesh_linux::{
@@ -487,6 +487,7 @@ async fn start(
         started,
         interface: settings.interface,
         dns_listen: dns.local_addresses().to_vec(),
+        dns_counters: Arc::clone(dns.counters()),
         credentials,
         events_dropped,
         services: services.clone(),
@@ -505,6 +506,10 @@ async fn start(
         facts,
         connection,
     );
+    let shown = admin.clone();
+    let page = move || shown.clone().metrics();
+    let metrics = metrics::serve(settings.metrics_listen, page, stop.clone());
+    supervisor.spawn("metrics", metrics);
     supervisor.spawn("admin", admin.serve(stop));
     Ok(Running {
         workers,

@@ -13,7 +13,7 @@ use std::{
 
 use ipnet::IpNet;
 use mesh_core::pattern::NamePattern;
-use mesh_daemon::{FileError, http_proxy::HttpProxy};
+use mesh_daemon::{FileError, http_proxy::HttpProxy, metrics};
 use mesh_dns::{
     local::{BadRecords, LocalNames, PodNames, domain_name},
     server::Stub,
@@ -47,6 +47,8 @@ pub struct Settings {
     pub packet_threads: usize,
     /// Unix socket for `meshctl`.
     pub admin_socket: PathBuf,
+    /// Where Prometheus asks.
+    pub metrics_listen: metrics::Listen,
     /// The cgroup whose processes see services; `None`: the cgroup2 root.
     pub cgroup: Option<PathBuf>,
     /// Whether to load the eBPF programs.
@@ -242,10 +244,10 @@ impl Default for DnsConfig {
         Self {
             listen: default_dns_listen(),
             upstreams: Vec::new(),
-            allow_from: Vec::new(),
-            pod_names: PodNames::Off,
             ca_file: None,
             serve_stale_s: default_serve_stale_s(),
+            allow_from: Vec::new(),
+            pod_names: PodNames::Off,
             stub: Vec::new(),
             record: Vec::new(),
         }
@@ -295,6 +297,8 @@ struct ConfigFile {
     packet_threads: NonZeroUsize,
     #[serde(default = "default_admin_socket")]
     admin_socket: PathBuf,
+    #[serde(default = "default_metrics_listen")]
+    metrics_listen: metrics::Listen,
     cgroup: Option<PathBuf>,
     #[serde(default = "default_true")]
     services: bool,
@@ -341,10 +345,6 @@ fn default_dns_listen() -> Vec<SocketAddr> {
     vec![SocketAddr::from(([169, 254, 53, 53], 53))]
 }
 
-fn default_state_dir() -> PathBuf {
-    "/var/lib/holdfast".into()
-}
-
 /// A day (RFC 8767 §5: one to three).
 fn default_serve_stale_s() -> u32 {
     86_400
@@ -352,6 +352,10 @@ fn default_serve_stale_s() -> u32 {
 
 /// Addresses that old say nothing of where a name is now (RFC 8767 §5).
 const SERVE_STALE_MAX_S: u32 = 7 * 86_400;
+
+fn default_state_dir() -> PathBuf {
+    "/var/lib/holdfast".into()
+}
 
 fn default_interface() -> String {
     "holdfast0".into()
@@ -374,6 +378,10 @@ fn default_packet_threads() -> NonZeroUsize {
 
 fn default_metered_sync_s() -> u64 {
     VISITS_EVERY.as_secs()
+}
+
+fn default_metrics_listen() -> metrics::Listen {
+    metrics::Listen::local(9_640)
 }
 
 fn default_admin_socket() -> PathBuf {
@@ -506,6 +514,7 @@ impl Settings {
             listen_port: file.listen_port,
             packet_threads: file.packet_threads.get(),
             admin_socket: file.admin_socket,
+            metrics_listen: file.metrics_listen,
             cgroup: file.cgroup,
             services: file.services,
             policy: file.policy,
@@ -714,9 +723,11 @@ mod tests {
         assert_eq!(example.interface, defaults.interface);
         assert_eq!(example.listen_port, defaults.listen_port);
         assert_eq!(example.admin_socket, defaults.admin_socket);
+        assert_eq!(example.metrics_listen, defaults.metrics_listen);
         assert_eq!(example.dns.listen, defaults.dns.listen);
         assert!(example.services && example.policy);
         assert!(example.port_mapping && example.lan_discovery);
+        assert_eq!(example.dns, defaults.dns);
     }
 
     #[test]
@@ -727,7 +738,6 @@ mod tests {
         }
     }
 
-        assert_eq!(example.dns, defaults.dns);
     #[test]
     fn values_out_of_range_are_refused_with_their_key() {
         for (key, line) in [
@@ -782,16 +792,6 @@ mod tests {
     }
 
     #[test]
-    fn there_may_be_one_controller_or_several_or_none() {
-        let controllers = |line: &str| {
-            let settings = parse(&format!("node_name = 'a'\n{line}")).unwrap();
-            settings.controllers
-        };
-        assert_eq!(controllers(""), [""; 0]);
-        assert_eq!(controllers("controller = 'a:1'"), ["a:1"]);
-        assert_eq!(controllers("controller = ['a:1', 'b:2']"), ["a:1", "b:2"]);
-        let many = vec!["'a:1'"; CONTROLLERS_MAX + 1].join(", ");
-    #[test]
     fn dns_upstreams_say_how_they_are_asked() {
         let dns = |text: &str| parse(&format!("node_name = 'edge-a1'\n[dns]\n{text}"));
         let address = "192.0.2.1:853".parse().unwrap();
@@ -831,6 +831,16 @@ mod tests {
         }
     }
 
+    #[test]
+    fn there_may_be_one_controller_or_several_or_none() {
+        let controllers = |line: &str| {
+            let settings = parse(&format!("node_name = 'a'\n{line}")).unwrap();
+            settings.controllers
+        };
+        assert_eq!(controllers(""), [""; 0]);
+        assert_eq!(controllers("controller = 'a:1'"), ["a:1"]);
+        assert_eq!(controllers("controller = ['a:1', 'b:2']"), ["a:1", "b:2"]);
+        let many = vec!["'a:1'"; CONTROLLERS_MAX + 1].join(", ");
         let error = parse(&format!("node_name = 'a'\ncontroller = [{many}]")).unwrap_err();
         assert!(error.contains("at most 16"), "{error}");
     }

@@ -22,6 +22,7 @@ pub mod interfaces;
 pub mod links;
 pub mod loads;
 pub mod mapping;
+pub mod metrics;
 pub mod neighbours;
 pub mod network;
 pub mod outliers;

@@ -28,7 +28,13 @@ use mesh_wire::{
 use tokio::time;
 
 use crate::{
-    admin::Facts, driver::Driver, portmap, proxy::Proxy, sync::Connection, uplinks::NamedUplink,
+    admin::Facts,
+    driver::Driver,
+    metrics::{Measured, Path},
+    portmap,
+    proxy::Proxy,
+    sync::Connection,
+    uplinks::NamedUplink,
 };
 
 /// Milliseconds, as people and JSON read them.
@@ -120,6 +126,29 @@ pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> Status
         policy_enforced: false,
         policy_packets: BTreeMap::new(),
         policy_events: Vec::new(),
+    }
+}
+
+/// What the driver knows that is measured, for Prometheus.
+#[must_use]
+pub fn measured(driver: &Driver) -> Measured {
+    let peers = driver.core.peers();
+    let paths = peers.flat_map(|peer| peer.paths).map(|path| Path {
+        transport: match path.via {
+            Via::Direct(_) => "udp",
+            Via::Relay(id) => match driver.links().status(id) {
+                Some(("quic", _)) => "relay_quic",
+                Some(_) => "relay_tls",
+                None => "relay_down",
+            },
+        },
+        state: path_state_text(path.state),
+        rtt: path.srtt,
+        loss: path.loss,
+    });
+    Measured {
+        paths: paths.collect(),
+        traffic: driver.tunnel.stats().traffic,
     }
 }
 
