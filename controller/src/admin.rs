@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use mesh_api::admin::{
-    ControllerStatusRequest, ControllerStatusResponse, CreateTokenRequest, CreateTokenResponse,
-    IssueRelayRequest, IssueRelayResponse, ListNodesRequest, ListNodesResponse, ListTokensRequest,
-    ListTokensResponse, NodeReport, RemoveNodeRequest, RemoveNodeResponse, RevokeTokenRequest,
-    RevokeTokenResponse, TokenReport, controller_admin_server::ControllerAdmin,
+    AcceptRollbackRequest, AcceptRollbackResponse, ControllerStatusRequest,
+    ControllerStatusResponse, CreateTokenRequest, CreateTokenResponse, IssueRelayRequest,
+    IssueRelayResponse, ListNodesRequest, ListNodesResponse, ListTokensRequest, ListTokensResponse,
+    NodeReport, RemoveNodeRequest, RemoveNodeResponse, RevokeTokenRequest, RevokeTokenResponse,
+    TokenReport, controller_admin_server::ControllerAdmin,
 };
 use mesh_wire::id::{NodeName, RelayName};
 use tokio::task::spawn_blocking;
@@ -104,6 +105,15 @@ impl ControllerAdmin for AdminService {
             Ok(false) => Err(Status::not_found(format!("there is no token {id:?}"))),
             Err(error) => Err(Status::unavailable(error.to_string())),
         }
+    }
+
+    async fn accept_rollback(
+        &self,
+        _: Request<AcceptRollbackRequest>,
+    ) -> Result<Response<AcceptRollbackResponse>, Status> {
+        let accepted = self.blocking(State::accept_rollback).await?;
+        let epoch = accepted.map_err(|error| Status::unavailable(error.to_string()))?;
+        Ok(Response::new(AcceptRollbackResponse { epoch }))
     }
 
     async fn list_nodes(

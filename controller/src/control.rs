@@ -296,7 +296,11 @@ impl SyncSession {
                 () = self.guard.replaced.cancelled() => {
                     return Some(Err(Status::aborted("the node opened another stream")));
                 }
-                request = next_request(&mut self.requests) => self.handle_request(&request?),
+                request = next_request(&mut self.requests) => {
+                    if let Err(lost) = self.handle_request(&request?) {
+                        return Some(Err(Status::failed_precondition(lost)));
+                    }
+                }
                 turn = turns.acquire_many_owned(units), if waits => {
                     self.turn = Some((turn.ok()?, Instant::now() + TURN_MAX));
                 }
@@ -382,7 +386,8 @@ impl SyncSession {
         Some(response)
     }
 
-    fn handle_request(&mut self, request: &SyncRequest) {
+    /// The error is for people: what the node has was lost here.
+    fn handle_request(&mut self, request: &SyncRequest) -> Result<(), String> {
         let ours = request.store_id == self.service.state.store_id();
         if ours {
             self.guard.acknowledge(request.generation);
@@ -394,7 +399,7 @@ impl SyncSession {
         match &self.has {
             Has::NotSaid => {
                 self.compares = request.compares;
-                self.has = Has::Said(ours.then_some(request.generation));
+                self.has = Has::Said(self.service.state.has(&self.name, request)?);
             }
             // A report, which crossed the question.
             Has::Asked(..) if request.digests.is_empty() => {}
@@ -410,6 +415,7 @@ impl SyncSession {
                 self.is_over = self.was_large;
             }
         }
+        Ok(())
     }
 }
 

@@ -17,6 +17,7 @@ use mesh_api::{
         service_resource,
     },
 };
+use mesh_core::offline::limit::DAY;
 use mesh_core::{
     policy::resources::ObjectName,
     snapshot::{
@@ -175,6 +176,9 @@ impl Builder {
             mesh.overlay_v4 = config.overlay_v4.unwrap_or(mesh.overlay_v4).trunc();
             mesh.mtu_bytes = config.mtu_bytes.unwrap_or(mesh.mtu_bytes);
             mesh.default_action = config.default_action.unwrap_or(mesh.default_action);
+            if let Some(days) = config.offline_limit_days {
+                mesh.offline_limit = (days > 0).then(|| DAY * days);
+            }
             if let Some(domain) = &config.cluster_domain {
                 mesh.cluster_domain.clone_from(domain);
             }

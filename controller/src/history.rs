@@ -12,7 +12,7 @@ use std::{
 use mesh_api::{
     control::{Comparison, Resource, ResourceKey, SyncResponse, resource},
     convert::key,
-    resources::digest::{Digests, buckets},
+    resources::digest::{Digests, ResourceDigest, Whole, buckets, resource_digest},
 };
 use prost::Message as _;
 
@@ -26,9 +26,18 @@ pub struct History {
     generation: u64,
     /// An agent with an older generation may have missed a removal that is forgotten.
     floor: u64,
-    entries: BTreeMap<ResourceKey, Entry>,
+    /// When the generation was made: [`Step::made_unix_ms`].
+    made_unix_ms: u64,
+    entries: BTreeMap<ResourceKey, Held>,
     by_generation: BTreeSet<(u64, ResourceKey)>,
     removed: BTreeSet<(u64, ResourceKey)>,
+}
+
+/// An entry, and the digest of its resource: worked out once.
+#[derive(Debug, Clone)]
+struct Held {
+    entry: Entry,
+    digest: Option<ResourceDigest>,
 }
 
 /// What is known of one key.
@@ -71,6 +80,8 @@ pub enum Wanted {
 pub struct Step {
     /// The generation after it.
     pub generation: u64,
+    /// When it was made, in milliseconds since 1970; later than the one before ([`History::made_after`]).
+    pub made_unix_ms: u64,
     /// Older agents get everything anew.
     pub floor: u64,
     /// What each changed key is now.
@@ -82,10 +93,16 @@ pub struct Step {
 impl History {
     /// Puts together what the store held.
     #[must_use]
-    pub fn restore(generation: u64, floor: u64, entries: BTreeMap<ResourceKey, Entry>) -> Self {
+    pub fn restore(
+        generation: u64,
+        floor: u64,
+        made_unix_ms: u64,
+        entries: BTreeMap<ResourceKey, Entry>,
+    ) -> Self {
         let mut history = Self {
             generation,
             floor,
+            made_unix_ms,
             ..Self::default()
         };
         for (key, entry) in entries {
@@ -100,11 +117,34 @@ impl History {
         self.generation
     }
 
+    /// When that was made.
+    #[must_use]
+    pub fn made_unix_ms(&self) -> u64 {
+        self.made_unix_ms
+    }
+
+    /// When one is made that comes after it: now, or later if the clock was set back.
+    #[must_use]
+    pub fn made_after(&self, now_unix_ms: u64) -> u64 {
+        now_unix_ms.max(self.made_unix_ms + 1)
+    }
+
+    /// The digest of all resources: what nodes check that have them from others.
+    #[must_use]
+    pub fn digest(&self) -> Vec<u8> {
+        let mut whole = Whole::default();
+        let digests = self.entries.values();
+        digests
+            .filter_map(|held| held.digest.as_ref())
+            .for_each(|digest| whole.add(digest));
+        whole.finish().to_vec()
+    }
+
     /// The size of all resources, encoded.
     #[must_use]
     pub fn bytes(&self) -> usize {
         let resources = self.entries.values();
-        let resources = resources.filter_map(|entry| entry.resource.as_deref());
+        let resources = resources.filter_map(|held| held.entry.resource.as_deref());
         resources.map(Resource::encoded_len).sum()
     }
 
@@ -114,9 +154,8 @@ impl History {
         let first = (generation + 1, ResourceKey::default());
         let changed = self.by_generation.range(first..);
         let sizes = changed.map(|(_, key)| {
-            let entry = self.entries.get(key);
-            let resource = entry.and_then(|entry| entry.resource.as_deref());
-            resource.map_or_else(|| key.encoded_len(), Resource::encoded_len)
+            let resource = self.resource(key);
+            resource.map_or_else(|| key.encoded_len(), |resource| resource.encoded_len())
         });
         sizes.sum()
     }
@@ -133,8 +172,8 @@ impl History {
     ) -> Result<Option<Step>, E> {
         let generation = self.generation + 1;
         let mut changed = BTreeMap::new();
-        for (key, entry) in &self.entries {
-            if entry.resource.is_some() && !wanted.contains_key(key) {
+        for (key, held) in &self.entries {
+            if held.entry.resource.is_some() && !wanted.contains_key(key) {
                 let resource = None;
                 changed.insert(
                     key.clone(),
@@ -146,8 +185,7 @@ impl History {
             }
         }
         for (key, wanted) in wanted {
-            let now = self.entries.get(&key);
-            let now = now.and_then(|entry| entry.resource.as_ref());
+            let now = self.resource(&key);
             let same = |resource: &Arc<Resource>| {
                 now.is_some_and(|now| Arc::ptr_eq(now, resource) || now == resource)
             };
@@ -172,6 +210,7 @@ impl History {
         let (floor, forgotten) = self.forget(&changed);
         Ok(Some(Step {
             generation,
+            made_unix_ms: self.made_after(0),
             floor,
             changed,
             forgotten,
@@ -182,8 +221,9 @@ impl History {
     pub fn apply(&mut self, step: Step) {
         self.generation = step.generation;
         self.floor = step.floor;
+        self.made_unix_ms = step.made_unix_ms;
         for key in step.forgotten {
-            if let Some(entry) = self.entries.remove(&key) {
+            if let Some(Held { entry, .. }) = self.entries.remove(&key) {
                 self.by_generation.remove(&(entry.generation, key.clone()));
                 self.removed.remove(&(entry.generation, key));
             }
@@ -212,18 +252,14 @@ impl History {
         let Some(known) = known else {
             let resources = self.entries.values();
             response.set = resources
-                .filter_map(|entry| entry.resource.as_deref().cloned())
+                .filter_map(|held| held.entry.resource.as_deref().cloned())
                 .collect();
             return response;
         };
         let first = (known + 1, ResourceKey::default());
         for (_, key) in self.by_generation.range(first..) {
-            match self
-                .entries
-                .get(key)
-                .and_then(|entry| entry.resource.as_deref().cloned())
-            {
-                Some(resource) => response.set.push(resource),
+            match self.resource(key) {
+                Some(resource) => response.set.push(resource.as_ref().clone()),
                 None => response.removed.push(key.clone()),
             }
         }
@@ -236,7 +272,7 @@ impl History {
         let entries = self.entries.iter();
         let resources = || {
             let resources = entries.clone();
-            resources.filter_map(|(key, entry)| Some((key, entry.resource.as_ref()?)))
+            resources.filter_map(|(key, held)| Some((key, held.entry.resource.as_ref()?)))
         };
         let count = buckets(resources().count());
         let mut digests = Digests::new(count);
@@ -291,9 +327,13 @@ impl History {
         response
     }
 
+    fn resource(&self, key: &ResourceKey) -> Option<&Arc<Resource>> {
+        self.entries.get(key)?.entry.resource.as_ref()
+    }
+
     fn set(&mut self, key: ResourceKey, entry: Entry) {
         if let Some(before) = self.entries.get(&key) {
-            let place = (before.generation, key.clone());
+            let place = (before.entry.generation, key.clone());
             self.by_generation.remove(&place);
             self.removed.remove(&place);
         }
@@ -302,7 +342,9 @@ impl History {
             self.removed.insert(place.clone());
         }
         self.by_generation.insert(place);
-        self.entries.insert(key, entry);
+        let resource = entry.resource.as_deref();
+        let digest = resource.map(|resource| resource_digest(&key, resource));
+        self.entries.insert(key, Held { entry, digest });
     }
 
     /// The oldest tombstones that are too many after `changed`, and the floor without them.

@@ -12,6 +12,7 @@ pub mod control;
 pub mod desired;
 pub mod history;
 pub mod kubernetes;
+pub mod lineage;
 pub mod manifests;
 pub mod policy_test;
 pub mod ready;

@@ -216,6 +216,8 @@ pub struct Config {
     pub mtu_bytes: Option<u16>,
     /// What happens to flows of which no policy says anything.
     pub default_action: Option<DefaultAction>,
+    /// For how many days nodes count on what they have while no controller speaks; 0: for ever.
+    pub offline_limit_days: Option<u32>,
     /// Whether nodes wait until they are approved.
     pub manual_approval: bool,
 }

@@ -41,12 +41,13 @@ use crate::{
     token::Refusal,
 };
 
-use self::sharing::Lead;
+use self::{heads::Heads, sharing::Lead};
 pub use self::{
     sharing::{NodeChange, NodeFact},
     tokens::TokenError,
 };
 
+mod heads;
 mod removal;
 mod sharing;
 mod tokens;
@@ -70,6 +71,7 @@ pub struct State {
     published: RwLock<Published>,
     generation: watch::Sender<u64>,
     sessions: Mutex<Sessions>,
+    heads: Heads,
     /// What nodes were last compared with, and when it was made.
     index: Mutex<Option<(Instant, Arc<Index>)>>,
     next_session: AtomicU64,
@@ -205,10 +207,11 @@ impl State {
     pub fn open(settings: Settings) -> Result<Self, StartError> {
         let (store, contents) = Store::open(&settings.state_dir)?;
         let store = Arc::new(Mutex::new(store));
+        let generation = contents.history.generation();
+        let heads = Heads::begin(contents.lineage, generation, &mut lock(&store))?;
         let (mut shared, lead, authority) = sharing::open(&settings, &store)?;
         let (registered, revision) = sharing::patiently(|| shared.nodes())?;
         let not_before = Validity::of(authority.certificate_der())?.not_before;
-        let generation = contents.history.generation();
         let (mesh, name) = (authority.mesh_id(), &settings.mesh_name);
         let nothing = Arc::new(desired(&[], &registered, mesh, name));
         let nodes = nothing.nodes.clone();
@@ -246,6 +249,7 @@ impl State {
             }),
             generation: watch::Sender::new(generation),
             sessions: Mutex::default(),
+            heads,
             index: Mutex::default(),
             next_session: AtomicU64::new(0),
             registrations: AtomicU64::new(0),
@@ -302,7 +306,10 @@ impl State {
     /// What an agent that has `generation` of this store must be told.
     #[must_use]
     pub fn since(&self, generation: Option<u64>) -> SyncResponse {
-        self.published(|published| published.history.since(&self.store_id, generation))
+        self.published(|published| {
+            let response = published.history.since(&self.store_id, generation);
+            self.with_head(&published.history, response)
+        })
     }
 
     /// How large the answer to an agent that has `generation` is, in bytes.
@@ -337,7 +344,10 @@ impl State {
     /// What an agent must be told whose resources differ so.
     #[must_use]
     pub fn since_differing(&self, differing: &Differing) -> SyncResponse {
-        self.published(|published| published.history.since_differing(&self.store_id, differing))
+        self.published(|published| {
+            let history = &published.history;
+            self.with_head(history, history.since_differing(&self.store_id, differing))
+        })
     }
 
     /// How large that is, in bytes.
@@ -382,7 +392,7 @@ impl State {
                 generation,
                 published.nodes.len(),
                 sessions,
-                published.problems.clone(),
+                self.heads.problems(&published.problems),
             )
         })
     }
@@ -772,14 +782,16 @@ impl State {
             Ok(node_resource(record, signature))
         };
         let step = self.published(|published| published.history.plan(wanted, sign));
-        let step = step.map_err(|error| error.to_string())?;
+        let mut step = step.map_err(|error| error.to_string())?;
         let unsaved = |error: StoreError| format!("cannot be saved, the last state stays: {error}");
         let mut store = lock(&work.store);
         if !work.remember.is_empty() {
             store.save_manifests(&work.remember).map_err(unsaved)?;
             work.remember.clear();
         }
-        if let Some(step) = &step {
+        if let Some(step) = &mut step {
+            step.made_unix_ms =
+                self.published(|published| published.history.made_after(self.now_unix_ms()));
             store.publish(step).map_err(unsaved)?;
         }
         drop(store);

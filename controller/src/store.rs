@@ -24,6 +24,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     history::{Entry, History, Step},
+    lineage::Lineage,
     shared::{Change, Found, Key, Local, Seen, Shared, damaged, decode, decode_node, node_name},
     token::{Refusal, TOKENS_MAX, TokenRecord},
 };
@@ -39,6 +40,8 @@ const AUTHORITY_KEY: &str = "authority_key";
 const STORE_ID: &str = "store_id";
 const GENERATION: &str = "generation";
 const FLOOR: &str = "floor";
+const MADE: &str = "made_unix_ms";
+const LINEAGE: &str = "lineage";
 
 /// What the database may keep in memory besides what the controller itself has there: enough for the pages of one
 /// step. (Its own default is a gigabyte.)
@@ -83,6 +86,8 @@ pub struct Contents {
     pub store_id: Vec<u8>,
     /// What was published.
     pub history: History,
+    /// Which lives of controllers published it.
+    pub lineage: Lineage,
     /// Each manifest file's text when it last was good, by its name.
     pub manifests: BTreeMap<String, String>,
 }
@@ -227,6 +232,21 @@ impl Store {
             let mut meta = transaction.open_table(META)?;
             meta.insert(GENERATION, step.generation.to_be_bytes().as_slice())?;
             meta.insert(FLOOR, step.floor.to_be_bytes().as_slice())?;
+            meta.insert(MADE, step.made_unix_ms.to_be_bytes().as_slice())?;
+            Ok(())
+        })
+    }
+
+    /// Writes a life that begins, or an epoch.
+    ///
+    /// # Errors
+    ///
+    /// The store failed.
+    pub fn save_lineage(&mut self, lineage: &Lineage) -> Result<(), StoreError> {
+        let bytes = lineage.encode();
+        self.write(|transaction| {
+            let mut meta = transaction.open_table(META)?;
+            meta.insert(LINEAGE, bytes.as_slice())?;
             Ok(())
         })
     }
@@ -280,10 +300,16 @@ impl Store {
                 .map_err(|_| damaged(&place, what)),
         };
         let (generation, floor) = (number(GENERATION)?, number(FLOOR)?);
+        let made_unix_ms = number(MADE)?;
+        let lineage = match meta.get(LINEAGE) {
+            None => Lineage::default(),
+            Some(raw) => Lineage::decode(raw).ok_or_else(|| damaged(&place, LINEAGE))?,
+        };
         let entries = self.read_resources()?;
         Ok(Contents {
             store_id: meta.remove(STORE_ID).unwrap_or_default(),
-            history: History::restore(generation, floor, entries),
+            history: History::restore(generation, floor, made_unix_ms, entries),
+            lineage,
             manifests: self.read_manifests()?,
         })
     }

@@ -21,6 +21,7 @@ use mesh_api::{
     },
     serve::AdminSocket,
 };
+use mesh_core::offline::{Version, limit::Standing};
 use mesh_daemon::metrics::Page;
 use mesh_dns::{client, counters::Counters};
 use mesh_identity::credentials::Credentials;
@@ -91,6 +92,12 @@ pub struct Facts {
     pub port_mappings: watch::Receiver<portmap::Reports>,
     /// What became of announcements on the LAN.
     pub lan_announcements: watch::Receiver<BTreeMap<String, u64>>,
+    /// What became of asking neighbours for the state of the mesh.
+    pub exchanges: watch::Receiver<BTreeMap<String, u64>>,
+    /// How long that state counts.
+    pub standing: watch::Receiver<Standing>,
+    /// Which state that is.
+    pub version: watch::Receiver<Version>,
     /// The CONNECT proxy, if this node has one.
     pub proxy: Option<Proxy>,
 }

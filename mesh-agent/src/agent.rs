@@ -48,7 +48,9 @@ use crate::{
     clamp,
     cni::{self, Attachments},
     config::Settings,
+    desired,
     driver::{self, Driver, DriverHandle, Event},
+    exchange::{self, Giver, OFFERS_QUEUED_MAX},
     health,
     interfaces::{self, AllServed, Programs, Wanted},
     links::Links,
@@ -238,6 +240,15 @@ async fn start(
     .await?;
     let credentials = sync.credentials();
     let connection = sync.connection();
+    let desired = sync.desired();
+    let (standing, version) = {
+        let desired = desired.lock().await;
+        (desired.standing(), desired.version())
+    };
+    supervisor.spawn(
+        "limit",
+        desired::keep_limit(Arc::clone(&desired), stop.clone()),
+    );
     supervisor.spawn("sync", sync.run(stop.clone()));
     let snapshot = sync::wait_for_node(snapshots.clone(), &settings.node_name).await?;
     let own = snapshot
@@ -437,8 +448,22 @@ async fn start(
         supervisor.spawn("port mapping", keeper);
     }
     let (counts, lan_announcements) = watch::channel(BTreeMap::new());
+    let (exchanged, exchanges) = watch::channel(BTreeMap::new());
     if settings.lan_discovery {
+        let giver = Giver::new(Arc::clone(&desired), Arc::clone(&credentials));
+        let (offers, offered) = mpsc::channel(OFFERS_QUEUED_MAX);
+        let keeper = exchange::keep_exchange(
+            giver.clone(),
+            offered,
+            connection.clone(),
+            exchanged,
+            stop.clone(),
+        );
+        supervisor.spawn("exchange", keeper);
         let config = NeighboursConfig {
+            version: version.clone(),
+            giver,
+            offers,
             node: settings.node_name.clone(),
             id,
             port: settings.listen_port,
@@ -498,6 +523,9 @@ async fn start(
         mapper,
         port_mappings,
         lan_announcements,
+        exchanges,
+        standing,
+        version,
         proxy,
     };
     let admin = Admin::new(

@@ -10,7 +10,7 @@ pub mod machine;
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -18,7 +18,16 @@ use std::{
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
-use mesh_core::{io::Input, pattern::NamePattern, services::View, snapshot::Snapshot};
+use mesh_core::{
+    io::Input,
+    offline::{
+        Version,
+        exchange::{Ask, Offer},
+    },
+    pattern::NamePattern,
+    services::View,
+    snapshot::Snapshot,
+};
 use mesh_identity::{credentials::Credentials, statement::verify_statement};
 use mesh_linux::{
     IfIndex,
@@ -31,7 +40,7 @@ use mesh_wire::{
 use rand::random;
 use socket2::{Domain, InterfaceIndexOrAddress, Protocol, Socket, Type};
 use tokio::{
-    net::UdpSocket,
+    net::{TcpListener, UdpSocket},
     sync::{mpsc, watch},
     task::JoinSet,
     time,
@@ -41,6 +50,7 @@ use tokio_util::sync::CancellationToken;
 use self::machine::{Believed, Counts, Heard, Known, Machine};
 use crate::{
     driver::{Event, sleep_until},
+    exchange::Giver,
     settle::Looks,
     uplinks::{UplinkRule, is_metered},
 };
@@ -50,6 +60,9 @@ const LANS_MAX: usize = 16;
 
 /// Datagrams that wait to be looked at: two rounds of a hundred nodes. More are dropped, and said again by their senders.
 const HEARD_MAX: usize = 256;
+
+/// Neighbours that wait to be heard when they ask.
+const BACKLOG: i32 = 16;
 
 /// Pause after a socket failed.
 const RETRY: Duration = Duration::from_secs(1);
@@ -71,6 +84,12 @@ pub struct NeighboursConfig {
     pub pods: BTreeSet<NamePattern>,
     /// Who the node is, and the proof.
     pub credentials: Arc<ArcSwap<Credentials>>,
+    /// Which state of the mesh it has.
+    pub version: watch::Receiver<Version>,
+    /// Who gives it to neighbours that ask, and asks them.
+    pub giver: Giver,
+    /// Whom there is to ask.
+    pub offers: mpsc::Sender<Offer>,
 }
 
 /// Announces the node and listens for others until `stop`.
@@ -98,6 +117,7 @@ pub async fn keep_neighbours(
         complaint: String::new(),
     };
     let mut looks = Looks::new(now());
+    let mut version = shell.config.version.clone();
     loop {
         let deadline = shell.machine.poll_timeout();
         tokio::select! {
@@ -108,6 +128,10 @@ pub async fn keep_neighbours(
                 if shell.take_view(view) {
                     looks.handle_change(now());
                 }
+            }
+            changed = version.changed() => {
+                changed?;
+                shell.machine.handle_news(now());
             }
             change = changes.next() => {
                 let change = change.context("the kernel closed the netlink socket")?;
@@ -149,7 +173,7 @@ struct Mesh {
 struct Place {
     lan: Lan,
     nets: Vec<IpNet>,
-    sockets: Vec<(Arc<UdpSocket>, SocketAddr)>,
+    sockets: Sockets,
 }
 
 /// A datagram of a LAN.
@@ -216,10 +240,14 @@ impl Shell {
         self.heard = heard;
         for lan in lans {
             let place = self.lans.len();
-            let (sockets, failed) = open(&lan);
+            let (sockets, listeners, failed) = open(&lan);
             if let Err(error) = failed {
                 // By the other family, or after the next change.
                 self.complain(format!("{}: {error}", lan.name));
+            }
+            for listener in listeners {
+                let serve = self.config.giver.clone().serve(listener);
+                self.ears.spawn(serve);
             }
             for (socket, _) in &sockets {
                 self.ears
@@ -257,6 +285,7 @@ impl Shell {
             mesh: mesh.snapshot.mesh.id,
             own: self.config.id,
             names: &mesh.names,
+            version: *self.config.version.borrow(),
         };
         let heard = Heard {
             from: datagram.from,
@@ -265,8 +294,7 @@ impl Shell {
         };
         match self.machine.handle_datagram(heard, &known, verify, now()) {
             Ok(believed) => {
-                let newer = believed.generation > mesh.snapshot.generation.0;
-                tracing::debug!(?believed, newer, "a neighbour announced itself");
+                tracing::debug!(?believed, "a neighbour announced itself");
                 self.tell(believed).await;
             }
             Err(refusal) => {
@@ -277,6 +305,16 @@ impl Shell {
     }
 
     async fn tell(&self, believed: Believed) {
+        if let Some(address) = believed.addresses.first() {
+            let ask = Ask {
+                node: believed.node,
+                name: believed.name,
+                address: SocketAddr::new(address.ip(), PORT),
+            };
+            let version = believed.version;
+            // It is announced again.
+            self.config.offers.try_send(Offer { ask, version }).ok();
+        }
         for address in believed.addresses {
             let told = Event::Core(Input::Neighbour {
                 peer: believed.node,
@@ -293,12 +331,17 @@ impl Shell {
         let credentials = self.config.credentials.load_full();
         let mut problem = None;
         for place in &self.lans {
+            let Version {
+                epoch,
+                made_unix_ms,
+            } = *self.config.version.borrow();
             let said = Announcement {
                 mesh: mesh.snapshot.mesh.id,
                 node: self.config.id,
                 port: self.config.port,
                 addresses: place.nets.iter().map(IpNet::addr).collect(),
-                generation: mesh.snapshot.generation.0,
+                epoch,
+                made_unix_ms,
                 boot,
                 count,
             };
@@ -360,20 +403,45 @@ fn is_link_local(ip: IpAddr) -> bool {
     }
 }
 
-/// Sockets on a LAN, one for each family that it has, and what was wrong with one of them.
-fn open(lan: &Lan) -> (Vec<(Arc<UdpSocket>, SocketAddr)>, io::Result<()>) {
+/// Announcements' sockets, and the group that each speaks to.
+type Sockets = Vec<(Arc<UdpSocket>, SocketAddr)>;
+
+/// Sockets on a LAN, one for each family that it has, where neighbours ask, and what was wrong with one of them.
+fn open(lan: &Lan) -> (Sockets, Vec<TcpListener>, io::Result<()>) {
     let has = |v4: bool| {
         let mut nets = lan.addresses.iter();
         nets.any(|net| net.addr().is_ipv4() == v4 && !is_link_local(net.addr()))
     };
-    let (mut sockets, mut result) = (Vec::new(), Ok(()));
+    let (mut sockets, mut listeners, mut result) = (Vec::new(), Vec::new(), Ok(()));
     for v4 in [true, false].into_iter().filter(|v4| has(*v4)) {
         match bind(lan, v4) {
             Ok(socket) => sockets.push(socket),
             Err(error) => result = Err(error),
         }
+        match listen_tcp(lan, v4) {
+            Ok(listener) => listeners.push(listener),
+            Err(error) => result = Err(error),
+        }
     }
-    (sockets, result)
+    (sockets, listeners, result)
+}
+
+/// Hears connections that come by this interface alone.
+fn listen_tcp(lan: &Lan, v4: bool) -> io::Result<TcpListener> {
+    let domain = if v4 { Domain::IPV4 } else { Domain::IPV6 };
+    let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind_device(Some(lan.name.as_bytes()))?;
+    let any = if v4 {
+        SocketAddr::from((Ipv4Addr::UNSPECIFIED, PORT))
+    } else {
+        socket.set_only_v6(true)?;
+        SocketAddr::from((Ipv6Addr::UNSPECIFIED, PORT))
+    };
+    socket.bind(&any.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
 }
 
 /// A socket in the group, on this interface alone: what it hears came from there, and what it says goes there.

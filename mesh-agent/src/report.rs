@@ -18,6 +18,7 @@ use mesh_api::{
 use mesh_core::{
     io::{PeerState, Reason},
     node::{machine::PathEvent, path, report},
+    offline::limit::Standing,
     services::{self, View},
     snapshot::{Protocol, Service, ServiceKind},
 };
@@ -58,6 +59,8 @@ pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> Status
         *peers.entry(state_text(peer.state).to_owned()).or_default() += 1;
     }
     let mut problems = problems(driver, connection, &relays);
+    problems.extend(standing_problem(*facts.standing.borrow()));
+    problems.extend(clock_problem(facts, SystemTime::now()));
     let served = facts.served.borrow();
     problems.extend(served.iter().filter_map(|(name, one)| {
         let problem = one.problem.as_ref()?;
@@ -120,7 +123,11 @@ pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> Status
             .iter()
             .map(mapping_text)
             .collect(),
-        lan_announcements: facts.lan_announcements.borrow().clone(),
+        lan_announcements: {
+            let mut counts = facts.lan_announcements.borrow().clone();
+            counts.extend(facts.exchanges.borrow().clone());
+            counts
+        },
         // Added by who may wait for it.
         service_packets: BTreeMap::new(),
         policy_enforced: false,
@@ -162,6 +169,38 @@ fn mapping_text(report: &portmap::machine::Report) -> (String, String) {
         None => format!("not mapped: {problem}"),
     };
     (report.gateway.to_string(), said)
+}
+
+fn standing_problem(standing: Standing) -> Option<String> {
+    match standing {
+        Standing::Counts => None,
+        Standing::Warned(left) => Some(format!(
+            "no controller spoke for long: after {} h more the node serves only what is its own, and speaks with nobody (`offlineLimitDays` of the MeshConfig)",
+            left.as_secs() / 3600
+        )),
+        Standing::Over => Some(
+            "no controller spoke for longer than `offlineLimitDays` of the MeshConfig: the node serves what is its own, and speaks with nobody, until one does".to_owned(),
+        ),
+    }
+}
+
+/// Less is not told: nothing of the mesh's minds it.
+const CLOCK_BEHIND_MIN: Duration = Duration::from_secs(600);
+
+/// What is certainly wrong with the machine's clock. One that is ahead cannot be told from a certificate that is over.
+fn clock_problem(facts: &Facts, now: SystemTime) -> Option<String> {
+    let signed = facts.credentials.load().validity().not_before;
+    let made = Duration::from_millis(facts.version.borrow().made_unix_ms);
+    let at_least = signed.max(UNIX_EPOCH.checked_add(made)?);
+    let behind = at_least.duration_since(now).ok()?;
+    (behind >= CLOCK_BEHIND_MIN).then(|| {
+        let hours = behind.as_secs() / 3600;
+        format!(
+            "the clock is {} days and {} h behind what the mesh's authority signed last: set it",
+            hours / 24,
+            hours % 24
+        )
+    })
 }
 
 /// How old the desired state may be: nothing while the controller is there to correct it.

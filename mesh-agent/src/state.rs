@@ -7,6 +7,7 @@ use std::{
     net::SocketAddr,
     os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
@@ -27,6 +28,9 @@ const IDENTITY_FILE: &str = "identity.pem";
 
 /// Addresses that worked.
 const PEERS_FILE: &str = "peers";
+
+/// For how long no controller spoke, as far as it was counted, and when it last did.
+const OFFLINE_FILE: &str = "offline";
 
 /// Who holds it may use the folder.
 const LOCK_FILE: &str = "lock";
@@ -214,13 +218,48 @@ impl StateFolder {
         self.write_text(PEERS_FILE, &peers.iter().map(line).collect::<String>())
     }
 
+    /// For how long no controller spoke, and when it last did by its own clock, since 1970. A damaged file counts as empty: then
+    /// what the node has counts for longer, never shorter.
+    #[must_use]
+    pub fn offline(&self) -> (Duration, Duration) {
+        let text = self.read_text(OFFLINE_FILE).ok().flatten();
+        let text = text.unwrap_or_default();
+        let mut numbers = text.split_whitespace().map(str::parse);
+        match (numbers.next(), numbers.next()) {
+            (Some(Ok(counted)), Some(Ok(confirmed))) => {
+                (Duration::from_secs(counted), Duration::from_secs(confirmed))
+            }
+            _ => Default::default(),
+        }
+    }
+
+    /// Keeps these, unless they are there already.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError::Io`].
+    pub fn set_offline(&self, counted: Duration, confirmed: Duration) -> Result<(), StateError> {
+        let text = format!("{} {}\n", counted.as_secs(), confirmed.as_secs());
+        let before = self.read_text(OFFLINE_FILE).ok().flatten();
+        if before.as_deref() == Some(text.as_str()) {
+            return Ok(());
+        }
+        self.write_text(OFFLINE_FILE, &text)
+    }
+
     /// Removes every file that agents keep here, and the folder if nothing else is in it.
     ///
     /// # Errors
     ///
     /// [`StateError::Io`]; what was not reached is still there.
     pub fn purge(self) -> Result<(), StateError> {
-        let files = [WIREGUARD_KEY_FILE, IDENTITY_FILE, PEERS_FILE, LOCK_FILE];
+        let files = [
+            WIREGUARD_KEY_FILE,
+            IDENTITY_FILE,
+            PEERS_FILE,
+            OFFLINE_FILE,
+            LOCK_FILE,
+        ];
         let slots = (0..SLOTS).map(slot_name);
         for name in slots.chain(files.map(str::to_owned)) {
             let path = self.path.join(name);
@@ -315,6 +354,23 @@ mod tests {
         assert_eq!(state.remembered(), peers);
         fs::write(parent.path().join("peers"), "x\u{0}garbage\n= =").unwrap();
         assert_eq!(state.remembered(), BTreeMap::new());
+    }
+
+    #[test]
+    fn how_long_no_controller_spoke_reads_back_and_damage_only_forgets() {
+        let parent = tempfile::tempdir().unwrap();
+        let state = StateFolder::open(parent.path()).unwrap();
+        assert_eq!(state.offline(), Default::default());
+        let told = (
+            Duration::from_secs(86_400),
+            Duration::from_secs(1_800_000_000),
+        );
+        state.set_offline(told.0, told.1).unwrap();
+        assert_eq!(state.offline(), told);
+        for damaged in ["", "86400", "-1 7", "x 7", "\0"] {
+            fs::write(parent.path().join(OFFLINE_FILE), damaged).unwrap();
+            assert_eq!(state.offline(), Default::default(), "{damaged:?}");
+        }
     }
 
     fn identity() -> IdentityFiles {

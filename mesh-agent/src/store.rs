@@ -244,6 +244,84 @@ mod tests {
     }
 
     #[test]
+    fn losing_power_at_any_byte_of_a_write_leaves_the_state_before() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut store = Store::open(folder.path()).store;
+        store.write(b"old").unwrap();
+        let whole = fs::read(folder.path().join("snapshot.0")).unwrap();
+        for length in 0..=whole.len() {
+            // What was written so far is beside the slots; nobody renamed it.
+            fs::write(folder.path().join("snapshot.tmp"), &whole[..length]).unwrap();
+            let opened = Store::open(folder.path());
+            assert!(opened.damaged.is_empty(), "cut at {length}");
+            let before = opened.payload.unwrap();
+            // And the next write is not in its way.
+            let mut store = opened.store;
+            let next = format!("after {length}").into_bytes();
+            store.write(&next).unwrap();
+            assert_eq!(reopen(folder.path()), Some(next));
+            assert_ne!(reopen(folder.path()), Some(before));
+        }
+    }
+
+    /// What [`a_process_killed_inside_any_write_leaves_the_state_before_or_after`] runs and kills.
+    #[test]
+    fn writer() {
+        let Some(folder) = std::env::var_os("HOLDFAST_TEST_STORE") else {
+            return;
+        };
+        let mut store = Store::open(Path::new(&folder)).store;
+        for number in 1_u64.. {
+            // Of the size of some pages, so that a write is more than one.
+            let payload = number.to_be_bytes().repeat(4_096);
+            store.write(&payload).unwrap();
+            let said = fs::write(Path::new(&folder).join("said"), number.to_be_bytes());
+            said.unwrap();
+        }
+    }
+
+    #[test]
+    fn a_process_killed_inside_any_write_leaves_the_state_before_or_after() {
+        use std::{process::Command, thread, time::Duration};
+        let (mut between, mut leftovers) = (0, 0);
+        for run in 0..60_u64 {
+            let folder = tempfile::tempdir().unwrap();
+            let mut child = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "store::tests::writer"])
+                .env("HOLDFAST_TEST_STORE", folder.path())
+                .stdout(std::process::Stdio::null())
+                .spawn()
+                .unwrap();
+            while !folder.path().join("said").exists() {
+                thread::sleep(Duration::from_micros(100));
+            }
+            // Another point of the write each time.
+            thread::sleep(Duration::from_micros(997 * run % 7_000));
+            child.kill().unwrap();
+            child.wait().unwrap();
+            leftovers += u32::from(folder.path().join("snapshot.tmp").exists());
+            let said = fs::read(folder.path().join("said")).unwrap();
+            let said = <[u8; 8]>::try_from(said).map_or(0, u64::from_be_bytes);
+            let opened = Store::open(folder.path());
+            assert!(opened.damaged.is_empty(), "{:?}", opened.damaged);
+            let payload = opened.payload.unwrap();
+            let (numbers, odd) = payload.as_chunks::<8>();
+            let number = u64::from_be_bytes(numbers[0]);
+            assert!(odd.is_empty() && numbers.iter().all(|other| *other == numbers[0]));
+            // Saying so is a write of its own, and may have been cut as well.
+            assert!(
+                said == 0 || number == said || number == said + 1,
+                "{number}, said {said}"
+            );
+            between += u32::from(number == said + 1);
+        }
+        eprintln!(
+            "killed with a part written: {leftovers} of 60, and between write and word: {between}"
+        );
+        assert!(leftovers > 0, "no kill hit a write");
+    }
+
+    #[test]
     fn any_changed_byte_is_noticed() {
         let folder = tempfile::tempdir().unwrap();
         let mut store = Store::open(folder.path()).store;

@@ -9,8 +9,8 @@ use std::{
     fs, io,
     net::IpAddr,
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    sync::Arc,
+    time::{Duration, SystemTime},
 };
 
 use anyhow::{Context as _, bail};
@@ -18,16 +18,11 @@ use arc_swap::ArcSwap;
 use mesh_api::{
     connect::{ALPN, connect_tcp, control_channel_over, control_client},
     control::{
-        JoinRequest, JoinResponse, NodeReport, RenewRequest, SnapshotFile, SyncRequest,
-        SyncResponse, control_client::ControlClient,
-    },
-    resources::{
-        SnapshotError, State, Trust,
-        digest::{BUCKETS_MAX, digests},
-        encode_snapshot,
+        JoinRequest, JoinResponse, NodeReport, RenewRequest, SyncRequest, SyncResponse,
+        control_client::ControlClient,
     },
 };
-use mesh_core::snapshot::{Generation, Snapshot};
+use mesh_core::snapshot::Snapshot;
 use mesh_daemon::http_proxy::HttpProxy;
 use mesh_identity::{
     authority::new_key,
@@ -37,11 +32,9 @@ use mesh_identity::{
 };
 use mesh_linux::netlink::Netlink;
 use mesh_wire::id::{Identity, NodeId, NodeName};
-use prost::Message as _;
 use tokio::{
     net::TcpStream,
     sync::{mpsc, watch},
-    task,
     time::{self, Instant},
 };
 use tokio_stream::wrappers::ReceiverStream;
@@ -52,9 +45,9 @@ pub use self::visits::EVERY as VISITS_EVERY;
 use self::visits::{Visit, Visits};
 use crate::{
     config::{Settings, TokenSource},
+    desired::{self, Desired},
     network,
     state::{IdentityFiles, StateFolder},
-    store::Store,
     uplinks::Way,
 };
 
@@ -66,16 +59,6 @@ const RETRY_MAX: Duration = Duration::from_secs(30);
 
 /// A connection that held this long was good: the next attempt starts with the first pause.
 const GOOD_CONNECTION: Duration = Duration::from_secs(10);
-
-/// Changes that come faster than this are written to disk together.
-const WRITE_PAUSE_MIN: Duration = Duration::from_secs(1);
-
-/// How much an unending stream of changes may write, in bytes a second, so that it does not wear out an SD card:
-/// 5.7 GB a day. What a loss of power then takes, a controller tells again.
-const WRITE_RATE: u64 = 64 << 10;
-
-/// Longest pause between writes: an offline node that loses power knows all but the last minute.
-const WRITE_PAUSE_MAX: Duration = Duration::from_secs(60);
 
 /// How often it is checked whether the certificate is due for renewal.
 const RENEW_CHECK: Duration = Duration::from_secs(3600);
@@ -175,12 +158,9 @@ pub struct Sync {
     settings: Settings,
     id: NodeId,
     state: Arc<StateFolder>,
-    store: Arc<Mutex<Store>>,
     credentials: Arc<ArcSwap<Credentials>>,
-    resources: Arc<Mutex<State>>,
-    store_id: Vec<u8>,
-    generation: u64,
-    snapshots: watch::Sender<Option<Arc<Snapshot>>>,
+    desired: desired::Shared,
+    snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
     controllers: Rotation,
     connection: watch::Sender<Connection>,
     /// How this node is, for people at the controller.
@@ -188,9 +168,6 @@ pub struct Sync {
     /// By which uplink connections leave.
     way: watch::Receiver<Way>,
     visits: Visits,
-    /// When the resources may be written again, and whether they changed since.
-    next_write: Option<Instant>,
-    dirty: bool,
 }
 
 impl Sync {
@@ -212,40 +189,39 @@ impl Sync {
             None => join(settings, &state, id, netlink).await?,
         };
         check_identity(&credentials, settings, id)?;
-        let opened = Store::open(state.path());
-        for (path, problem) in &opened.damaged {
-            tracing::warn!(path = %path.display(), %problem, "a snapshot slot is not usable");
-        }
-        let (snapshots, receiver) = watch::channel(None);
-        let resources = State::new(credentials.authority().clone())?;
-        let mut sync = Self {
+        let node = settings.node_name.clone();
+        let (desired, received) = Desired::open(node, Arc::clone(&state), &credentials).await?;
+        let snapshots = desired.snapshots();
+        let last_contact = received;
+        let sync = Self {
             settings: settings.clone(),
             id,
             state,
-            store: Arc::new(Mutex::new(opened.store)),
             credentials: Arc::new(ArcSwap::from_pointee(credentials)),
-            resources: Arc::new(Mutex::new(resources)),
-            store_id: Vec::new(),
-            generation: 0,
-            snapshots,
+            desired: Arc::new(tokio::sync::Mutex::new(desired)),
+            snapshots: snapshots.clone(),
             controllers: Rotation::new(&settings.controllers),
-            connection: watch::Sender::new(Connection::default()),
+            connection: watch::Sender::new(Connection {
+                last_contact,
+                ..Connection::default()
+            }),
             report,
             way,
             visits: Visits::new(settings.metered_sync),
-            next_write: None,
-            dirty: false,
         };
-        if let Some(payload) = opened.payload {
-            sync.take_from_disk(&payload).await?;
-        }
-        Ok((sync, receiver))
+        Ok((sync, snapshots))
     }
 
     /// The credentials in force.
     #[must_use]
     pub fn credentials(&self) -> Arc<ArcSwap<Credentials>> {
         Arc::clone(&self.credentials)
+    }
+
+    /// The state that this node has.
+    #[must_use]
+    pub fn desired(&self) -> desired::Shared {
+        Arc::clone(&self.desired)
     }
 
     /// How it stands with the controller.
@@ -276,7 +252,7 @@ impl Sync {
             let error = match ended {
                 Ok(Ended::Moved) => continue,
                 Ok(Ended::Visited) => {
-                    self.write_if_dirty().await;
+                    self.desired.lock().await.write_if_dirty().await;
                     self.controllers.worked();
                     tokio::select! {
                         () = self.rest() => continue,
@@ -303,7 +279,7 @@ impl Sync {
                 connection.connected = false;
                 connection.problem = problem;
             });
-            self.write_if_dirty().await;
+            self.desired.lock().await.write_if_dirty().await;
             let longest = match self.way.borrow().is_metered() {
                 true => self.visits.within().max(RETRY_MAX),
                 false => RETRY_MAX,
@@ -315,7 +291,7 @@ impl Sync {
                 () = stop.cancelled() => break,
             }
         }
-        self.write_if_dirty().await;
+        self.desired.lock().await.write_if_dirty().await;
         Ok(())
     }
 
@@ -371,13 +347,15 @@ impl Sync {
         let (mut client, line) = self.connect(controller).await?;
         let mut renew = time::interval(RENEW_CHECK); // The first tick comes at once.
         loop {
-            let had = (self.store_id.clone(), self.generation);
-            let followed = self.follow_stream(&mut client, &line, &mut renew);
-            if let Some(ended) = followed.await? {
+            let had = self.desired.lock().await.position().clone();
+            self.desired.lock().await.follow(true);
+            let followed = self.follow_stream(&mut client, &line, &mut renew).await;
+            self.desired.lock().await.follow(false);
+            if let Some(ended) = followed? {
                 return Ok(ended);
             }
             // After a large answer the controller ends the stream for the sake of both ends' buffers, and nothing is wrong.
-            if had == (self.store_id.clone(), self.generation) {
+            if had == *self.desired.lock().await.position() {
                 bail!("the controller closed the stream");
             }
         }
@@ -391,7 +369,8 @@ impl Sync {
         renew: &mut time::Interval,
     ) -> anyhow::Result<Option<Ended>> {
         let (requests, outgoing) = mpsc::channel(REQUESTS_MAX);
-        requests.send(self.request(line, Vec::new())).await.ok(); // There is room for the first.
+        let request = self.request(line, Vec::new()).await;
+        requests.send(request).await.ok(); // There is room for the first.
         let mut visit = line.costs.then(|| Visit::begin(Instant::now()));
         let mut report_at = Instant::now();
         let mut responses = client
@@ -400,7 +379,7 @@ impl Sync {
             .map_err(said)?
             .into_inner();
         loop {
-            let write_at = self.write_due();
+            let write_at = self.desired.lock().await.write_due();
             let (mut report, mut way) = (self.report.clone(), self.way.clone());
             let over = visit.map(Visit::ends);
             tokio::select! {
@@ -416,13 +395,13 @@ impl Sync {
                             }
                             Vec::new()
                         }
-                        buckets => self.digests(buckets).await?,
+                        buckets => self.desired.lock().await.digests(buckets).await?,
                     };
-                    let request = self.request(line, digests);
+                    let request = self.request(line, digests).await;
                     requests.send(request).await.context("the stream is closed")?;
                 }
                 () = async { time::sleep_until(write_at.unwrap_or_else(Instant::now)).await },
-                    if write_at.is_some() => self.write_if_dirty().await,
+                    if write_at.is_some() => self.desired.lock().await.write_if_dirty().await,
                 () = async { time::sleep_until(over.unwrap_or_else(Instant::now)).await }, if over.is_some() => {
                     if !visit.is_some_and(Visit::is_answered) {
                         bail!("the controller did not say whether there is something new");
@@ -440,7 +419,7 @@ impl Sync {
                     time::sleep_until(report_at).await;
                 } => {
                     report_at = Instant::now() + REPORT_PAUSE;
-                    let request = self.request(line, Vec::new());
+                    let request = self.request(line, Vec::new()).await;
                     requests.send(request).await.context("the stream is closed")?;
                 }
                 _ = renew.tick() => self.renew_if_due(client).await?,
@@ -473,148 +452,28 @@ impl Sync {
         way.device(to, self.snapshots.borrow().as_deref())
     }
 
-    fn request(&mut self, line: &Line, digests: Vec<u64>) -> SyncRequest {
+    async fn request(&mut self, line: &Line, digests: Vec<u64>) -> SyncRequest {
         let returns_within = match line.costs {
             true => self.visits.within(),
             false => Duration::ZERO,
         };
+        let report = *self.report.borrow_and_update();
         SyncRequest {
-            store_id: self.store_id.clone(),
-            generation: self.generation,
-            compares: !lock(&self.resources).resources().is_empty(),
             digests,
-            report: Some(*self.report.borrow_and_update()),
+            report: Some(report),
             returns_within_s: u32::try_from(returns_within.as_secs()).unwrap_or(u32::MAX),
+            ..self.desired.lock().await.says()
         }
-    }
-
-    /// Of what this node has, for a controller that does not know how old that is.
-    async fn digests(&self, buckets: u32) -> anyhow::Result<Vec<u64>> {
-        if buckets > BUCKETS_MAX {
-            bail!(
-                "the controller asked for the digests of {buckets} buckets, at most {BUCKETS_MAX} are told"
-            );
-        }
-        let state = Arc::clone(&self.resources);
-        let work = move || digests(lock(&state).resources(), buckets);
-        Ok(task::spawn_blocking(work).await?)
     }
 
     async fn take(&mut self, response: SyncResponse) -> anyhow::Result<()> {
-        let any = response.full || response.compared.is_some();
-        if !any && response.store_id != self.store_id {
-            bail!("the controller sent a change of a state that this node does not have");
-        }
+        self.desired.lock().await.take(response).await?;
         self.connection.send_modify(|connection| {
             connection.connected = true;
             connection.problem.clear();
             connection.last_contact = Some(SystemTime::now());
         });
-        let changed = any || response.generation != self.generation;
-        self.store_id.clone_from(&response.store_id);
-        self.generation = response.generation;
-        let snapshot = self.check(response, Trust::Check).await?;
-        if changed {
-            self.dirty = true;
-            if self.write_due().is_none_or(|due| due <= Instant::now()) {
-                self.write_if_dirty().await;
-            }
-            self.publish(snapshot);
-        }
         Ok(())
-    }
-
-    /// Takes a change in, on a thread where checking 100,000 signatures holds nobody up.
-    async fn check(
-        &self,
-        change: SyncResponse,
-        trust: Trust,
-    ) -> anyhow::Result<Result<Snapshot, SnapshotError>> {
-        let state = Arc::clone(&self.resources);
-        let generation = Generation(change.generation);
-        let work = move || {
-            let mut state = lock(&state);
-            let rejected = state.apply(change, trust);
-            (rejected, state.snapshot(generation))
-        };
-        let (rejected, snapshot) = task::spawn_blocking(work).await?;
-        for rejected in rejected {
-            tracing::warn!(%rejected, "a resource was left out");
-        }
-        Ok(snapshot)
-    }
-
-    fn publish(&self, snapshot: Result<Snapshot, SnapshotError>) {
-        match snapshot {
-            Ok(snapshot) => {
-                self.snapshots.send_replace(Some(Arc::new(snapshot)));
-            }
-            Err(error) => tracing::warn!(%error, "the state is not usable; keeping the last one"),
-        }
-    }
-
-    async fn take_from_disk(&mut self, payload: &[u8]) -> anyhow::Result<()> {
-        let file = match SnapshotFile::decode(payload) {
-            Ok(file) => file,
-            Err(error) => {
-                tracing::warn!(%error, "the snapshot on disk is not of this version");
-                return Ok(());
-            }
-        };
-        self.store_id = file.store_id;
-        self.generation = file.generation;
-        let received = u64::try_from(file.received_unix_s).unwrap_or_default();
-        self.connection.send_modify(|connection| {
-            connection.last_contact = UNIX_EPOCH.checked_add(Duration::from_secs(received));
-        });
-        let all = SyncResponse {
-            generation: file.generation,
-            full: true,
-            set: file.resources,
-            ..SyncResponse::default()
-        };
-        // They were checked when they came, and the slot's checksum says that they are the same.
-        let snapshot = self.check(all, Trust::Checked).await?;
-        self.publish(snapshot);
-        Ok(())
-    }
-
-    /// When the disk should next be written; `None`: it has everything.
-    fn write_due(&self) -> Option<Instant> {
-        self.dirty
-            .then(|| self.next_write.unwrap_or_else(Instant::now))
-    }
-
-    async fn write_if_dirty(&mut self) {
-        if !self.dirty {
-            return;
-        }
-        let received = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        let file = SnapshotFile {
-            store_id: self.store_id.clone(),
-            generation: self.generation,
-            received_unix_s: i64::try_from(received.as_secs()).unwrap_or(i64::MAX),
-            resources: Vec::new(),
-        };
-        let (store, state) = (Arc::clone(&self.store), Arc::clone(&self.resources));
-        let write = move || {
-            let payload = encode_snapshot(&file, lock(&state).resources());
-            lock(&store).write(&payload).map(|()| payload.len())
-        };
-        self.next_write = Some(Instant::now() + WRITE_PAUSE_MIN);
-        match task::spawn_blocking(write).await {
-            Ok(Ok(bytes)) => {
-                self.next_write = Some(Instant::now() + write_pause(bytes));
-                self.dirty = false;
-            }
-            Ok(Err(error)) => {
-                tracing::warn!(%error, folder = %self.state.path().display(),
-                    "cannot keep the snapshot; a restart would find an older one");
-            }
-            Err(error) => tracing::warn!(%error, "writing the snapshot was cut short"),
-        }
     }
 
     async fn renew_if_due(&mut self, client: &mut ControlClient<Channel>) -> anyhow::Result<()> {
@@ -655,12 +514,6 @@ async fn other_uplink(mut way: watch::Receiver<Way>) {
     }
 }
 
-/// How long nothing is written after a snapshot of so many bytes.
-fn write_pause(bytes: usize) -> Duration {
-    let seconds = bytes as u64 / WRITE_RATE;
-    Duration::from_secs(seconds).clamp(WRITE_PAUSE_MIN, WRITE_PAUSE_MAX)
-}
-
 /// What the controller said instead of an answer.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {text}", code.description())]
@@ -676,10 +529,6 @@ fn said(status: Status) -> anyhow::Error {
     let first = message.split(": https://").next().unwrap_or(message);
     let (code, text) = (status.code(), first.to_owned());
     Said { code, text }.into()
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Waits until the desired state has this node.
@@ -933,13 +782,6 @@ fn files_of(credentials: &Credentials) -> IdentityFiles {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_unending_stream_of_changes_does_not_wear_out_the_disk() {
-        assert_eq!(write_pause(0), Duration::from_secs(1));
-        assert_eq!(write_pause(640 << 10), Duration::from_secs(10));
-        assert_eq!(write_pause(1 << 30), Duration::from_secs(60));
-    }
 
     #[test]
     fn every_controller_is_tried_before_the_pause_grows() {

@@ -6,6 +6,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+use mesh_core::offline::limit::{DAY, LIMIT_DEFAULT};
 use mesh_core::policy::resources::{Labels, MeshPolicy, NetworkPolicy, Pod};
 use mesh_core::snapshot::{
     Balance, CONNECTIONS_MAX, Endpoint, EndpointPort, EndpointSlice, External, ExternalPeer, Hints,
@@ -137,6 +138,11 @@ pub fn mesh_resource(mesh: &MeshSettings) -> Resource {
         node_domain: mesh.node_domain.clone(),
         mtu_bytes: mesh.mtu_bytes.into(),
         default_action: policy::encode_default(mesh.default_action).into(),
+        // Whole days: it was made of them.
+        offline_limit_days: Some(mesh.offline_limit.map_or(0, |limit| {
+            let days = limit.as_secs() / DAY.as_secs();
+            u32::try_from(days).unwrap_or(u32::MAX).max(1)
+        })),
     }))
 }
 
@@ -340,6 +346,11 @@ fn decode_mesh(mesh: &control::MeshSettings) -> Result<MeshSettings, FieldError>
         mtu_bytes: u16::try_from(mesh.mtu_bytes)
             .map_err(|_| bad("mtu_bytes", format!("{} is too much", mesh.mtu_bytes)))?,
         default_action: policy::decode_default(mesh.default_action)?,
+        offline_limit: match mesh.offline_limit_days {
+            None => Some(LIMIT_DEFAULT),
+            Some(0) => None,
+            Some(days) => Some(DAY * days),
+        },
     })
 }
 

@@ -8,6 +8,7 @@ pub mod cni;
 pub mod connect;
 pub mod convert;
 pub mod crd;
+pub mod head;
 pub mod resources;
 pub mod serve;
 

@@ -18,7 +18,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::{sleep, timeout},
+    time::{Sleep, sleep, timeout},
 };
 use tokio_rustls::{
     TlsAcceptor,
@@ -135,8 +135,28 @@ fn bind_private(path: &Path) -> io::Result<UnixListener> {
 #[derive(Debug)]
 pub struct TlsConnection {
     stream: TlsStream<TcpStream>,
+    /// When it is over, whatever the peer does.
+    ends: Option<Pin<Box<Sleep>>>,
     /// Frees a place when the connection ends.
     _place: OwnedSemaphorePermit,
+}
+
+impl TlsConnection {
+    /// The same, but over in so long: a peer that takes its time holds nothing for ever.
+    #[must_use]
+    pub fn ending_in(mut self, lifetime: Duration) -> Self {
+        self.ends = Some(Box::pin(sleep(lifetime)));
+        self
+    }
+
+    fn check_end(&mut self, context: &mut Context<'_>) -> io::Result<()> {
+        let ends = self.ends.as_mut();
+        if ends.is_some_and(|ends| ends.as_mut().poll(context).is_ready()) {
+            let text = "the connection took too long";
+            return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+        }
+        Ok(())
+    }
 }
 
 /// Connections on `listener` whose handshake succeeded. `config` is asked for each, so that a
@@ -147,6 +167,16 @@ pub fn tls_incoming(
     refused: impl Fn(SocketAddr, &str) + Send + Sync + 'static,
 ) -> impl Stream<Item = io::Result<TlsConnection>> + Send {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    tls_incoming_of(listener, places, config, refused)
+}
+
+/// The same for at most as many connections as `places` has.
+pub fn tls_incoming_of(
+    listener: TcpListener,
+    places: Arc<Semaphore>,
+    config: impl Fn() -> Arc<ServerConfig> + Send + 'static,
+    refused: impl Fn(SocketAddr, &str) + Send + Sync + 'static,
+) -> impl Stream<Item = io::Result<TlsConnection>> + Send {
     let accepted = stream::unfold((listener, places), async |(listener, places)| {
         let connection = accept(&listener, &places).await?;
         Some((connection, (listener, places)))
@@ -162,6 +192,7 @@ pub fn tls_incoming(
                 Ok(Ok(stream)) => {
                     return Some(Ok(TlsConnection {
                         stream,
+                        ends: None,
                         _place: place,
                     }));
                 }
@@ -241,6 +272,7 @@ impl AsyncRead for TlsConnection {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        self.check_end(context)?;
         Pin::new(&mut self.stream).poll_read(context, buffer)
     }
 }

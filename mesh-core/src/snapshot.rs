@@ -15,7 +15,10 @@ use std::{
 use ipnet::{IpNet, Ipv4Net};
 use mesh_wire::id::{MeshId, NodeId, NodeName, RelayId, RelayName, SiteName};
 
-use crate::policy::resources::{DefaultAction, Resources};
+use crate::{
+    offline::limit::LIMIT_DEFAULT,
+    policy::resources::{DefaultAction, Resources},
+};
 
 /// Counts the changes of the desired state; 0 is "nothing yet".
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -64,6 +67,8 @@ pub struct MeshSettings {
     pub mtu_bytes: u16,
     /// What happens to flows of which no policy of the mesh says anything.
     pub default_action: DefaultAction,
+    /// For how long nodes count on what they have while no controller speaks; `None`: for ever.
+    pub offline_limit: Option<Duration>,
 }
 
 impl MeshSettings {
@@ -78,6 +83,7 @@ impl MeshSettings {
             node_domain: "mesh".to_owned(),
             mtu_bytes: DEFAULT_MTU_BYTES,
             default_action: DefaultAction::Allow,
+            offline_limit: Some(LIMIT_DEFAULT),
         }
     }
 }

@@ -11,7 +11,7 @@ use prost::Message as _;
 
 use crate::id::{MeshId, NodeId};
 
-/// UDP port of announcements, beside WireGuard's usual one.
+/// UDP port of announcements, beside WireGuard's usual one; and TCP port at which neighbours are asked for the state of the mesh.
 pub const PORT: u16 = 51_818;
 
 /// Where they go: a group for private use (RFC 2365, section 6.2), which no router passes on at a TTL of 1.
@@ -44,8 +44,10 @@ pub struct Announcement {
     pub port: u16,
     /// Its addresses on this LAN, link-local ones too; at most [`ADDRESSES_MAX`], more are cut off.
     pub addresses: Vec<IpAddr>,
-    /// Which desired state of the mesh it has.
-    pub generation: u64,
+    /// Which state of the mesh it can give, signed: its epoch, and when it was made (milliseconds since 1970). 0: none.
+    pub epoch: u64,
+    /// See `epoch`.
+    pub made_unix_ms: u64,
     /// Chosen by chance at its start.
     pub boot: u64,
     /// Counts up with each announcement since.
@@ -93,12 +95,15 @@ mod proto {
         /// 4 or 16 bytes each.
         #[prost(bytes = "vec", repeated, tag = "4")]
         pub(super) addresses: Vec<Vec<u8>>,
-        #[prost(uint64, tag = "5")]
-        pub(super) generation: u64,
         #[prost(fixed64, tag = "6")]
         pub(super) boot: u64,
         #[prost(uint64, tag = "7")]
         pub(super) count: u64,
+        // 5 was the generation.
+        #[prost(uint64, tag = "8")]
+        pub(super) epoch: u64,
+        #[prost(uint64, tag = "9")]
+        pub(super) made_unix_ms: u64,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -126,7 +131,8 @@ impl Announcement {
             node: self.node.0.to_vec(),
             port: self.port.into(),
             addresses: addresses.map(octets).collect(),
-            generation: self.generation,
+            epoch: self.epoch,
+            made_unix_ms: self.made_unix_ms,
             boot: self.boot,
             count: self.count,
         };
@@ -159,7 +165,8 @@ impl Announcement {
                 .iter()
                 .map(address)
                 .collect::<Result<_, _>>()?,
-            generation: read.generation,
+            epoch: read.epoch,
+            made_unix_ms: read.made_unix_ms,
             boot: read.boot,
             count: read.count,
         })
@@ -222,9 +229,9 @@ mod tests {
             node: [u8; 32],
             port in 1_u16..,
             addresses in prop::collection::vec(any::<IpAddr>(), 0..=ADDRESSES_MAX),
-            (generation, boot, count) in any::<(u64, u64, u64)>(),
+            (epoch, made_unix_ms, boot, count) in any::<(u64, u64, u64, u64)>(),
         ) -> Announcement {
-            Announcement { mesh: MESH, node: NodeId(node), port, addresses, generation, boot, count }
+            Announcement { mesh: MESH, node: NodeId(node), port, addresses, epoch, made_unix_ms, boot, count }
         }
     }
 
@@ -259,20 +266,21 @@ mod tests {
             node: NodeId([7; 32]),
             port: u16::MAX,
             addresses: vec![IpAddr::V6(Ipv6Addr::from([0xff; 16])); ADDRESSES_MAX + 1],
-            generation: u64::MAX,
+            epoch: u64::MAX,
+            made_unix_ms: u64::MAX,
             boot: u64::MAX,
             count: u64::MAX,
         }
     }
 
     #[test]
-    fn the_longest_statement_leaves_room_for_a_certificate_of_850_bytes() {
+    fn the_longest_statement_leaves_room_for_a_certificate_of_840_bytes() {
         let signed = |certificate| Signed {
             statement: longest().encode(),
             certificate: vec![0; certificate],
             signature: vec![0; 72],
         };
-        let datagram = signed(850).encode(&MESH).unwrap();
+        let datagram = signed(840).encode(&MESH).unwrap();
         assert!(datagram.len() <= LEN_MAX);
         assert_eq!(
             Announcement::decode(&longest().encode())

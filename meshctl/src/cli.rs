@@ -204,6 +204,9 @@ pub(crate) enum Relay {
 pub(crate) enum Controller {
     /// Generation, agents, and problems with the manifests.
     Status,
+    /// Lets the controller's state count for all nodes after it was restored from a backup: what they have that it lost is
+    /// given up.
+    AcceptRollback,
 }
 
 /// A token is for a machine that is being set up: a year is certainly a mistake.

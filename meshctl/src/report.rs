@@ -459,6 +459,13 @@ pub(crate) struct RevokedToken {
     pub(crate) revoked: String,
 }
 
+/// `controller accept-rollback`.
+#[derive(Debug, Serialize)]
+pub(crate) struct AcceptedRollback {
+    /// The one that counts now.
+    pub(crate) epoch: u64,
+}
+
 /// `nodes`.
 #[derive(Debug, Serialize)]
 pub(crate) struct Nodes {

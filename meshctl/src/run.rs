@@ -6,9 +6,9 @@ use std::{
 };
 
 use mesh_api::admin::{
-    ControllerStatusRequest, CreateTokenRequest, DnsQueryRequest, IssueRelayRequest,
-    ListNodesRequest, ListTokensRequest, PathWhyRequest, PeersRequest, PingRequest,
-    RemoveNodeRequest, RevokeTokenRequest, ServicesRequest, StatusRequest,
+    AcceptRollbackRequest, ControllerStatusRequest, CreateTokenRequest, DnsQueryRequest,
+    IssueRelayRequest, ListNodesRequest, ListTokensRequest, PathWhyRequest, PeersRequest,
+    PingRequest, RemoveNodeRequest, RevokeTokenRequest, ServicesRequest, StatusRequest,
 };
 
 use crate::{
@@ -22,8 +22,8 @@ use crate::{
     files,
     preflight::{self, Wanted},
     report::{
-        ControllerStatus, CreatedToken, DnsQuery, Nodes, PathWhy, Peers, Ping, PingReply,
-        Preflight, RemovedNode, RevokedToken, Services, Status, Tokens,
+        AcceptedRollback, ControllerStatus, CreatedToken, DnsQuery, Nodes, PathWhy, Peers, Ping,
+        PingReply, Preflight, RemovedNode, RevokedToken, Services, Status, Tokens,
     },
     show::{Report, WithEndpoints},
     table::duration,
@@ -122,6 +122,12 @@ pub(crate) async fn run(cli: Cli, screen: Screen) -> Result<Verdict, Failure> {
             let mut controller = connect::controller(controller_socket).await?;
             let said = ask(Controller, controller.status(ControllerStatusRequest {})).await?;
             screen.show(&ControllerStatus::from(said))
+        }
+        Command::Controller(cli::Controller::AcceptRollback) => {
+            let mut controller = connect::controller(controller_socket).await?;
+            let accepted = controller.accept_rollback(AcceptRollbackRequest {});
+            let epoch = ask(Controller, accepted).await?.epoch;
+            screen.show(&AcceptedRollback { epoch })
         }
         Command::Uninstall(cli::Uninstall { wait, force, .. }) => {
             screen.show(&uninstall::uninstall(wait, force).await?)

@@ -11,9 +11,9 @@ use crate::{
     Verdict,
     preflight::{Check, Level},
     report::{
-        ControllerStatus, CreatedToken, DnsQuery, Endpoint, Nodes, PathWhy, Peers, Ping, PingReply,
-        Preflight, RelayFiles, RemovedNode, RevokedToken, Service, Services, Status,
-        StatusController, StatusRelay, StatusUplink, Tokens, Uninstalled,
+        AcceptedRollback, ControllerStatus, CreatedToken, DnsQuery, Endpoint, Nodes, PathWhy,
+        Peers, Ping, PingReply, Preflight, RelayFiles, RemovedNode, RevokedToken, Service,
+        Services, Status, StatusController, StatusRelay, StatusUplink, Tokens, Uninstalled,
     },
     table::{Cell, Tone, bytes, columns, duration, milliseconds, printable, table},
 };
@@ -568,6 +568,15 @@ impl Report for Tokens {
 impl Report for RevokedToken {
     fn text(&self, _colours: bool) -> String {
         format!("token {} is worthless now\n", printable(&self.revoked))
+    }
+}
+
+impl Report for AcceptedRollback {
+    fn text(&self, _colours: bool) -> String {
+        format!(
+            "the controller's state counts for all nodes; this is epoch {}\n",
+            self.epoch
+        )
     }
 }
 

@@ -445,6 +445,15 @@ async fn nodes_and_the_controller_are_shown() {
 }
 
 #[tokio::test]
+async fn an_older_state_counts_again_by_an_operator_s_word_alone() {
+    let lab = Lab::start(admin::Health::Ok).await;
+    let accepted = lab.json("controller accept-rollback").await;
+    assert_eq!(accepted, (0, json!({ "epoch": 2 })));
+    let text = lab.run("controller accept-rollback").await.out;
+    assert!(text.contains("epoch 2"), "{text}");
+}
+
+#[tokio::test]
 async fn a_relay_gets_its_files_and_keeps_its_key_secret() {
     let lab = Lab::start(admin::Health::Ok).await;
     let folder = lab.folder.path().join("new").join("r1");
@@ -862,6 +871,14 @@ impl ControllerAdmin for Controller {
             "t1" => Ok(Response::new(admin::RevokeTokenResponse {})),
             other => Err(Status::not_found(format!("no token {other}"))),
         }
+    }
+
+    async fn accept_rollback(
+        &self,
+        _: Request<admin::AcceptRollbackRequest>,
+    ) -> Result<Response<admin::AcceptRollbackResponse>, Status> {
+        let epoch = 2;
+        Ok(Response::new(admin::AcceptRollbackResponse { epoch }))
     }
 
     async fn list_nodes(

@@ -17,6 +17,7 @@ use mesh_api::crd::{
     COMMUNITY_SITES_MAX, CONFIG_NAME, CommunitySpec, ExternalPeerSpec, MeshConfigSpec,
     MeshNodeSpec, MeshRelaySpec, SITE_LABEL, SiteRouteSpec, Subnet,
 };
+use mesh_core::offline::limit::LIMIT_DAYS_MAX;
 use mesh_core::snapshot::{
     DEFAULT_MTU_BYTES, Endpoint, EndpointPort, EndpointSlice, ExternalPeer, Hints, Locality,
     Mapping, Protocol, Relay, ServiceName,
@@ -253,12 +254,20 @@ pub(crate) fn config(id: &ObjectId, spec: &MeshConfigSpec) -> Checked<Object> {
         let text = format!("{bytes} is not in {DEFAULT_MTU_BYTES} to {MTU_BYTES_MAX}");
         return Err(FieldProblem::new("spec.mtuBytes", text));
     }
+    if let Some(days) = spec
+        .offline_limit_days
+        .filter(|days| *days > LIMIT_DAYS_MAX)
+    {
+        let text = format!("{days} is not in 0 (for ever) to {LIMIT_DAYS_MAX}");
+        return Err(FieldProblem::new("spec.offlineLimitDays", text));
+    }
     Ok(Object::Config(Config {
         overlay_v4: optional("spec.overlayIPv4CIDR", spec.overlay_ipv4_cidr.as_deref())?,
         cluster_domain: domain("spec.clusterDomain", &spec.cluster_domain)?,
         node_domain: domain("spec.nodeDomain", &spec.node_domain)?,
         mtu_bytes: spec.mtu_bytes,
         default_action: policy::default_action(spec.default_action.as_deref())?,
+        offline_limit_days: spec.offline_limit_days,
         manual_approval: match spec.join_approval.as_deref() {
             None | Some("automatic") => false,
             Some("manual") => true,

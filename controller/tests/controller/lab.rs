@@ -16,7 +16,9 @@ use mesh_api::{
         controller_admin_client::ControllerAdminClient,
     },
     connect::{ALPN, ConnectError, admin_channel, control_channel, control_client},
-    control::{JoinRequest, SyncRequest, SyncResponse, control_client::ControlClient},
+    control::{
+        Head, JoinRequest, SignedHead, SyncRequest, SyncResponse, control_client::ControlClient,
+    },
 };
 use mesh_identity::{
     authority::new_key,
@@ -76,6 +78,11 @@ impl Lab {
     /// Stops the controller in an orderly way, and starts it again at the same address.
     pub(crate) fn restart(mut self) -> Self {
         assert!(self.stop().success());
+        self.start_again()
+    }
+
+    /// Starts one that was stopped again, at the same address.
+    pub(crate) fn start_again(mut self) -> Self {
         let folder = std::mem::replace(&mut self.folder, tempfile::tempdir().unwrap());
         write_config(folder.path(), self.address, "");
         Self::start_in(folder, &[])
@@ -187,6 +194,8 @@ impl Lab {
         let request = had.map_or_else(SyncRequest::default, |had| SyncRequest {
             store_id: had.store_id.clone(),
             generation: had.generation,
+            life: head(had).life,
+            epoch: head(had).epoch,
             ..SyncRequest::default()
         });
         say.send(request).await.unwrap();
@@ -195,6 +204,11 @@ impl Lab {
         let first = agent.next().await?;
         Ok((agent, first))
     }
+}
+
+/// What the controller signed with this answer.
+pub(crate) fn head(answer: &SyncResponse) -> Head {
+    answer.head.as_ref().and_then(SignedHead::read).unwrap()
 }
 
 impl Drop for Lab {

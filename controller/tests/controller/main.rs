@@ -11,4 +11,5 @@
 mod faults;
 mod joining;
 mod lab;
+mod restored;
 mod syncing;

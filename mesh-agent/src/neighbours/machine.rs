@@ -8,6 +8,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+use mesh_core::offline::Version;
 use mesh_wire::{
     announcement::{Announcement, BadAnnouncement, Signed},
     id::{Identity, MeshId, NodeId, NodeName},
@@ -28,6 +29,9 @@ const EVERY: Duration = Duration::from_secs(300);
 
 /// Who hears somebody for the first time answers within this, by chance: 50 do not answer at once.
 const ANSWER_WITHIN: Duration = Duration::from_millis(300);
+
+/// Another state of the mesh is said so often: while it changes all the time, 30 bytes/s.
+const NEWS_EVERY: Duration = Duration::from_secs(30);
 
 /// The least time between two announcements.
 const GAP: Duration = Duration::from_millis(200);
@@ -70,7 +74,7 @@ pub enum Refusal {
     Repeated,
     /// Too many came, from there or from all.
     TooMany,
-    /// The mesh has no such node, as far as is known here.
+    /// The mesh has no such node, as far as is known here, and it has no newer state by which there might be one.
     Unknown,
     /// Certificate or signature are wrong, or somebody else's.
     Forged,
@@ -125,6 +129,8 @@ pub struct Known<'a> {
     pub own: NodeId,
     /// All nodes' names.
     pub names: &'a BTreeMap<NodeId, NodeName>,
+    /// Which state of the mesh that is.
+    pub version: Version,
 }
 
 /// A datagram that came.
@@ -143,10 +149,12 @@ pub struct Heard<'a> {
 pub struct Believed {
     /// Who.
     pub node: NodeId,
+    /// By its certificate.
+    pub name: NodeName,
     /// Where it may be called.
     pub addresses: Vec<SocketAddr>,
-    /// Which desired state of the mesh it has.
-    pub generation: u64,
+    /// Which state of the mesh it can give.
+    pub version: Version,
 }
 
 /// What is counted.
@@ -169,6 +177,8 @@ pub struct Machine {
     due: Vec<Instant>,
     sent: Bucket,
     sent_at: Option<Instant>,
+    /// When another state was, or will be, said last.
+    news_at: Option<Instant>,
     all: Bucket,
     sources: BTreeMap<IpAddr, Bucket>,
     neighbours: BTreeMap<NodeId, Neighbour>,
@@ -194,6 +204,7 @@ impl Machine {
             due: Vec::new(),
             sent: Bucket::full(SENT_MAX, SENT_EVERY, now),
             sent_at: None,
+            news_at: None,
             all: Bucket::full(ALL_MAX, ALL_EVERY, now),
             sources: BTreeMap::new(),
             neighbours: BTreeMap::new(),
@@ -209,6 +220,22 @@ impl Machine {
         } else {
             Vec::new()
         };
+    }
+
+    /// This node has another state of the mesh: neighbours may want it.
+    pub fn handle_news(&mut self, now: Instant) {
+        if self.due.is_empty() {
+            return; // On no LAN.
+        }
+        let within = u64::try_from(ANSWER_WITHIN.as_millis()).unwrap_or(u64::MAX);
+        let after = Duration::from_millis(self.dice.random_range(0..=within));
+        let due = self.news_at.map_or(now, |at| now.max(at + NEWS_EVERY)) + after;
+        if self.news_at.is_some_and(|at| at > now) {
+            return; // It will be said with what comes until then.
+        }
+        self.news_at = Some(due);
+        self.due.push(due);
+        self.due.sort();
     }
 
     /// When to call [`Self::handle_timeout`].
@@ -288,18 +315,26 @@ impl Machine {
             return Err(Refusal::Repeated);
         }
         let is_new = before.is_none_or(|last| last.boot != said.boot);
-        let name = known.names.get(&said.node).ok_or(Refusal::Unknown)?;
+        let version = Version {
+            epoch: said.epoch,
+            made_unix_ms: said.made_unix_ms,
+        };
+        let name = known.names.get(&said.node);
+        if name.is_none() && version <= known.version {
+            return Err(Refusal::Unknown);
+        }
         // Only what nothing speaks against costs a signature, and counts.
         if !self.may_listen(heard.from, now) {
             return Err(Refusal::TooMany);
         }
-        let holder = Identity::Node {
-            name: name.clone(),
-            id: said.node,
+        let name = match verify(&signed) {
+            Some(Identity::Node { name: own, id })
+                if id == said.node && name.is_none_or(|name| *name == own) =>
+            {
+                own
+            }
+            _ => return Err(Refusal::Forged),
         };
-        if verify(&signed) != Some(holder) {
-            return Err(Refusal::Forged);
-        }
         self.remember(&said, now);
         if is_new {
             let within = u64::try_from(ANSWER_WITHIN.as_millis()).unwrap_or(u64::MAX);
@@ -316,8 +351,9 @@ impl Machine {
             .collect();
         Ok(Believed {
             node: said.node,
+            name,
             addresses,
-            generation: said.generation,
+            version,
         })
     }
 

@@ -67,6 +67,11 @@ pub struct MeshConfigSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("enum" = ["allow", "audit", "deny", null]))]
     pub default_action: Option<String>,
+    /// For how many days nodes count on what they have while no controller speaks with them; 30 unless said otherwise, 0 for ever.
+    /// Then they serve what is their own, and speak with nobody. They warn from half of it on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 3650))]
+    pub offline_limit_days: Option<u32>,
     /// Who lets nodes in that have a good token: `automatic` (unless said otherwise), or `manual`:
     /// a node waits until its MeshNode says `approved: true`.
     #[serde(default, skip_serializing_if = "Option::is_none")]

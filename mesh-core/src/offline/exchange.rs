@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mesh_wire::id::NodeId;
+use mesh_wire::id::{NodeId, NodeName};
 use rand::{RngExt as _, SeedableRng as _, rngs::Xoshiro256PlusPlus};
 
 use super::Version;
@@ -33,9 +33,6 @@ const OFFER_AGE_MAX: Duration = Duration::from_secs(900);
 /// Neighbours whose announcements are remembered: as many as announcements are remembered of.
 pub const OFFERS_MAX: usize = 512;
 
-/// How many neighbours are answered at once. An answer is in memory until it is taken: at most 64 MiB each.
-pub const ANSWERS_MAX: usize = 2;
-
 /// How often the same neighbour is answered at most: it asks again only if something went wrong.
 const ANSWER_EVERY: Duration = Duration::from_secs(3);
 
@@ -51,16 +48,28 @@ pub enum Outcome {
 }
 
 /// Whom to ask.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ask {
     /// Who.
     pub node: NodeId,
+    /// By which name its certificate has to know it.
+    pub name: NodeName,
     /// Where.
     pub address: SocketAddr,
 }
 
-#[derive(Debug, Clone, Copy)]
-struct Offer {
+/// What a neighbour announced.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Offer {
+    /// Where it can be asked, and who it is.
+    pub ask: Ask,
+    /// What it has.
+    pub version: Version,
+}
+
+#[derive(Debug, Clone)]
+struct Known {
+    name: NodeName,
     address: SocketAddr,
     version: Version,
     heard_at: Instant,
@@ -74,7 +83,7 @@ pub struct Exchange {
     own: Version,
     /// Since when no controller speaks; `None`: one does.
     alone_since: Option<Instant>,
-    offers: BTreeMap<NodeId, Offer>,
+    offers: BTreeMap<NodeId, Known>,
     asking: Option<NodeId>,
     dice: Xoshiro256PlusPlus,
 }
@@ -107,13 +116,12 @@ impl Exchange {
     }
 
     /// A neighbour announced, and proved to be who it is.
-    pub fn handle_offer(
-        &mut self,
-        node: NodeId,
-        address: SocketAddr,
-        version: Version,
-        now: Instant,
-    ) {
+    pub fn handle_offer(&mut self, Offer { ask, version }: Offer, now: Instant) {
+        let Ask {
+            node,
+            name,
+            address,
+        } = ask;
         let ask_at = now + ASK_WITHIN.mul_f64(self.dice.random_range(0.0..1.0));
         if let Some(known) = self.offers.get_mut(&node) {
             // Something new may be asked for at once, but not of who was distrusted.
@@ -129,7 +137,8 @@ impl Exchange {
                 self.offers.remove(&oldest);
             }
         }
-        let offer = Offer {
+        let offer = Known {
+            name,
             address,
             version,
             heard_at: now,
@@ -162,18 +171,19 @@ impl Exchange {
         }
         self.offers
             .retain(|_, offer| now < offer.heard_at + OFFER_AGE_MAX);
-        let due = |offer: &Offer| offer.version > self.own && offer.not_before <= now;
+        let due = |offer: &Known| offer.version > self.own && offer.not_before <= now;
         let best = self.offers.values().filter(|offer| due(offer));
         let best = best.map(|offer| offer.version).max()?;
         let offers = self.offers.iter();
-        let equal: Vec<_> = offers
+        let mut equal: Vec<_> = offers
             .filter(|(_, offer)| offer.version == best && due(offer))
             .map(|(node, offer)| Ask {
                 node: *node,
+                name: offer.name.clone(),
                 address: offer.address,
             })
             .collect();
-        let chosen = *equal.get(self.dice.random_range(0..equal.len().max(1)))?;
+        let chosen = equal.swap_remove(self.dice.random_range(0..equal.len()));
         self.asking = Some(chosen.node);
         Some(chosen)
     }
@@ -201,47 +211,21 @@ impl Exchange {
     }
 }
 
-/// Why a neighbour is not answered now.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Unanswered {
-    /// It asks again too soon.
-    #[error("asked again within {ANSWER_EVERY:?}")]
-    TooOften,
-    /// Others are answered.
-    #[error("{ANSWERS_MAX} others are answered now")]
-    Busy,
-}
-
-/// Whom this node answers.
+/// Whom this node answers: who asked a moment ago is not answered again.
 #[derive(Debug, Default)]
 pub struct Answers {
-    under_way: usize,
-    /// When each was answered last; as many as one LAN has.
     last: BTreeMap<NodeId, Instant>,
 }
 
 impl Answers {
-    /// A neighbour asks. [`Self::handle_end`] has to follow once it is answered.
-    ///
-    /// # Errors
-    ///
-    /// [`Unanswered`]: it is to ask another, or again later.
-    pub fn handle_request(&mut self, node: NodeId, now: Instant) -> Result<(), Unanswered> {
+    /// Whether a neighbour that asks is to be answered. Beyond as many as one LAN has, nobody new is.
+    pub fn handle_request(&mut self, node: NodeId, now: Instant) -> bool {
         self.last.retain(|_, at| now < *at + ANSWER_EVERY);
-        if self.last.contains_key(&node) {
-            return Err(Unanswered::TooOften);
+        if self.last.contains_key(&node) || self.last.len() >= OFFERS_MAX {
+            return false;
         }
-        if self.under_way >= ANSWERS_MAX || self.last.len() >= OFFERS_MAX {
-            return Err(Unanswered::Busy);
-        }
-        self.under_way += 1;
         self.last.insert(node, now);
-        Ok(())
-    }
-
-    /// One answer is over, taken or not.
-    pub fn handle_end(&mut self) {
-        self.under_way = self.under_way.saturating_sub(1);
+        true
     }
 }
 

@@ -4,15 +4,23 @@
 //! clock that nobody sets, kept over restarts. It is never more than what really passed, so that nothing ends early, whatever
 //! the time of day is said to be; time for which the node was switched off is not in it, as nobody vouches for it.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use mesh_wire::id::NodeName;
+
+use crate::snapshot::{Endpoint, Snapshot};
+
+/// Limits are told in days.
+pub const DAY: Duration = Duration::from_secs(86_400);
 
 /// How long a state counts unless the mesh says otherwise.
-pub const LIMIT_DEFAULT: Duration = Duration::from_secs(30 * DAY_S);
+pub const LIMIT_DEFAULT: Duration = DAY.saturating_mul(30);
 
-/// The shortest limit that a mesh may set: a controller's upgrade is no reason to end anything.
-pub const LIMIT_MIN: Duration = Duration::from_secs(DAY_S);
-
-const DAY_S: u64 = 86_400;
+/// The longest limit that a mesh may set other than none, in days: ten years, as long as its authority is valid.
+pub const LIMIT_DAYS_MAX: u32 = 3_650;
 
 /// What was counted is kept so often: so much of it a loss of power takes.
 pub const KEEP_EVERY: Duration = Duration::from_secs(600);
@@ -26,6 +34,27 @@ pub enum Standing {
     Warned(Duration),
     /// It counts no more: the node serves what is its own, and speaks with nobody.
     Over,
+}
+
+/// What a node serves whose state counts no more: what is its own. It has no peers, relays and devices, and of each service only
+/// the endpoints that are on it.
+#[must_use]
+pub fn alone(snapshot: &Snapshot, node: &NodeName) -> Snapshot {
+    let mut alone = snapshot.clone();
+    alone.nodes.retain(|name, _| name == node);
+    alone.external_peers.clear();
+    alone.relays.clear();
+    for slice in alone
+        .slices
+        .values_mut()
+        .flat_map(|slices| slices.values_mut())
+    {
+        let is_own = |endpoint: &Endpoint| endpoint.node.as_ref() == Some(node);
+        if !slice.endpoints.iter().all(is_own) {
+            Arc::make_mut(slice).endpoints.retain(is_own);
+        }
+    }
+    alone
 }
 
 /// Counts for one node.
@@ -123,9 +152,10 @@ impl Limit {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use mesh_wire::id::{MeshId, NodeId};
 
-    const DAY: Duration = Duration::from_secs(DAY_S);
+    use super::*;
+    use crate::snapshot::{EndpointSlice, Hints, MeshSettings, Node, ServiceName};
 
     #[expect(
         clippy::disallowed_methods,
@@ -166,12 +196,51 @@ mod tests {
     }
 
     #[test]
+    fn alone_a_node_has_itself_and_its_own_endpoints() {
+        let mesh = MeshId([7; 32]);
+        let mut snapshot = Snapshot::empty(MeshSettings::with_defaults(mesh, "demo"));
+        let (own, other): (NodeName, NodeName) = ("a".parse().unwrap(), "b".parse().unwrap());
+        for (name, id) in [(&own, 1), (&other, 2)] {
+            let address = [100, 96, 0, id].into();
+            let node = Node::new(&mesh, name.clone(), NodeId([id; 32]), address);
+            snapshot.nodes.insert(name.clone(), node);
+        }
+        let service = ServiceName {
+            namespace: "shop".to_owned(),
+            name: "orders".to_owned(),
+        };
+        let endpoint = |node: Option<&NodeName>| Endpoint {
+            address: [100, 96, 0, 1].into(),
+            node: node.cloned(),
+            zone: None,
+            hostname: None,
+            hints: Hints::default(),
+            ready: true,
+            serving: true,
+            terminating: false,
+        };
+        let slice = Arc::new(EndpointSlice {
+            name: "orders-1".to_owned(),
+            ports: Vec::new(),
+            endpoints: vec![endpoint(Some(&other)), endpoint(Some(&own)), endpoint(None)],
+        });
+        let slices = [("orders-1".to_owned(), slice.clone())].into();
+        snapshot.slices.insert(service.clone(), slices);
+
+        let alone = alone(&snapshot, &own);
+        assert!(alone.nodes.keys().eq([&own]));
+        let left = &alone.slices[&service]["orders-1"].endpoints;
+        assert_eq!(*left, [endpoint(Some(&own))]);
+        assert_eq!(slice.endpoints.len(), 3, "the state itself is as it was");
+    }
+
+    #[test]
     fn without_a_limit_it_counts_for_ever() {
         let t = start();
         let mut limit = Limit::new(None, Duration::ZERO, Duration::ZERO, t);
         assert_eq!(limit.standing(t + 10_000 * DAY), Standing::Counts);
         assert_eq!(limit.poll_timeout(), None);
-        limit.handle_limit(Some(LIMIT_MIN));
+        limit.handle_limit(Some(DAY));
         assert_eq!(limit.standing(t + 10_000 * DAY), Standing::Over);
     }
 

@@ -28,7 +28,8 @@ fn announcement(node: NodeId, boot: u64, count: u64) -> Announcement {
             "fd07::12".parse().unwrap(),
             [10, 7, 7, 7].into(), // Not of this LAN.
         ],
-        generation: 42,
+        epoch: 1,
+        made_unix_ms: 42,
         boot,
         count,
     }
@@ -82,6 +83,10 @@ impl World {
             mesh: MESH,
             own: OWN,
             names: &self.names,
+            version: Version {
+                epoch: 1,
+                made_unix_ms: 42,
+            },
         };
         let heard = Heard {
             from: from.parse().unwrap(),
@@ -144,7 +149,7 @@ fn a_neighbour_is_believed_where_it_can_be_called_on_this_lan_and_answered_once(
     let believed = world.hear("192.168.1.12", &first).unwrap();
     let addresses: Vec<_> = believed.addresses.iter().map(ToString::to_string).collect();
     assert_eq!(addresses, ["192.168.1.12:51820", "[fd07::12]:51820"]);
-    assert_eq!((believed.node, believed.generation), (PEER, 42));
+    assert_eq!((believed.node, believed.version.made_unix_ms), (PEER, 42));
     let answered = world.announces(Duration::from_secs(1));
     assert!(answered.len() == 1 && answered[0] <= 300, "{answered:?}");
     // The same by IPv6, and the next one: nothing new.
@@ -193,6 +198,46 @@ fn what_is_not_to_be_believed_is_refused_with_its_reason_and_costs_no_signature(
     }
     assert_eq!(world.verified.get(), 0);
     assert_eq!(world.machine.counts().believed, 0);
+}
+
+#[test]
+fn a_stranger_is_believed_only_with_a_newer_state_and_its_own_certificate() {
+    let mut world = World::new();
+    let stranger = NodeId([6; 32]);
+    let newer = Announcement {
+        made_unix_ms: 43,
+        ..announcement(stranger, 7, 1)
+    };
+    let newer = datagram(&newer);
+    let here = "192.168.1.12";
+    assert_eq!(world.hear(here, &newer), Err(Refusal::Forged));
+    world.holder = Some(Identity::Node {
+        name: "node-6".parse().unwrap(),
+        id: stranger,
+    });
+    let believed = world.hear(here, &newer).unwrap();
+    assert_eq!(believed.name.as_str(), "node-6");
+    let same = datagram(&announcement(stranger, 7, 2));
+    assert_eq!(world.hear(here, &same), Err(Refusal::Unknown));
+}
+
+#[test]
+fn another_state_is_said_at_once_and_then_once_in_half_a_minute() {
+    let mut world = World::new();
+    world.announces(Duration::from_secs(60));
+    world.machine.handle_news(world.now);
+    let said = world.announces(Duration::from_secs(10));
+    assert!(said.len() == 1 && said[0] <= 300, "{said:?}");
+    // It changes all the time.
+    let mut said = 0;
+    for _ in 0..200 {
+        world.machine.handle_news(world.now);
+        said += world.announces(Duration::from_secs(1)).len();
+    }
+    assert!((6..=8).contains(&said), "{said}");
+    world.machine.handle_lans(false, world.now);
+    world.machine.handle_news(world.now);
+    assert_eq!(world.machine.poll_timeout(), None);
 }
 
 #[test]
@@ -330,6 +375,7 @@ fn forty_nodes_that_start_together_all_find_each_other_and_do_not_answer_each_ot
                     mesh: MESH,
                     own: id(listener),
                     names: &all,
+                    version: Version::default(),
                 };
                 let heard = Heard {
                     from,

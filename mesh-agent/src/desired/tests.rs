@@ -1,0 +1,263 @@
+use mesh_api::{
+    convert::{mesh_resource, node_record_bytes, node_resource},
+    resources::digest::whole,
+};
+use mesh_core::snapshot::{MeshSettings, Node};
+use mesh_identity::{
+    authority::{CertificateAuthority, new_key},
+    certificate::Validity,
+};
+use mesh_wire::id::{Identity, NodeId};
+use tempfile::TempDir;
+
+use super::*;
+
+#[test]
+fn an_unending_stream_of_changes_does_not_wear_out_the_disk() {
+    assert_eq!(write_pause(0), Duration::from_secs(1));
+    assert_eq!(write_pause(640 << 10), Duration::from_secs(10));
+    assert_eq!(write_pause(1 << 30), Duration::from_secs(60));
+}
+
+/// A controller, as far as nodes see it.
+struct Controller {
+    authority: CertificateAuthority,
+    store: Vec<u8>,
+}
+
+impl Controller {
+    fn new() -> Self {
+        Self {
+            authority: CertificateAuthority::generate("demo", UNIX_EPOCH).unwrap(),
+            store: vec![7; 16],
+        }
+    }
+
+    fn credentials(&self) -> Credentials {
+        let key = new_key().unwrap();
+        let identity = Identity::Node {
+            name: "edge-1".parse().unwrap(),
+            id: NodeId([1; 32]),
+        };
+        let validity = Validity::from_now(UNIX_EPOCH, Duration::from_secs(60));
+        let certificate = self
+            .authority
+            .issue(&identity, &key.csr_der, validity)
+            .unwrap();
+        let authority = self.authority.certificate_der().clone();
+        Credentials::from_parts(vec![certificate], &key.key_pem, authority).unwrap()
+    }
+
+    /// All of a mesh with so many nodes, signed as this generation.
+    fn tells(&self, generation: u64, nodes: u8) -> SyncResponse {
+        let mesh = self.authority.mesh_id();
+        let mut set = vec![mesh_resource(&MeshSettings::with_defaults(mesh, "demo"))];
+        for number in 1..=nodes {
+            let name: NodeName = format!("edge-{number}").parse().unwrap();
+            let address = [100, 96, 0, number].into();
+            let record = node_record_bytes(&Node::new(&mesh, name, NodeId([number; 32]), address));
+            let signature = self.authority.sign_record(&record).unwrap();
+            set.push(node_resource(record, signature));
+        }
+        let mut response = SyncResponse {
+            store_id: self.store.clone(),
+            generation,
+            full: true,
+            set,
+            ..SyncResponse::default()
+        };
+        response.head = Some(self.head(&response, 1).sign(&self.authority).unwrap());
+        response
+    }
+
+    fn head(&self, response: &SyncResponse, epoch: u64) -> Head {
+        let mut resources = Resources::new();
+        assert_eq!(apply(&mut resources, response.clone()), []);
+        Head {
+            store_id: self.store.clone(),
+            generation: response.generation,
+            epoch,
+            made_unix_ms: 1_000 * response.generation,
+            digest: whole(&resources).to_vec(),
+            life: 5,
+        }
+    }
+}
+
+async fn open(controller: &Controller, folder: &TempDir) -> Desired {
+    let state = Arc::new(StateFolder::open(folder.path()).unwrap());
+    let credentials = controller.credentials();
+    let opened = Desired::open("edge-1".parse().unwrap(), state, &credentials).await;
+    opened.unwrap().0
+}
+
+/// A node that has this generation, with so many nodes in it.
+async fn node(controller: &Controller, generation: u64, nodes: u8) -> (Desired, TempDir) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut desired = open(controller, &folder).await;
+    desired
+        .take(controller.tells(generation, nodes))
+        .await
+        .unwrap();
+    (desired, folder)
+}
+
+fn nodes(desired: &Desired) -> usize {
+    let snapshot = desired.snapshots().borrow().clone();
+    snapshot.map_or(0, |snapshot| snapshot.nodes.len())
+}
+
+fn given(response: SyncResponse) -> FetchResponse {
+    FetchResponse {
+        head: response.head.clone(),
+        change: Some(response),
+    }
+}
+
+#[tokio::test]
+async fn a_neighbour_s_newer_state_is_taken_kept_and_passed_on() {
+    let controller = Controller::new();
+    let (newer, _folder) = node(&controller, 9, 5).await;
+    let (mut older, folder) = node(&controller, 3, 2).await;
+    let theirs = older.digests(1).await.unwrap();
+    let given = newer.give(theirs).await.unwrap().unwrap();
+    let version = older.adopt(given).await.unwrap().unwrap();
+    assert_eq!((version.made_unix_ms, nodes(&older)), (9_000, 5));
+    assert_eq!(older.position(), newer.position());
+    assert_eq!(older.says().life, 5);
+    older.next_write = None;
+    older.write_if_dirty().await;
+    drop(older);
+    let again = open(&controller, &folder).await;
+    assert_eq!((again.position(), nodes(&again)), (newer.position(), 5));
+    assert_eq!(*again.version().borrow(), version);
+    assert!(again.give(Vec::new()).await.unwrap().is_some());
+}
+
+#[tokio::test]
+async fn what_is_not_what_the_authority_signed_changes_nothing() {
+    let controller = Controller::new();
+    let (mut desired, _folder) = node(&controller, 3, 2).await;
+    let newer = controller.tells(9, 5);
+    type Change<'a> = &'a dyn Fn(&mut FetchResponse);
+    let change = |given: &mut FetchResponse, how: &dyn Fn(&mut SyncResponse)| {
+        how(given.change.as_mut().unwrap());
+    };
+    let more = controller.tells(9, 6).set.pop().unwrap();
+    let stranger = Controller::new();
+    let cases: [(&str, Change<'_>); 7] = [
+        ("no head", &|given| given.head = None),
+        ("no change", &|given| given.change = None),
+        ("a resource less", &|given| {
+            change(given, &|change| drop(change.set.pop()));
+        }),
+        ("a resource more", &|given| {
+            change(given, &|change| change.set.push(more.clone()));
+        }),
+        ("a head that somebody changed", &|given| {
+            given.head.as_mut().unwrap().head[3] ^= 1;
+        }),
+        ("a head of another mesh", &|given| {
+            let response = controller.tells(9, 5);
+            let head = controller.head(&response, 1).sign(&stranger.authority);
+            given.head = Some(head.unwrap());
+        }),
+        ("an older state", &|given| {
+            *given = self::given(controller.tells(2, 5))
+        }),
+    ];
+    for (name, spoil) in cases {
+        let mut bad = given(newer.clone());
+        spoil(&mut bad);
+        let taken = desired.adopt(bad).await.unwrap();
+        assert!(
+            matches!(taken, Err(NotTaken::Distrusted(_))),
+            "{name}: {taken:?}"
+        );
+        assert_eq!(
+            (nodes(&desired), desired.position().generation.0),
+            (2, 3),
+            "{name}"
+        );
+    }
+    assert!(desired.adopt(given(newer)).await.unwrap().is_ok());
+}
+
+#[tokio::test]
+async fn nothing_is_taken_from_a_neighbour_while_a_controller_s_stream_is_open() {
+    let controller = Controller::new();
+    let (mut desired, _folder) = node(&controller, 3, 2).await;
+    desired.follow(true);
+    let newer = given(controller.tells(9, 5));
+    let taken = desired.adopt(newer.clone()).await.unwrap();
+    assert_eq!(taken, Err(NotTaken::NotNeeded));
+    desired.follow(false);
+    assert!(desired.adopt(newer).await.unwrap().is_ok());
+}
+
+#[tokio::test]
+async fn a_controller_that_went_back_is_refused_until_its_operator_lets_it() {
+    let controller = Controller::new();
+    let (mut desired, folder) = node(&controller, 9, 5).await;
+    let error = desired.take(controller.tells(4, 2)).await.unwrap_err();
+    assert!(error.to_string().contains("accept-rollback"), "{error}");
+    assert_eq!((nodes(&desired), desired.position().generation.0), (5, 9));
+    drop(desired);
+    // Nor does a restart forget it.
+    let mut desired = open(&controller, &folder).await;
+    desired.take(controller.tells(4, 2)).await.unwrap_err();
+    let mut accepted = controller.tells(4, 2);
+    let head = controller.head(&accepted, 2);
+    accepted.head = Some(head.sign(&controller.authority).unwrap());
+    desired.take(accepted).await.unwrap();
+    assert_eq!((nodes(&desired), desired.position().generation.0), (2, 4));
+    // What counts no more is taken from nobody.
+    let lost = desired.adopt(given(controller.tells(9, 5))).await.unwrap();
+    assert!(matches!(lost, Err(NotTaken::Distrusted(_))), "{lost:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_state_is_warned_of_and_over_by_time_that_passed_and_counts_again_at_once() {
+    const DAY: Duration = Duration::from_secs(86_400);
+    let controller = Controller::new();
+    let (mut desired, folder) = node(&controller, 3, 2).await;
+    desired.follow(false);
+    let standing = desired.standing();
+    let later = async |desired: &mut Desired, time| {
+        time::advance(time).await;
+        desired.pass_time().await.unwrap();
+        *standing.borrow()
+    };
+    assert_eq!(later(&mut desired, 14 * DAY).await, Standing::Counts);
+    assert_eq!(later(&mut desired, DAY).await, Standing::Warned(15 * DAY));
+    assert_eq!(nodes(&desired), 2);
+    assert_eq!(later(&mut desired, 15 * DAY).await, Standing::Over);
+    assert_eq!(nodes(&desired), 1, "itself");
+    drop(desired);
+    // A restart does not help, whatever the clock says.
+    let mut desired = open(&controller, &folder).await;
+    assert_eq!(
+        (nodes(&desired), *desired.standing().borrow()),
+        (1, Standing::Over)
+    );
+    desired.take(controller.tells(3, 2)).await.unwrap();
+    assert_eq!(
+        (nodes(&desired), *desired.standing().borrow()),
+        (2, Standing::Counts)
+    );
+}
+
+#[tokio::test]
+async fn a_full_disk_costs_nothing_but_the_next_start_s_news() {
+    let controller = Controller::new();
+    let (mut desired, folder) = node(&controller, 3, 2).await;
+    // The other slot cannot be replaced, as on a full disk.
+    std::fs::create_dir(folder.path().join("snapshot.1")).unwrap();
+    desired.next_write = None;
+    desired.take(controller.tells(4, 5)).await.unwrap();
+    assert_eq!(nodes(&desired), 5);
+    assert!(desired.write_due().is_some(), "it is tried again");
+    drop(desired);
+    let desired = open(&controller, &folder).await;
+    assert_eq!((nodes(&desired), desired.position().generation.0), (2, 3));
+}
