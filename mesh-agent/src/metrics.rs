@@ -334,6 +334,8 @@ fn wide(count: usize) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use mesh_api::admin::RelayStatus;
 
     use super::*;
@@ -357,6 +359,8 @@ mod tests {
             relays: vec![relay("quic", true), relay("quic", false), relay("", false)],
             peers: BTreeMap::from([("direct".to_owned(), 3)]),
             drops: BTreeMap::from([("replay".to_owned(), 5)]),
+            service_packets: BTreeMap::from([("forwarded".to_owned(), 7)]),
+            policy_packets: BTreeMap::from([("allowed".to_owned(), 9)]),
             transitions: BTreeMap::from([("peer relayed direct".to_owned(), 2)]),
             ..StatusResponse::default()
         };
@@ -400,6 +404,15 @@ mod tests {
         ] {
             let line = format!("holdfast_agent_{line}");
             assert!(text.lines().any(|found| found == line), "{line} in {text}");
+        }
+        for asks in [
+            include_str!("../../deploy/monitoring/alerts.yaml"),
+            include_str!("../../deploy/monitoring/dashboard.json"),
+        ] {
+            assert_eq!(
+                page(&status, &measured, &Counters::default()).lacks(asks),
+                Ok(BTreeSet::new())
+            );
         }
         assert!(!text.contains("secret-customer") && !text.contains("edge-a1"));
     }

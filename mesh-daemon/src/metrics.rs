@@ -4,6 +4,7 @@
 //! them.
 
 use std::{
+    collections::BTreeSet,
     future,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{Arc, atomic::AtomicU64},
@@ -74,27 +75,33 @@ pub type Labels = Vec<(&'static str, String)>;
 
 /// What one who asks is shown.
 #[derive(Debug)]
-pub struct Page(Registry);
+pub struct Page {
+    registry: Registry,
+    prefix: String,
+}
 
 impl Page {
     /// Empty; each name of it will begin with `prefix` and an underscore.
     #[must_use]
     pub fn new(prefix: &str) -> Self {
-        Self(Registry::with_prefix(prefix))
+        Self {
+            registry: Registry::with_prefix(prefix),
+            prefix: format!("{prefix}_"),
+        }
     }
 
     /// A number that goes up and down. `help` is a sentence; its full stop is added.
     pub fn gauge(&mut self, name: &str, help: &str, value: u64) {
         let gauge = Number::default();
         gauge.set(value);
-        self.0.register(name, help, gauge);
+        self.registry.register(name, help, gauge);
     }
 
     /// Seconds; `_seconds` is added to the name.
     pub fn seconds(&mut self, name: &str, help: &str, value: f64) {
         let seconds: Gauge<f64, AtomicU64> = Gauge::default();
         seconds.set(value);
-        self.0
+        self.registry
             .register_with_unit(name, help, Unit::Seconds, seconds);
     }
 
@@ -109,14 +116,14 @@ impl Page {
         for (labels, value) in values {
             family.get_or_create(&labels).set(value);
         }
-        self.0.register(name, help, family);
+        self.registry.register(name, help, family);
     }
 
     /// A number that only grows; `_total` is added to the name.
     pub fn counter(&mut self, name: &str, help: &str, value: u64) {
         let counter: Counter = Counter::default();
         counter.inc_by(value);
-        self.0.register(name, help, counter);
+        self.registry.register(name, help, counter);
     }
 
     /// The same for each of `values`, which have the same labels.
@@ -130,7 +137,26 @@ impl Page {
         for (labels, value) in values {
             family.get_or_create(&labels).inc_by(value);
         }
-        self.0.register(name, help, family);
+        self.registry.register(name, help, family);
+    }
+
+    /// Which of the series that `text` (alerts, a dashboard) asks for begin as this page's do, and are not on it.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Page::text`].
+    pub fn lacks(&self, text: &str) -> Result<BTreeSet<String>, std::fmt::Error> {
+        let shown = self.text()?;
+        let shown: BTreeSet<_> = shown
+            .lines()
+            .filter(|line| !line.starts_with('#'))
+            .filter_map(|line| line.split(['{', ' ']).next())
+            .collect();
+        let is_of_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        let words = text.split(|c| !is_of_name(c));
+        let ours = words.filter(|word| word.starts_with(&self.prefix));
+        let missing = ours.filter(|name| !shown.contains(name));
+        Ok(missing.map(str::to_owned).collect())
     }
 
     /// In Prometheus' text format.
@@ -140,7 +166,7 @@ impl Page {
     /// If a label cannot be written.
     pub fn text(&self) -> Result<String, std::fmt::Error> {
         let mut text = String::new();
-        text::encode(&mut text, &self.0)?;
+        text::encode(&mut text, &self.registry)?;
         Ok(text)
     }
 }
@@ -266,6 +292,13 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in {text}");
         }
+    }
+
+    #[test]
+    fn what_a_dashboard_asks_for_in_vain_is_said() {
+        let asked = "rate(holdfast_test_drops_total{reason=\"x\"}[5m]) + holdfast_test_drop / holdfast_other_peers";
+        let lacks = page().lacks(asked).unwrap();
+        assert_eq!(lacks, BTreeSet::from(["holdfast_test_drop".to_owned()]));
     }
 
     #[test]

@@ -101,6 +101,8 @@ impl Totals {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
@@ -125,6 +127,12 @@ mod tests {
             "holdfast_relay_refused_or_dropped_total{reason=\"bad_frames\"} 0",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in {text}");
+        }
+        for asks in [
+            include_str!("../../../deploy/monitoring/alerts.yaml"),
+            include_str!("../../../deploy/monitoring/dashboard.json"),
+        ] {
+            assert_eq!(totals.page().lacks(asks), Ok(BTreeSet::new()));
         }
     }
 }

@@ -77,7 +77,7 @@ pub(in crate::bench) fn start(bins: &Path, idle: Idle, lines: &str) -> Result<Me
         .lab()
         .public_node(NODE, Ipv4Addr::new(203, 0, 113, 254))?;
     // The kernel asks for IPv6 routers now and then, with or without a mesh; here there are none.
-    node.sysctl("net/ipv6/conf/wan/accept_ra", "0")?;
+    node.sysctl("net/ipv6/conf/wan/router_solicitations", "0")?;
     mesh.start_agent_with(NODE, lines)?;
     let nodes = u64::from(idle.peers) + 1;
     mesh.agent_ready(NODE, nodes)?;
