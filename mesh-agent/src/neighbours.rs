@@ -146,7 +146,7 @@ pub async fn keep_neighbours(
                     shell.take_view(view);
                 }
                 let lans = netlink.lans(&shell.config.interface).await?;
-                shell.take_lans(lans);
+                shell.take_lans(lans).await;
             }
             Some(datagram) = shell.heard.recv() => shell.hear(datagram).await,
             () = sleep_until(deadline) => {
@@ -222,7 +222,7 @@ impl Shell {
     }
 
     /// Opens sockets on all LANs if they are others than before.
-    fn take_lans(&mut self, lans: Vec<Lan>) {
+    async fn take_lans(&mut self, lans: Vec<Lan>) {
         let Some(mesh) = &self.mesh else {
             return; // Nobody to announce to yet.
         };
@@ -234,7 +234,7 @@ impl Shell {
             return;
         }
         self.complaint.clear();
-        self.ears = JoinSet::new(); // Ends those of before.
+        self.ears.shutdown().await; // Their ports are free again.
         self.lans.clear();
         let (sender, heard) = mpsc::channel(HEARD_MAX);
         self.heard = heard;
