@@ -216,20 +216,34 @@ impl Core {
             }
             Input::Handshake { peer, via } => {
                 let via = canonical_via(via);
-                self.with_new_peer(peer, now, |p, ctx| p.on_handshake(via, ctx));
+                if self.may_come_by(via) {
+                    self.with_new_peer(peer, now, |p, ctx| p.on_handshake(via, ctx));
+                }
             }
             Input::Message { peer, via, message } => {
                 let via = canonical_via(via);
-                self.with_new_peer(peer, now, |p, ctx| p.on_message(via, message, ctx));
+                if self.may_come_by(via) {
+                    self.with_new_peer(peer, now, |p, ctx| p.on_message(via, message, ctx));
+                }
             }
             Input::Traffic {
                 peer,
                 sent,
                 received,
             } => {
-                let received: Vec<Via> = received.into_iter().map(canonical_via).collect();
+                let received = received.into_iter().map(canonical_via);
+                let received: Vec<Via> = received.filter(|via| self.may_come_by(*via)).collect();
                 self.with_new_peer(peer, now, |p, ctx| p.on_traffic(sent, &received, ctx));
             }
+        }
+    }
+
+    /// Whether what came by `via` says something of that way: not what was under way when a relay's link ended, as nothing can be
+    /// answered by it.
+    fn may_come_by(&self, via: Via) -> bool {
+        match via {
+            Via::Direct(_) => true,
+            Via::Relay(relay) => self.us.relays_up.contains(&relay),
         }
     }
 

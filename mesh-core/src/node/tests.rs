@@ -450,6 +450,40 @@ fn a_peer_that_no_relay_knows_is_offline_after_twenty_seconds() {
     assert_eq!(core.peer_report(&peer).unwrap().reason, Reason::PeerOffline);
 }
 
+#[test]
+fn what_was_under_way_by_a_relay_whose_link_ended_makes_no_path() {
+    let mut core = relayed();
+    let (relay, transport, peer) = (r1(), RelayTransport::Quic, id(1));
+    let reason = String::new();
+    let lost = Input::RelayLost {
+        relay,
+        transport,
+        reason,
+    };
+    core.handle_input(lost, at(200));
+    let via = Via::Relay(relay);
+    for late in [
+        Input::Handshake { peer, via },
+        Input::Message {
+            peer,
+            via,
+            message: PeerMessage::Goodbye,
+        },
+        Input::Traffic {
+            peer,
+            sent: false,
+            received: vec![via],
+        },
+    ] {
+        core.handle_input(late, at(260));
+        let report = core.peer_report(&peer).unwrap();
+        assert_eq!((report.state, report.via), (PeerState::Waking, None));
+    }
+    core.handle_input(Input::RelayConnected { relay, transport }, at(300));
+    core.handle_input(Input::Handshake { peer, via }, at(400));
+    assert_eq!(core.peer_report(&peer).unwrap().via, Some(via));
+}
+
 /// What node 0 says of peer 1, which it calls for 20 s while the relay says that it is there.
 fn unanswered(before: impl FnOnce(&mut Core)) -> Reason {
     let mut core = core(mesh(3));
