@@ -128,6 +128,25 @@ impl Mesh {
         Ok(mesh)
     }
 
+    /// Like [`Self::demo`], with these hosts at one site: agents run on all of them and know each other.
+    ///
+    /// # Errors
+    ///
+    /// If something does not come up.
+    pub fn one_site_of(hosts: &[&str]) -> Result<Self> {
+        let mut mesh = Self::demo()?;
+        let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
+        let wan = [203, 0, 113, 1].into();
+        mesh.add_site("site-a", NatKind::PortRestricted, wan, link, hosts)?;
+        for host in hosts {
+            mesh.start_agent(host)?;
+        }
+        for host in hosts {
+            mesh.agent_ready(host, hosts.len() as u64)?;
+        }
+        Ok(mesh)
+    }
+
     /// Like [`Self::two_sites`], with these hosts at the two: agents run on all of them.
     ///
     /// # Errors

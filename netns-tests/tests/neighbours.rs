@@ -9,9 +9,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use netns_tests::{
-    link::Impairment,
     mesh::{Mesh, word},
-    nat::NatKind,
     node::Node,
     tool,
 };
@@ -26,21 +24,6 @@ const SOON: Duration = Duration::from_secs(20);
 
 const NODES: [&str; 2] = ["edge-a1", "edge-a2"];
 const SECOND: &str = "100.96.1.2";
-
-/// Two nodes at site A that have known each other, and are stopped.
-fn site_of_two() -> Result<Mesh> {
-    let mut mesh = Mesh::demo()?;
-    let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
-    let wan = [203, 0, 113, 1].into();
-    mesh.add_site("site-a", NatKind::PortRestricted, wan, link, &NODES)?;
-    for node in NODES {
-        mesh.start_agent(node)?;
-    }
-    for node in NODES {
-        mesh.agent_ready(node, 2)?;
-    }
-    Ok(mesh)
-}
 
 /// The nodes stop, and remember no addresses.
 fn forget(mesh: &Mesh) -> Result<()> {
@@ -87,7 +70,7 @@ fn counted(mesh: &Mesh, node: &str, name: &str) -> Result<u64> {
 
 #[test]
 fn nodes_of_a_site_that_is_cut_off_find_each_other_within_two_seconds() -> Result<()> {
-    let mesh = site_of_two()?;
+    let mesh = Mesh::one_site_of(&NODES)?;
     // They would not, otherwise.
     let begin = restart_cut_off(&mesh, "lan_discovery = false\n", [201, 202])?;
     for node in NODES {
@@ -117,7 +100,7 @@ fn nodes_of_a_site_that_is_cut_off_find_each_other_within_two_seconds() -> Resul
 
 #[test]
 fn nodes_with_ipv6_alone_find_each_other_as_well() -> Result<()> {
-    let mesh = site_of_two()?;
+    let mesh = Mesh::one_site_of(&NODES)?;
     forget(&mesh)?;
     for (name, last) in NODES.into_iter().zip([7, 8]) {
         let batch =
@@ -139,7 +122,7 @@ fn nodes_with_ipv6_alone_find_each_other_as_well() -> Result<()> {
 
 #[test]
 fn a_node_that_comes_later_finds_those_that_are_there() -> Result<()> {
-    let mesh = site_of_two()?;
+    let mesh = Mesh::one_site_of(&NODES)?;
     restart_cut_off(&mesh, "", [201, 202])?;
     tool::eventually("they reach each other", SOON, || ping(&mesh))?;
     mesh.kill(NODES[0], "mesh-agent")?;
@@ -245,7 +228,7 @@ fn with_another_start(datagram: &[u8]) -> Option<Vec<u8>> {
 
 #[test]
 fn forged_and_repeated_announcements_are_counted_and_harmless() -> Result<()> {
-    let mesh = site_of_two()?;
+    let mesh = Mesh::one_site_of(&NODES)?;
     let mallory = Mallory::new(&mesh)?;
     let second = Ipv4Addr::new(192, 168, 1, 204);
     let true_one = std::thread::scope(|scope| -> Result<_> {

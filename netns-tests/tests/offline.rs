@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use netns_tests::{link::Impairment, mesh::Mesh, nat::NatKind, tool};
+use netns_tests::{mesh::Mesh, tool};
 use serde_json::Value;
 
 /// What should happen soon has happened by then, or never will.
@@ -16,21 +16,6 @@ const SOON: Duration = Duration::from_secs(20);
 const NODES: [&str; 2] = ["edge-a1", "edge-a2"];
 
 const KIOSK: &str = "kiosk.shop.svc.cluster.local";
-
-/// Two nodes at site A that run and know each other.
-fn site_of_two() -> Result<Mesh> {
-    let mut mesh = Mesh::demo()?;
-    let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
-    let wan = [203, 0, 113, 1].into();
-    mesh.add_site("site-a", NatKind::PortRestricted, wan, link, &NODES)?;
-    for node in NODES {
-        mesh.start_agent(node)?;
-    }
-    for node in NODES {
-        mesh.agent_ready(node, 2)?;
-    }
-    Ok(mesh)
-}
 
 /// A service of one endpoint, on `edge-a1`, at this port.
 fn kiosk(mesh: &Mesh, address: &str) -> Result<()> {
@@ -84,7 +69,7 @@ fn generation(mesh: &Mesh, node: &str) -> Result<u64> {
 #[test]
 fn a_node_of_a_cut_off_site_gets_what_is_newer_from_its_neighbour_and_nothing_flaps_after()
 -> Result<()> {
-    let mesh = site_of_two()?;
+    let mesh = Mesh::one_site_of(&NODES)?;
     mesh.serve("edge-a1", "kiosk", &["http", "edge-a1", "0.0.0.0:8080"])?;
     mesh.kill("edge-a2", "mesh-agent")?;
     let before = generation(&mesh, "edge-a1")?;
@@ -150,7 +135,7 @@ fn a_node_of_a_cut_off_site_gets_what_is_newer_from_its_neighbour_and_nothing_fl
 #[test]
 fn a_controller_restored_from_a_backup_takes_nothing_away_until_its_operator_says_so() -> Result<()>
 {
-    let mesh = site_of_two()?;
+    let mesh = Mesh::one_site_of(&NODES)?;
     let store: PathBuf = mesh.cloud().dir().join("state-controller/controller.redb");
     ensure!(store.is_file(), "{} is not there", store.display());
     mesh.take("cloud", "mesh-controller")?.terminate(SOON)?;
@@ -191,7 +176,7 @@ fn a_controller_restored_from_a_backup_takes_nothing_away_until_its_operator_say
 
 #[test]
 fn agents_killed_while_they_write_start_with_a_state_that_is_whole() -> Result<()> {
-    let mesh = site_of_two()?;
+    let mesh = Mesh::one_site_of(&NODES)?;
     for run in 0..8_u64 {
         let address = format!("10.43.0.{}", 100 + run);
         kiosk(&mesh, &address)?;
