@@ -337,7 +337,7 @@ async fn start(
             bursts: false, // Nobody opens the sockets yet.
         },
         rand::random(),
-        time::Instant::now().into_std(),
+        driver::now(),
     );
     let Loaded {
         services,

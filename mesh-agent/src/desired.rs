@@ -3,8 +3,7 @@
 
 use std::{
     mem,
-    path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -35,7 +34,7 @@ use tokio::{
 use tokio_rustls::rustls::pki_types::CertificateDer;
 use tokio_util::sync::CancellationToken;
 
-use crate::{state::StateFolder, store::Store};
+use crate::{driver::now, state::StateFolder, store::Store};
 
 /// Changes that come faster than this are written to disk together.
 const WRITE_PAUSE_MIN: Duration = Duration::from_secs(1);
@@ -54,7 +53,6 @@ pub type Shared = Arc<tokio::sync::Mutex<Desired>>;
 #[derive(Debug)]
 pub struct Desired {
     node: NodeName,
-    folder: PathBuf,
     state: Arc<StateFolder>,
     authority: CertificateDer<'static>,
     store: Arc<Mutex<Store>>,
@@ -103,7 +101,6 @@ impl Desired {
         let (counted, confirmed) = state.offline();
         let mut desired = Self {
             node,
-            folder: state.path().to_owned(),
             state,
             store: Arc::new(Mutex::new(opened.store)),
             resources: Arc::new(Mutex::new(State::new(authority.clone())?)),
@@ -249,11 +246,10 @@ impl Desired {
         let state = Arc::clone(&self.resources);
         let work = move || {
             let mut copy: Resources = lock(&state).resources().clone();
-            let rejected = apply(&mut copy, change.clone());
-            let checked = head.check(&copy).map(|()| (head, change));
-            (rejected, checked)
+            drop(apply(&mut copy, change.clone())); // The check finds what it rejected missing.
+            head.check(&copy).map(|()| (head, change))
         };
-        let (_, checked) = task::spawn_blocking(work).await?;
+        let checked = task::spawn_blocking(work).await?;
         let (head, change): (Head, SyncResponse) = match checked {
             Ok(checked) => checked,
             Err(error) => return Ok(Err(distrusted(error))),
@@ -451,7 +447,7 @@ impl Desired {
                 self.dirty = false;
             }
             Ok(Err(error)) => {
-                tracing::warn!(%error, folder = %self.folder.display(),
+                tracing::warn!(%error, folder = %self.state.path().display(),
                     "cannot keep the snapshot; a restart would find an older one");
             }
             Err(error) => tracing::warn!(%error, "writing the snapshot was cut short"),
@@ -488,11 +484,8 @@ fn write_pause(bytes: usize) -> Duration {
     Duration::from_secs(seconds).clamp(WRITE_PAUSE_MIN, WRITE_PAUSE_MAX)
 }
 
-fn now() -> std::time::Instant {
-    Instant::now().into_std()
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+/// Locks, also what somebody panicked with.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -317,13 +317,8 @@ impl Driver {
         Some((via, answer))
     }
 
-    /// The one place that reads the core's clock.
-    fn now() -> Instant {
-        time::Instant::now().into_std()
-    }
-
     fn input(&mut self, input: Input) {
-        self.core.handle_input(input, Self::now());
+        self.core.handle_input(input, now());
     }
 
     fn handle_event(&mut self, event: Event) {
@@ -415,7 +410,7 @@ impl Driver {
                 relay,
                 asked: from,
                 observed,
-                rtt: Self::now() - request.sent,
+                rtt: now() - request.sent,
             },
         });
     }
@@ -626,7 +621,7 @@ impl Driver {
     }
 
     fn ask(&mut self, asks: Asks, target: SocketAddr) {
-        let now = Self::now();
+        let now = now();
         self.stun
             .retain(|_, request| now - request.sent < STUN_PENDING_TTL);
         if self.stun.len() == STUN_PENDING_MAX {
@@ -687,7 +682,7 @@ impl Driver {
 
     fn take_costs(&mut self) {
         let measured = self.core.costs();
-        if let Some(costs) = self.measured.handle_measured(measured, Self::now()) {
+        if let Some(costs) = self.measured.handle_measured(measured, now()) {
             self.costs = costs;
             self.publish_view();
         }
@@ -707,6 +702,11 @@ impl Driver {
             self.publish_view();
         }
     }
+}
+
+/// The one clock, as the core and the machines read it.
+pub(crate) fn now() -> Instant {
+    time::Instant::now().into_std()
 }
 
 /// `None`: for ever.

@@ -5,8 +5,8 @@
 use std::{
     collections::BTreeMap,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
+    sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -25,10 +25,7 @@ use mesh_api::{
     },
     serve::{caller, tls_incoming_of},
 };
-use mesh_core::{
-    offline::exchange::{Answers, Ask, Exchange, Offer, Outcome},
-    snapshot::Node,
-};
+use mesh_core::offline::exchange::{Answers, Ask, Exchange, Offer, Outcome};
 use mesh_identity::{
     credentials::Credentials,
     tls::{ClientAuth, client_config, server_config, server_name},
@@ -43,8 +40,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, transport::Server};
 
 use crate::{
-    desired::{self, NotTaken},
-    driver::sleep_until,
+    desired::{self, NotTaken, lock},
+    driver::{now, sleep_until},
     sync::Connection,
 };
 
@@ -119,25 +116,18 @@ impl Giver {
     async fn member(&self, request: &Request<FetchRequest>) -> Result<NodeId, Status> {
         let (_, identity) = caller(request)?.identity()?;
         let snapshot = self.desired.lock().await.snapshots().borrow().clone();
-        let nodes = snapshot.as_ref().map(|snapshot| &snapshot.nodes);
-        let known = nodes.and_then(|nodes| {
-            let mut nodes = nodes.values();
-            nodes.find(|node| is_holder(node, &identity))
-        });
+        let known = match (&snapshot, &identity) {
+            (Some(snapshot), Identity::Node { name, id }) => {
+                snapshot.nodes.get(name).filter(|node| node.id == *id)
+            }
+            _ => None,
+        };
         known.map(|node| node.id).ok_or_else(|| {
             Status::permission_denied(
                 "this is for nodes of the mesh, and this node knows no such one",
             )
         })
     }
-}
-
-fn is_holder(node: &Node, identity: &Identity) -> bool {
-    let own = Identity::Node {
-        name: node.name.clone(),
-        id: node.id,
-    };
-    own == *identity
 }
 
 #[tonic::async_trait]
@@ -151,7 +141,7 @@ impl Neighbour for Giver {
         let node = self.member(&request).await?;
         let busy = |_| Status::resource_exhausted("others are answered now: ask another, or again");
         let place = Arc::clone(&self.places).try_acquire_owned().map_err(busy)?;
-        let may = lock(&self.answers).handle_request(node, time::Instant::now().into_std());
+        let may = lock(&self.answers).handle_request(node, now());
         if !may {
             return Err(Status::resource_exhausted("asked again too soon"));
         }
@@ -275,12 +265,4 @@ fn in_words(outcome: Outcome) -> &'static str {
         Outcome::Failed => "state_not_given",
         Outcome::Distrusted => "state_distrusted",
     }
-}
-
-fn now() -> Instant {
-    time::Instant::now().into_std()
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

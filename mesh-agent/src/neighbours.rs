@@ -12,7 +12,7 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -49,7 +49,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::machine::{Believed, Counts, Heard, Known, Machine};
 use crate::{
-    driver::{Event, sleep_until},
+    driver::{Event, now, sleep_until},
     exchange::Giver,
     settle::Looks,
     uplinks::{UplinkRule, is_metered},
@@ -505,11 +505,6 @@ fn in_words(counts: &Counts) -> BTreeMap<String, u64> {
         .chain(refused)
         .map(|(name, count)| (name.to_owned(), count))
         .collect()
-}
-
-/// The one clock, as the machine reads it.
-fn now() -> Instant {
-    time::Instant::now().into_std()
 }
 
 #[cfg(test)]

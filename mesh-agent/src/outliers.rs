@@ -12,11 +12,11 @@ use ebpf_loader::Services;
 use mesh_core::services::{Failures, Outliers};
 use tokio::{
     task,
-    time::{self, Instant, MissedTickBehavior},
+    time::{self, MissedTickBehavior},
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::driver::DriverHandle;
+use crate::driver::{self, DriverHandle};
 
 /// How often the counts are read: one system call where no connect failed of late.
 const LOOK: Duration = Duration::from_secs(1);
@@ -41,7 +41,7 @@ pub async fn keep_outliers(
             _ = tick.tick() => {}
         }
         let services = Arc::clone(&services);
-        let now = Instant::now().into_std();
+        let now = driver::now();
         let look = task::spawn_blocking(move || {
             let mut services = services.lock().unwrap_or_else(PoisonError::into_inner);
             let looked = look(&mut services, &mut outliers, now);

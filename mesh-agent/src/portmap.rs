@@ -12,7 +12,7 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4},
     num::NonZeroU16,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -44,7 +44,7 @@ use self::{
     notice::Notice,
 };
 use crate::{
-    driver::{Event, sleep_until},
+    driver::{Event, now, sleep_until},
     settle::Looks,
     uplinks::{UplinkRule, is_metered},
 };
@@ -222,11 +222,6 @@ impl Shell {
             tracing::debug!("a gateway did not take its mapping back: it ends by itself");
         }
     }
-}
-
-/// The one clock, as the machine reads it.
-fn now() -> Instant {
-    time::Instant::now().into_std()
 }
 
 /// The gateways of a LAN, with the address that this machine has in the gateway's network, or else there at all.

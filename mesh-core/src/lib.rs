@@ -15,3 +15,5 @@ pub mod proxy;
 pub mod relay_server;
 pub mod services;
 pub mod snapshot;
+#[cfg(test)]
+mod testing;

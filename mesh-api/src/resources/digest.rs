@@ -186,14 +186,10 @@ fn add_content(context: &mut Context, key: &ResourceKey, content: &[u8]) {
 }
 
 fn signed_record(resource: &Resource) -> Option<&[u8]> {
-    let signed = resource.kind.as_ref().and_then(|kind| {
-        if let resource::Kind::Node(signed) = kind {
-            Some(signed)
-        } else {
-            None
-        }
-    });
-    signed.map(|signed| signed.record.as_slice())
+    let Some(resource::Kind::Node(signed)) = &resource.kind else {
+        return None;
+    };
+    Some(&signed.record)
 }
 
 fn exact(hash: &ring::digest::Digest) -> [u8; SHA256_OUTPUT_LEN] {

@@ -1,8 +1,6 @@
 //! Helpers of the tests, and tests of one core by itself. Many cores together are tested in
 //! `tests/sim`.
 
-use std::sync::OnceLock;
-
 use mesh_wire::id::MeshId;
 use proptest::prelude::*;
 
@@ -10,17 +8,8 @@ use super::*;
 use crate::{
     io::{Event, PeerState, Reason, RelayTransport},
     snapshot::{MeshSettings, Relay},
+    testing::start,
 };
-
-/// The moment from which tests count.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "tests need one real instant to start from"
-)]
-pub(crate) fn start() -> Instant {
-    static START: OnceLock<Instant> = OnceLock::new();
-    *START.get_or_init(Instant::now)
-}
 
 /// Milliseconds after the start.
 pub(crate) fn at(ms: u64) -> Instant {

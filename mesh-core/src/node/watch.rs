@@ -194,7 +194,7 @@ impl Watch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::node::tests::{at, start};
+    use crate::{node::tests::at, testing::start};
 
     const PACE: Pace = Pace {
         patience: Duration::from_millis(420),

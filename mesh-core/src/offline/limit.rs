@@ -155,15 +155,10 @@ mod tests {
     use mesh_wire::id::{MeshId, NodeId};
 
     use super::*;
-    use crate::snapshot::{EndpointSlice, Hints, MeshSettings, Node, ServiceName};
-
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "tests need one real instant to start from"
-    )]
-    fn start() -> Instant {
-        Instant::now()
-    }
+    use crate::{
+        snapshot::{EndpointSlice, Hints, MeshSettings, Node, ServiceName},
+        testing::start,
+    };
 
     #[test]
     fn a_state_is_warned_of_at_half_of_its_time_and_then_over() {

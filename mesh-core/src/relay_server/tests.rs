@@ -4,6 +4,7 @@ use mesh_wire::relay::udp::{BindKey, UdpFrame, ping_frame};
 use proptest::prelude::*;
 
 use super::*;
+use crate::testing::start;
 
 mod addresses;
 
@@ -13,14 +14,6 @@ const TLS: RelayTransport = RelayTransport::Tls;
 
 fn node(n: u8) -> NodeId {
     NodeId([n; 32])
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "tests need one real instant to start from"
-)]
-fn start() -> Instant {
-    Instant::now()
 }
 
 fn server(limits: Limits) -> RelayServer {

@@ -75,16 +75,9 @@ impl Costs {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::start;
 
     const SECOND: Duration = Duration::from_secs(1);
-
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "where virtual time begins does not matter"
-    )]
-    fn start() -> Instant {
-        Instant::now()
-    }
 
     fn told(costs: &mut Costs, measured: &[(&str, u64)], now: Instant) -> Option<Vec<u128>> {
         let measured = measured

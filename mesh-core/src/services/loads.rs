@@ -75,16 +75,9 @@ impl Told {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::start;
 
     const SECOND: Duration = Duration::from_secs(1);
-
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "where virtual time begins does not matter"
-    )]
-    fn start() -> Instant {
-        Instant::now()
-    }
 
     fn endpoint(number: u8) -> SocketAddr {
         ([10, 42, 0, number], 80).into()

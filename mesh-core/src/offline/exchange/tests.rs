@@ -1,12 +1,5 @@
 use super::*;
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "tests need one real instant to start from"
-)]
-fn start() -> Instant {
-    Instant::now()
-}
+use crate::testing::start;
 
 fn node(number: u8) -> NodeId {
     NodeId([number; 32])

@@ -1,16 +1,9 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::testing::start;
 
 const SECOND: Duration = Duration::from_secs(1);
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "where virtual time begins does not matter"
-)]
-fn start() -> Instant {
-    Instant::now()
-}
 
 fn endpoint(last: u16) -> SocketAddr {
     let [high, low] = last.to_be_bytes();
