@@ -313,6 +313,14 @@ impl Core {
         })
     }
 
+    /// Whether no relay is up though one should be: there are some, and the node does not rest, as it does where
+    /// keeping links costs and nobody talks.
+    #[must_use]
+    pub fn lacks_relays(&self) -> bool {
+        let some = !self.relays.preferred().is_empty();
+        some && self.us.relays_up.is_empty() && !self.relays.is_resting()
+    }
+
     /// The addresses at which a relay is to be dialled, the likeliest first. One that the kernel's routes
     /// lead into the tunnel is none: a link to a site's relay would run through what runs through it.
     #[must_use]

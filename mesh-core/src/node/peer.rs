@@ -198,7 +198,11 @@ pub(crate) struct Peer {
     presence: BTreeMap<RelayId, bool>,
     primary: Option<Via>,
     duplicate: Option<Via>,
+    /// How many packets go by it, too; `None`: all.
+    duplicates_max: Option<u32>,
     duplicate_until: Option<Instant>,
+    /// The way in use was silent for so long that nobody knows whether it is still one.
+    unsure: bool,
     watch: Watch,
     search: Search,
     /// A direct path that may not be used any more is used until then: no relay reaches the peer yet.
@@ -239,7 +243,9 @@ impl Peer {
             presence: BTreeMap::new(),
             primary: None,
             duplicate: None,
+            duplicates_max: None,
             duplicate_until: None,
+            unsure: false,
             watch: Watch::Calm,
             search: Search::default(),
             leave_by: None,

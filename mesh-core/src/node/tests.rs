@@ -583,6 +583,42 @@ fn a_stranger_is_called_when_the_snapshot_names_it_if_it_called_lately() {
     }
 }
 
+/// What the core said of the ways of the packets, and how many copies it allowed.
+type Said = Vec<(Option<Via>, Option<Via>, Option<u32>)>;
+
+/// Goes on to `ms`, with or without traffic, answers the echoes by those ways 10 ms later, and adds what was said.
+fn go_on(core: &mut Core, (ms, sent): (u64, bool), answers: impl Fn(Via) -> bool, said: &mut Said) {
+    let peer = id(1);
+    let traffic = Input::Traffic {
+        peer,
+        sent,
+        received: Vec::new(),
+    };
+    core.handle_input(traffic, at(ms));
+    core.handle_input(Input::Timeout, at(ms));
+    for output in drain(core) {
+        if let Output::SetPath {
+            primary,
+            duplicate,
+            duplicates_max,
+            ..
+        } = output
+        {
+            said.push((primary, duplicate, duplicates_max));
+        } else if let Output::Send { via, message, .. } = output
+            && let PeerMessage::EchoRequest { txid, size_bytes } = message
+            && answers(via)
+        {
+            let message = PeerMessage::EchoReply {
+                txid,
+                size_bytes,
+                observed: None,
+            };
+            core.handle_input(Input::Message { peer, via, message }, at(ms + 10));
+        }
+    }
+}
+
 #[test]
 fn copies_are_counted_after_a_move_and_not_while_the_path_is_in_doubt() {
     let mut core = relayed();
@@ -591,40 +627,8 @@ fn copies_are_counted_after_a_move_and_not_while_the_path_is_in_doubt() {
     core.handle_input(Input::Handshake { peer, via }, at(200));
     let mut said = Vec::new();
     for ms in (200..8_000).step_by(20) {
-        let (sent, received) = (ms > 4_000, Vec::new());
-        core.handle_input(
-            Input::Traffic {
-                peer,
-                sent,
-                received,
-            },
-            at(ms),
-        );
-        core.handle_input(Input::Timeout, at(ms));
-        for output in drain(&mut core) {
-            if let Output::SetPath {
-                primary,
-                duplicate,
-                duplicates_max,
-                ..
-            } = output
-            {
-                said.push((primary, duplicate, duplicates_max));
-            } else if let Output::Send {
-                via: by, message, ..
-            } = output
-                && let PeerMessage::EchoRequest { txid, size_bytes } = message
-                && (ms < 4_000 || by != via)
-            {
-                let (observed, via) = (None, by);
-                let message = PeerMessage::EchoReply {
-                    txid,
-                    size_bytes,
-                    observed,
-                };
-                core.handle_input(Input::Message { peer, via, message }, at(ms + 10));
-            }
-        }
+        let answers = |by| ms < 4_000 || by != via;
+        go_on(&mut core, (ms, ms > 4_000), answers, &mut said);
     }
     let relay = Some(Via::Relay(r1()));
     let moved = [(Some(via), relay, Some(32)), (Some(via), None, None)];
@@ -632,6 +636,50 @@ fn copies_are_counted_after_a_move_and_not_while_the_path_is_in_doubt() {
     assert!(said.contains(&(Some(via), relay, None)), "{said:?}");
     assert_eq!(said.last(), Some(&(relay, None, None)));
     assert!(said[2..].iter().all(|(.., max)| max.is_none()), "{said:?}");
+}
+
+#[test]
+fn after_a_silence_some_packets_go_twice_until_the_path_is_heard_or_doubted_but_not_where_that_costs()
+ {
+    let peer = id(1);
+    let via = Via::Direct("198.51.100.7:4000".parse().unwrap());
+    let relay = Some(Via::Relay(r1()));
+    for (metered, dies) in [(false, false), (false, true), (true, false)] {
+        let mut core = relayed();
+        core.handle_input(Input::Handshake { peer, via }, at(200));
+        let message = PeerMessage::Candidates {
+            generation: 1,
+            candidates: Vec::new(),
+            nat: NatKind::Easy,
+            relays: Vec::new(),
+            metered,
+            bursts: false,
+        };
+        core.handle_input(Input::Message { peer, via, message }, at(200));
+        let mut said = Vec::new();
+        for ms in (200..48_000).step_by(20) {
+            go_on(&mut core, (ms, ms < 1_000), |_| true, &mut said);
+        }
+        let some = said.iter().filter(|(.., max)| *max == Some(256));
+        assert_eq!(some.count(), 0, "it is warm, or costs: {said:?}");
+        if metered {
+            continue; // It rests now.
+        }
+        said.clear();
+        for ms in (48_000..65_000).step_by(20) {
+            go_on(&mut core, (ms, false), |_| true, &mut said);
+        }
+        assert_eq!(said, [(Some(via), relay, Some(256))]);
+        said.clear();
+        for ms in (65_000..68_000).step_by(20) {
+            let answers = |by| !dies || by != via;
+            go_on(&mut core, (ms, true), answers, &mut said);
+        }
+        let doubted = [(Some(via), relay, None), (relay, None, None)];
+        let heard = [(Some(via), None, None)];
+        let want: &[_] = if dies { &doubted } else { &heard };
+        assert_eq!(said, want);
+    }
 }
 
 #[test]

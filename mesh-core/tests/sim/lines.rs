@@ -150,6 +150,30 @@ fn how_long_a_nat_remembers_is_learned_and_an_idle_path_lives() {
     }
 }
 
+/// What the nightly day found: a NAT that forgot the path in a pause costs nobody the first seconds of what is
+/// said next, though nobody doubts so slow a path sooner than after more than a second.
+#[test]
+fn after_a_pause_in_which_a_nat_forgot_the_path_the_first_packets_arrive() {
+    for (forgets, pause_ms) in [(0, 65_000), (1, 65_000), (0, 200_000), (1, 200_000)] {
+        let (mut world, a, b, flow) = pair(NatSort::PortRestricted, NatSort::PortRestricted);
+        let sites = [world.nodes[a].site, world.nodes[b].site];
+        for site in sites {
+            world.sites[site].delay_us = 80_000;
+        }
+        world.run_until(4_000, "direct", |w| both_direct(w, a, b));
+        world.run_for(20_000);
+        world.stop_flow(flow);
+        world.run_for(pause_ms);
+        assert!(both_direct(&world, a, b), "it is kept");
+        world.sites[sites[forgets]].nat.forget();
+        world.flows[flow].forget();
+        world.start_flow(flow);
+        world.run_for(10_000);
+        assert_eq!(world.flows[flow].twice, 0);
+        no_ping_is_lost(&mut world, flow);
+    }
+}
+
 #[test]
 fn a_direct_path_is_looked_for_with_the_first_packet_after_a_pause() {
     let (mut world, a, b, flow) = pair(NatSort::PortRestricted, NatSort::PortRestricted);

@@ -163,7 +163,12 @@ fn on_a_metered_uplink_an_idle_mesh_sends_not_one_packet() {
             .count(),
         0
     );
+    assert!(!world.core(a).lacks_relays(), "it needs none");
     wakes(&mut world, a);
+    assert!(!world.core(a).lacks_relays(), "it has one");
+    (0..world.relays.len()).for_each(|relay| world.change(Change::RelayDown(relay)));
+    world.run_for(5_000);
+    assert!(world.core(a).lacks_relays(), "it talks, and all are gone");
 }
 
 /// The first packet to a peer that slept wakes it, and is not lost.

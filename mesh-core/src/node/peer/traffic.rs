@@ -21,6 +21,10 @@ const WARM_FOR: Duration = Duration::from_secs(45);
 /// Heartbeat of a warm path by which nothing came in (`paths.md`).
 const HEARTBEAT: Duration = Duration::from_secs(3);
 
+/// After so long a silence of a direct path nobody knows whether a NAT has forgotten it: the shortest that
+/// keepalives are made for (`keepalive::LEAST`). A path in use is never silent for as long, it has its heartbeat.
+const UNSURE_AFTER: Duration = Duration::from_secs(10);
+
 /// How often the standbys are measured, and the path in use at least.
 const CHECK: Duration = Duration::from_secs(15);
 
@@ -187,6 +191,7 @@ impl Peer {
         }
         self.set_alive(true, ctx); // It was in doubt at most.
         if self.primary == Some(via) {
+            self.become_sure(ctx);
             self.handle_watch(WatchInput::Received, ctx);
         } else if self.known.plain {
             self.set_primary(Some(via), None, ctx); // It roamed.
@@ -283,15 +288,31 @@ impl Peer {
         self.probe_all(ctx);
     }
 
-    /// Gives a suspect path's packets a second way as soon as there is one.
+    /// Gives the packets of a path that may be dead a second way as soon as there is one.
     pub(super) fn cover(&mut self, ctx: &mut Context) {
-        if self.watch.suspect_since().is_some() {
-            let (primary, duplicate) = (self.primary, self.alternative(ctx).or(self.duplicate));
-            let found = self.duplicate.is_none() && duplicate.is_some();
-            self.set_primary(primary, duplicate, ctx);
-            if found && self.search.tell_at.is_some() {
-                self.tell_candidates(ctx); // What was told by the silent way may be lost.
-            }
+        if self.watch.suspect_since().is_none() {
+            return self.cover_unsure(ctx);
+        }
+        let duplicate = self.alternative(ctx).or(self.duplicate);
+        let found = self.duplicate.is_none() && duplicate.is_some();
+        self.set_primary(self.primary, duplicate, ctx);
+        if found && self.search.tell_at.is_some() {
+            self.tell_candidates(ctx); // What was told by the silent way may be lost.
+        }
+    }
+
+    /// When the path in use has been silent for so long that its packets go twice.
+    fn unsure_due(&self) -> Option<Instant> {
+        let direct = matches!(self.primary, Some(Via::Direct(_)));
+        let due = direct && !self.unsure && !self.costs();
+        due.then(|| self.last_heard() + UNSURE_AFTER)
+    }
+
+    /// The path in use is heard.
+    fn become_sure(&mut self, ctx: &mut Context) {
+        let was_unsure = std::mem::take(&mut self.unsure);
+        if was_unsure && self.watch.suspect_since().is_none() && self.duplicate_until.is_none() {
+            self.drop_duplicate(ctx);
         }
     }
 
@@ -398,6 +419,10 @@ impl Peer {
             self.heartbeat_at = ctx.now;
             self.probe_primary(ctx);
             self.handle_watch(WatchInput::Sent, ctx);
+        }
+        if self.unsure_due().is_some_and(|at| ctx.now >= at) {
+            self.unsure = true;
+            self.cover(ctx);
         }
         if self.check_at.is_some_and(|at| ctx.now >= at) {
             self.check(ctx);
@@ -521,6 +546,7 @@ impl Peer {
             self.search.tell_at,
             self.retry_due(),
             self.heartbeat_due(),
+            self.unsure_due(),
             self.check_at,
             self.leave_by,
             self.guess_due(),
