@@ -2,9 +2,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt, fs, io,
+    fmt, fs,
+    io::{self, Read as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Arc,
+    time::{Duration, SystemTime},
 };
 
 use mesh_api::{
@@ -39,6 +42,10 @@ pub const FILE_BYTES_MAX: u64 = 16 << 20;
 
 /// Most manifest files.
 pub const FILES_MAX: usize = 10_000;
+
+/// A file that changed less than so long before it was read is read again: another change may bear the same time, which
+/// file systems count in steps of 4 ms, some of 2 s (FAT).
+const SAME_TIME: Duration = Duration::from_secs(2);
 
 /// Where an object stands. The order is that in which objects count when they collide.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -316,13 +323,51 @@ fn own_resource(object: &Object) -> Option<Resource> {
 pub struct Folder {
     files: BTreeMap<String, File>,
     problem: Option<String>,
+    /// How many files were ever read, and parsed.
+    reads: u64,
+    parses: u64,
 }
 
 #[derive(Debug, Default)]
 struct File {
+    /// Of what was read last; `None`: it may change without another one.
+    stamp: Option<Stamp>,
     hash: [u8; 32],
     objects: BTreeMap<ObjectId, Loaded>,
     problems: Vec<String>,
+}
+
+/// Where a file is, how large, and when it and what the system says of it last changed: as long as that is the same, so is
+/// the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    size_bytes: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    fn of(metadata: &fs::Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size_bytes: metadata.size(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+
+    /// It, if the file's times are so old at `now` that another change will have others.
+    fn if_old(metadata: &fs::Metadata, now: SystemTime) -> Option<Self> {
+        let modified = metadata.modified().ok()?;
+        let age = now.duration_since(modified).ok()?;
+        let changed =
+            SystemTime::UNIX_EPOCH + Duration::from_secs(metadata.ctime().try_into().ok()?);
+        let age = age.min(now.duration_since(changed).ok()?);
+        (age > SAME_TIME).then(|| Self::of(metadata))
+    }
 }
 
 /// What a scan of the folder changed.
@@ -342,22 +387,22 @@ impl Folder {
         let files = remembered.iter().map(|(name, text)| {
             let objects = by_id(parse_file(name, text).objects, &mut Vec::new());
             let file = File {
-                hash: [0; 32],
                 objects,
-                problems: Vec::new(),
+                ..File::default()
             };
             (name.clone(), file)
         });
         Self {
             files: files.collect(),
-            problem: None,
+            ..Self::default()
         }
     }
 
-    /// Reads what changed in the folder at `path`. A file with a problem takes nothing away: its
+    /// Reads what changed in the folder at `path`: of 10,000 files that did not, only what the system says of them. A file with a problem takes nothing away: its
     /// good objects are taken, and those that it had before and that are not good in it now stay.
     pub fn scan(&mut self, path: &Path) -> Scanned {
         let mut scanned = Scanned::default();
+        let (reads, parses) = (self.reads, self.parses);
         let names = match list(path) {
             Ok(names) => names,
             Err(error) => {
@@ -377,6 +422,13 @@ impl Folder {
         for (name, path) in names {
             self.scan_file(name, &path, true, &mut scanned);
         }
+        let (read, parsed) = (self.reads - reads, self.parses - parses);
+        tracing::debug!(
+            files = self.files.len(),
+            read,
+            parsed,
+            "the folder was read"
+        );
         scanned
     }
 
@@ -415,23 +467,30 @@ impl Folder {
 
     fn scan_file(&mut self, name: String, path: &Path, settled: bool, scanned: &mut Scanned) {
         let file = self.files.entry(name.clone()).or_default();
-        let text = match read(path) {
-            Ok(text) => text,
+        // A file that somebody told has changed.
+        if settled && file.stamp.is_some() && file.stamp == stamp(path) {
+            return;
+        }
+        self.reads += 1;
+        let (text, stamp) = match read(path) {
+            Ok(read) => read,
             Err(_) if !settled => return,
             Err(error) => {
                 let problems = vec![format!("{name}: {error}")];
                 scanned.changed |= file.problems != problems;
                 file.problems = problems;
                 // So that it is parsed when it can be read again.
-                file.hash = [0; 32];
+                (file.stamp, file.hash) = (None, [0; 32]);
                 return;
             }
         };
         let hash = digest(&SHA256, text.as_bytes());
         let hash = hash.as_ref().first_chunk().copied().unwrap_or_default();
         if file.hash == hash {
+            file.stamp = stamp;
             return;
         }
+        self.parses += 1;
         let parsed = parse_file(&name, &text);
         let mut problems = parsed.problems;
         let mut objects = by_id(parsed.objects, &mut problems);
@@ -448,6 +507,7 @@ impl Folder {
             }
         }
         *file = File {
+            stamp,
             hash,
             objects,
             problems,
@@ -502,13 +562,24 @@ fn manifest_name(path: &Path) -> Option<&str> {
     (manifest && !name.starts_with('.')).then_some(name)
 }
 
-fn read(path: &Path) -> io::Result<String> {
-    let length = fs::metadata(path)?.len();
+/// What the system says of the file at `path`, or of what it leads to.
+fn stamp(path: &Path) -> Option<Stamp> {
+    fs::metadata(path).ok().as_ref().map(Stamp::of)
+}
+
+/// The file, and by what it is known to be the same again.
+fn read(path: &Path) -> io::Result<(String, Option<Stamp>)> {
+    let mut file = fs::File::open(path)?;
+    // Before it is read: what is written meanwhile has another.
+    let metadata = file.metadata()?;
+    let length = metadata.len();
     if length > FILE_BYTES_MAX {
         let text = format!("has {length} bytes, more than {FILE_BYTES_MAX}");
         return Err(io::Error::other(text));
     }
-    fs::read_to_string(path)
+    let mut text = String::new();
+    file.read_to_string(&mut text)?;
+    Ok((text, Stamp::if_old(&metadata, SystemTime::now())))
 }
 
 #[cfg(test)]

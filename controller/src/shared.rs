@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mesh_identity::{authority::CertificateAuthority, certificate::NODE_LIFETIME};
+use mesh_identity::authority::CertificateAuthority;
 use mesh_wire::id::{NodeId, NodeName};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -38,13 +38,6 @@ const ADOPT_BATCH: usize = 40;
 
 /// Most expired tokens that are forgotten when one is made: etcd takes 128 changes at once.
 const FORGET_MAX: usize = 100;
-
-/// How long nobody gets the address of a node that was taken out, besides that node: as long as its certificate may
-/// last, by which relays let it in. A peer that was offline when it was taken out may take the address for it until it has
-/// spoken with a controller.
-pub const ADDRESS_REST_S: i64 = 30 * 86_400;
-
-const _: () = assert!(ADDRESS_REST_S.unsigned_abs() >= NODE_LIFETIME.as_secs());
 
 /// One thing that is shared.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -229,7 +222,7 @@ pub fn revoke_token(shared: &mut dyn Shared, id: &str) -> Result<bool, StoreErro
     })
 }
 
-/// Takes a node out of the mesh: its key is free, and its address rests ([`ADDRESS_REST_S`]). `None`: there is no such
+/// Takes a node out of the mesh: its key is free, and its address rests (`State::node_lifetime`). `None`: there is no such
 /// node. One that was taken out before stays so.
 ///
 /// # Errors

@@ -19,7 +19,7 @@ use mesh_api::{
 use mesh_core::snapshot::Node;
 use mesh_identity::{
     authority::{AuthorityError, CertificateAuthority, IssueError, new_key},
-    certificate::{BadCertificate, CONTROLLER_LIFETIME, NODE_LIFETIME, RELAY_LIFETIME, Validity},
+    certificate::{BadCertificate, CONTROLLER_LIFETIME, RELAY_LIFETIME, Validity, node_lifetime},
     credentials::{Credentials, CredentialsError},
     token::JoinToken,
 };
@@ -181,7 +181,7 @@ pub enum PrepareError {
     NotApproved(NodeName),
     /// The overlay is full.
     #[error(
-        "the overlay has no free IPv4 address (those of nodes that were taken out rest for 30 days): widen spec.overlayIPv4CIDR in the MeshConfig"
+        "the overlay has no free IPv4 address (those of nodes that were taken out rest for as long as certificates last): widen spec.overlayIPv4CIDR in the MeshConfig"
     )]
     NoAddress,
     /// The request.
@@ -406,6 +406,14 @@ impl State {
         self.certify(&Identity::Controller, CONTROLLER_LIFETIME)
     }
 
+    /// How long a certificate of a node lasts that is made now, and how long nobody gets the address of a node that was taken
+    /// out, besides that node: its certificate may last so long, by which relays let it in, and a peer that was offline when it
+    /// was taken out may take the address for it until it has spoken with a controller. Where an operator lowered the limit since,
+    /// both may last longer; such a peer then counts by the limit that it knows.
+    pub(super) fn node_lifetime(&self) -> Duration {
+        self.published(|published| node_lifetime(published.desired.mesh.offline_limit))
+    }
+
     /// Credentials of a relay, kept nowhere.
     ///
     /// # Errors
@@ -428,7 +436,7 @@ impl State {
     ) -> Result<JoinResponse, IssueError> {
         let name = name.clone();
         let identity = Identity::Node { name, id };
-        let validity = Validity::from_now(self.now(), NODE_LIFETIME);
+        let validity = Validity::from_now(self.now(), self.node_lifetime());
         let certificate = self.authority.issue(&identity, csr_der, validity)?;
         Ok(JoinResponse {
             certificate_chain_der: vec![certificate.to_vec()],

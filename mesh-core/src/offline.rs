@@ -5,6 +5,7 @@ use crate::snapshot::Generation;
 
 pub mod exchange;
 pub mod limit;
+pub mod retry;
 
 /// Which of two states of the mesh is newer, whichever controllers made them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]

@@ -10,9 +10,12 @@ use ring::digest::{SHA256, digest};
 use rustls::pki_types::CertificateDer;
 use x509_parser::{extensions::GeneralName, prelude::X509Certificate, time::ASN1Time};
 
-/// How long a node's certificate is valid; it is renewed at half of that, so that a node may be
-/// away for 15 days and still renew without a new token.
-pub const NODE_LIFETIME: Duration = Duration::from_secs(30 * DAY_S);
+/// The shortest time for which a node's certificate is valid; it is renewed at half of its time ([`node_lifetime`]).
+pub const NODE_LIFETIME_MIN: Duration = Duration::from_secs(30 * DAY_S);
+
+/// The longest: a node that nobody sees for a year, and whose mesh sets no limit, is let in again. Whoever steals a key has a
+/// relay's service for no longer.
+pub const NODE_LIFETIME_MAX: Duration = Duration::from_secs(2 * 365 * DAY_S);
 
 /// How long a relay's certificate is valid. The operator carries it there by hand.
 pub const RELAY_LIFETIME: Duration = Duration::from_secs(365 * DAY_S);
@@ -28,6 +31,19 @@ pub const AUTHORITY_LIFETIME: Duration = Duration::from_secs(10 * 365 * DAY_S);
 pub const BACK_DATE: Duration = Duration::from_secs(3600);
 
 const DAY_S: u64 = 86_400;
+
+/// How long a node's certificate is valid in a mesh whose nodes count on what they have for `offline_limit`; `None`: for ever.
+///
+/// Twice as long, within bounds: it is renewed at half, so that at least that half, the limit, is left whenever the node is
+/// cut off. It is then let in by relays and controllers for as long as it counts on what it has, up to a limit of a year.
+#[must_use]
+pub fn node_lifetime(offline_limit: Option<Duration>) -> Duration {
+    offline_limit.map_or(NODE_LIFETIME_MAX, |limit| {
+        limit
+            .saturating_mul(2)
+            .clamp(NODE_LIFETIME_MIN, NODE_LIFETIME_MAX)
+    })
+}
 
 /// Why bytes are not a certificate of this mesh's kind.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

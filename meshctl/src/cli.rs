@@ -37,9 +37,45 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// How this node is: health, relays, NAT, snapshot, peers by state.
-    Status,
+    Status {
+        #[command(flatten)]
+        again: Again,
+    },
+    /// Whether this node is well, and if not, why: for probes and scripts.
+    Health,
+    /// What is wrong with this node and its mesh, the worst first, with what to do about it.
+    Doctor,
     /// Every peer: its state, path, round trip and traffic.
-    Peers,
+    Peers {
+        #[command(flatten)]
+        again: Again,
+    },
+    /// Relays: by what this node is linked to each, how far it is, what is wrong.
+    Relays,
+    /// What the network lets through: NAT, UDP, port mapping, relays, packet sizes, portals.
+    Netcheck,
+    /// Follows a flow's first packet: name, service, endpoint, route, policy, path, MTU, each with its verdict.
+    Trace(Trace),
+    /// Packets that this node dropped or refused, by reason.
+    Drops {
+        /// Also the reasons that never occurred.
+        #[arg(long)]
+        all: bool,
+        #[command(flatten)]
+        again: Again,
+    },
+    /// What changed last: peers, paths, links to relays, the controller, health.
+    Events {
+        /// Show so many, the newest.
+        #[arg(short = 'n', long, default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..))]
+        last: u32,
+        /// Only what is about this node or relay.
+        #[arg(long, value_name = "NAME")]
+        about: Option<String>,
+    },
+    /// What this node keeps on disk, for the time without a controller.
+    #[command(subcommand)]
+    Snapshot(Snapshot),
     /// Sends echoes to a node through the tunnel.
     Ping(Ping),
     /// How packets reach a node.
@@ -78,10 +114,80 @@ pub(crate) enum Command {
     /// The controller itself.
     #[command(subcommand)]
     Controller(Controller),
+    /// Gathers all reports of this node and the logs that are named into a folder, without keys.
+    Bugreport(Bugreport),
+    /// Prints what a shell needs to complete this command: `meshctl completion bash > /etc/bash_completion.d/meshctl`.
+    Completion {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+    /// Writes a manual page for each command.
+    Man {
+        /// The folder for the files; made if it is not there.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
     /// Says whether this machine, or a cluster, can have Holdfast.
     Install(Install),
     /// Takes Holdfast from the cluster that kubectl speaks with, and from every node of it.
     Uninstall(Uninstall),
+}
+
+/// Showing something again and again.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct Again {
+    /// Show it again every so many seconds, until interrupted.
+    #[arg(short = 'w', long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2", value_parser = parse_seconds)]
+    pub(crate) watch: Option<Duration>,
+    /// Stop after so many times.
+    #[arg(long, value_name = "N", requires = "watch", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rounds: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Trace {
+    /// Where from, a node's name, if not from this one; and where to: edge-b1:22, 10.43.0.10:80, shop/inventory:80,
+    /// inventory.shop.svc.cluster.local:80, [fd00::1]:80.
+    #[arg(value_name = "[SOURCE] DESTINATION:PORT", num_args = 1..=2, required = true)]
+    pub(crate) words: Vec<String>,
+    /// The flow is UDP, not TCP.
+    #[arg(long)]
+    pub(crate) udp: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Snapshot {
+    /// What is in it: how many resources of each kind, or each by its name.
+    Show {
+        /// Each resource.
+        #[arg(long)]
+        resources: bool,
+    },
+    /// How old the state is that this node serves.
+    Age,
+    /// What changed from the older slot to the newer one.
+    Diff,
+    /// Checks every signature again. Exit code 1 if one is wrong, 2 if no slot can be used.
+    Verify,
+    /// Writes the newest slot that can be used to a file: an encoded `holdfast.control.v1.SnapshotFile`.
+    Export {
+        /// The file, which must not be there yet.
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Bugreport {
+    /// The folder for the files, which must not be there yet.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Also take out addresses outside the overlay.
+    #[arg(long)]
+    pub(crate) redact: bool,
+    /// A log file to put in, without what looks like a key; may be given again.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) log: Vec<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -181,7 +287,7 @@ pub(crate) enum Token {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Node {
     /// Takes a node out of the mesh: its key and certificate count no more, and all others forget it. Nobody else gets its
-    /// address for 30 days. Revoke a token that it could join with again.
+    /// address for as long as certificates last. Revoke a token that it could join with again.
     Remove {
         /// As `nodes` shows it.
         name: String,
@@ -207,6 +313,18 @@ pub(crate) enum Controller {
     /// Lets the controller's state count for all nodes after it was restored from a backup: what they have that it lost is
     /// given up.
     AcceptRollback,
+}
+
+/// Sooner would show the same, later is a job for Prometheus.
+const WATCH_S: std::ops::RangeInclusive<f64> = 0.1..=3600.0;
+
+fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text
+        .parse::<f64>()
+        .ok()
+        .filter(|seconds| WATCH_S.contains(seconds));
+    let seconds = seconds.map(Duration::from_secs_f64);
+    seconds.ok_or_else(|| format!("{text:?} is no number of seconds from 0.1 to 3600"))
 }
 
 /// A token is for a machine that is being set up: a year is certainly a mistake.

@@ -504,6 +504,70 @@ fn what_a_file_brings_counts_at_once_and_what_it_takes_away_later() {
 }
 
 #[test]
+fn only_files_that_changed_are_read_and_only_other_content_is_parsed() {
+    let place = tempfile::tempdir().unwrap();
+    let path = |name: &str| place.path().join(name);
+    let long_ago = SystemTime::now() - SAME_TIME * 10;
+    let age = |name: &str| {
+        let file = fs::File::options().write(true).open(path(name)).unwrap();
+        file.set_modified(long_ago).unwrap();
+    };
+    for number in 0..20 {
+        let name = format!("{number}.yaml");
+        fs::write(
+            path(&name),
+            SERVICE.replace("inventory", &format!("s{number}")),
+        )
+        .unwrap();
+        age(&name);
+    }
+    let mut folder = Folder::default();
+    let work = |folder: &mut Folder| {
+        let before = (folder.reads, folder.parses);
+        folder.scan(place.path());
+        (folder.reads - before.0, folder.parses - before.1)
+    };
+    assert_eq!(work(&mut folder), (20, 20));
+    // Their inodes changed a moment ago: they are not trusted yet.
+    assert_eq!(work(&mut folder), (20, 0));
+    let stamp_all = |folder: &mut Folder| {
+        for (name, file) in &mut folder.files {
+            file.stamp = stamp(&path(name));
+        }
+    };
+    stamp_all(&mut folder);
+    assert_eq!(work(&mut folder), (0, 0));
+    // Of the same size and time, as by `cp --preserve`: the inode's own time tells.
+    fs::write(
+        path("7.yaml"),
+        SERVICE.replace("inventory", "s7").replace("80", "81"),
+    )
+    .unwrap();
+    age("7.yaml");
+    assert_eq!(work(&mut folder), (1, 1));
+    stamp_all(&mut folder);
+    // Another file in its place.
+    fs::write(
+        path(".new"),
+        SERVICE.replace("inventory", "s8").replace("80", "82"),
+    )
+    .unwrap();
+    fs::rename(path(".new"), path("8.yaml")).unwrap();
+    assert_eq!(work(&mut folder), (1, 1));
+    stamp_all(&mut folder);
+    // One that is told is read in any case.
+    let (reads, parses) = (folder.reads, folder.parses);
+    folder.scan_files(place.path(), &["9.yaml".to_owned()].into());
+    assert_eq!((folder.reads - reads, folder.parses - parses), (1, 0));
+    assert_eq!(ports(&folder).len(), 20);
+    let changed: Vec<_> = ports(&folder)
+        .into_iter()
+        .filter(|(_, port)| *port != 80)
+        .collect();
+    assert_eq!(changed, [("s7".to_owned(), 81), ("s8".to_owned(), 82)]);
+}
+
+#[test]
 fn the_first_of_two_equal_objects_counts_also_across_files() {
     let place = tempfile::tempdir().unwrap();
     write(place.path(), SERVICE);

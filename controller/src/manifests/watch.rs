@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    mem,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -13,13 +14,17 @@ use notify::{
 };
 use tokio::{
     sync::Notify,
-    time::{Instant, timeout},
+    time::{Instant, timeout, timeout_at},
 };
 
 use super::manifest_name;
 
 /// How long it must be quiet before the folder is read: editors write in several steps.
 const QUIET: Duration = Duration::from_millis(100);
+
+/// Files that were written are told at most so often: as one, what somebody writes one after the other. As long as the
+/// cluster's changes are gathered.
+const FILES_EVERY: Duration = Duration::from_millis(30);
 
 /// How long to wait for quiet at most.
 const QUIET_WAIT_MAX: Duration = Duration::from_secs(1);
@@ -32,8 +37,8 @@ pub const RESCAN: Duration = Duration::from_secs(10);
 /// What may have changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FolderChange {
-    /// These files, the first after a quiet time, each written to its end. Others may follow, and one
-    /// of them may hold what these no longer do: [`Self::Any`] comes soon.
+    /// These files, each written to its end. Others may follow, and one of them may hold what these no longer do:
+    /// [`Self::Any`] comes soon.
     Files(BTreeSet<String>),
     /// Anything, and the folder is quiet.
     Any,
@@ -47,8 +52,10 @@ pub struct Watch {
     /// Kept alive; made anew at each rescan, so that it follows a folder that was replaced.
     watcher: Option<RecommendedWatcher>,
     warned: bool,
-    /// Files were told, and the folder was not since.
-    owes_folder: bool,
+    /// Since when files changed, and the folder as a whole was not told.
+    owes_folder: Option<Instant>,
+    /// When files were told last.
+    told_files: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
@@ -60,7 +67,7 @@ struct Seen {
 /// By name; at most as many as there are files in the folder.
 #[derive(Debug, Default)]
 struct Files {
-    /// Written to their end, or put there as a whole.
+    /// Written to their end, or put there as a whole, and not told yet.
     whole: BTreeSet<String>,
     /// Somebody writes them.
     unfinished: BTreeSet<String>,
@@ -75,7 +82,8 @@ impl Watch {
             seen: Arc::default(),
             watcher: None,
             warned: false,
-            owes_folder: false,
+            owes_folder: None,
+            told_files: None,
         };
         watch.renew();
         watch
@@ -84,23 +92,40 @@ impl Watch {
     /// Waits until files may have changed, or [`RESCAN`] is over.
     pub async fn changed(&mut self) -> FolderChange {
         let changed = self.seen.changed.notified();
-        if !self.owes_folder && timeout(RESCAN, changed).await.is_err() {
+        if self.owes_folder.is_none() && timeout(RESCAN, changed).await.is_err() {
             self.renew();
             return FolderChange::Any;
         }
-        let start = Instant::now();
+        let start = *self.owes_folder.get_or_insert_with(Instant::now);
+        let told = self.told_files.map(|at| at + FILES_EVERY);
+        let mut quiet_at = Instant::now() + QUIET;
         loop {
             let (is_written, whole) = self.seen.so_far();
-            let waits_max = if is_written { RESCAN } else { QUIET_WAIT_MAX };
-            if !self.owes_folder && !whole.is_empty() {
-                self.owes_folder = true;
-                return FolderChange::Files(whole);
-            }
-            let more = timeout(QUIET, self.seen.changed.notified()).await.is_ok();
-            if !(more || is_written) || start.elapsed() >= waits_max {
+            let now = Instant::now();
+            let waits_max = start + if is_written { RESCAN } else { QUIET_WAIT_MAX };
+            if now >= waits_max || (now >= quiet_at && !is_written) {
                 *self.seen.files() = Files::default();
-                self.owes_folder = false;
+                self.owes_folder = None;
                 return FolderChange::Any;
+            }
+            let mut look_at = if is_written {
+                waits_max
+            } else {
+                waits_max.min(quiet_at)
+            };
+            if whole {
+                let due = told.unwrap_or(now);
+                if due <= now {
+                    self.told_files = Some(now);
+                    return FolderChange::Files(mem::take(&mut self.seen.files().whole));
+                }
+                look_at = look_at.min(due);
+            }
+            if timeout_at(look_at, self.seen.changed.notified())
+                .await
+                .is_ok()
+            {
+                quiet_at = Instant::now() + QUIET;
             }
         }
     }
@@ -124,7 +149,7 @@ impl Watch {
             }
             Err(error) => {
                 self.watcher = None;
-                if !std::mem::replace(&mut self.warned, true) {
+                if !mem::replace(&mut self.warned, true) {
                     let folder = self.folder.display();
                     tracing::warn!(%folder, %error, every = ?RESCAN, "cannot watch the manifests, scanning instead");
                 }
@@ -134,10 +159,10 @@ impl Watch {
 }
 
 impl Seen {
-    /// Whether files are being written, and which were.
-    fn so_far(&self) -> (bool, BTreeSet<String>) {
+    /// Whether files are being written, and whether some were.
+    fn so_far(&self) -> (bool, bool) {
         let files = self.files();
-        (!files.unfinished.is_empty(), files.whole.clone())
+        (!files.unfinished.is_empty(), !files.whole.is_empty())
     }
 
     fn files(&self) -> MutexGuard<'_, Files> {
@@ -203,6 +228,36 @@ mod tests {
             assert_eq!(watch.changed().await, one());
             assert_eq!(watch.changed().await, FolderChange::Any);
         }
+    }
+
+    #[tokio::test]
+    async fn the_next_change_does_not_wait_for_quiet_and_a_folder_that_never_rests_is_told_too() {
+        let place = tempfile::tempdir().unwrap();
+        let mut watch = Watch::new(place.path().to_owned());
+        let put = |text: &str| {
+            let fresh = place.path().join(".one");
+            fs::write(&fresh, text).unwrap();
+            fs::rename(&fresh, place.path().join("one.yaml")).unwrap();
+        };
+        put("a");
+        assert_eq!(watch.changed().await, one());
+        put("b");
+        assert_eq!(
+            watch.changed().await,
+            one(),
+            "soon, and not after the folder"
+        );
+        let (begin, mut files) = (Instant::now(), 0);
+        loop {
+            put("c");
+            match watch.changed().await {
+                FolderChange::Files(_) => files += 1,
+                FolderChange::Any => break,
+            }
+            assert!(begin.elapsed() < RESCAN, "{files}");
+        }
+        let most = QUIET_WAIT_MAX.as_millis() / FILES_EVERY.as_millis();
+        assert!((1..=most + 1).contains(&files), "{files}");
     }
 
     #[tokio::test]

@@ -5,10 +5,7 @@ use std::time::{Duration, Instant};
 use mesh_wire::id::NodeName;
 
 use super::{NodeChange, NodeFact, State, lock};
-use crate::{
-    shared::{self, ADDRESS_REST_S},
-    store::StoreError,
-};
+use crate::{shared, store::StoreError};
 
 impl State {
     /// Takes a node out: its key counts no more, its streams end, and every other node is told. Gives the moment until which
@@ -32,7 +29,12 @@ impl State {
             fact: NodeFact::Is(node),
             revision,
         }]);
-        Ok(Some(since.saturating_add(ADDRESS_REST_S)))
+        Ok(Some(since.saturating_add(self.address_rest_s())))
+    }
+
+    /// [`State::node_lifetime`], of an address.
+    fn address_rest_s(&self) -> i64 {
+        i64::try_from(self.node_lifetime().as_secs()).unwrap_or(i64::MAX)
     }
 
     /// When `name` was taken out of the mesh, as Unix seconds, if it was.
@@ -46,7 +48,7 @@ impl State {
         if !self.leads() {
             return;
         }
-        let rested = self.now_unix_s().saturating_sub(ADDRESS_REST_S);
+        let rested = self.now_unix_s().saturating_sub(self.address_rest_s());
         let due = self.published(|published| {
             let nodes = published.registry.iter();
             let due = nodes.filter(|(_, node)| node.removed_unix_s.is_some_and(|at| at < rested));

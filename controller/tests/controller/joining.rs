@@ -1,18 +1,21 @@
 //! Who gets in, and as whom.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, UNIX_EPOCH},
+};
 
 use mesh_api::{
     admin::{
         CreateTokenRequest, IssueRelayRequest, ListNodesRequest, ListTokensRequest,
-        RevokeTokenRequest,
+        RemoveNodeRequest, RevokeTokenRequest,
     },
     connect::{ALPN, ConnectError},
     control::{RenewRequest, SyncRequest},
 };
 use mesh_identity::{
     authority::{CertificateAuthority, new_key},
-    certificate::{NODE_LIFETIME, Validity},
+    certificate::{BACK_DATE, NODE_LIFETIME_MAX, NODE_LIFETIME_MIN, Validity},
     credentials::Credentials,
     tls::{client_config, join_client_config},
     token::JoinToken,
@@ -185,12 +188,62 @@ async fn a_certificate_is_renewed_for_its_holder_and_nobody_else() {
 }
 
 #[tokio::test]
+async fn a_certificate_lasts_twice_the_offline_limit_and_a_removed_node_s_address_rests_as_long() {
+    const DAY: Duration = Duration::from_secs(86_400);
+    let config = |days: u32| {
+        format!(
+            "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: MeshConfig\nmetadata: {{name: default}}\n\
+             spec: {{offlineLimitDays: {days}}}\n"
+        )
+    };
+    let lab = Lab::start(&[("mesh.yaml", &config(1))]);
+    let limits = [
+        (1, NODE_LIFETIME_MIN),
+        (30, 60 * DAY),
+        (90, 180 * DAY),
+        (3_650, NODE_LIFETIME_MAX),
+        (0, NODE_LIFETIME_MAX),
+    ];
+    for (days, expected) in limits {
+        let before = lab.status().await.generation;
+        lab.write_manifest("mesh.yaml", &config(days));
+        while days > 1 && lab.status().await.generation == before {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let name = format!("edge-{days}");
+        let credentials = lab.node(&name, u8::try_from(days % 200).unwrap() + 1).await;
+        let validity = credentials.validity();
+        let lasts = validity
+            .not_after
+            .duration_since(validity.not_before)
+            .unwrap();
+        assert_eq!(lasts, expected + BACK_DATE, "{days}");
+        // A node that is cut off at any moment has at least so much left, as long as that is within the bounds.
+        let left = validity.remaining(validity.renew_at());
+        let limit = DAY * days;
+        assert!(days > 365 || left >= limit, "{days}: {left:?}");
+        let removed = lab
+            .admin()
+            .await
+            .remove_node(RemoveNodeRequest { name })
+            .await;
+        let until = removed.unwrap().into_inner().address_rests_until_unix_s;
+        let now = now().duration_since(UNIX_EPOCH).unwrap();
+        let rests = Duration::from_secs(until.unsigned_abs()) - now;
+        assert!(
+            rests <= expected && rests > expected - DAY,
+            "{days}: {rests:?}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn a_certificate_of_another_mesh_opens_nothing() {
     let lab = Lab::start(&[]);
     let ours = lab.node("a", 1).await;
     let theirs = CertificateAuthority::generate("demo", now()).unwrap();
     let key = new_key().unwrap();
-    let validity = Validity::from_now(now(), NODE_LIFETIME);
+    let validity = Validity::from_now(now(), NODE_LIFETIME_MIN);
     let forged = theirs
         .issue(ours.identity(), &key.csr_der, validity)
         .unwrap();

@@ -3,7 +3,7 @@ use rustls::{ClientConnection, ServerConnection};
 use super::*;
 use crate::{
     authority::{CertificateAuthority, new_key},
-    certificate::{NODE_LIFETIME, peer_identity},
+    certificate::{NODE_LIFETIME_MIN, peer_identity},
 };
 
 const ALPN: &[&[u8]] = &[b"h2"];
@@ -153,7 +153,7 @@ fn a_certificate_is_renewed_at_half_of_its_life() {
     let held = credentials(&mesh("demo"), node());
     let validity = held.validity();
     let left = validity.remaining(validity.renew_at());
-    let half = (NODE_LIFETIME + crate::certificate::BACK_DATE) / 2;
+    let half = (NODE_LIFETIME_MIN + crate::certificate::BACK_DATE) / 2;
     assert_eq!(left, half);
 }
 
@@ -174,7 +174,7 @@ fn relay() -> Identity {
 
 fn credentials(mesh: &CertificateAuthority, identity: Identity) -> Credentials {
     let key = new_key().unwrap();
-    let validity = Validity::from_now(SystemTime::now(), NODE_LIFETIME);
+    let validity = Validity::from_now(SystemTime::now(), NODE_LIFETIME_MIN);
     let certificate = mesh.issue(&identity, &key.csr_der, validity).unwrap();
     let authority = mesh.certificate_der().clone();
     Credentials::from_parts(vec![certificate], &key.key_pem, authority).unwrap()
