@@ -53,6 +53,8 @@ pub struct Counters {
     pub own: Counter,
     /// Answers that say that a name does not exist.
     pub nxdomain: Counter,
+    /// Those of them about names of the mesh: the snapshot may be behind.
+    pub unknown: Counter,
     /// Answers that say that no answer could be found.
     pub servfail: Counter,
     /// Answers with any other error: the question is malformed or not welcome.

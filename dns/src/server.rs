@@ -291,7 +291,7 @@ impl Shared {
     /// Counts a reply about an own name that was ready.
     pub(crate) fn count_packed(&self, said: Said) {
         self.counters.queries.add();
-        self.counters.own.add();
+        self.count_own(said.code);
         self.count(said);
     }
 
@@ -410,7 +410,7 @@ impl Shared {
                 Step::Nothing
             }
             Answer::Reply(reply) => {
-                self.counters.own.add();
+                self.count_own(reply.metadata.response_code);
                 Step::Own(reply)
             }
             Answer::Ask { reply, question } => match self.forwarder.cached(&reply, &question) {
@@ -453,6 +453,14 @@ impl Shared {
         let said = Said { code, cut };
         self.count(said);
         Some(Written { bytes, said })
+    }
+
+    /// An answer from the snapshot alone.
+    fn count_own(&self, code: ResponseCode) {
+        self.counters.own.add();
+        if code == ResponseCode::NXDomain {
+            self.counters.unknown.add();
+        }
     }
 
     fn count(&self, said: Said) {

@@ -24,7 +24,7 @@ use mesh_core::{
     snapshot::Snapshot,
 };
 use mesh_daemon::{NotifyState, metrics, supervisor::Supervisor};
-use mesh_dns::server::DnsServer;
+use mesh_dns::{counters::Counters, server::DnsServer};
 use mesh_identity::credentials::Credentials;
 use mesh_linux::{
     IfIndex, memory,
@@ -32,7 +32,10 @@ use mesh_linux::{
     tun::Tun,
     udp::UdpPair,
 };
-use mesh_tunnel::tunnel::{PrivateKey, Tunnel, TunnelConfig, Workers, super_packet_len_max};
+use mesh_tunnel::{
+    stats::DropReason,
+    tunnel::{PrivateKey, Tunnel, TunnelConfig, Workers, super_packet_len_max},
+};
 use mesh_wire::id::NodeId;
 use ring::rand::{SecureRandom as _, SystemRandom};
 use tokio::{
@@ -224,6 +227,7 @@ async fn start(
     let key = wireguard_key(&state)?;
     let id = key.node_id();
     let (reports, report) = watch::channel(NodeReport::default());
+    let (unknowns, unknown) = watch::channel(0);
     let netlink = Netlink::connect().context("cannot talk to the kernel by netlink")?;
     // The core will say what is used; until then what it will most likely say.
     let network = network::read(&netlink, &settings).await?;
@@ -233,7 +237,7 @@ async fn start(
         &settings,
         Arc::clone(&state),
         id,
-        report,
+        (report, unknown),
         way.clone(),
         &netlink,
     )
@@ -358,8 +362,6 @@ async fn start(
     let settling = settle(snapshots.clone(), stop.clone());
     supervisor.spawn("memory", settling);
     supervisor.spawn("driver", driver.run(event_queue, snapshots, stop.clone()));
-    let reporter = keep_report(DriverHandle(events.clone()), reports, stop.clone());
-    supervisor.spawn("report", reporter);
     let clock = keep_clock(events.clone(), Arc::clone(&credentials), stop.clone());
     supervisor.spawn("clock", clock);
     let (published, filled) = watch::channel(false);
@@ -502,6 +504,13 @@ async fn start(
         stop.clone(),
     )
     .await?;
+    let reporter = keep_report(
+        DriverHandle(events.clone()),
+        Arc::clone(dns.counters()),
+        (reports, unknowns),
+        stop.clone(),
+    );
+    supervisor.spawn("report", reporter);
     let proxy = settings.proxy.map(|settings| {
         let driver = DriverHandle(events.clone());
         let (proxy, serve) = Proxy::new(settings, view.clone(), driver, stop.clone());
@@ -546,10 +555,12 @@ async fn start(
     })
 }
 
-/// Says how this node is, for the controller.
+/// Says how this node is, for the controller, and how often somebody asked for what the snapshot does not have: a name
+/// of the mesh, or a peer for this node by a key that is not known here.
 async fn keep_report(
     driver: DriverHandle,
-    reports: watch::Sender<NodeReport>,
+    dns: Arc<Counters>,
+    (reports, unknowns): (watch::Sender<NodeReport>, watch::Sender<u64>),
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let mut rounds = time::interval(REPORT_EVERY);
@@ -559,8 +570,14 @@ async fn keep_report(
             () = stop.cancelled() => return Ok(()),
             _ = rounds.tick() => {}
         }
-        if let Some(now) = driver.ask(|driver| report::for_controller(driver)).await {
+        let asked = driver.ask(|driver| {
+            let strangers = driver.tunnel.stats().dropped(DropReason::UnknownKey);
+            (report::for_controller(driver), strangers)
+        });
+        if let Some((now, strangers)) = asked.await {
             reports.send_if_modified(|last| std::mem::replace(last, now) != now);
+            let unknown = strangers + dns.unknown.get();
+            unknowns.send_if_modified(|last| std::mem::replace(last, unknown) != unknown);
         }
     }
 }

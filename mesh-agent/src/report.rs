@@ -243,7 +243,7 @@ fn problems(driver: &Driver, connection: &Connection, relays: &[RelayStatus]) ->
     if driver.own().is_none() {
         problems.push("the mesh's state does not have this node any more".to_owned());
     }
-    if !relays.is_empty() && relays.iter().all(|relay| relay.transport.is_empty()) {
+    if driver.core.lacks_relays() {
         problems.push("no relay is up".to_owned());
     }
     for relay in relays.iter().filter(|relay| !relay.problem.is_empty()) {

@@ -165,6 +165,8 @@ pub struct Sync {
     connection: watch::Sender<Connection>,
     /// How this node is, for people at the controller.
     report: watch::Receiver<NodeReport>,
+    /// How often somebody asked for what the desired state does not have, or called and is not in it.
+    unknown: watch::Receiver<u64>,
     /// By which uplink connections leave.
     way: watch::Receiver<Way>,
     visits: Visits,
@@ -180,7 +182,7 @@ impl Sync {
         settings: &Settings,
         state: Arc<StateFolder>,
         id: NodeId,
-        report: watch::Receiver<NodeReport>,
+        (report, unknown): (watch::Receiver<NodeReport>, watch::Receiver<u64>),
         way: watch::Receiver<Way>,
         netlink: &Netlink,
     ) -> anyhow::Result<(Self, watch::Receiver<Option<Arc<Snapshot>>>)> {
@@ -206,6 +208,7 @@ impl Sync {
                 ..Connection::default()
             }),
             report,
+            unknown,
             way,
             visits: Visits::new(settings.metered_sync),
         };
@@ -299,10 +302,12 @@ impl Sync {
     async fn rest(&mut self) {
         let (left, share) = (Instant::now(), rand::random());
         let mut report = self.report.clone();
+        let mut asked = None;
         let moved = other_uplink(self.way.clone());
         tokio::pin!(moved);
         loop {
-            let next = self.visits.next(left, &report.borrow_and_update(), share);
+            let report_now = *report.borrow_and_update();
+            let next = self.visits.next(left, &report_now, asked, share);
             self.connection.send_modify(|connection| {
                 connection.connected = false;
                 connection.next_visit = Some(next);
@@ -310,9 +315,11 @@ impl Sync {
             tokio::select! {
                 () = time::sleep_until(next) => break,
                 () = changed(&mut report) => {}
+                () = changed(&mut self.unknown), if asked.is_none() => asked = Some(Instant::now()),
                 () = &mut moved => break,
             }
         }
+        self.visits.handle_rested(asked.is_some());
         self.connection
             .send_modify(|connection| connection.next_visit = None);
     }
@@ -346,6 +353,7 @@ impl Sync {
     async fn follow(&mut self, controller: &str) -> anyhow::Result<Ended> {
         let (mut client, line) = self.connect(controller).await?;
         let mut renew = time::interval(RENEW_CHECK); // The first tick comes at once.
+        self.unknown.mark_unchanged(); // What comes now answers it.
         loop {
             let had = self.desired.lock().await.position().clone();
             self.desired.lock().await.follow(true);

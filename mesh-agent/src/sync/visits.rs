@@ -3,7 +3,9 @@
 //! A stream that is held open costs, also when nobody says anything: each end asks each half minute whether the other
 //! is there (`mesh_api::connect::KEEPALIVE_INTERVAL`), 16 to 33 packets a minute. So such a node *visits*: it connects,
 //! takes what is new, says how it is, leaves, and says when it comes again. In between not a packet goes either way.
-//! Whatever is changed meanwhile, a key that was taken out of the mesh too, it learns at the next visit.
+//! Whatever is changed meanwhile, a key that was taken out of the mesh too, it learns at the next visit. When somebody asks
+//! for what the node does not know, a name of the mesh or a caller whose key is new, it comes at once; who keeps asking
+//! for what does not exist brings it ever more rarely.
 
 use std::time::Duration;
 
@@ -16,6 +18,10 @@ pub const EVERY: Duration = Duration::from_secs(3600);
 /// Between visits while the node speaks with others, so that packets flow anyway: what is taken back counts sooner.
 const WHILE_SPEAKING: Duration = Duration::from_secs(600);
 
+/// Least time between two visits when somebody asks for what is not known; twice as long each time that somebody asks
+/// again, up to the usual time: a name that is wrong for ever costs 6 visits more in the first hour, and none later.
+const ASKED_PAUSE: Duration = Duration::from_secs(60);
+
 /// A visit is over so long after an answer came: what the node then says has arrived, by a line of 1 s there and back as
 /// well.
 const LINGER: Duration = Duration::from_secs(2);
@@ -27,6 +33,8 @@ const PATIENCE: Duration = Duration::from_secs(600);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Visits {
     every: Duration,
+    /// Least time between the last visit and one that is asked for.
+    asked_pause: Duration,
 }
 
 /// One that goes on.
@@ -38,7 +46,10 @@ pub(super) struct Visit {
 
 impl Visits {
     pub(super) fn new(every: Duration) -> Self {
-        Self { every }
+        Self {
+            every,
+            asked_pause: ASKED_PAUSE,
+        }
     }
 
     /// The longest time from one visit to the next, which is what the controller is told; and the longest pause between
@@ -47,16 +58,31 @@ impl Visits {
         self.every
     }
 
-    /// When the next one begins, after one that was over at `last`. `share` of 0 to 1, by chance: nodes that began
-    /// together do not come together.
-    pub(super) fn next(self, last: Instant, report: &NodeReport, share: f64) -> Instant {
+    /// When the next one begins, after one that was over at `last`. `asked`: when somebody first asked for what is not
+    /// known since then. `share` of 0 to 1, by chance: nodes that began together do not come together.
+    pub(super) fn next(
+        self,
+        last: Instant,
+        report: &NodeReport,
+        asked: Option<Instant>,
+        share: f64,
+    ) -> Instant {
         let speaks = report.direct_peers > 0 || report.relayed_peers > 0;
         let every = if speaks {
             self.every.min(WHILE_SPEAKING)
         } else {
             self.every
         };
-        last + every.mul_f64(0.75 + 0.25 * share)
+        let usual = last + every.mul_f64(0.75 + 0.25 * share);
+        asked.map_or(usual, |at| usual.min(at.max(last + self.asked_pause)))
+    }
+
+    /// The time between two visits is over. `asked`: somebody asked for what is not known.
+    pub(super) fn handle_rested(&mut self, asked: bool) {
+        self.asked_pause = match asked {
+            true => (self.asked_pause * 2).min(self.every),
+            false => ASKED_PAUSE,
+        };
     }
 }
 
@@ -105,7 +131,7 @@ mod tests {
     async fn it_comes_once_an_hour_and_each_ten_minutes_while_it_speaks() {
         let now = Instant::now();
         let visits = Visits::new(EVERY);
-        let minutes = |report, share| (visits.next(now, &report, share) - now).as_secs() / 60;
+        let minutes = |report, share| (visits.next(now, &report, None, share) - now).as_secs() / 60;
         assert_eq!(
             [0.0, 1.0].map(|share| minutes(report(0, 0), share)),
             [45, 60]
@@ -114,8 +140,37 @@ mod tests {
         assert_eq!(minutes(report(0, 1), 1.0), 10);
         // Never later than the controller was told, and never less often than wanted.
         let often = Visits::new(MINUTE);
-        assert_eq!(often.next(now, &report(1, 0), 1.0), now + MINUTE);
+        assert_eq!(often.next(now, &report(1, 0), None, 1.0), now + MINUTE);
         assert_eq!(often.within(), MINUTE);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_asks_for_what_is_not_known_brings_it_at_once_but_not_for_ever() {
+        let start = Instant::now();
+        let mut visits = Visits::new(EVERY);
+        let idle = report(0, 0);
+        let asked = start + MINUTE * 5;
+        assert_eq!(visits.next(start, &idle, Some(asked), 1.0), asked);
+        // Somebody asks for a wrong name every second.
+        let (mut last, mut pauses) = (start, Vec::new());
+        for _ in 0..9 {
+            let asked = last + Duration::from_secs(1);
+            let next = visits.next(last, &idle, Some(asked), 1.0);
+            visits.handle_rested(true);
+            pauses.push((next - last).as_secs() / 60);
+            last = next;
+        }
+        assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 60, 60, 60]);
+        visits.handle_rested(false);
+        let asked = last + MINUTE;
+        assert_eq!(visits.next(last, &idle, Some(asked), 1.0), asked);
+        // Never later than without anybody who asks.
+        let often = Visits::new(MINUTE / 2);
+        let asked = start + Duration::from_secs(1);
+        assert_eq!(
+            often.next(start, &idle, Some(asked), 1.0),
+            start + MINUTE / 2
+        );
     }
 
     #[tokio::test(start_paused = true)]
