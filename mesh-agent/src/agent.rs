@@ -311,6 +311,7 @@ async fn start(
     let config = TunnelConfig {
         private_key: key,
         overlay_v6: own.overlay_v6,
+        bursts: settings.hard_nat_bursts,
     };
     let to_driver = events.clone();
     let events_dropped = Arc::new(AtomicU64::new(0));
@@ -338,7 +339,7 @@ async fn start(
             node: settings.node_name.clone(),
             id,
             remembered: to_remember.borrow().clone(),
-            bursts: false, // Nobody opens the sockets yet.
+            bursts: settings.hard_nat_bursts,
         },
         rand::random(),
         driver::now(),

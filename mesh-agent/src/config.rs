@@ -73,6 +73,8 @@ pub struct Settings {
     pub static_candidates: Vec<SocketAddr>,
     /// Whether default gateways are asked to lead an outside port to this node's (PCP, NAT-PMP, UPnP).
     pub port_mapping: bool,
+    /// Whether the node takes part in bursts of sockets and guesses, by which an easy and a hard NAT become direct.
+    pub hard_nat_bursts: bool,
     /// Whether the node announces itself on its LANs, and listens for others.
     pub lan_discovery: bool,
     /// Where DNS listens, and what it forwards to.
@@ -320,6 +322,8 @@ struct ConfigFile {
     static_candidates: Vec<SocketAddr>,
     #[serde(default = "default_true")]
     port_mapping: bool,
+    #[serde(default)]
+    hard_nat_bursts: bool,
     #[serde(default = "default_true")]
     lan_discovery: bool,
     #[serde(default)]
@@ -527,6 +531,7 @@ impl Settings {
             metered_sync: Duration::from_secs(file.metered_sync_s),
             static_candidates: file.static_candidates,
             port_mapping: file.port_mapping,
+            hard_nat_bursts: file.hard_nat_bursts,
             lan_discovery: file.lan_discovery,
             dns: file
                 .dns
@@ -727,6 +732,7 @@ mod tests {
         assert_eq!(example.dns.listen, defaults.dns.listen);
         assert!(example.services && example.policy);
         assert!(example.port_mapping && example.lan_discovery);
+        assert!(!example.hard_nat_bursts && !defaults.hard_nat_bursts);
         assert_eq!(example.dns, defaults.dns);
     }
 

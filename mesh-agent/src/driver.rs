@@ -11,7 +11,7 @@ use std::{
 use anyhow::bail;
 use mesh_core::{
     gateways::Gateways,
-    io::{self, Input, Output, Refusal, TRAFFIC_TICK_MS, UplinkId},
+    io::{self, Input, Output, Refusal, SOCKETS_KEPT, SOCKETS_TRIED, TRAFFIC_TICK_MS, UplinkId},
     node::Core,
     services::{Costs, View},
     snapshot::{ExternalPeer, Node, Snapshot},
@@ -19,7 +19,7 @@ use mesh_core::{
 use mesh_linux::IfIndex;
 use mesh_tunnel::{
     route::RouteTable,
-    tunnel::{External, Tunnel, TunnelEvent},
+    tunnel::{Burst, External, Tunnel, TunnelEvent},
 };
 use mesh_wire::{
     id::{NodeId, NodeName, RelayId, Via},
@@ -325,7 +325,7 @@ impl Driver {
         match event {
             Event::Core(input) => {
                 if let Input::LocalAddresses(addresses) = &input {
-                    self.local_addresses.clone_from(addresses);
+                    self.set_local_addresses(addresses.clone());
                 }
                 self.input(input);
             }
@@ -431,6 +431,13 @@ impl Driver {
         }
     }
 
+    fn set_local_addresses(&mut self, addresses: Vec<SocketAddr>) {
+        if self.local_addresses != addresses {
+            self.local_addresses = addresses;
+            self.tunnel.close_sockets(); // Another network has another NAT.
+        }
+    }
+
     /// What is answered now to questions of before is of another network: the core asks again.
     fn forget_asked(&mut self) {
         self.stun
@@ -441,7 +448,7 @@ impl Driver {
         let Some(uplink) = self.uplink else {
             return;
         };
-        self.local_addresses = self.network.addresses(uplink);
+        self.set_local_addresses(self.network.addresses(uplink));
         let egress = self.network.egress(uplink);
         self.tunnel.set_egress(egress.clone());
         let name = self.network.name(uplink).map(str::to_owned);
@@ -603,8 +610,12 @@ impl Driver {
             Output::UseRelayTransport { relay, transport } => self.links.prefer(relay, transport),
             Output::FindPeer { relay, peer } => self.links.find_peer(relay, peer),
             Output::AskReflexive { relay, target } => self.ask(Asks::Address(relay), target),
-            // Only of a node with `CoreConfig::bursts`; this shell does not set it.
-            Output::OpenSockets { .. } => {}
+            Output::OpenSockets {
+                peer,
+                target,
+                count,
+                message,
+            } => self.open_sockets((peer, target), count, &message),
             Output::UseUplink { uplink } => self.use_uplink(uplink),
             Output::ProbeUplink { uplink, target } => self.ask(Asks::Uplink(uplink), target),
             Output::Event(event) => self.tell(event),
@@ -612,12 +623,33 @@ impl Driver {
     }
 
     fn send(&self, peer: &NodeId, via: Via, message: &PeerMessage) {
-        let mesh = &self.snapshot.mesh.id;
-        let Some(own) = self.own() else {
-            return;
-        };
-        let packet = message.to_packet(own.overlay_v6, mesh.overlay_v6(peer));
-        self.tunnel.send_inner(peer, via, &packet);
+        if let Some(packet) = self.packet(peer, message) {
+            self.tunnel.send_inner(peer, via, &packet);
+        }
+    }
+
+    /// A message as an inner packet; `None`: the snapshot does not have this node any more.
+    fn packet(&self, to: &NodeId, message: &PeerMessage) -> Option<Vec<u8>> {
+        let to = self.snapshot.mesh.id.overlay_v6(to);
+        Some(message.to_packet(self.own()?.overlay_v6, to))
+    }
+
+    fn open_sockets(
+        &self,
+        (peer, target): (NodeId, SocketAddr),
+        count: u16,
+        message: &PeerMessage,
+    ) {
+        if let Some(packet) = self.packet(&peer, message) {
+            self.tunnel.open_sockets(Burst {
+                peer,
+                target,
+                count: count.into(),
+                packet,
+                tried: SOCKETS_TRIED,
+                kept: SOCKETS_KEPT,
+            });
+        }
     }
 
     fn ask(&mut self, asks: Asks, target: SocketAddr) {

@@ -27,6 +27,10 @@ pub const RECEIVE_BUFFER_BYTES: usize = 4 << 20;
 /// what finds no room here waits in a queue that is fair among flows.
 pub const SEND_BUFFER_BYTES: usize = 256 << 10;
 
+/// Both buffers of a socket of which many are open and most wait in vain: some handfuls of small datagrams. 256 of them hold
+/// 4 MiB at most, as the kernel doubles the number for its own books.
+pub const SPARE_BUFFER_BYTES: usize = 8 << 10;
+
 /// Most datagrams in one send: the kernel's `UDP_MAX_SEGMENTS` until 6.8 (128 since).
 pub const SEGMENTS_MAX: usize = 64;
 
@@ -136,9 +140,7 @@ impl UdpPair {
     pub fn wait_writable(&self, to: SocketAddr, time: Duration) {
         let number = self.number_for(to);
         if let Some(socket) = self.sockets().nth(number) {
-            let mut fds = [PollFd::new(&socket.socket, PollFlags::OUT)];
-            // An interrupted or failed wait is a short one.
-            poll(&mut fds, Timespec::try_from(time).ok().as_ref()).ok();
+            socket.wait_writable(time);
         }
     }
 
@@ -227,6 +229,48 @@ pub struct UdpBatch {
 }
 
 impl UdpBatch {
+    /// Binds a socket of the family of `to` to a port that the kernel chooses, with room for little
+    /// ([`SPARE_BUFFER_BYTES`]) until [`Self::make_room`].
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says: no descriptor or port is left, or the machine does not have this family.
+    pub fn spare(to: SocketAddr) -> io::Result<Self> {
+        let any = match to {
+            SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
+            SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
+        };
+        let socket = Self::bind_only(any, false)?;
+        let inner = socket2::SockRef::from(&socket.socket);
+        inner.set_recv_buffer_size(SPARE_BUFFER_BYTES)?;
+        inner.set_send_buffer_size(SPARE_BUFFER_BYTES)?;
+        Ok(socket)
+    }
+
+    /// Gives the socket buffers for `receive_bytes` and [`SEND_BUFFER_BYTES`].
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says; then it goes on with what it had.
+    pub fn make_room(&self, receive_bytes: usize) -> io::Result<()> {
+        let socket = socket2::SockRef::from(&self.socket);
+        // Only CAP_NET_ADMIN may exceed net.core.rmem_max; without it the kernel gives what it may.
+        if sockopt::set_socket_recv_buffer_size_force(&self.socket, receive_bytes).is_err() {
+            socket.set_recv_buffer_size(receive_bytes)?;
+        }
+        if sockopt::set_socket_send_buffer_size_force(&self.socket, SEND_BUFFER_BYTES).is_err() {
+            socket.set_send_buffer_size(SEND_BUFFER_BYTES)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until there is room to send, at most for `time`.
+    pub fn wait_writable(&self, time: Duration) {
+        let mut fds = [PollFd::new(&self.socket, PollFlags::OUT)];
+        // An interrupted or failed wait is a short one.
+        poll(&mut fds, Timespec::try_from(time).ok().as_ref()).ok();
+    }
+
     /// Binds a socket with large buffers, no "don't fragment" bit (as the kernel's WireGuard: a
     /// path that does not carry 1,340 bytes still carries fragments), and receive offload if the
     /// kernel has it.
@@ -235,6 +279,12 @@ impl UdpBatch {
     ///
     /// What the kernel says of the address.
     fn bind(address: SocketAddr, shared: bool) -> io::Result<Self> {
+        let socket = Self::bind_only(address, shared)?;
+        socket.make_room(RECEIVE_BUFFER_BYTES)?;
+        Ok(socket)
+    }
+
+    fn bind_only(address: SocketAddr, shared: bool) -> io::Result<Self> {
         let socket = Socket::new(
             Domain::for_address(address),
             Type::DGRAM,
@@ -250,13 +300,6 @@ impl UdpBatch {
             socket.set_recv_tos_v4(true)?;
             switch_on(&socket, libc::IPPROTO_IP, libc::IP_PKTINFO)?;
             sockopt::set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::DONT)?;
-        }
-        // Only CAP_NET_ADMIN may exceed net.core.rmem_max; without it the kernel gives what it may.
-        if sockopt::set_socket_recv_buffer_size_force(&socket, RECEIVE_BUFFER_BYTES).is_err() {
-            socket.set_recv_buffer_size(RECEIVE_BUFFER_BYTES)?;
-        }
-        if sockopt::set_socket_send_buffer_size_force(&socket, SEND_BUFFER_BYTES).is_err() {
-            socket.set_send_buffer_size(SEND_BUFFER_BYTES)?;
         }
         socket.set_nonblocking(true)?;
         socket.bind(&SockAddr::from(address))?;

@@ -151,6 +151,8 @@ pub(crate) struct Arrival {
     pub(crate) sender: Sender,
     /// This machine's end to which it came, if the kernel said.
     pub(crate) to: Option<LocalEnd>,
+    /// By which socket of a burst; `None`: by the node's port, or a link.
+    pub(crate) by: Option<u32>,
     /// What the outer IP header says of congestion.
     pub(crate) ecn: Ecn,
     pub(crate) now: Instant,
@@ -169,8 +171,14 @@ impl Arrival {
 const STUN_COOKIE: [u8; 4] = [0x21, 0x12, 0xa4, 0x42];
 
 impl Inner {
-    /// Takes what one sender sent to the node's port.
-    pub(crate) fn receive<'b>(&self, message: Message<'b>, batch: &mut Arrivals<'b>, now: Instant) {
+    /// Takes what one sender sent to the node's port, or to a socket of a burst.
+    pub(crate) fn receive<'b>(
+        &self,
+        message: Message<'b>,
+        by: Option<u32>,
+        batch: &mut Arrivals<'b>,
+        now: Instant,
+    ) {
         let Message {
             from,
             to,
@@ -184,6 +192,7 @@ impl Inner {
             via: Via::Direct(from),
             sender: Sender::Address(from),
             to,
+            by,
             ecn,
             now,
         };
@@ -419,6 +428,9 @@ impl Inner {
             peer.publish(&state);
         }
         drop(state);
+        if let Some((number, from)) = arrival.spare() {
+            self.bursts.adopt(number, from, arrival.now);
+        }
         self.mark_for_report(peer);
     }
 

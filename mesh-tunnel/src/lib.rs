@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod batch;
+mod burst;
 mod checksum;
 mod coalesce;
 mod control;

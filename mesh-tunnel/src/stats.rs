@@ -113,6 +113,8 @@ pub struct TunnelStats {
     pub drops: Vec<(DropReason, u64)>,
     /// Peers with some state: a session, a handshake, packets that wait.
     pub active_peers: usize,
+    /// Sockets of bursts that are open, and how many of them are in use.
+    pub spare_sockets: (usize, usize),
     /// Inner packets and bytes of all peers that are or were active.
     pub traffic: Traffic,
 }

@@ -36,7 +36,7 @@ pub(crate) struct Leave {
     pair: usize,
     /// Whether it may wait for room.
     may_wait: bool,
-    /// Which socket of the pair had no room when something last did not leave.
+    /// Which socket of the pair had no room when something last did not leave; `None`: it was one of a burst.
     pub(crate) full: Option<usize>,
     /// Datagrams with a relay's header in front.
     frames: Vec<u8>,
@@ -220,16 +220,24 @@ impl Inner {
         let Some(sockets) = pairs.get(leave.pair) else {
             return datagrams.len();
         };
+        let spare = self.bursts.towards(&to);
+        let send = |part: &[u8]| match &spare {
+            Some(spare) => spare.socket.send(to, part, segment_len, fields),
+            None => sockets.send(to, part, segment_len, fields),
+        };
         let mut gone = 0;
         for part in datagrams.chunks(segments_of(segment_len) * segment_len) {
-            let mut sent = sockets.send(to, part, segment_len, fields);
+            let mut sent = send(part);
             if is_full(&sent) {
                 if !leave.may_wait {
-                    leave.full = Some(sockets.number_for(to));
+                    leave.full = spare.is_none().then(|| sockets.number_for(to));
                     return gone;
                 }
-                sockets.wait_writable(to, SEND_WAIT);
-                sent = sockets.send(to, part, segment_len, fields);
+                match &spare {
+                    Some(spare) => spare.socket.wait_writable(SEND_WAIT),
+                    None => sockets.wait_writable(to, SEND_WAIT),
+                }
+                sent = send(part);
             }
             if let Err(error) = sent {
                 let count = part.len().div_ceil(segment_len);

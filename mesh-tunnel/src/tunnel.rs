@@ -35,6 +35,7 @@ use mesh_wireguard::{
 use zeroize::Zeroizing;
 
 use crate::{
+    burst::Bursts,
     control::{self, Handshake},
     egress::Egress,
     inbound::{Arrival, Inbox, Sender},
@@ -45,6 +46,7 @@ use crate::{
     transmit::{Leave, Refusals, RelayUdpTable},
 };
 pub use crate::{
+    burst::{Burst, SPARE_SOCKETS_MAX},
     peer::External,
     transmit::RelayUdp,
     worker::{PACKET_NICENESS, Workers},
@@ -82,6 +84,8 @@ pub struct TunnelConfig {
     /// Its overlay IPv6 address, to which control messages come. Its first 48 bits are the mesh's.
     /// Unspecified (`::`) for a plain WireGuard device, which has no mesh.
     pub overlay_v6: Ipv6Addr,
+    /// Whether [`Tunnel::open_sockets`] will be called: a thread more.
+    pub bursts: bool,
 }
 
 /// Something that the rest of the node should know. Told on a packet thread, which waits: pass
@@ -185,6 +189,8 @@ impl Tunnel {
             relays: ArcSwap::default(),
             relay_udp: ArcSwap::default(),
             egress: ArcSwapOption::empty(),
+            takes_part_in_bursts: config.bursts,
+            bursts: Bursts::default(),
             unsendable: Refusals::default(),
             generation: AtomicU64::new(0),
             mtu: AtomicUsize::new(0),
@@ -358,6 +364,7 @@ impl Tunnel {
             via: Via::Relay(relay),
             sender: Sender::Client(peer),
             to: None,
+            by: None,
             ecn: Ecn::NotCapable,
             now,
         };
@@ -393,6 +400,20 @@ impl Tunnel {
         if sent.is_some_and(|sent| sent.is_err()) {
             self.0.drops.count(DropReason::SendFailed);
         }
+    }
+
+    /// Opens sockets beside the node's port, as [`Burst`] says. What comes by them came as by the node's port; by
+    /// the one by which something authentic came from an address last, everything to that address leaves
+    /// from then on. Of a tunnel without [`TunnelConfig::bursts`] nothing happens.
+    pub fn open_sockets(&self, burst: Burst) {
+        if self.0.takes_part_in_bursts {
+            self.0.bursts.ask(burst);
+        }
+    }
+
+    /// Closes all sockets but the node's port: the network is another one.
+    pub fn close_sockets(&self) {
+        self.0.bursts.close_all();
     }
 
     /// From now on datagrams leave by this way out; `None`: by the kernel's routes. Stock devices are
@@ -438,6 +459,7 @@ impl Tunnel {
         TunnelStats {
             drops: self.0.drops.snapshot(),
             active_peers: peers.awake_len(),
+            spare_sockets: self.0.bursts.counts(),
             traffic: peers.traffic(),
         }
     }
@@ -531,6 +553,8 @@ pub(crate) struct Inner {
     pub(crate) relay_udp: ArcSwap<RelayUdpTable>,
     /// Which interface is named to the kernel, if one is.
     pub(crate) egress: ArcSwapOption<Egress>,
+    pub(crate) takes_part_in_bursts: bool,
+    pub(crate) bursts: Bursts,
     pub(crate) unsendable: Refusals,
     /// Counts changes of routes and peers: what threads remember of them holds for one value.
     pub(crate) generation: AtomicU64,
@@ -625,6 +649,14 @@ impl Inner {
     }
 
     fn send_inner(&self, peer: &NodeId, via: Via, packet: &[u8]) -> Option<()> {
+        let sealed = self.seal_inner(peer, packet)?;
+        let (len, mut leave) = (sealed.len(), Leave::other());
+        self.transmit(peer, via.into(), &sealed, len, Ecn::NotCapable, &mut leave);
+        Some(())
+    }
+
+    /// Seals an inner packet, and counts it as sent. `None` without a session.
+    pub(crate) fn seal_inner(&self, peer: &NodeId, packet: &[u8]) -> Option<Vec<u8>> {
         let now = Instant::now();
         let peer = self.peers().by_id(peer).cloned()?;
         let session = peer.lock().protocol.current().cloned();
@@ -639,10 +671,7 @@ impl Inner {
         peer.activity.sent_data(now);
         peer.counts.sent(1, packet.len());
         peer.counts.wire_sent(sealed.len());
-        let (len, mut leave) = (sealed.len(), Leave::other());
-        let way = via.into();
-        self.transmit(&peer.id, way, &sealed, len, Ecn::NotCapable, &mut leave);
-        Some(())
+        Some(sealed)
     }
 }
 

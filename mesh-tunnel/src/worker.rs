@@ -17,7 +17,7 @@ use mesh_linux::{
 };
 
 use crate::{
-    control,
+    burst, control,
     inbound::Inbox,
     outbound::{NoRoom, Outbox},
     queue::{AGE_MAX, FairQueue, Taken},
@@ -69,6 +69,12 @@ impl Workers {
             control::run(tunnel, stop);
             Ok(())
         })?;
+        if tunnel.takes_part_in_bursts {
+            workers.spawn("bursts".to_owned(), tunnel, |tunnel, stop| {
+                burst::run(tunnel, stop);
+                Ok(())
+            })?;
+        }
         Ok(workers)
     }
 
@@ -158,7 +164,12 @@ impl<'a> Worker<'a> {
         loop {
             let blocked = self.blocked_since;
             let patience = match blocked {
-                Some(since) => Some(AGE_MAX.saturating_sub(since.elapsed())),
+                Some(since) => {
+                    let rest = AGE_MAX.saturating_sub(since.elapsed());
+                    // A socket of a burst is not among those that are waited for: it is tried again.
+                    let waits = self.out.leave.full.is_some();
+                    Some(if waits { rest } else { rest.min(PARKED_FOR) })
+                }
                 None if self.has_work() => Some(Duration::ZERO),
                 None => self
                     .unpark_at
@@ -194,7 +205,7 @@ impl<'a> Worker<'a> {
         socket.receive(&mut self.received)?;
         let mut batch = self.inbox.batch();
         for message in self.received.messages() {
-            self.tunnel.receive(message, &mut batch, now);
+            self.tunnel.receive(message, None, &mut batch, now);
         }
         self.tunnel.finish(&mut batch);
         Ok(())

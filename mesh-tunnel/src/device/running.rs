@@ -253,6 +253,7 @@ impl Running {
         let settings = TunnelConfig {
             private_key: PrivateKey::new(private_key),
             overlay_v6: std::net::Ipv6Addr::UNSPECIFIED,
+            bursts: false,
         };
         let broken = self.broken.clone();
         let (tunnel, workers) = Tunnel::start(self.tun.clone(), sockets, settings, move |event| {

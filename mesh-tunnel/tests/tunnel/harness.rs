@@ -186,12 +186,15 @@ impl Node {
         let config = TunnelConfig {
             overlay_v6: side.overlay_v6(),
             private_key,
+            bursts: true,
         };
-        let (tunnel, workers) = Tunnel::start(tun, sockets, config, move |event| {
+        let on_event = move |event| {
             // The receiver is gone when the test is over.
             sender.send(event).ok();
-        })
-        .unwrap();
+        };
+        // Sockets of bursts are opened by a thread of the tunnel's.
+        let start = || Tunnel::start(tun, sockets, config, on_event);
+        let (tunnel, workers) = lab.on(side, start).unwrap();
         Self {
             side,
             id: tunnel.node_id(),

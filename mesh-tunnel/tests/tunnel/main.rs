@@ -8,6 +8,7 @@
     reason = "tests fail loudly and pick one event of many"
 )]
 
+mod bursts;
 mod edges;
 mod harness;
 
