@@ -123,6 +123,36 @@ __noinline int write_ends(struct __sk_buff *skb, const struct packet *packet, __
                                at_once ? sizeof(v4) : offsetof(typeof(v4), ports), 0);
 }
 
+/* write_ends() of what read_plain() read, without a call. */
+static __always_inline int write_plain(struct __sk_buff *skb, const struct packet *packet,
+                                       __u32 difference)
+{
+    void *at = (void *)(long)skb->data + (packet->l3 & ETH_HLEN), *end = (void *)(long)skb->data_end;
+    __u16 *ports;
+
+    if (packet->v6) {
+        struct ipv6hdr *ip = at;
+
+        ports = (__u16 *)(ip + 1);
+        if ((void *)(ports + 2) > end)
+            return -1;
+        __builtin_memcpy(&ip->saddr, packet->source.ip, sizeof(ip->saddr));
+        __builtin_memcpy(&ip->daddr, packet->destination.ip, sizeof(ip->daddr));
+    } else {
+        struct iphdr *ip = at;
+
+        ports = (__u16 *)(ip + 1);
+        if ((void *)(ports + 2) > end)
+            return -1;
+        ip->check = updated_check(ip->check, difference);
+        ip->saddr = packet->source.ip[3];
+        ip->daddr = packet->destination.ip[3];
+    }
+    ports[0] = packet->source.port;
+    ports[1] = packet->destination.port;
+    return 0;
+}
+
 static __always_inline void put_ip(struct socket_address *address, const __u32 *ip)
 {
     __builtin_memcpy(address->ip, ip, sizeof(address->ip));

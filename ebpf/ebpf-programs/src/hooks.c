@@ -5,15 +5,37 @@
 
 enum hook { REQUESTS, ANSWERS, ENTERING, LEAVING };
 
+/* Most are of a flow that was seen a moment ago, and there is nothing to note of them. */
+static __always_inline int on_plain_request(struct __sk_buff *skb, struct packet *packet)
+{
+    struct tracked *tracked;
+
+    if (packet->tcp_flags & TCP_SYN)
+        return on_request(skb, packet);
+    tracked = bpf_map_lookup_elem(&hf_tracked, asked_flow(packet));
+    if (!tracked || !is_noted(tracked->seen_ns, bpf_ktime_get_coarse_ns(), packet) ||
+        same_ip(&tracked->endpoint, &packet->source))
+        return on_request(skb, packet);
+    if (change_plain(skb, packet, false, &tracked->endpoint))
+        return drop(PACKET_change_failed);
+    return pass(PACKET_request_translated);
+}
+
 static __always_inline int on_packet(struct __sk_buff *skb, bool ethernet, enum hook hook)
 {
     struct packet packet = {};
     __u16 protocol = skb->protocol;
     __u32 parsed, l3 = 0;
 
+    if (ethernet && hook == REQUESTS && skb->pkt_type != PACKET_HOST)
+        return pass(PACKET_other);
+    if (hook == REQUESTS && read_plain(skb, ethernet, &packet))
+        return on_plain_request(skb, &packet);
+    if (hook == ANSWERS && read_plain(skb, ethernet, &packet))
+        return on_answer(skb, &packet);
     if (ethernet) {
         l3 = skip_ethernet(skb, &protocol);
-        if (!l3 || (hook == REQUESTS && skb->pkt_type != PACKET_HOST))
+        if (!l3)
             return pass(PACKET_other);
     }
     packet.v6 = protocol == bpf_htons(ETH_P_IPV6);

@@ -106,6 +106,16 @@ static __always_inline bool is_complete(struct __sk_buff *skb, struct packet *pa
            !LOAD(skb, packet->l4 + TCP_FLAGS_OFFSET, &packet->tcp_flags);
 }
 
+/* Of a packet to a service, which is its flow's: both its ends, one behind the other. */
+static __always_inline struct tracked_flow *asked_flow(struct packet *packet)
+{
+    return (struct tracked_flow *)&packet->source;
+}
+
+_Static_assert(offsetof(struct packet, destination) - offsetof(struct packet, source) ==
+                   offsetof(struct tracked_flow, address),
+               "a packet's ends are not a flow");
+
 /* ---- Changing: all of these say 0 when done, as the helpers do ---- */
 
 /* For later fragments of a packet whose source or destination becomes `ip`. */
@@ -135,6 +145,37 @@ static __always_inline long change_port(struct __sk_buff *skb, struct packet *pa
                         : bpf_l4_csum_replace(skb, check, before, to, flags | sizeof(__u16));
 }
 
+/* Whether the network card has yet to complete the checksum, as it does of what pods send: seen by what became of it
+ * when the addresses changed. `difference`: of these; where it is zero, nobody can tell. */
+static __always_inline bool is_seen_partial(struct __sk_buff *skb, const struct packet *packet,
+                                            __u32 difference)
+{
+    void *at = (void *)(long)skb->data + (packet->l4 & OFFSET_MASK);
+    __u16 *check = at + CHECK_OFFSET(packet->protocol);
+
+    return (void *)(check + 1) <= (void *)(long)skb->data_end && fold(difference) % 0xffff &&
+           *check == fold(fold(difference) + packet->check);
+}
+
+/* As change() does it of any packet, with fewer calls. The port is in no checksum that has yet to be completed. */
+static __always_inline long change_plain(struct __sk_buff *skb, struct packet *packet, bool source,
+                                         const struct socket_address *to)
+{
+    struct socket_address *from = source ? &packet->source : &packet->destination;
+    __u32 check = packet->l4 + CHECK_OFFSET(packet->protocol);
+    __u32 difference = address_difference(from, to);
+    __u16 before = from->port, after = to->port;
+    __u64 flags = CHECK_FLAGS(packet);
+
+    put_ip(from, to->ip);
+    from->port = after;
+    if (cover_address(skb, packet, difference, check, flags) ||
+        (before != after && !is_seen_partial(skb, packet, difference) &&
+         bpf_l4_csum_replace(skb, check, before, after, flags | sizeof(__u16))))
+        return -1;
+    return write_plain(skb, packet, difference);
+}
+
 /* The source or the destination, address and port. */
 static __noinline long change(struct __sk_buff *skb, struct packet *packet, bool source,
                               const struct socket_address *to)
@@ -143,6 +184,8 @@ static __noinline long change(struct __sk_buff *skb, struct packet *packet, bool
     __u32 difference = address_difference(from, to);
     __u64 flags = CHECK_FLAGS(packet);
 
+    if (packet->plain)
+        return change_plain(skb, packet, source, to);
     if (packet->fragment)
         remember_fragmented(packet, source, to->ip);
     if (change_port(skb, packet, source, to->port, flags) ||
@@ -281,12 +324,12 @@ static __noinline void connect_failed(struct tracked *tracked,
     endpoint_failed(endpoint);
 }
 
-static __noinline long put_answers(const struct tracked_flow *answer,
-                                   const struct socket_address *service)
+static __always_inline long put_answers(const struct tracked_flow *answer,
+                                        const struct socket_address *service, __u64 flags)
 {
     struct answered answered = {.service = *service};
 
-    return bpf_map_update_elem(&hf_answers, answer, &answered, BPF_ANY);
+    return bpf_map_update_elem(&hf_answers, answer, &answered, flags);
 }
 
 /* Both entries of a flow are kept by its packets both ways: looking one up keeps it. What answers is
@@ -298,7 +341,7 @@ static __noinline long keep_answers(const struct tracked_flow *flow,
     struct answered *known = bpf_map_lookup_elem(&hf_answers, &answer);
 
     if (!known)
-        return put_answers(&answer, &flow->address);
+        return put_answers(&answer, &flow->address, BPF_ANY);
     known->checked_ns = 0;
     return 0;
 }
@@ -370,7 +413,7 @@ __noinline __u32 choose_near(const struct tracked_flow *flow, __u64 list, __u64 
     if (!found)
         return false;
     *endpoint = *found;
-    return is_true(&flow->address, list, before);
+    return read_replaced() == before || is_true(&flow->address, list, before);
 }
 
 static __always_inline struct tracked_flow source_of(const struct tracked_flow *flow)
@@ -468,7 +511,7 @@ static __always_inline bool has_others(const struct tracked_flow *flow)
 }
 
 /* Gives a new flow its endpoint. */
-static __noinline __u32 open_flow(struct tracked_flow *flow, struct tracked *tracked)
+static __always_inline __u32 open_flow(struct tracked_flow *flow, struct tracked *tracked)
 {
     struct tracked_flow answer = {.client = flow->client};
     __u32 refused = PACKET_refused_silently;
@@ -500,7 +543,9 @@ static __noinline __u32 open_flow(struct tracked_flow *flow, struct tracked *tra
                 continue;
         }
         flow->address.outside = 0;
-        place = whose(&answer, &flow->address, tracked->seen_ns);
+        place = OURS;
+        if (put_answers(&answer, &flow->address, BPF_NOEXIST))
+            place = whose(&answer, &flow->address, tracked->seen_ns);
         if (place == TAKEN)
             refused = PACKET_clash;
     }
@@ -521,7 +566,7 @@ static __noinline __u32 open_flow(struct tracked_flow *flow, struct tracked *tra
     } else if (failed) {
         return PACKET_flow_lost;
     }
-    if (place != OURS && put_answers(&answer, &flow->address))
+    if (place != OURS && put_answers(&answer, &flow->address, BPF_ANY))
         return PACKET_flow_lost;
     if (list & LIST_AFFINITY) {
         kept.endpoint = answer.address;
@@ -694,27 +739,23 @@ static __always_inline int refuse_packet(struct __sk_buff *skb, const struct pac
 
 /* ---- From the client, to the client ---- */
 
-/* The service for which `answer` answers; false: none. Once in a while, and from when the flow may
- * have ended, whether it is of a flow at all. Not static: so the verifier looks at it once. */
-__noinline __u32 find_service(const struct tracked_flow *answer, const struct packet *packet,
-                              struct socket_address *found)
+/* Whether what is known of the service for which `answer` answers needs no closer look. */
+static __always_inline bool is_noted(__u64 noted_ns, __u64 now_ns, const struct packet *packet)
+{
+    return (__s64)(now_ns - noted_ns) < SEEN_INTERVAL_MS * NS_PER_MS &&
+           !(packet && packet->tcp_flags & (TCP_FIN | TCP_RST));
+}
+
+/* Whether `answer` is of a flow at all, and of one that goes on. Not static: so the verifier looks at it once. */
+__noinline __u32 is_answer(const struct tracked_flow *answer, struct answered *answered,
+                           const struct packet *packet, __u64 now_ns)
 {
     struct tracked_flow flow = {};
-    struct answered *answered;
     struct tracked *tracked;
     bool connected;
-    __u64 now_ns;
 
-    if (!answer || !found)
+    if (!answer || !answered)
         return false;
-    answered = bpf_map_lookup_elem(&hf_answers, answer);
-    if (!answered)
-        return false;
-    now_ns = bpf_ktime_get_coarse_ns();
-    *found = answered->service;
-    if ((__s64)(now_ns - answered->checked_ns) < SEEN_INTERVAL_MS * NS_PER_MS &&
-        !(packet && packet->tcp_flags & (TCP_FIN | TCP_RST)))
-        return true;
     flow.client = answer->client;
     flow.address = answered->service;
     tracked = bpf_map_lookup_elem(&hf_tracked, &flow);
@@ -733,6 +774,37 @@ __noinline __u32 find_service(const struct tracked_flow *answer, const struct pa
     }
     answered->checked_ns = is_closed(tracked) ? 0 : now_ns;
     return true;
+}
+
+/* The service for which `answer` answers; NULL: none. Once in a while, and from when the flow may
+ * have ended, whether it is of a flow at all. */
+static __always_inline struct answered *find_answered(const struct tracked_flow *answer,
+                                                      const struct packet *packet)
+{
+    struct answered *answered = bpf_map_lookup_elem(&hf_answers, answer);
+    __u64 now_ns;
+
+    if (!answered)
+        return NULL;
+    now_ns = bpf_ktime_get_coarse_ns();
+    return is_noted(answered->checked_ns, now_ns, packet) ||
+                   is_answer(answer, answered, packet, now_ns)
+               ? answered
+               : NULL;
+}
+
+/* The same, for those that do not ask with each packet. Not static: so the verifier looks at it once. */
+__noinline __u32 find_service(const struct tracked_flow *answer, const struct packet *packet,
+                              struct socket_address *found)
+{
+    struct answered *answered;
+
+    if (!answer || !found)
+        return false;
+    answered = find_answered(answer, packet);
+    if (answered)
+        *found = answered->service;
+    return answered != NULL;
 }
 
 /* The service by whose address a client that is its own endpoint answers itself. */
@@ -771,10 +843,10 @@ __noinline int forget_answers(const struct tracked_flow *direct, __u64 now_ns)
 
 static __noinline int on_request(struct __sk_buff *skb, struct packet *packet)
 {
-    struct tracked_flow flow = {.client = packet->source, .address = packet->destination};
+    struct tracked_flow *flow = asked_flow(packet);
     bool opens = (packet->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
     struct tracked opened = {.seen_ns = bpf_ktime_get_coarse_ns()};
-    struct tracked *known = bpf_map_lookup_elem(&hf_tracked, &flow);
+    struct tracked *known = bpf_map_lookup_elem(&hf_tracked, flow);
     struct socket_address to = {};
     __u32 counter;
 
@@ -785,18 +857,18 @@ static __noinline int on_request(struct __sk_buff *skb, struct packet *packet)
         if (opens &&
             (__s64)(opened.seen_ns - known->seen_ns) >= CONNECT_PATIENCE_MS * NS_PER_MS)
             connect_failed(known, &to);
-        if (see(known, packet, SEEN_CLIENT_FIN, opened.seen_ns) && keep_answers(&flow, &to))
+        if (see(known, packet, SEEN_CLIENT_FIN, opened.seen_ns) && keep_answers(flow, &to))
             return drop(PACKET_flow_lost);
-    } else if (!opens && find_hairpin(&flow.client, &flow.address, packet, &to)) {
+    } else if (!opens && find_hairpin(&flow->client, &flow->address, packet, &to)) {
         return on_hairpin(skb, packet, true, to.port);
     } else {
         if (known)
-            bpf_map_delete_elem(&hf_tracked, &flow);
+            bpf_map_delete_elem(&hf_tracked, flow);
         opened.seen = seen_by(packet, SEEN_CLIENT_FIN) | (opens ? SEEN_CONNECTING : 0);
-        counter = open_flow(&flow, &opened);
+        counter = open_flow(flow, &opened);
         if (counter == PACKET_request_passed) {
             if (opens)
-                forget_answers(&flow, opened.seen_ns);
+                forget_answers(flow, opened.seen_ns);
             return pass(counter);
         }
         if (counter == PACKET_flow_lost || counter == PACKET_not_in_range ||
@@ -817,14 +889,16 @@ static __noinline int on_request(struct __sk_buff *skb, struct packet *packet)
     return pass(PACKET_request_translated);
 }
 
-static __noinline int on_answer(struct __sk_buff *skb, struct packet *packet)
+/* No function of its own: most packets come here, and a call less counts. */
+static __always_inline int on_answer(struct __sk_buff *skb, struct packet *packet)
 {
     struct tracked_flow answer = {.client = packet->destination, .address = packet->source};
-    struct socket_address service = {};
+    struct answered *answered = find_answered(&answer, packet);
 
-    if (!find_service(&answer, packet, &service))
+    if (!answered)
         return pass(PACKET_answer_passed);
-    if (change(skb, packet, true, &service))
+    if (packet->plain ? change_plain(skb, packet, true, &answered->service)
+                      : change(skb, packet, true, &answered->service))
         return drop(PACKET_change_failed);
     return pass(PACKET_answer_translated);
 }

@@ -40,6 +40,8 @@ struct packet {
     __u8 fragment; /* Part of a packet, */
     __u8 later;    /* and not its beginning. */
     __u8 tcp_flags;
+    __u8 plain;  /* Read by read_plain(), which reads the next one as well. */
+    __u16 check; /* The transport's. */
 };
 
 #define TCP_FIN 0x01
@@ -211,4 +213,72 @@ static __always_inline __u32 skip_ethernet(struct __sk_buff *skb, __u16 *protoco
         return 0;
     *protocol = behind.tagged_type;
     return ETH_HLEN + VLAN_TAG_LEN;
+}
+
+/* Reads what most packets are, all at once: TCP or UDP right behind an IP header without options, not in fragments, whole,
+ * and with its headers in one piece of memory. Nothing is called: where the kernel guards returns (SRSO), each costs
+ * some 20 cycles. False: something else, which parse() reads, or says what is wrong. */
+static __always_inline bool read_plain(struct __sk_buff *skb, bool ethernet, struct packet *packet)
+{
+    void *at = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+    const bool v6 = skb->protocol == bpf_htons(ETH_P_IPV6);
+    __u32 size, header, transport = sizeof(struct udphdr);
+    struct tcphdr *tcp;
+
+    if (!v6 && skb->protocol != bpf_htons(ETH_P_IP))
+        return false;
+    if (ethernet) {
+        struct ethhdr *frame = at;
+
+        at += sizeof(*frame);
+        if (at > end || frame->h_proto != skb->protocol)
+            return false;
+    }
+    if (v6) {
+        struct ipv6hdr *ip = at;
+
+        tcp = at + sizeof(*ip);
+        if ((void *)tcp + sizeof(struct udphdr) > end || ip->version != 6)
+            return false;
+        put_v6(&packet->source, &ip->saddr);
+        put_v6(&packet->destination, &ip->daddr);
+        packet->protocol = ip->nexthdr;
+        header = sizeof(*ip);
+        size = header + bpf_ntohs(ip->payload_len);
+    } else {
+        struct iphdr *ip = at;
+
+        tcp = at + sizeof(*ip);
+        if ((void *)tcp + sizeof(struct udphdr) > end || ip->version != 4 || ip->ihl != 5 ||
+            ip->frag_off & bpf_htons(0x3fff))
+            return false;
+        put_v4(&packet->source, ip->saddr);
+        put_v4(&packet->destination, ip->daddr);
+        packet->protocol = ip->protocol;
+        header = sizeof(*ip);
+        size = bpf_ntohs(ip->tot_len);
+    }
+    if (packet->protocol == PROTOCOL_TCP) {
+        transport = sizeof(*tcp);
+        if ((void *)(tcp + 1) > end)
+            return false;
+        packet->tcp_flags = ((__u8 *)tcp)[TCP_FLAGS_OFFSET];
+        packet->check = tcp->check;
+    } else if (packet->protocol == PROTOCOL_UDP) {
+        packet->check = ((struct udphdr *)tcp)->check;
+    } else {
+        return false;
+    }
+    packet->l3 = ethernet ? ETH_HLEN : 0;
+    if (size < header + transport || packet->l3 + size > skb->len)
+        return false;
+    packet->l4 = packet->l3 + header;
+    packet->size = size;
+    packet->v6 = v6;
+    packet->source.port = tcp->source;
+    packet->destination.port = tcp->dest;
+    packet->source.protocol = packet->protocol;
+    packet->destination.protocol = packet->protocol;
+    packet->plain = true;
+    return true;
 }

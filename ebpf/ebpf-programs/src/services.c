@@ -155,13 +155,18 @@ static __always_inline bool same_list(__u64 a, __u64 b)
     return (a & ~(__u64)LIST_LENGTH_MASK) == (b & ~(__u64)LIST_LENGTH_MASK);
 }
 
-/* Not static: so the verifier does not follow its two ways at each of its callers' attempts. */
-__noinline __u64 replaced(void)
+static __always_inline __u64 read_replaced(void)
 {
     __u32 zero = 0;
     volatile __u64 *value = bpf_map_lookup_elem(&hf_replaced, &zero);
 
     return value ? *value : 0;
+}
+
+/* Not static: so the verifier does not follow its two ways at each of its callers' attempts. */
+__noinline __u64 replaced(void)
+{
+    return read_replaced();
 }
 
 /* Whether `list`, and what was read by it since `replaced()` was `before`, are the service's. Not static:
@@ -170,7 +175,7 @@ __noinline __u32 is_true(const struct socket_address *service, __u64 list, __u64
 {
     volatile __u64 *value;
 
-    if (replaced() == before)
+    if (read_replaced() == before)
         return true;
     if (!service)
         return false;

@@ -1,7 +1,9 @@
 //! The programs, and packets sent through them by the kernel's test run.
 
 use std::{
+    cell::{Ref, RefCell},
     collections::BTreeMap,
+    io::ErrorKind,
     net::{IpAddr, SocketAddr},
     time::Duration,
 };
@@ -9,7 +11,7 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader, Pod,
     maps::{HashMap, LpmTrie, MapData, PerCpuArray, lpm_trie::Key},
-    programs::{SchedClassifier, TestRun, TestRunOptions},
+    programs::{ProgramError, SchedClassifier, TestRun, TestRunOptions, TestRunResult},
 };
 use ebpf_abi::{EndpointList, PacketCounter, SocketAddress};
 use ebpf_loader::patiently;
@@ -17,20 +19,15 @@ use ebpf_loader::patiently;
 pub(crate) const TCP: u8 = 6;
 pub(crate) const UDP: u8 = 17;
 
-pub(crate) const PROGRAMS: [&str; 6] = [
-    "hf_requests",
-    "hf_answers_out",
-    "hf_requests_ip",
-    "hf_answers_ip",
-    "hf_entering",
-    "hf_leaving",
-];
-
 /// More than any packet here grows to.
 const OUT_BYTES: usize = 4_096;
 
+/// A test run of many packets is tried again so often when a signal ends it (`EINTR`).
+const RUNS_MAX: u32 = 100;
+
+/// Each program is loaded when it is first asked for: the verifier takes longer than most tests.
 pub(crate) struct Machine {
-    pub(crate) ebpf: Ebpf,
+    pub(crate) ebpf: RefCell<Ebpf>,
     next_list: u64,
 }
 
@@ -53,18 +50,20 @@ pub(crate) enum Verdict {
 
 impl Machine {
     pub(crate) fn new() -> Self {
-        let mut ebpf = EbpfLoader::new().load(ebpf_programs::SERVICES).unwrap();
-        for name in PROGRAMS {
-            let program: &mut SchedClassifier = ebpf.program_mut(name).unwrap().try_into().unwrap();
-            let loaded = patiently(|| program.load());
-            loaded.unwrap_or_else(|error| panic!("{name}: {error}\n{error:?}"));
+        let ebpf = EbpfLoader::new().load(ebpf_programs::SERVICES).unwrap();
+        Self {
+            ebpf: RefCell::new(ebpf),
+            next_list: 0,
         }
-        let next_list = 0;
-        Self { ebpf, next_list }
     }
 
     pub(crate) fn map<K: Pod, V: Pod>(&mut self, name: &str) -> HashMap<&mut MapData, K, V> {
-        self.ebpf.map_mut(name).unwrap().try_into().unwrap()
+        self.ebpf
+            .get_mut()
+            .map_mut(name)
+            .unwrap()
+            .try_into()
+            .unwrap()
     }
 
     /// By TCP and by UDP.
@@ -99,7 +98,7 @@ impl Machine {
             let list = self.write_list(key(service).for_outside(), &endpoints, kind);
             for &client in only.into_iter().flatten() {
                 let data = list.range(SocketAddress::new(client, 0, 0).ip);
-                let found = self.ebpf.map_mut("hf_ranges").unwrap();
+                let found = self.ebpf.get_mut().map_mut("hf_ranges").unwrap();
                 let mut ranges: LpmTrie<_, [u32; 6], u32> = found.try_into().unwrap();
                 ranges.insert(&Key::new(192, data), 1, 0).unwrap();
             }
@@ -123,8 +122,17 @@ impl Machine {
         list
     }
 
-    pub(crate) fn program(&self, name: &str) -> &SchedClassifier {
-        self.ebpf.program(name).unwrap().try_into().unwrap()
+    pub(crate) fn program(&self, name: &str) -> Ref<'_, SchedClassifier> {
+        let mut ebpf = self.ebpf.borrow_mut();
+        let program: &mut SchedClassifier = ebpf.program_mut(name).unwrap().try_into().unwrap();
+        if program.fd().is_err() {
+            let loaded = patiently(|| program.load());
+            loaded.unwrap_or_else(|error| panic!("{name}: {error}\n{error:?}"));
+        }
+        drop(ebpf);
+        Ref::map(self.ebpf.borrow(), |ebpf| {
+            ebpf.program(name).unwrap().try_into().unwrap()
+        })
     }
 
     /// In by the client's interface.
@@ -161,19 +169,23 @@ impl Machine {
         }
     }
 
-    /// For each of many in a row.
-    pub(crate) fn cost(&self, name: &str, packet: &[u8]) -> Duration {
-        let options = TestRunOptions {
-            data_in: Some(packet),
-            repeat: 100_000,
-            ..TestRunOptions::new()
-        };
-        self.program(name).test_run(options).unwrap().duration
+    /// For each of so many in a row, or of more.
+    pub(crate) fn cost(&self, name: &str, packet: &[u8], times: u32) -> Duration {
+        let program = self.program(name);
+        uninterrupted(|| {
+            program.test_run(TestRunOptions {
+                data_in: Some(packet),
+                repeat: times,
+                ..TestRunOptions::new()
+            })
+        })
+        .duration
     }
 
     /// What was counted, without what was not.
     pub(crate) fn counted(&self) -> BTreeMap<PacketCounter, u64> {
-        let map = self.ebpf.map("hf_pkt_counters").unwrap();
+        let ebpf = self.ebpf.borrow();
+        let map = ebpf.map("hf_pkt_counters").unwrap();
         let counters: PerCpuArray<&MapData, u64> = map.try_into().unwrap();
         let sum = |&counter: &PacketCounter| {
             let per_cpu = counters.get(&(counter as u32), 0).unwrap();
@@ -181,6 +193,20 @@ impl Machine {
         };
         let all = PacketCounter::ALL.iter().map(sum);
         all.filter(|&(_, count)| count > 0).collect()
+    }
+}
+
+/// A test run of many packets, from the beginning where a signal ended it: what it had done by then stays done.
+pub(crate) fn uninterrupted(
+    mut run: impl FnMut() -> Result<TestRunResult, ProgramError>,
+) -> TestRunResult {
+    let mut again = 1..RUNS_MAX;
+    loop {
+        match run() {
+            Err(ProgramError::SyscallError(error))
+                if error.io_error.kind() == ErrorKind::Interrupted && again.next().is_some() => {}
+            ran => return ran.unwrap(),
+        }
     }
 }
 

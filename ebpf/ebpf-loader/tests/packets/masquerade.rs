@@ -46,14 +46,14 @@ fn gateway(net: &Net) -> Machine {
     let mut machine = Machine::new();
     machine.serve(net.service, &[net.endpoint]);
     let [v4, v6] = OWN.map(|own| SocketAddress::new(own.parse().unwrap(), 0, 0).ip);
-    let map = machine.ebpf.map_mut("hf_masquerade").unwrap();
+    let map = machine.ebpf.get_mut().map_mut("hf_masquerade").unwrap();
     let mut map: Array<&mut MapData, Masquerade> = map.try_into().unwrap();
     map.set(0, Masquerade { v4, v6 }, 0).unwrap();
     machine
 }
 
 fn keep(machine: &mut Machine, net: IpAddr, length: u32) {
-    let map = machine.ebpf.map_mut("hf_kept").unwrap();
+    let map = machine.ebpf.get_mut().map_mut("hf_kept").unwrap();
     let mut map: LpmTrie<&mut MapData, [u32; 4], u32> = map.try_into().unwrap();
     let length = if net.is_ipv4() { 96 + length } else { length };
     let key = Key::new(length, SocketAddress::new(net, 0, 0).ip);

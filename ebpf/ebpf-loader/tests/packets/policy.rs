@@ -16,7 +16,7 @@ use ebpf_loader::policy::{
 use etherparse::{Icmpv4Type, Icmpv6Type, IpNumber, PacketBuilder};
 
 use crate::{
-    machine::{TCP, UDP},
+    machine::{TCP, UDP, uninterrupted},
     wire::{self, ETHERNET, IcmpError, Net, ip_nets, without_ethernet},
 };
 
@@ -622,20 +622,17 @@ fn a_known_flow_and_a_new_one_are_judged_many_times_over() {
     assert!(lab.passes(In, &syn(net.client, net.endpoint)));
     for (name, packet) in rows {
         let packet = without_ethernet(packet);
-        let options = TestRunOptions {
-            data_in: Some(&packet),
-            repeat: TIMES,
-            ..TestRunOptions::new()
-        };
-        let ran = lab
-            .policy
-            .program(At::Tunnel, In)
-            .unwrap()
-            .test_run(options)
-            .unwrap();
+        let program = lab.policy.program(At::Tunnel, In).unwrap();
+        let ran = uninterrupted(|| {
+            program.test_run(TestRunOptions {
+                data_in: Some(&packet),
+                repeat: TIMES,
+                ..TestRunOptions::new()
+            })
+        });
         println!("{name}: {:?} a packet", ran.duration);
     }
     let counted = lab.policy.counters().unwrap();
     let times = u64::from(TIMES);
-    assert_eq!((counted[&Passed], counted[&Denied]), (times + 1, times));
+    assert!(counted[&Passed] > times && counted[&Denied] >= times);
 }

@@ -12,14 +12,25 @@ use etherparse::{
 };
 
 use crate::{
-    machine::{Machine, PROGRAMS, Ran, Verdict, next},
+    machine::{Machine, Ran, Verdict, next},
     wire::{self, ETHERNET, IcmpError, Net, error, fragments, nets, tcp, udp, udp_in},
 };
 
 /// The verifier's work for each program, with room for a tenth more than when this was written: it
-/// gives up at a million. `hf_requests` took 148,940 before functions that several others call were verified by
-/// themselves.
-const VERIFIED_INSTRUCTIONS_MAX: u32 = 21_600;
+/// gives up at a million.
+const VERIFIED_INSTRUCTIONS_MAX: [(&str, u32); 8] = [
+    ("hf_requests", 30_400),
+    ("hf_answers_out", 10_200),
+    ("hf_requests_ip", 29_400),
+    ("hf_answers_ip", 8_500),
+    ("hf_entering", 6_600),
+    ("hf_leaving", 11_400),
+    ("hf_redirect", 14_400),
+    ("hf_redirect_ip", 890),
+];
+
+/// In a row.
+const COST_PACKETS: u32 = 100_000;
 
 pub(crate) fn syn(header: &mut TcpHeader) {
     header.syn = true;
@@ -652,6 +663,36 @@ fn where_there_is_another_endpoint_nobody_is_refused() {
     }
 }
 
+/// What became of a checksum when the addresses changed says whether it has yet to be completed: not here, where they change
+/// nothing of it.
+#[test]
+fn the_port_is_in_the_checksum_where_the_addresses_have_the_same_sum() {
+    let [v4, v6] = nets();
+    let ends = [
+        (v4, "10.96.10.9:80", "10.9.10.96:8080"),
+        (v6, "[fd96:9::1]:80", "[fd96:1::9]:8080"),
+    ];
+    for (net, service, endpoint) in ends {
+        let (client, service, endpoint) = (
+            net.client,
+            service.parse().unwrap(),
+            endpoint.parse().unwrap(),
+        );
+        let mut machine = Machine::new();
+        machine.serve(service, &[endpoint]);
+        for _ in 0..2 {
+            let asked = machine.request(&udp(client, service, b"odd"));
+            assert_eq!(asked, next(udp(client, endpoint, b"odd")));
+            let answered = machine.answer(&udp(endpoint, client, b"odd"));
+            assert_eq!(answered, next(udp(service, client, b"odd")));
+            let asked = machine.request(&tcp(client, service, ack, b"odd"));
+            assert_eq!(asked, next(tcp(client, endpoint, ack, b"odd")));
+            let answered = machine.answer(&tcp(endpoint, client, ack, b"odd"));
+            assert_eq!(answered, next(tcp(service, client, ack, b"odd")));
+        }
+    }
+}
+
 #[test]
 fn two_services_of_one_endpoint_are_not_confused() {
     for net in &nets() {
@@ -759,13 +800,22 @@ fn what_a_packet_costs() {
                 tcp(net.service, port(net.client, 7), ack, b"!"),
             ),
         ];
-        let costs = costs.map(|(what, program, packet)| (what, machine.cost(program, &packet)));
+        let costs = costs
+            .map(|(what, program, packet)| (what, machine.cost(program, &packet, COST_PACKETS)));
         println!("{}: {costs:?}", net.service);
         let counted = machine.counted();
-        assert_eq!(
-            counted[&PacketCounter::RequestTranslated],
-            counted[&PacketCounter::AnswerTranslated] + counted[&PacketCounter::FlowOpened] - 2
-        );
+        // What a signal interrupted was begun again.
+        let times = u64::from(COST_PACKETS);
+        for (counter, least) in [
+            (PacketCounter::RequestTranslated, 3 * times),
+            (PacketCounter::AnswerTranslated, 2 * times),
+            (PacketCounter::FlowOpened, times + 2),
+            (PacketCounter::RequestPassed, 2 * times),
+            (PacketCounter::AnswerPassed, times),
+        ] {
+            assert!(counted[&counter] >= least, "{counter:?}: {counted:?}");
+        }
+        assert_eq!(counted.len(), 5, "{counted:?}");
         // Fifty times more than here: what is looked through one by one would show.
         let most = costs.iter().map(|(_, cost)| *cost).max().unwrap();
         assert!(most < Duration::from_micros(40), "{costs:?}");
@@ -775,11 +825,11 @@ fn what_a_packet_costs() {
 #[test]
 fn the_verifier_s_work_does_not_grow() {
     let machine = Machine::new();
-    for name in PROGRAMS {
+    for (name, most) in VERIFIED_INSTRUCTIONS_MAX {
         let info = machine.program(name).info().unwrap();
         let verified = info.verified_instruction_count().unwrap();
         let size = info.size_translated().unwrap() / 8;
         println!("{name}: {verified} instructions verified, {size} long");
-        assert!(verified <= VERIFIED_INSTRUCTIONS_MAX, "{name}: {verified}");
+        assert!(verified <= most, "{name}: {verified}");
     }
 }

@@ -20,6 +20,7 @@ use super::*;
 use crate::{
     bpffs::new_bpffs,
     lan::index,
+    machine::uninterrupted,
     netns::ip,
     pods::{A, B, C, Name, Node, Pod, SERVICES, exchange, forwarded, host},
     redirect::{read_for, tun},
@@ -702,15 +703,16 @@ fn what_pods_say_to_each_other_and_to_the_world_is_judged_many_times_over() {
             context[36..40].copy_from_slice(&came_by.to_ne_bytes());
             context[40..44].copy_from_slice(&at.to_ne_bytes());
             let packet = wire::udp(from, to, b"question");
+            let program = guarded.policy.program(At::Pod, direction).unwrap();
             let run = |repeat| {
-                let options = TestRunOptions {
-                    data_in: Some(&packet),
-                    ctx_in: Some(&context),
-                    repeat,
-                    ..TestRunOptions::new()
-                };
-                let program = guarded.policy.program(At::Pod, direction).unwrap();
-                program.test_run(options).unwrap()
+                uninterrupted(|| {
+                    program.test_run(TestRunOptions {
+                        data_in: Some(&packet),
+                        ctx_in: Some(&context),
+                        repeat,
+                        ..TestRunOptions::new()
+                    })
+                })
             };
             let passed = || guarded.policy.counters().unwrap()[&Passed];
             let before = passed();
