@@ -152,6 +152,9 @@ async fn other_names_come_from_the_upstream_once_and_then_from_the_cache() {
     running.ask("missing.shop.svc.cluster.local").await;
     running.ask("nobody.mesh").await;
     assert_eq!(upstream.asked_in_all(), 2, "own names stay here");
+    // The last answer was ready, and is counted all the same.
+    running.ask("nobody.mesh").await;
+    assert_eq!(counters.unknown.get(), 3, "of the mesh, and not there");
 }
 
 #[tokio::test]
