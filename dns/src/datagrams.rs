@@ -11,7 +11,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use mesh_core::services::View;
@@ -39,6 +39,17 @@ const QUERY_MAX_BYTES: usize = 2048;
 
 /// What waits to be read: a burst of 2,000 small queries, each with the kernel's 768 bytes of accounting.
 const RECEIVE_BUFFER_BYTES: usize = 2 << 20;
+
+/// A thread that gets more than this in a millisecond does not wake for each: that costs whoever asks as much as the
+/// answer does. 20,000 a second and thread are beyond what applications of one node ask.
+const BUSY_PER_MS: u32 = 20;
+
+/// What it sleeps then before it looks again; the kernel adds up to 50 µs (`timer_slack_ns`). Answers come that much later,
+/// and at this rate from 1 to some ten of them together. Half a batch at 300,000 a second.
+const PAUSE_WHEN_BUSY: Duration = Duration::from_micros(50);
+
+/// Over which the rate is looked at.
+const RATE_WINDOW: Duration = Duration::from_millis(1);
 
 /// How many threads serve an address.
 fn threads() -> usize {
@@ -107,11 +118,44 @@ impl Drop for Threads {
     }
 }
 
+/// Whether datagrams come so fast that it pays to let some gather (pure).
+#[derive(Debug)]
+struct Rate {
+    since: Instant,
+    received: u32,
+    is_busy: bool,
+}
+
+impl Rate {
+    fn new(now: Instant) -> Self {
+        Self {
+            since: now,
+            received: 0,
+            is_busy: false,
+        }
+    }
+
+    /// So many came at once. Returns whether to pause before more are taken.
+    fn received(&mut self, datagrams: usize, now: Instant) -> bool {
+        self.received = self
+            .received
+            .saturating_add(u32::try_from(datagrams).unwrap_or(u32::MAX));
+        let window = now.saturating_duration_since(self.since);
+        if window >= RATE_WINDOW {
+            let wanted = window.as_micros() * u128::from(BUSY_PER_MS) / 1_000;
+            self.is_busy = u128::from(self.received) > wanted;
+            (self.since, self.received) = (now, 0);
+        }
+        self.is_busy
+    }
+}
+
 /// Answers what comes, until it is told to stop.
 fn serve(mut replies: Replies, stop: &AtomicBool) {
     let socket = Arc::clone(&replies.socket);
     let mut buffers = Box::new([[0; QUERY_MAX_BYTES]; BATCH]);
     let mut headers = MultiHeaders::preallocate(BATCH, None);
+    let mut rate = Rate::new(now());
     while !stop.load(Ordering::Acquire) {
         let mut slices = buffers.each_mut().map(|one| [IoSliceMut::new(one)]);
         // Waits for the first, and takes what else is there.
@@ -129,12 +173,17 @@ fn serve(mut replies: Replies, stop: &AtomicBool) {
             }
         };
         let view = replies.begin();
+        let mut datagrams = 0;
         for message in received {
+            datagrams += 1;
             if let (Some(query), Some(source)) = (message.iovs().next(), message.address) {
                 replies.add(query, source, view.as_deref());
             }
         }
         replies.send();
+        if rate.received(datagrams, now()) {
+            thread::sleep(PAUSE_WHEN_BUSY);
+        }
     }
 }
 
@@ -253,4 +302,33 @@ fn address(from: SockaddrStorage) -> Option<SocketAddr> {
 /// The one place of this module that reads the clock.
 fn now() -> Instant {
     tokio::time::Instant::now().into_std()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_who_is_asked_more_than_a_node_s_applications_ask_lets_questions_gather() {
+        let start = now();
+        let mut rate = Rate::new(start);
+        // One every 100 µs, for 5 ms.
+        let mut at = start;
+        for _ in 0..50 {
+            at += Duration::from_micros(100);
+            assert!(!rate.received(1, at), "{rate:?}");
+        }
+        // One every 10 µs: from the second window on at the latest.
+        let mut first = None;
+        for number in 0..300 {
+            at += Duration::from_micros(10);
+            if rate.received(1, at) {
+                first.get_or_insert(number);
+            }
+        }
+        assert!(first.is_some_and(|first| first <= 200), "{first:?}");
+        // A burst after a second of silence is no rate, and the first one after it is answered at once.
+        at += Duration::from_secs(1);
+        assert!(!rate.received(BATCH, at), "{rate:?}");
+    }
 }
