@@ -1,5 +1,7 @@
 //! The admin socket: what `meshctl` asks this agent.
 
+mod diagnosis;
+
 use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
@@ -14,9 +16,11 @@ use ebpf_loader::Services;
 use futures_util::{Stream, stream};
 use mesh_api::{
     admin::{
-        DnsQueryRequest, DnsQueryResponse, Health, PathWhyRequest, PathWhyResponse, PeersRequest,
-        PeersResponse, PingRequest, PingResponse, ServicesRequest, ServicesResponse, StatusRequest,
-        StatusResponse,
+        DnsQueryRequest, DnsQueryResponse, DropsRequest, DropsResponse, EventsRequest,
+        EventsResponse, FactsRequest, FactsResponse, Health, PathWhyRequest, PathWhyResponse,
+        PeersRequest, PeersResponse, PingRequest, PingResponse, ServicesRequest, ServicesResponse,
+        SnapshotsRequest, SnapshotsResponse, StatusRequest, StatusResponse, TraceRequest,
+        TraceResponse,
         agent_admin_server::{AgentAdmin, AgentAdminServer},
     },
     serve::AdminSocket,
@@ -100,6 +104,12 @@ pub struct Facts {
     pub version: watch::Receiver<Version>,
     /// The CONNECT proxy, if this node has one.
     pub proxy: Option<Proxy>,
+    /// Where the node keeps what it is and knows.
+    pub state_dir: PathBuf,
+    /// Where others' names are asked, whatever their domain.
+    pub dns_upstreams: Vec<SocketAddr>,
+    /// Whether policies are enforced here if there are any (`policy`).
+    pub enforces: bool,
 }
 
 impl Admin {
@@ -309,6 +319,35 @@ impl AgentAdmin for Admin {
             ms: report::ms(reply.elapsed),
             server: server.to_string(),
         }))
+    }
+
+    async fn drops(&self, _: Request<DropsRequest>) -> Result<Response<DropsResponse>, Status> {
+        Ok(Response::new(self.drops_report().await?))
+    }
+
+    async fn events(&self, _: Request<EventsRequest>) -> Result<Response<EventsResponse>, Status> {
+        Ok(Response::new(self.events_report().await?))
+    }
+
+    async fn snapshots(
+        &self,
+        request: Request<SnapshotsRequest>,
+    ) -> Result<Response<SnapshotsResponse>, Status> {
+        let contents = request.into_inner().contents;
+        Ok(Response::new(self.snapshots_report(contents).await?))
+    }
+
+    async fn trace(
+        &self,
+        request: Request<TraceRequest>,
+    ) -> Result<Response<TraceResponse>, Status> {
+        Ok(Response::new(
+            self.trace_report(request.into_inner()).await?,
+        ))
+    }
+
+    async fn facts(&self, _: Request<FactsRequest>) -> Result<Response<FactsResponse>, Status> {
+        Ok(Response::new(self.facts_report().await?))
     }
 }
 

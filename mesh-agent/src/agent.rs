@@ -499,6 +499,8 @@ async fn start(
     supervisor.spawn("remember", remember(state, to_remember, stop.clone()));
 
     let dns_view = view.clone();
+    let upstreams = settings.dns.upstreams.iter();
+    let dns_upstreams = upstreams.map(|one| one.address).collect();
     let dns = DnsServer::start(
         settings.dns,
         move || dns_view.borrow().clone(),
@@ -537,6 +539,9 @@ async fn start(
         standing,
         version,
         proxy,
+        state_dir: settings.state_dir,
+        dns_upstreams,
+        enforces: settings.policy,
     };
     let admin = Admin::new(
         DriverHandle(events),
@@ -548,6 +553,8 @@ async fn start(
     let page = move || shown.clone().metrics();
     let metrics = metrics::serve(settings.metrics_listen, page, stop.clone());
     supervisor.spawn("metrics", metrics);
+    let journal = admin.clone().keep_journal(stop.clone());
+    supervisor.spawn("journal", journal);
     supervisor.spawn("admin", admin.serve(stop));
     Ok(Running {
         workers,

@@ -34,6 +34,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    journal::Journal,
     links::Links,
     uplinks::{NamedUplink, Network, Way},
 };
@@ -88,6 +89,8 @@ pub struct Driver {
     pub core: Core,
     /// Moves packets.
     pub tunnel: Tunnel,
+    /// What changed last.
+    pub journal: Journal,
     links: Links,
     node: NodeName,
     snapshot: Arc<Snapshot>,
@@ -163,6 +166,7 @@ impl Driver {
         let mut driver = Self {
             core: parts.core,
             tunnel: parts.tunnel,
+            journal: Journal::default(),
             links: parts.links,
             node: parts.node,
             snapshot: Arc::clone(&parts.snapshot),
@@ -327,6 +331,11 @@ impl Driver {
                 if let Input::LocalAddresses(addresses) = &input {
                     self.set_local_addresses(addresses.clone());
                 }
+                let relays = &self.snapshot.relays;
+                self.journal.note_input(now(), &input, |relay| {
+                    let relay = relays.get(relay);
+                    relay.map_or_else(|| "?".to_owned(), |relay| relay.name.to_string())
+                });
                 self.input(input);
             }
             Event::Network(network) => {

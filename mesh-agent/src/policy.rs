@@ -36,7 +36,7 @@ use crate::{
 /// Pause before the tables are written again when the kernel refused a part, for want of memory.
 const RETRY: Duration = Duration::from_secs(5);
 
-const LIMITS: Limits = Limits {
+pub(crate) const LIMITS: Limits = Limits {
     addresses: kernel::ADDRESSES_MAX,
     pairs: kernel::PAIRS_MAX,
     ports: kernel::PORTS_MAX,

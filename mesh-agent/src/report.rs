@@ -10,8 +10,8 @@ use std::{
 
 use mesh_api::{
     admin::{
-        EndpointReport, Health, PathReport, PathWhyResponse, Peer, RelayStatus, ServiceReport,
-        StatusResponse, TransitionReport, UplinkStatus,
+        EndpointReport, EventReport, Health, PathReport, PathWhyResponse, Peer, RelayStatus,
+        ServiceReport, StatusResponse, TransitionReport, UplinkStatus,
     },
     control::{NodeReport, node_report::Nat},
 };
@@ -23,7 +23,7 @@ use mesh_core::{
     snapshot::{Protocol, Service, ServiceKind},
 };
 use mesh_wire::{
-    id::{NodeId, Via},
+    id::{NodeId, NodeName, Via},
     peer::{CandidateKind, NatKind},
 };
 use tokio::time;
@@ -35,6 +35,7 @@ use crate::{
     portmap,
     proxy::Proxy,
     sync::Connection,
+    trace::PeerSeen,
     uplinks::NamedUplink,
 };
 
@@ -204,7 +205,7 @@ fn clock_problem(facts: &Facts, now: SystemTime) -> Option<String> {
 }
 
 /// How old the desired state may be: nothing while the controller is there to correct it.
-fn snapshot_age(connection: &Connection) -> Option<Duration> {
+pub(crate) fn snapshot_age(connection: &Connection) -> Option<Duration> {
     if connection.connected {
         return Some(Duration::ZERO);
     }
@@ -446,6 +447,86 @@ fn transitions(driver: &Driver, peer: &report::PeerReport, now: Instant) -> Vec<
     let mut all: Vec<_> = of_peer.chain(of_paths).collect();
     all.sort_by_key(|one| Reverse(one.ago_ms));
     all
+}
+
+/// What changed last, in no order: of peers and paths what the core keeps, of everything else what the journal has. The times
+/// of each are with it, those in the reports are not set.
+#[must_use]
+pub fn events(driver: &Driver) -> Vec<(Instant, EventReport)> {
+    let mut events = Vec::new();
+    for peer in driver.core.peers() {
+        let name = peer.name.to_string();
+        let of_peer = peer.transitions.iter().map(|one| {
+            let event = event("peer", &name, state_text(one.from), state_text(one.to));
+            let reason = reason_text(one.reason).to_owned();
+            (one.at, EventReport { reason, ..event })
+        });
+        let of_paths = peer.path_transitions.iter().map(|one| {
+            let [from, to] = [one.from, one.to].map(path_state_text);
+            let event = EventReport {
+                path: path(driver, one.via),
+                reason: path_event_text(one.event).to_owned(),
+                ..event("path", &name, from, to)
+            };
+            (one.at, event)
+        });
+        events.extend(of_peer.chain(of_paths));
+    }
+    events.extend(driver.journal.notes().map(|note| {
+        let reason = note.reason.clone();
+        let event = event(note.of, &note.name, &note.from, &note.to);
+        (note.at, EventReport { reason, ..event })
+    }));
+    events
+}
+
+fn event(of: &str, name: &str, from: &str, to: &str) -> EventReport {
+    let [of, name, from, to] = [of, name, from, to].map(str::to_owned);
+    EventReport {
+        of,
+        name,
+        from,
+        to,
+        ..EventReport::default()
+    }
+}
+
+/// Every peer that was woken, for who follows a flow there.
+#[must_use]
+pub fn peers_seen(driver: &Driver) -> BTreeMap<NodeName, PeerSeen> {
+    let seen = driver.core.peers().map(|peer| {
+        let used = peer.paths.iter().find(|one| Some(one.via) == peer.via);
+        let small = peer.paths.iter().filter(|one| {
+            let answered = one.probes_answered > 0 && matches!(one.via, Via::Direct(_));
+            answered && !one.full_size_ok && one.state != path::PathState::Dead
+        });
+        let stats = driver.tunnel.peer_stats(&peer.id);
+        let seen = PeerSeen {
+            state: state_text(peer.state).to_owned(),
+            reason: reason_text(peer.reason).to_owned(),
+            explanation: explain(peer.reason).to_owned(),
+            path: peer.via.map(|via| path(driver, via)).unwrap_or_default(),
+            rtt_ms: peer.srtt.map_or(0.0, ms),
+            full_size: used.is_some_and(|one| one.full_size_ok),
+            small_only: match peer.reason {
+                Reason::MtuFail => small.map(|one| path(driver, one.via)).collect(),
+                _ => Vec::new(),
+            },
+            heard_ms: stats.and_then(|stats| stats.last_received).map(millis),
+        };
+        (peer.name.clone(), seen)
+    });
+    seen.collect()
+}
+
+/// As JSON and events have it.
+#[must_use]
+pub fn health_text(health: Health) -> &'static str {
+    match health {
+        Health::Ok => "ok",
+        Health::Degraded | Health::Unspecified => "degraded",
+        Health::Down => "down",
+    }
 }
 
 /// Every service with every endpoint, as new flows of this node see them.

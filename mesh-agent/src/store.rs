@@ -85,6 +85,16 @@ impl Store {
         }
     }
 
+    /// Each slot's file, and its sequence number and payload if it is whole.
+    #[must_use]
+    pub fn slots(folder: &Path) -> [(PathBuf, Result<(u64, Vec<u8>), SlotError>); SLOTS] {
+        std::array::from_fn(|slot| {
+            let path = folder.join(slot_name(slot));
+            let read = read_slot(&path);
+            (path, read)
+        })
+    }
+
     /// Writes `payload` over the older slot. After an error the newer slot is what it was.
     ///
     /// # Errors

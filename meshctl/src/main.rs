@@ -5,16 +5,24 @@
 
 #![forbid(unsafe_code)]
 
+mod bugreport;
 mod cli;
 mod connect;
+mod doctor;
+mod drops;
+mod events;
 mod failure;
 mod files;
+mod generate;
 mod kubectl;
 mod preflight;
+mod relays;
 mod report;
 mod run;
 mod show;
+mod snapshot;
 mod table;
+mod trace;
 mod tunnel;
 mod uninstall;
 

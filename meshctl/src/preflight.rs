@@ -81,6 +81,17 @@ pub(crate) struct Wanted {
     pub(crate) interface: String,
 }
 
+/// As an agent of which nothing is said: the defaults of its file, and of the MeshConfig.
+impl Default for Wanted {
+    fn default() -> Self {
+        Self {
+            listen_port: 51_820,
+            overlay: IpNet::new_assert([100, 96, 0, 0].into(), 12),
+            interface: "holdfast0".to_owned(),
+        }
+    }
+}
+
 /// What was found, or why that cannot be known.
 pub(crate) type Found<T> = Result<T, String>;
 

@@ -547,7 +547,7 @@ impl From<admin::ControllerStatusResponse> for ControllerStatus {
 }
 
 /// Protobuf's empty text is "not said".
-fn some(text: String) -> Option<String> {
+pub(crate) fn some(text: String) -> Option<String> {
     (!text.is_empty()).then_some(text)
 }
 

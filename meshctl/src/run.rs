@@ -1,34 +1,49 @@
 //! Each command: ask, convert, show.
 
 use std::{
-    io::{self, Write as _},
-    time::Duration,
+    io::{self, IsTerminal as _, Write as _},
+    path::Path,
+    time::{Duration, Instant},
 };
 
 use mesh_api::admin::{
     AcceptRollbackRequest, ControllerStatusRequest, CreateTokenRequest, DnsQueryRequest,
-    IssueRelayRequest, ListNodesRequest, ListTokensRequest, PathWhyRequest, PeersRequest,
-    PingRequest, RemoveNodeRequest, RevokeTokenRequest, ServicesRequest, StatusRequest,
+    DropsRequest, EventsRequest, FactsRequest, IssueRelayRequest, ListNodesRequest,
+    ListTokensRequest, PathWhyRequest, PeersRequest, PingRequest, RemoveNodeRequest,
+    RevokeTokenRequest, ServicesRequest, SnapshotsRequest, SnapshotsResponse, StatusRequest,
 };
 
 use crate::{
     Verdict,
-    cli::{self, Cli, Command},
+    bugreport::{Bundle, Redact},
+    cli::{self, Again, Cli, Command},
     connect::{self, ask},
+    doctor::{self, Doctor},
+    drops::Drops,
+    events::Events,
     failure::{
         Daemon::{Agent, Controller},
         Failure,
     },
-    files,
+    files, generate,
     preflight::{self, Wanted},
+    relays::{Health, Netcheck, Relays},
     report::{
         AcceptedRollback, ControllerStatus, CreatedToken, DnsQuery, Nodes, PathWhy, Peers, Ping,
         PingReply, Preflight, RemovedNode, RevokedToken, Services, Status, Tokens,
     },
     show::{Report, WithEndpoints},
+    snapshot::{self, Age, Diff, Snapshots},
     table::duration,
+    trace::{self, Trace},
     tunnel, uninstall,
 };
+
+/// Both slots of a mesh of 100,000 nodes: 20 s of signatures on one processor.
+const VERIFY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Peers of whose paths a bug report has everything: at some 10 KB each.
+const PATHS_MAX: usize = 50;
 
 /// How to show things.
 #[derive(Debug, Clone, Copy)]
@@ -66,26 +81,52 @@ fn print(text: &str) {
 pub(crate) async fn run(cli: Cli, screen: Screen) -> Result<Verdict, Failure> {
     let (socket, controller_socket) = (&cli.socket, &cli.controller_socket);
     match cli.command {
-        Command::Status => {
-            let mut agent = connect::agent(socket).await?;
-            let said = ask(Agent, agent.status(StatusRequest {})).await?;
-            screen.show(&Status::from(said))
+        Command::Status { again } => {
+            let look = async |_: Option<(&Status, Duration)>| status(socket).await;
+            watch(screen, again, look).await
         }
-        Command::Peers => {
-            let mut agent = connect::agent(socket).await?;
-            let said = ask(Agent, agent.peers(PeersRequest {})).await?;
-            screen.show(&Peers::from(said))
+        Command::Health => screen.show(&Health::from(status(socket).await?)),
+        Command::Doctor => screen.show(&Doctor::new(&doctor::facts::gather(socket).await)),
+        Command::Peers { again } => {
+            let look = async |_: Option<(&Peers, Duration)>| peers(socket).await;
+            watch(screen, again, look).await
         }
+        Command::Relays => {
+            let relays = status(socket).await?.relays;
+            screen.show(&Relays { relays })
+        }
+        Command::Netcheck => screen.show(&netcheck(socket).await?),
+        Command::Trace(arguments) => {
+            let request = trace::request(&arguments)?;
+            let port = request.port;
+            let mut agent = connect::agent(socket).await?;
+            let said = ask(Agent, agent.trace(request)).await?;
+            screen.show(&Trace::new(said, port))
+        }
+        Command::Drops { all, again } => {
+            let look = async |before: Option<(&Drops, Duration)>| {
+                let mut agent = connect::agent(socket).await?;
+                let said = ask(Agent, agent.drops(DropsRequest {})).await?;
+                Ok(Drops::new(said, all, before))
+            };
+            watch(screen, again, look).await
+        }
+        Command::Events { last, about } => {
+            let last = usize::try_from(last).unwrap_or(usize::MAX);
+            screen.show(&events(socket, last, about.as_deref()).await?)
+        }
+        Command::Snapshot(command) => snapshot(socket, command, screen).await,
+        Command::Bugreport(arguments) => screen.show(&bugreport(socket, &arguments).await?),
+        Command::Completion { shell } => {
+            // A reader that has gone is no error.
+            io::stdout().write_all(&generate::completion(shell)).ok();
+            Ok(Verdict::Ok)
+        }
+        Command::Man { out } => screen.show(&generate::man(&out)?),
         Command::Ping(arguments) => ping(&cli.socket, arguments, screen).await,
-        Command::Path(cli::Path::Why { node }) => {
-            let mut agent = connect::agent(socket).await?;
-            let said = ask(Agent, agent.path_why(PathWhyRequest { node })).await?;
-            screen.show(&PathWhy::from(said))
-        }
+        Command::Path(cli::Path::Why { node }) => screen.show(&path_why(socket, node).await?),
         Command::Services { endpoints } => {
-            let mut agent = connect::agent(socket).await?;
-            let said = ask(Agent, agent.services(ServicesRequest {})).await?;
-            let services = Services::from(said);
+            let services = services(socket).await?;
             if endpoints {
                 screen.show(&WithEndpoints(services))
             } else {
@@ -134,6 +175,164 @@ pub(crate) async fn run(cli: Cli, screen: Screen) -> Result<Verdict, Failure> {
         }
         Command::Install(arguments) => screen.show(&preflight(arguments).await),
     }
+}
+
+/// Shows what `look` gives, once or again and again; it gets what it gave before, and how long ago that was. The verdict is
+/// the last look's.
+async fn watch<R: Report>(
+    screen: Screen,
+    again: Again,
+    look: impl AsyncFn(Option<(&R, Duration)>) -> Result<R, Failure>,
+) -> Result<Verdict, Failure> {
+    let Some(every) = again.watch else {
+        return screen.show(&look(None).await?);
+    };
+    let mut rounds = tokio::time::interval(every);
+    let mut last: Option<(R, Instant)> = None;
+    let mut shown = 0;
+    loop {
+        rounds.tick().await;
+        let before = last.as_ref();
+        let report = look(before.map(|(report, at)| (report, at.elapsed()))).await?;
+        if !screen.json {
+            // A terminal shows one page that changes; a file gets them all.
+            let between = match (io::stdout().is_terminal(), shown) {
+                (true, _) => "\u{1b}[H\u{1b}[2J",
+                (false, 0) => "",
+                (false, _) => "\n",
+            };
+            print(between);
+        }
+        let verdict = screen.show(&report)?;
+        shown += 1;
+        if again.rounds == Some(shown) {
+            return Ok(verdict);
+        }
+        last = Some((report, Instant::now()));
+    }
+}
+
+async fn status(socket: &Path) -> Result<Status, Failure> {
+    let mut agent = connect::agent(socket).await?;
+    let said = ask(Agent, agent.status(StatusRequest {})).await?;
+    Ok(Status::from(said))
+}
+
+async fn peers(socket: &Path) -> Result<Peers, Failure> {
+    let mut agent = connect::agent(socket).await?;
+    let said = ask(Agent, agent.peers(PeersRequest {})).await?;
+    Ok(Peers::from(said))
+}
+
+async fn netcheck(socket: &Path) -> Result<Netcheck, Failure> {
+    let status = status(socket).await?;
+    let mut agent = connect::agent(socket).await?;
+    let facts = ask(Agent, agent.facts(FactsRequest {})).await?;
+    Ok(Netcheck::new(status, &facts))
+}
+
+async fn events(socket: &Path, last: usize, about: Option<&str>) -> Result<Events, Failure> {
+    let mut agent = connect::agent(socket).await?;
+    let said = ask(Agent, agent.events(EventsRequest {})).await?;
+    Ok(Events::new(said, last, about))
+}
+
+async fn snapshots(socket: &Path, contents: bool) -> Result<SnapshotsResponse, Failure> {
+    let mut agent = connect::agent(socket).await?;
+    let asked = agent.snapshots(SnapshotsRequest { contents });
+    // Of the largest mesh, every signature is checked: 0.1 ms each.
+    Ok(connect::answer(Agent, VERIFY_TIMEOUT, asked)
+        .await?
+        .into_inner())
+}
+
+async fn snapshot(
+    socket: &Path,
+    command: cli::Snapshot,
+    screen: Screen,
+) -> Result<Verdict, Failure> {
+    let exports = matches!(command, cli::Snapshot::Export { .. });
+    let said = snapshots(socket, exports).await?;
+    match command {
+        cli::Snapshot::Show { resources } => screen.show(&Snapshots::new(said, resources)),
+        cli::Snapshot::Verify => screen.show(&Snapshots::new(said, false)),
+        cli::Snapshot::Age => screen.show(&Age {
+            generation: said.generation,
+            age_s: said.age_s,
+        }),
+        cli::Snapshot::Diff => screen.show(&Diff::new(said)?),
+        cli::Snapshot::Export { out } => screen.show(&snapshot::export(said, &out)?),
+    }
+}
+
+/// Events of a bug report: all that the agent has.
+const EVENTS_ALL: usize = usize::MAX;
+
+async fn bugreport(
+    socket: &Path,
+    arguments: &cli::Bugreport,
+) -> Result<crate::bugreport::BugReport, Failure> {
+    let facts = doctor::facts::gather(socket).await;
+    let overlay = facts
+        .agent
+        .as_ref()
+        .ok()
+        .and_then(|agent| agent.facts.overlay_v4.parse().ok());
+    let redact = arguments
+        .redact
+        .then(|| Redact::new(overlay.unwrap_or(Wanted::default().overlay)));
+    let mut bundle = Bundle::new(&arguments.out, redact)?;
+    let doctor = Doctor::new(&facts);
+    bundle.add("faults", Ok(doctor::counted(&doctor)))?;
+    bundle.add("doctor", Ok(doctor))?;
+    bundle.add("machine", Ok(Preflight::new(facts.machine)))?;
+    bundle.add("status", status(socket).await)?;
+    let peers = peers(socket).await;
+    let names: Vec<_> = match &peers {
+        Ok(peers) => {
+            let troubled = peers
+                .peers
+                .iter()
+                .filter(|one| !one.external && one.state != "direct");
+            troubled
+                .take(PATHS_MAX)
+                .map(|one| one.name.clone())
+                .collect()
+        }
+        Err(_) => Vec::new(),
+    };
+    bundle.add("peers", peers)?;
+    for node in names {
+        let name = format!("path-{node}");
+        bundle.add(&name, path_why(socket, node).await)?;
+    }
+    bundle.add("netcheck", netcheck(socket).await)?;
+    bundle.add("services", services(socket).await)?;
+    bundle.add("events", events(socket, EVENTS_ALL, None).await)?;
+    let drops = async {
+        let mut agent = connect::agent(socket).await?;
+        let said = ask(Agent, agent.drops(DropsRequest {})).await?;
+        Ok(Drops::new(said, true, None))
+    };
+    bundle.add("drops", drops.await)?;
+    let slots = snapshots(socket, false).await;
+    bundle.add("snapshot", slots.map(|said| Snapshots::new(said, true)))?;
+    for log in &arguments.log {
+        bundle.add_log(log)?;
+    }
+    Ok(bundle.finish())
+}
+
+async fn path_why(socket: &Path, node: String) -> Result<PathWhy, Failure> {
+    let mut agent = connect::agent(socket).await?;
+    let said = ask(Agent, agent.path_why(PathWhyRequest { node })).await?;
+    Ok(PathWhy::from(said))
+}
+
+async fn services(socket: &Path) -> Result<Services, Failure> {
+    let mut agent = connect::agent(socket).await?;
+    let said = ask(Agent, agent.services(ServicesRequest {})).await?;
+    Ok(Services::from(said))
 }
 
 async fn preflight(arguments: cli::Install) -> Preflight {

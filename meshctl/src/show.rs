@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::{
     Verdict,
     preflight::{Check, Level},
+    relays::health_verdict,
     report::{
         AcceptedRollback, ControllerStatus, CreatedToken, DnsQuery, Endpoint, Nodes, PathWhy,
         Peers, Ping, PingReply, Preflight, RelayFiles, RemovedNode, RevokedToken, Service,
@@ -131,11 +132,7 @@ impl Report for Status {
     }
 
     fn verdict(&self) -> Verdict {
-        match self.health {
-            "ok" => Verdict::Ok,
-            "down" => Verdict::Down,
-            _ => Verdict::Degraded,
-        }
+        health_verdict(self.health)
     }
 }
 
@@ -148,11 +145,11 @@ fn counted(counts: &BTreeMap<String, u64>) -> String {
     words.join(", ")
 }
 
-fn row(name: &str, value: impl AsRef<str>) -> Vec<Cell> {
+pub(crate) fn row(name: &str, value: impl AsRef<str>) -> Vec<Cell> {
     vec![name.into(), value.into()]
 }
 
-fn uplink_text(uplink: &StatusUplink) -> String {
+pub(crate) fn uplink_text(uplink: &StatusUplink) -> String {
     let mut words = vec![uplink.interface.as_str()];
     words.extend(uplink.used.then_some("(used)"));
     words.extend(uplink.metered.then_some("(metered)"));
@@ -160,7 +157,7 @@ fn uplink_text(uplink: &StatusUplink) -> String {
     words.join(" ")
 }
 
-fn relay_row(relay: &StatusRelay) -> Vec<Cell> {
+pub(crate) fn relay_row(relay: &StatusRelay) -> Vec<Cell> {
     vec![
         (&relay.name).into(),
         match &relay.transport {
@@ -222,7 +219,7 @@ impl Report for Peers {
     }
 }
 
-fn state_tone(state: &str) -> Tone {
+pub(crate) fn state_tone(state: &str) -> Tone {
     match state {
         "direct" | "primary" => Tone::Good,
         "relayed" | "waking" | "suspect" | "probing" => Tone::Warning,
@@ -656,7 +653,7 @@ impl Report for ControllerStatus {
 }
 
 /// `for 23h 12m`; by this machine's clock.
-fn expires(unix_s: Option<i64>) -> String {
+pub(crate) fn expires(unix_s: Option<i64>) -> String {
     let Some(unix_s) = unix_s else {
         return String::new();
     };
