@@ -14,7 +14,7 @@ use hickory_proto::{
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpStream, UdpSocket},
+    net::{TcpSocket, TcpStream, UdpSocket},
     time::{Instant, timeout, timeout_at},
 };
 
@@ -96,13 +96,55 @@ pub async fn ask(server: SocketAddr, name: &str, record_type: &str) -> Result<Re
         .map_err(|_| AskError::Type(record_type.to_owned()))?;
     let question = question(Query::query(full, record_type));
     let started = Instant::now();
-    let received = exchange(server, question).await;
+    let received = exchange(server, question, None).await;
     let (message, _) = received.map_err(|source| AskError::Exchange { server, source })?;
     Ok(Reply {
         code: code_text(message.response_code),
         answers: message.answers.iter().map(ToString::to_string).collect(),
         elapsed: started.elapsed(),
     })
+}
+
+/// Asks `server` for the addresses of `name` (always a full name, no search list), by the interface `device`, or as the
+/// kernel's routes say. IPv4 first.
+///
+/// # Errors
+///
+/// [`AskError`], if neither family has an answer.
+pub async fn addresses(
+    server: SocketAddr,
+    name: &str,
+    device: Option<&str>,
+) -> Result<Vec<IpAddr>, AskError> {
+    let mut full = Name::from_utf8(name).map_err(|_| AskError::Name(name.to_owned()))?;
+    full.set_fqdn(true);
+    let of = async |record_type| {
+        let question = question(Query::query(full.clone(), record_type));
+        exchange(server, question, device).await
+    };
+    let (v4, v6) = tokio::join!(of(RecordType::A), of(RecordType::AAAA));
+    if let (Err(source), Err(_)) = (&v4, &v6) {
+        tracing::debug!(%server, %source, "no answer of either family");
+    }
+    let mut found = Vec::new();
+    let mut failed = None;
+    for asked in [v4, v6] {
+        match asked {
+            Ok((message, _)) => {
+                found.extend(
+                    message
+                        .answers
+                        .iter()
+                        .filter_map(|record| record.data.ip_addr()),
+                );
+            }
+            Err(source) => failed = Some(AskError::Exchange { server, source }),
+        }
+    }
+    match failed {
+        Some(error) if found.is_empty() => Err(error),
+        Some(_) | None => Ok(found),
+    }
 }
 
 /// A recursive question with a fresh random id.
@@ -116,8 +158,8 @@ pub(crate) fn question(query: Query) -> Message {
     message
 }
 
-/// Puts `question` to `server` over UDP, and over TCP if the answer does not fit. Gives the
-/// answer, and the bytes that it came in.
+/// Puts `question` to `server` over UDP, and over TCP if the answer does not fit, by the interface `device`, or as the kernel's
+/// routes say. Gives the answer, and the bytes that it came in.
 ///
 /// # Errors
 ///
@@ -125,18 +167,19 @@ pub(crate) fn question(query: Query) -> Message {
 pub(crate) async fn exchange(
     server: SocketAddr,
     mut question: Message,
+    device: Option<&str>,
 ) -> Result<(Message, Vec<u8>), ExchangeError> {
-    let mut answer = over_udp(server, &question).await?;
+    let mut answer = over_udp(server, &question, device).await?;
     let refused = matches!(
         answer.0.response_code,
         ResponseCode::FormErr | ResponseCode::NotImp
     );
     if refused && answer.0.edns.is_none() && question.edns.is_some() {
         question.edns = None; // An old server at the edge (RFC 6891 §6.2.2).
-        answer = over_udp(server, &question).await?;
+        answer = over_udp(server, &question, device).await?;
     }
     if answer.0.truncation {
-        let over_tcp = timeout(TCP_TIMEOUT, over_tcp(server, &question));
+        let over_tcp = timeout(TCP_TIMEOUT, over_tcp(server, &question, device));
         return over_tcp.await.unwrap_or(Err(ExchangeError::Timeout));
     }
     Ok(answer)
@@ -145,6 +188,7 @@ pub(crate) async fn exchange(
 async fn over_udp(
     server: SocketAddr,
     question: &Message,
+    device: Option<&str>,
 ) -> Result<(Message, Vec<u8>), ExchangeError> {
     let bytes = question.to_vec().map_err(|_| ExchangeError::Unwritable)?;
     let local = match server {
@@ -154,6 +198,7 @@ async fn over_udp(
     // A socket for each question: a random port to guess (RFC 5452 §9.2), and, connected, an
     // error at once when nobody listens there.
     let socket = UdpSocket::bind((local, 0)).await?;
+    socket.bind_device(device.map(str::as_bytes))?;
     socket.connect(server).await?;
     let start = Instant::now();
     let mut buffer = vec![0; UDP_ANSWER_MAX_BYTES];
@@ -182,13 +227,25 @@ async fn answer_from(
     }
 }
 
+/// Connects, by the interface `device`, or as the kernel's routes say.
+pub(crate) async fn connect(server: SocketAddr, device: Option<&str>) -> io::Result<TcpStream> {
+    let socket = match server {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    socket.bind_device(device.map(str::as_bytes))?;
+    socket.set_nodelay(true)?;
+    socket.connect(server).await
+}
+
 async fn over_tcp(
     server: SocketAddr,
     question: &Message,
+    device: Option<&str>,
 ) -> Result<(Message, Vec<u8>), ExchangeError> {
     let bytes = question.to_vec().map_err(|_| ExchangeError::Unwritable)?;
     let len = u16::try_from(bytes.len()).map_err(|_| ExchangeError::Unwritable)?;
-    let mut stream = TcpStream::connect(server).await?;
+    let mut stream = connect(server, device).await?;
     stream
         .write_all(&[&len.to_be_bytes()[..], &bytes].concat())
         .await?;

@@ -21,7 +21,7 @@ use crate::{
     client::{self, ExchangeError},
     counters::Counters,
     server::DnsConfig,
-    upstream::{Upstream, UpstreamConfig},
+    upstream::{DeviceFor, Upstream, UpstreamConfig},
 };
 
 /// All upstreams together get this long. glibc gives up after 5 s.
@@ -54,11 +54,13 @@ impl Forwarder {
     pub(crate) fn new(
         config: &DnsConfig,
         tls: Option<Arc<ClientConfig>>,
+        device: &DeviceFor,
         counters: Arc<Counters>,
     ) -> Self {
         let of = |domain: &Name, upstreams: &[UpstreamConfig]| {
             let upstreams = upstreams.iter().cloned();
-            let upstreams = upstreams.map(|one| Upstream::new(one, tls.clone()));
+            let upstreams =
+                upstreams.map(|one| Upstream::new(one, tls.clone(), Arc::clone(device)));
             (domain.clone(), upstreams.collect())
         };
         let stubs = config.stubs.iter();
@@ -261,7 +263,8 @@ mod tests {
 
     #[tokio::test]
     async fn with_no_upstream_left_an_old_answer_is_better_than_none() {
-        let forwarder = Forwarder::new(&DnsConfig::default(), None, Arc::default());
+        let device: DeviceFor = Arc::new(|_| None);
+        let forwarder = Forwarder::new(&DnsConfig::default(), None, &device, Arc::default());
         let name = Name::from_str("example.org.").unwrap();
         let question = Query::query(name.clone(), RecordType::A);
         let reply = client::question(question.clone()).into_response();

@@ -36,7 +36,7 @@ use crate::{
     limit::Limit,
     local::LocalNames,
     packed::Said,
-    upstream::{AuthoritiesError, UpstreamConfig, tls},
+    upstream::{AuthoritiesError, DeviceFor, UpstreamConfig, tls},
     wire::{Overflow, TCP_MESSAGE_MAX_BYTES, encode},
 };
 
@@ -146,7 +146,8 @@ pub struct DnsServer {
 
 impl DnsServer {
     /// Binds all listeners, then answers until `stop` is cancelled. `view` is called for each
-    /// query; it gives `None` until there is a first snapshot.
+    /// query; it gives `None` until there is a first snapshot. `device` is called for each question to an upstream, and names
+    /// the interface by which it is asked; `None`: the kernel's routes choose.
     ///
     /// # Errors
     ///
@@ -154,6 +155,7 @@ impl DnsServer {
     pub async fn start(
         config: DnsConfig,
         view: impl Fn() -> Option<Arc<View>> + Send + Sync + 'static,
+        device: impl Fn(IpAddr) -> Option<String> + Send + Sync + 'static,
         stop: CancellationToken,
     ) -> Result<Self, StartError> {
         let of_stubs = config.stubs.iter().flat_map(|stub| &stub.upstreams);
@@ -171,11 +173,12 @@ impl DnsServer {
         }
         let local_addresses: Vec<_> = sockets.iter().map(|(address, ..)| *address).collect();
         let runtime = Handle::current();
+        let device: DeviceFor = Arc::new(device);
         let counters = Arc::new(Counters::default());
         let tasks = TaskTracker::new();
         let shared = Arc::new(Shared {
             view: Box::new(view),
-            forwarder: Arc::new(Forwarder::new(&config, tls, Arc::clone(&counters))),
+            forwarder: Arc::new(Forwarder::new(&config, tls, &device, Arc::clone(&counters))),
             clients: Clients::new(&local_addresses, config.allow_from),
             local: config.local,
             counters: Arc::clone(&counters),

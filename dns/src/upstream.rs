@@ -1,16 +1,17 @@
 //! One upstream: where it is, how it is asked, and how it does.
 
 use std::{
-    fmt,
-    net::SocketAddr,
+    fmt, io,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
+    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use hickory_net::{
     h2::HttpsClientStream,
-    runtime::TokioRuntimeProvider,
+    runtime::{RuntimeProvider, TokioHandle, TokioTime, iocompat::AsyncIoTokioAsStd},
     tls::tls_exchange,
     xfer::{DnsExchange, DnsHandle as _, FirstAnswer as _},
 };
@@ -20,7 +21,10 @@ use rustls::{
     crypto::ring,
     pki_types::{CertificateDer, ServerName, pem::PemObject as _},
 };
-use tokio::time::{Instant, timeout};
+use tokio::{
+    net::{TcpStream, UdpSocket},
+    time::{Instant, timeout},
+};
 
 use crate::client::{self, ExchangeError};
 
@@ -46,6 +50,9 @@ const HEDGE_UNKNOWN: Duration = Duration::from_millis(250);
 
 /// Questions at once on one connection: as many as may wait at all.
 const QUESTIONS_MAX: usize = 512;
+
+/// Names the interface by which an address is to be reached; `None`: the kernel's routes choose.
+pub(crate) type DeviceFor = Arc<dyn Fn(IpAddr) -> Option<String> + Send + Sync>;
 
 /// How an upstream is asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -187,32 +194,67 @@ fn from_file(path: &Path) -> Result<Vec<CertificateDer<'static>>, AuthoritiesErr
 }
 
 /// An upstream that is asked.
-#[derive(Debug)]
 pub(crate) struct Upstream {
     pub(crate) config: UpstreamConfig,
+    device: DeviceFor,
     tls: Option<Arc<ClientConfig>>,
     health: Mutex<Health>,
     connection: tokio::sync::Mutex<Connection>,
     /// Owns what moves the connection's bytes.
-    runtime: Runtime,
+    tasks: TokioHandle,
 }
 
+/// Tokio's, with TCP by one interface.
 #[derive(Clone, Default)]
-struct Runtime(TokioRuntimeProvider);
+struct Runtime {
+    tasks: TokioHandle,
+    device: Option<String>,
+}
 
-impl fmt::Debug for Runtime {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Runtime").finish_non_exhaustive()
+impl RuntimeProvider for Runtime {
+    type Handle = TokioHandle;
+    type Timer = TokioTime;
+    type Udp = UdpSocket;
+    type Tcp = AsyncIoTokioAsStd<TcpStream>;
+
+    fn create_handle(&self) -> TokioHandle {
+        self.tasks.clone()
+    }
+
+    fn connect_tcp(
+        &self,
+        to: SocketAddr,
+        _: Option<SocketAddr>,
+        _: Option<Duration>, // All of it has `SECURE_TIMEOUT`.
+    ) -> Pin<Box<dyn Send + Future<Output = io::Result<Self::Tcp>>>> {
+        let device = self.device.clone();
+        Box::pin(async move {
+            let stream = client::connect(to, device.as_deref()).await?;
+            Ok(AsyncIoTokioAsStd(stream))
+        })
+    }
+
+    /// TLS and HTTP/2 have no use for it.
+    fn bind_udp(
+        &self,
+        _: SocketAddr,
+        _: SocketAddr,
+    ) -> Pin<Box<dyn Send + Future<Output = io::Result<UdpSocket>>>> {
+        Box::pin(async { Err(io::ErrorKind::Unsupported.into()) })
     }
 }
 
-/// One, for all questions: each costs a handshake. With how many there were.
-#[derive(Default)]
-struct Connection(u64, Option<DnsExchange<TokioRuntimeProvider>>);
+type Exchange = DnsExchange<Runtime>;
 
-impl fmt::Debug for Connection {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Connection").field(&self.0).finish()
+/// One, for all questions: each costs a handshake. With how many there were, and by which interface it goes.
+#[derive(Default)]
+struct Connection(u64, Option<(Option<String>, Exchange)>);
+
+impl Connection {
+    /// It, if it goes by this interface.
+    fn by(&self, device: Option<&str>) -> Option<Exchange> {
+        let (by, exchange) = self.1.as_ref()?;
+        (by.as_deref() == device).then(|| exchange.clone())
     }
 }
 
@@ -231,24 +273,40 @@ struct RoundTrip {
     variation: Duration,
 }
 
+impl fmt::Debug for Upstream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Upstream")
+            .field("config", &self.config)
+            .field("health", &self.health)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Upstream {
-    /// `tls`: there if it is asked by TLS.
-    pub(crate) fn new(config: UpstreamConfig, tls: Option<Arc<ClientConfig>>) -> Self {
+    /// `tls`: there if it is asked by TLS. `device` is asked before each question.
+    pub(crate) fn new(
+        config: UpstreamConfig,
+        tls: Option<Arc<ClientConfig>>,
+        device: DeviceFor,
+    ) -> Self {
         Self {
             config,
+            device,
             tls,
             health: Mutex::default(),
             connection: tokio::sync::Mutex::default(),
-            runtime: Runtime::default(),
+            tasks: TokioHandle::default(),
         }
     }
 
     /// Asks. Gives the answer, and the bytes that it came in.
     pub(crate) async fn ask(&self, query: Message) -> Result<(Message, Vec<u8>), ExchangeError> {
+        let device = (self.device)(self.config.address.ip());
+        let device = device.as_deref();
         let asked = match self.config.transport {
-            Transport::Plain => return client::exchange(self.config.address, query).await,
+            Transport::Plain => return client::exchange(self.config.address, query, device).await,
             Transport::Tls(_) | Transport::Https { .. } => {
-                timeout(SECURE_TIMEOUT, self.securely(&query)).await
+                timeout(SECURE_TIMEOUT, self.securely(&query, device)).await
             }
         };
         let (message, bytes) = asked.unwrap_or(Err(ExchangeError::Timeout))?;
@@ -258,9 +316,13 @@ impl Upstream {
             .ok_or(ExchangeError::NotAnAnswer)
     }
 
-    async fn securely(&self, query: &Message) -> Result<(Message, Vec<u8>), ExchangeError> {
+    async fn securely(
+        &self,
+        query: &Message,
+        device: Option<&str>,
+    ) -> Result<(Message, Vec<u8>), ExchangeError> {
         let kept = self.connection.lock().await;
-        let (number, known) = (kept.0, kept.1.clone());
+        let (number, known) = (kept.0, kept.by(device));
         drop(kept);
         if let Some(connection) = known
             && let Ok(said) = send(&connection, query).await
@@ -268,22 +330,23 @@ impl Upstream {
             return Ok(said);
         }
         // The server closes what was idle (RFC 7858 §3.4).
-        let connection = self.connect(number).await?;
+        let connection = self.connect(number, device).await?;
         send(&connection, query).await
     }
 
     /// A connection after the one with that number: a new one, unless somebody else made it.
-    async fn connect(
-        &self,
-        number: u64,
-    ) -> Result<DnsExchange<TokioRuntimeProvider>, ExchangeError> {
-        let (address, runtime) = (self.config.address, self.runtime.0.clone());
+    async fn connect(&self, number: u64, device: Option<&str>) -> Result<Exchange, ExchangeError> {
+        let address = self.config.address;
+        let runtime = Runtime {
+            tasks: self.tasks.clone(),
+            device: device.map(str::to_owned),
+        };
         let tls = self.tls.clone().ok_or(ExchangeError::NotAnAnswer)?;
         let mut kept = self.connection.lock().await; // Others wait for this one.
-        if let Connection(newer, Some(connection)) = &*kept
-            && *newer > number
+        if kept.0 > number
+            && let Some(connection) = kept.by(device)
         {
-            return Ok(connection.clone());
+            return Ok(connection);
         }
         let connection = match &self.config.transport {
             Transport::Https { name, path } => {
@@ -298,7 +361,8 @@ impl Upstream {
             }
             Transport::Plain => return Err(ExchangeError::NotAnAnswer),
         };
-        *kept = Connection(kept.0 + 1, Some(connection.clone()));
+        let by = device.map(str::to_owned);
+        *kept = Connection(kept.0 + 1, Some((by, connection.clone())));
         Ok(connection)
     }
 
@@ -334,10 +398,7 @@ impl Upstream {
     }
 }
 
-async fn send(
-    connection: &DnsExchange<TokioRuntimeProvider>,
-    query: &Message,
-) -> Result<(Message, Vec<u8>), ExchangeError> {
+async fn send(connection: &Exchange, query: &Message) -> Result<(Message, Vec<u8>), ExchangeError> {
     let request = DnsRequest::new(query.clone(), DnsRequestOptions::default());
     let response = connection.send(request).first_answer().await?;
     Ok(response.into_parts())
@@ -381,7 +442,7 @@ mod tests {
     #[test]
     fn an_upstream_is_passed_over_after_two_silences_and_tried_again_later() {
         let address = ([192, 0, 2, 1], 53).into();
-        let upstream = Upstream::new(UpstreamConfig::plain(address), None);
+        let upstream = Upstream::new(UpstreamConfig::plain(address), None, Arc::new(|_| None));
         let now = Instant::now();
         let silent = Some(&ExchangeError::Timeout);
         upstream.note(silent, now, now);

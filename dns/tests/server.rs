@@ -407,7 +407,12 @@ async fn addresses_of_both_families_are_served_beside_each_other() {
         ..DnsConfig::default()
     };
     let (view, stop) = (Arc::new(view()), CancellationToken::new());
-    let server = DnsServer::start(config, move || Some(Arc::clone(&view)), stop.clone());
+    let server = DnsServer::start(
+        config,
+        move || Some(Arc::clone(&view)),
+        |_| None,
+        stop.clone(),
+    );
     let server = server.await.unwrap();
     for _ in 0..4 {
         for &address in server.local_addresses() {
@@ -436,7 +441,7 @@ async fn an_address_in_use_is_named_in_the_error() {
         listen: vec![running.address],
         ..DnsConfig::default()
     };
-    let started = DnsServer::start(config, || None, CancellationToken::new()).await;
+    let started = DnsServer::start(config, || None, |_| None, CancellationToken::new()).await;
     let want = format!("cannot listen for DNS at UDP {}", running.address);
     assert_eq!(started.unwrap_err().to_string(), want);
 }
@@ -449,7 +454,7 @@ async fn it_refuses_to_ask_itself() {
         upstreams: plain(&[own]),
         ..DnsConfig::default()
     };
-    let started = DnsServer::start(config, || None, CancellationToken::new()).await;
+    let started = DnsServer::start(config, || None, |_| None, CancellationToken::new()).await;
     assert!(matches!(started, Err(StartError::UpstreamIsListener(one)) if one == own));
 }
 
@@ -491,7 +496,9 @@ async fn strangers_get_no_answer_inside() {
         };
         let view = Arc::new(view());
         let (view, stop) = (move || Some(Arc::clone(&view)), CancellationToken::new());
-        let server = DnsServer::start(config, view, stop).await.unwrap();
+        let server = DnsServer::start(config, view, |_| None, stop)
+            .await
+            .unwrap();
         let bytes = query("edge-a1.mesh.", RecordType::A).to_vec().unwrap();
         let framed = [
             &u16::try_from(bytes.len()).unwrap().to_be_bytes()[..],

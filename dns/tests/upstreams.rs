@@ -9,9 +9,16 @@
 
 mod common;
 
-use std::{fs, net::SocketAddr, path::PathBuf, process::Stdio, time::Duration};
+use std::{
+    fs,
+    net::SocketAddr,
+    path::PathBuf,
+    process::Stdio,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
-use common::running::{LOOPBACK, Running, SOON, Upstream, plain, start, start_with};
+use common::running::{LOOPBACK, Running, SOON, Upstream, plain, start, start_by, start_with};
 use mesh_dns::{
     server::{DnsConfig, DnsServer, StartError},
     upstream::UpstreamConfig,
@@ -159,6 +166,40 @@ async fn upstreams_are_asked_by_tls_and_by_https_also_after_they_restarted() {
 }
 
 #[tokio::test]
+async fn upstreams_are_asked_by_the_interface_that_is_named_also_when_it_is_another() {
+    let (plainly, secure) = (Upstream::start().await, Secure::start().await);
+    let url = format!("https://{NAME}/dns-query");
+    let upstreams = [
+        (UpstreamConfig::plain(plainly.address), "NOERROR"),
+        (UpstreamConfig::tls(secure.tls, NAME).unwrap(), "NXDOMAIN"),
+        (
+            UpstreamConfig::https(secure.https, &url).unwrap(),
+            "NXDOMAIN",
+        ),
+    ];
+    for (upstream, works) in upstreams {
+        let named = Arc::new(Mutex::new(None));
+        let (said, to) = (Arc::clone(&named), upstream.address.ip());
+        let device = move |ip| {
+            assert_eq!(ip, to);
+            said.lock().unwrap().clone()
+        };
+        let server = start_by(secure.config(upstream), None, device).await;
+        // By an interface that there is not nobody is reached, nor by the connection that there is by another.
+        for (number, device, code) in [
+            (1, None, works),
+            (2, Some("lo"), works),
+            (3, Some("nowhere0"), "SERVFAIL"),
+            (4, Some("lo"), works),
+            (5, None, works),
+        ] {
+            *named.lock().unwrap() = device.map(str::to_owned);
+            server.gets(&format!("n{number}.example.org"), code).await;
+        }
+    }
+}
+
+#[tokio::test]
 async fn an_upstream_without_the_right_certificate_is_not_believed() {
     let (secure, other) = (Secure::start().await, Secure::start().await);
     let wrong_name = UpstreamConfig::tls(secure.tls, "other.example.org").unwrap();
@@ -189,7 +230,7 @@ async fn authorities_that_are_none_are_named_before_anything_is_asked() {
             ca_file: Some(file.clone()),
             ..DnsConfig::default()
         };
-        let started = DnsServer::start(config, || None, CancellationToken::new()).await;
+        let started = DnsServer::start(config, || None, |_| None, CancellationToken::new()).await;
         let Err(StartError::Authorities(error)) = started else {
             panic!("started")
         };

@@ -498,12 +498,17 @@ async fn start(
     supervisor.spawn("uplinks", uplinks);
     supervisor.spawn("remember", remember(state, to_remember, stop.clone()));
 
-    let dns_view = view.clone();
+    let (dns_view, upstream_view) = (view.clone(), view.clone());
     let upstreams = settings.dns.upstreams.iter();
     let dns_upstreams = upstreams.map(|one| one.address).collect();
     let dns = DnsServer::start(
         settings.dns,
         move || dns_view.borrow().clone(),
+        move |to| {
+            let view = upstream_view.borrow();
+            let snapshot = view.as_ref().map(|view| &*view.snapshot);
+            way.borrow().device(to, snapshot)
+        },
         stop.clone(),
     )
     .await?;

@@ -37,6 +37,7 @@ pub mod proxy;
 pub mod publish;
 pub mod redirect;
 pub mod report;
+mod resolve;
 mod settle;
 pub mod slots;
 pub mod sockets;

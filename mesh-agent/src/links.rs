@@ -24,7 +24,7 @@ use mesh_identity::credentials::Credentials;
 use mesh_linux::{IfIndex, thread::raise_priority};
 use mesh_relay::client::{
     self, Link, LinkConfig, LinkEvent, OnData, UdpPort,
-    outbound::{DeviceFor, Outbound},
+    outbound::{DeviceFor, Outbound, ResolveFor},
 };
 use mesh_tunnel::{
     egress::Egress,
@@ -41,7 +41,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::driver::Event;
+use crate::{driver::Event, resolve};
 
 /// What WireGuard puts around an inner packet, in bytes.
 const WIREGUARD_OVERHEAD: usize = 32;
@@ -253,6 +253,7 @@ impl Links {
             frame_len: HEADER_LEN + WIREGUARD_OVERHEAD + usize::from(self.mtu_bytes),
             outbound: Outbound {
                 device: self.egress.clone().map(device_for),
+                resolve: self.egress.clone().map(resolve_for),
                 proxy: self.proxy.clone(),
             },
         };
@@ -396,6 +397,15 @@ fn device_for(egress: Arc<(Egress, String)>) -> DeviceFor {
     Arc::new(move |ip| {
         let (egress, name) = &*egress;
         egress.towards(ip).map(|_| name.clone())
+    })
+}
+
+/// The same for the name of the proxy.
+fn resolve_for(egress: Arc<(Egress, String)>) -> ResolveFor {
+    let device = device_for(egress);
+    Arc::new(move |address| {
+        let device = Arc::clone(&device);
+        Box::pin(async move { resolve::addresses(&address, |ip| device(ip)).await })
     })
 }
 

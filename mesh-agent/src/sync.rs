@@ -16,7 +16,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use arc_swap::ArcSwap;
 use mesh_api::{
-    connect::{ALPN, connect_tcp, control_channel_over, control_client},
+    connect::{ALPN, control_channel_over, control_client},
     control::{
         JoinRequest, JoinResponse, NodeReport, RenewRequest, SyncRequest, SyncResponse,
         control_client::ControlClient,
@@ -46,7 +46,7 @@ use self::visits::{Visit, Visits};
 use crate::{
     config::{Settings, TokenSource},
     desired::{self, Desired},
-    network,
+    network, resolve,
     state::{IdentityFiles, StateFolder},
     uplinks::Way,
 };
@@ -759,10 +759,10 @@ async fn connect_out(
         .rsplit_once(':')
         .map_or(controller, |(host, _)| host);
     let Some(proxy) = proxy.filter(|proxy| proxy.is_for(host)) else {
-        return Ok(connect_tcp(controller, device).await?);
+        return Ok(resolve::connect(controller, device).await?);
     };
     let connecting = async {
-        let connected = connect_tcp(proxy.address(), device).await;
+        let connected = resolve::connect(proxy.address(), device).await;
         connected.map_err(io::Error::other)
     };
     Ok(proxy.through(connecting, controller).await?)

@@ -5,7 +5,7 @@
 
 use std::{
     cmp::Reverse,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
 };
 
@@ -24,6 +24,21 @@ use mesh_tunnel::egress::Egress;
 /// Most prefixes that are kept beside the way out, the shortest first: a site's router has a handful, and
 /// one that knows the whole internet by its prefixes has no use for them here.
 const NEARER_MAX: usize = 4096;
+
+/// No uplink leads there: loopback (RFC 1122 §3.2.1.3, RFC 4291 §2.5.3) and addresses of a link (RFC 3927, RFC 4291 §2.5.6).
+/// Resolvers and proxies are often at such.
+const ON_THIS_MACHINE_OR_LINK: [IpNet; 4] = [
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8)),
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(169, 254, 0, 0), 16)),
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128)),
+    IpNet::V6(Ipv6Net::new_assert(
+        Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0),
+        10,
+    )),
+];
+
+/// The index of the loopback interface in every network namespace (`LOOPBACK_IFINDEX`, net/flow.h).
+const LOOPBACK: u32 = 1;
 
 /// What the configuration says of some interfaces.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,11 +86,11 @@ pub struct Way {
 
 impl Way {
     /// The interface by which to reach `to`; `None`: as the kernel's routes say, because a LAN is nearer to it, or
-    /// because it is in the mesh.
+    /// because it is in the mesh, or on this machine or link (a resolver on loopback or at 169.254.20.10, say).
     #[must_use]
     pub fn device(&self, to: IpAddr, snapshot: Option<&Snapshot>) -> Option<String> {
         let (egress, name) = &**self.uplink.as_ref()?;
-        let outside = !to.is_loopback() && !snapshot.is_some_and(|all| is_inside(all, to));
+        let outside = !snapshot.is_some_and(|all| is_inside(all, to));
         (outside && egress.towards(to).is_some()).then(|| name.clone())
     }
 
@@ -159,7 +174,10 @@ impl Network {
                 has_v6,
             }
         });
-        let mut routes = ways.routes.clone();
+        // By loopback a machine reaches itself: an address of its own on a bridge, say, at which a resolver listens.
+        let own = ways.interfaces.iter().flat_map(|one| &one.addresses);
+        let own = own.filter_map(|&ip| Some((IpNet::from(ip), IfIndex::new(LOOPBACK)?)));
+        let mut routes: Vec<_> = ways.routes.iter().copied().chain(own).collect();
         routes.sort_by_key(|(net, _)| net.prefix_len());
         routes.truncate(NEARER_MAX);
         Self {
@@ -192,7 +210,8 @@ impl Network {
             Some(_) | None => true,
         };
         let nearer = self.routes.iter().filter(|(_, link)| counts(link));
-        let mut nearer: Vec<_> = nearer.map(|(net, _)| *net).collect();
+        let nearer = nearer.map(|(net, _)| *net);
+        let mut nearer: Vec<_> = nearer.chain(ON_THIS_MACHINE_OR_LINK).collect();
         // A family that this uplink does not have goes by one that does, unless it costs.
         let costs = |has: fn(&NamedUplink) -> bool| {
             let mut all = self.uplinks.iter();
@@ -381,6 +400,30 @@ mod tests {
             &network,
             3,
             &[far, ("192.168.1.7", Some(3)), ("10.7.0.7", None)],
+        );
+    }
+
+    #[test]
+    fn what_is_on_this_machine_or_link_is_bound_to_no_uplink() {
+        let network = Network::new(&ways(), &[rule("wwan0", None, true)], 1);
+        // Its own addresses, of the modem that costs, too.
+        let own = ["192.168.1.11", "10.64.0.2", "2001:db8::2", "10.7.0.1"];
+        let near = [
+            "127.0.0.53",
+            "::1",
+            "169.254.20.10",
+            "fe80::1",
+            "::ffff:127.0.0.1",
+        ];
+        for ip in own.into_iter().chain(near) {
+            check(&network, 2, &[(ip, None)]);
+            let device = network.way(UplinkId(2)).device(ip.parse().unwrap(), None);
+            assert_eq!(device, None, "{ip}");
+        }
+        check(
+            &network,
+            2,
+            &[("128.0.0.1", Some(2)), ("10.64.0.1", Some(2))],
         );
     }
 

@@ -164,6 +164,19 @@ pub async fn connect_tcp(
         address: address.to_owned(),
         source,
     })?;
+    connect_any(address, found, device).await
+}
+
+/// The same to one of the addresses that `address` was `found` to have, the first that answers.
+///
+/// # Errors
+///
+/// [`ConnectError::Tcp`].
+pub async fn connect_any(
+    address: &str,
+    found: impl IntoIterator<Item = SocketAddr>,
+    device: impl Fn(IpAddr) -> Option<String>,
+) -> Result<TcpStream, ConnectError> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for candidate in found {
         let device = device(candidate.ip());

@@ -2,7 +2,11 @@
 //! itself, and leaves by the modem only while the wire leads nowhere.
 
 use std::{
-    net::Ipv4Addr,
+    net::{Ipv4Addr, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -10,7 +14,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use netns_tests::{
     link::Impairment,
-    mesh::{Mesh, word},
+    mesh::{CLOUD, Mesh, word},
     nat::NatKind,
     node::Node,
     stream::Traffic,
@@ -156,6 +160,15 @@ impl Two {
         tool::ip(router.netns(), &format!("link set host0 {state}\n"))
     }
 
+    /// Waits until somebody knows a name of the world's.
+    fn resolves(&self, name: &str) -> Result<()> {
+        tool::eventually("a name of the world's", SOON, || {
+            let found = self.mesh.resolve("edge-a1", name)?;
+            ensure!(found == CLOUD, "{found}");
+            Ok(())
+        })
+    }
+
     fn fails(&self, error: anyhow::Error) -> anyhow::Error {
         let path = self.edge.dir().join("mesh-agent.log");
         let log = std::fs::read_to_string(path).unwrap_or_default();
@@ -164,6 +177,62 @@ impl Two {
             netns_tests::node::tail(&log)
         ))
     }
+}
+
+/// A name server in the cloud, for which every name has one address, [`CLOUD`]; ends when dropped.
+struct NameServer {
+    stop: Arc<AtomicBool>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl NameServer {
+    fn start(mesh: &Mesh) -> Result<Self> {
+        let bind = || {
+            let socket = UdpSocket::bind((CLOUD, 53))?;
+            socket.set_read_timeout(Some(Duration::from_millis(100)))?;
+            std::io::Result::Ok(socket)
+        };
+        let socket = mesh.cloud().enter(bind)??;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let serve = move || {
+            let mut buffer = [0; 512];
+            while !stopped.load(Ordering::Relaxed) {
+                if let Ok((length, from)) = socket.recv_from(&mut buffer)
+                    && let Some(answer) = buffer.get(..length).and_then(answer)
+                {
+                    socket.send_to(&answer, from).ok();
+                }
+            }
+        };
+        let thread = Some(thread::spawn(serve));
+        Ok(Self { stop, thread })
+    }
+}
+
+impl Drop for NameServer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.join().ok();
+        }
+    }
+}
+
+/// To one question (RFC 1035 §4.1): [`CLOUD`] for an A record, and nothing for others.
+fn answer(question: &[u8]) -> Option<Vec<u8>> {
+    let name_len = question.get(12..)?.iter().position(|byte| *byte == 0)? + 1;
+    let end = 12 + name_len + 4; // Its type and class.
+    let is_a = question.get(end - 4..end - 2)? == [0, 1];
+    let mut answer = question.get(..2)?.to_vec();
+    answer.extend([0x81, 0x80, 0, 1, 0, u8::from(is_a), 0, 0, 0, 0]);
+    answer.extend(question.get(12..end)?);
+    if is_a {
+        // The name is the question's; for a second.
+        answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 1, 0, 4]);
+        answer.extend(CLOUD.octets());
+    }
+    Some(answer)
 }
 
 /// Packets of every kind that went out and came in by the modem so far.
@@ -264,6 +333,61 @@ fn a_line_that_dies_behind_its_router_is_left_and_taken_again_without_a_gap() ->
         two.mesh.all_run()
     };
     run().map_err(|error| two.fails(error))
+}
+
+/// The kernel's routes lead to a line that is dead behind its router. Names of the world's are asked for by the modem.
+#[test]
+fn names_are_asked_for_by_the_uplink_in_use() -> Result<()> {
+    let two = Two::start(&format!("{METERED}[dns]\nupstreams = [\"{CLOUD}:53\"]\n"))?;
+    let _server = NameServer::start(&two.mesh)?;
+    let run = || -> Result<()> {
+        two.resolves("by-wire.example.org")?;
+        let before = two.by_modem()?;
+        two.mesh.site("wired")?.link().set_down(true)?;
+        two.uses("wwan0")?;
+        let since = Instant::now();
+        two.resolves("by-modem.example.org")?;
+        println!("a name by the modem after {:?}", since.elapsed());
+        ensure!(two.by_modem()?[0] > before[0], "nothing went by the modem");
+
+        two.mesh.site("wired")?.link().set_down(false)?;
+        two.uses("eth0")?;
+        two.resolves("by-wire-again.example.org")?;
+        two.mesh.all_run()
+    };
+    run().map_err(|error| two.fails(error))
+}
+
+/// The same from the beginning, and the controller has a name, which a name server knows that is reached by the modem only: the
+/// node joins by that. (Its first snapshot it asks for by the wire, until somebody finds out that this is dead.)
+#[test]
+fn a_node_whose_line_is_dead_joins_at_a_controller_with_a_name() -> Result<()> {
+    let mut mesh = Mesh::two_sites_of(&[], &[])?;
+    let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
+    for (name, last, hosts) in [("wired", 11, &["edge-a1"][..]), ("mobile", 12, &[])] {
+        let wan = [203, 0, 113, last].into();
+        mesh.add_site(name, NatKind::PortRestricted, wan, link, hosts)?;
+    }
+    let edge = mesh.node("edge-a1")?;
+    add_modem(&mesh, &edge)?;
+    let _server = NameServer::start(&mesh)?;
+    mesh.site("wired")?.link().set_down(true)?;
+    let config = mesh.agent_config(&edge, Some(&mesh.token()?));
+    let by_address = format!("\"{CLOUD}:7440\"");
+    ensure!(config.contains(&by_address), "{config}");
+    let config = config.replace(&by_address, "\"controller.example.org:7440\"");
+    edge.set_resolver(&format!("nameserver {CLOUD}\n"))?;
+    let since = Instant::now();
+    mesh.daemon(&edge, "mesh-agent", "agent", &format!("{config}{METERED}"))?;
+    tool::eventually("it has joined", SOON, || {
+        let log = std::fs::read_to_string(edge.dir().join("mesh-agent.log"))?;
+        ensure!(log.contains("joined mesh="), "{log}");
+        Ok(())
+    })?;
+    println!("joined by name after {:?}", since.elapsed());
+    mesh.site("wired")?.link().set_down(false)?;
+    mesh.agent_ready("edge-a1", 1)?;
+    mesh.all_run()
 }
 
 #[test]

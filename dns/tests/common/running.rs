@@ -55,6 +55,14 @@ pub(crate) async fn start(upstreams: &[SocketAddr], view: Option<View>) -> Runni
 }
 
 pub(crate) async fn start_with(config: DnsConfig, view: Option<View>) -> Running {
+    start_by(config, view, |_| None).await
+}
+
+pub(crate) async fn start_by(
+    config: DnsConfig,
+    view: Option<View>,
+    device: impl Fn(IpAddr) -> Option<String> + Clone + Send + Sync + 'static,
+) -> Running {
     let view = view.map(Arc::new);
     for _ in 0..16 {
         let config = DnsConfig {
@@ -62,7 +70,8 @@ pub(crate) async fn start_with(config: DnsConfig, view: Option<View>) -> Running
             ..config.clone()
         };
         let (view, stop) = (view.clone(), CancellationToken::new());
-        match DnsServer::start(config, move || view.clone(), stop.clone()).await {
+        let started = DnsServer::start(config, move || view.clone(), device.clone(), stop.clone());
+        match started.await {
             Ok(server) => {
                 let address = server.local_addresses()[0];
                 return Running {

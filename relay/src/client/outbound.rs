@@ -6,12 +6,17 @@ use std::{
     sync::Arc,
 };
 
+use futures_util::future::BoxFuture;
 use mesh_daemon::http_proxy::HttpProxy;
 use mesh_wire::TCP_SEGMENT_BYTES;
 use socket2::SockRef;
 use tokio::net::{TcpSocket, TcpStream, lookup_host};
 
 use super::ConnectError;
+
+/// Finds the addresses of a `host:port`.
+pub type ResolveFor =
+    Arc<dyn Fn(String) -> BoxFuture<'static, io::Result<Vec<SocketAddr>>> + Send + Sync>;
 
 /// Names the interface by which an address is to be reached; `None`: the kernel's routes choose.
 pub type DeviceFor = Arc<dyn Fn(IpAddr) -> Option<String> + Send + Sync>;
@@ -22,6 +27,8 @@ pub struct Outbound {
     /// By which interface. A link is of one relay, so that its socket may be bound to one
     /// (`SO_BINDTODEVICE`; needs CAP_NET_RAW before Linux 5.7).
     pub device: Option<DeviceFor>,
+    /// How the proxy's name is resolved; `None`: as the system does it.
+    pub resolve: Option<ResolveFor>,
     /// Through which proxy TLS goes; where one is set for a relay's address, always through it, as with
     /// any program: whether the address can be reached directly, QUIC finds out.
     pub proxy: Option<Arc<HttpProxy>>,
@@ -57,7 +64,11 @@ impl Outbound {
         };
         let connect = async || {
             let mut last = io::Error::new(io::ErrorKind::NotFound, "its name has no address");
-            for address in lookup_host(proxy.address()).await? {
+            let found = match &self.resolve {
+                Some(resolve) => resolve(proxy.address().to_owned()).await?,
+                None => lookup_host(proxy.address()).await?.collect(),
+            };
+            for address in found {
                 match self.connect_directly(address).await {
                     Ok(stream) => return Ok(stream),
                     Err(error) => last = error,
