@@ -433,7 +433,7 @@ async fn start(
         stop.clone(),
     );
     supervisor.spawn("kernel", kernel);
-    let (reports, port_mappings) = watch::channel(portmap::Reports::new());
+    let (mapped, port_mappings) = watch::channel(portmap::Reports::new());
     if settings.port_mapping {
         let config = PortMapConfig {
             port: settings.listen_port,
@@ -445,7 +445,7 @@ async fn start(
             Changes::listen().context("cannot listen for changes of the network")?,
             config,
             events.clone(),
-            reports,
+            mapped,
             stop.clone(),
         );
         supervisor.spawn("port mapping", keeper);
