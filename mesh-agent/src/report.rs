@@ -496,9 +496,10 @@ fn event(of: &str, name: &str, from: &str, to: &str) -> EventReport {
 pub fn peers_seen(driver: &Driver) -> BTreeMap<NodeName, PeerSeen> {
     let seen = driver.core.peers().map(|peer| {
         let used = peer.paths.iter().find(|one| Some(one.via) == peer.via);
+        // Also of those that were given up since: they are what was tried.
         let small = peer.paths.iter().filter(|one| {
             let answered = one.probes_answered > 0 && matches!(one.via, Via::Direct(_));
-            answered && !one.full_size_ok && one.state != path::PathState::Dead
+            answered && !one.full_size_ok
         });
         let stats = driver.tunnel.peer_stats(&peer.id);
         let seen = PeerSeen {

@@ -298,7 +298,7 @@ fn dns_loop(agent: &Agent, _: &Facts) -> Vec<Finding> {
         is_own || agent.status.dns_listen.contains(upstream)
     });
     let said = found.map(|upstream| {
-        let cause = format!("DNS leads in a circle: the upstream {upstream} (`dns.upstreams`) is this agent itself, so no name outside the mesh is found");
+        let cause = format!("DNS leads in a circle: the upstream {upstream} (`dns.upstreams`) is this node itself, so no name outside the mesh is found");
         let fix = "put the resolvers of this network there, as DHCP or `resolvectl status` names them, and restart the agent";
         finding("dns_loop", Level::Error, cause, fix)
     });
