@@ -4,6 +4,8 @@
 
 #include "packets.c"
 
+#include "errors.c"
+
 #include "masquerade.c"
 
 #include "hooks.c"
