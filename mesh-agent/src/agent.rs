@@ -68,7 +68,7 @@ use crate::{
     publish, report,
     state::StateFolder,
     store::remove_if_there,
-    sync::{self, Sync},
+    sync::{self, Sync, news::News},
     uplinks::Network,
 };
 
@@ -233,12 +233,14 @@ async fn start(
     let network = network::read(&netlink, &settings).await?;
     let way = network.as_ref().map_or_else(Vec::new, Network::ways);
     let (ways, way) = watch::channel(way.into_iter().next().unwrap_or_default());
+    let (news, heard) = News::new();
     let (sync, snapshots) = Sync::open(
         &settings,
         Arc::clone(&state),
         id,
         (report, unknown),
         way.clone(),
+        heard,
         &netlink,
     )
     .await?;
@@ -358,6 +360,7 @@ async fn start(
         views,
         remembered,
         ways,
+        news,
         network: network::read(&netlink, &settings).await?,
     });
     let settling = settle(snapshots.clone(), stop.clone());

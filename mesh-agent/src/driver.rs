@@ -36,6 +36,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     journal::Journal,
     links::Links,
+    sync::news::News,
     uplinks::{NamedUplink, Network, Way},
 };
 
@@ -102,6 +103,7 @@ pub struct Driver {
     /// The uplink in use; `None`: the kernel's routes choose.
     uplink: Option<UplinkId>,
     ways: watch::Sender<Way>,
+    news: News,
     static_candidates: Vec<SocketAddr>,
     dead: BTreeSet<NodeName>,
     ejected: BTreeSet<SocketAddr>,
@@ -154,6 +156,8 @@ pub struct Parts {
     pub remembered: watch::Sender<BTreeMap<NodeId, Vec<SocketAddr>>>,
     /// Where it is said how the node's own connections leave.
     pub ways: watch::Sender<Way>,
+    /// Where it is said that a controller may be reached again.
+    pub news: News,
     /// The ways out of this machine, known before anything is sent, so that nothing goes where it costs; `None`: the
     /// kernel's routes choose.
     pub network: Option<Network>,
@@ -177,6 +181,7 @@ impl Driver {
             network: Network::default(),
             uplink: None,
             ways: parts.ways,
+            news: parts.news,
             static_candidates: parts.static_candidates,
             dead: BTreeSet::new(),
             ejected: BTreeSet::new(),
@@ -331,6 +336,7 @@ impl Driver {
                 if let Input::LocalAddresses(addresses) = &input {
                     self.set_local_addresses(addresses.clone());
                 }
+                self.news.handle_input(&input);
                 let relays = &self.snapshot.relays;
                 self.journal.note_input(now(), &input, |relay| {
                     let relay = relays.get(relay);
@@ -345,6 +351,7 @@ impl Driver {
                 let changed = self.network.uplinks != network.uplinks;
                 self.network = network;
                 if changed {
+                    self.news.handle_network();
                     self.forget_asked();
                     self.input(input);
                 }
@@ -443,6 +450,7 @@ impl Driver {
     fn set_local_addresses(&mut self, addresses: Vec<SocketAddr>) {
         if self.local_addresses != addresses {
             self.local_addresses = addresses;
+            self.news.handle_network();
             self.tunnel.close_sockets(); // Another network has another NAT.
         }
     }

@@ -2,13 +2,14 @@
 //!
 //! Everything here may fail for days; the agent serves from its disk meanwhile.
 
+mod join;
+pub mod news;
 mod visits;
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    io,
     net::IpAddr,
-    path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -16,20 +17,15 @@ use std::{
 use anyhow::{Context as _, bail};
 use arc_swap::ArcSwap;
 use mesh_api::{
-    connect::{ALPN, control_channel_over, control_client},
-    control::{
-        JoinRequest, JoinResponse, NodeReport, RenewRequest, SyncRequest, SyncResponse,
-        control_client::ControlClient,
-    },
+    connect::{ALPN, ConnectError, control_channel_over, control_client},
+    control::{NodeReport, RenewRequest, SyncRequest, SyncResponse, control_client::ControlClient},
 };
-use mesh_core::snapshot::Snapshot;
+use mesh_core::{
+    offline::retry::{Failure, PAUSE_MAX, Retry},
+    snapshot::Snapshot,
+};
 use mesh_daemon::http_proxy::HttpProxy;
-use mesh_identity::{
-    authority::new_key,
-    credentials::Credentials,
-    tls,
-    token::{JoinToken, MeshAnchor},
-};
+use mesh_identity::{authority::new_key, credentials::Credentials, tls};
 use mesh_linux::netlink::Netlink;
 use mesh_wire::id::{Identity, NodeId, NodeName};
 use tokio::{
@@ -42,23 +38,17 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, transport::Channel};
 
 pub use self::visits::EVERY as VISITS_EVERY;
-use self::visits::{Visit, Visits};
+use self::{
+    join::{JoinError, credentials_from, files_of, join, read_pass, try_join},
+    visits::{Visit, Visits},
+};
 use crate::{
     config::{Settings, TokenSource},
     desired::{self, Desired},
-    network, resolve,
+    resolve,
     state::{IdentityFiles, StateFolder},
     uplinks::Way,
 };
-
-/// First pause between attempts to reach the controller.
-const RETRY_MIN: Duration = Duration::from_millis(500);
-
-/// Longest pause: 100,000 nodes that come back at once are then 3,300 handshakes a second.
-const RETRY_MAX: Duration = Duration::from_secs(30);
-
-/// A connection that held this long was good: the next attempt starts with the first pause.
-const GOOD_CONNECTION: Duration = Duration::from_secs(10);
 
 /// How often it is checked whether the certificate is due for renewal.
 const RENEW_CHECK: Duration = Duration::from_secs(3600);
@@ -69,64 +59,20 @@ const REQUESTS_MAX: usize = 4;
 /// How often the controller is told how this node is, at most: of 100,000 nodes it hears 3,300 times a second.
 const REPORT_PAUSE: Duration = Duration::from_secs(30);
 
-/// The controllers, one after the other: any of them will do.
-#[derive(Debug)]
-struct Rotation {
-    addresses: Vec<String>,
-    current: usize,
-    /// How many failed since one was good.
-    failed: usize,
-    pause: Duration,
-}
-
-impl Rotation {
-    /// Begins with any, so that not all nodes begin with the same.
-    fn new(addresses: &[String]) -> Self {
-        Self {
-            addresses: addresses.to_vec(),
-            current: rand::random_range(0..addresses.len().max(1)),
-            failed: 0,
-            pause: RETRY_MIN,
-        }
-    }
-
-    fn current(&self) -> Option<&str> {
-        self.addresses.get(self.current).map(String::as_str)
-    }
-
-    /// Turns to the next one after the current one was of use for so long, and says how long to wait at
-    /// most before it is tried. The pause grows only once all of them failed, to `longest`.
-    fn failed(&mut self, lasted: Duration, longest: Duration) -> Duration {
-        let count = self.addresses.len().max(1);
-        if lasted > GOOD_CONNECTION {
-            self.worked();
-        }
-        self.current = (self.current + 1) % count;
-        self.failed += 1;
-        if self.failed < count {
-            return RETRY_MIN;
-        }
-        self.failed = 0;
-        let pause = self.pause;
-        self.pause = (pause * 2).min(longest);
-        pause.min(longest)
-    }
-
-    /// The current one was good.
-    fn worked(&mut self) {
-        self.failed = 0;
-        self.pause = RETRY_MIN;
-    }
-}
-
 /// How a connection ended with which nothing was wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Ended {
     /// It was a visit.
     Visited,
-    /// Another uplink is in use.
+    /// Another uplink is in use, or the network is another.
     Moved,
+    /// The node was cut off for a while: nobody knows whether the connection still leads anywhere.
+    Doubted,
 }
+
+/// A connection that was there before the node was cut off has to say something within this, a satellite's 0.6 s there and back.
+/// Otherwise its other end sends again ever more rarely what was lost, up to two minutes later, and a new one costs less.
+const DOUBT: Duration = Duration::from_secs(1);
 
 /// Where a connection leads, and how it leaves.
 #[derive(Debug, Clone)]
@@ -161,7 +107,7 @@ pub struct Sync {
     credentials: Arc<ArcSwap<Credentials>>,
     desired: desired::Shared,
     snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
-    controllers: Rotation,
+    controllers: Retry,
     connection: watch::Sender<Connection>,
     /// How this node is, for people at the controller.
     report: watch::Receiver<NodeReport>,
@@ -169,6 +115,8 @@ pub struct Sync {
     unknown: watch::Receiver<u64>,
     /// By which uplink connections leave.
     way: watch::Receiver<Way>,
+    /// What may be reached now that could not be before.
+    news: watch::Receiver<u64>,
     visits: Visits,
 }
 
@@ -184,6 +132,7 @@ impl Sync {
         id: NodeId,
         (report, unknown): (watch::Receiver<NodeReport>, watch::Receiver<u64>),
         way: watch::Receiver<Way>,
+        news: watch::Receiver<u64>,
         netlink: &Netlink,
     ) -> anyhow::Result<(Self, watch::Receiver<Option<Arc<Snapshot>>>)> {
         let credentials = match state.identity()? {
@@ -202,7 +151,7 @@ impl Sync {
             credentials: Arc::new(ArcSwap::from_pointee(credentials)),
             desired: Arc::new(tokio::sync::Mutex::new(desired)),
             snapshots: snapshots.clone(),
-            controllers: Rotation::new(&settings.controllers),
+            controllers: Retry::new(settings.controllers.len(), rand::random()),
             connection: watch::Sender::new(Connection {
                 last_contact,
                 ..Connection::default()
@@ -210,6 +159,7 @@ impl Sync {
             report,
             unknown,
             way,
+            news,
             visits: Visits::new(settings.metered_sync),
         };
         Ok((sync, snapshots))
@@ -241,22 +191,24 @@ impl Sync {
     pub async fn run(mut self, stop: CancellationToken) -> anyhow::Result<()> {
         let mut told = BTreeMap::new();
         loop {
-            let Some(controller) = self.controllers.current().map(str::to_owned) else {
+            let turn = self.settings.controllers.get(self.controllers.current());
+            let Some(controller) = turn.cloned() else {
                 stop.cancelled().await;
                 return Ok(());
             };
             self.connection
                 .send_modify(|connection| connection.controller = Some(controller.clone()));
+            self.news.mark_unchanged();
             let begun = Instant::now();
             let ended = tokio::select! {
                 ended = self.follow(&controller) => ended,
                 () = stop.cancelled() => break,
             };
             let error = match ended {
-                Ok(Ended::Moved) => continue,
+                Ok(Ended::Moved | Ended::Doubted) => continue,
                 Ok(Ended::Visited) => {
                     self.desired.lock().await.write_if_dirty().await;
-                    self.controllers.worked();
+                    self.controllers.handle_success();
                     tokio::select! {
                         () = self.rest() => continue,
                         () = stop.cancelled() => break,
@@ -283,19 +235,29 @@ impl Sync {
                 connection.problem = problem;
             });
             self.desired.lock().await.write_if_dirty().await;
-            let longest = match self.way.borrow().is_metered() {
-                true => self.visits.within().max(RETRY_MAX),
-                false => RETRY_MAX,
-            };
-            let pause = self.controllers.failed(begun.elapsed(), longest);
+            let metered = self.way.borrow().is_metered();
+            let longest = metered.then(|| self.visits.within().max(PAUSE_MAX));
+            let failure = failure(&error, begun.elapsed());
+            let nodes = self.nodes();
+            let pause = self.controllers.handle_failure(failure, nodes, longest);
+            let spread = self.controllers.spread(nodes);
+            let news = heard(self.news.clone(), spread);
             tokio::select! {
-                () = time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))) => {}
-                () = other_uplink(self.way.clone()) => self.controllers.worked(),
+                () = time::sleep(pause) => {}
+                // At most one a second: the network is looked at no more often, and a relay is not dialled more often.
+                () = news, if !metered => self.controllers.handle_success(),
+                () = other_uplink(self.way.clone()) => self.controllers.handle_success(),
                 () = stop.cancelled() => break,
             }
         }
         self.desired.lock().await.write_if_dirty().await;
         Ok(())
+    }
+
+    /// How many nodes there are, as far as this one knows.
+    fn nodes(&self) -> usize {
+        let snapshot = self.snapshots.borrow();
+        snapshot.as_ref().map_or(0, |all| all.nodes.len())
     }
 
     /// Says nothing until the next visit is due, or another uplink is in use.
@@ -351,16 +313,28 @@ impl Sync {
 
     /// One connection's life.
     async fn follow(&mut self, controller: &str) -> anyhow::Result<Ended> {
-        let (mut client, line) = self.connect(controller).await?;
+        let spread = self.controllers.spread(self.nodes());
+        let news = heard(self.news.clone(), spread);
+        let (mut client, line) = tokio::select! {
+            connected = self.connect(controller) => connected?,
+            // What was begun in another network may never end.
+            () = news => return Ok(Ended::Moved),
+        };
         let mut renew = time::interval(RENEW_CHECK); // The first tick comes at once.
-        self.unknown.mark_unchanged(); // What comes now answers it.
+        let mut doubted = false;
         loop {
             let had = self.desired.lock().await.position().clone();
             self.desired.lock().await.follow(true);
-            let followed = self.follow_stream(&mut client, &line, &mut renew).await;
+            let stream = self.follow_stream(&mut client, &line, &mut renew, doubted);
+            let followed = stream.await;
             self.desired.lock().await.follow(false);
-            if let Some(ended) = followed? {
-                return Ok(ended);
+            match followed? {
+                Some(Ended::Doubted) => {
+                    doubted = true;
+                    continue;
+                }
+                Some(ended) => return Ok(ended),
+                None => doubted = false,
             }
             // After a large answer the controller ends the stream for the sake of both ends' buffers, and nothing is wrong.
             if had == *self.desired.lock().await.position() {
@@ -369,23 +343,30 @@ impl Sync {
         }
     }
 
-    /// One stream's life, until one of both ends it; `None`: the controller did.
+    /// One stream's life, until one of both ends it; `None`: the controller did. One of a `doubted` connection has to have its
+    /// first answer, which always comes, soon.
     async fn follow_stream(
         &mut self,
         client: &mut ControlClient<Channel>,
         line: &Line,
         renew: &mut time::Interval,
+        mut doubted: bool,
     ) -> anyhow::Result<Option<Ended>> {
         let (requests, outgoing) = mpsc::channel(REQUESTS_MAX);
         let request = self.request(line, Vec::new()).await;
         requests.send(request).await.ok(); // There is room for the first.
         let mut visit = line.costs.then(|| Visit::begin(Instant::now()));
         let mut report_at = Instant::now();
-        let mut responses = client
-            .sync(ReceiverStream::new(outgoing))
-            .await
-            .map_err(said)?
-            .into_inner();
+        let lost_at = Instant::now() + DOUBT;
+        let spread = self.controllers.spread(self.nodes());
+        let news = heard(self.news.clone(), spread);
+        tokio::pin!(news);
+        let begun = client.sync(ReceiverStream::new(outgoing));
+        let begun = tokio::select! {
+            begun = begun => begun,
+            () = time::sleep_until(lost_at), if doubted => return Ok(Some(Ended::Moved)),
+        };
+        let mut responses = begun.map_err(said)?.into_inner();
         loop {
             let write_at = self.desired.lock().await.write_due();
             let (mut report, mut way) = (self.report.clone(), self.way.clone());
@@ -398,6 +379,7 @@ impl Sync {
                     let digests = match response.digests_wanted {
                         0 => {
                             self.take(response).await?;
+                            doubted = false;
                             if let Some(visit) = &mut visit {
                                 visit.handle_answer(Instant::now());
                             }
@@ -416,6 +398,8 @@ impl Sync {
                     }
                     return Ok(Some(Ended::Visited));
                 }
+                () = time::sleep_until(lost_at), if doubted => return Ok(Some(Ended::Moved)),
+                () = &mut news, if !line.costs => return Ok(Some(Ended::Doubted)),
                 () = changed(&mut way) => {
                     let now = self.way.borrow_and_update().clone();
                     if self.device(&now, line.to) != line.device || now.costs(line.to) != line.costs {
@@ -511,6 +495,23 @@ async fn changed<T>(watched: &mut watch::Receiver<T>) {
     }
 }
 
+/// Waits until something may be reached that could not be before, and then so long, as many nodes may hear of that at once.
+async fn heard(mut news: watch::Receiver<u64>, spread: Duration) {
+    changed(&mut news).await;
+    time::sleep(spread).await;
+}
+
+/// How an attempt ended that lasted so long.
+fn failure(error: &anyhow::Error, lasted: Duration) -> Failure {
+    match error.downcast_ref() {
+        Some(ConnectError::Resolve { .. } | ConnectError::Tcp { .. }) => Failure::Unreachable,
+        Some(
+            ConnectError::Tls { .. } | ConnectError::Socket { .. } | ConnectError::Http { .. },
+        )
+        | None => Failure::Ended(lasted),
+    }
+}
+
 /// Waits until connections leave by another interface than now.
 async fn other_uplink(mut way: watch::Receiver<Way>) {
     let before = way.borrow_and_update().clone();
@@ -597,158 +598,6 @@ fn check_identity(
     Ok(())
 }
 
-/// Joins the mesh; tries until the controller answers. What a join token does not open stays shut; a
-/// ServiceAccount token is another in an hour, and what refuses it can be mended without this node.
-/// By each way out, the best first; then, as nothing is known yet of where the controller is, as the kernel's routes say.
-async fn join(
-    settings: &Settings,
-    state: &StateFolder,
-    id: NodeId,
-    netlink: &Netlink,
-) -> anyhow::Result<Credentials> {
-    let renewed = matches!(settings.token, TokenSource::ServiceAccount { .. });
-    let mut controllers = Rotation::new(&settings.controllers);
-    let new = new_key()?;
-    let mut told = BTreeMap::new();
-    let mut attempt = 0;
-    loop {
-        let Some(controller) = controllers.current() else {
-            bail!("this node has not joined a mesh yet: set `controller` in the configuration");
-        };
-        let network = network::read(netlink, settings).await?;
-        let mut ways = network.map_or_else(Vec::new, |network| network.ways());
-        ways.push(Way::default());
-        // Each controller by this one before the next one's turn.
-        let turn = attempt / settings.controllers.len().max(1) % ways.len();
-        let way = ways.swap_remove(turn);
-        attempt += 1;
-        let tried = match read_pass(&settings.token) {
-            Ok(pass) => {
-                let csr_der = new.csr_der.clone();
-                try_join(controller, &way, pass, settings, id, csr_der).await
-            }
-            Err(error) if renewed => Err(JoinError::Unreachable(error)),
-            Err(error) => return Err(error),
-        };
-        let problem = match tried {
-            Ok(response) => {
-                let credentials = credentials_from(response, &new.key_pem)?;
-                state.set_identity(&files_of(&credentials))?;
-                tracing::info!(mesh = credentials.trust_domain(), "joined");
-                return Ok(credentials);
-            }
-            Err(JoinError::Refused(status)) if renewed => said(status),
-            Err(JoinError::Refused(status)) => bail!(
-                "the controller {controller} refused to let this node join: {}",
-                status.message()
-            ),
-            Err(JoinError::Unreachable(error)) => error,
-        };
-        let problem = format!("{problem:#}");
-        if told.insert(controller.to_owned(), problem.clone()) != Some(problem.clone()) {
-            tracing::warn!(%controller, %problem, "cannot join yet; trying again");
-        }
-        let pause = controllers.failed(Duration::ZERO, RETRY_MAX);
-        time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
-    }
-}
-
-/// What lets this node in, and by what it knows the controller.
-struct Pass {
-    mesh: MeshAnchor,
-    token: String,
-    service_account_token: String,
-}
-
-/// Reads it anew: a kubelet writes another ServiceAccount token long before the last one is over.
-fn read_pass(source: &TokenSource) -> anyhow::Result<Pass> {
-    let read = |key: &str, path: &Path| {
-        fs::read_to_string(path).with_context(|| format!("cannot read `{key}` {}", path.display()))
-    };
-    let token = match source {
-        TokenSource::None => bail!(
-            "this node has not joined a mesh yet: set `token` or `token_file` (made by `meshctl token create`), or `service_account_token_file`"
-        ),
-        TokenSource::Inline(text) => text.0.clone(),
-        TokenSource::File(path) => read("token_file", path)?,
-        TokenSource::ServiceAccount { token, mesh } => {
-            let anchor = read("mesh_file", mesh)?.parse::<MeshAnchor>();
-            return Ok(Pass {
-                mesh: anchor.with_context(|| format!("`mesh_file` {}", mesh.display()))?,
-                token: String::new(),
-                service_account_token: read("service_account_token_file", token)?.trim().to_owned(),
-            });
-        }
-    };
-    let token = token.trim().parse::<JoinToken>()?;
-    Ok(Pass {
-        mesh: MeshAnchor {
-            trust_domain: token.trust_domain.clone(),
-            mesh: token.mesh,
-        },
-        token: token.to_string(),
-        service_account_token: String::new(),
-    })
-}
-
-enum JoinError {
-    /// The controller said no: trying again does not help.
-    Refused(Status),
-    /// No answer.
-    Unreachable(anyhow::Error),
-}
-
-async fn try_join(
-    controller: &str,
-    way: &Way,
-    pass: Pass,
-    settings: &Settings,
-    id: NodeId,
-    csr_der: Vec<u8>,
-) -> Result<JoinResponse, JoinError> {
-    let proxy = settings.https_proxy.as_deref();
-    let mut client = connect_to_join(controller, way, &pass.mesh, proxy)
-        .await
-        .map_err(JoinError::Unreachable)?;
-    let request = JoinRequest {
-        token: pass.token,
-        node_name: settings.node_name.to_string(),
-        csr_der,
-        wireguard_public_key: id.0.to_vec(),
-        service_account_token: pass.service_account_token,
-    };
-    match client.join(request).await {
-        Ok(response) => Ok(response.into_inner()),
-        Err(status) if is_refusal(status.code()) => Err(JoinError::Refused(status)),
-        Err(status) => Err(JoinError::Unreachable(said(status))),
-    }
-}
-
-fn is_refusal(code: Code) -> bool {
-    matches!(
-        code,
-        Code::InvalidArgument
-            | Code::PermissionDenied
-            | Code::Unauthenticated
-            | Code::AlreadyExists
-            | Code::FailedPrecondition
-            | Code::NotFound
-    )
-}
-
-async fn connect_to_join(
-    controller: &str,
-    way: &Way,
-    anchor: &MeshAnchor,
-    proxy: Option<&HttpProxy>,
-) -> anyhow::Result<ControlClient<Channel>> {
-    let config = Arc::new(tls::join_client_config(anchor.mesh, ALPN)?);
-    let name = tls::server_name(&anchor.trust_domain, &Identity::Controller)?;
-    let tcp = connect_out(controller, proxy, |ip| way.device(ip, None)).await?;
-    let channel = control_channel_over(tcp, controller, config, name).await?;
-    Ok(control_client(channel))
-}
-
 /// A connection to the controller, through the HTTP proxy where there is one for it, by the interface that `device` names.
 async fn connect_out(
     controller: &str,
@@ -766,83 +615,4 @@ async fn connect_out(
         connected.map_err(io::Error::other)
     };
     Ok(proxy.through(connecting, controller).await?)
-}
-
-fn credentials_from(response: JoinResponse, key_pem: &str) -> anyhow::Result<Credentials> {
-    let chain = response
-        .certificate_chain_der
-        .into_iter()
-        .map(Into::into)
-        .collect();
-    let authority = response.ca_certificate_der.into();
-    Credentials::from_parts(chain, key_pem, authority)
-        .context("the controller's answer is not usable")
-}
-
-fn files_of(credentials: &Credentials) -> IdentityFiles {
-    IdentityFiles {
-        certificate: credentials.chain_pem(),
-        key: credentials.key_pem().to_string(),
-        ca: credentials.authority_pem(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_controller_is_tried_before_the_pause_grows() {
-        let names: Vec<_> = ["a", "b", "c"].map(str::to_owned).into();
-        let mut controllers = Rotation::new(&names);
-        let mut tried = Vec::new();
-        let mut pauses = Vec::new();
-        for _ in 0..6 {
-            tried.push(controllers.current().unwrap().to_owned());
-            pauses.push(controllers.failed(Duration::ZERO, RETRY_MAX).as_millis());
-        }
-        assert_eq!(tried[..3], tried[3..]);
-        tried.truncate(3);
-        tried.sort();
-        assert_eq!(tried, names);
-        assert_eq!(pauses, [500, 500, 500, 500, 500, 1000]);
-        // One that was good for long is left for the next at once.
-        let pause = controllers.failed(GOOD_CONNECTION * 2, RETRY_MAX);
-        assert_eq!(pause, RETRY_MIN);
-        let longest = (0..100)
-            .map(|_| controllers.failed(Duration::ZERO, RETRY_MAX))
-            .max();
-        assert_eq!(longest, Some(RETRY_MAX));
-        assert_eq!(Rotation::new(&[]).current(), None);
-    }
-
-    #[test]
-    fn a_service_account_s_token_is_read_anew_and_never_shown() {
-        let folder = tempfile::tempdir().unwrap();
-        let (token, mesh) = (folder.path().join("token"), folder.path().join("mesh"));
-        let source = TokenSource::ServiceAccount {
-            token: token.clone(),
-            mesh: mesh.clone(),
-        };
-        let problem = || read_pass(&source).err().map(|error| format!("{error:#}"));
-        assert!(problem().unwrap().contains("cannot read `mesh_file`"));
-        fs::write(&mesh, "nothing of the kind").unwrap();
-        assert!(problem().unwrap().contains("not a mesh's anchor"));
-        fs::write(&mesh, format!("hfmesh1.demo.{}\n", "07".repeat(32))).unwrap();
-        let missing = problem().unwrap();
-        assert!(
-            missing.contains("cannot read `service_account_token_file`"),
-            "{missing}"
-        );
-        for text in ["first", "second"] {
-            fs::write(&token, format!("{text}\n")).unwrap();
-            let pass = read_pass(&source).unwrap();
-            assert_eq!(pass.service_account_token, text);
-            assert_eq!(
-                (pass.token.as_str(), pass.mesh.trust_domain.as_str()),
-                ("", "demo")
-            );
-        }
-        assert!(!format!("{source:?}").contains("second"));
-    }
 }
