@@ -595,14 +595,24 @@ impl Relays {
         if let Some(mut hand) = self.hand(relay, now, dice, out) {
             hand.on_lost(transport, reason);
         }
-        if was_up && self.links.values().all(|link| link.up().is_none()) {
-            // Nothing is left: those that failed for long, and are tried rarely, are tried now.
-            for link in self.links.values_mut() {
-                link.retry_at = link.retry_at.map(|_| now);
-            }
+        if was_up && self.hasten_if_none_is_up(now) {
             return self.on_timeout(now, dice, out);
         }
         self.keep(now, dice, out);
+    }
+
+    /// The last link may have gone but for visits, by which only some peers are reached: those that failed for
+    /// long, and are tried rarely, are due now.
+    fn hasten_if_none_is_up(&mut self, now: Instant) -> bool {
+        let serves = |relay| self.known.get(relay).is_some_and(|about| about.serves);
+        let mut links = self.links.iter();
+        let none = links.all(|(relay, link)| link.up().is_none() || !serves(relay));
+        if none {
+            for link in self.links.values_mut() {
+                link.retry_at = link.retry_at.map(|_| now);
+            }
+        }
+        none
     }
 
     /// A relay will stop: another is made ready before it does.
@@ -735,11 +745,16 @@ impl Relays {
             !known.contains_key(relay) || link.visit_until.is_some_and(|until| now >= until)
         };
         let over: Vec<RelayId> = links.iter().filter(is_over).map(|(&id, _)| id).collect();
+        let mut was_up = false;
         for relay in over {
+            was_up |= self.transport(&relay).is_some();
             if let Some(mut hand) = self.hand(relay, now, dice, out) {
                 hand.close();
             }
             self.links.remove(&relay);
+        }
+        if was_up {
+            self.hasten_if_none_is_up(now);
         }
     }
 

@@ -428,30 +428,36 @@ fn a_relay_of_another_site_is_visited_and_no_more() {
     assert_eq!(bench.relays.up(), [RelayId(1)]);
 }
 
-#[test]
-fn who_loses_its_last_link_tries_those_at_once_that_failed_for_long() {
+/// Links to two relays: the first is up, the second is refused for ten minutes, and tried every half minute.
+fn with_one_of_two() -> Bench {
     let mut bench = Bench::new(&[1, 2]);
     bench.connected(Quic, 20);
-    let lose = |bench: &mut Bench, ms| {
-        for transport in [Quic, Tls] {
-            bench.act(|relays, dice, out| {
-                relays.on_lost(RelayId(2), transport, "no", at(ms), dice, out);
-            });
-        }
-    };
-    // The other one is refused for ten minutes: it is tried every half minute.
     for ms in (30..600_000).step_by(10) {
         bench.run_to(ms);
-        if bench
-            .said()
-            .iter()
-            .any(|said| said.starts_with("connect 2"))
-        {
-            lose(&mut bench, ms);
-            lose(&mut bench, ms);
+        let tried = |said: &String| said.starts_with("connect 2");
+        if bench.said().iter().any(tried) {
+            for transport in [Quic, Tls, Quic, Tls] {
+                bench.act(|relays, dice, out| {
+                    relays.on_lost(RelayId(2), transport, "no", at(ms), dice, out);
+                });
+            }
         }
     }
     bench.said();
+    bench
+}
+
+#[test]
+fn who_loses_its_last_link_tries_those_at_once_that_failed_for_long() {
+    let mut bench = with_one_of_two();
     bench.lost(Quic, 600_000);
     assert_eq!(bench.said(), ["connect 1 Quic", "connect 2 Quic"]);
+    // Also if the mesh has that relay no more.
+    let mut bench = with_one_of_two();
+    let left = BTreeMap::from([(RelayId(2), about(Vec::new(), Place::Apart))]);
+    bench.relays.set_known(&NodeId([0; 32]), left);
+    bench.act(|relays, dice, out| relays.keep(at(600_000), dice, out));
+    bench.run_to(600_000);
+    let said = bench.said();
+    assert!(said.contains(&"connect 2 Quic".to_owned()), "{said:?}");
 }
