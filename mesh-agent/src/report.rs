@@ -509,9 +509,10 @@ pub fn peers_seen(driver: &Driver) -> BTreeMap<NodeName, PeerSeen> {
             path: peer.via.map(|via| path(driver, via)).unwrap_or_default(),
             rtt_ms: peer.srtt.map_or(0.0, ms),
             full_size: used.is_some_and(|one| one.full_size_ok),
-            small_only: match peer.reason {
-                Reason::MtuFail => small.map(|one| path(driver, one.via)).collect(),
-                _ => Vec::new(),
+            small_only: if peer.reason == Reason::MtuFail {
+                small.map(|one| path(driver, one.via)).collect()
+            } else {
+                Vec::new()
             },
             heard_ms: stats.and_then(|stats| stats.last_received).map(millis),
         };

@@ -45,6 +45,9 @@ pub enum SlotError {
     Damaged(&'static str),
 }
 
+/// A slot's file, and its sequence number and payload if it is whole.
+pub type FoundSlot = (PathBuf, Result<(u64, Vec<u8>), SlotError>);
+
 /// What opening a store found.
 #[derive(Debug)]
 pub struct Opened {
@@ -85,9 +88,8 @@ impl Store {
         }
     }
 
-    /// Each slot's file, and its sequence number and payload if it is whole.
-    #[must_use]
-    pub fn slots(folder: &Path) -> [(PathBuf, Result<(u64, Vec<u8>), SlotError>); SLOTS] {
+    /// Every slot.
+    pub fn slots(folder: &Path) -> [FoundSlot; SLOTS] {
         std::array::from_fn(|slot| {
             let path = folder.join(slot_name(slot));
             let read = read_slot(&path);

@@ -170,7 +170,7 @@ impl Admin {
         };
         let (target, mut hops) = match trace::target(&view.snapshot, &request.destination) {
             Target::Name(name) => self.by_name(&name).await?,
-            other => (other, Vec::new()),
+            found @ (Target::Address(_) | Target::Service(_)) => (found, Vec::new()),
         };
         let node = source.clone().unwrap_or_else(|| view.node.clone());
         for hop in &mut hops {
