@@ -1,7 +1,7 @@
 //! Calls of `ip` and `nft`, and where the lab finds its own binaries.
 
 use std::{
-    env,
+    env, fs,
     io::Write as _,
     path::PathBuf,
     process::{Command, Stdio},
@@ -81,6 +81,27 @@ pub fn binary(name: &str) -> Result<PathBuf> {
         "{} is not there: run `cargo build --workspace`, or `cargo xtask test`",
         path.display()
     )
+}
+
+/// What a command begins with whose clock is off by so much (`+10y`); monotonic time is right, as it is where a clock is
+/// wrong. Not through the `faketime` command, which stays in between and passes no signal on.
+///
+/// # Errors
+///
+/// If Debian's library for wrong clocks is not there.
+pub fn with_clock(offset: &str) -> Result<Vec<String>> {
+    // Wherever this architecture has it.
+    let folders = fs::read_dir("/usr/lib")?.flatten();
+    let mut paths = folders.map(|folder| folder.path().join("faketime/libfaketimeMT.so.1"));
+    let library = paths
+        .find(|path| path.is_file())
+        .context("no libfaketimeMT.so.1: apt-get install faketime")?;
+    Ok(vec![
+        "env".to_owned(),
+        format!("LD_PRELOAD={}", library.display()),
+        format!("FAKETIME={offset}"),
+        "FAKETIME_DONT_FAKE_MONOTONIC=1".to_owned(),
+    ])
 }
 
 /// Looks at something until it holds, and says in the error what did not.

@@ -129,21 +129,9 @@ fn a_clock_ten_years_off_does_not_stop_names_and_local_services_and_is_told() ->
         mesh.take("edge-a1", "mesh-agent")?.terminate(END)?;
         let config = node.dir().join("agent.toml").display().to_string();
         let agent = mesh.bin("mesh-agent");
-        // Not through the `faketime` command, which stays in between and passes no signal on.
-        let preload = format!("LD_PRELOAD={}", fake_clock()?.display());
-        let fake = format!("FAKETIME={offset}");
-        // Monotonic time does not jump when a clock is wrong.
-        let words = [
-            "env",
-            &preload,
-            &fake,
-            "FAKETIME_DONT_FAKE_MONOTONIC=1",
-            &agent,
-        ];
-        let mut agent = node.spawn(
-            "wrong-clock",
-            &[&words[..], &["--config", &config]].concat(),
-        )?;
+        let own = [agent, "--config".to_owned(), config];
+        let words = [tool::with_clock(offset)?, own.to_vec()].concat();
+        let mut agent = node.spawn("wrong-clock", &words)?;
         let url = format!("http://{kiosk}/");
         tool::eventually("a service on the node answers by name", SOON, || {
             agent.running()?;
@@ -162,15 +150,6 @@ fn a_clock_ten_years_off_does_not_stop_names_and_local_services_and_is_told() ->
         assert!(agent.terminate(END)?.success(), "{}", agent.log());
     }
     Ok(())
-}
-
-/// Debian's library for wrong clocks, wherever this architecture has it.
-fn fake_clock() -> Result<PathBuf> {
-    let folders = fs::read_dir("/usr/lib")?.flatten();
-    let mut paths = folders.map(|folder| folder.path().join("faketime/libfaketimeMT.so.1"));
-    paths
-        .find(|path| path.is_file())
-        .context("no libfaketimeMT.so.1: apt-get install faketime")
 }
 
 const KIOSK_ON_EDGE_A1: &str = "apiVersion: v1

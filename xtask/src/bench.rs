@@ -3,6 +3,7 @@
 mod ask;
 mod controlplane;
 mod dns;
+mod offline;
 mod paths;
 mod plot;
 mod services;
@@ -20,7 +21,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use netns_tests::{load::ROUND_TRIP_MAX, mesh::Mesh};
+use netns_tests::{load::ROUND_TRIP_MAX, mesh::Mesh, node::Node};
 use serde::Serialize;
 use serde_json::json;
 
@@ -91,6 +92,14 @@ const BENCHES: &[Bench] = &[
         what: "a node's resolver beside unbound, dnsmasq, knot and nsd: answers a second, their latency; 100,000 endpoints",
         run: dns::run,
         check: dns::check,
+        table: figure_table,
+        plot: false,
+    },
+    Bench {
+        name: "offline",
+        what: "a site that boots alone, what coming back costs, and how soon all is one mesh again",
+        run: offline::run,
+        check: offline::check,
         table: figure_table,
         plot: false,
     },
@@ -490,6 +499,28 @@ pub(crate) fn two_nodes(bins: &Path, relay: &str) -> Result<Mesh> {
     Ok(mesh)
 }
 
+/// What ever went in and out by a public node's interface, in bytes with all headers.
+///
+/// # Errors
+///
+/// If the node is gone, or has no such interface.
+pub(crate) fn wire_bytes(node: &Node) -> Result<u64> {
+    // Of the thread that is in the namespace, not of the process.
+    let read = || fs::read_to_string("/proc/thread-self/net/dev");
+    let text = node.enter(read)??;
+    interface_bytes(&text, "wan").context("no interface wan in /proc/net/dev")
+}
+
+/// Bytes received and sent by an interface, of `/proc/net/dev`.
+fn interface_bytes(text: &str, name: &str) -> Option<u64> {
+    let mut lines = text.lines().map(str::trim_start);
+    let counts = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    let mut counts = counts.split_whitespace().map(str::parse);
+    let received: u64 = counts.next()?.ok()?;
+    let sent: u64 = counts.nth(7)?.ok()?;
+    Some(received + sent)
+}
+
 /// Until a daemon is up or a path is as wanted.
 pub(crate) const UP_LIMIT: Duration = Duration::from_secs(20);
 
@@ -513,6 +544,16 @@ mod tests {
             (2_000.0, 1_000.0, 3_000.0, 3)
         );
         assert_eq!((name.ok, memory.ok), (Some(true), None));
+    }
+
+    #[test]
+    fn an_interfaces_bytes_are_those_of_both_ways() {
+        let text = "Inter-|   Receive                                                |  Transmit\n \
+                    face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets\n    \
+                    lo:     100       2    0    0    0     0          0         0      100       2    0\n   \
+                    wan: 5000      20    0    0    0     0          0         0      700       9    0    0\n";
+        assert_eq!(interface_bytes(text, "wan"), Some(5_700));
+        assert_eq!(interface_bytes(text, "wa"), None);
     }
 
     #[test]

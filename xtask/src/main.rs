@@ -56,7 +56,7 @@ enum Verb {
     },
     /// Measures. Without a name: says which benches there are.
     Bench {
-        /// `tunnel`, `services`, `controlplane`, `paths` or `start`.
+        /// `tunnel`, `services`, `controlplane`, `paths`, `dns`, `offline` or `start`.
         name: Option<String>,
         /// One JSON object a line instead of a table.
         #[arg(long)]

@@ -24,6 +24,7 @@ use tokio::{
 };
 
 use crate::{
+    away::Away,
     cluster::{SERVICE_PORT, node_name, service_address},
     maps::Maps,
     now_ns, questions, say,
@@ -58,6 +59,8 @@ pub(crate) struct Fleet {
     maps: Vec<Arc<Maps>>,
     seen: Seen,
     looking: JoinSet<Result<u64>>,
+    /// Those that are not connected but for a moment.
+    away: BTreeMap<usize, Away>,
     /// What went wrong last, for people.
     problem: String,
 }
@@ -99,6 +102,7 @@ impl Fleet {
             maps: Vec::new(),
             seen: Seen::default(),
             looking: JoinSet::new(),
+            away: BTreeMap::new(),
             problem: String::new(),
         })
     }
@@ -134,6 +138,7 @@ impl Fleet {
     /// | `seen` | once all have it: when each simulated agent, when each map, and the sizes of the messages |
     /// | `forget` | the time: from now on it is watched who connects again |
     /// | `returned SINCE` | as `connect`, for those, from that time on |
+    /// | `back NUMBER` | the node that joined as this one is there for a moment: what it was told of what changed since it last was |
     async fn answer(&mut self, question: &str) -> Result<Value> {
         let words: Vec<_> = question.split(' ').collect();
         match words.as_slice() {
@@ -154,6 +159,7 @@ impl Fleet {
             }
             ["seen"] => self.seen().await,
             ["forget"] => Ok(json!(self.forget())),
+            ["back", number] => self.back(number.parse().context("NUMBER")?).await,
             ["returned", since] => self.firsts(since.parse().context("SINCE")?).await,
             _ => bail!("no such question"),
         }
@@ -168,6 +174,12 @@ impl Fleet {
         let joined: Vec<_> = joins.buffered(JOINING).try_collect().await?;
         self.joined.extend(joined);
         Ok(json!({"took_ns": begun.elapsed().as_nanos()}))
+    }
+
+    async fn back(&mut self, number: usize) -> Result<Value> {
+        let credentials = self.joined.get(number).context("nobody joined as this one")?;
+        let away = self.away.entry(number).or_default();
+        Ok(json!(away.come_back(&self.controller, credentials).await?))
     }
 
     fn connect(&mut self) {

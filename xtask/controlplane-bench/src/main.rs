@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+mod away;
 mod cluster;
 mod deploy;
 mod fleet;

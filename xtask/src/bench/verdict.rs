@@ -1,6 +1,6 @@
 //! The numbers that issues set, and whether a run held them.
 
-use super::{Figure, dns, paths, percentile, services, tunnel};
+use super::{Figure, dns, offline, paths, percentile, services, tunnel};
 
 /// What a figure's median is compared with.
 #[derive(Debug, Clone, Copy)]
@@ -356,6 +356,31 @@ const DNS: &[Rule] = &[
     rule("large-zone", "change", P99(100.0, "100 ms"), AtMost(1.0)),
 ];
 
+const CONVERGED: Against = P99(5_000.0, "5 s");
+const TWICE: Against = Number(1.0, "what changed");
+
+/// Issue 6: alone, away and back.
+const OFFLINE: &[Rule] = &[
+    rule(offline::BOOT, "name", P99_SECOND, AtMost(1.0)),
+    rule(offline::BOOT, "service", P99_SECOND, AtMost(1.0)),
+    rule(offline::BOOT, "peer", P99_SECOND, AtMost(1.0)),
+    rule(offline::ENDPOINT, "least_ratio", TWICE, AtMost(2.0)),
+    rule(offline::ENDPOINT, "message_ratio", TWICE, AtMost(2.0)),
+    rule(offline::ENDPOINT, "wire_ratio", TWICE, AtMost(2.0)),
+    rule(offline::SERVICE, "message_ratio", TWICE, AtMost(2.0)),
+    rule(offline::SERVICE, "wire_ratio", TWICE, AtMost(2.0)),
+    rule(offline::ENDPOINTS, "message_ratio", TWICE, AtMost(2.0)),
+    rule(offline::ENDPOINTS, "wire_ratio", TWICE, AtMost(2.0)),
+    rule(offline::NODES, "message_ratio", TWICE, AtMost(2.0)),
+    rule(offline::NODES, "wire_ratio", TWICE, AtMost(2.0)),
+    rule(offline::CONTROLLER, "converged", CONVERGED, AtMost(1.0)),
+    rule(offline::PARTITION, "converged", CONVERGED, AtMost(1.0)),
+    rule(offline::NEIGHBOUR, "converged", CONVERGED, AtMost(1.0)),
+    rule(offline::WEEK, "wrong_answers", NONE, AtMost(0.0)),
+    rule(offline::WEEK, "lost_updates", NONE, AtMost(0.0)),
+    rule(offline::WEEK, "converged", CONVERGED, AtMost(1.0)),
+];
+
 /// What came of the rules.
 #[derive(Debug)]
 pub(super) struct Verdict {
@@ -375,6 +400,7 @@ pub(super) fn judge(bench: &str, figures: &[Figure]) -> Verdict {
         "controlplane" => CONTROLPLANE.to_vec(),
         "paths" => PATHS.to_vec(),
         "dns" => DNS.to_vec(),
+        "offline" => OFFLINE.to_vec(),
         _ => Vec::new(),
     };
     let direct = |own: &Figure| {
@@ -631,6 +657,9 @@ mod tests {
             if let InTurns(other) = rule.against {
                 assert!(paths::is_case(other), "{other}");
             }
+        }
+        for rule in OFFLINE {
+            assert!(offline::is_case(rule.case), "{}", rule.case);
         }
         for rule in services_rules() {
             assert!(services::is_case(rule.case), "{}", rule.case);

@@ -1,7 +1,6 @@
 //! A controller, the cluster that it follows, and its agents.
 
 use std::{
-    fs,
     net::Ipv4Addr,
     path::Path,
     thread,
@@ -17,7 +16,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::{cases::Size, ms, tell};
-use crate::bench::{Samples, UP_LIMIT, ask::Asked, percentile};
+use crate::bench::{Samples, UP_LIMIT, ask::Asked, percentile, wire_bytes};
 
 /// Where all simulated agents are.
 const FLEET: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 200);
@@ -242,21 +241,8 @@ impl World {
 
     /// What ever went in and out by the fleet's interface.
     fn wire_bytes(&self) -> Result<u64> {
-        // Of the thread that is in the namespace, not of the process.
-        let read = || fs::read_to_string("/proc/thread-self/net/dev");
-        let text = self.fleet_node.enter(read)??;
-        interface_bytes(&text, "wan").context("no interface wan in /proc/net/dev")
+        wire_bytes(&self.fleet_node)
     }
-}
-
-/// Bytes received and sent by an interface, of `/proc/net/dev`.
-fn interface_bytes(text: &str, name: &str) -> Option<u64> {
-    let mut lines = text.lines().map(str::trim_start);
-    let counts = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-    let mut counts = counts.split_whitespace().map(str::parse);
-    let received: u64 = counts.next()?.ok()?;
-    let sent: u64 = counts.nth(7)?.ok()?;
-    Some(received + sent)
 }
 
 fn last_ms(times_ns: &[u64]) -> f64 {
@@ -267,19 +253,4 @@ fn last_ms(times_ns: &[u64]) -> f64 {
 fn median(mut values: Vec<u64>) -> f64 {
     values.sort_unstable();
     percentile(&values, 0.5).unwrap_or_default() as f64
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_interfaces_bytes_are_those_of_both_ways() {
-        let text = "Inter-|   Receive                                                |  Transmit\n \
-                    face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets\n    \
-                    lo:     100       2    0    0    0     0          0         0      100       2    0\n   \
-                    wan: 5000      20    0    0    0     0          0         0      700       9    0    0\n";
-        assert_eq!(interface_bytes(text, "wan"), Some(5_700));
-        assert_eq!(interface_bytes(text, "wa"), None);
-    }
 }
