@@ -75,6 +75,8 @@ pub struct Counters {
     pub busy: Counter,
     /// Answers over UDP that did not fit.
     pub truncated: Counter,
+    /// Answers that the log of queries left out: more came than it could write.
+    pub unlogged: Counter,
     dropped: [Counter; DropReason::ALL.len()],
 }
 

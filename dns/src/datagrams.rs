@@ -4,7 +4,7 @@
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
-    net::{Shutdown, SocketAddr, UdpSocket},
+    net::{IpAddr, Shutdown, SocketAddr, UdpSocket},
     os::fd::AsRawFd as _,
     sync::{
         Arc,
@@ -234,7 +234,7 @@ impl Replies {
         }
         if let Some(said) = self.packed.reply(query, &mut self.bytes) {
             self.shared.count_packed(said);
-            return self.end(from);
+            return self.end(from, source.ip());
         }
         let (step, max) = self.shared.decide(query, view);
         let (reply, is_own) = match step {
@@ -256,10 +256,13 @@ impl Replies {
             self.packed.keep(query, &bytes, said, several);
         }
         self.bytes.extend_from_slice(&bytes);
-        self.end(from);
+        self.end(from, source.ip());
     }
 
-    fn end(&mut self, to: SockaddrStorage) {
+    fn end(&mut self, to: SockaddrStorage, client: IpAddr) {
+        let start = self.ends.last().copied().unwrap_or_default();
+        self.shared
+            .log(client, self.bytes.get(start..).unwrap_or_default());
         self.ends.push(self.bytes.len());
         self.to.push(Some(to));
     }

@@ -17,6 +17,7 @@ mod datagrams;
 mod forward;
 mod limit;
 pub mod local;
+mod log;
 mod packed;
 pub mod server;
 pub mod upstream;

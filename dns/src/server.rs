@@ -35,6 +35,7 @@ use crate::{
     forward::{Forwarder, Known},
     limit::Limit,
     local::LocalNames,
+    log::QueryLog,
     packed::Said,
     upstream::{AuthoritiesError, DeviceFor, UpstreamConfig, tls},
     wire::{Overflow, TCP_MESSAGE_MAX_BYTES, encode},
@@ -85,6 +86,8 @@ pub struct DnsConfig {
     /// Who may ask, beyond this node itself: loopback, the listen addresses, and what the
     /// snapshot says is this node's (overlay and underlay addresses, prefixes behind it).
     pub allow_from: Vec<IpNet>,
+    /// Whether each answer is logged, with its client and its question.
+    pub query_log: bool,
 }
 
 /// A domain whose names are asked elsewhere: a company's own, say.
@@ -106,6 +109,7 @@ impl Default for DnsConfig {
             stubs: Vec::new(),
             local: LocalNames::default(),
             allow_from: Vec::new(),
+            query_log: false,
         }
     }
 }
@@ -176,11 +180,17 @@ impl DnsServer {
         let device: DeviceFor = Arc::new(device);
         let counters = Arc::new(Counters::default());
         let tasks = TaskTracker::new();
+        let log = config.query_log.then(|| {
+            let (log, write) = QueryLog::new(Arc::clone(&counters));
+            tasks.spawn(write); // It ends with the last who could add a line.
+            log
+        });
         let shared = Arc::new(Shared {
             view: Box::new(view),
             forwarder: Arc::new(Forwarder::new(&config, tls, &device, Arc::clone(&counters))),
             clients: Clients::new(&local_addresses, config.allow_from),
             local: config.local,
+            log,
             counters: Arc::clone(&counters),
             waiting: Limit::new(WAITING_MAX, WAITING_PER_SOURCE_MAX),
             connections: Limit::new(CONNECTIONS_MAX, CONNECTIONS_PER_SOURCE_MAX),
@@ -246,6 +256,7 @@ pub(crate) struct Shared {
     view: Box<dyn Fn() -> Option<Arc<View>> + Send + Sync>,
     clients: Clients,
     local: LocalNames,
+    log: Option<QueryLog>,
     forwarder: Arc<Forwarder>,
     counters: Arc<Counters>,
     waiting: Arc<Limit>,
@@ -298,6 +309,13 @@ impl Shared {
         self.count(said);
     }
 
+    /// Logs what `client` is told, where that is asked for.
+    pub(crate) fn log(&self, client: IpAddr, answer: &[u8]) {
+        if let Some(log) = &self.log {
+            log.add(canonical_ip(client), answer);
+        }
+    }
+
     pub(crate) fn drop_one(&self, reason: DropReason) {
         self.counters.drop_one(reason);
     }
@@ -333,6 +351,7 @@ impl Shared {
         let Some(reply) = self.write_datagram(reply, max) else {
             return;
         };
+        self.log(to.ip(), &reply.bytes);
         // The socket waits for nothing but queries.
         if sendto(socket, &reply.bytes, SendFlags::DONTWAIT, &to).is_err() {
             self.counters.drop_one(DropReason::Unsent);
@@ -388,6 +407,7 @@ impl Shared {
             let Some(Written { bytes, .. }) = written else {
                 return Ok(());
             };
+            self.log(source, &bytes);
             let len = u16::try_from(bytes.len()).unwrap_or(TCP_MESSAGE_MAX_BYTES);
             let framed = [&len.to_be_bytes()[..], &bytes].concat();
             timeout(TCP_IDLE, stream.write_all(&framed)).await??;

@@ -11,8 +11,9 @@
 mod common;
 
 use std::{
+    io,
     net::{IpAddr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -553,5 +554,57 @@ impl Noise {
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         self.0
+    }
+}
+
+/// What is logged, as text.
+#[derive(Clone, Default)]
+struct Logged(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Logged {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        io::Write::write(&mut *self.0.lock().unwrap(), bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn queries_are_logged_only_where_that_is_asked_for() {
+    let logged = Logged::default();
+    let writer = logged.clone();
+    let subscriber = tracing_subscriber::fmt().with_writer(move || writer.clone());
+    let _guard = tracing::subscriber::set_default(subscriber.with_ansi(false).finish());
+    for query_log in [false, true] {
+        let config = DnsConfig {
+            query_log,
+            ..DnsConfig::default()
+        };
+        let running = start_with(config, Some(view())).await;
+        // Decided, the same again as it was sent, one that is not there, and by TCP.
+        for arguments in [
+            "inventory.shop.svc.cluster.local",
+            "inventory.shop.svc.cluster.local",
+            "nobody.shop.svc.cluster.local AAAA",
+            "+tcp edge-a1.mesh",
+        ] {
+            running.dig(arguments).await;
+        }
+        let counters = Arc::clone(running.server.counters());
+        running.stop.cancel();
+        running.server.stopped().await;
+        assert_eq!((counters.queries.get(), counters.unlogged.get()), (4, 0));
+        let text = String::from_utf8(std::mem::take(&mut *logged.0.lock().unwrap())).unwrap();
+        let lines: Vec<_> = text
+            .lines()
+            .filter_map(|line| line.split("DNS query ").nth(1))
+            .collect();
+        let a = "client=127.0.0.1 name=inventory.shop.svc.cluster.local. kind=A code=No Error answers=1";
+        let no = "client=127.0.0.1 name=nobody.shop.svc.cluster.local. kind=AAAA code=Non-Existent Domain answers=0";
+        let tcp = "client=127.0.0.1 name=edge-a1.mesh. kind=A code=No Error answers=1";
+        let want: &[_] = if query_log { &[a, a, no, tcp] } else { &[] };
+        assert_eq!(lines, want);
     }
 }

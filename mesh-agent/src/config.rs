@@ -128,6 +128,9 @@ struct DnsConfig {
     /// Who may ask beyond this node and what is behind it, as prefixes.
     #[serde(default)]
     allow_from: Vec<IpNet>,
+    /// Whether each answer is logged.
+    #[serde(default)]
+    query_log: bool,
     /// Whether `a-b-c-d.<namespace>.pod.<cluster domain>` exists.
     #[serde(default)]
     pod_names: PodNames,
@@ -237,6 +240,7 @@ impl DnsConfig {
             ca_file: self.ca_file,
             stale_max: std::time::Duration::from_secs(self.serve_stale_s.into()),
             allow_from: self.allow_from,
+            query_log: self.query_log,
         })
     }
 }
@@ -249,6 +253,7 @@ impl Default for DnsConfig {
             ca_file: None,
             serve_stale_s: default_serve_stale_s(),
             allow_from: Vec::new(),
+            query_log: false,
             pod_names: PodNames::Off,
             stub: Vec::new(),
             record: Vec::new(),
@@ -803,7 +808,7 @@ mod tests {
         let address = "192.0.2.1:853".parse().unwrap();
         let settings = dns(
             "upstreams = ['10.0.0.53:53', {address = '192.0.2.1:853', tls = 'dns.example.org'}]\nca_file = '/ca.pem'\n\
-             serve_stale_s = 60\n[[dns.stub]]\ndomain = 'corp.example'\n\
+             query_log = true\nserve_stale_s = 60\n[[dns.stub]]\ndomain = 'corp.example'\n\
              upstreams = [{address = '192.0.2.1:853', https = 'https://dns.example.org/dns-query'}]",
         );
         let settings = settings.unwrap().dns;
@@ -816,6 +821,7 @@ mod tests {
         assert_eq!(settings.stubs[0].upstreams, [stub.unwrap()]);
         assert_eq!(settings.ca_file, Some("/ca.pem".into()));
         assert_eq!(settings.stale_max.as_secs(), 60);
+        assert!(settings.query_log);
         for (text, part) in [
             ("upstreams = ['resolver']", "tls ="),
             (

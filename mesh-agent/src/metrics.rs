@@ -310,6 +310,11 @@ fn add_dns(page: &mut Page, dns: &Counters) {
             "Answers that did not fit into UDP",
             &dns.truncated,
         ),
+        (
+            "dns_unlogged",
+            "Answers that the log of queries left out",
+            &dns.unlogged,
+        ),
     ] {
         page.counter(name, help, counter.get());
     }
