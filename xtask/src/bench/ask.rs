@@ -5,7 +5,7 @@ use std::{
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
 };
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result, anyhow, bail};
 use serde::de::DeserializeOwned;
 
 /// Killed when dropped.
@@ -44,7 +44,12 @@ impl Asked {
     pub(crate) fn ask<T: DeserializeOwned>(&mut self, question: &str) -> Result<T> {
         writeln!(self.questions, "{question}").context("whom to ask ended")?;
         let mut answer = String::new();
-        self.answers.read_line(&mut answer)?;
+        if self.answers.read_line(&mut answer)? == 0 {
+            let status = self.child.wait().context("whom to ask ended")?;
+            bail!(
+                "{question}: the program ended without an answer ({status}); is it in the folder that `--bins` names?"
+            );
+        }
         let answer: Result<T, String> = serde_json::from_str(&answer)
             .with_context(|| format!("{question}: the answer was {answer:?}"))?;
         answer.map_err(|error| anyhow!(error))
