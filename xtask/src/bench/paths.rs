@@ -13,14 +13,21 @@
 //! | [`IDLE`], [`IDLE_METERED`] | 50 peers with direct paths and nothing to say: bytes a second and packets a minute at the interface, both ways, with all headers; in the second case the only way out costs |
 //! | [`SHARE_0`], [`SHARE_1`], [`SHARE_10`] | round trips by a relay while another client sends nothing, its share, ten times its share |
 //!
-//! Each figure scales with `--rounds`: of five, 50 runs, ten minutes of loss, 100 MB, five minutes of idling. Those who mostly
-//! wait ([`WAITING`]) wait together.
+//! Each figure scales with `--rounds`: of five, 50 runs, ten minutes of loss, 100 MB, five minutes of idling. The bad line
+//! is waited for beside the pairs, whose gaps are timers, too, once its lab is up; those who idle do so together, beside nobody. How
+//! busy the pairs kept the processors is noted.
 
 mod line;
 mod pairs;
 mod share;
 
-use std::{path::Path, thread, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Result, anyhow, ensure};
 use netns_tests::matrix::{Matrix, Met, markdown};
@@ -59,8 +66,8 @@ const CASES: &[&str] = &[
     SHARE,
 ];
 
-/// These mostly wait, and are measured beside each other, each in a lab of its own.
-const WAITING: [&str; 3] = [LOSSY, IDLE, IDLE_METERED];
+/// These only wait, and are measured beside each other, each in a lab of its own.
+const IDLING: [&str; 2] = [IDLE, IDLE_METERED];
 
 /// The three that are measured in turns.
 const SHARE: &str = "relay-share";
@@ -101,14 +108,25 @@ pub(super) fn run(options: &Options, samples: &mut Samples) -> Result<bool> {
     let of_pairs = [CUT, RELAY, ADDRESS, WAN];
     let (of_pairs, others): (Vec<_>, Vec<_>) =
         cases.into_iter().partition(|case| of_pairs.contains(case));
-    if !of_pairs.is_empty() {
-        match Pairs::start(&options.bins, false) {
-            Ok(pairs) => measure_pairs(&pairs, &of_pairs, options.rounds, samples),
-            Err(error) => samples.error("pairs", &error),
+    let (waiting, others): (Vec<_>, Vec<_>) = others.into_iter().partition(|case| *case == LOSSY);
+    let (idling, others): (Vec<_>, Vec<_>) =
+        others.into_iter().partition(|case| IDLING.contains(case));
+    beside_waiting(&waiting, options, samples, |samples| {
+        if let Some(first) = of_pairs.first() {
+            let busy = Busy::now();
+            match Pairs::start(&options.bins, false) {
+                Ok(pairs) => measure_pairs(&pairs, &of_pairs, options.rounds, samples),
+                Err(error) => samples.error("pairs", &error),
+            }
+            let beside = if waiting.is_empty() {
+                "alone".to_owned()
+            } else {
+                format!("beside {}", waiting.join(", "))
+            };
+            let note = format!("{}: {beside}; {}", of_pairs.join(", "), busy.told());
+            samples.note(first, note);
         }
-    }
-    let (waiting, others): (Vec<_>, Vec<_>) =
-        others.into_iter().partition(|case| WAITING.contains(case));
+    });
     for case in others {
         eprintln!("{case}");
         let (bins, rounds) = (&options.bins, options.rounds);
@@ -123,18 +141,73 @@ pub(super) fn run(options: &Options, samples: &mut Samples) -> Result<bool> {
             samples.error(case, &error);
         }
     }
-    wait_for(&waiting, options, samples);
+    beside_waiting(&idling, options, samples, |_| ());
     Ok(samples.errors().next().is_none())
 }
 
-fn wait_for(cases: &[&'static str], options: &Options, samples: &mut Samples) {
+/// How many labs are coming up: what that takes of the processors must be in no figure.
+#[derive(Default)]
+struct Gate {
+    starting: Mutex<usize>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn starting(&self) -> Starting<'_> {
+        *self.lock() += 1;
+        Starting(self)
+    }
+
+    /// Returns when all are up, or failed.
+    fn wait(&self) {
+        let mut starting = self.lock();
+        while *starting > 0 {
+            starting = self
+                .changed
+                .wait(starting)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, usize> {
+        self.starting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One that is coming up, until this is dropped.
+pub(super) struct Starting<'g>(&'g Gate);
+
+impl Starting<'_> {
+    /// This one is; returns when all the others are.
+    pub(super) fn has_started(self) {
+        let gate = self.0;
+        drop(self);
+        gate.wait();
+    }
+}
+
+impl Drop for Starting<'_> {
+    fn drop(&mut self) {
+        *self.0.lock() -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
+/// Measures those who wait, each on a thread of its own, and does `meanwhile` when their labs are up.
+fn beside_waiting(
+    cases: &[&'static str],
+    options: &Options,
+    samples: &mut Samples,
+    meanwhile: impl FnOnce(&mut Samples),
+) {
     let (bins, rounds) = (&options.bins, options.rounds);
-    let measure = |case: &'static str| {
+    let gate = Gate::default();
+    let measure = |case: &'static str, starting: Starting<'_>| {
         eprintln!("{case}");
         let mut samples = Samples::default();
         let measured = match case {
-            LOSSY => line::lossy(bins, rounds, &mut samples),
-            _ => line::idle(bins, case, rounds, &mut samples),
+            LOSSY => line::lossy(bins, rounds, starting, &mut samples),
+            _ => line::idle(bins, case, rounds, starting, &mut samples),
         };
         if let Err(error) = measured {
             samples.error(case, &error);
@@ -142,8 +215,12 @@ fn wait_for(cases: &[&'static str], options: &Options, samples: &mut Samples) {
         samples
     };
     thread::scope(|scope| {
-        let begin = |&case: &&'static str| (case, scope.spawn(move || measure(case)));
-        let running: Vec<_> = cases.iter().map(begin).collect();
+        // All, before the first could be the only one.
+        let starting: Vec<_> = cases.iter().map(|&case| (case, gate.starting())).collect();
+        let begin = |(case, starting)| (case, scope.spawn(move || measure(case, starting)));
+        let running: Vec<_> = starting.into_iter().map(begin).collect();
+        gate.wait();
+        meanwhile(samples);
         for (case, measuring) in running {
             match measuring.join() {
                 Ok(measured) => samples.append(measured),
@@ -151,6 +228,37 @@ fn wait_for(cases: &[&'static str], options: &Options, samples: &mut Samples) {
             }
         }
     });
+}
+
+/// What the machine's processors did, in ticks, since it started.
+struct Busy {
+    all: u64,
+    idle: u64,
+}
+
+impl Busy {
+    fn now() -> Self {
+        let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
+        let first = stat.lines().next().unwrap_or_default();
+        let ticks: Vec<u64> = first
+            .split_whitespace()
+            .skip(1)
+            .take(8) // Up to `steal`: guests are in `user`, too (proc_stat(5)).
+            .filter_map(|word| word.parse().ok())
+            .collect();
+        Self {
+            all: ticks.iter().sum(),
+            idle: ticks.iter().skip(3).take(2).sum(),
+        }
+    }
+
+    /// How busy they were since then.
+    fn told(&self) -> String {
+        let now = Self::now();
+        let (all, idle) = (now.all - self.all, now.idle - self.idle);
+        let busy = 100.0 * (all - idle) as f64 / all.max(1) as f64;
+        format!("processors busy {busy:.0} % of the time")
+    }
 }
 
 fn measure_pairs(pairs: &Pairs, cases: &[&'static str], rounds: u32, samples: &mut Samples) {

@@ -18,7 +18,7 @@ use netns_tests::{
 };
 use serde_json::Value;
 
-use super::{IDLE_METERED, LOSSY, UNFRAGMENTED, ms, pairs};
+use super::{IDLE_METERED, LOSSY, Starting, UNFRAGMENTED, ms, pairs};
 use crate::{
     bench::{
         Samples,
@@ -55,7 +55,12 @@ const NAME: &str = "inventory.shop.svc.cluster.local";
 /// # Errors
 ///
 /// If a node does not come up, or the two never speak.
-pub(super) fn lossy(bins: &Path, rounds: u32, samples: &mut Samples) -> Result<()> {
+pub(super) fn lossy(
+    bins: &Path,
+    rounds: u32,
+    starting: Starting<'_>,
+    samples: &mut Samples,
+) -> Result<()> {
     let mut mesh = Mesh::start(bins, &root().join("examples/demo"))?;
     mesh.start_relay()?;
     mesh.add_two_sites(Impairment::NONE, &["edge-a1"], &["edge-b1"])?;
@@ -66,6 +71,7 @@ pub(super) fn lossy(bins: &Path, rounds: u32, samples: &mut Samples) -> Result<(
         .try_for_each(|node| mesh.agent_ready(node, 2))?;
     mesh.serve("edge-b1", "inventory", &["http", "edge-b1", "[::]:8080"])?;
     mesh.get("edge-a1", &["-4", URL], REQUEST_LIMIT)?;
+    starting.has_started();
     mesh.site("site-a")?.link().set(LOSSY_LINE)?;
     let time = LOSSY_TIME * rounds;
     let [from, to] = [mesh.node("edge-a1")?, mesh.node("edge-b1")?];
@@ -243,7 +249,13 @@ const LINKS_END: Duration = Duration::from_secs(70);
 /// # Errors
 ///
 /// If a node does not come up, or a path does not.
-pub(super) fn idle(bins: &Path, case: &str, rounds: u32, samples: &mut Samples) -> Result<()> {
+pub(super) fn idle(
+    bins: &Path,
+    case: &str,
+    rounds: u32,
+    starting: Starting<'_>,
+    samples: &mut Samples,
+) -> Result<()> {
     let metered = case == IDLE_METERED;
     let lines = if metered {
         "[[uplink]]\ninterface = \"wan\"\nmetered = true\n"
@@ -259,6 +271,7 @@ pub(super) fn idle(bins: &Path, case: &str, rounds: u32, samples: &mut Samples) 
         },
         lines,
     )?;
+    starting.has_started();
     thread::sleep(idle::CALM);
     if metered {
         thread::sleep(LINKS_END);
