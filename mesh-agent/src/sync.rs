@@ -205,7 +205,11 @@ impl Sync {
                 () = stop.cancelled() => break,
             };
             let error = match ended {
-                Ok(Ended::Moved | Ended::Doubted) => continue,
+                Ok(Ended::Moved | Ended::Doubted) => {
+                    // The next connection may take long to come about.
+                    self.desired.lock().await.write_if_dirty().await;
+                    continue;
+                }
                 Ok(Ended::Visited) => {
                     self.desired.lock().await.write_if_dirty().await;
                     self.controllers.handle_success();
@@ -330,6 +334,7 @@ impl Sync {
             self.desired.lock().await.follow(false);
             match followed? {
                 Some(Ended::Doubted) => {
+                    self.desired.lock().await.write_if_dirty().await;
                     doubted = true;
                     continue;
                 }
