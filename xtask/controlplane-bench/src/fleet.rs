@@ -177,7 +177,10 @@ impl Fleet {
     }
 
     async fn back(&mut self, number: usize) -> Result<Value> {
-        let credentials = self.joined.get(number).context("nobody joined as this one")?;
+        let credentials = self
+            .joined
+            .get(number)
+            .context("nobody joined as this one")?;
         let away = self.away.entry(number).or_default();
         Ok(json!(away.come_back(&self.controller, credentials).await?))
     }

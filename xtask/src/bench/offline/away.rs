@@ -50,6 +50,9 @@ struct Told {
     full: bool,
 }
 
+/// A case, how many resources change in it, and the manifest of each round.
+type Size = (&'static str, usize, fn(u32) -> String);
+
 struct World {
     fleet: Asked,
     fleet_node: Node,
@@ -63,7 +66,7 @@ struct World {
 /// If a node is told otherwise than what changed.
 pub(super) fn measure(bins: &Path, rounds: u32, samples: &mut Samples) -> Result<()> {
     let mut world = World::new(bins)?;
-    let sizes: [(&str, usize, fn(u32) -> String); 4] = [
+    let sizes: [Size; 4] = [
         (ENDPOINT, 1, |round| slice("one", 10, round, 1)),
         (SERVICE, 2, |round| {
             let name = format!("new{round}");
@@ -74,7 +77,7 @@ pub(super) fn measure(bins: &Path, rounds: u32, samples: &mut Samples) -> Result
             )
         }),
         (ENDPOINTS, 1, |round| slice("hundred", 100, round, 100)),
-        (NODES, JOINED as usize, sites),
+        (NODES, usize::try_from(JOINED)?, sites),
     ];
     // So that what changes is there.
     for (case, _, text) in sizes {
