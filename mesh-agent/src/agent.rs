@@ -231,8 +231,8 @@ async fn start(
     let netlink = Netlink::connect().context("cannot talk to the kernel by netlink")?;
     // The core will say what is used; until then what it will most likely say.
     let network = network::read(&netlink, &settings).await?;
-    let way = network.as_ref().map_or_else(Vec::new, Network::ways);
-    let (ways, way) = watch::channel(way.into_iter().next().unwrap_or_default());
+    let likely = network.as_ref().map_or_else(Vec::new, Network::ways);
+    let (ways, way) = watch::channel(likely.first().cloned().unwrap_or_default());
     let (news, heard) = News::new();
     let (sync, snapshots) = Sync::open(
         &settings,
@@ -256,7 +256,10 @@ async fn start(
         desired::keep_limit(Arc::clone(&desired), stop.clone()),
     );
     supervisor.spawn("sync", sync.run(stop.clone()));
-    let snapshot = sync::wait_for_node(snapshots.clone(), &settings.node_name).await?;
+    let snapshot = tokio::select! {
+        found = sync::wait_for_node(snapshots.clone(), &settings.node_name) => found?,
+        never = network::try_each(&likely, &ways) => match never {},
+    };
     let own = snapshot
         .nodes
         .get(&settings.node_name)

@@ -3,8 +3,9 @@
 
 use std::{
     collections::BTreeSet,
+    convert::Infallible,
     error::Error,
-    fs,
+    fs, future,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     sync::Arc,
@@ -32,8 +33,14 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::Settings,
     driver::Event,
-    uplinks::{Network, UplinkRule},
+    uplinks::{Network, UplinkRule, Way},
 };
+
+/// How long the likeliest way out is tried for the first snapshot before the next one is. In each further round twice as long.
+const FIRST_TURN: Duration = Duration::from_secs(5);
+
+/// The longest turn: a first snapshot of 100 MB by 3 Mb/s, or another controller's whole pause.
+const LONGEST_TURN: Duration = Duration::from_secs(300);
 
 /// How often what the kernel refused is tried again.
 const RETRY: Duration = Duration::from_secs(5);
@@ -210,6 +217,26 @@ pub async fn read(netlink: &Netlink, settings: &Settings) -> anyhow::Result<Opti
     Ok(chosen.then_some(network))
 }
 
+/// Names one way out of this machine after the other for as long as it runs: before there is a snapshot, nobody finds out
+/// which of them lead anywhere.
+pub async fn try_each(all: &[Way], ways: &watch::Sender<Way>) -> Infallible {
+    if all.len() < 2 {
+        return future::pending().await;
+    }
+    let mut turn = FIRST_TURN;
+    loop {
+        for way in all {
+            ways.send_if_modified(|last| {
+                let other = last != way;
+                last.clone_from(way);
+                other
+            });
+            time::sleep(turn).await;
+        }
+        turn = LONGEST_TURN.min(turn * 2);
+    }
+}
+
 /// Tells the driver the ways out of this machine, now and whenever the network changes. While there is
 /// one, and `rules` say nothing, those are only the addresses of the node's socket, and the kernel's
 /// routes choose; from the second one on, the core does.
@@ -278,6 +305,7 @@ fn warn_if_strict(network: &Network, told: &mut BTreeSet<String>) {
 #[cfg(test)]
 mod tests {
     use mesh_core::snapshot::{ExternalPeer, MeshSettings};
+    use mesh_linux::netlink::{Interface, Ways};
     use mesh_wire::id::{MeshId, NodeId};
 
     use super::*;
@@ -304,6 +332,36 @@ mod tests {
             .iter()
             .filter(|(net, _)| net.addr().is_ipv4());
         v4.map(|(net, _)| net.to_string()).collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn until_there_is_a_snapshot_each_way_out_has_its_turn() {
+        let interface = |number, name: &str, metric| Interface {
+            index: IfIndex::new(number).unwrap(),
+            name: name.to_owned(),
+            up: true,
+            addresses: [IpAddr::from([10, 0, 0, 1])].into(),
+            metric_v4: Some(metric),
+            metric_v6: None,
+        };
+        let ways = Ways {
+            interfaces: vec![interface(2, "eth0", 100), interface(3, "wwan0", 700)],
+            routes: Vec::new(),
+        };
+        let all = Network::new(&ways, &[], 51_820).ways();
+        let likeliest = all[0].clone();
+        let (sender, mut way) = watch::channel(likeliest.clone());
+        let trying = tokio::spawn(async move { try_each(&all, &sender).await });
+        let (start, mut turns) = (time::Instant::now(), Vec::new());
+        while turns.len() < 20 {
+            way.changed().await.unwrap();
+            let is_likeliest = *way.borrow() == likeliest;
+            turns.push((start.elapsed().as_secs(), is_likeliest));
+        }
+        let first = [(5, false), (10, true), (20, false), (30, true), (50, false)];
+        assert_eq!(turns[..5], first);
+        assert_eq!(turns[19].0 - turns[18].0, LONGEST_TURN.as_secs());
+        trying.abort();
     }
 
     #[test]
