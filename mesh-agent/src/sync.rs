@@ -335,6 +335,7 @@ impl Sync {
             match followed? {
                 Some(Ended::Doubted) => {
                     self.desired.lock().await.write_if_dirty().await;
+                    self.news.mark_unchanged(); // Else the next stream would be doubted for the same.
                     doubted = true;
                     continue;
                 }
