@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::PathBuf,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -12,6 +13,9 @@ use serde_json::Value;
 
 /// What should happen soon has happened by then, or never will.
 const SOON: Duration = Duration::from_secs(20);
+
+/// A node whose mesh is well sends and receives less at rest: its links' keepalives, and acknowledgements.
+const QUIET_BYTES_PER_S: u64 = 2048;
 
 const NODES: [&str; 2] = ["edge-a1", "edge-a2"];
 
@@ -46,6 +50,16 @@ fn number(mesh: &Mesh, node: &str, pointer: &str) -> Result<u64> {
     let status = mesh.status(node)?;
     let number = status.pointer(pointer).and_then(Value::as_u64);
     Ok(number.unwrap_or_default())
+}
+
+/// Sent and received by a node's line.
+fn bytes(mesh: &Mesh, node: &str) -> Result<u64> {
+    let words = ["ip", "-s", "-j", "link", "show", "eth0"];
+    let said = mesh.node(node)?.run(&words, SOON)?.ok()?;
+    let links: Value = serde_json::from_str(&said)?;
+    let of = |way: &str| links.pointer(&format!("/0/stats64/{way}/bytes"))?.as_u64();
+    let both = of("rx").zip(of("tx"));
+    both.map(|(received, sent)| received + sent).context(said)
 }
 
 fn connected(mesh: &Mesh, node: &str) -> Result<()> {
@@ -130,6 +144,13 @@ fn a_node_of_a_cut_off_site_gets_what_is_newer_from_its_neighbour_and_nothing_fl
         "all as the controller says {:?} after the line came back",
         begin.elapsed()
     );
+    tool::eventually("they are silent again", SOON, || {
+        let (before, pause) = (bytes(&mesh, "edge-a1")?, Duration::from_secs(3));
+        thread::sleep(pause);
+        let more = bytes(&mesh, "edge-a1")? - before;
+        ensure!(more < QUIET_BYTES_PER_S * pause.as_secs(), "{more} bytes");
+        Ok(())
+    })?;
     mesh.all_run()
 }
 
