@@ -434,6 +434,11 @@ fn policy(agent: &Agent, _: &Facts) -> Vec<Finding> {
     vec![finding("policy_denies", Level::Warning, cause, fix)]
 }
 
+/// How many of so many are not named one by one; `None`: all are.
+fn unnamed(found: usize) -> Option<usize> {
+    found.checked_sub(NAMED_MAX).filter(|more| *more > 0)
+}
+
 fn endpoints(agent: &Agent, _: &Facts) -> Vec<Finding> {
     let mut findings = Vec::new();
     let dead = |one: &&Endpoint| one.ready && (one.ejected || !one.alive);
@@ -474,18 +479,12 @@ fn endpoints(agent: &Agent, _: &Facts) -> Vec<Finding> {
         let fix = "start what should listen there, or let its readiness probe say that it is not ready; `ss -ltn` on that node shows what listens. If its node is unreachable, see that first";
         findings.push(finding("dead_endpoint", level, cause, fix));
     }
-    if with_dead.len() > NAMED_MAX {
-        let cause = format!(
-            "dead endpoint: {} services more have some",
-            with_dead.len() - NAMED_MAX
-        );
-        findings.push(finding(
-            "dead_endpoint",
-            Level::Warning,
-            cause,
-            "`meshctl services --endpoints`",
-        ));
-    }
+    let more = unnamed(with_dead.len()).map(|more| {
+        let cause = format!("dead endpoint: {more} services more have some");
+        let fix = "`meshctl services --endpoints`";
+        finding("dead_endpoint", Level::Warning, cause, fix)
+    });
+    findings.extend(more);
     findings
 }
 
@@ -505,15 +504,11 @@ fn unreachable(agent: &Agent, _: &Facts) -> Vec<Finding> {
             finding("unreachable", Level::Error, cause, &fix)
         })
         .collect();
-    if gone.len() > NAMED_MAX {
-        let cause = format!("{} nodes more are unreachable", gone.len() - NAMED_MAX);
-        findings.push(finding(
-            "unreachable",
-            Level::Error,
-            cause,
-            "`meshctl peers`",
-        ));
-    }
+    let more = unnamed(gone.len()).map(|more| {
+        let cause = format!("{more} nodes more are unreachable");
+        finding("unreachable", Level::Error, cause, "`meshctl peers`")
+    });
+    findings.extend(more);
     findings
 }
 

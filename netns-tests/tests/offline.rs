@@ -144,6 +144,10 @@ fn a_node_of_a_cut_off_site_gets_what_is_newer_from_its_neighbour_and_nothing_fl
         "all as the controller says {:?} after the line came back",
         begin.elapsed()
     );
+    // Another address is a reason to doubt the connection, once.
+    let more = ["ip", "addr", "add", "192.168.250.1/32", "dev", "eth0"];
+    mesh.node("edge-a1")?.run(&more, SOON)?.ok()?;
+    thread::sleep(Duration::from_secs(3)); // What comes of that.
     tool::eventually("they are silent again", SOON, || {
         let (before, pause) = (bytes(&mesh, "edge-a1")?, Duration::from_secs(3));
         thread::sleep(pause);

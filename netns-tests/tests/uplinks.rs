@@ -56,6 +56,17 @@ fn add_modem(mesh: &Mesh, edge: &Node) -> Result<()> {
     tool::ip(edge.netns(), route)
 }
 
+/// Sites by name, the last byte of their outside address, and the nodes in them: 10 ms away, and behind NAT.
+fn sites(all: &[(&str, u8, &[&str])]) -> Result<Mesh> {
+    let mut mesh = Mesh::two_sites_of(&[], &[])?;
+    let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
+    for (name, last, hosts) in all {
+        let wan = [203, 0, 113, *last].into();
+        mesh.add_site(name, NatKind::PortRestricted, wan, link, hosts)?;
+    }
+    Ok(mesh)
+}
+
 /// `edge-a1` at a wired site and at a modem's, `edge-b1` somewhere else, directly connected.
 struct Two {
     mesh: Mesh,
@@ -66,17 +77,8 @@ struct Two {
 
 impl Two {
     fn start(config: &str) -> Result<Self> {
-        let mut mesh = Mesh::two_sites_of(&[], &[])?;
-        let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
-        for (name, last) in [("wired", 11), ("mobile", 12), ("elsewhere", 13)] {
-            let hosts: &[&str] = match name {
-                "wired" => &["edge-a1"],
-                "mobile" => &[],
-                _ => &["edge-b1"],
-            };
-            let wan = [203, 0, 113, last].into();
-            mesh.add_site(name, NatKind::PortRestricted, wan, link, hosts)?;
-        }
+        let elsewhere = ("elsewhere", 13, &["edge-b1"][..]);
+        let mesh = sites(&[("wired", 11, &["edge-a1"]), ("mobile", 12, &[]), elsewhere])?;
         let edge = mesh.node("edge-a1")?;
         add_modem(&mesh, &edge)?;
         mesh.start_agent_with("edge-a1", config)?;
@@ -359,15 +361,10 @@ fn names_are_asked_for_by_the_uplink_in_use() -> Result<()> {
 }
 
 /// The same from the beginning, and the controller has a name, which a name server knows that is reached by the modem only: the
-/// node joins by that. (Its first snapshot it asks for by the wire, until somebody finds out that this is dead.)
+/// node joins by that, and gets its first snapshot when the modem has its turn.
 #[test]
 fn a_node_whose_line_is_dead_joins_at_a_controller_with_a_name() -> Result<()> {
-    let mut mesh = Mesh::two_sites_of(&[], &[])?;
-    let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
-    for (name, last, hosts) in [("wired", 11, &["edge-a1"][..]), ("mobile", 12, &[])] {
-        let wan = [203, 0, 113, last].into();
-        mesh.add_site(name, NatKind::PortRestricted, wan, link, hosts)?;
-    }
+    let mesh = sites(&[("wired", 11, &["edge-a1"]), ("mobile", 12, &[])])?;
     let edge = mesh.node("edge-a1")?;
     add_modem(&mesh, &edge)?;
     let _server = NameServer::start(&mesh)?;
@@ -410,10 +407,7 @@ fn a_new_address_at_the_same_uplink_costs_half_a_second() -> Result<()> {
 /// not a packet goes either way, and nobody misses it.
 #[test]
 fn a_node_with_only_a_modem_visits_its_controller_and_is_silent_in_between() -> Result<()> {
-    let mut mesh = Mesh::two_sites_of(&[], &[])?;
-    let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
-    let wan = [203, 0, 113, 12].into();
-    mesh.add_site("mobile", NatKind::PortRestricted, wan, link, &[])?;
+    let mesh = sites(&[("mobile", 12, &[])])?;
     let edge = mesh.lab().add_node("edge-a1")?;
     add_modem(&mesh, &edge)?;
     mesh.start_agent_with("edge-a1", &format!("metered_sync_s = 10\n{METERED}"))?;
@@ -467,12 +461,7 @@ fn a_node_with_only_a_modem_visits_its_controller_and_is_silent_in_between() -> 
 /// that is no uplink are reached by the LAN meanwhile.
 #[test]
 fn weights_say_which_uplink_is_used_and_lans_stay_what_they_are() -> Result<()> {
-    let mut mesh = Mesh::two_sites_of(&[], &[])?;
-    let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
-    for (name, last, hosts) in [("wired", 11, &["edge-a1"][..]), ("mobile", 12, &[])] {
-        let wan = [203, 0, 113, last].into();
-        mesh.add_site(name, NatKind::PortRestricted, wan, link, hosts)?;
-    }
+    let mesh = sites(&[("wired", 11, &["edge-a1"]), ("mobile", 12, &[])])?;
     let edge = mesh.node("edge-a1")?;
     let modem = mesh.site("mobile")?.router();
     mesh.lab().veth(&edge, "wwan0", modem, "modem")?;

@@ -524,9 +524,9 @@ impl Peer {
             path.happen(event, ctx.now);
         }
         // After a move the other end only has to notice. What is in doubt is doubled until it is not.
-        let moved = primary != self.primary && duplicate == self.primary;
-        let max = duplicate.filter(|_| moved).map(|_| DUPLICATES_MAX);
         let moves = primary != self.primary;
+        let keeps_old = moves && duplicate == self.primary;
+        let max = duplicate.filter(|_| keeps_old).map(|_| DUPLICATES_MAX);
         self.primary = primary;
         self.duplicate_until = None;
         self.say_path((duplicate, max), moves, ctx);
