@@ -7,11 +7,13 @@
 //! **Invariant:** nothing here sends a packet outside the lab's own namespaces, changes the
 //! host's network configuration, or outlives its owner unless [`lab::Lab::keep`] was called.
 
+pub mod document;
 pub mod lab;
 pub mod link;
 pub mod load;
 pub mod matrix;
 pub mod mesh;
+pub mod name_server;
 pub mod nat;
 pub mod node;
 pub mod probe;

@@ -20,6 +20,7 @@ use std::{
 };
 
 use netns_tests::{
+    document::commands,
     lab::Lab,
     link::Impairment,
     nat::NatKind,
@@ -41,21 +42,6 @@ const RELAY: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 10);
 /// How soon an agent whose controller was killed hears of changes again: it sees the connection break at once, waits half a
 /// second, may be sent to the dead one by the Service, and again; and this machine has two cores.
 const MOVED_WITHIN: Duration = Duration::from_secs(15);
-
-/// What follows `$ ` in the blocks of shell.
-fn commands(text: &str) -> Vec<String> {
-    let mut found = Vec::new();
-    let mut inside = false;
-    for line in text.lines() {
-        match line {
-            "```sh" => inside = true,
-            "```" => inside = false,
-            line if inside => found.extend(line.strip_prefix("$ ").map(str::to_owned)),
-            _ => {}
-        }
-    }
-    found
-}
 
 #[test]
 fn the_walk_through_works_as_it_is_written_while_controllers_die() {
@@ -94,7 +80,8 @@ struct World {
 
 async fn walk(world: &World) {
     let text = fs::read_to_string(root().join("docs/kubernetes.md")).unwrap();
-    let commands = commands(&text);
+    let commands = commands(&text).into_iter().map(|command| command.text);
+    let commands: Vec<_> = commands.collect();
     assert!(commands.len() >= 10, "{commands:?}");
     let cluster = Cluster::new(&world.machine).await;
     let mut mesh = None;

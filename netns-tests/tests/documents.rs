@@ -1,0 +1,109 @@
+//! The pages of `docs/` whose commands are for machines without Kubernetes, followed word by word with the real binaries:
+//! a machine with a public address, two at sites behind NATs, and spare ones for who reads on.
+
+use std::{collections::BTreeMap, fs, net::Ipv4Addr, path::Path, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use netns_tests::{
+    document::{Machine, commands},
+    lab::Lab,
+    link::Impairment,
+    nat::NatKind,
+    site::Site,
+};
+
+/// Where every page begins.
+const START: &str = "getting-started.md";
+
+/// Machines with public addresses.
+const PUBLIC: [(&str, Ipv4Addr); 2] = [
+    ("cloud", Ipv4Addr::new(198, 51, 100, 10)),
+    ("relay-2", Ipv4Addr::new(198, 51, 100, 20)),
+];
+
+/// Sites, what their NATs are, their public address, and their machines.
+const SITES: [(&str, NatKind, Ipv4Addr, &[&str]); 2] = [
+    (
+        "site-a",
+        NatKind::PortRestricted,
+        Ipv4Addr::new(203, 0, 113, 1),
+        &["edge-a", "press"],
+    ),
+    (
+        "site-b",
+        NatKind::PortRestricted,
+        Ipv4Addr::new(203, 0, 113, 2),
+        &["edge-b", "edge-c"],
+    ),
+];
+
+/// What a page says instead of what a command printed, to be put there by who follows it.
+const TOKEN: &str = "TOKEN";
+
+struct World {
+    // Before the lab that they are in.
+    machines: BTreeMap<String, Machine>,
+    _sites: Vec<Site>,
+    _lab: Lab,
+}
+
+impl World {
+    fn new() -> Result<Self> {
+        let lab = Lab::new()?;
+        let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
+        let mut nodes = Vec::new();
+        for (name, address) in PUBLIC {
+            nodes.push(lab.public_node(name, address)?);
+        }
+        let mut sites = Vec::new();
+        for (name, kind, wan, hosts) in SITES {
+            let site = lab.site(name, kind, wan, link)?;
+            for host in hosts {
+                nodes.push(site.host(&lab, host)?);
+            }
+            sites.push(site);
+        }
+        let machines = nodes.into_iter().map(|node| {
+            let name = node.name().to_owned();
+            Ok((name, Machine::new(node, root())?))
+        });
+        Ok(Self {
+            machines: machines.collect::<Result<_>>()?,
+            _sites: sites,
+            _lab: lab,
+        })
+    }
+
+    /// Types all commands of a page of `docs/`.
+    fn follow(&mut self, page: &str) -> Result<()> {
+        let text = fs::read_to_string(root().join("docs").join(page))?;
+        let commands = commands(&text);
+        ensure!(!commands.is_empty(), "{page} has no commands");
+        let mut token = String::new();
+        for mut command in commands {
+            command.text = command.text.replace(TOKEN, token.trim());
+            let machine = self.machines.get_mut(&command.machine);
+            let machine = machine.with_context(|| format!("{page}: {command:?}: no machine"))?;
+            let said = machine.follow(&command).context(page.to_owned())?;
+            if command.text.starts_with("meshctl token create") {
+                token = said;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn root() -> &'static Path {
+    let own = Path::new(env!("CARGO_MANIFEST_DIR"));
+    own.parent().unwrap_or(own)
+}
+
+fn follow(pages: &[&str]) -> Result<()> {
+    let mut world = World::new()?;
+    pages.iter().try_for_each(|page| world.follow(page))
+}
+
+#[test]
+fn two_machines_become_a_mesh_as_getting_started_says() -> Result<()> {
+    follow(&[START])
+}
