@@ -9,8 +9,9 @@
 //! | [`NEIGHBOUR`] | one node was cut off its LAN, the other one heard of the change, and then the line went for good: from the LAN's healing until the first node has it, from the other one |
 //! | [`WEEK`] | seven days in virtual time: `mesh-controller`'s own test says what came of it |
 //!
-//! The smallest change there is, one endpoint, has 40 bytes, and the head alone 160 that says that it is signed: there
-//! `message` is many times `changed_least`, whatever the controller does.
+//! What changed is counted in resources, as Kubernetes counts: its watch tells an EndpointSlice whole whatever of it changed,
+//! and so does Sync. The smallest change there is, one endpoint, has 40 bytes, the head alone 160 that says that all is signed:
+//! there `message` is many times `changed_least`, whatever the controller does. `least_ratio` says how many, and judges nothing.
 
 mod away;
 mod boot;
