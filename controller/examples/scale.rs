@@ -18,6 +18,7 @@ use mesh_controller::{
     manifests::Kind,
     state::State,
 };
+use mesh_daemon::metrics::Listen;
 use prost::Message as _;
 use serde_json::{from_value, json};
 
@@ -96,6 +97,7 @@ fn settings(folder: PathBuf) -> Settings {
         mesh_name: "demo".to_owned(),
         listen: ([127, 0, 0, 1], 0).into(),
         admin_socket: folder.join("admin.sock"),
+        metrics: Listen(None),
         state_dir: folder,
         manifests: None,
         etcd: None,

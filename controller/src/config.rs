@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use mesh_daemon::FileError;
+use mesh_daemon::{FileError, metrics};
 use mesh_identity::authority::check_trust_domain;
 use serde::Deserialize;
 
@@ -28,6 +28,8 @@ pub struct Settings {
     pub etcd: Option<Arc<EtcdSettings>>,
     /// Unix socket for `meshctl`.
     pub admin_socket: PathBuf,
+    /// Where Prometheus is shown what the controller did.
+    pub metrics: metrics::Listen,
 }
 
 /// The `[etcd]` table, checked.
@@ -115,6 +117,8 @@ struct ConfigFile {
     etcd: Option<EtcdTable>,
     #[serde(default = "default_admin_socket")]
     admin_socket: PathBuf,
+    #[serde(default = "default_metrics_listen")]
+    metrics_listen: metrics::Listen,
 }
 
 /// The `[etcd]` table, as written.
@@ -162,6 +166,10 @@ fn default_admin_socket() -> PathBuf {
     "/run/holdfast/controller.sock".into()
 }
 
+fn default_metrics_listen() -> metrics::Listen {
+    metrics::Listen::local(9_642)
+}
+
 impl Settings {
     /// Reads and checks the file at `path`.
     ///
@@ -203,6 +211,7 @@ impl Settings {
             manifests: file.manifests,
             kubernetes: file.kubernetes,
             admin_socket: file.admin_socket,
+            metrics: file.metrics_listen,
         })
     }
 }
@@ -264,6 +273,7 @@ mod tests {
         let text = include_str!("../../examples/controller.toml");
         let file: ConfigFile = toml::from_str(text).unwrap();
         check_trust_domain(&file.mesh_name).unwrap();
+        assert_eq!(file.metrics_listen, default_metrics_listen());
     }
 
     #[test]

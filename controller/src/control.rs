@@ -10,6 +10,7 @@ use mesh_api::{
     resources::{SYNC_BYTES_MAX, digest::BUCKETS_MAX},
     serve::caller,
 };
+use mesh_daemon::metrics::Page;
 use mesh_identity::{authority::IssueError, token::JoinToken};
 use mesh_wire::id::{Identity, NodeId, NodeName};
 use tokio::{
@@ -23,6 +24,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     history::{Differing, Index},
     kubernetes::{ReviewError, Reviewer},
+    metrics::{self, Facts, Method},
     state::{PrepareError, SessionGuard, State},
     store::JoinError,
     token::Refusal,
@@ -58,6 +60,8 @@ const JOINS_MAX: usize = 64;
 /// as long. A node that does not tell them gets everything.
 const DIGESTS_TIMEOUT: Duration = Duration::from_secs(30);
 
+type SyncStream = Pin<Box<dyn Stream<Item = Result<SyncResponse, Status>> + Send>>;
+
 /// The service.
 #[derive(Debug, Clone)]
 pub struct ControlService {
@@ -91,6 +95,21 @@ impl ControlService {
         }
     }
 
+    /// What Prometheus is shown.
+    pub async fn metrics(self) -> Page {
+        let under_way = |all: usize, free: &Semaphore| all.saturating_sub(free.available_permits());
+        let turns = under_way(FULL_ANSWERS_BYTES_MAX / FULL_ANSWERS_UNIT, &self.turns);
+        let joins = under_way(JOINS_MAX, &self.joins);
+        let state = self.state.clone();
+        let facts = spawn_blocking(move || state.facts()).await;
+        let facts = Facts {
+            joins,
+            large_answers_bytes: turns * FULL_ANSWERS_UNIT,
+            ..facts.unwrap_or_default()
+        };
+        metrics::page(&facts, self.state.counters())
+    }
+
     async fn pass(&self, request: &JoinRequest, name: &NodeName) -> Result<Pass, Status> {
         let account = request.service_account_token.as_str();
         match (request.token.as_str(), account, &self.reviewer) {
@@ -110,6 +129,87 @@ impl ControlService {
                 Err(Status::invalid_argument(text))
             }
         }
+    }
+
+    async fn let_in(
+        &self,
+        request: Request<JoinRequest>,
+    ) -> Result<Response<JoinResponse>, Status> {
+        let address = caller(&request)?.address;
+        let request = request.into_inner();
+        let name: NodeName = parse("node_name", &request.node_name)?;
+        let id = NodeId::try_from(request.wireguard_public_key.as_slice());
+        let id = id.map_err(|error| invalid("wireguard_public_key", &error))?;
+        let pass = self.pass(&request, &name).await?;
+        let turn = self.joins.acquire().await;
+        let turn = turn.map_err(|error| Status::internal(error.to_string()))?;
+        let state = self.state.clone();
+        let (csr, applicant) = (request.csr_der, name.clone());
+        let joined = spawn_blocking(move || match pass {
+            Pass::Token(token) => state.join(&token, &applicant, id, &csr),
+            Pass::Reviewed => state.enroll(&applicant, id, &csr),
+        });
+        let joined = joined.await;
+        drop(turn);
+        let joined = joined.map_err(|error| Status::internal(error.to_string()))?;
+        match joined {
+            Ok(response) => {
+                tracing::info!(node = %name, ?id, ?address, "joined");
+                Ok(Response::new(response))
+            }
+            Err(error) => {
+                tracing::warn!(node = %name, ?address, %error, "join refused");
+                Err(join_status(&error))
+            }
+        }
+    }
+
+    fn certify_again(
+        &self,
+        request: &Request<RenewRequest>,
+    ) -> Result<Response<JoinResponse>, Status> {
+        let (name, id) = self.node(request)?;
+        let csr = &request.get_ref().csr_der;
+        let issued = self.state.node_certificate(&name, id, csr);
+        let response = issued.map_err(|error| issue_status(&error))?;
+        tracing::info!(node = %name, "certificate renewed");
+        Ok(Response::new(response))
+    }
+
+    fn begin_stream(
+        &self,
+        request: Request<Streaming<SyncRequest>>,
+    ) -> Result<Response<SyncStream>, Status> {
+        let (name, id) = self.node(&request)?;
+        if !self.state.serves() {
+            let text = "this controller has not read everything yet that the mesh is made from: ask another, or again";
+            return Err(Status::unavailable(text));
+        }
+        let session = SyncSession {
+            service: self.clone(),
+            guard: self.state.begin_session(&name),
+            name,
+            id,
+            requests: Some(request.into_inner()),
+            has: Has::NotSaid,
+            compares: false,
+            changes: self.state.changes(),
+            turn: None,
+            was_large: false,
+            is_over: false,
+        };
+        tracing::debug!(node = %session.name, "sync begins");
+        let responses = stream::unfold(Some(session), async |session| {
+            let mut session = session?;
+            match session.next().await? {
+                Ok(response) => {
+                    session.service.state.counters().told(&response);
+                    Some((Ok(response), Some(session)))
+                }
+                Err(status) => Some((Err(status), None)),
+            }
+        });
+        Ok(Response::new(Box::pin(responses)))
     }
 
     /// The node that called, if its certificate is this mesh's and its key still registered.
@@ -144,80 +244,29 @@ impl ControlService {
 #[tonic::async_trait]
 impl Control for ControlService {
     async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinResponse>, Status> {
-        let address = caller(&request)?.address;
-        let request = request.into_inner();
-        let name: NodeName = parse("node_name", &request.node_name)?;
-        let id = NodeId::try_from(request.wireguard_public_key.as_slice());
-        let id = id.map_err(|error| invalid("wireguard_public_key", &error))?;
-        let pass = self.pass(&request, &name).await?;
-        let turn = self.joins.acquire().await;
-        let turn = turn.map_err(|error| Status::internal(error.to_string()))?;
-        let state = self.state.clone();
-        let (csr, applicant) = (request.csr_der, name.clone());
-        let joined = spawn_blocking(move || match pass {
-            Pass::Token(token) => state.join(&token, &applicant, id, &csr),
-            Pass::Reviewed => state.enroll(&applicant, id, &csr),
-        });
-        let joined = joined.await;
-        drop(turn);
-        let joined = joined.map_err(|error| Status::internal(error.to_string()))?;
-        match joined {
-            Ok(response) => {
-                tracing::info!(node = %name, ?id, ?address, "joined");
-                Ok(Response::new(response))
-            }
-            Err(error) => {
-                tracing::warn!(node = %name, ?address, %error, "join refused");
-                Err(join_status(&error))
-            }
-        }
+        let answer = self.let_in(request).await;
+        self.state.counters().answered(Method::Join, &answer);
+        answer
     }
 
     async fn renew(
         &self,
         request: Request<RenewRequest>,
     ) -> Result<Response<JoinResponse>, Status> {
-        let (name, id) = self.node(&request)?;
-        let csr = request.into_inner().csr_der;
-        let issued = self.state.node_certificate(&name, id, &csr);
-        let response = issued.map_err(|error| issue_status(&error))?;
-        tracing::info!(node = %name, "certificate renewed");
-        Ok(Response::new(response))
+        let answer = self.certify_again(&request);
+        self.state.counters().answered(Method::Renew, &answer);
+        answer
     }
 
-    type SyncStream = Pin<Box<dyn Stream<Item = Result<SyncResponse, Status>> + Send>>;
+    type SyncStream = SyncStream;
 
     async fn sync(
         &self,
         request: Request<Streaming<SyncRequest>>,
     ) -> Result<Response<Self::SyncStream>, Status> {
-        let (name, id) = self.node(&request)?;
-        if !self.state.serves() {
-            let text = "this controller has not read everything yet that the mesh is made from: ask another, or again";
-            return Err(Status::unavailable(text));
-        }
-        let session = SyncSession {
-            service: self.clone(),
-            guard: self.state.begin_session(&name),
-            name,
-            id,
-            requests: Some(request.into_inner()),
-            has: Has::NotSaid,
-            compares: false,
-            changes: self.state.changes(),
-            turn: None,
-            was_large: false,
-            is_over: false,
-        };
-        tracing::debug!(node = %session.name, "sync begins");
-        let responses = stream::unfold(Some(session), async |session| {
-            let mut session = session?;
-            match session.next().await? {
-                Ok(response) => Some((Ok(response), Some(session))),
-                Err(status) => Some((Err(status), None)),
-            }
-        });
-        Ok(Response::new(Box::pin(responses)))
+        let answer = self.begin_stream(request);
+        self.state.counters().answered(Method::Sync, &answer);
+        answer
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use mesh_api::{
-    control::{Comparison, Resource, ResourceKey, SyncResponse, resource},
+    control::{Comparison, Resource, ResourceKey, SyncResponse, resource, resource_key::Kind},
     convert::key,
     resources::digest::{Digests, ResourceDigest, Whole, buckets, resource_digest},
 };
@@ -31,6 +31,7 @@ pub struct History {
     entries: BTreeMap<ResourceKey, Held>,
     by_generation: BTreeSet<(u64, ResourceKey)>,
     removed: BTreeSet<(u64, ResourceKey)>,
+    kinds: BTreeMap<Kind, u64>,
 }
 
 /// An entry, and the digest of its resource: worked out once.
@@ -127,6 +128,12 @@ impl History {
     #[must_use]
     pub fn made_after(&self, now_unix_ms: u64) -> u64 {
         now_unix_ms.max(self.made_unix_ms + 1)
+    }
+
+    /// How many resources of each kind there are.
+    #[must_use]
+    pub fn kinds(&self) -> &BTreeMap<Kind, u64> {
+        &self.kinds
     }
 
     /// The digest of all resources: what nodes check that have them from others.
@@ -332,11 +339,15 @@ impl History {
     }
 
     fn set(&mut self, key: ResourceKey, entry: Entry) {
+        let had = self.resource(&key).is_some();
         if let Some(before) = self.entries.get(&key) {
             let place = (before.entry.generation, key.clone());
             self.by_generation.remove(&place);
             self.removed.remove(&place);
         }
+        let count = self.kinds.entry(key.kind()).or_default();
+        *count += u64::from(entry.resource.is_some());
+        *count -= u64::from(had);
         let place = (entry.generation, key.clone());
         if entry.resource.is_none() {
             self.removed.insert(place.clone());

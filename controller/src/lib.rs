@@ -14,6 +14,7 @@ pub mod history;
 pub mod kubernetes;
 pub mod lineage;
 pub mod manifests;
+pub mod metrics;
 pub mod policy_test;
 pub mod ready;
 pub mod removal;

@@ -13,7 +13,7 @@ use mesh_api::{
     control::control_server::ControlServer,
     serve::{AdminSocket, tls_incoming},
 };
-use mesh_daemon::{NotifyState, notify, supervisor::Supervisor};
+use mesh_daemon::{NotifyState, metrics, notify, supervisor::Supervisor};
 use mesh_identity::{
     credentials::Credentials,
     tls::{ClientAuth, server_config},
@@ -90,6 +90,10 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> Result<()> {
         supervisor.spawn("store", store);
     }
     let service = ControlService::new(state.clone(), reviewer, stop.clone());
+    let shown = service.clone();
+    let page = move || shown.clone().metrics();
+    let metrics = metrics::serve(state.settings().metrics, page, stop.clone());
+    supervisor.spawn("metrics", metrics);
     let agents = control(service, listener, certificate.clone(), stop.clone());
     supervisor.spawn("control", agents);
     supervisor.spawn("admin", admin(state.clone(), socket, stop.clone()));

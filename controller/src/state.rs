@@ -26,7 +26,6 @@ use mesh_identity::{
 use mesh_wire::id::{Identity, NodeId, NodeName, RelayName};
 use prost::Message as _;
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
 
 use crate::{
     cluster::{Changed, Cluster, Event},
@@ -34,21 +33,25 @@ use crate::{
     desired::{Desired, Rejected, desired},
     history::{Differing, History, Index, Wanted},
     manifests::{Folder, Loaded, ObjectId, duplicate, watch::FolderChange},
+    metrics::Counters,
     removal::Deletions,
     shared::{self, Candidate, Pass, Shared},
-    status::{self, Due, Pending, Report, Seen},
+    status::{self, Due, Pending},
     store::{JoinError, Nodes, Registered, Store, StoreError},
     token::Refusal,
 };
 
-use self::{heads::Heads, sharing::Lead};
+use self::{heads::Heads, measure::Recent, sessions::Sessions, sharing::Lead};
 pub use self::{
+    sessions::SessionGuard,
     sharing::{NodeChange, NodeFact},
     tokens::TokenError,
 };
 
 mod heads;
+mod measure;
 mod removal;
+mod sessions;
 mod sharing;
 mod tokens;
 
@@ -79,6 +82,7 @@ pub struct State {
     registrations: AtomicU64,
     /// Nodes whose objects somebody deleted in the cluster.
     deletions: Mutex<Deletions>,
+    counters: Counters,
     began_unix_s: i64,
 }
 
@@ -115,20 +119,7 @@ struct Published {
     problems: Vec<String>,
     /// Size of everything, encoded.
     bytes: usize,
-}
-
-#[derive(Debug, Default)]
-struct Sessions {
-    open: BTreeMap<NodeName, Session>,
-    /// Of every node that had one since the controller began: no more than there are nodes.
-    seen: BTreeMap<NodeName, Seen>,
-}
-
-#[derive(Debug)]
-struct Session {
-    number: u64,
-    replaced: CancellationToken,
-    generation: u64,
+    recent: Recent,
 }
 
 /// Most nodes that wait for approval: whoever has a good token can be one more. At 200 bytes each,
@@ -246,6 +237,7 @@ impl State {
                 registry: registered,
                 desired: nothing.clone(),
                 problems: Vec::new(),
+                recent: Recent::default(),
             }),
             generation: watch::Sender::new(generation),
             sessions: Mutex::default(),
@@ -254,6 +246,7 @@ impl State {
             next_session: AtomicU64::new(0),
             registrations: AtomicU64::new(0),
             deletions: Mutex::default(),
+            counters: Counters::default(),
             began_unix_s: 0,
             settings,
             authority,
@@ -624,30 +617,6 @@ impl State {
         joined
     }
 
-    /// Begins a Sync session; one that the node had before ends.
-    #[must_use]
-    pub fn begin_session(self: &Arc<Self>, name: &NodeName) -> SessionGuard {
-        let number = self.next_session.fetch_add(1, Ordering::Relaxed);
-        let replaced = CancellationToken::new();
-        let session = Session {
-            number,
-            replaced: replaced.clone(),
-            generation: 0,
-        };
-        let mut sessions = lock(&self.sessions);
-        sessions.see(name, true, self.now_unix_s());
-        if let Some(before) = sessions.open.insert(name.clone(), session) {
-            before.replaced.cancel();
-        }
-        drop(sessions);
-        SessionGuard {
-            state: self.clone(),
-            name: name.clone(),
-            number,
-            replaced,
-        }
-    }
-
     fn certify(
         &self,
         identity: &Identity,
@@ -751,6 +720,7 @@ impl State {
     }
 
     fn renew(&self, work: &mut Work, problems: &mut Vec<String>) {
+        let began = Instant::now();
         let (objects, wrong, duplicates) = work.objects();
         problems.extend(wrong);
         let covers = self.registrations.load(Ordering::SeqCst);
@@ -770,6 +740,8 @@ impl State {
             format!("node {name}: {error}")
         }));
         work.unsaved = self.publish(work, wanted).err();
+        self.counters
+            .worked_out(began.elapsed(), work.unsaved.is_none());
         self.ready.send_replace(true);
         problems.extend(work.unsaved.clone());
     }
@@ -810,6 +782,7 @@ impl State {
         published.nodes.clone_from(&work.desired.nodes);
         published.bytes = size;
         if let Some(step) = step {
+            published.recent.made(step.generation, Instant::now());
             tracing::info!(
                 generation = step.generation,
                 changed = step.changed.len(),
@@ -831,23 +804,6 @@ impl State {
                 .read()
                 .unwrap_or_else(PoisonError::into_inner),
         )
-    }
-}
-
-impl Sessions {
-    fn see(&mut self, name: &NodeName, connected: bool, at_unix_s: i64) {
-        let open = self.open.get(name).map(|session| session.generation);
-        let before = self.seen.get(name);
-        let seen = Seen {
-            connected,
-            at_unix_s,
-            generation: open
-                .or(before.map(|seen| seen.generation))
-                .unwrap_or_default(),
-            returns_within_s: before.map_or(0, |seen| seen.returns_within_s),
-            report: before.map(|seen| seen.report).unwrap_or_default(),
-        };
-        self.seen.insert(name.clone(), seen);
     }
 }
 
@@ -898,61 +854,6 @@ impl Work {
                 kinds.join(", ")
             )
         })
-    }
-}
-
-/// A Sync session of a node, as long as this lives.
-#[derive(Debug)]
-pub struct SessionGuard {
-    state: Arc<State>,
-    name: NodeName,
-    number: u64,
-    /// Cancelled when the same node begins another.
-    pub replaced: CancellationToken,
-}
-
-impl SessionGuard {
-    /// Remembers the generation that the node says it has.
-    pub fn acknowledge(&self, generation: u64) {
-        let now_unix_s = self.state.now_unix_s();
-        let mut sessions = lock(&self.state.sessions);
-        let session = sessions.open.get_mut(&self.name);
-        if let Some(session) = session.filter(|session| session.number == self.number) {
-            session.generation = generation;
-            sessions.see(&self.name, true, now_unix_s);
-        }
-    }
-
-    /// Remembers what the node says of itself.
-    pub fn report(&self, report: Report) {
-        self.note(|seen| seen.report = report);
-    }
-
-    /// Remembers within which time the node comes again after it left; 0: it stays.
-    pub fn returns_within_s(&self, returns_within_s: u32) {
-        self.note(|seen| seen.returns_within_s = returns_within_s);
-    }
-
-    fn note(&self, note: impl FnOnce(&mut Seen)) {
-        let mut sessions = lock(&self.state.sessions);
-        let session = sessions.open.get(&self.name);
-        if session.is_some_and(|session| session.number == self.number)
-            && let Some(seen) = sessions.seen.get_mut(&self.name)
-        {
-            note(seen);
-        }
-    }
-}
-
-impl Drop for SessionGuard {
-    fn drop(&mut self) {
-        let now_unix_s = self.state.now_unix_s();
-        let mut sessions = lock(&self.state.sessions);
-        let current = sessions.open.get(&self.name);
-        if current.is_some_and(|session| session.number == self.number) {
-            sessions.see(&self.name, false, now_unix_s);
-            sessions.open.remove(&self.name);
-        }
     }
 }
 

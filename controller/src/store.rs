@@ -186,6 +186,9 @@ pub enum JoinError<E> {
     Store(#[from] StoreError),
 }
 
+/// The file in the folder.
+pub const FILE: &str = "controller.redb";
+
 /// The store. Every change is one transaction, on the disk when the method returns.
 #[derive(Debug)]
 pub struct Store {
@@ -203,7 +206,7 @@ impl Store {
     pub fn open(folder: &Path) -> Result<(Self, Contents), StoreError> {
         make_private(folder)?;
         let mut store = Self {
-            path: folder.join("controller.redb"),
+            path: folder.join(FILE),
             database: None,
         };
         store.reopen()?;

@@ -126,6 +126,14 @@ impl Page {
         self.registry.register(name, help, counter);
     }
 
+    /// Seconds of something that only grows; `_seconds_total` is added to the name.
+    pub fn seconds_total(&mut self, name: &str, help: &str, value: f64) {
+        let seconds: Counter<f64, AtomicU64> = Counter::default();
+        seconds.inc_by(value);
+        self.registry
+            .register_with_unit(name, help, Unit::Seconds, seconds);
+    }
+
     /// The same for each of `values`, which have the same labels.
     pub fn counters(
         &mut self,

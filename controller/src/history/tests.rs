@@ -80,6 +80,7 @@ fn agents_that_came_at_any_time_end_up_with_the_same_resources() {
     let mut agents: Vec<(Option<u64>, Resources)> = Vec::new();
     for (number, step) in steps.iter().enumerate() {
         go(&mut history, step);
+        assert_eq!(history.kinds()[&Kind::Relay], step.len() as u64);
         agents.push((None, Resources::new()));
         for (index, (known, resources)) in agents.iter_mut().enumerate() {
             // Each agent misses some steps.

@@ -83,7 +83,8 @@ pub(super) async fn run(state: Arc<State>, client: Client, namespace: String) {
         // A panic there is one of the next round too, and the process's own tasks tell it.
         if let Ok(Some(due)) = spawn_blocking(move || asking.due()).await {
             // A leader that is none any more leaves the rest to the next one.
-            writer.write(due, || state.leads() || !led).await;
+            let refused = writer.write(due, || state.leads() || !led).await;
+            state.counters().writes_refused(refused);
         }
     }
 }
@@ -105,7 +106,8 @@ enum Job {
 }
 
 impl Writer {
-    async fn write(&mut self, due: Due, may: impl Fn() -> bool) {
+    /// Returns how many writes were not taken.
+    async fn write(&mut self, due: Due, may: impl Fn() -> bool) -> usize {
         let now = Instant::now();
         self.sent.retain(|_, (_, at)| now < *at + AGAIN);
         let jobs = self.jobs(due, now);
@@ -115,9 +117,11 @@ impl Writer {
             .buffer_unordered(AT_ONCE)
             .collect()
             .await;
-        for (what, error) in done.into_iter().flatten() {
+        let refused: Vec<_> = done.into_iter().flatten().collect();
+        for (what, error) in &refused {
             tracing::warn!(%what, %error, "the API server took it not; trying again later");
         }
+        refused.len()
     }
 
     fn jobs(&mut self, due: Due, now: Instant) -> Vec<Job> {

@@ -241,7 +241,8 @@ impl Agent {
 pub(crate) fn write_config(folder: &Path, listen: SocketAddr, more: &str) {
     let path = |name: &str| folder.join(name).display().to_string();
     let text = format!(
-        "mesh_name = \"demo\"\nlisten = \"{listen}\"\nstate_dir = \"{}\"\nmanifests = \"{}\"\nadmin_socket = \"{}\"\n{more}",
+        "mesh_name = \"demo\"\nlisten = \"{listen}\"\nstate_dir = \"{}\"\nmanifests = \"{}\"\nadmin_socket = \"{}\"\n\
+         metrics_listen = \"127.0.0.1:0\"\n{more}",
         path("state"),
         path("manifests"),
         path("admin.sock"),

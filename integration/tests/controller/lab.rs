@@ -130,7 +130,8 @@ impl Drop for Controller {
 fn spawn(folder: &Path, listen: SocketAddr, more: &str) -> Child {
     let path = |name: &str| folder.join(name).display().to_string();
     let config = format!(
-        "mesh_name = \"{MESH}\"\nlisten = \"{listen}\"\nstate_dir = \"{}\"\nadmin_socket = \"{}\"\n[kubernetes]\nkubeconfig = \"{}\"\n{more}",
+        "mesh_name = \"{MESH}\"\nlisten = \"{listen}\"\nstate_dir = \"{}\"\nadmin_socket = \"{}\"\n\
+         metrics_listen = \"127.0.0.1:0\"\n[kubernetes]\nkubeconfig = \"{}\"\n{more}",
         path("state"),
         path("admin.sock"),
         path("kubeconfig"),
