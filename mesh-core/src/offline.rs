@@ -5,6 +5,7 @@ use crate::snapshot::Generation;
 
 pub mod exchange;
 pub mod limit;
+pub mod local;
 pub mod retry;
 
 /// Which of two states of the mesh is newer, whichever controllers made them.
