@@ -3,13 +3,14 @@
 
 use std::{collections::BTreeMap, fs, net::Ipv4Addr, path::Path, time::Duration};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Error, Result, bail, ensure};
 use netns_tests::{
-    document::{Machine, commands},
+    document::{Command, Machine, commands},
     lab::Lab,
     link::Impairment,
     nat::NatKind,
     site::Site,
+    tool,
 };
 
 /// Where every page begins.
@@ -82,6 +83,10 @@ impl World {
         let mut token = String::new();
         for mut command in commands {
             command.text = command.text.replace(TOKEN, token.trim());
+            if command.text.starts_with("scp -r ") {
+                self.copy(&command).context(page.to_owned())?;
+                continue;
+            }
             let machine = self.machines.get_mut(&command.machine);
             let machine = machine.with_context(|| format!("{page}: {command:?}: no machine"))?;
             let said = machine.follow(&command).context(page.to_owned())?;
@@ -90,6 +95,24 @@ impl World {
             }
         }
         Ok(())
+    }
+
+    /// `scp -r FOLDER MACHINE:FOLDER`: nobody has a key of the lab's machines.
+    fn copy(&self, command: &Command) -> Result<()> {
+        let words: Vec<_> = command.text.split(' ').collect();
+        let ["scp", "-r", from, to] = words.as_slice() else {
+            bail!("{}: not as expected", command.text);
+        };
+        let (machine, to) = to.split_once(':').context("to which machine?")?;
+        let path = |machine: &str, path: &str| {
+            let machine = self.machines.get(machine).context("no such machine")?;
+            let below = path.strip_prefix('/').context("not a whole path")?;
+            Ok::<_, Error>(machine.node().dir().join(below).display().to_string())
+        };
+        let (from, to) = (path(&command.machine, from)?, path(machine, to)?);
+        let folder = Path::new(&to).parent().context("into the root")?;
+        fs::create_dir_all(folder)?;
+        tool::run("cp", &["-a", &from, &to], "").map(drop)
     }
 }
 
@@ -103,7 +126,47 @@ fn follow(pages: &[&str]) -> Result<()> {
     pages.iter().try_for_each(|page| world.follow(page))
 }
 
+/// A page for a job, after where all of them begin.
+fn how_to(page: &str) -> Result<()> {
+    follow(&[START, &format!("howto/{page}.md")])
+}
+
 #[test]
 fn two_machines_become_a_mesh_as_getting_started_says() -> Result<()> {
     follow(&[START])
+}
+
+macro_rules! how_to {
+    ($($test:ident: $page:literal),+ $(,)?) => {
+        $(
+            #[test]
+            fn $test() -> Result<()> {
+                how_to($page)
+            }
+        )+
+
+        #[test]
+        fn every_page_for_a_job_is_followed() -> Result<()> {
+            let followed = ["README", $($page),+];
+            for entry in fs::read_dir(root().join("docs/howto"))? {
+                let path = entry?.path();
+                let name = path.file_stem().context("no name")?.to_string_lossy().into_owned();
+                ensure!(followed.contains(&name.as_str()), "no test follows docs/howto/{name}.md");
+            }
+            Ok(())
+        }
+    };
+}
+
+how_to! {
+    another_node_is_let_in_as_the_page_says: "add-a-node",
+    a_lan_is_reached_as_the_page_says: "expose-a-lan",
+    a_relay_is_added_as_the_page_says: "add-a-relay",
+    nodes_and_tokens_are_taken_out_as_the_page_says: "revoke",
+    versions_change_as_the_page_says: "upgrade",
+    the_controller_comes_back_as_the_page_says: "backup",
+    what_is_slow_is_looked_at_as_the_page_says: "slow",
+    access_is_limited_as_the_page_says: "limit-access",
+    the_cloud_goes_as_the_page_says: "without-the-cloud",
+    an_uplink_is_metered_as_the_page_says: "metered-uplink",
 }
