@@ -295,10 +295,15 @@ async fn start(
         }
     }
     let attachments = settings.cni.as_deref().map(Attachments::follow);
+    let attachments = attachments.transpose()?;
+    if let Some(attachments) = attachments.clone() {
+        let keeper = desired::keep_pods(Arc::clone(&desired), attachments, stop.clone());
+        supervisor.spawn("pods", keeper);
+    }
     let wanted = Wanted {
         names: settings.service_interfaces.clone(),
         pods: settings.pod_interfaces.clone(),
-        attachments: attachments.transpose()?,
+        attachments,
     };
     if wanted.has_pods() {
         let (pods, _) = wanted.pods_now();

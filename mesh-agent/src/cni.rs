@@ -11,13 +11,16 @@ use std::{
 use anyhow::Context as _;
 use ipnet::IpNet;
 use mesh_api::cni::{BEHIND_MAX, NETWORK_FILE, NodeNetwork, attachments_dir, read_attachments};
-use mesh_core::{pattern::NamePattern, services::View, snapshot::Snapshot};
+use mesh_core::{
+    offline::local::{PodInterface, Pods},
+    pattern::NamePattern,
+    policy::resources::ObjectName,
+    services::View,
+    snapshot::Snapshot,
+};
 use mesh_wire::id::NodeName;
 use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
-use tokio::{
-    sync::{Notify, watch},
-    task, time,
-};
+use tokio::{sync::watch, task, time};
 use tokio_util::sync::CancellationToken;
 
 use crate::store::{remove_if_there, write_atomically};
@@ -115,13 +118,43 @@ pub async fn keep_network(
     }
 }
 
-/// The interfaces that the plug-in recorded as pods', and news of them.
-#[derive(Debug)]
+/// Where this node's pods are, as the plug-in recorded it below `state_dir` since this boot; `None`: that cannot be read as a
+/// whole. Pods whose names the runtime did not say are not in it.
+#[must_use]
+pub fn pods(state_dir: &Path) -> Option<Pods> {
+    pods_in(&attachments_dir(state_dir).ok()?)
+}
+
+fn pods_in(folder: &Path) -> Option<Pods> {
+    let found = read_attachments(folder).ok()?;
+    if found.truncated || !found.unreadable.is_empty() {
+        return None;
+    }
+    let mut pods = Pods::new();
+    for attachment in found.attachments {
+        let (Some(pod), Some(_made)) = (attachment.pod, attachment.host) else {
+            continue;
+        };
+        let interface = PodInterface {
+            pod: ObjectName {
+                namespace: pod.namespace,
+                name: pod.name,
+            },
+            interface: attachment.id.interface,
+        };
+        let addresses: &mut Vec<_> = pods.entry(interface).or_default();
+        addresses.extend(attachment.addresses);
+    }
+    Some(pods)
+}
+
+/// The interfaces that the plug-in recorded as pods', and news of them: each clone hears all.
+#[derive(Debug, Clone)]
 pub struct Attachments {
     folder: PathBuf,
-    changed: Arc<Notify>,
+    changed: watch::Receiver<()>,
     /// Kept alive.
-    _watcher: RecommendedWatcher,
+    _watcher: Arc<RecommendedWatcher>,
 }
 
 impl Attachments {
@@ -134,12 +167,11 @@ impl Attachments {
         let folder = attachments_dir(state_dir).context("the boot's id")?;
         let made = fs::create_dir_all(&folder);
         made.with_context(|| format!("cannot make {}", folder.display()))?;
-        let changed = Arc::new(Notify::new());
-        let told = Arc::clone(&changed);
+        let (told, changed) = watch::channel(());
         let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
             // That somebody read a file is no news.
             if !event.is_ok_and(|event| event.kind.is_access()) {
-                told.notify_one();
+                told.send_replace(());
             }
         });
         let mut watcher = watcher.context("cannot follow files")?;
@@ -148,7 +180,7 @@ impl Attachments {
         Ok(Self {
             folder,
             changed,
-            _watcher: watcher,
+            _watcher: Arc::new(watcher),
         })
     }
 
@@ -182,9 +214,17 @@ impl Attachments {
         (names.map(NamePattern::new).collect(), problem)
     }
 
+    /// As [`pods`].
+    #[must_use]
+    pub fn pods(&self) -> Option<Pods> {
+        pods_in(&self.folder)
+    }
+
     /// Returns when something was recorded or removed since the last time.
-    pub async fn changed(&self) {
-        self.changed.notified().await;
+    pub async fn changed(&mut self) {
+        if self.changed.changed().await.is_err() {
+            std::future::pending().await // The watcher that tells is alive as long as this.
+        }
     }
 }
 
@@ -192,7 +232,7 @@ impl Attachments {
 mod tests {
     use std::time::Duration;
 
-    use mesh_api::cni::{Attachment, AttachmentId, FileName, HostInterface};
+    use mesh_api::cni::{Attachment, AttachmentId, FileName, HostInterface, PodName};
     use mesh_core::snapshot::{MeshSettings, Node};
     use mesh_wire::id::{MeshId, NodeId};
 
@@ -269,10 +309,62 @@ mod tests {
         assert!(!path.exists());
     }
 
+    #[test]
+    fn pods_are_told_by_name_once_they_are_wired_and_only_if_every_record_can_be_read() {
+        let state = tempfile::tempdir().unwrap();
+        assert_eq!(pods(state.path()), Some(Pods::new()));
+        let folder = attachments_dir(state.path()).unwrap();
+        fs::create_dir_all(&folder).unwrap();
+        let record = |container: &str, pod: Option<&str>, made: bool, address: &str| {
+            let id = AttachmentId {
+                network: "mesh".into(),
+                container: container.into(),
+                interface: "eth0".into(),
+            };
+            let name = FileName {
+                key: id.key(),
+                held: Vec::new(),
+            };
+            let host = HostInterface {
+                name: id.key(),
+                index: 7,
+            };
+            let attachment = Attachment {
+                id,
+                netns: "/run/netns/x".into(),
+                host: made.then_some(host),
+                addresses: vec![address.parse().unwrap()],
+                veth: None,
+                pod: pod.map(|name| PodName {
+                    namespace: "shop".into(),
+                    name: name.into(),
+                }),
+            };
+            let path = folder.join(name.to_string());
+            fs::write(&path, serde_json::to_vec(&attachment).unwrap()).unwrap();
+            path
+        };
+        record("c1", Some("web-0"), true, "10.1.0.2");
+        // The one before, that is not taken away yet.
+        record("c0", Some("web-0"), true, "10.1.0.9");
+        record("c2", Some("web-1"), false, "10.1.0.3");
+        let unnamed = record("c3", None, true, "10.1.0.4");
+        let found = pods(state.path()).unwrap();
+        let [(interface, addresses)] = &found.into_iter().collect::<Vec<_>>()[..] else {
+            panic!("one pod is wired");
+        };
+        assert_eq!(interface.pod.to_string(), "shop/web-0");
+        let addresses: BTreeSet<_> = addresses.iter().map(ToString::to_string).collect();
+        assert_eq!(addresses, ["10.1.0.2".into(), "10.1.0.9".into()].into());
+        fs::write(unnamed, "{").unwrap();
+        assert_eq!(pods(state.path()), None);
+    }
+
     #[tokio::test]
     async fn what_the_plug_in_records_is_heard_of_at_once() {
         let state = tempfile::tempdir().unwrap();
-        let attachments = Attachments::follow(state.path()).unwrap();
+        let mut attachments = Attachments::follow(state.path()).unwrap();
+        let mut other = attachments.clone();
         assert_eq!(attachments.interfaces(), (BTreeSet::new(), None));
         let id = AttachmentId {
             network: "mesh".into(),
@@ -299,7 +391,7 @@ mod tests {
             .join(name.to_string());
         write_atomically(&path, &serde_json::to_vec(&attachment).unwrap()).unwrap();
         let limit = Duration::from_secs(10);
-        let until = async |wanted: &dyn Fn(&BTreeSet<NamePattern>, &Option<String>) -> bool| {
+        let mut until = async |wanted: &dyn Fn(&BTreeSet<NamePattern>, &Option<String>) -> bool| {
             loop {
                 let (names, problem) = attachments.interfaces();
                 if wanted(&names, &problem) {
@@ -315,5 +407,7 @@ mod tests {
         until(&|names, problem| names.is_empty() && problem.as_ref().is_some_and(unreadable)).await;
         fs::remove_file(&path).unwrap();
         until(&|names, problem| names.is_empty() && problem.is_none()).await;
+        // Whoever else listens heard of it as well.
+        time::timeout(limit, other.changed()).await.unwrap();
     }
 }

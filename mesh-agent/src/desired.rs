@@ -1,8 +1,11 @@
 //! The state of the mesh that this node has: in memory, on disk, and signed, so that it can be passed on. A controller changes
 //! it, and while none speaks a neighbour may; nobody takes it back to an older one.
 
+mod local;
+
 use std::{
     mem,
+    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -20,6 +23,7 @@ use mesh_core::{
     offline::{
         Position, Version,
         limit::{Limit, Standing, alone},
+        local::Pods,
     },
     snapshot::{Generation, Snapshot},
 };
@@ -34,6 +38,8 @@ use tokio::{
 use tokio_rustls::rustls::pki_types::CertificateDer;
 use tokio_util::sync::CancellationToken;
 
+use self::local::Local;
+pub use self::local::keep_pods;
 use crate::{driver::now, state::StateFolder, store::Store};
 
 /// Changes that come faster than this are written to disk together.
@@ -66,6 +72,11 @@ pub struct Desired {
     standing: watch::Sender<Standing>,
     version: watch::Sender<Version>,
     snapshots: watch::Sender<Option<Arc<Snapshot>>>,
+    /// What is in force by what this node was told, and where its own pods are; `None`: nobody says.
+    told: Option<Arc<Snapshot>>,
+    local: Option<Local>,
+    /// Whether a controller said by its open stream that this is how it is: then this node corrects nothing.
+    confirmed: bool,
     /// When the resources may be written again, and whether they changed since.
     next_write: Option<Instant>,
     dirty: bool,
@@ -83,7 +94,8 @@ pub enum NotTaken {
 }
 
 impl Desired {
-    /// Reads what is on disk, and publishes it. Says also when it came, by the clock of then.
+    /// Reads what is on disk, and publishes it. Says also when it came, by the clock of then. `cni` is where the CNI plug-in
+    /// records this node's pods, if it wires them.
     ///
     /// # Errors
     ///
@@ -92,6 +104,7 @@ impl Desired {
         node: NodeName,
         state: Arc<StateFolder>,
         credentials: &Credentials,
+        cni: Option<&Path>,
     ) -> anyhow::Result<(Self, Option<SystemTime>)> {
         let opened = Store::open(state.path());
         for (path, problem) in &opened.damaged {
@@ -113,6 +126,9 @@ impl Desired {
             standing: watch::Sender::new(Standing::Counts),
             version: watch::Sender::new(Version::default()),
             snapshots: watch::Sender::new(None),
+            told: None,
+            local: cni.map(Local::read),
+            confirmed: false,
             next_write: None,
             dirty: false,
         };
@@ -188,7 +204,17 @@ impl Desired {
         self.followed = open;
         if !open {
             self.limit.handle_controller(None, now());
+            self.confirmed = false;
+            self.tell();
         }
+    }
+
+    /// The pods of this node are here now.
+    fn handle_pods(&mut self, pods: Option<Pods>) {
+        if let Some(local) = &mut self.local {
+            local.set_pods(pods);
+        }
+        self.tell();
     }
 
     /// A controller's answer.
@@ -211,6 +237,7 @@ impl Desired {
         let clock = u64::try_from(response.now_unix_s).unwrap_or_default();
         self.limit
             .handle_controller(Some(Duration::from_secs(clock)), now());
+        self.confirmed = true;
         let changed = any || offered.generation != self.position.generation;
         // Another life's, or epoch's, is new as well.
         let resigned = head != self.head.as_ref().and_then(SignedHead::read);
@@ -295,19 +322,26 @@ impl Desired {
     ) -> anyhow::Result<()> {
         self.position = position;
         let snapshot = self.check(change, trust).await?;
+        if self.confirmed
+            && let (Some(local), Ok(snapshot)) = (&mut self.local, &snapshot)
+        {
+            self.dirty |= local.handle_controller(snapshot, &self.node);
+        }
         if !changed {
+            self.tell();
             return Ok(());
         }
         let version = head.as_ref().and_then(SignedHead::read);
         self.head = head;
         self.dirty = true;
-        if self.write_due().is_none_or(|due| due <= Instant::now()) {
-            self.write_if_dirty().await;
-        }
+        // The disk may come later, and so it does where it has been written a moment ago: nobody waits for it to hear the news.
         self.publish(snapshot);
         let version = version.map_or_else(Version::default, |head| head.version());
         self.version
             .send_if_modified(|last| mem::replace(last, version) != version);
+        if self.write_due().is_none_or(|due| due <= Instant::now()) {
+            self.write_if_dirty().await;
+        }
         Ok(())
     }
 
@@ -340,10 +374,26 @@ impl Desired {
                     Standing::Over => alone(&snapshot, &self.node),
                     Standing::Counts | Standing::Warned(_) => snapshot,
                 };
-                self.snapshots.send_replace(Some(Arc::new(snapshot)));
+                self.told = Some(Arc::new(snapshot));
+                self.tell();
             }
             Err(error) => tracing::warn!(%error, "the state is not usable; keeping the last one"),
         }
+    }
+
+    /// Puts in force what this node was told, corrected by what it sees itself, if that is something else than before.
+    fn tell(&self) {
+        let Some(told) = &self.told else {
+            return;
+        };
+        let local = self.local.as_ref().filter(|_| !self.confirmed);
+        let right = local.and_then(|local| local.correct(told, &self.node));
+        let right = right.map_or_else(|| Arc::clone(told), Arc::new);
+        self.snapshots.send_if_modified(|last| {
+            let is_new = last.as_ref() != Some(&right);
+            *last = Some(right);
+            is_new
+        });
     }
 
     /// Says how long the state counts, where it is otherwise than before.
@@ -404,6 +454,9 @@ impl Desired {
         };
         // They were checked when they came, and the slot's checksum says that they are the same.
         let snapshot = self.check(all, Trust::Checked).await?;
+        if let Some(local) = &mut self.local {
+            local.set_kept(file.pod_addresses);
+        }
         self.head = file.head;
         self.publish(snapshot);
         if let Some(head) = head {
@@ -434,6 +487,7 @@ impl Desired {
             received_unix_s: i64::try_from(received.as_secs()).unwrap_or(i64::MAX),
             resources: Vec::new(),
             head: self.head.clone(),
+            pod_addresses: self.local.as_ref().map_or_else(Vec::new, Local::kept),
         };
         let (store, state) = (Arc::clone(&self.store), Arc::clone(&self.resources));
         let write = move || {
@@ -490,4 +544,4 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -90,8 +90,8 @@ impl Wanted {
         (pods, problem)
     }
 
-    async fn changed(&self) {
-        match &self.attachments {
+    async fn changed(&mut self) {
+        match &mut self.attachments {
             Some(attachments) => attachments.changed().await,
             None => std::future::pending().await,
         }
@@ -116,7 +116,7 @@ pub struct Programs {
 pub async fn keep_interfaces(
     programs: Programs,
     (tunnel, tunnel_name): (IfIndex, String),
-    wanted: Wanted,
+    mut wanted: Wanted,
     netlink: Netlink,
     mut changes: Changes,
     told: watch::Sender<AllServed>,

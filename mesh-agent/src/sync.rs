@@ -141,7 +141,9 @@ impl Sync {
         };
         check_identity(&credentials, settings, id)?;
         let node = settings.node_name.clone();
-        let (desired, received) = Desired::open(node, Arc::clone(&state), &credentials).await?;
+        let cni = settings.cni.as_deref();
+        let opened = Desired::open(node, Arc::clone(&state), &credentials, cni);
+        let (desired, received) = opened.await?;
         let snapshots = desired.snapshots();
         let last_contact = received;
         let sync = Self {

@@ -1,8 +1,9 @@
 use mesh_api::{
-    convert::{mesh_resource, node_record_bytes, node_resource},
+    cni::{Attachment, AttachmentId, FileName, HostInterface, PodName, attachments_dir},
+    convert::{mesh_resource, node_record_bytes, node_resource, slice_resource},
     resources::digest::whole,
 };
-use mesh_core::snapshot::{MeshSettings, Node};
+use mesh_core::snapshot::{Endpoint, EndpointSlice, Hints, MeshSettings, Node, ServiceName};
 use mesh_identity::{
     authority::{CertificateAuthority, new_key},
     certificate::Validity,
@@ -20,13 +21,13 @@ fn an_unending_stream_of_changes_does_not_wear_out_the_disk() {
 }
 
 /// A controller, as far as nodes see it.
-struct Controller {
+pub(crate) struct Controller {
     authority: CertificateAuthority,
     store: Vec<u8>,
 }
 
 impl Controller {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             authority: CertificateAuthority::generate("demo", UNIX_EPOCH).unwrap(),
             store: vec![7; 16],
@@ -34,12 +35,17 @@ impl Controller {
     }
 
     fn credentials(&self) -> Credentials {
+        self.credentials_of(1)
+    }
+
+    /// Of the node with this number, for the next minute.
+    pub(crate) fn credentials_of(&self, number: u8) -> Credentials {
         let key = new_key().unwrap();
         let identity = Identity::Node {
-            name: "edge-1".parse().unwrap(),
-            id: NodeId([1; 32]),
+            name: format!("edge-{number}").parse().unwrap(),
+            id: NodeId([number; 32]),
         };
-        let validity = Validity::from_now(UNIX_EPOCH, Duration::from_secs(60));
+        let validity = Validity::from_now(SystemTime::now(), Duration::from_secs(60));
         let certificate = self
             .authority
             .issue(&identity, &key.csr_der, validity)
@@ -87,12 +93,16 @@ impl Controller {
 async fn open(controller: &Controller, folder: &TempDir) -> Desired {
     let state = Arc::new(StateFolder::open(folder.path()).unwrap());
     let credentials = controller.credentials();
-    let opened = Desired::open("edge-1".parse().unwrap(), state, &credentials).await;
+    let opened = Desired::open("edge-1".parse().unwrap(), state, &credentials, None).await;
     opened.unwrap().0
 }
 
 /// A node that has this generation, with so many nodes in it.
-async fn node(controller: &Controller, generation: u64, nodes: u8) -> (Desired, TempDir) {
+pub(crate) async fn node(
+    controller: &Controller,
+    generation: u64,
+    nodes: u8,
+) -> (Desired, TempDir) {
     let folder = tempfile::tempdir().unwrap();
     let mut desired = open(controller, &folder).await;
     desired
@@ -260,4 +270,133 @@ async fn a_full_disk_costs_nothing_but_the_next_start_s_news() {
     drop(desired);
     let desired = open(&controller, &folder).await;
     assert_eq!((nodes(&desired), desired.position().generation.0), (2, 3));
+}
+
+fn web() -> ServiceName {
+    ServiceName {
+        namespace: "shop".to_owned(),
+        name: "web".to_owned(),
+    }
+}
+
+/// What the controller tells of a mesh with one node and a service of these endpoints on it.
+fn tells_web(controller: &Controller, generation: u64, addresses: &[&str]) -> SyncResponse {
+    let endpoints = addresses.iter().map(|address| Endpoint {
+        address: address.parse().unwrap(),
+        node: Some("edge-1".parse().unwrap()),
+        zone: None,
+        hostname: None,
+        hints: Hints::default(),
+        ready: true,
+        serving: true,
+        terminating: false,
+    });
+    let slice = EndpointSlice {
+        name: "web-1".to_owned(),
+        ports: Vec::new(),
+        endpoints: endpoints.collect(),
+    };
+    let mut response = controller.tells(generation, 1);
+    response.set.push(slice_resource(&web(), &slice));
+    let head = controller.head(&response, 1);
+    response.head = Some(head.sign(&controller.authority).unwrap());
+    response
+}
+
+/// As the CNI plug-in records a pod below `cni`; the file.
+fn wire(cni: &Path, container: &str, pod: &str, address: &str) -> std::path::PathBuf {
+    let id = AttachmentId {
+        network: "mesh".to_owned(),
+        container: container.to_owned(),
+        interface: "eth0".to_owned(),
+    };
+    let name = FileName {
+        key: id.key(),
+        held: Vec::new(),
+    };
+    let attachment = Attachment {
+        netns: "/run/netns/x".into(),
+        host: Some(HostInterface {
+            name: id.key(),
+            index: 7,
+        }),
+        id,
+        addresses: vec![address.parse().unwrap()],
+        veth: None,
+        pod: Some(PodName {
+            namespace: "shop".to_owned(),
+            name: pod.to_owned(),
+        }),
+    };
+    let folder = attachments_dir(cni).unwrap();
+    std::fs::create_dir_all(&folder).unwrap();
+    let path = folder.join(name.to_string());
+    std::fs::write(&path, serde_json::to_vec(&attachment).unwrap()).unwrap();
+    path
+}
+
+fn served(desired: &Desired) -> Vec<String> {
+    let snapshot = desired.snapshots().borrow().clone().unwrap();
+    let endpoints = snapshot.endpoints(&web());
+    endpoints.map(|(_, one)| one.address.to_string()).collect()
+}
+
+#[tokio::test]
+async fn until_a_controller_speaks_endpoints_are_where_the_plug_in_wired_their_pods() {
+    let controller = Controller::new();
+    let (folder, cni) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let open = async || {
+        let state = Arc::new(StateFolder::open(folder.path()).unwrap());
+        let (node, credentials) = ("edge-1".parse().unwrap(), controller.credentials());
+        let opened = Desired::open(node, state, &credentials, Some(cni.path()));
+        opened.await.unwrap().0
+    };
+    let told = ["10.1.0.2", "10.1.0.3", "10.1.0.4"]; // The last one is somebody else's.
+    let first = wire(cni.path(), "c1", "web-0", told[0]);
+    let second = wire(cni.path(), "c2", "web-1", told[1]);
+    let mut desired = open().await;
+    desired.follow(true);
+    desired
+        .take(tells_web(&controller, 3, &told))
+        .await
+        .unwrap();
+    assert_eq!(served(&desired), told);
+    drop(desired);
+
+    // While the node was down one pod moved, and one is not back.
+    std::fs::remove_file(first).unwrap();
+    std::fs::remove_file(second).unwrap();
+    let moved = wire(cni.path(), "c3", "web-1", "10.1.0.9");
+    let mut desired = open().await;
+    assert_eq!(served(&desired), ["10.1.0.9", "10.1.0.4"]);
+    wire(cni.path(), "c4", "web-0", "10.1.0.8");
+    let mut seen = desired.snapshots();
+    desired.handle_pods(crate::cni::pods(cni.path()));
+    assert!(seen.has_changed().unwrap());
+    assert_eq!(served(&desired), ["10.1.0.8", "10.1.0.9", "10.1.0.4"]);
+    seen.mark_unchanged();
+    desired.handle_pods(crate::cni::pods(cni.path()));
+    assert!(!seen.has_changed().unwrap(), "nothing is other than before");
+
+    // A neighbour's word is no controller's.
+    let newer = tells_web(&controller, 4, &told);
+    desired.adopt(given(newer.clone())).await.unwrap().unwrap();
+    assert_eq!(served(&desired), ["10.1.0.8", "10.1.0.9", "10.1.0.4"]);
+
+    // The controller's word counts, also that nothing changed; and no more when it is gone.
+    let nothing = SyncResponse {
+        full: false,
+        set: Vec::new(),
+        ..newer
+    };
+    desired.follow(true);
+    desired.take(nothing).await.unwrap();
+    assert_eq!(served(&desired), told);
+    desired.follow(false);
+    assert_eq!(served(&desired), ["10.1.0.8", "10.1.0.9", "10.1.0.4"]);
+
+    // What cannot be read corrects nothing.
+    std::fs::write(moved, "{").unwrap();
+    desired.handle_pods(crate::cni::pods(cni.path()));
+    assert_eq!(served(&desired), told);
 }

@@ -61,8 +61,7 @@ fn what_is_written_to_disk_is_what_copying_everything_would_give() {
         store_id: vec![7; 16],
         generation: 300,
         received_unix_s: -1,
-        resources: Vec::new(),
-        head: None,
+        ..SnapshotFile::default()
     };
     for resources in [vec![], vec![settings(&mesh), relay("a"), relay("b")]] {
         let mut kept = Resources::new();
