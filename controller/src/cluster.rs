@@ -7,7 +7,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
-use crate::manifests::{Kind, Loaded, ObjectId, Source, parse::FieldProblem};
+use crate::{
+    change::Change,
+    manifests::{Kind, Loaded, ObjectId, Source, parse::FieldProblem},
+};
 
 /// What is read in any case.
 pub const KINDS: [Kind; 12] = [
@@ -87,10 +90,10 @@ struct Reflected {
 }
 
 /// What an event changed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Changed {
     /// What the mesh is may be another.
-    pub desired: bool,
+    pub desired: Change,
     /// Statuses may be others.
     pub status: bool,
 }
@@ -124,16 +127,16 @@ impl Cluster {
                 self.kind(kind).deleted.clear();
                 let before = self.kind(kind).trouble.replace(text.clone());
                 Changed {
-                    desired: before != Some(text),
+                    desired: Change::any_if(before != Some(text)),
                     status: false,
                 }
             }
             Event::Well(kind) => Changed {
-                desired: self.kind(kind).trouble.take().is_some(),
+                desired: Change::any_if(self.kind(kind).trouble.take().is_some()),
                 status: false,
             },
         };
-        if changed.desired {
+        if changed.desired == Change::Any {
             self.policies = self.count(Kind::MeshPolicy) + self.count(Kind::NetworkPolicy);
         }
         changed
@@ -197,6 +200,18 @@ impl Cluster {
         objects
     }
 
+    /// How many those are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.items().filter(|item| item.loaded.is_some()).count()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Every object, kind by kind.
     pub fn items(&self) -> impl Iterator<Item = &Item> {
         self.kinds.values().flat_map(|kind| kind.objects.values())
@@ -237,7 +252,7 @@ impl Reflected {
     fn list_ends(&mut self) -> Changed {
         let first = !std::mem::replace(&mut self.complete, true);
         let mut changed = Changed {
-            desired: first,
+            desired: Change::any_if(first),
             status: first,
         };
         let listed = self.listed.take().unwrap_or_default();
@@ -256,7 +271,7 @@ impl Reflected {
         let Some(before) = self.objects.get_mut(&item.id) else {
             self.objects.insert(item.id.clone(), item);
             return Changed {
-                desired: true,
+                desired: Change::Any,
                 status: true,
             };
         };
@@ -268,12 +283,17 @@ impl Reflected {
             (Some(had), Some(has)) => had == has,
             (None, _) => false,
         };
+        let desired = match (&before.loaded, &item.loaded) {
+            _ if before.problem != item.problem => Change::Any,
+            _ if keep => Change::Nothing,
+            (Some(had), Some(has)) => Change::of(had, has),
+            (had, has) => Change::any_if(had.is_some() || has.is_some()),
+        };
         if keep {
             item.loaded = before.loaded.take();
         }
         let changed = Changed {
-            desired: !keep && (before.loaded.is_some() || item.loaded.is_some())
-                || before.problem != item.problem,
+            desired,
             status: before.generation != item.generation
                 || before.status != item.status
                 || before.problem != item.problem
@@ -289,7 +309,7 @@ impl Reflected {
             self.deleted.insert(id.clone());
         }
         Changed {
-            desired: gone,
+            desired: Change::any_if(gone),
             status: gone,
         }
     }

@@ -177,32 +177,42 @@ impl History {
         wanted: BTreeMap<ResourceKey, Wanted>,
         sign: impl Fn(Vec<u8>) -> Result<Resource, E>,
     ) -> Result<Option<Step>, E> {
+        let gone = self
+            .entries
+            .iter()
+            .filter(|(key, held)| held.entry.resource.is_some() && !wanted.contains_key(*key));
+        let gone: Vec<_> = gone.map(|(key, _)| (key.clone(), None)).collect();
+        let wanted = wanted.into_iter().map(|(key, wanted)| (key, Some(wanted)));
+        self.plan_changes(gone.into_iter().chain(wanted), sign)
+    }
+
+    /// The step in which these become so, or are gone (`None`), and nothing else changes: at the cost of these alone.
+    ///
+    /// # Errors
+    ///
+    /// What `sign` says.
+    pub fn plan_changes<E>(
+        &self,
+        changes: impl IntoIterator<Item = (ResourceKey, Option<Wanted>)>,
+        sign: impl Fn(Vec<u8>) -> Result<Resource, E>,
+    ) -> Result<Option<Step>, E> {
         let generation = self.generation + 1;
         let mut changed = BTreeMap::new();
-        for (key, held) in &self.entries {
-            if held.entry.resource.is_some() && !wanted.contains_key(key) {
-                let resource = None;
-                changed.insert(
-                    key.clone(),
-                    Entry {
-                        generation,
-                        resource,
-                    },
-                );
-            }
-        }
-        for (key, wanted) in wanted {
+        for (key, wanted) in changes {
             let now = self.resource(&key);
             let same = |resource: &Arc<Resource>| {
                 now.is_some_and(|now| Arc::ptr_eq(now, resource) || now == resource)
             };
             let resource = match wanted {
-                Wanted::Resource(resource) if same(&resource) => continue,
-                Wanted::Resource(resource) => resource,
-                Wanted::Node(record) if signed_record(now) == Some(record.as_slice()) => continue,
-                Wanted::Node(record) => Arc::new(sign(record)?),
+                None if now.is_none() => continue,
+                None => None,
+                Some(Wanted::Resource(resource)) if same(&resource) => continue,
+                Some(Wanted::Resource(resource)) => Some(resource),
+                Some(Wanted::Node(record)) if signed_record(now) == Some(record.as_slice()) => {
+                    continue;
+                }
+                Some(Wanted::Node(record)) => Some(Arc::new(sign(record)?)),
             };
-            let resource = Some(resource);
             changed.insert(
                 key,
                 Entry {
@@ -334,7 +344,9 @@ impl History {
         response
     }
 
-    fn resource(&self, key: &ResourceKey) -> Option<&Arc<Resource>> {
+    /// What is published at `key`.
+    #[must_use]
+    pub fn resource(&self, key: &ResourceKey) -> Option<&Arc<Resource>> {
         self.entries.get(key)?.entry.resource.as_ref()
     }
 
@@ -361,6 +373,9 @@ impl History {
     /// The oldest tombstones that are too many after `changed`, and the floor without them.
     fn forget(&self, changed: &BTreeMap<ResourceKey, Entry>) -> (u64, Vec<ResourceKey>) {
         let added = changed.values().filter(|entry| entry.resource.is_none());
+        if self.removed.len() + added.clone().count() <= REMOVED_MAX {
+            return (self.floor, Vec::new());
+        }
         let kept = self
             .removed
             .iter()

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod admin;
+pub mod change;
 pub mod cluster;
 pub mod config;
 pub mod control;

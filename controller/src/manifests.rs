@@ -31,6 +31,7 @@ use ipnet::{IpNet, Ipv4Net};
 use ring::digest::{SHA256, digest};
 
 use self::parse::parse_file;
+use crate::change::Change;
 
 pub mod parse;
 pub mod watch;
@@ -370,11 +371,28 @@ impl Stamp {
     }
 }
 
+impl File {
+    /// What it changes that the file holds these. What is the same stays the same, so that it is known by its place.
+    fn becomes(&self, objects: &mut BTreeMap<ObjectId, Loaded>, problems: &[String]) -> Change {
+        let same = self.problems == problems && self.objects.keys().eq(objects.keys());
+        let mut changed = Change::any_if(!same);
+        for (id, now) in objects {
+            if let Some(before) = self.objects.get(id) {
+                changed |= Change::of(before, now);
+                if before.object == now.object {
+                    now.resource.clone_from(&before.resource);
+                }
+            }
+        }
+        changed
+    }
+}
+
 /// What a scan of the folder changed.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq)]
 pub struct Scanned {
-    /// Whether objects or problems may be others than before.
-    pub changed: bool,
+    /// What objects or problems may be others than before.
+    pub changed: Change,
     /// Files that are good now, with their text, and files that are gone (`None`): to be
     /// remembered, so that a restart with a broken file takes nothing away either.
     pub remember: BTreeMap<String, Option<String>>,
@@ -407,16 +425,16 @@ impl Folder {
             Ok(names) => names,
             Err(error) => {
                 let problem = format!("{}: {error}", path.display());
-                scanned.changed = self.problem.as_ref() != Some(&problem);
+                scanned.changed = Change::any_if(self.problem.as_ref() != Some(&problem));
                 self.problem = Some(problem);
                 return scanned;
             }
         };
-        scanned.changed = self.problem.take().is_some();
+        scanned.changed = Change::any_if(self.problem.take().is_some());
         let gone = self.files.keys().filter(|name| !names.contains_key(*name));
         for name in gone.cloned().collect::<Vec<_>>() {
             self.files.remove(&name);
-            scanned.changed = true;
+            scanned.changed = Change::Any;
             scanned.remember.insert(name, None);
         }
         for (name, path) in names {
@@ -443,6 +461,25 @@ impl Folder {
             }
         }
         scanned
+    }
+
+    /// How many objects there are, also those that are left out as there is another one.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.files.values().map(|file| file.objects.len()).sum()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether there are policies.
+    #[must_use]
+    pub fn has_policies(&self) -> bool {
+        let mut objects = self.files.values().flat_map(|file| file.objects.values());
+        objects.any(Loaded::is_policy)
     }
 
     /// Every object that is in force, in the order of the files, and what is wrong.
@@ -477,7 +514,7 @@ impl Folder {
             Err(_) if !settled => return,
             Err(error) => {
                 let problems = vec![format!("{name}: {error}")];
-                scanned.changed |= file.problems != problems;
+                scanned.changed |= Change::any_if(file.problems != problems);
                 file.problems = problems;
                 // So that it is parsed when it can be read again.
                 (file.stamp, file.hash) = (None, [0; 32]);
@@ -498,14 +535,15 @@ impl Folder {
         if !settled && (!problems.is_empty() || takes_away()) {
             return;
         }
-        scanned.changed = true;
         if problems.is_empty() {
             scanned.remember.insert(name, Some(text));
         } else {
-            for (id, loaded) in std::mem::take(&mut file.objects) {
-                objects.entry(id).or_insert(loaded);
+            for (id, loaded) in &file.objects {
+                let kept = || loaded.clone();
+                objects.entry(id.clone()).or_insert_with(kept);
             }
         }
+        scanned.changed |= file.becomes(&mut objects, &problems);
         *file = File {
             stamp,
             hash,

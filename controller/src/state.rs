@@ -28,10 +28,11 @@ use prost::Message as _;
 use tokio::sync::watch;
 
 use crate::{
+    change::Change,
     cluster::{Changed, Cluster, Event},
     config::Settings,
     desired::{Desired, Rejected, desired},
-    history::{Differing, History, Index, Wanted},
+    history::{Differing, History, Index, Step, Wanted},
     manifests::{Folder, Loaded, ObjectId, duplicate, watch::FolderChange},
     metrics::Counters,
     removal::Deletions,
@@ -53,6 +54,7 @@ mod measure;
 mod removal;
 mod sessions;
 mod sharing;
+mod step;
 mod tokens;
 
 /// The controller, without its sockets.
@@ -96,6 +98,8 @@ struct Work {
     desired: Arc<Desired>,
     /// How many changes of the registry it was made with.
     covers: u64,
+    /// Whether it was made from every object, as none was at two places.
+    of_all: bool,
     /// Nodes that wait for approval.
     pending: BTreeMap<NodeName, Pending>,
     /// What the store refused to take; tried again at the next scan.
@@ -220,6 +224,7 @@ impl State {
                 cluster: settings.kubernetes.as_ref().map(|_| Cluster::default()),
                 desired: nothing.clone(),
                 covers: 0,
+                of_all: false,
                 pending: BTreeMap::new(),
                 unsaved: None,
                 remember: BTreeMap::new(),
@@ -442,8 +447,8 @@ impl State {
     pub fn scan(&self, change: &FolderChange) {
         let mut work = self.work();
         let changed = self.scan_folder(&mut work, change);
-        if changed || work.unsaved.is_some() || !work.remember.is_empty() {
-            self.refresh(&mut work);
+        if !changed.is_nothing() || work.unsaved.is_some() || !work.remember.is_empty() {
+            self.follow(&mut work, changed);
         }
     }
 
@@ -458,8 +463,8 @@ impl State {
         for event in events {
             changed |= cluster.handle(event);
         }
-        if changed.desired {
-            self.refresh(&mut work);
+        if !changed.desired.is_nothing() {
+            self.follow(&mut work, changed.desired);
         }
         work.has_policies()
     }
@@ -675,9 +680,9 @@ impl State {
         changed
     }
 
-    fn scan_folder(&self, work: &mut Work, change: &FolderChange) -> bool {
+    fn scan_folder(&self, work: &mut Work, change: &FolderChange) -> Change {
         let Some(folder) = &self.settings.manifests else {
-            return false;
+            return Change::Nothing;
         };
         let scanned = match change {
             FolderChange::Files(names) => work.folder.scan_files(folder, names),
@@ -722,6 +727,7 @@ impl State {
     fn renew(&self, work: &mut Work, problems: &mut Vec<String>) {
         let began = Instant::now();
         let (objects, wrong, duplicates) = work.objects();
+        let of_all = objects.len() == work.len();
         problems.extend(wrong);
         let covers = self.registrations.load(Ordering::SeqCst);
         let registry = self.published(|published| published.registry.clone());
@@ -730,7 +736,7 @@ impl State {
         renewed.rejected.extend(duplicates);
         let wanted = std::mem::take(&mut renewed.wanted);
         work.desired = Arc::new(renewed);
-        work.covers = covers;
+        (work.covers, work.of_all) = (covers, of_all);
         if work.desired.approved.is_none() {
             work.pending.clear();
         }
@@ -762,25 +768,35 @@ impl State {
             Ok(node_resource(record, signature))
         };
         let step = self.published(|published| published.history.plan(wanted, sign));
-        let mut step = step.map_err(|error| error.to_string())?;
-        let unsaved = |error: StoreError| format!("cannot be saved, the last state stays: {error}");
-        let mut store = lock(&work.store);
-        if !work.remember.is_empty() {
-            store.save_manifests(&work.remember).map_err(unsaved)?;
-            work.remember.clear();
-        }
+        let step = step.map_err(|error| error.to_string())?;
+        let nodes = work.desired.nodes.clone();
+        self.keep(work, step, |published| {
+            published.nodes = nodes;
+            published.bytes = size;
+        })
+    }
+
+    /// Writes what changed, and publishes it with `beside`.
+    fn keep(
+        &self,
+        work: &mut Work,
+        mut step: Option<Step>,
+        beside: impl FnOnce(&mut Published),
+    ) -> Result<(), String> {
         if let Some(step) = &mut step {
             step.made_unix_ms =
                 self.published(|published| published.history.made_after(self.now_unix_ms()));
-            store.publish(step).map_err(unsaved)?;
         }
+        let mut store = lock(&work.store);
+        let saved = store.publish(step.as_ref(), &work.remember);
+        saved.map_err(|error| format!("cannot be saved, the last state stays: {error}"))?;
+        work.remember.clear();
         drop(store);
         let mut published = self
             .published
             .write()
             .unwrap_or_else(PoisonError::into_inner);
-        published.nodes.clone_from(&work.desired.nodes);
-        published.bytes = size;
+        beside(&mut published);
         if let Some(step) = step {
             published.recent.made(step.generation, Instant::now());
             tracing::info!(
@@ -837,8 +853,13 @@ impl Work {
         (objects, problems, duplicates)
     }
 
+    /// How many objects there are, also those that are left out as there is another one.
+    fn len(&self) -> usize {
+        self.folder.len() + self.cluster.as_ref().map_or(0, Cluster::len)
+    }
+
     fn has_policies(&self) -> bool {
-        let in_folder = || self.folder.objects().0.iter().any(|one| one.is_policy());
+        let in_folder = || self.folder.has_policies();
         let in_cluster = self.cluster.as_ref().is_some_and(Cluster::has_policies);
         in_cluster || in_folder()
     }

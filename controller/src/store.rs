@@ -215,28 +215,23 @@ impl Store {
         Ok((store, contents))
     }
 
-    /// Writes a step of the history.
+    /// Writes a step of the history, remembers manifest files that are good now, and forgets those that are gone (`None`): all
+    /// at once, as each transaction waits for the disk.
     ///
     /// # Errors
     ///
     /// The store failed.
-    pub fn publish(&mut self, step: &Step) -> Result<(), StoreError> {
+    pub fn publish(
+        &mut self,
+        step: Option<&Step>,
+        files: &BTreeMap<String, Option<String>>,
+    ) -> Result<(), StoreError> {
+        if step.is_none() && files.is_empty() {
+            return Ok(());
+        }
         self.write(|transaction| {
-            let mut table = transaction.open_table(RESOURCES)?;
-            for key in &step.forgotten {
-                table.remove((key.kind, key.name.as_str()))?;
-            }
-            for (key, entry) in &step.changed {
-                let resource = entry.resource.as_deref();
-                let bytes = resource.map(Resource::encode_to_vec).unwrap_or_default();
-                let value = (entry.generation, bytes.as_slice());
-                table.insert((key.kind, key.name.as_str()), value)?;
-            }
-            let mut meta = transaction.open_table(META)?;
-            meta.insert(GENERATION, step.generation.to_be_bytes().as_slice())?;
-            meta.insert(FLOOR, step.floor.to_be_bytes().as_slice())?;
-            meta.insert(MADE, step.made_unix_ms.to_be_bytes().as_slice())?;
-            Ok(())
+            write_manifests(transaction, files)?;
+            step.map_or(Ok(()), |step| write_step(transaction, step))
         })
     }
 
@@ -250,27 +245,6 @@ impl Store {
         self.write(|transaction| {
             let mut meta = transaction.open_table(META)?;
             meta.insert(LINEAGE, bytes.as_slice())?;
-            Ok(())
-        })
-    }
-
-    /// Remembers manifest files that are good now, and forgets those that are gone (`None`).
-    ///
-    /// # Errors
-    ///
-    /// The store failed.
-    pub fn save_manifests(
-        &mut self,
-        files: &BTreeMap<String, Option<String>>,
-    ) -> Result<(), StoreError> {
-        self.write(|transaction| {
-            let mut table = transaction.open_table(MANIFESTS)?;
-            for (name, text) in files {
-                match text {
-                    Some(text) => table.insert(name.as_str(), text.as_str())?,
-                    None => table.remove(name.as_str())?,
-                };
-            }
             Ok(())
         })
     }
@@ -459,6 +433,38 @@ impl Store {
         self.database = Some(database);
         Ok(())
     }
+}
+
+fn write_step(transaction: &WriteTransaction, step: &Step) -> Result<(), redb::Error> {
+    let mut table = transaction.open_table(RESOURCES)?;
+    for key in &step.forgotten {
+        table.remove((key.kind, key.name.as_str()))?;
+    }
+    for (key, entry) in &step.changed {
+        let resource = entry.resource.as_deref();
+        let bytes = resource.map(Resource::encode_to_vec).unwrap_or_default();
+        let value = (entry.generation, bytes.as_slice());
+        table.insert((key.kind, key.name.as_str()), value)?;
+    }
+    let mut meta = transaction.open_table(META)?;
+    meta.insert(GENERATION, step.generation.to_be_bytes().as_slice())?;
+    meta.insert(FLOOR, step.floor.to_be_bytes().as_slice())?;
+    meta.insert(MADE, step.made_unix_ms.to_be_bytes().as_slice())?;
+    Ok(())
+}
+
+fn write_manifests(
+    transaction: &WriteTransaction,
+    files: &BTreeMap<String, Option<String>>,
+) -> Result<(), redb::Error> {
+    let mut table = transaction.open_table(MANIFESTS)?;
+    for (name, text) in files {
+        match text {
+            Some(text) => table.insert(name.as_str(), text.as_str())?,
+            None => table.remove(name.as_str())?,
+        };
+    }
+    Ok(())
 }
 
 /// The embedded store: what controllers share, where there is only one.

@@ -29,7 +29,7 @@ fn a_list_that_does_not_end_takes_nothing_away() {
     assert_eq!(names(&cluster), ["a", "b"]);
     cluster.handle(Event::Listed(item(Kind::Service, "b", 1).into()));
     let changed = cluster.handle(Event::ListEnds(Kind::Service));
-    assert!(changed.desired);
+    assert_eq!(changed.desired, Change::Any);
     assert_eq!(names(&cluster), ["b"]);
 }
 
@@ -62,12 +62,12 @@ fn an_object_that_breaks_stays_as_it_was_until_it_is_another() {
         broken.problem = Some(FieldProblem::new("spec.type", "is not known"));
         Event::Set(broken.into())
     };
-    assert!(cluster.handle(broken("")).desired);
+    assert_eq!(cluster.handle(broken("")).desired, Change::Any);
     assert_eq!(names(&cluster), ["a"]);
     assert_eq!(cluster.problems(), ["Service d/a: spec.type: is not known"]);
-    assert!(!cluster.handle(broken("")).desired);
+    assert!(cluster.handle(broken("")).desired.is_nothing());
 
-    assert!(cluster.handle(broken("another")).desired);
+    assert_eq!(cluster.handle(broken("another")).desired, Change::Any);
     assert_eq!(names(&cluster), [""; 0]);
     cluster.handle(Event::Set(item(Kind::Service, "a", 1).into()));
     assert_eq!(cluster.problems(), [""; 0]);
@@ -80,7 +80,7 @@ fn a_status_that_comes_back_changes_nothing_of_what_the_mesh_is() {
     with_status.status = serde_json::json!({"conditions": []});
     let changed = cluster.handle(Event::Set(with_status.into()));
     let expected = Changed {
-        desired: false,
+        desired: Change::Nothing,
         status: true,
     };
     assert_eq!(changed, expected);
@@ -98,20 +98,13 @@ fn who_was_made_first_comes_first() {
 #[test]
 fn trouble_is_told_and_over() {
     let mut cluster = Cluster::default();
-    assert!(
-        cluster
-            .handle(Event::Trouble(Kind::Pod, "gone".to_owned()))
-            .desired
-    );
-    assert!(
-        !cluster
-            .handle(Event::Trouble(Kind::Pod, "gone".to_owned()))
-            .desired
-    );
+    let trouble = || Event::Trouble(Kind::Pod, "gone".to_owned());
+    assert_eq!(cluster.handle(trouble()).desired, Change::Any);
+    assert!(cluster.handle(trouble()).desired.is_nothing());
     let expected = "the API server cannot be asked for Pod objects: gone";
     assert_eq!(cluster.problems(), [expected]);
-    assert!(cluster.handle(Event::Well(Kind::Pod)).desired);
-    assert!(!cluster.handle(Event::Well(Kind::Pod)).desired);
+    assert_eq!(cluster.handle(Event::Well(Kind::Pod)).desired, Change::Any);
+    assert!(cluster.handle(Event::Well(Kind::Pod)).desired.is_nothing());
     assert_eq!(cluster.problems(), [""; 0]);
 }
 

@@ -462,7 +462,7 @@ fn a_broken_file_takes_nothing_away_not_even_after_a_restart() {
         &format!("{}---\n{other}  x: [", SERVICE.replace("80", "81")),
     );
     let expected = [("inventory".to_owned(), 81), ("orders".to_owned(), 80)];
-    assert!(folder.scan(place.path()).changed);
+    assert_eq!(folder.scan(place.path()).changed, Change::Any);
     assert_eq!(ports(&folder), expected);
     assert_eq!(folder.objects().1.len(), 1);
 
@@ -486,7 +486,7 @@ fn what_a_file_brings_counts_at_once_and_what_it_takes_away_later() {
     let mut folder = Folder::default();
     let names = ["shop.yaml".to_owned()].into();
     let scanned = folder.scan_files(place.path(), &names);
-    assert!(scanned.changed && scanned.remember.contains_key("shop.yaml"));
+    assert!(!scanned.changed.is_nothing() && scanned.remember.contains_key("shop.yaml"));
     assert_eq!(ports(&folder), both);
 
     // One of them is about to be in another file; then the file is broken, and then gone.
@@ -499,7 +499,7 @@ fn what_a_file_brings_counts_at_once_and_what_it_takes_away_later() {
     assert_eq!(ports(&folder), both);
 
     write(place.path(), &SERVICE.replace("80", "81"));
-    assert!(folder.scan(place.path()).changed);
+    assert_eq!(folder.scan(place.path()).changed, Change::Any);
     assert_eq!(ports(&folder), [of("inventory", 81)]);
 }
 
@@ -587,8 +587,8 @@ fn a_folder_that_vanished_takes_nothing_away() {
     let mut folder = Folder::default();
     folder.scan(place.path());
     let gone = place.path().join("gone");
-    assert!(folder.scan(&gone).changed);
-    assert!(!folder.scan(&gone).changed);
+    assert_eq!(folder.scan(&gone).changed, Change::Any);
+    assert!(folder.scan(&gone).changed.is_nothing());
     assert_eq!(folder.objects().0.len(), 1);
     assert!(folder.objects().1[0].contains("No such file"));
 }
