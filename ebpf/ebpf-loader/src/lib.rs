@@ -9,6 +9,7 @@
 mod cgroup;
 mod connects;
 pub mod guard;
+pub mod inspect;
 mod leftover;
 pub mod mapping;
 mod open;

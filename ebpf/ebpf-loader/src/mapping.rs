@@ -150,6 +150,14 @@ impl Mappings {
         Ok(wanted.len() - kept.len())
     }
 
+    pub(crate) fn ebpf(&self) -> &Ebpf {
+        &self.ebpf
+    }
+
+    pub(crate) fn links(&self) -> &[KeptLink] {
+        &self.links
+    }
+
     /// What became of packets since the programs were loaded.
     ///
     /// # Errors

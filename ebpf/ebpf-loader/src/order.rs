@@ -47,6 +47,16 @@ const EGRESS: [(&str, Edge); 6] = [
 ];
 
 /// Nobody comes between who looks for a place and takes it.
+/// Which way packets go that a program looks at; `None`: it looks at none.
+pub(crate) fn way(name: &str) -> Option<TcAttachType> {
+    let is_in = |order: &[(&str, Edge)]| order.iter().any(|(one, _)| *one == name);
+    match (is_in(&INGRESS), is_in(&EGRESS)) {
+        (true, _) => Some(TcAttachType::Ingress),
+        (false, true) => Some(TcAttachType::Egress),
+        (false, false) => None,
+    }
+}
+
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// Puts a program of ours where it belongs at an interface.

@@ -106,6 +106,11 @@ impl Interfaces {
         })
     }
 
+    /// By the interface's index.
+    pub(crate) fn links(&self) -> &BTreeMap<NonZeroU32, Vec<KeptLink>> {
+        &self.links
+    }
+
     /// Whether packets of the interface are looked at.
     pub(crate) fn has(&self, index: NonZeroU32) -> bool {
         self.links.contains_key(&index)

@@ -377,6 +377,16 @@ pub(crate) struct KeptLink {
 }
 
 impl KeptLink {
+    /// The kernel's number for its program.
+    pub(crate) fn program_id(&self) -> Option<u32> {
+        self.link.info().ok().map(|info| info.program_id())
+    }
+
+    /// Whether it has its name still; `None`: it never had one.
+    pub(crate) fn is_pinned(&self) -> Option<bool> {
+        self.pin.as_ref().map(|pin| pin.exists())
+    }
+
     /// Detaches the program.
     pub(crate) fn remove(self) {
         let mut problems = Vec::new();

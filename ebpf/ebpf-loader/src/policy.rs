@@ -299,6 +299,15 @@ impl Policy {
         links.into_values().flatten().for_each(KeptLink::remove);
         self.keeper.forget(LINKS);
     }
+    pub(crate) fn ebpf(&self) -> &Ebpf {
+        &self.ebpf
+    }
+
+    /// By the interface's index.
+    pub(crate) fn links(&self) -> &BTreeMap<NonZeroU32, Vec<KeptLink>> {
+        &self.links
+    }
+
 
     /// Judges what comes and goes by the tunnel whose interface this is: next to the wire, before
     /// other programs on the way in and after them on the way out. Returns whether the programs

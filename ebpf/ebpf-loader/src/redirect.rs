@@ -109,7 +109,18 @@ pub(crate) struct Told {
 impl Told {
     /// Loads the programs, attached nowhere yet. What an earlier process said is forgotten.
     pub(crate) fn load(ebpf: &mut Ebpf) -> Result<Self, LoadError> {
+/// Whether it is one of those that redirect.
+pub(crate) fn is_one(program: &str) -> bool {
+    let headers = [LinkHeader::Ethernet, LinkHeader::Ip];
+    headers.map(program_for).contains(&program)
+}
+
         for header in [LinkHeader::Ethernet, LinkHeader::Ip] {
+    /// Those whose packets are redirected.
+    pub(crate) fn interfaces(&self) -> impl Iterator<Item = NonZeroU32> + '_ {
+        self.links.keys().copied()
+    }
+
             let name = program_for(header);
             program::<SchedClassifier>(ebpf, name)
                 .and_then(|program| patiently(|| program.load()))

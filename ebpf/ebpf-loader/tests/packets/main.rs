@@ -15,6 +15,8 @@ mod differential;
 #[cfg(test)]
 mod hairpin;
 #[cfg(test)]
+mod inspect;
+#[cfg(test)]
 mod kept;
 #[cfg(test)]
 #[path = "../common/kube_proxy.rs"]
