@@ -1,6 +1,7 @@
 //! The admin socket: what `meshctl` asks this agent.
 
 mod diagnosis;
+mod operators;
 
 use std::{
     collections::BTreeMap,
@@ -20,12 +21,15 @@ use mesh_api::{
         EventsResponse, FactsRequest, FactsResponse, Health, PathWhyRequest, PathWhyResponse,
         PeersRequest, PeersResponse, PingRequest, PingResponse, ServicesRequest, ServicesResponse,
         SnapshotsRequest, SnapshotsResponse, StatusRequest, StatusResponse, TraceRequest,
-        TraceResponse,
-        agent_admin_server::{AgentAdmin, AgentAdminServer},
+        TraceResponse, agent_admin_server::AgentAdmin,
     },
     serve::AdminSocket,
 };
-use mesh_core::offline::{Version, limit::Standing};
+use mesh_core::{
+    offline::{Version, limit::Standing},
+    pattern::NamePattern,
+    snapshot::{Node, Snapshot},
+};
 use mesh_daemon::metrics::Page;
 use mesh_dns::{client, counters::Counters};
 use mesh_identity::credentials::Credentials;
@@ -34,6 +38,7 @@ use tokio::{sync::watch, task, time};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, transport::Server};
 
+use self::operators::Door;
 use crate::{
     driver::{Driver, DriverHandle},
     interfaces::AllServed,
@@ -110,6 +115,8 @@ pub struct Facts {
     pub dns_upstreams: Vec<SocketAddr>,
     /// Whether policies are enforced here if there are any (`policy`).
     pub enforces: bool,
+    /// Nodes whose operators may look at this one.
+    pub operators: Vec<NamePattern>,
 }
 
 impl Admin {
@@ -138,7 +145,7 @@ impl Admin {
         let socket = AdminSocket::bind(&self.socket)
             .await
             .context("admin socket (`admin_socket`)")?;
-        let service = AgentAdminServer::new(self);
+        let service = Door::of_the_machine(self);
         let server = Server::builder().add_service(service);
         server
             .serve_with_incoming_shutdown(socket, stop.cancelled_owned())
@@ -362,20 +369,24 @@ fn dns_status(error: client::AskError) -> Status {
     }
 }
 
-/// The peer with this name or overlay address.
-fn find_node(driver: &Driver, target: &str) -> Result<NodeId, Status> {
-    let snapshot = driver.snapshot();
+/// The node with this name or overlay address.
+fn node_of<'a>(snapshot: &'a Snapshot, target: &str) -> Result<&'a Node, Status> {
     let address = target.parse::<IpAddr>().ok();
-    let is_target = |node: &&mesh_core::snapshot::Node| {
+    let is_target = |node: &&Node| {
         node.name.as_str() == target
             || address == Some(IpAddr::V4(node.overlay_v4))
             || address == Some(IpAddr::V6(node.overlay_v6))
     };
-    let node = snapshot.nodes.values().find(is_target).ok_or_else(|| {
+    snapshot.nodes.values().find(is_target).ok_or_else(|| {
         Status::not_found(format!(
             "no node {target:?} in the mesh (a node's name, or its overlay address)"
         ))
-    })?;
+    })
+}
+
+/// The same, of another node.
+fn find_node(driver: &Driver, target: &str) -> Result<NodeId, Status> {
+    let node = node_of(driver.snapshot(), target)?;
     if driver.own().is_some_and(|own| own.id == node.id) {
         return Err(Status::invalid_argument(format!(
             "{target} is this node itself"

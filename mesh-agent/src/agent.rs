@@ -558,6 +558,7 @@ async fn start(
         state_dir: settings.state_dir,
         dns_upstreams,
         enforces: settings.policy,
+        operators: settings.operators,
     };
     let admin = Admin::new(
         DriverHandle(events),
@@ -571,6 +572,10 @@ async fn start(
     supervisor.spawn("metrics", metrics);
     let journal = admin.clone().keep_journal(stop.clone());
     supervisor.spawn("journal", journal);
+    if admin.has_operators() {
+        let operators = admin.clone().serve_operators(stop.clone());
+        supervisor.spawn("operators", operators);
+    }
     supervisor.spawn("admin", admin.serve(stop));
     Ok(Running {
         workers,

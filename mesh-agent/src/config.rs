@@ -63,6 +63,8 @@ pub struct Settings {
     pub cni: Option<PathBuf>,
     /// The CONNECT proxy to the mesh's nodes; `None`: this node has none.
     pub proxy: Option<ProxySettings>,
+    /// Nodes whose operators may look at this one (`meshctl --node`); none: nobody.
+    pub operators: Vec<NamePattern>,
     /// The HTTP proxy to the outside, for TLS to relays and controllers; `None`: there is none.
     pub https_proxy: Option<Arc<HttpProxy>>,
     /// What is to be known of this machine's ways out.
@@ -317,6 +319,8 @@ struct ConfigFile {
     pod_interfaces: Vec<String>,
     cni: Option<CniConfig>,
     proxy: Option<ProxyFile>,
+    #[serde(default)]
+    operators: Vec<String>,
     https_proxy: Option<SecretText>,
     no_proxy: Option<Vec<String>>,
     #[serde(default)]
@@ -422,6 +426,9 @@ const SERVICE_INTERFACES_MAX: usize = 64;
 /// interface whenever the network changes.
 const POD_PATTERNS_MAX: usize = 16;
 
+/// Most `operators`: a node or two of each team, and some to spare.
+const OPERATORS_MAX: usize = 64;
+
 /// Most `[[uplink]]` tables: twice what the core has use for.
 const UPLINK_RULES_MAX: usize = 16;
 
@@ -502,6 +509,7 @@ impl Settings {
         let token = token.map_err(|(key, problem)| bad(key, problem.to_owned()))?;
         let proxy = file.proxy.map(|proxy| proxy.check(&file.admin_socket));
         let proxy = proxy.transpose().map_err(|problem| bad("proxy", problem))?;
+        let operators = operators(file.operators).map_err(|problem| bad("operators", problem))?;
         let https_proxy = HttpProxy::choose(
             file.https_proxy.as_ref().map(|url| url.0.as_str()),
             file.no_proxy.as_deref(),
@@ -531,6 +539,7 @@ impl Settings {
             pod_interfaces,
             cni: file.cni.map(|cni| cni.state_dir),
             proxy,
+            operators,
             https_proxy: https_proxy.map(Arc::new),
             uplinks,
             metered_sync: Duration::from_secs(file.metered_sync_s),
@@ -682,6 +691,23 @@ fn pod_interfaces(file: &ConfigFile) -> Result<BTreeSet<NamePattern>, String> {
         ));
     }
     Ok(patterns.iter().cloned().map(NamePattern::new).collect())
+}
+
+fn operators(patterns: Vec<String>) -> Result<Vec<NamePattern>, String> {
+    if patterns.len() > OPERATORS_MAX {
+        let count = patterns.len();
+        return Err(format!("{count} patterns, at most {OPERATORS_MAX} can be"));
+    }
+    let odd = |pattern: &&String| {
+        let name = pattern.strip_suffix('*').unwrap_or(pattern);
+        pattern.is_empty() || name.contains('*')
+    };
+    match patterns.iter().find(odd) {
+        Some(wrong) => Err(format!(
+            "{wrong:?} is no node's name, nor the beginning of one and `*`"
+        )),
+        None => Ok(patterns.into_iter().map(NamePattern::new).collect()),
+    }
 }
 
 fn is_host_port(text: &str) -> bool {
@@ -949,6 +975,19 @@ mod tests {
         let many: String = (0..=UPLINK_RULES_MAX).map(table).collect();
         let error = parse(&format!("node_name = 'a'\n{many}")).unwrap_err();
         assert!(error.contains("at most 16"), "{error}");
+    }
+
+    #[test]
+    fn operators_are_names_or_their_beginnings_and_nobody_without_a_word() {
+        assert_eq!(parse("node_name = 'a'").unwrap().operators, []);
+        let named = parse("node_name = 'a'\noperators = ['ops-*', 'cloud-1']").unwrap();
+        assert!(named.operators[0].matches("ops-7") && !named.operators[1].matches("cloud-12"));
+        for wrong in ["''", "'a*b'", "'**'"] {
+            let error = parse(&format!("node_name = 'a'\noperators = [{wrong}]")).unwrap_err();
+            assert!(error.contains("`operators`"), "{error}");
+        }
+        let many = vec!["'a'"; OPERATORS_MAX + 1].join(", ");
+        assert!(parse(&format!("node_name = 'a'\noperators = [{many}]")).is_err());
     }
 
     #[test]

@@ -13,7 +13,6 @@ use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use futures_util::{Stream, StreamExt as _, stream};
 use mesh_api::{
-    connect::{ALPN, connect_tcp, control_channel_over},
     control::{
         FetchRequest, FetchResponse,
         neighbour_client::NeighbourClient,
@@ -26,10 +25,7 @@ use mesh_api::{
     serve::{caller, tls_incoming_of},
 };
 use mesh_core::offline::exchange::{Answers, Ask, Exchange, Offer, Outcome};
-use mesh_identity::{
-    credentials::Credentials,
-    tls::{ClientAuth, client_config, server_config, server_name},
-};
+use mesh_identity::credentials::Credentials;
 use mesh_wire::id::{Identity, NodeId};
 use tokio::{
     net::TcpListener,
@@ -42,6 +38,7 @@ use tonic::{Request, Response, Status, transport::Server};
 use crate::{
     desired::{self, NotTaken, lock},
     driver::{now, sleep_until},
+    mutual,
     sync::Connection,
 };
 
@@ -87,14 +84,8 @@ impl Giver {
     pub async fn serve(self, listener: TcpListener) {
         let credentials = Arc::clone(&self.credentials);
         let (places, connections) = (self.clone(), Arc::clone(&self.connections));
-        // Credentials that a controller gave make a configuration.
-        let Ok(first) = server_config(&credentials.load(), ClientAuth::Required, ALPN) else {
+        let Ok(config) = mutual::accept(credentials) else {
             return;
-        };
-        let first = Arc::new(first);
-        let config = move || {
-            let now = server_config(&credentials.load(), ClientAuth::Required, ALPN);
-            now.map_or_else(|_| Arc::clone(&first), Arc::new)
         };
         let refused = |peer, problem: &str| {
             tracing::debug!(%peer, problem, "a neighbour's connection was refused");
@@ -114,19 +105,10 @@ impl Giver {
 
     /// The node that asks, if it is one of the mesh as far as this node knows: who was taken out gets nothing newer.
     async fn member(&self, request: &Request<FetchRequest>) -> Result<NodeId, Status> {
-        let (_, identity) = caller(request)?.identity()?;
         let snapshot = self.desired.lock().await.snapshots().borrow().clone();
-        let known = match (&snapshot, &identity) {
-            (Some(snapshot), Identity::Node { name, id }) => {
-                snapshot.nodes.get(name).filter(|node| node.id == *id)
-            }
-            _ => None,
-        };
-        known.map(|node| node.id).ok_or_else(|| {
-            Status::permission_denied(
-                "this is for nodes of the mesh, and this node knows no such one",
-            )
-        })
+        let (_, identity) = caller(request)?.identity()?;
+        let node = mutual::member(&identity, snapshot.as_deref())?;
+        Ok(node.id)
     }
 }
 
@@ -237,20 +219,16 @@ async fn take_from(giver: &Giver, ask: Ask) -> anyhow::Result<Outcome> {
 
 async fn fetch(giver: &Giver, ask: Ask) -> anyhow::Result<FetchResponse> {
     let credentials = giver.credentials.load_full();
-    let config = client_config(&credentials, ALPN)?;
     let identity = Identity::Node {
         name: ask.name,
         id: ask.node,
     };
-    let server = server_name(credentials.trust_domain(), &identity)?;
     let digests = {
         let desired = giver.desired.lock().await;
         let wanted = buckets(desired.resources_len());
         desired.digests(wanted).await?
     };
-    let address = ask.address.to_string();
-    let tcp = connect_tcp(&address, |_| None).await?;
-    let channel = control_channel_over(tcp, &address, Arc::new(config), server).await?;
+    let channel = mutual::connect(&credentials, identity, ask.address).await?;
     let mut client = NeighbourClient::new(channel).max_decoding_message_size(SYNC_BYTES_MAX);
     let answer = client.fetch(FetchRequest { digests }).await;
     let mut answer = answer.map_err(|status| anyhow::anyhow!("{}", status.message()))?;

@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use mesh_core::io::{Input, RelayTransport};
@@ -15,12 +15,15 @@ pub const NOTES_MAX: usize = 256;
 /// A relay's or a controller's problem is cut here, so that one note is not the whole room.
 const REASON_BYTES_MAX: usize = 200;
 
+/// How long a question of another node is the same one: who watches a page would soon be all that is kept.
+const USE_EVERY: Duration = Duration::from_secs(60);
+
 /// One change.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Note {
     /// When.
     pub at: Instant,
-    /// `relay`, `controller` or `health`.
+    /// `relay`, `controller`, `health` or `operator`.
     pub of: &'static str,
     /// Whose; empty: the node's own.
     pub name: String,
@@ -52,6 +55,30 @@ impl Journal {
         if before.as_deref() == Some(to) {
             return;
         }
+        self.keep(at, of, name, before.unwrap_or_default(), to, reason);
+    }
+
+    /// The node `name` asked for something here, or was refused; the same again is noted once in [`USE_EVERY`].
+    pub fn note_use(&mut self, at: Instant, name: &str, what: &str, reason: &str) {
+        let mut newest = self.notes.iter().rev();
+        let again = newest.any(|note| {
+            let recent = at.saturating_duration_since(note.at) < USE_EVERY;
+            recent && note.of == "operator" && note.name == name && note.to == what
+        });
+        if !again {
+            self.keep(at, "operator", name, String::new(), what, reason);
+        }
+    }
+
+    fn keep(
+        &mut self,
+        at: Instant,
+        of: &'static str,
+        name: &str,
+        from: String,
+        to: &str,
+        reason: &str,
+    ) {
         if self.notes.len() == NOTES_MAX {
             self.notes.pop_front(); // The oldest says least of what is wrong now.
             self.forgotten += 1;
@@ -61,7 +88,7 @@ impl Journal {
             at,
             of,
             name: name.to_owned(),
-            from: before.unwrap_or_default(),
+            from,
             to: to.to_owned(),
             reason: reason.get(..end).unwrap_or_default().to_owned(),
         });
@@ -115,6 +142,30 @@ mod tests {
             .map(|note| [note.from.as_str(), &note.to, &note.reason]);
         let words: Vec<_> = words.collect();
         assert_eq!(words, [["", "ok", ""], ["ok", "down", "a"]]);
+    }
+
+    #[test]
+    fn what_other_nodes_ask_is_noted_once_a_minute_for_each_of_them() {
+        let mut journal = Journal::default();
+        let start = Instant::now();
+        for (s, name, what) in [
+            (0, "a", "asked Status"),
+            (59, "a", "asked Status"),
+            (59, "a", "asked Peers"),
+            (59, "b", "asked Status"),
+            (60, "a", "asked Status"),
+        ] {
+            journal.note_use(start + Duration::from_secs(s), name, what, "");
+        }
+        let names = journal.notes().map(|note| [note.name.as_str(), &note.to]);
+        let names: Vec<_> = names.collect();
+        let want = [
+            ["a", "asked Status"],
+            ["a", "asked Peers"],
+            ["b", "asked Status"],
+            ["a", "asked Status"],
+        ];
+        assert_eq!(names, want);
     }
 
     #[test]

@@ -27,6 +27,7 @@ pub mod links;
 pub mod loads;
 pub mod mapping;
 pub mod metrics;
+mod mutual;
 pub mod neighbours;
 pub mod network;
 pub mod outliers;

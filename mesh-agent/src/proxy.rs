@@ -714,7 +714,11 @@ async fn explain(failure: &Failure, allowed: &Allowed<'_>, driver: &DriverHandle
         }
         Failure::Io(to, error) => format!("{node} ({to}): {error}"),
     };
-    let id: NodeId = allowed.node.id;
+    with_the_way(what, allowed.node.id, driver).await
+}
+
+/// `what` went wrong with something asked of `id`, and what the core knows of the way there.
+pub(crate) async fn with_the_way(what: String, id: NodeId, driver: &DriverHandle) -> String {
     let why = driver
         .ask(move |driver| report::path_why(driver, &id))
         .await;

@@ -40,6 +40,9 @@ pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 /// How long to wait for the answer to such a probe.
 pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// At an agent's admin socket: the request's metadata has the name of the node whose agent is to be asked instead.
+pub const NODE_METADATA: &str = "holdfast-node";
+
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {

@@ -29,6 +29,11 @@ pub(crate) struct Cli {
         default_value = "/run/holdfast/controller.sock"
     )]
     pub(crate) controller_socket: PathBuf,
+    /// Ask the agent of this node instead, across the mesh: of the commands that ask an agent, those that change nothing. Its
+    /// `operators` have to name this machine's node.
+    // Not `node`, which is what some commands are about.
+    #[arg(long = "node", id = "at_node", global = true, value_name = "NAME")]
+    pub(crate) at_node: Option<String>,
     /// Print one JSON document, whose fields are described in meshctl's README.
     #[arg(long, global = true)]
     pub(crate) json: bool,
@@ -131,6 +136,39 @@ pub(crate) enum Command {
     Install(Install),
     /// Takes Holdfast from the cluster that kubectl speaks with, and from every node of it.
     Uninstall(Uninstall),
+}
+
+impl Command {
+    /// Whether it asks an agent and nothing else, so that it may be another node's.
+    pub(crate) fn asks_an_agent(&self) -> bool {
+        match self {
+            Self::Status { .. }
+            | Self::Health
+            | Self::Doctor
+            | Self::Peers { .. }
+            | Self::Relays
+            | Self::Netcheck
+            | Self::Trace(_)
+            | Self::Drops { .. }
+            | Self::Events { .. }
+            | Self::Snapshot(_)
+            | Self::Ping(_)
+            | Self::Path(_)
+            | Self::Services { .. }
+            | Self::Dns(_) => true,
+            Self::Tunnel { .. }
+            | Self::Token(_)
+            | Self::Nodes
+            | Self::Node(_)
+            | Self::Relay(_)
+            | Self::Controller(_)
+            | Self::Bugreport(_)
+            | Self::Completion { .. }
+            | Self::Man { .. }
+            | Self::Install(_)
+            | Self::Uninstall(_) => false,
+        }
+    }
 }
 
 /// Showing something again and again.
@@ -269,7 +307,8 @@ pub(crate) enum Token {
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
         uses: u32,
         /// Only this node may use it.
-        #[arg(long)]
+        // In the place of the option of this name for all commands.
+        #[arg(long = "node", id = "at_node")]
         node: Option<String>,
         /// What it is for; shown by `token list`.
         #[arg(long, default_value = "")]

@@ -4,10 +4,15 @@ use std::{path::Path, time::Duration};
 
 use mesh_api::{
     admin::{agent_admin_client::AgentAdminClient, controller_admin_client::ControllerAdminClient},
-    connect::admin_channel,
+    connect::{NODE_METADATA, admin_channel},
 };
 use tokio::time::timeout;
-use tonic::{Response, Status, transport::Channel};
+use tonic::{
+    Request, Response, Status,
+    metadata::{Ascii, MetadataValue},
+    service::{Interceptor, interceptor::InterceptedService},
+    transport::Channel,
+};
 
 use crate::failure::{Daemon, Failure};
 
@@ -18,9 +23,39 @@ pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Thousand nodes of 1 KiB each, or ten thousand endpoints, with room to spare.
 const MESSAGE_MAX_BYTES: usize = 64 << 20;
 
-pub(crate) async fn agent(path: &Path) -> Result<AgentAdminClient<Channel>, Failure> {
-    let channel = channel(Daemon::Agent, path).await?;
-    Ok(AgentAdminClient::new(channel).max_decoding_message_size(MESSAGE_MAX_BYTES))
+/// Which agent is asked.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Agent<'a> {
+    /// The admin socket of this machine's agent.
+    pub(crate) socket: &'a Path,
+    /// The node whose agent it asks in its turn; `None`: it answers itself.
+    pub(crate) node: Option<&'a str>,
+}
+
+/// Names the node in each request.
+#[derive(Debug, Clone)]
+pub(crate) struct ToNode(Option<MetadataValue<Ascii>>);
+
+impl Interceptor for ToNode {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(node) = &self.0 {
+            request.metadata_mut().insert(NODE_METADATA, node.clone());
+        }
+        Ok(request)
+    }
+}
+
+pub(crate) type AgentClient = AgentAdminClient<InterceptedService<Channel, ToNode>>;
+
+pub(crate) async fn agent(agent: Agent<'_>) -> Result<AgentClient, Failure> {
+    let node = agent.node.map(|name| {
+        let odd = |_| Failure::Refused(format!("{name:?} is no node's name (--node)"));
+        name.parse().map_err(odd)
+    });
+    let to_node = ToNode(node.transpose()?);
+    let channel = channel(Daemon::Agent, agent.socket).await?;
+    let client = AgentAdminClient::with_interceptor(channel, to_node);
+    Ok(client.max_decoding_message_size(MESSAGE_MAX_BYTES))
 }
 
 pub(crate) async fn controller(path: &Path) -> Result<ControllerAdminClient<Channel>, Failure> {

@@ -24,7 +24,7 @@ pub(crate) struct Event {
     /// By the node's clock of now, whatever it said then.
     pub(crate) at_unix_ms: i64,
     pub(crate) ago_ms: u64,
-    /// `peer`, `path`, `relay`, `controller` or `health`.
+    /// `peer`, `path`, `relay`, `controller`, `health` or `operator`: another node's, that looked at this one.
     pub(crate) of: String,
     /// The node's or relay's name, or the controller's address; `null`: this node's health.
     pub(crate) name: Option<String>,

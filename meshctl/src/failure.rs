@@ -16,6 +16,8 @@ pub(crate) enum Failure {
     Slow(&'static str, Duration),
     /// The daemon says that the question is wrong.
     Refused(String),
+    /// The daemon does not answer this caller.
+    Denied(String),
     /// The daemon could not answer.
     Failed(String),
     /// A file could not be written.
@@ -82,6 +84,7 @@ impl Failure {
             Self::Refused(_) => Verdict::Usage,
             Self::Unreachable(_)
             | Self::Slow(..)
+            | Self::Denied(_)
             | Self::Failed(_)
             | Self::File(_)
             | Self::Cluster(_)
@@ -94,6 +97,7 @@ impl Failure {
             Self::Unreachable(_) => "unreachable",
             Self::Slow(..) => "slow",
             Self::Refused(_) => "refused",
+            Self::Denied(_) => "denied",
             Self::Failed(_) => "failed",
             Self::File(_) => "file",
             Self::Cluster(_) => "cluster",
@@ -112,11 +116,11 @@ impl From<Status> for Failure {
             | Code::AlreadyExists
             | Code::OutOfRange
             | Code::FailedPrecondition => Self::Refused(message),
+            Code::PermissionDenied => Self::Denied(message),
             Code::Ok
             | Code::Cancelled
             | Code::Unknown
             | Code::DeadlineExceeded
-            | Code::PermissionDenied
             | Code::ResourceExhausted
             | Code::Aborted
             | Code::Unimplemented
@@ -133,6 +137,7 @@ impl fmt::Display for Failure {
         match self {
             Self::Unreachable(message)
             | Self::Refused(message)
+            | Self::Denied(message)
             | Self::File(message)
             | Self::Cluster(message)
             | Self::Proxy(message) => f.write_str(message),

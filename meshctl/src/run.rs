@@ -17,12 +17,12 @@ use crate::{
     Verdict,
     bugreport::{Bundle, Redact},
     cli::{self, Again, Cli, Command},
-    connect::{self, ask},
+    connect::{self, Agent, ask},
     doctor::{self, Doctor},
     drops::Drops,
     events::Events,
     failure::{
-        Daemon::{Agent, Controller},
+        Daemon::{self, Controller},
         Failure,
     },
     files, generate,
@@ -79,14 +79,23 @@ fn print(text: &str) {
 }
 
 pub(crate) async fn run(cli: Cli, screen: Screen) -> Result<Verdict, Failure> {
-    let (socket, controller_socket) = (&cli.socket, &cli.controller_socket);
+    let own_node = matches!(cli.command, Command::Token(cli::Token::Create { .. }));
+    if cli.at_node.is_some() && !own_node && !cli.command.asks_an_agent() {
+        let text = "--node is for what an agent is asked; this is not for another node's";
+        return Err(Failure::Refused(text.to_owned()));
+    }
+    let controller_socket = &cli.controller_socket;
+    let socket = Agent {
+        socket: &cli.socket,
+        node: cli.at_node.as_deref(),
+    };
     match cli.command {
         Command::Status { again } => {
             let look = async |_: Option<(&Status, Duration)>| status(socket).await;
             watch(screen, again, look).await
         }
         Command::Health => screen.show(&Health::from(status(socket).await?)),
-        Command::Doctor => screen.show(&Doctor::new(&doctor::facts::gather(socket).await)),
+        Command::Doctor => screen.show(&Doctor::new(&doctor::facts::gather(socket).await?)),
         Command::Peers { again } => {
             let look = async |_: Option<(&Peers, Duration)>| peers(socket).await;
             watch(screen, again, look).await
@@ -100,13 +109,13 @@ pub(crate) async fn run(cli: Cli, screen: Screen) -> Result<Verdict, Failure> {
             let request = trace::request(&arguments)?;
             let port = request.port;
             let mut agent = connect::agent(socket).await?;
-            let said = ask(Agent, agent.trace(request)).await?;
+            let said = ask(Daemon::Agent, agent.trace(request)).await?;
             screen.show(&Trace::new(said, port))
         }
         Command::Drops { all, again } => {
             let look = async |before: Option<(&Drops, Duration)>| {
                 let mut agent = connect::agent(socket).await?;
-                let said = ask(Agent, agent.drops(DropsRequest {})).await?;
+                let said = ask(Daemon::Agent, agent.drops(DropsRequest {})).await?;
                 Ok(Drops::new(said, all, before))
             };
             watch(screen, again, look).await
@@ -123,7 +132,7 @@ pub(crate) async fn run(cli: Cli, screen: Screen) -> Result<Verdict, Failure> {
             Ok(Verdict::Ok)
         }
         Command::Man { out } => screen.show(&generate::man(&out)?),
-        Command::Ping(arguments) => ping(&cli.socket, arguments, screen).await,
+        Command::Ping(arguments) => ping(socket, arguments, screen).await,
         Command::Path(cli::Path::Why { node }) => screen.show(&path_why(socket, node).await?),
         Command::Services { endpoints } => {
             let services = services(socket).await?;
@@ -212,42 +221,42 @@ async fn watch<R: Report>(
     }
 }
 
-async fn status(socket: &Path) -> Result<Status, Failure> {
+async fn status(socket: Agent<'_>) -> Result<Status, Failure> {
     let mut agent = connect::agent(socket).await?;
-    let said = ask(Agent, agent.status(StatusRequest {})).await?;
+    let said = ask(Daemon::Agent, agent.status(StatusRequest {})).await?;
     Ok(Status::from(said))
 }
 
-async fn peers(socket: &Path) -> Result<Peers, Failure> {
+async fn peers(socket: Agent<'_>) -> Result<Peers, Failure> {
     let mut agent = connect::agent(socket).await?;
-    let said = ask(Agent, agent.peers(PeersRequest {})).await?;
+    let said = ask(Daemon::Agent, agent.peers(PeersRequest {})).await?;
     Ok(Peers::from(said))
 }
 
-async fn netcheck(socket: &Path) -> Result<Netcheck, Failure> {
+async fn netcheck(socket: Agent<'_>) -> Result<Netcheck, Failure> {
     let status = status(socket).await?;
     let mut agent = connect::agent(socket).await?;
-    let facts = ask(Agent, agent.facts(FactsRequest {})).await?;
+    let facts = ask(Daemon::Agent, agent.facts(FactsRequest {})).await?;
     Ok(Netcheck::new(status, &facts))
 }
 
-async fn events(socket: &Path, last: usize, about: Option<&str>) -> Result<Events, Failure> {
+async fn events(socket: Agent<'_>, last: usize, about: Option<&str>) -> Result<Events, Failure> {
     let mut agent = connect::agent(socket).await?;
-    let said = ask(Agent, agent.events(EventsRequest {})).await?;
+    let said = ask(Daemon::Agent, agent.events(EventsRequest {})).await?;
     Ok(Events::new(said, last, about))
 }
 
-async fn snapshots(socket: &Path, contents: bool) -> Result<SnapshotsResponse, Failure> {
+async fn snapshots(socket: Agent<'_>, contents: bool) -> Result<SnapshotsResponse, Failure> {
     let mut agent = connect::agent(socket).await?;
     let asked = agent.snapshots(SnapshotsRequest { contents });
     // Of the largest mesh, every signature is checked: 0.1 ms each.
-    Ok(connect::answer(Agent, VERIFY_TIMEOUT, asked)
+    Ok(connect::answer(Daemon::Agent, VERIFY_TIMEOUT, asked)
         .await?
         .into_inner())
 }
 
 async fn snapshot(
-    socket: &Path,
+    socket: Agent<'_>,
     command: cli::Snapshot,
     screen: Screen,
 ) -> Result<Verdict, Failure> {
@@ -269,10 +278,10 @@ async fn snapshot(
 const EVENTS_ALL: usize = usize::MAX;
 
 async fn bugreport(
-    socket: &Path,
+    socket: Agent<'_>,
     arguments: &cli::Bugreport,
 ) -> Result<crate::bugreport::BugReport, Failure> {
-    let facts = doctor::facts::gather(socket).await;
+    let facts = doctor::facts::gather(socket).await?;
     let overlay = facts
         .agent
         .as_ref()
@@ -311,7 +320,7 @@ async fn bugreport(
     bundle.add("events", events(socket, EVENTS_ALL, None).await)?;
     let drops = async {
         let mut agent = connect::agent(socket).await?;
-        let said = ask(Agent, agent.drops(DropsRequest {})).await?;
+        let said = ask(Daemon::Agent, agent.drops(DropsRequest {})).await?;
         Ok(Drops::new(said, true, None))
     };
     bundle.add("drops", drops.await)?;
@@ -323,15 +332,15 @@ async fn bugreport(
     Ok(bundle.finish())
 }
 
-async fn path_why(socket: &Path, node: String) -> Result<PathWhy, Failure> {
+async fn path_why(socket: Agent<'_>, node: String) -> Result<PathWhy, Failure> {
     let mut agent = connect::agent(socket).await?;
-    let said = ask(Agent, agent.path_why(PathWhyRequest { node })).await?;
+    let said = ask(Daemon::Agent, agent.path_why(PathWhyRequest { node })).await?;
     Ok(PathWhy::from(said))
 }
 
-async fn services(socket: &Path) -> Result<Services, Failure> {
+async fn services(socket: Agent<'_>) -> Result<Services, Failure> {
     let mut agent = connect::agent(socket).await?;
-    let said = ask(Agent, agent.services(ServicesRequest {})).await?;
+    let said = ask(Daemon::Agent, agent.services(ServicesRequest {})).await?;
     Ok(Services::from(said))
 }
 
@@ -350,11 +359,7 @@ async fn preflight(arguments: cli::Install) -> Preflight {
     Preflight::new(preflight::judge(&facts, &wanted))
 }
 
-async fn ping(
-    socket: &std::path::Path,
-    arguments: cli::Ping,
-    screen: Screen,
-) -> Result<Verdict, Failure> {
+async fn ping(socket: Agent<'_>, arguments: cli::Ping, screen: Screen) -> Result<Verdict, Failure> {
     let mut agent = connect::agent(socket).await?;
     let target = arguments.node;
     let request = PingRequest {
@@ -363,12 +368,12 @@ async fn ping(
         interval_ms: arguments.interval_ms,
         timeout_ms: arguments.timeout_ms,
     };
-    let mut stream = ask(Agent, agent.ping(request)).await?;
+    let mut stream = ask(Daemon::Agent, agent.ping(request)).await?;
     // An answer, or the news that there is none, is due after these two; the agent gets more.
     let due = u64::from(arguments.interval_ms) + u64::from(arguments.timeout_ms);
     let limit = Duration::from_millis(due) + connect::ANSWER_TIMEOUT;
     let mut replies = Vec::new();
-    while let Some(said) = connect::answer(Agent, limit, stream.message()).await? {
+    while let Some(said) = connect::answer(Daemon::Agent, limit, stream.message()).await? {
         let reply = PingReply::from(said);
         if !screen.json {
             print(&format!("{}\n", reply.line(&target)));
@@ -382,7 +387,7 @@ async fn ping(
 }
 
 async fn dns_query(
-    socket: &std::path::Path,
+    socket: Agent<'_>,
     name: String,
     record_type: String,
     screen: Screen,
@@ -392,7 +397,7 @@ async fn dns_query(
         name: name.clone(),
         r#type: record_type.clone(),
     };
-    let said = ask(Agent, agent.dns_query(request)).await?;
+    let said = ask(Daemon::Agent, agent.dns_query(request)).await?;
     screen.show(&DnsQuery {
         name,
         record_type,
@@ -403,11 +408,7 @@ async fn dns_query(
     })
 }
 
-async fn token(
-    socket: &std::path::Path,
-    command: cli::Token,
-    screen: Screen,
-) -> Result<Verdict, Failure> {
+async fn token(socket: &Path, command: cli::Token, screen: Screen) -> Result<Verdict, Failure> {
     let mut controller = connect::controller(socket).await?;
     match command {
         cli::Token::Create {

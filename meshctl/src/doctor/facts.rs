@@ -17,26 +17,40 @@ use crate::{
 };
 
 /// Asks and reads everything. What cannot be had keeps nothing else from being looked at.
-pub(crate) async fn gather(socket: &Path) -> Facts {
+///
+/// # Errors
+///
+/// Another node's agent that does not answer: nothing else is known of that machine.
+pub(crate) async fn gather(socket: connect::Agent<'_>) -> Result<Facts, Failure> {
     let agent = agent(socket).await;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now_unix_s = now.map_or(0, |now| i64::try_from(now.as_secs()).unwrap_or(i64::MAX));
+    if socket.node.is_some() {
+        // This machine says nothing of that one.
+        return Ok(Facts {
+            agent: Ok(agent?),
+            machine: Vec::new(),
+            kernel: Kernel::default(),
+            now_unix_s,
+        });
+    }
     let wanted = match &agent {
         Ok(agent) => wanted(agent),
         Err(_) => Wanted::default(),
     };
     let machine = preflight::facts::gather(&wanted);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    Facts {
+    Ok(Facts {
         kernel: Kernel {
             routes: machine.routes.clone(),
             ..kernel(Path::new("/proc"))
         },
         machine: preflight::judge(&machine, &wanted),
-        now_unix_s: now.map_or(0, |now| i64::try_from(now.as_secs()).unwrap_or(i64::MAX)),
+        now_unix_s,
         agent: agent.map_err(|failure| failure.to_string()),
-    }
+    })
 }
 
-async fn agent(socket: &Path) -> Result<Agent, Failure> {
+async fn agent(socket: connect::Agent<'_>) -> Result<Agent, Failure> {
     let mut agent = connect::agent(socket).await?;
     let status = ask(Daemon::Agent, agent.status(StatusRequest {})).await?;
     let services = ask(Daemon::Agent, agent.services(ServicesRequest {})).await?;

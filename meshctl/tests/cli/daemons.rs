@@ -15,12 +15,22 @@ pub(crate) fn texts(texts: &[&str]) -> Vec<String> {
     texts.iter().map(|&text| text.to_owned()).collect()
 }
 
+/// The node whose agent is to answer; `closed` answers nobody.
+fn asked<T>(request: &Request<T>) -> Result<String, Status> {
+    match request.metadata().get("holdfast-node") {
+        None => Ok("edge-a1".to_owned()),
+        Some(name) if name == "closed" => Err(Status::permission_denied("closed to edge-a1")),
+        Some(name) => Ok(name.to_str().unwrap().to_owned()),
+    }
+}
+
 #[tonic::async_trait]
 impl AgentAdmin for Agent {
     async fn status(
         &self,
-        _: Request<admin::StatusRequest>,
+        request: Request<admin::StatusRequest>,
     ) -> Result<Response<admin::StatusResponse>, Status> {
+        let node = asked(&request)?;
         let relay = |name: &str, transport: &str, home, rtt_ms, problem: &str| admin::RelayStatus {
             name: name.to_owned(),
             transport: transport.to_owned(),
@@ -29,7 +39,7 @@ impl AgentAdmin for Agent {
             problem: problem.to_owned(),
         };
         Ok(Response::new(admin::StatusResponse {
-            node: "edge-a1".to_owned(),
+            node,
             public_key: "KEY=".to_owned(),
             version: "0.1.0".to_owned(),
             overlay_addresses: texts(&["100.96.0.1", "fd00::1"]),

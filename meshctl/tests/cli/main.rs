@@ -9,6 +9,7 @@
 
 mod daemons;
 mod diagnosis;
+mod far;
 
 use std::{
     fs,
