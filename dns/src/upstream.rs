@@ -5,6 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     pin::Pin,
+    str::FromStr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -48,6 +49,9 @@ const HEDGE_MAX: Duration = Duration::from_millis(400);
 /// Before anything is known of it (RFC 8305 §5).
 const HEDGE_UNKNOWN: Duration = Duration::from_millis(250);
 
+/// Of DNS over TLS (RFC 7858 §3.1).
+const TLS_PORT: u16 = 853;
+
 /// Questions at once on one connection: as many as may wait at all.
 const QUESTIONS_MAX: usize = 512;
 
@@ -88,6 +92,11 @@ pub enum BadUpstream {
     /// Not `https://name/path`.
     #[error("{0:?} is not of the form https://dns.example.org/dns-query")]
     Url(String),
+    /// No address, nor `tls://` and an address.
+    #[error(
+        "{0:?} is not of the form 192.0.2.1:53, [2001:db8::1]:53, tls://192.0.2.1 or tls://[2001:db8::1]:853"
+    )]
+    Address(String),
 }
 
 /// Whom upstreams' certificates may be from.
@@ -154,6 +163,31 @@ impl UpstreamConfig {
 
     pub(crate) fn is_secure(&self) -> bool {
         self.transport != Transport::Plain
+    }
+}
+
+impl FromStr for UpstreamConfig {
+    type Err = BadUpstream;
+
+    /// An address: in the clear. `tls://` and an address: by TLS, with a certificate for that address.
+    fn from_str(text: &str) -> Result<Self, BadUpstream> {
+        let bad = || BadUpstream::Address(text.to_owned());
+        let Some(rest) = text.strip_prefix("tls://") else {
+            return text.parse().map(Self::plain).map_err(|_| bad());
+        };
+        let bare = rest
+            .strip_prefix('[')
+            .and_then(|rest| rest.strip_suffix(']'));
+        let alone = match bare {
+            Some(v6) => v6.parse().map(IpAddr::V6),
+            None => rest.parse().map(IpAddr::V4),
+        };
+        let address = match alone {
+            Ok(ip) => SocketAddr::new(ip, TLS_PORT),
+            Err(_) => rest.parse().map_err(|_| bad())?,
+        };
+        let transport = Transport::Tls(ServerName::IpAddress(address.ip().into()));
+        Ok(Self { address, transport })
     }
 }
 
@@ -496,6 +530,38 @@ mod tests {
             "https://a/",
         ] {
             assert_eq!(url(bad), Err(BadUpstream::Url(bad.to_owned())));
+        }
+    }
+
+    #[test]
+    fn an_upstream_by_tls_may_be_an_address_alone() {
+        for (text, address) in [
+            ("tls://192.0.2.1", "192.0.2.1:853"),
+            ("tls://192.0.2.1:8853", "192.0.2.1:8853"),
+            ("tls://[2001:db8::1]", "[2001:db8::1]:853"),
+            ("tls://[2001:db8::1]:8853", "[2001:db8::1]:8853"),
+        ] {
+            let address: SocketAddr = address.parse().unwrap();
+            let named = UpstreamConfig::tls(address, &address.ip().to_string());
+            assert_eq!(text.parse(), named, "{text}");
+        }
+        let plain = "192.0.2.1:53";
+        assert_eq!(
+            plain.parse(),
+            Ok(UpstreamConfig::plain(plain.parse().unwrap()))
+        );
+        for text in [
+            "192.0.2.1",
+            "tls://dns.example.org",
+            "tls://2001:db8::1",
+            "tls://",
+            "udp://192.0.2.1",
+            "",
+        ] {
+            assert_eq!(
+                text.parse::<UpstreamConfig>(),
+                Err(BadUpstream::Address(text.to_owned()))
+            );
         }
     }
 }

@@ -34,7 +34,7 @@ use tokio_util::sync::CancellationToken;
 
 const NAME: &str = "resolver.example.org";
 
-/// Unbound with a certificate for [`NAME`]; `www.example.org` is 192.0.2.53 there.
+/// Unbound with a certificate for [`NAME`] and its address; `www.example.org` is 192.0.2.53 there.
 struct Secure {
     tls: SocketAddr,
     https: SocketAddr,
@@ -52,7 +52,8 @@ impl Secure {
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
         let key = KeyPair::generate().unwrap();
-        let certificate = CertificateParams::new([NAME.to_owned()]).unwrap();
+        let names = [NAME.to_owned(), LOOPBACK.to_string()];
+        let certificate = CertificateParams::new(names).unwrap();
         let certificate = certificate.signed_by(&key, &authority).unwrap();
         fs::write(path("ca.pem"), authority.pem()).unwrap();
         fs::write(path("cert.pem"), certificate.pem()).unwrap();
@@ -143,9 +144,10 @@ async fn upstreams_are_asked_by_tls_and_by_https_also_after_they_restarted() {
     let mut secure = Secure::start().await;
     let url = format!("https://{NAME}/dns-query");
     let by_tls = UpstreamConfig::tls(secure.tls, NAME).unwrap();
+    let by_address = format!("tls://{}", secure.tls).parse().unwrap();
     let by_https = UpstreamConfig::https(secure.https, &url).unwrap();
     let mut servers = Vec::new();
-    for upstream in [by_tls, by_https] {
+    for upstream in [by_tls, by_address, by_https] {
         servers.push(start_with(secure.config(upstream), None).await);
     }
     for server in &servers {
@@ -203,12 +205,14 @@ async fn upstreams_are_asked_by_the_interface_that_is_named_also_when_it_is_anot
 async fn an_upstream_without_the_right_certificate_is_not_believed() {
     let (secure, other) = (Secure::start().await, Secure::start().await);
     let wrong_name = UpstreamConfig::tls(secure.tls, "other.example.org").unwrap();
+    let wrong_address = UpstreamConfig::tls(secure.tls, "127.0.0.2").unwrap();
     let right_name = UpstreamConfig::tls(secure.tls, NAME).unwrap();
     let strange_authority = DnsConfig {
         ca_file: Some(other.ca_file.clone()),
         ..secure.config(right_name)
     };
-    for config in [secure.config(wrong_name), strange_authority] {
+    let wrong = [wrong_name, wrong_address].map(|upstream| secure.config(upstream));
+    for config in wrong.into_iter().chain([strange_authority]) {
         let server = start_with(config, None).await;
         server.gets("www.example.org", "SERVFAIL").await;
         assert_eq!(server.server.counters().upstream_failures.get(), 1);
