@@ -238,6 +238,83 @@ fn a_device_of_which_the_mesh_knows_nothing_goes_as_the_gateway() -> Result<()> 
     Ok(())
 }
 
+/// What the device is told at an address, if anybody answers: asked by UDP or as `more` words say.
+fn asks_dns(device: &Node, at: &str, name: &str, more: &[&str]) -> Result<String> {
+    let at = format!("@{at}");
+    let words = ["dig", "+short", "+tries=1", "+time=1", &at, name];
+    let said = device.run(&[&words, more].concat(), SOON)?.ok()?;
+    Ok(said.trim().to_owned())
+}
+
+/// How many questions of strangers the gateway dropped.
+fn strangers(mesh: &Mesh) -> Result<f64> {
+    let page = "http://127.0.0.1:9640/metrics";
+    let page = mesh
+        .node("edge-a1")?
+        .run(&["curl", "-sSf", page], SOON)?
+        .ok()?;
+    let series = "holdfast_agent_dns_drops_total{reason=\"source\"} ";
+    let mut lines = page.lines();
+    let value = lines.find_map(|line| line.strip_prefix(series));
+    Ok(value.context("not counted")?.parse()?)
+}
+
+#[test]
+fn a_device_asks_the_gateway_for_names_where_its_configuration_says_so_and_nobody_else_does()
+-> Result<()> {
+    const LAN: [&str; 2] = ["192.168.7.1", "fd07::1"];
+    let names = [
+        ("kiosk.shop.svc.cluster.local", "10.43.0.99"),
+        ("edge-b1.mesh", "100.96.2.1"),
+    ];
+    let mesh = mesh()?;
+    let device = device(&mesh)?;
+    forward(&mesh)?;
+    advertise(&mesh)?;
+    serves(&mesh)?;
+    for at in LAN {
+        let error = asks_dns(&device, at, names[0].0, &[]).err();
+        let error = format!("{:#}", error.context("it answers unasked")?);
+        ensure!(error.contains("refused"), "{error}");
+    }
+
+    // A stranger is one to whom an answer would find its way.
+    let gateway = mesh.node("edge-a1")?;
+    tool::ip(device.netns(), "addr add 198.51.100.77/32 dev eth0\n")?;
+    tool::ip(gateway.netns(), "route add 198.51.100.77/32 dev lan0\n")?;
+    let listen = "[dns]\nlisten = [\"169.254.53.53:53\", \"192.168.7.1:53\", \"[fd07::1]:53\"]\n";
+    mesh.kill("edge-a1", "mesh-agent")?;
+    mesh.start_agent_with("edge-a1", &format!("{SERVES}{listen}"))?;
+    mesh.agent_ready("edge-a1", 2)?;
+    for (name, address) in names {
+        for at in LAN {
+            for more in [&[][..], &["+tcp"]] {
+                let said =
+                    tool::eventually("an answer", SOON, || asks_dns(&device, at, name, more))?;
+                assert_eq!(said, address, "{name} at {at}, {more:?}");
+            }
+        }
+    }
+    for more in [&[][..], &["+tcp"]] {
+        let before = strangers(&mesh)?;
+        let as_stranger = [&["-b", "198.51.100.77"], more].concat();
+        let said = asks_dns(&device, LAN[0], names[0].0, &as_stranger);
+        ensure!(said.is_err(), "{said:?}");
+        ensure!(strangers(&mesh)? > before, "not counted: {more:?}");
+    }
+    // Whom the operator names is none.
+    let named = format!("{SERVES}{listen}allow_from = [\"198.51.100.0/24\"]\n");
+    mesh.kill("edge-a1", "mesh-agent")?;
+    mesh.start_agent_with("edge-a1", &named)?;
+    mesh.agent_ready("edge-a1", 2)?;
+    let as_named = ["-b", "198.51.100.77"];
+    let said = tool::eventually("an answer", SOON, || {
+        asks_dns(&device, LAN[0], names[0].0, &as_named)
+    })?;
+    assert_eq!(said, names[0].1);
+    mesh.all_run()
+}
+
 /// The kiosk for clients outside: at a load balancer's address and by a node port, with more of its
 /// `spec`.
 fn for_outside(mesh: &Mesh, more: &str, endpoints: &[(&str, &str)]) -> Result<()> {
