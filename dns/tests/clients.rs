@@ -1,4 +1,4 @@
-//! What resolvers and forwarders of others make of the answers: glibc, musl in a root of busybox, unbound.
+//! What resolvers and forwarders of others make of the answers: glibc, musl in a root of busybox, unbound, systemd-resolved.
 
 #![allow(
     clippy::unwrap_used,
@@ -142,9 +142,7 @@ async fn musl_in_a_root_of_busybox_resolves_names_addresses_and_what_does_not_fi
 async fn unbound_forwards_to_it_with_random_letters_and_over_tcp() {
     let running = start(&[], Some(big_view())).await;
     let folder = tempfile::tempdir().unwrap();
-    let listener = tokio::net::TcpListener::bind((LOOPBACK, 0)).await.unwrap();
-    let address = listener.local_addr().unwrap();
-    drop(listener);
+    let address = free_address().await;
     let config = format!(
         "server:\n interface: {ip}@{port}\n do-daemonize: no\n chroot: \"\"\n username: \"\"\n directory: \"{dir}\"\n \
          pidfile: \"\"\n use-syslog: no\n logfile: \"\"\n module-config: \"iterator\"\n do-not-query-localhost: no\n \
@@ -163,13 +161,64 @@ async fn unbound_forwards_to_it_with_random_letters_and_over_tcp() {
     command.arg("-d").arg("-c").arg(file).env("PATH", path);
     command.stderr(Stdio::null()).kill_on_drop(true);
     let _unbound = command.spawn().expect("unbound (Debian's unbound)");
+    passes_on(Running { address, ..running }).await;
+}
+
+#[tokio::test]
+async fn systemd_resolved_forwards_to_it() {
+    let running = start(&[], Some(big_view())).await;
+    let address = free_address().await;
+    let config = format!(
+        "[Resolve]\nDNS={}\nFallbackDNS=\nDomains=~cluster.local ~mesh\nLLMNR=no\nMulticastDNS=no\n\
+         DNSStubListener=no\nDNSStubListenerExtra={address}\n",
+        running.address
+    );
+    // Neither systemd nor a bus: it needs a user, and a place of its own.
+    let script = r#"
+        set -e
+        mount --make-rprivate /
+        mount -t tmpfs none /run
+        mkdir -p /run/systemd/resolved.conf.d
+        printf %s "$RESOLVED_CONF" > /run/systemd/resolved.conf.d/test.conf
+        for file in passwd group; do
+            cp /etc/$file /run/$file
+            mount --bind /run/$file /etc/$file
+        done
+        echo 'systemd-resolve:x:64999:64999::/:/bin/false' >> /run/passwd
+        echo 'systemd-resolve:x:64999:' >> /run/group
+        export LD_LIBRARY_PATH=$(echo "$TOOL"/usr/lib/*/systemd)
+        exec "$TOOL"/lib/systemd/systemd-resolved
+    "#;
+    let tool = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../target/test-tools/systemd-resolved"
+    );
+    let program = format!("{tool}/lib/systemd/systemd-resolved");
+    assert!(
+        fs::exists(&program).unwrap(),
+        "{program} is missing: `cargo xtask test` unpacks it"
+    );
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", script]);
+    command.env("RESOLVED_CONF", config).env("TOOL", tool);
+    command.stderr(Stdio::null()).kill_on_drop(true);
+    let _resolved = command.spawn().unwrap();
+    passes_on(Running { address, ..running }).await;
+}
+
+async fn free_address() -> SocketAddr {
+    let listener = tokio::net::TcpListener::bind((LOOPBACK, 0)).await;
+    listener.unwrap().local_addr().unwrap()
+}
+
+/// What asks this forwarder gets what we say, once it is up.
+async fn passes_on(forwarder: Running) {
     let name = "inventory.shop.svc.cluster.local";
     let start = Instant::now();
-    while client::ask(address, name, "A").await.is_err() {
+    while client::ask(forwarder.address, name, "A").await.is_err() {
         assert!(start.elapsed() < SOON);
         sleep(Duration::from_millis(20)).await;
     }
-    let forwarder = Running { address, ..running };
     for (question, want) in [
         (name, "10.43.0.10\n"),
         ("db-0.db.shop.svc.cluster.local AAAA", "fd02::1\n"),

@@ -9,7 +9,10 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use netns_tests::{lab, tool};
 
-use crate::{cargo, root, sid};
+use crate::{
+    cargo, root,
+    sid::{self, succeed},
+};
 
 /// A program or a file, and the Debian package that brings it.
 const PACKAGES: &[(&str, &str)] = &[
@@ -227,16 +230,7 @@ pub(crate) fn install(wanted: &[(&str, &str)]) -> Result<()> {
 }
 
 fn apt(words: &[&str]) -> Result<()> {
-    let mut command = Command::new("apt-get");
-    command.args(words).env("DEBIAN_FRONTEND", "noninteractive");
-    let output = command.output().context("start apt-get")?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(
-        output.status.success(),
-        "apt-get {}: {said}",
-        words.join(" ")
-    );
-    Ok(())
+    succeed(Command::new("apt-get").args(words)).map(drop)
 }
 
 /// Installs what is missing of [`WIREGUARD_PEERS`]: unoptimised, which builds faster, and so in a
@@ -261,6 +255,32 @@ pub(crate) fn wireguard_peers() -> Result<()> {
         let output = install.output().context("start cargo")?;
         let said = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "cargo install {package}: {said}");
+    }
+    Ok(())
+}
+
+/// Unpacks systemd-resolved with the library that it needs: installed, it would become this machine's resolver.
+///
+/// # Errors
+///
+/// If it cannot be had.
+pub(crate) fn resolved() -> Result<()> {
+    let folder = root().join("target/test-tools/systemd-resolved");
+    if folder.join("lib/systemd/systemd-resolved").is_file() {
+        return Ok(());
+    }
+    eprintln!("unpacking systemd-resolved …");
+    fs::create_dir_all(&folder)?;
+    apt(&["update", "-q"])?;
+    let mut download = Command::new("apt-get");
+    download.args(["download", "-q", "systemd-resolved", "libsystemd-shared"]);
+    succeed(download.current_dir(&folder))?;
+    let archives = fs::read_dir(&folder)?.map(|entry| Ok(entry?.path()));
+    let archives = archives.collect::<Result<Vec<_>>>()?;
+    let is_archive = |path: &&PathBuf| path.extension().is_some_and(|ending| ending == "deb");
+    for archive in archives.iter().filter(is_archive) {
+        let mut unpack = Command::new("dpkg");
+        succeed(unpack.arg("--extract").args([archive, &folder]))?;
     }
     Ok(())
 }

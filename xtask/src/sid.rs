@@ -106,7 +106,12 @@ fn mirror() -> Result<String> {
     first.context("no repository of Debian's is configured in /etc/apt")
 }
 
-fn succeed(command: &mut Command) -> Result<String> {
+/// What a command said that did what it should, and asked nobody anything.
+///
+/// # Errors
+///
+/// If it did not.
+pub(crate) fn succeed(command: &mut Command) -> Result<String> {
     let output = command.env("DEBIAN_FRONTEND", "noninteractive").output();
     let output = output.with_context(|| format!("start {command:?}"))?;
     let errors = String::from_utf8_lossy(&output.stderr);

@@ -61,6 +61,7 @@ impl Row {
 pub(crate) fn run(nightly: bool) -> Result<bool> {
     setup::ready()?;
     setup::wireguard_peers()?;
+    setup::resolved()?;
     let path = path_with(setup::kubectl()?)?;
     let clippy = "clippy --quiet --workspace --all-targets -- -D warnings";
     let mut rows = vec![
