@@ -9,7 +9,8 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use netns_tests::{
-    mesh::{Mesh, word},
+    mesh::{Mesh, RESOLVER, word},
+    name_server::NameServer,
     node::{Node, Process},
     tool,
 };
@@ -17,6 +18,9 @@ use serde_json::Value;
 
 /// Until a link or an error is there: UDP's 3 s, and some attempts.
 const SOON: Duration = Duration::from_secs(40);
+
+/// Site A's.
+const ROUTER: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 1);
 
 const PROXY: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 20);
 
@@ -65,25 +69,46 @@ fn relay(mesh: &Mesh) -> Result<(Value, String)> {
 
 #[test]
 fn a_node_that_only_a_proxy_lets_out_joins_and_is_reached() -> Result<()> {
-    // `edge-b1` has a network as most have.
     let mesh = Mesh::two_sites_of(&[], &["edge-b1"])?;
+    mesh.site("site-a")?.host(mesh.lab(), "edge-a1")?;
+    joins_and_is_reached(&mesh, &PROXY.to_string(), RESOLVER)
+}
+
+/// As most companies say it. The site's own name server knows the name; no other is let through to.
+#[test]
+fn a_node_that_only_a_proxy_with_a_name_lets_out_joins_and_is_reached() -> Result<()> {
+    let mesh = Mesh::two_sites_of(&[], &["edge-b1"])?;
+    let site = mesh.site("site-a")?;
+    site.host(mesh.lab(), "edge-a1")?;
+    let _server = NameServer::start(site.router(), ROUTER, PROXY)?;
+    joins_and_is_reached(
+        &mesh,
+        "proxy.example.org",
+        &format!("nameserver {ROUTER}\n"),
+    )
+}
+
+/// `edge-b1` has a network as most have, `edge-a1` the proxy, at this host.
+fn joins_and_is_reached(mesh: &Mesh, host: &str, resolver: &str) -> Result<()> {
     let node = mesh.lab().public_node("proxy", PROXY)?;
     let login = format!("BasicAuth edge {PASSWORD}\n");
     let _proxy = tinyproxy(&node, ASKS, &login)?;
-    mesh.site("site-a")?.host(mesh.lab(), "edge-a1")?;
-    only_the_proxy(&mesh)?;
+    only_the_proxy(mesh)?;
 
     let since = Instant::now();
-    let config = format!("https_proxy = \"http://edge:{PASSWORD}@{PROXY}:{ASKS}\"\n");
-    mesh.start_agent_with("edge-a1", &config)?;
+    let edge = mesh.node("edge-a1")?;
+    edge.set_resolver(resolver)?;
+    let config = mesh.agent_config(&edge, Some(&mesh.token()?));
+    let by = format!("https_proxy = \"http://edge:{PASSWORD}@{host}:{ASKS}\"\n");
+    mesh.daemon(&edge, "mesh-agent", "agent", &format!("{config}{by}"))?;
     mesh.agent_ready("edge-a1", 2)?;
-    println!("joined after {:?}", since.elapsed());
+    println!("{host}: joined after {:?}", since.elapsed());
     tool::eventually("a link by TLS", SOON, || {
-        let (status, transport) = relay(&mesh)?;
+        let (status, transport) = relay(mesh)?;
         ensure!(transport == "tls", "{status}");
         Ok(())
     })?;
-    println!("linked after {:?}", since.elapsed());
+    println!("{host}: linked after {:?}", since.elapsed());
     for (from, to) in [("edge-b1", "edge-a1"), ("edge-a1", "edge-b1")] {
         let began = Instant::now();
         tool::eventually("an echo", SOON, || {
@@ -98,7 +123,7 @@ fn a_node_that_only_a_proxy_lets_out_joins_and_is_reached() -> Result<()> {
     for target in ["198.51.100.10:443", "198.51.100.10:7440"] {
         assert!(said.contains(&format!("CONNECT {target}")), "{said}");
     }
-    let log = fs::read_to_string(mesh.node("edge-a1")?.dir().join("mesh-agent.log"))?;
+    let log = fs::read_to_string(edge.dir().join("mesh-agent.log"))?;
     assert!(!log.contains(PASSWORD), "{log}");
     mesh.all_run()
 }
