@@ -154,14 +154,14 @@ struct DnsStub {
     upstreams: Vec<DnsUpstream>,
 }
 
-/// An upstream: `"10.0.0.53:53"`, or a table that says how it is asked.
+/// An upstream: `"10.0.0.53:53"`, `"tls://192.0.2.1"`, or a table that says how it is asked.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(
     untagged,
-    expecting = "`\"address:port\"`, `{ address = …, tls = \"name\" }` or `{ address = …, https = \"https://name/path\" }` expected"
+    expecting = "`\"address:port\"`, `\"tls://address\"`, `{ address = …, tls = \"name\" }` or `{ address = …, https = \"https://name/path\" }` expected"
 )]
 enum DnsUpstream {
-    Plain(SocketAddr),
+    Address(String),
     Secure(SecureUpstream),
 }
 
@@ -192,7 +192,7 @@ enum BadDns {
 impl DnsUpstream {
     fn settings(&self) -> Result<UpstreamConfig, BadDns> {
         match self {
-            Self::Plain(address) => Ok(UpstreamConfig::plain(*address)),
+            Self::Address(text) => Ok(text.parse()?),
             Self::Secure(one) => Ok(match (&one.tls, &one.https) {
                 (Some(name), None) => UpstreamConfig::tls(one.address, name)?,
                 (None, Some(url)) => UpstreamConfig::https(one.address, url)?,
@@ -833,7 +833,7 @@ mod tests {
         let dns = |text: &str| parse(&format!("node_name = 'edge-a1'\n[dns]\n{text}"));
         let address = "192.0.2.1:853".parse().unwrap();
         let settings = dns(
-            "upstreams = ['10.0.0.53:53', {address = '192.0.2.1:853', tls = 'dns.example.org'}]\nca_file = '/ca.pem'\n\
+            "upstreams = ['10.0.0.53:53', {address = '192.0.2.1:853', tls = 'dns.example.org'}, 'tls://192.0.2.1']\nca_file = '/ca.pem'\n\
              query_log = true\nserve_stale_s = 60\n[[dns.stub]]\ndomain = 'corp.example'\n\
              upstreams = [{address = '192.0.2.1:853', https = 'https://dns.example.org/dns-query'}]",
         );
@@ -841,6 +841,7 @@ mod tests {
         let upstreams = [
             UpstreamConfig::plain("10.0.0.53:53".parse().unwrap()),
             UpstreamConfig::tls(address, "dns.example.org").unwrap(),
+            UpstreamConfig::tls(address, "192.0.2.1").unwrap(),
         ];
         assert_eq!(settings.upstreams, upstreams);
         let stub = UpstreamConfig::https(address, "https://dns.example.org/dns-query");
@@ -849,7 +850,8 @@ mod tests {
         assert_eq!(settings.stale_max.as_secs(), 60);
         assert!(settings.query_log);
         for (text, part) in [
-            ("upstreams = ['resolver']", "tls ="),
+            ("upstreams = ['resolver']", "tls://192.0.2.1"),
+            ("upstreams = [53]", "tls ="),
             (
                 "upstreams = [{address = '192.0.2.1:853'}]",
                 "either `tls` or `https`",
