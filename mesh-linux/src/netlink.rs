@@ -7,6 +7,7 @@
 
 mod forwarding;
 mod lans;
+mod lookup;
 mod veth;
 mod ways;
 
@@ -32,6 +33,7 @@ use tokio::sync::Mutex;
 pub use self::{
     forwarding::{Forwarding, ForwardingLink, Veth},
     lans::Lan,
+    lookup::Towards,
     veth::{ExactRoute, LinkDetail, LinkRoute, NewVeth},
     ways::{Interface, Ways},
 };
@@ -267,38 +269,6 @@ impl Netlink {
         let result = self.handle.link().set(message).execute().await;
         result.map_err(refused(|| {
             format!("give interface {link} the MTU {mtu_bytes}")
-        }))
-    }
-
-    /// By which interface packets from `source` with this mark leave for `destination`.
-    ///
-    /// # Errors
-    ///
-    /// If there is no way, or `source` is not this machine's.
-    pub async fn link_towards(
-        &self,
-        destination: IpAddr,
-        source: IpAddr,
-        mark: u32,
-    ) -> Result<Option<IfIndex>, NetlinkError> {
-        let mut message = RouteMessageBuilder::<IpAddr>::new()
-            .destination_prefix(destination, IpNet::from(destination).prefix_len())
-            .and_then(|builder| builder.source_prefix(source, IpNet::from(source).prefix_len()))
-            .map_err(|error| NetlinkError::Refused {
-                what: format!("ask for a route from {source} to {destination}"),
-                source: io::Error::new(io::ErrorKind::InvalidInput, format!("{error:?}")),
-            })?
-            .build();
-        message.attributes.push(RouteAttribute::Mark(mark));
-        let request = self.handle.route().get(message);
-        let what = || format!("find a route from {source} to {destination}");
-        let routes = collect(what, request.execute()).await?;
-        let mut attributes = routes.iter().flat_map(|route| &route.attributes);
-        Ok(attributes.find_map(|attribute| {
-            if let RouteAttribute::Oif(index) = attribute {
-                return IfIndex::new(*index);
-            }
-            None
         }))
     }
 

@@ -16,7 +16,7 @@ use std::{
 use ipnet::IpNet;
 use mesh_linux::{
     IfIndex,
-    netlink::{Changes, Netlink, NetlinkError, Route, Veth},
+    netlink::{Changes, Netlink, NetlinkError, Route, Towards, Veth},
     netns, sock_diag,
     tun::{Tun, TunError, VnetHeader},
     udp::{Ecn, IpFields, LocalEnd, ReceiveBatch, UdpPair},
@@ -328,6 +328,39 @@ fn the_interface_towards_an_address_depends_on_routes_and_on_the_source() {
         // The mark counts, and so does whether the address is ours.
         assert!(towards("10.0.0.1", 9).await.is_err());
         assert!(towards("10.0.0.7", 0).await.is_err());
+    });
+}
+
+#[test]
+fn what_the_kernel_does_with_packets_is_told_with_the_route_that_counts() {
+    let ns = Namespace::new();
+    ns.add_link("one");
+    ns.ip("addr add 10.0.0.1/24 dev one");
+    ns.ip("link set one up");
+    ns.ip("addr add fd01::1/64 dev one nodad");
+    ns.ip("route add 10.8.0.0/13 via 10.0.0.254 src 10.0.0.1");
+    ns.ip("route add prohibit 10.9.9.0/24");
+    ns.block_on(async || {
+        let netlink = Netlink::connect().unwrap();
+        let towards = async |to: &str| netlink.towards(to.parse().unwrap()).await;
+        let link = Some(netlink.link_index("one").await.unwrap());
+        let expected = Towards {
+            prefix: Some("10.8.0.0/13".parse().unwrap()),
+            link,
+            interface: "one".to_owned(),
+            source: Some([10, 0, 0, 1].into()),
+            gateway: Some([10, 0, 0, 254].into()),
+            table: 254,
+            kind: "unicast",
+        };
+        assert_eq!(towards("10.9.1.2").await.unwrap(), Some(expected));
+        let own = towards("10.0.0.1").await.unwrap().unwrap();
+        assert_eq!(own.kind, "local");
+        let v6 = towards("fd01::7").await.unwrap().unwrap();
+        assert_eq!(v6.prefix, Some("fd01::/64".parse().unwrap()));
+        assert_eq!((v6.link, v6.gateway), (link, None));
+        assert_eq!(towards("192.0.2.1").await.unwrap(), None);
+        assert!(towards("10.9.9.1").await.is_err());
     });
 }
 
