@@ -86,6 +86,16 @@ pub(crate) enum Command {
     /// How packets reach a node.
     #[command(subcommand)]
     Path(Path),
+    /// How large packets may be.
+    #[command(subcommand)]
+    Mtu(Mtu),
+    /// Round trips and throughput to a node by TCP through the mesh. `meshctl perf --serve` has to run there.
+    Perf(Perf),
+    /// Writes packets inside the tunnel, and the tunnel's own outside, to a pcapng file. As root.
+    Capture(Capture),
+    /// What works from here, tried.
+    #[command(subcommand)]
+    Test(Test),
     /// Services, and which of their endpoints new flows go to from here.
     Services {
         /// Show each endpoint.
@@ -156,6 +166,8 @@ impl Command {
             | Self::Path(_)
             | Self::Services { .. }
             | Self::Dns(_) => true,
+            // What is sent by this machine itself.
+            Self::Mtu(_) | Self::Test(_) | Self::Perf(_) | Self::Capture(_) => false,
             Self::Tunnel { .. }
             | Self::Token(_)
             | Self::Nodes
@@ -285,6 +297,72 @@ pub(crate) enum Path {
 }
 
 #[derive(Debug, Subcommand)]
+pub(crate) enum Mtu {
+    /// Sends echoes of different sizes through the tunnel: which is the largest that comes back. As root.
+    Probe {
+        /// The node's name.
+        node: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Perf {
+    /// The node's name.
+    #[arg(required_unless_present = "serve", conflicts_with = "serve")]
+    pub(crate) node: Option<String>,
+    /// Listen for others, at this node's overlay address only.
+    #[arg(long)]
+    pub(crate) serve: bool,
+    /// How long each way is measured, at most 60s; with --serve how long is listened, at most 1h. 5s, and 60s, unless said.
+    #[arg(long, value_name = "TIME", value_parser = parse_hour)]
+    pub(crate) time: Option<Duration>,
+    /// Most MiB each way.
+    #[arg(long, value_name = "MIB", default_value_t = 1024, conflicts_with = "serve", value_parser = clap::value_parser!(u64).range(1..=8192))]
+    pub(crate) mebibytes: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Capture {
+    /// The file, which must not be there yet.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+    /// Only what is inside the tunnel, in plain text.
+    #[arg(long, conflicts_with = "outside")]
+    pub(crate) inside: bool,
+    /// Only the tunnel's own packets outside, which nobody can read.
+    #[arg(long)]
+    pub(crate) outside: bool,
+    /// For how long: 90s, 5m, at most an hour.
+    #[arg(long, default_value = "10s", value_parser = parse_hour)]
+    pub(crate) time: Duration,
+    /// Most packets.
+    #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) packets: u64,
+    /// Largest file in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=4096))]
+    pub(crate) mebibytes: u64,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Test {
+    /// Peers echo, names resolve, services accept connections: a line each.
+    Connectivity(Connectivity),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Connectivity {
+    /// Whether everything is there that this node needs while no controller speaks, also after a restart.
+    #[arg(long, conflicts_with = "encryption")]
+    pub(crate) offline: bool,
+    /// Whether packets to peers go into the tunnel, and leave the machine in no other form. As root.
+    #[arg(long)]
+    pub(crate) encryption: bool,
+    /// Every peer and service, not the first 50 of each.
+    #[arg(long)]
+    pub(crate) all: bool,
+}
+
+#[derive(Debug, Subcommand)]
 pub(crate) enum Dns {
     /// Asks this node's own listener, as an application would.
     Query {
@@ -364,6 +442,15 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
         .filter(|seconds| WATCH_S.contains(seconds));
     let seconds = seconds.map(Duration::from_secs_f64);
     seconds.ok_or_else(|| format!("{text:?} is no number of seconds from 0.1 to 3600"))
+}
+
+/// Longer is a job for a daemon.
+const HOUR: Duration = Duration::from_secs(3_600);
+
+fn parse_hour(text: &str) -> Result<Duration, String> {
+    let time = parse_ttl(text)?;
+    let short = Some(time).filter(|time| *time <= HOUR);
+    short.ok_or_else(|| format!("{text:?} is more than 1h"))
 }
 
 /// A token is for a machine that is being set up: a year is certainly a mistake.

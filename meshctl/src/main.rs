@@ -6,8 +6,10 @@
 #![forbid(unsafe_code)]
 
 mod bugreport;
+mod capture;
 mod cli;
 mod connect;
+mod connectivity;
 mod doctor;
 mod drops;
 mod events;
@@ -15,12 +17,16 @@ mod failure;
 mod files;
 mod generate;
 mod kubectl;
+mod mtu;
+mod perf;
 mod preflight;
+mod reach;
 mod relays;
 mod report;
 mod run;
 mod show;
 mod snapshot;
+mod sniff;
 mod table;
 mod trace;
 mod tunnel;

@@ -16,8 +16,10 @@ use mesh_api::admin::{
 use crate::{
     Verdict,
     bugreport::{Bundle, Redact},
+    capture,
     cli::{self, Again, Cli, Command},
     connect::{self, Agent, ask},
+    connectivity,
     doctor::{self, Doctor},
     drops::Drops,
     events::Events,
@@ -25,7 +27,7 @@ use crate::{
         Daemon::{self, Controller},
         Failure,
     },
-    files, generate,
+    files, generate, mtu, perf,
     preflight::{self, Wanted},
     relays::{Health, Netcheck, Relays},
     report::{
@@ -66,7 +68,7 @@ impl Screen {
     }
 
     /// Prints something beside the result, unless a machine reads.
-    fn note(self, line: &str) {
+    pub(crate) fn note(self, line: &str) {
         if !self.json {
             writeln!(io::stderr(), "{line}").ok();
         }
@@ -134,6 +136,16 @@ pub(crate) async fn run(cli: Cli, screen: Screen) -> Result<Verdict, Failure> {
         Command::Man { out } => screen.show(&generate::man(&out)?),
         Command::Ping(arguments) => ping(socket, arguments, screen).await,
         Command::Path(cli::Path::Why { node }) => screen.show(&path_why(socket, node).await?),
+        Command::Mtu(cli::Mtu::Probe { node }) => {
+            screen.show(&mtu::probe(socket, &node, screen).await?)
+        }
+        Command::Perf(arguments) => perf(socket, arguments, screen).await,
+        Command::Capture(arguments) => {
+            screen.show(&capture::capture(socket, &arguments, screen).await?)
+        }
+        Command::Test(cli::Test::Connectivity(arguments)) => {
+            screen.show(&connectivity::test(socket, &arguments, screen).await?)
+        }
         Command::Services { endpoints } => {
             let services = services(socket).await?;
             if endpoints {
@@ -221,13 +233,13 @@ async fn watch<R: Report>(
     }
 }
 
-async fn status(socket: Agent<'_>) -> Result<Status, Failure> {
+pub(crate) async fn status(socket: Agent<'_>) -> Result<Status, Failure> {
     let mut agent = connect::agent(socket).await?;
     let said = ask(Daemon::Agent, agent.status(StatusRequest {})).await?;
     Ok(Status::from(said))
 }
 
-async fn peers(socket: Agent<'_>) -> Result<Peers, Failure> {
+pub(crate) async fn peers(socket: Agent<'_>) -> Result<Peers, Failure> {
     let mut agent = connect::agent(socket).await?;
     let said = ask(Daemon::Agent, agent.peers(PeersRequest {})).await?;
     Ok(Peers::from(said))
@@ -246,7 +258,10 @@ async fn events(socket: Agent<'_>, last: usize, about: Option<&str>) -> Result<E
     Ok(Events::new(said, last, about))
 }
 
-async fn snapshots(socket: Agent<'_>, contents: bool) -> Result<SnapshotsResponse, Failure> {
+pub(crate) async fn snapshots(
+    socket: Agent<'_>,
+    contents: bool,
+) -> Result<SnapshotsResponse, Failure> {
     let mut agent = connect::agent(socket).await?;
     let asked = agent.snapshots(SnapshotsRequest { contents });
     // Of the largest mesh, every signature is checked: 0.1 ms each.
@@ -332,16 +347,32 @@ async fn bugreport(
     Ok(bundle.finish())
 }
 
-async fn path_why(socket: Agent<'_>, node: String) -> Result<PathWhy, Failure> {
+pub(crate) async fn path_why(socket: Agent<'_>, node: String) -> Result<PathWhy, Failure> {
     let mut agent = connect::agent(socket).await?;
     let said = ask(Daemon::Agent, agent.path_why(PathWhyRequest { node })).await?;
     Ok(PathWhy::from(said))
 }
 
-async fn services(socket: Agent<'_>) -> Result<Services, Failure> {
+pub(crate) async fn services(socket: Agent<'_>) -> Result<Services, Failure> {
     let mut agent = connect::agent(socket).await?;
     let said = ask(Daemon::Agent, agent.services(ServicesRequest {})).await?;
     Ok(Services::from(said))
+}
+
+/// How long each way is measured, and how long is listened, unless it is said.
+const PERF_TIME: Duration = Duration::from_secs(5);
+const PERF_SERVE_TIME: Duration = Duration::from_secs(60);
+
+async fn perf(agent: Agent<'_>, arguments: cli::Perf, screen: Screen) -> Result<Verdict, Failure> {
+    let Some(node) = arguments.node else {
+        let time = arguments.time.unwrap_or(PERF_SERVE_TIME);
+        return screen.show(&perf::serve(agent, time, screen).await?);
+    };
+    let limit = perf::Limit {
+        time: arguments.time.unwrap_or(PERF_TIME).min(perf::TIME_MAX),
+        bytes: arguments.mebibytes << 20,
+    };
+    screen.show(&perf::measure(agent, &node, limit, screen).await?)
 }
 
 async fn preflight(arguments: cli::Install) -> Preflight {

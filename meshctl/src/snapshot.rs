@@ -19,6 +19,9 @@ use crate::{
     table::{Cell, Tone, bytes, columns, duration, printable, table},
 };
 
+/// A young node's second slot, of which the agent says so.
+pub(crate) const NOT_WRITTEN: &str = "not written yet";
+
 /// `snapshot show` and `snapshot verify`.
 #[derive(Debug, Serialize)]
 pub(crate) struct Snapshots {
@@ -171,7 +174,7 @@ impl Report for Snapshots {
         let usable = self.slots.iter().find(|slot| slot.damage.is_none());
         let damaged = |slot: &&Slot| {
             let damage = slot.damage.as_deref();
-            damage.is_some_and(|damage| damage != "not written yet")
+            damage.is_some_and(|damage| damage != NOT_WRITTEN)
         };
         match usable {
             None => Verdict::Down,

@@ -51,6 +51,10 @@ const READ_ONLY: &[&str] = &[
     "Snapshots",
     "Trace",
     "Facts",
+    "Bpf",
+    "Route",
+    "ExplainPolicy",
+    "Keys",
 ];
 
 /// Connections at once: some operators with a few pages each; at 100 KiB a TLS connection 1.6 MiB.

@@ -23,8 +23,7 @@ use crate::{
 /// Another node's agent that does not answer: nothing else is known of that machine.
 pub(crate) async fn gather(socket: connect::Agent<'_>) -> Result<Facts, Failure> {
     let agent = agent(socket).await;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    let now_unix_s = now.map_or(0, |now| i64::try_from(now.as_secs()).unwrap_or(i64::MAX));
+    let now_unix_s = now_unix_s();
     if socket.node.is_some() {
         // This machine says nothing of that one.
         return Ok(Facts {
@@ -48,6 +47,11 @@ pub(crate) async fn gather(socket: connect::Agent<'_>) -> Result<Facts, Failure>
         now_unix_s,
         agent: agent.map_err(|failure| failure.to_string()),
     })
+}
+
+pub(crate) fn now_unix_s() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |now| i64::try_from(now.as_secs()).unwrap_or(i64::MAX))
 }
 
 async fn agent(socket: connect::Agent<'_>) -> Result<Agent, Failure> {
