@@ -121,6 +121,11 @@ impl Cache {
     }
 
     /// Keeps `message`, which came as `bytes`, if it may be kept.
+    /// How many answers there are, also those beyond their time.
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
     pub(crate) fn insert(&mut self, key: Key, bytes: Vec<u8>, message: &Message, now: Instant) {
         let ttl_s = ttl_s(message);
         if ttl_s == 0 || bytes.len() > ENTRY_MAX_BYTES {

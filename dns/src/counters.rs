@@ -1,6 +1,9 @@
 //! What the server counts: plain numbers that the agent exports.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::{
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    time::Duration,
+};
 
 /// Why a packet got no answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -65,6 +68,12 @@ pub struct Counters {
     pub cache_hits: Counter,
     /// Questions that were put to a second upstream because the first took longer than usual.
     pub hedged: Counter,
+    /// From when upstreams were asked until the client was answered, or given up for.
+    pub waits: Waits,
+    /// Upstreams that were not asked, as they had just failed.
+    pub passed_over: Counter,
+    /// Answers in the cache, now.
+    pub cached: Counter,
     /// Exchanges with upstreams that gave no answer.
     pub upstream_failures: Counter,
     /// Answers that were asked for anew before their end.
@@ -94,7 +103,42 @@ impl Counters {
     }
 }
 
-/// A number that only grows.
+/// How often clients waited how long.
+#[derive(Debug, Default)]
+pub struct Waits {
+    classes: [Counter; Self::LE_MS.len() + 1],
+    sum_us: AtomicU64,
+}
+
+impl Waits {
+    /// Upper ends of the classes: a resolver on the LAN, in the region, on another continent; a second one asked; what all
+    /// upstreams together get. One more is for what is longer.
+    pub const LE_MS: [u32; 9] = [1, 5, 10, 25, 50, 100, 250, 1_000, 3_000];
+
+    /// All of them together.
+    #[must_use]
+    pub fn sum(&self) -> Duration {
+        Duration::from_micros(self.sum_us.load(Relaxed))
+    }
+
+    /// How many were in each class, and in no one below it.
+    #[must_use]
+    pub fn counts(&self) -> [u64; Self::LE_MS.len() + 1] {
+        self.classes.each_ref().map(Counter::get)
+    }
+
+    pub(crate) fn add(&self, wait: Duration) {
+        let above = |le_ms: &&u32| wait > Duration::from_millis((**le_ms).into());
+        let class = Self::LE_MS.iter().take_while(above).count();
+        if let Some(class) = self.classes.get(class) {
+            class.add();
+        }
+        let us = u64::try_from(wait.as_micros()).unwrap_or(u64::MAX);
+        self.sum_us.fetch_add(us, Relaxed);
+    }
+}
+
+/// A number that only grows, unless it says otherwise.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
@@ -107,5 +151,25 @@ impl Counter {
 
     pub(crate) fn add(&self) {
         self.0.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn set(&self, value: usize) {
+        let value = u64::try_from(value).unwrap_or(u64::MAX);
+        self.0.store(value, Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wait_is_in_the_first_class_that_it_fits_in() {
+        let waits = Waits::default();
+        for us in [0, 1_000, 1_001, 4_000_000] {
+            waits.add(Duration::from_micros(us));
+        }
+        assert_eq!(waits.counts(), [2, 1, 0, 0, 0, 0, 0, 0, 0, 1]);
+        assert_eq!(waits.sum(), Duration::from_micros(4_002_001));
     }
 }

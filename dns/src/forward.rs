@@ -110,7 +110,9 @@ impl Forwarder {
         } else {
             DEADLINE
         };
+        let begun = Instant::now();
         let answered = timeout(deadline, self.ask_upstreams(&key, question)).await;
+        self.counters.waits.add(begun.elapsed());
         if let Ok(Some(message)) = answered {
             return complete(reply, message);
         }
@@ -175,7 +177,11 @@ impl Forwarder {
         let mut domains = self.upstreams.iter();
         let responsible = domains.find(|(domain, _)| domain.zone_of(name));
         let all = responsible.into_iter().flat_map(|(_, upstreams)| upstreams);
-        all.filter(|one| !one.is_passed_over(now)).collect()
+        let (passed_over, asked) = all.partition::<VecDeque<_>, _>(|one| one.is_passed_over(now));
+        passed_over
+            .iter()
+            .for_each(|_| self.counters.passed_over.add());
+        asked
     }
 
     /// Keeps what is good of an answer.
@@ -183,7 +189,10 @@ impl Forwarder {
         match answered {
             Ok((message, bytes)) if is_helpful(&message) => {
                 let now = Instant::now().into_std();
-                lock(&self.cache).insert(key.clone(), bytes, &message, now);
+                let mut cache = lock(&self.cache);
+                cache.insert(key.clone(), bytes, &message, now);
+                self.counters.cached.set(cache.len());
+                drop(cache);
                 Judged::Helpful(message)
             }
             Ok((message, _)) => Judged::Unhelpful(Some(message)),
@@ -285,6 +294,7 @@ mod tests {
             (ResponseCode::NoError, 30)
         );
         assert_eq!(forwarder.counters.stale.get(), 1);
+        assert_eq!(forwarder.counters.waits.counts().iter().sum::<u64>(), 1);
 
         let other = Query::query(Name::from_str("example.net.").unwrap(), RecordType::A);
         let failed = forwarder.ask(reply, other).await;

@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use mesh_api::admin::{Health, StatusResponse};
 use mesh_daemon::metrics::{Labels, Page};
-use mesh_dns::counters::{Counters, DropReason};
+use mesh_dns::counters::{Counters, DropReason, Waits};
 use mesh_tunnel::stats::Traffic;
 
 /// Upper ends of the classes of round trips, in milliseconds: a LAN, a region, a continent, the world, a satellite, a queue.
@@ -306,6 +306,11 @@ fn add_dns(page: &mut Page, dns: &Counters) {
             &dns.busy,
         ),
         (
+            "dns_passed_over",
+            "Upstreams not asked, as they had just failed",
+            &dns.passed_over,
+        ),
+        (
             "dns_truncated",
             "Answers that did not fit into UDP",
             &dns.truncated,
@@ -318,6 +323,16 @@ fn add_dns(page: &mut Page, dns: &Counters) {
     ] {
         page.counter(name, help, counter.get());
     }
+    let help = "Answers in the cache, also those beyond their time";
+    page.gauge("dns_cached", help, dns.cached.get());
+    let ends = Waits::LE_MS.map(|le_ms| Duration::from_millis(le_ms.into()).as_secs_f64());
+    let classes = ends
+        .into_iter()
+        .chain([f64::INFINITY])
+        .zip(dns.waits.counts());
+    let help = "From when upstreams were asked until the client was answered";
+    let sum = dns.waits.sum().as_secs_f64();
+    page.histogram("dns_wait_seconds", help, sum, classes.collect());
     let drops = DropReason::ALL.into_iter();
     let drops = drops.map(|reason| (label("reason", reason.as_str()), dns.dropped(reason)));
     page.counters("dns_drops", "Packets that got no answer", drops);
@@ -405,6 +420,9 @@ mod tests {
             "paths_at_loss_ratio{le=\"0.05\"} 1",
             "paths_at_loss_ratio{le=\"0.1\"} 2",
             "dns_queries_total 0",
+            "dns_cached 0",
+            "dns_wait_seconds_bucket{le=\"0.001\"} 0",
+            "dns_wait_seconds_bucket{le=\"+Inf\"} 0",
             "dns_drops_total{reason=\"short\"} 0",
         ] {
             let line = format!("holdfast_agent_{line}");

@@ -17,8 +17,8 @@ use hyper::{
     header::{CONTENT_TYPE, HeaderValue},
 };
 use prometheus_client::{
-    encoding::text,
-    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    encoding::{EncodeMetric, MetricEncoder, NoLabelSet, text},
+    metrics::{MetricType, counter::Counter, family::Family, gauge::Gauge},
     registry::{Registry, Unit},
 };
 use serde::Deserialize;
@@ -148,6 +148,12 @@ impl Page {
         self.registry.register(name, help, family);
     }
 
+    /// How many values were at most so large: `classes` are their upper ends and what is in each and in none below it, the last
+    /// one's end [`f64::INFINITY`]; `sum` is all values together.
+    pub fn histogram(&mut self, name: &str, help: &str, sum: f64, classes: Vec<(f64, u64)>) {
+        self.registry.register(name, help, Classes { sum, classes });
+    }
+
     /// Which of the series that `text` (alerts, a dashboard) asks for begin as this page's do, and are not on it.
     ///
     /// # Errors
@@ -176,6 +182,24 @@ impl Page {
         let mut text = String::new();
         text::encode(&mut text, &self.registry)?;
         Ok(text)
+    }
+}
+
+/// A histogram that somebody else keeps.
+#[derive(Debug)]
+struct Classes {
+    sum: f64,
+    classes: Vec<(f64, u64)>,
+}
+
+impl EncodeMetric for Classes {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let count = self.classes.iter().map(|(_, count)| count).sum();
+        encoder.encode_histogram::<NoLabelSet>(self.sum, count, &self.classes, None)
+    }
+
+    fn metric_type(&self) -> MetricType {
+        MetricType::Histogram
     }
 }
 
@@ -282,6 +306,8 @@ mod tests {
         let reasons =
             ["replay", "de\"nied\\\n"].map(|reason| (vec![("reason", reason.to_owned())], 3));
         page.counters("drops", "Dropped packets", reasons);
+        let classes = vec![(0.5, 3), (2.0, 0), (f64::INFINITY, 1)];
+        page.histogram("waits_seconds", "Waits", 9.5, classes);
         page
     }
 
@@ -296,6 +322,12 @@ mod tests {
             "# TYPE holdfast_test_drops counter",
             "holdfast_test_drops_total{reason=\"replay\"} 3",
             "holdfast_test_drops_total{reason=\"de\\\"nied\\\\\\n\"} 3",
+            "# TYPE holdfast_test_waits_seconds histogram",
+            "holdfast_test_waits_seconds_bucket{le=\"0.5\"} 3",
+            "holdfast_test_waits_seconds_bucket{le=\"2.0\"} 3",
+            "holdfast_test_waits_seconds_bucket{le=\"+Inf\"} 4",
+            "holdfast_test_waits_seconds_count 4",
+            "holdfast_test_waits_seconds_sum 9.5",
             "# EOF",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in {text}");
