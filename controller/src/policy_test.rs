@@ -4,17 +4,16 @@
 //! Judged is as the nodes do it, by the tables of the sender's node and of the receiver's.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     ffi::OsString,
     fmt,
-    net::IpAddr,
     path::Path,
     process::ExitCode,
     sync::Arc,
     time::SystemTime,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use mesh_api::{
     control::SyncResponse,
     convert::node_resource,
@@ -22,8 +21,9 @@ use mesh_api::{
 };
 use mesh_core::{
     policy::{
-        Compiler, Direction, Flow, Limits, Verdict,
-        resources::{IpProtocol, ObjectName},
+        Flow, Limits,
+        judges::{Judged, Judges},
+        resources::IpProtocol,
     },
     snapshot::{Generation, Snapshot},
 };
@@ -154,14 +154,9 @@ fn test(objects: &[&Loaded], mut problems: Vec<String>, cases: &str) -> Result<R
     for problem in &problems {
         report.text += &format!("FAIL {problem}\n");
     }
-    let mut judges = Judges {
-        snapshot: Arc::new(snapshot),
-        compilers: BTreeMap::new(),
-    };
+    let mut judges = Judges::new(Arc::new(snapshot), LIMITS);
     for (index, case) in cases.iter().enumerate() {
-        let found = judges
-            .judge(case)
-            .with_context(|| format!("cases[{index}]"))?;
+        let found = judge(&mut judges, case).with_context(|| format!("cases[{index}]"))?;
         let Case {
             from,
             to,
@@ -235,101 +230,44 @@ pub fn snapshot(objects: &[&Loaded]) -> Result<(Snapshot, Vec<String>)> {
     Ok((state.snapshot(Generation(1))?, problems))
 }
 
-/// The nodes' tables, made where they are asked for.
-struct Judges {
-    snapshot: Arc<Snapshot>,
-    compilers: BTreeMap<NodeName, Compiler>,
-}
-
-impl Judges {
-    /// The strictest of what the two sides say, over both families, and who says it where.
-    fn judge(&mut self, case: &Case) -> Result<(Expected, String)> {
-        let (from, to) = (self.addresses(&case.from)?, self.addresses(&case.to)?);
-        let protocol = IpProtocol::ALL
-            .into_iter()
-            .find(|protocol| protocol.as_str() == case.protocol);
-        let protocol = protocol.with_context(|| format!("protocol {:?}", case.protocol))?;
-        let mut strictest: Option<(Verdict, String)> = None;
-        for &from in &from {
-            for &to in to.iter().filter(|to| to.is_ipv4() == from.is_ipv4()) {
-                let flow = Flow {
-                    from,
-                    to,
-                    protocol: Some(protocol),
-                    port: case.port,
-                };
-                let sides = [(from, Direction::Out, "out"), (to, Direction::In, "in")];
-                for (end, direction, way) in sides {
-                    let Some(node) = self.node_of(end) else {
-                        continue;
-                    };
-                    let tables = self.tables(&node);
-                    let verdict = tables.judge(&flow, direction);
-                    let name = tables.name(verdict.decider);
-                    let by = format!("{name} ({way} at {node})");
-                    let rank = |verdict: &Verdict| (verdict.allowed, verdict.unaudited);
-                    if strictest
-                        .as_ref()
-                        .is_none_or(|(known, _)| rank(&verdict) < rank(known))
-                    {
-                        strictest = Some((verdict, by));
-                    }
+/// The strictest of what the two sides say, over both families, and who says it where.
+fn judge(judges: &mut Judges, case: &Case) -> Result<(Expected, String)> {
+    let (from, to) = (judges.addresses(&case.from)?, judges.addresses(&case.to)?);
+    let protocol = IpProtocol::ALL
+        .into_iter()
+        .find(|protocol| protocol.as_str() == case.protocol);
+    let protocol = protocol.with_context(|| format!("protocol {:?}", case.protocol))?;
+    let rank = |judged: &Judged| (judged.verdict.allowed, judged.verdict.unaudited);
+    let mut strictest: Option<Judged> = None;
+    for &from in &from {
+        for &to in to.iter().filter(|to| to.is_ipv4() == from.is_ipv4()) {
+            let flow = Flow {
+                from,
+                to,
+                protocol: Some(protocol),
+                port: case.port,
+            };
+            for judged in judges.sides(&flow) {
+                let known = strictest.as_ref();
+                if known.is_none_or(|known| rank(&judged) < rank(known)) {
+                    strictest = Some(judged);
                 }
             }
         }
-        let (verdict, by) =
-            strictest.context("neither end is on a node, or they have no family in common")?;
-        let is = match (verdict.allowed, verdict.unaudited) {
-            (false, _) => Expected::Deny,
-            (true, false) => Expected::Audit,
-            (true, true) => Expected::Allow,
-        };
-        Ok((is, by))
     }
-
-    fn tables(&mut self, node: &NodeName) -> &mesh_core::policy::Tables {
-        let compiler = self.compilers.entry(node.clone()).or_insert_with(|| {
-            let mut compiler = Compiler::new(node.clone(), LIMITS);
-            compiler.update(&self.snapshot);
-            compiler
-        });
-        compiler.tables()
-    }
-
-    fn addresses(&self, end: &str) -> Result<Vec<IpAddr>> {
-        if let Ok(address) = end.parse() {
-            return Ok(vec![address]);
-        }
-        if let Some(name) = end.strip_prefix("node/") {
-            let node = self.snapshot.nodes.get(&name.parse::<NodeName>()?);
-            let node = node.with_context(|| format!("there is no node {name}"))?;
-            return Ok(vec![node.overlay_v4.into(), node.overlay_v6.into()]);
-        }
-        let pod = end.strip_prefix("pod/").and_then(|pod| pod.split_once('/'));
-        let Some((namespace, name)) = pod else {
-            bail!("{end:?} is not node/NAME, pod/NAMESPACE/NAME or an address");
-        };
-        let name = ObjectName {
-            namespace: namespace.to_owned(),
-            name: name.to_owned(),
-        };
-        let pod = self.snapshot.policy.pods.get(&name);
-        let pod = pod.with_context(|| format!("there is no pod {name} with an address"))?;
-        Ok(pod.addresses.clone())
-    }
-
-    fn node_of(&self, address: IpAddr) -> Option<NodeName> {
-        let mut pods = self.snapshot.policy.pods.values();
-        if let Some(pod) = pods.find(|pod| pod.addresses.contains(&address)) {
-            return pod.node.clone();
-        }
-        let mut nodes = self.snapshot.nodes.values();
-        let has = |node: &&mesh_core::snapshot::Node| {
-            let mut prefixes = node.allowed_prefixes();
-            prefixes.any(|prefix| prefix.contains(&address))
-        };
-        nodes.find(has).map(|node| node.name.clone())
-    }
+    let Judged {
+        node,
+        direction,
+        verdict,
+        by,
+        ..
+    } = strictest.context("neither end is on a node, or they have no family in common")?;
+    let is = match (verdict.allowed, verdict.unaudited) {
+        (false, _) => Expected::Deny,
+        (true, false) => Expected::Audit,
+        (true, true) => Expected::Allow,
+    };
+    Ok((is, format!("{by} ({} at {node})", direction.as_str())))
 }
 
 #[cfg(test)]
@@ -399,7 +337,7 @@ ok   100.96.0.1 to pod/shop/db, UDP 53: audit by MeshPolicy trial (out at a)
         for (case, expected) in [
             ("from: node/x, to: node/a", "cases[0]: there is no node x"),
             ("from: pod/shop/x, to: node/a", "there is no pod shop/x"),
-            ("from: a, to: node/a", "\"a\" is not node/NAME"),
+            ("from: x, to: node/a", "there is no node x"),
             (
                 "from: node/a, to: node/b, protocol: tcp",
                 "protocol \"tcp\"",

@@ -17,6 +17,7 @@ use self::resources::IpProtocol;
 
 mod atoms;
 mod compile;
+pub mod judges;
 mod ports;
 pub mod resources;
 #[cfg(test)]
@@ -45,6 +46,15 @@ pub enum Direction {
 impl Direction {
     /// Both.
     pub const ALL: [Self; 2] = [Self::In, Self::Out];
+
+    /// For people.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::In => "in",
+            Self::Out => "out",
+        }
+    }
 }
 
 /// The classes of a flow's ends, as the end on this node sees it.

@@ -215,6 +215,60 @@ fn from_pods(pods: &str, namespaces: Option<&str>, ports: &[PortMatch]) -> Netwo
 }
 
 #[test]
+fn both_sides_of_a_flow_say_who_decides_wherever_its_ends_are() {
+    let mut snapshot = world();
+    let deny = rule(
+        Action::Deny,
+        anybody(),
+        nodes("b"),
+        &[range(IpProtocol::Tcp, 22, 22)],
+    );
+    mesh(&mut snapshot, "no-ssh", false, vec![deny]);
+    let mut judges = judges::Judges::new(snapshot.into(), LIMITS);
+    for (end, first) in [
+        ("a", NODE_A),
+        ("node/a", NODE_A),
+        ("shop/db", DB),
+        ("pod/shop/db", DB),
+        ("192.0.2.1", "192.0.2.1"),
+    ] {
+        let found = judges.addresses(end).unwrap();
+        assert_eq!(found[0].to_string(), first, "{end}");
+    }
+    for unknown in ["x", "node/shop/db", "shop/x", "pod/x"] {
+        assert!(judges.addresses(unknown).is_err(), "{unknown}");
+    }
+    let mut said = |flow: Flow| -> Vec<String> {
+        let judged = judges.sides(&flow).into_iter();
+        let said = judged.map(|one| {
+            let allowed = one.verdict.allowed;
+            format!(
+                "{} {} {allowed} {}",
+                one.node,
+                one.direction.as_str(),
+                one.by
+            )
+        });
+        said.collect()
+    };
+    let denied = [
+        "a out false MeshPolicy no-ssh",
+        "b in false MeshPolicy no-ssh",
+    ];
+    assert_eq!(said(tcp(NODE_A, NODE_B, 22)), denied);
+    // The pod is behind node b, and so is what the rule is about.
+    assert_eq!(said(tcp(WEB, DB, 22)), denied);
+    let back = said(tcp(NODE_B, NODE_A, 22));
+    assert_eq!(
+        back,
+        ["b out true defaultAction", "a in true defaultAction"]
+    );
+    // The world has no tables.
+    assert_eq!(said(tcp("192.0.2.1", NODE_B, 22)), [denied[1]]);
+    assert!(said(tcp("192.0.2.1", "192.0.2.2", 22)).is_empty());
+}
+
+#[test]
 fn without_policies_everything_passes_and_nothing_is_to_be_enforced() {
     let tables = tables(&world(), "b", LIMITS);
     assert_eq!(tables, Tables::default());
