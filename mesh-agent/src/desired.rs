@@ -214,6 +214,11 @@ impl Desired {
         if let Some(local) = &mut self.local {
             local.set_pods(pods);
         }
+        if self.confirmed
+            && let (Some(local), Some(told)) = (&mut self.local, &self.told)
+        {
+            self.dirty |= local.handle_controller(told, &self.node);
+        }
         self.tell();
     }
 

@@ -244,3 +244,6 @@ fn in_words(outcome: Outcome) -> &'static str {
         Outcome::Distrusted => "state_distrusted",
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -196,7 +196,7 @@ pub struct Attachment {
     /// The veth, if the plug-in made one; `None`: it is chained behind another plug-in, which made the interface and
     /// gave the addresses.
     pub veth: Option<VethRecord>,
-    /// The pod, if the runtime said which one. For diagnosis.
+    /// The pod, if the runtime said which one. By it the agent knows where a pod is that was started anew.
     pub pod: Option<PodName>,
 }
 

@@ -10,7 +10,10 @@ use mesh_core::{
     snapshot::Snapshot,
 };
 use mesh_wire::id::NodeName;
-use tokio::{task, time};
+use tokio::{
+    task,
+    time::{self, Instant},
+};
 use tokio_util::sync::CancellationToken;
 
 use super::Shared;
@@ -66,7 +69,7 @@ impl Local {
         kept.collect()
     }
 
-    /// A controller said this just now. Returns whether there is something else to keep.
+    /// A controller says this now. Returns whether there is something else to keep.
     pub(super) fn handle_controller(&mut self, snapshot: &Snapshot, node: &NodeName) -> bool {
         let Some(pods) = &self.pods else {
             return false;
@@ -102,11 +105,17 @@ pub async fn keep_pods(
     loop {
         let known = attachments.clone();
         let pods = task::spawn_blocking(move || known.pods()).await?;
-        desired.lock().await.handle_pods(pods);
+        let due = {
+            let mut desired = desired.lock().await;
+            desired.handle_pods(pods);
+            desired.write_due()
+        };
         tokio::select! {
             () = stop.cancelled() => return Ok(()),
-            () = attachments.changed() => {}
+            () = attachments.changed() => time::sleep(SETTLE).await,
+            () = time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
+                desired.lock().await.write_if_dirty().await;
+            }
         }
-        time::sleep(SETTLE).await;
     }
 }

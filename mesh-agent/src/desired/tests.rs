@@ -353,7 +353,6 @@ async fn until_a_controller_speaks_endpoints_are_where_the_plug_in_wired_their_p
     };
     let told = ["10.1.0.2", "10.1.0.3", "10.1.0.4"]; // The last one is somebody else's.
     let first = wire(cni.path(), "c1", "web-0", told[0]);
-    let second = wire(cni.path(), "c2", "web-1", told[1]);
     let mut desired = open().await;
     desired.follow(true);
     desired
@@ -361,6 +360,12 @@ async fn until_a_controller_speaks_endpoints_are_where_the_plug_in_wired_their_p
         .await
         .unwrap();
     assert_eq!(served(&desired), told);
+    // What the plug-in records is known a moment later than what the controller says.
+    assert!(desired.write_due().is_none());
+    let second = wire(cni.path(), "c2", "web-1", told[1]);
+    desired.handle_pods(crate::cni::pods(cni.path()));
+    assert!(desired.write_due().is_some());
+    desired.write_if_dirty().await;
     drop(desired);
 
     // While the node was down one pod moved, and one is not back.

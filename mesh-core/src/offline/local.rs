@@ -41,8 +41,8 @@ pub struct Corrected {
     pub gone: usize,
 }
 
-/// Whose the addresses are of which a controller just said `snapshot`, where its pods are as in `pods`. What was known `before`
-/// counts on for an address that the controller still tells, though its pod is gone.
+/// Whose the addresses are that a controller tells as `snapshot`, while the pods are as in `pods`. What was known `before`
+/// counts on for an address whose pod is gone.
 #[must_use]
 pub fn holders(before: &Holders, snapshot: &Snapshot, node: &NodeName, pods: &Pods) -> Holders {
     let slices = snapshot.slices.values().flat_map(BTreeMap::values);
@@ -52,14 +52,14 @@ pub fn holders(before: &Holders, snapshot: &Snapshot, node: &NodeName, pods: &Po
     let policed = snapshot.policy.pods.values();
     let policed = policed.flat_map(|pod| &pod.addresses).copied();
     let told: BTreeSet<IpAddr> = own.chain(policed).collect();
-    let before = before
-        .iter()
-        .filter(|(address, _)| told.contains(address))
-        .map(|(address, holder)| (*address, holder.clone()));
     let now = pods
         .iter()
-        .flat_map(|(holder, addresses)| addresses.iter().map(|at| (*at, holder.clone())));
-    before.chain(now).collect()
+        .flat_map(|(holder, addresses)| addresses.iter().map(move |at| (at, holder)));
+    // Later ones take the place of earlier ones.
+    let all = before.iter().chain(now);
+    all.filter(|(address, _)| told.contains(address))
+        .map(|(address, holder)| (*address, holder.clone()))
+        .collect()
 }
 
 /// `snapshot` with the endpoints on `node`, and its pods that policies know, where `pods` says that they are now; those that are
@@ -317,24 +317,29 @@ mod tests {
 
     #[test]
     fn whose_an_address_was_is_known_for_as_long_as_the_controller_tells_it() {
-        let state = snapshot(&[("10.1.0.2", Some(OWN)), ("10.1.0.3", Some(OWN))], &[]);
+        let told = ["10.1.0.2", "10.1.0.3", "10.1.0.4"].map(|address| (address, Some(OWN)));
+        let state = snapshot(&told, &[]);
         let before = pods(&[
             ("web-0", &["10.1.0.2"]),
             ("web-1", &["10.1.0.3"]),
-            ("job", &["10.1.0.4"]),
+            ("web-2", &["10.1.0.4"]),
+            ("job", &["10.1.0.5"]), // Of no service.
         ]);
+        let known = |held: &Holders| -> Vec<_> {
+            let held = held.iter();
+            held.map(|(at, holder)| format!("{at} {}", holder.pod.name))
+                .collect()
+        };
         let held = holders(&Holders::new(), &state, &own(), &before);
+        let first = ["10.1.0.2 web-0", "10.1.0.3 web-1", "10.1.0.4 web-2"];
+        assert_eq!(known(&held), first);
         // One is gone, one has another address, and one has what the third had.
-        let now = pods(&[("web-1", &["10.1.0.9"]), ("web-2", &["10.1.0.4"])]);
+        let now = pods(&[("web-1", &["10.1.0.9"]), ("web-3", &["10.1.0.4"])]);
         let held = holders(&held, &state, &own(), &now);
-        let of = |address| held.get(&at(address)).cloned();
-        assert_eq!(of("10.1.0.2"), Some(interface("web-0")));
-        assert_eq!(of("10.1.0.3"), Some(interface("web-1")));
-        assert_eq!(of("10.1.0.4"), Some(interface("web-2")));
-        assert_eq!(of("10.1.0.9"), Some(interface("web-1")));
+        let second = ["10.1.0.2 web-0", "10.1.0.3 web-1", "10.1.0.4 web-3"];
+        assert_eq!(known(&held), second);
         let state = snapshot(&[("10.1.0.9", Some(OWN))], &[]);
         let held = holders(&held, &state, &own(), &now);
-        let known: Vec<_> = held.keys().map(ToString::to_string).collect();
-        assert_eq!(known, ["10.1.0.4", "10.1.0.9"]);
+        assert_eq!(known(&held), ["10.1.0.9 web-1"]);
     }
 }
