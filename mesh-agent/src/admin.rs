@@ -1,6 +1,9 @@
 //! The admin socket: what `meshctl` asks this agent.
 
 mod diagnosis;
+mod explain;
+mod kernel;
+mod keys;
 mod operators;
 
 use std::{
@@ -17,9 +20,11 @@ use ebpf_loader::Services;
 use futures_util::{Stream, stream};
 use mesh_api::{
     admin::{
-        DnsQueryRequest, DnsQueryResponse, DropsRequest, DropsResponse, EventsRequest,
-        EventsResponse, FactsRequest, FactsResponse, Health, PathWhyRequest, PathWhyResponse,
-        PeersRequest, PeersResponse, PingRequest, PingResponse, ServicesRequest, ServicesResponse,
+        BpfRequest, BpfResponse, DnsQueryRequest, DnsQueryResponse, DropsRequest, DropsResponse,
+        EventsRequest, EventsResponse, ExplainPolicyRequest, ExplainPolicyResponse, FactsRequest,
+        FactsResponse, Health, KeysRequest, KeysResponse, PathWhyRequest, PathWhyResponse,
+        PeersRequest, PeersResponse, PingRequest, PingResponse, RotateKeyRequest,
+        RotateKeyResponse, RouteRequest, RouteResponse, ServicesRequest, ServicesResponse,
         SnapshotsRequest, SnapshotsResponse, StatusRequest, StatusResponse, TraceRequest,
         TraceResponse, agent_admin_server::AgentAdmin,
     },
@@ -34,7 +39,10 @@ use mesh_daemon::metrics::Page;
 use mesh_dns::{client, counters::Counters};
 use mesh_identity::credentials::Credentials;
 use mesh_wire::id::NodeId;
-use tokio::{sync::watch, task, time};
+use tokio::{
+    sync::{mpsc, watch},
+    task, time,
+};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, transport::Server};
 
@@ -48,7 +56,7 @@ use crate::{
     portmap,
     proxy::Proxy,
     report,
-    sync::Connection,
+    sync::{Connection, Rotation},
 };
 
 /// Most echoes one `ping` sends: at one a second more than 16 minutes.
@@ -115,6 +123,8 @@ pub struct Facts {
     pub dns_upstreams: Vec<SocketAddr>,
     /// Whether policies are enforced here if there are any (`policy`).
     pub enforces: bool,
+    /// Who wants another key for the certificate, at once.
+    pub rotations: mpsc::Sender<Rotation>,
     /// Nodes whose operators may look at this one.
     pub operators: Vec<NamePattern>,
 }
@@ -355,6 +365,38 @@ impl AgentAdmin for Admin {
 
     async fn facts(&self, _: Request<FactsRequest>) -> Result<Response<FactsResponse>, Status> {
         Ok(Response::new(self.facts_report().await?))
+    }
+
+    async fn bpf(&self, request: Request<BpfRequest>) -> Result<Response<BpfResponse>, Status> {
+        let report = self.bpf_report(request.into_inner()).await?;
+        Ok(Response::new(report))
+    }
+
+    async fn route(
+        &self,
+        request: Request<RouteRequest>,
+    ) -> Result<Response<RouteResponse>, Status> {
+        let report = self.route_report(request.into_inner()).await?;
+        Ok(Response::new(report))
+    }
+
+    async fn explain_policy(
+        &self,
+        request: Request<ExplainPolicyRequest>,
+    ) -> Result<Response<ExplainPolicyResponse>, Status> {
+        let report = self.explain_policy_report(request.into_inner()).await?;
+        Ok(Response::new(report))
+    }
+
+    async fn keys(&self, _: Request<KeysRequest>) -> Result<Response<KeysResponse>, Status> {
+        Ok(Response::new(self.keys_report().await?))
+    }
+
+    async fn rotate_key(
+        &self,
+        request: Request<RotateKeyRequest>,
+    ) -> Result<Response<RotateKeyResponse>, Status> {
+        Ok(Response::new(self.rotate(request.into_inner()).await?))
     }
 }
 

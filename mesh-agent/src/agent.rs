@@ -247,6 +247,7 @@ async fn start(
     let credentials = sync.credentials();
     let connection = sync.connection();
     let desired = sync.desired();
+    let rotations = sync.rotations();
     let (standing, version) = {
         let desired = desired.lock().await;
         (desired.standing(), desired.version())
@@ -558,6 +559,7 @@ async fn start(
         state_dir: settings.state_dir,
         dns_upstreams,
         enforces: settings.policy,
+        rotations,
         operators: settings.operators,
     };
     let admin = Admin::new(

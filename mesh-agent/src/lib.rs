@@ -39,6 +39,7 @@ pub mod publish;
 pub mod redirect;
 pub mod report;
 mod resolve;
+pub mod routes;
 mod settle;
 pub mod slots;
 pub mod sockets;

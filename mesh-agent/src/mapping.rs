@@ -8,7 +8,10 @@ use std::{
 };
 
 use anyhow::Context as _;
-use ebpf_loader::mapping::{Mapping, Mappings};
+use ebpf_loader::{
+    inspect::LoadedProgram,
+    mapping::{Mapping, Mappings},
+};
 use mesh_core::{services::View, snapshot::Snapshot};
 use mesh_linux::IfIndex;
 use mesh_wire::id::NodeName;
@@ -92,6 +95,13 @@ impl Mapper {
         );
         anyhow::ensure!(left_out == 0, "{left_out} of them have no room");
         Ok(())
+    }
+
+    /// The programs that translate; none where there is nothing to map.
+    #[must_use]
+    pub fn loaded(&self) -> Vec<LoadedProgram> {
+        let programs = self.programs.as_ref();
+        programs.map_or_else(Vec::new, |programs| programs.programs(self.tunnel.0))
     }
 
     /// How it stands.

@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use ebpf_loader::{Pins, policy as kernel};
+use ebpf_loader::{Pins, inspect::LoadedProgram, policy as kernel};
 use mesh_api::cni::POLICY_FILE;
 use mesh_core::{
     policy::{
@@ -227,6 +227,13 @@ impl Enforcer {
             tracing::info!("there are no policies for this node any more");
         } else if left && let Some(pins) = self.pins.clone() {
             kernel::end_left(pins);
+    /// The programs that judge; none where there is nothing to enforce.
+    #[must_use]
+    pub fn loaded(&self) -> Vec<LoadedProgram> {
+        let programs = self.programs.as_ref();
+        programs.map(kernel::Policy::programs).unwrap_or_default()
+    }
+
         }
         self.tell(false);
     }

@@ -30,7 +30,7 @@ use mesh_linux::netlink::Netlink;
 use mesh_wire::id::{Identity, NodeId, NodeName};
 use tokio::{
     net::TcpStream,
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
     time::{self, Instant},
 };
 use tokio_stream::wrappers::ReceiverStream;
@@ -118,7 +118,15 @@ pub struct Sync {
     /// What may be reached now that could not be before.
     news: watch::Receiver<u64>,
     visits: Visits,
+    /// Who wants another key at once.
+    rotations: (mpsc::Sender<Rotation>, mpsc::Receiver<Rotation>),
 }
+
+/// Told what became of it.
+pub type Rotation = oneshot::Sender<anyhow::Result<()>>;
+
+/// An operator's, who waits for it: nobody asks twice.
+const ROTATIONS_MAX: usize = 1;
 
 impl Sync {
     /// Reads what is on disk; joins the mesh first if this node never did.
@@ -163,6 +171,7 @@ impl Sync {
             way,
             news,
             visits: Visits::new(settings.metered_sync),
+            rotations: mpsc::channel(ROTATIONS_MAX),
         };
         Ok((sync, snapshots))
     }
@@ -177,6 +186,12 @@ impl Sync {
     #[must_use]
     pub fn desired(&self) -> desired::Shared {
         Arc::clone(&self.desired)
+    }
+
+    /// Where another key for the certificate is asked for. It comes by the stream that is open, or the next one.
+    #[must_use]
+    pub fn rotations(&self) -> mpsc::Sender<Rotation> {
+        self.rotations.0.clone()
     }
 
     /// How it stands with the controller.
@@ -423,6 +438,10 @@ impl Sync {
                     requests.send(request).await.context("the stream is closed")?;
                 }
                 _ = renew.tick() => self.renew_if_due(client).await?,
+                Some(wanted) = self.rotations.1.recv() => {
+                    // Who asked may wait no more.
+                    wanted.send(self.renew(client).await).ok();
+                }
             }
         }
     }
@@ -480,6 +499,11 @@ impl Sync {
         if SystemTime::now() < self.credentials.load().validity().renew_at() {
             return Ok(());
         }
+        self.renew(client).await
+    }
+
+    /// A new key each time.
+    async fn renew(&mut self, client: &mut ControlClient<Channel>) -> anyhow::Result<()> {
         let new = new_key()?;
         let request = RenewRequest {
             csr_der: new.csr_der,

@@ -10,7 +10,11 @@ use std::{
 use ipnet::IpNet;
 use mesh_api::admin::HopReport;
 use mesh_core::{
-    policy::{Compiler, Direction, Flow, resources::IpProtocol},
+    policy::{
+        Direction, Flow,
+        judges::{Judged, Judges},
+        resources::IpProtocol,
+    },
     services::{self, Frontend, Ranked, View},
     snapshot::{Node, Protocol, Service, ServiceKind, ServiceName, Snapshot},
 };
@@ -208,7 +212,7 @@ impl Hops<'_> {
     }
 }
 
-fn service_at(snapshot: &Snapshot, address: IpAddr) -> Option<&Arc<Service>> {
+pub(crate) fn service_at(snapshot: &Snapshot, address: IpAddr) -> Option<&Arc<Service>> {
     let has = |service: &&Arc<Service>| {
         let cluster = match &service.kind {
             ServiceKind::ClusterIp(addresses) => addresses.contains(&address),
@@ -475,18 +479,17 @@ fn judge(
     flow: &Flow,
     direction: Direction,
 ) -> bool {
-    let mut compiler = Compiler::new(node.name.clone(), policy::LIMITS);
-    compiler.update(snapshot);
-    let tables = compiler.tables();
-    let verdict = tables.judge(flow, direction);
-    let by = tables.name(verdict.decider);
+    let mut judges = Judges::new(Arc::clone(snapshot), policy::LIMITS);
+    let Judged {
+        verdict,
+        enforced,
+        by,
+        ..
+    } = judges.judge(&node.name, flow, direction);
     let here = node.name == hops.known.view.node;
-    let way = match direction {
-        Direction::In => "in",
-        Direction::Out => "out",
-    };
+    let way = direction.as_str();
     let as_from = format!("{} to {}:{}, {way}", flow.from, flow.to, flow.port);
-    let (mark, text, counter) = if !tables.enforced {
+    let (mark, text, counter) = if !enforced {
         (Mark::Ok, "no policy holds here".to_owned(), "")
     } else if here && !hops.known.enforces {
         (
@@ -599,7 +602,7 @@ fn back(hops: &mut Hops<'_>, snapshot: &Snapshot, from: &Node, to: &Node) {
 }
 
 /// The node with this address, or behind which it is: the longest prefix counts.
-fn owner(snapshot: &Snapshot, address: IpAddr) -> Option<&Node> {
+pub(crate) fn owner(snapshot: &Snapshot, address: IpAddr) -> Option<&Node> {
     let of = |node: &Node| {
         let exact = node
             .own_addresses()

@@ -142,6 +142,16 @@ pub fn public_key_hash(certificate: &CertificateDer<'_>) -> Result<[u8; 32], Bad
     mesh_id(certificate).map(|MeshId(hash)| hash)
 }
 
+/// The serial number of a certificate, in hexadecimal digits.
+///
+/// # Errors
+///
+/// [`BadCertificate::NotX509`].
+pub fn serial(certificate: &CertificateDer<'_>) -> Result<String, BadCertificate> {
+    let parsed = parse(certificate)?;
+    Ok(parsed.raw_serial_as_string().replace(':', ""))
+}
+
 /// By which names a certificate's holder is known outside the mesh.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Holder {

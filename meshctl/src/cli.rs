@@ -5,6 +5,8 @@ use std::{path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand};
 use ipnet::IpNet;
 
+use crate::{bpf::Bpf, keys::Keys, policy::Policy, routes::Routes};
+
 /// Looks into a Holdfast mesh, and runs its controller.
 ///
 /// Exit codes: 0 ok, 1 degraded, 2 down (also: the daemon cannot be reached), 64 usage.
@@ -105,6 +107,18 @@ pub(crate) enum Command {
     /// This node's resolver.
     #[command(subcommand)]
     Dns(Dns),
+    /// The agent's programs and maps in the kernel.
+    #[command(subcommand)]
+    Bpf(Bpf),
+    /// Where packets go.
+    #[command(subcommand)]
+    Routes(Routes),
+    /// Who may speak with whom.
+    #[command(subcommand)]
+    Policy(Policy),
+    /// Keys and certificates, without their private halves.
+    #[command(subcommand)]
+    Keys(Keys),
     /// Leads standard input and output to a port of a node, by the proxy of this machine's agent:
     /// `ssh -o ProxyCommand='meshctl tunnel %h:%p' edge-a1`.
     Tunnel {
@@ -165,10 +179,16 @@ impl Command {
             | Self::Ping(_)
             | Self::Path(_)
             | Self::Services { .. }
-            | Self::Dns(_) => true,
+            | Self::Dns(_)
+            | Self::Bpf(_)
+            | Self::Routes(_)
+            | Self::Policy(Policy::Explain(_))
+            | Self::Keys(Keys::List | Keys::Expiry) => true,
             // What is sent by this machine itself.
             Self::Mtu(_) | Self::Test(_) | Self::Perf(_) | Self::Capture(_) => false,
             Self::Tunnel { .. }
+            | Self::Policy(Policy::Check { .. } | Policy::Test { .. })
+            | Self::Keys(Keys::Rotate | Keys::Revoke { .. })
             | Self::Token(_)
             | Self::Nodes
             | Self::Node(_)

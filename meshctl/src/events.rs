@@ -101,7 +101,7 @@ impl Report for Events {
 }
 
 /// `2026-11-22 16:14:54`.
-fn clock(unix_ms: i64) -> String {
+pub(crate) fn clock(unix_ms: i64) -> String {
     let time = Timestamp::from_millisecond(unix_ms).ok();
     let time = time.map(|time| time.to_zoned(TimeZone::UTC));
     time.map_or_else(

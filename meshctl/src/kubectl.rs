@@ -1,9 +1,10 @@
 //! Questions to a cluster, by the `kubectl` that the operator has, with whatever context and `KUBECONFIG` that has.
 
-use std::{process::Stdio, time::Duration};
+use std::{path::Path, time::Duration};
 
 use serde_json::Value;
-use tokio::{io::AsyncWriteExt as _, process::Command, time::timeout};
+
+use crate::process;
 
 /// An API server behind a slow link may take some seconds for a long list of nodes.
 const ANSWER_MAX: Duration = Duration::from_secs(30);
@@ -23,28 +24,18 @@ pub(crate) struct Said {
 ///
 /// If it cannot be run, or does not end.
 pub(crate) async fn run(arguments: &[&str], input: &str, limit: Duration) -> Result<Said, String> {
-    let mut command = Command::new("kubectl");
-    command.args(arguments).kill_on_drop(true);
-    command.arg(format!("--request-timeout={}s", ANSWER_MAX.as_secs()));
-    command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let whole = async {
-        let mut child = command.spawn()?;
-        if let Some(mut stdin) = child.stdin.take() {
-            stdin.write_all(input.as_bytes()).await?;
-        }
-        child.wait_with_output().await
-    };
-    let output = timeout(ANSWER_MAX * 2 + limit, whole).await;
-    let output = output.map_err(|_| format!("kubectl {} does not end", arguments.join(" ")))?;
-    let output = output.map_err(|error| format!("kubectl cannot be run: {error}"))?;
-    let complaint = String::from_utf8_lossy(&output.stderr);
+    let timeout = format!("--request-timeout={}s", ANSWER_MAX.as_secs());
+    let arguments: Vec<_> = arguments
+        .iter()
+        .copied()
+        .chain([timeout.as_str()])
+        .collect();
+    let limit = ANSWER_MAX * 2 + limit;
+    let said = process::run(Path::new("kubectl"), &arguments, input, limit).await?;
     Ok(Said {
-        success: output.status.success(),
-        text: String::from_utf8_lossy(&output.stdout).into_owned(),
-        complaint: complaint.lines().last().unwrap_or_default().to_owned(),
+        success: said.code == Some(0),
+        text: said.text,
+        complaint: said.complaint.lines().last().unwrap_or_default().to_owned(),
     })
 }
 

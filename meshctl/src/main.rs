@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bpf;
 mod bugreport;
 mod capture;
 mod cli;
@@ -16,13 +17,17 @@ mod events;
 mod failure;
 mod files;
 mod generate;
+mod keys;
 mod kubectl;
 mod mtu;
 mod perf;
+mod policy;
 mod preflight;
+mod process;
 mod reach;
 mod relays;
 mod report;
+mod routes;
 mod run;
 mod show;
 mod snapshot;

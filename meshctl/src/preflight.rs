@@ -62,7 +62,7 @@ pub(crate) struct Check {
     pub(crate) text: String,
 }
 
-fn check(name: &str, level: Level, text: impl Into<String>) -> Check {
+pub(crate) fn check(name: &str, level: Level, text: impl Into<String>) -> Check {
     Check {
         name: name.to_owned(),
         level,

@@ -552,7 +552,7 @@ pub(crate) fn some(text: String) -> Option<String> {
 }
 
 /// Protobuf's 0 is "not measured".
-fn measured(rtt_ms: f64) -> Option<f64> {
+pub(crate) fn measured(rtt_ms: f64) -> Option<f64> {
     (rtt_ms > 0.0).then_some(rtt_ms)
 }
 

@@ -14,7 +14,7 @@ use mesh_api::admin::{
 };
 
 use crate::{
-    Verdict,
+    Verdict, bpf,
     bugreport::{Bundle, Redact},
     capture,
     cli::{self, Again, Cli, Command},
@@ -27,13 +27,16 @@ use crate::{
         Daemon::{self, Controller},
         Failure,
     },
-    files, generate, mtu, perf,
+    files, generate,
+    keys::{self, Keys},
+    mtu, perf, policy,
     preflight::{self, Wanted},
     relays::{Health, Netcheck, Relays},
     report::{
         AcceptedRollback, ControllerStatus, CreatedToken, DnsQuery, Nodes, PathWhy, Peers, Ping,
         PingReply, Preflight, RemovedNode, RevokedToken, Services, Status, Tokens,
     },
+    routes,
     show::{Report, WithEndpoints},
     snapshot::{self, Age, Diff, Snapshots},
     table::duration,
@@ -56,7 +59,7 @@ pub(crate) struct Screen {
 
 impl Screen {
     /// Prints `report`, and says how well things are.
-    fn show(self, report: &impl Report) -> Result<Verdict, Failure> {
+    pub(crate) fn show(self, report: &impl Report) -> Result<Verdict, Failure> {
         if self.json {
             let json = serde_json::to_string(report);
             let json = json.map_err(|error| Failure::Failed(error.to_string()))?;
@@ -157,6 +160,11 @@ pub(crate) async fn run(cli: Cli, screen: Screen) -> Result<Verdict, Failure> {
         Command::Dns(cli::Dns::Query { name, record_type }) => {
             dns_query(socket, name, record_type.to_ascii_uppercase(), screen).await
         }
+        Command::Bpf(command) => bpf::run(socket, command, screen).await,
+        Command::Routes(command) => routes::run(socket, command, screen).await,
+        Command::Policy(command) => policy::run(socket, command, screen).await,
+        Command::Keys(Keys::Revoke { name }) => remove_node(controller_socket, name, screen).await,
+        Command::Keys(command) => keys::run(socket, command, screen).await,
         Command::Tunnel { target, proxy } => tunnel::tunnel(&proxy, &target),
         Command::Token(command) => token(controller_socket, command, screen).await,
         Command::Nodes => {
@@ -165,13 +173,7 @@ pub(crate) async fn run(cli: Cli, screen: Screen) -> Result<Verdict, Failure> {
             screen.show(&Nodes::from(said))
         }
         Command::Node(cli::Node::Remove { name }) => {
-            let mut controller = connect::controller(controller_socket).await?;
-            let removed = controller.remove_node(RemoveNodeRequest { name: name.clone() });
-            let said = ask(Controller, removed).await?;
-            screen.show(&RemovedNode {
-                removed: name,
-                address_rests_until_unix_s: said.address_rests_until_unix_s,
-            })
+            remove_node(controller_socket, name, screen).await
         }
         Command::Relay(cli::Relay::Issue { name, out }) => {
             let mut controller = connect::controller(controller_socket).await?;
@@ -436,6 +438,16 @@ async fn dns_query(
         answers: said.answers,
         ms: said.ms,
         server: said.server,
+    })
+}
+
+async fn remove_node(socket: &Path, name: String, screen: Screen) -> Result<Verdict, Failure> {
+    let mut controller = connect::controller(socket).await?;
+    let removed = controller.remove_node(RemoveNodeRequest { name: name.clone() });
+    let said = ask(Controller, removed).await?;
+    screen.show(&RemovedNode {
+        removed: name,
+        address_rests_until_unix_s: said.address_rests_until_unix_s,
     })
 }
 

@@ -375,7 +375,7 @@ fn local_v6(line: &str) -> Option<IpAddr> {
     Some(IpAddr::V6(Ipv6Addr::from_bits(number)))
 }
 
-fn internal(error: task::JoinError) -> Status {
+pub(super) fn internal(error: task::JoinError) -> Status {
     Status::internal(error.to_string())
 }
 

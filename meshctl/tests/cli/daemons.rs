@@ -5,6 +5,8 @@ use mesh_api::admin::{
 };
 use tonic::{Request, Response, Status};
 
+use crate::inside;
+
 type Stream<T> = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<T, Status>> + Send>>;
 
 pub(crate) struct Agent {
@@ -467,6 +469,49 @@ impl AgentAdmin for Agent {
             }],
             ..admin::FactsResponse::default()
         }))
+    }
+
+    async fn bpf(
+        &self,
+        request: Request<admin::BpfRequest>,
+    ) -> Result<Response<admin::BpfResponse>, Status> {
+        Ok(Response::new(inside::bpf(
+            self.health,
+            request.into_inner(),
+        )))
+    }
+
+    async fn route(
+        &self,
+        request: Request<admin::RouteRequest>,
+    ) -> Result<Response<admin::RouteResponse>, Status> {
+        Ok(Response::new(inside::route(&request.into_inner().address)))
+    }
+
+    async fn explain_policy(
+        &self,
+        request: Request<admin::ExplainPolicyRequest>,
+    ) -> Result<Response<admin::ExplainPolicyResponse>, Status> {
+        inside::explain(&request.into_inner()).map(Response::new)
+    }
+
+    async fn keys(
+        &self,
+        _: Request<admin::KeysRequest>,
+    ) -> Result<Response<admin::KeysResponse>, Status> {
+        Ok(Response::new(inside::keys()))
+    }
+
+    async fn rotate_key(
+        &self,
+        _: Request<admin::RotateKeyRequest>,
+    ) -> Result<Response<admin::RotateKeyResponse>, Status> {
+        match self.health {
+            admin::Health::Down => Err(Status::unavailable("no controller is connected")),
+            admin::Health::Ok | admin::Health::Degraded | admin::Health::Unspecified => {
+                Ok(Response::new(inside::rotated()))
+            }
+        }
     }
 }
 

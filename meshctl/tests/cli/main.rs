@@ -10,6 +10,7 @@
 mod daemons;
 mod diagnosis;
 mod far;
+mod inside;
 
 use std::{
     fs,
