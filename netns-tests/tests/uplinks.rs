@@ -2,11 +2,7 @@
 //! itself, and leaves by the modem only while the wire leads nowhere.
 
 use std::{
-    net::{Ipv4Addr, UdpSocket},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    net::Ipv4Addr,
     thread,
     time::{Duration, Instant},
 };
@@ -15,6 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use netns_tests::{
     link::Impairment,
     mesh::{CLOUD, Mesh, word},
+    name_server::NameServer,
     nat::NatKind,
     node::Node,
     stream::Traffic,
@@ -181,62 +178,6 @@ impl Two {
     }
 }
 
-/// A name server in the cloud, for which every name has one address, [`CLOUD`]; ends when dropped.
-struct NameServer {
-    stop: Arc<AtomicBool>,
-    thread: Option<thread::JoinHandle<()>>,
-}
-
-impl NameServer {
-    fn start(mesh: &Mesh) -> Result<Self> {
-        let bind = || {
-            let socket = UdpSocket::bind((CLOUD, 53))?;
-            socket.set_read_timeout(Some(Duration::from_millis(100)))?;
-            std::io::Result::Ok(socket)
-        };
-        let socket = mesh.cloud().enter(bind)??;
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
-        let serve = move || {
-            let mut buffer = [0; 512];
-            while !stopped.load(Ordering::Relaxed) {
-                if let Ok((length, from)) = socket.recv_from(&mut buffer)
-                    && let Some(answer) = buffer.get(..length).and_then(answer)
-                {
-                    socket.send_to(&answer, from).ok();
-                }
-            }
-        };
-        let thread = Some(thread::spawn(serve));
-        Ok(Self { stop, thread })
-    }
-}
-
-impl Drop for NameServer {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            thread.join().ok();
-        }
-    }
-}
-
-/// To one question (RFC 1035 §4.1): [`CLOUD`] for an A record, and nothing for others.
-fn answer(question: &[u8]) -> Option<Vec<u8>> {
-    let name_len = question.get(12..)?.iter().position(|byte| *byte == 0)? + 1;
-    let end = 12 + name_len + 4; // Its type and class.
-    let is_a = question.get(end - 4..end - 2)? == [0, 1];
-    let mut answer = question.get(..2)?.to_vec();
-    answer.extend([0x81, 0x80, 0, 1, 0, u8::from(is_a), 0, 0, 0, 0]);
-    answer.extend(question.get(12..end)?);
-    if is_a {
-        // The name is the question's; for a second.
-        answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 1, 0, 4]);
-        answer.extend(CLOUD.octets());
-    }
-    Some(answer)
-}
-
 /// Packets of every kind that went out and came in by the modem so far.
 fn by_modem(edge: &Node) -> Result<[u64; 2]> {
     let words = ["ip", "-j", "-s", "link", "show", "wwan0"];
@@ -341,7 +282,7 @@ fn a_line_that_dies_behind_its_router_is_left_and_taken_again_without_a_gap() ->
 #[test]
 fn names_are_asked_for_by_the_uplink_in_use() -> Result<()> {
     let two = Two::start(&format!("{METERED}[dns]\nupstreams = [\"{CLOUD}:53\"]\n"))?;
-    let _server = NameServer::start(&two.mesh)?;
+    let _server = NameServer::start(two.mesh.cloud(), CLOUD, CLOUD)?;
     let run = || -> Result<()> {
         two.resolves("by-wire.example.org")?;
         let before = two.by_modem()?;
@@ -367,7 +308,7 @@ fn a_node_whose_line_is_dead_joins_at_a_controller_with_a_name() -> Result<()> {
     let mesh = sites(&[("wired", 11, &["edge-a1"]), ("mobile", 12, &[])])?;
     let edge = mesh.node("edge-a1")?;
     add_modem(&mesh, &edge)?;
-    let _server = NameServer::start(&mesh)?;
+    let _server = NameServer::start(mesh.cloud(), CLOUD, CLOUD)?;
     mesh.site("wired")?.link().set_down(true)?;
     let config = mesh.agent_config(&edge, Some(&mesh.token()?));
     let by_address = format!("\"{CLOUD}:7440\"");
@@ -403,14 +344,37 @@ fn a_new_address_at_the_same_uplink_costs_half_a_second() -> Result<()> {
     run().map_err(|error| two.fails(error))
 }
 
+/// `edge-a1`, of which a modem is all it has.
+fn with_only_a_modem(mesh: &Mesh, config: &str) -> Result<Node> {
+    let edge = mesh.lab().add_node("edge-a1")?;
+    add_modem(mesh, &edge)?;
+    mesh.start_agent_with("edge-a1", &format!("{config}{METERED}"))?;
+    Ok(edge)
+}
+
+/// Waits until `edge-a1` has visited its controller: it comes again after 7.5 s at least.
+fn has_left(mesh: &Mesh) -> Result<()> {
+    tool::eventually("the visit is over", SOON, || {
+        let status = mesh.status("edge-a1")?;
+        let asked_in = status.pointer("/controller/asked_in_s");
+        ensure!(asked_in.and_then(Value::as_u64) >= Some(7), "{status}");
+        Ok(())
+    })
+}
+
+fn knows(mesh: &Mesh, nodes: u64) -> Result<()> {
+    let status = mesh.status("edge-a1")?;
+    let known = status.pointer("/snapshot/nodes").and_then(Value::as_u64);
+    ensure!(known == Some(nodes), "not {nodes}: {status}");
+    Ok(())
+}
+
 /// A modem is all there is: the agent comes to its controller, leaves, and comes again. In between there is no connection,
 /// not a packet goes either way, and nobody misses it.
 #[test]
 fn a_node_with_only_a_modem_visits_its_controller_and_is_silent_in_between() -> Result<()> {
     let mesh = sites(&[("mobile", 12, &[])])?;
-    let edge = mesh.lab().add_node("edge-a1")?;
-    add_modem(&mesh, &edge)?;
-    mesh.start_agent_with("edge-a1", &format!("metered_sync_s = 10\n{METERED}"))?;
+    let edge = with_only_a_modem(&mesh, "metered_sync_s = 10\n")?;
     mesh.agent_ready("edge-a1", 1)?;
     let generation = || -> Result<u64> {
         let status = mesh.status("edge-a1")?;
@@ -418,14 +382,7 @@ fn a_node_with_only_a_modem_visits_its_controller_and_is_silent_in_between() -> 
         generation.and_then(Value::as_u64).context("no generation")
     };
     let before = generation()?;
-    let has_left = || {
-        let status = mesh.status("edge-a1")?;
-        let asked_in = status.pointer("/controller/asked_in_s");
-        // It comes after 7.5 to 10 s.
-        ensure!(asked_in.and_then(Value::as_u64) >= Some(7), "{status}");
-        Ok(())
-    };
-    tool::eventually("the first visit is over", SOON, has_left)?;
+    has_left(&mesh)?;
     let manifest = "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: Community\nmetadata: {name: late}\nspec: {sites: [x]}\n";
     std::fs::write(mesh.manifests().join("late.yaml"), manifest)?;
     thread::sleep(Duration::from_millis(500)); // For the last acknowledgement.
@@ -449,11 +406,68 @@ fn a_node_with_only_a_modem_visits_its_controller_and_is_silent_in_between() -> 
         ensure!(now > before, "{now}");
         by_modem(&edge)
     })?;
-    tool::eventually("that is over, too", SOON, has_left)?;
+    has_left(&mesh)?;
     println!(
         "a visit: {} packets",
         visited[0] + visited[1] - quiet[0] - quiet[1]
     );
+    mesh.all_run()
+}
+
+/// Who was at its controller in the last minute does not go there because somebody asks.
+const ASKED_PAUSE: Duration = Duration::from_secs(62);
+
+/// Who joined since the last visit has a name that the node with the modem does not know: it visits, and knows.
+#[test]
+fn a_metered_node_that_is_asked_for_an_unknown_name_visits_its_controller() -> Result<()> {
+    let mesh = sites(&[("mobile", 12, &[]), ("elsewhere", 13, &["edge-b1"])])?;
+    with_only_a_modem(&mesh, "")?;
+    mesh.agent_ready("edge-a1", 1)?;
+    has_left(&mesh)?;
+    mesh.start_agent("edge-b1")?;
+    mesh.agent_ready("edge-b1", 2)?;
+    thread::sleep(ASKED_PAUSE);
+    knows(&mesh, 1)?;
+    let since = Instant::now();
+    tool::eventually("the name of who joined", SOON, || {
+        mesh.resolve("edge-a1", "edge-b1.mesh")
+    })?;
+    println!("the name is known after {:?}", since.elapsed());
+    knows(&mesh, 2)?;
+    tool::eventually("an echo", SOON, || {
+        mesh.meshctl("edge-a1", &["ping", "-c", "1", "edge-b1"])?
+            .ok()
+    })?;
+    has_left(&mesh)?;
+    mesh.all_run()
+}
+
+/// The same, and who joined calls it, while it speaks with another: nobody answers a key that nobody knows, but it visits, and
+/// does then.
+#[test]
+fn a_metered_node_that_a_stranger_calls_visits_its_controller_and_answers() -> Result<()> {
+    let elsewhere = ("elsewhere", 13, &["edge-b1", "edge-c1"][..]);
+    let mesh = sites(&[("mobile", 12, &[]), elsewhere])?;
+    mesh.start_agent("edge-b1")?;
+    mesh.agent_ready("edge-b1", 1)?;
+    let edge = with_only_a_modem(&mesh, "")?;
+    mesh.agent_ready("edge-a1", 2)?;
+    has_left(&mesh)?;
+    // Who speaks with nobody has no relay by which it could be called.
+    let mut speaks = edge.spawn("ping", &["ping", "-i", "1", "100.96.2.1"])?;
+    mesh.start_agent("edge-c1")?;
+    mesh.agent_ready("edge-c1", 3)?;
+    thread::sleep(ASKED_PAUSE);
+    knows(&mesh, 2)?;
+    let since = Instant::now();
+    tool::eventually("an answer to who joined", SOON, || {
+        mesh.meshctl("edge-c1", &["ping", "-c", "1", "edge-a1"])?
+            .ok()
+    })?;
+    println!("it answers after {:?}", since.elapsed());
+    knows(&mesh, 3)?;
+    has_left(&mesh)?;
+    speaks.running()?;
     mesh.all_run()
 }
 
