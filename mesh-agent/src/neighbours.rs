@@ -509,8 +509,6 @@ fn in_words(counts: &Counts) -> BTreeMap<String, u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
-
     use super::*;
 
     fn lan(name: &str, nets: &[&str]) -> Lan {
@@ -518,7 +516,7 @@ mod tests {
             index: IfIndex::new(7).unwrap(),
             name: name.to_owned(),
             addresses: nets.iter().map(|net| net.parse().unwrap()).collect(),
-            gateways: [Ipv4Addr::new(192, 168, 1, 1)].into(),
+            gateways: [IpAddr::from([192, 168, 1, 1])].into(),
             multicast: true,
         }
     }

@@ -1,32 +1,28 @@
-//! Asks the gateways of this machine's networks to lead their outside port to the node's own: by PCP, NAT-PMP or UPnP, so
-//! that a node behind a NAT that maps by destination can be called directly all the same.
+//! Asks the gateways of this machine's networks to lead their outside port to the node's own, and to let through their IPv6
+//! firewall who calls it there: by PCP, NAT-PMP or UPnP, so that a node behind a NAT that maps by destination, or a firewall
+//! before a peer behind such a one, can be called directly all the same.
 //!
 //! [`machine`] decides; here are the sockets. What gateways say is not signed: the worst that a false answer does is one
 //! more address at which the node is not.
 
 pub mod machine;
 pub mod notice;
+mod upnp;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
-    net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4},
     num::NonZeroU16,
     time::Duration,
 };
 
 use anyhow::Context as _;
 use crab_nat::{
-    GatewayAddress, InternetProtocol, PortMapping, PortMappingOptions, PortMappingType,
-    TimeoutConfig, natpmp, pcp,
+    GATEWAY_PORT, GatewayAddress, InternetProtocol, PortMapping, PortMappingOptions,
+    PortMappingType, TimeoutConfig, natpmp, pcp,
 };
-use igd_next::{
-    AddPortError, PortMappingProtocol, RequestError, SearchOptions,
-    aio::{
-        Gateway as Igd,
-        tokio::{Tokio, search_gateway},
-    },
-};
+use ipnet::{IpNet, Ipv6Net};
 use mesh_core::io::Input;
 use mesh_linux::netlink::{Changes, Lan, Netlink};
 use rand::random;
@@ -40,8 +36,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    machine::{Answer, Ask, Gateway, LIFETIME, Machine, Output, Protocol, Report},
+    machine::{Answer, Ask, Gateway, Machine, Output, Protocol, Report},
     notice::Notice,
+    upnp::Service,
 };
 use crate::{
     driver::{Event, now, sleep_until},
@@ -56,22 +53,8 @@ const UDP_TIMES: TimeoutConfig = TimeoutConfig {
     max_retry_timeout: None,
 };
 
-/// How long a UPnP gateway may take to say where it is, when it is asked itself, and when all are. (UPnP Device
-/// Architecture 1.1, section 1.3.3: devices answer all within MX seconds, which is 3 here.)
-const SEARCH_ONE: Duration = Duration::from_millis(1_500);
-const SEARCH_ALL: Duration = Duration::from_millis(3_500);
-
-/// How long one question by UPnP may take, search and all.
-const UPNP_LIMIT: Duration = Duration::from_secs(10);
-
 /// How long giving back may take when the agent stops: half of what all tasks have for their end.
 const RELEASE_LIMIT: Duration = Duration::from_millis(1_500);
-
-/// Where UPnP devices listen for searches.
-const SSDP_PORT: u16 = 1900;
-
-/// How gateways show the mapping to their owners.
-const DESCRIPTION: &str = "Holdfast";
 
 /// What is mapped, and where this is told.
 #[derive(Debug)]
@@ -108,7 +91,7 @@ pub async fn keep_mapped(
     let mut shell = Shell {
         machine: Machine::new(config.port, random()),
         asks: JoinSet::new(),
-        igds: BTreeMap::new(),
+        services: BTreeMap::new(),
         events,
         notices: notices.ok(),
     };
@@ -154,17 +137,17 @@ pub async fn keep_mapped(
 /// What comes out of a question.
 struct Done {
     number: u64,
-    gateway: Ipv4Addr,
+    gateway: Gateway,
     answer: Answer,
-    /// Where the gateway's UPnP is, if that was found.
-    igd: Option<Igd<Tokio>>,
+    /// The gateway's UPnP, if that was found.
+    service: Option<Service>,
 }
 
 struct Shell {
     machine: Machine,
     /// At most one for each gateway.
     asks: JoinSet<Done>,
-    igds: BTreeMap<Ipv4Addr, Igd<Tokio>>,
+    services: BTreeMap<Gateway, Service>,
     events: mpsc::Sender<Event>,
     notices: Option<UdpSocket>,
 }
@@ -174,19 +157,19 @@ impl Shell {
         while let Some(output) = self.machine.poll_output() {
             match output {
                 Output::Ask(ask) => {
-                    let igd = self.igds.remove(&ask.gateway.address);
+                    let service = self.services.remove(&ask.gateway);
                     self.asks.spawn(async move {
-                        let (answer, igd) = match ask.protocol {
-                            Protocol::Pcp => (by_pcp(&ask).await, igd),
-                            Protocol::NatPmp => (by_nat_pmp(&ask).await, igd),
-                            Protocol::Upnp => by_upnp(&ask, igd).await,
+                        let (answer, service) = match ask.protocol {
+                            Protocol::Pcp => (by_pcp(&ask).await, service),
+                            Protocol::NatPmp => (by_nat_pmp(&ask).await, service),
+                            Protocol::Upnp => upnp::map(&ask, service).await,
                         };
                         tracing::debug!(?ask, ?answer, "a gateway was asked to map the port");
                         Done {
                             number: ask.number,
-                            gateway: ask.gateway.address,
+                            gateway: ask.gateway,
                             answer,
-                            igd,
+                            service,
                         }
                     });
                 }
@@ -201,8 +184,8 @@ impl Shell {
     }
 
     fn handle_done(&mut self, done: Done) {
-        if let Some(igd) = done.igd {
-            self.igds.insert(done.gateway, igd);
+        if let Some(service) = done.service {
+            self.services.insert(done.gateway, service);
         }
         self.machine.handle_answer(done.number, done.answer, now());
     }
@@ -214,7 +197,7 @@ impl Shell {
         let mut releases = JoinSet::new();
         while let Some(output) = self.machine.poll_output() {
             if let Output::Release(ask) = output {
-                releases.spawn(release(ask, self.igds.remove(&ask.gateway.address)));
+                releases.spawn(release(ask, self.services.remove(&ask.gateway)));
             }
         }
         let all = async { while releases.join_next().await.is_some() {} };
@@ -226,18 +209,63 @@ impl Shell {
 
 /// The gateways of a LAN, with the address that this machine has in the gateway's network, or else there at all.
 fn gateways(lan: &Lan) -> impl Iterator<Item = Gateway> {
-    let own = |address: Ipv4Addr| {
-        let near = lan
-            .addresses
-            .iter()
-            .find(|net| net.contains(&IpAddr::V4(address)));
+    let v4 = lan.gateways.iter().filter_map(|address| {
+        let near = lan.addresses.iter().find(|net| net.contains(address));
         let any = || lan.addresses.iter().find(|net| net.addr().is_ipv4());
-        match near.or_else(any).map(|net| net.addr()) {
-            Some(IpAddr::V4(own)) => Some(Gateway { address, own }),
-            Some(IpAddr::V6(_)) | None => None,
+        let own = near.or_else(any).filter(|_| address.is_ipv4())?.addr();
+        Some((*address, own))
+    });
+    let v6 = servers(lan).into_iter().filter_map(|address| {
+        let own =
+            source_to(address).filter(|own| lan.addresses.iter().any(|net| net.addr() == *own));
+        Some((IpAddr::V6(address), own?))
+    });
+    v4.chain(v6).map(|(address, own)| Gateway {
+        address,
+        link: lan.index.get(),
+        own,
+    })
+}
+
+/// Where the IPv6 gateways of a LAN are asked. Routes mostly name them by link-local addresses, and what is sent there comes
+/// from such a one, too: PCP refuses a question for another address than its own (RFC 6887, section 8.3), as UPnP's firewalls
+/// do. Every router has the first address of each of its networks as well (RFC 4291, section 2.6.1).
+fn servers(lan: &Lan) -> BTreeSet<Ipv6Addr> {
+    let mut servers = BTreeSet::new();
+    for gateway in &lan.gateways {
+        match gateway {
+            IpAddr::V4(_) => {}
+            IpAddr::V6(gateway) if gateway.is_unicast_link_local() => {
+                servers.extend(lan.addresses.iter().filter_map(router_of));
+            }
+            IpAddr::V6(gateway) => {
+                servers.insert(*gateway);
+            }
         }
+    }
+    servers
+}
+
+/// The subnet-router anycast address of the network of an address, unless that is link-local.
+fn router_of(net: &IpNet) -> Option<Ipv6Addr> {
+    let IpNet::V6(net) = net else {
+        return None;
     };
-    lan.gateways.iter().filter_map(move |address| own(*address))
+    // DHCPv6 says nothing of the network; hosts' networks have 64 bits (RFC 4291, section 2.5.1).
+    let length = if net.prefix_len() == 128 {
+        64
+    } else {
+        net.prefix_len()
+    };
+    let network = Ipv6Net::new(net.addr(), length).ok()?.network();
+    (!network.is_unicast_link_local()).then_some(network)
+}
+
+/// The address from which this machine's kernel sends there. Nothing is sent.
+fn source_to(address: Ipv6Addr) -> Option<IpAddr> {
+    let socket = std::net::UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).ok()?;
+    socket.connect((address, GATEWAY_PORT)).ok()?;
+    Some(socket.local_addr().ok()?.ip())
 }
 
 /// A socket that hears what gateways say to all. The kernel is in their group on all interfaces.
@@ -284,9 +312,9 @@ fn inner_port(ask: &Ask) -> NonZeroU16 {
     NonZeroU16::new(ask.inner_port).unwrap_or(NonZeroU16::MIN)
 }
 
-fn granted(mapping: &PortMapping, outside: Ipv4Addr) -> Answer {
+fn granted(mapping: &PortMapping, outside: IpAddr) -> Answer {
     Answer::Granted {
-        outside: SocketAddrV4::new(outside, mapping.external_port().get()),
+        outside: SocketAddr::new(outside, mapping.external_port().get()),
         lifetime: Duration::from_secs(mapping.lifetime().into()),
         epoch_s: Some(mapping.gateway_epoch()),
     }
@@ -294,17 +322,14 @@ fn granted(mapping: &PortMapping, outside: Ipv4Addr) -> Answer {
 
 async fn by_pcp(ask: &Ask) -> Answer {
     let base = pcp::BaseMapRequest::new(
-        GatewayAddress::IpV4(ask.gateway.address),
-        ask.gateway.own.into(),
+        ask.gateway.address.into(),
+        ask.gateway.own,
         InternetProtocol::Udp,
         inner_port(ask),
     );
     let mapping = pcp::port_mapping(base, Some(ask.nonce), None, options(ask)).await;
     match mapping.map(|mapping| (mapping.mapping_type(), mapping)) {
-        Ok((PortMappingType::Pcp { external_ip, .. }, mapping)) => match external_ip {
-            IpAddr::V4(outside) => granted(&mapping, outside),
-            IpAddr::V6(outside) => Answer::Refused(format!("{outside} is no IPv4 address")),
-        },
+        Ok((PortMappingType::Pcp { external_ip, .. }, mapping)) => granted(&mapping, external_ip),
         Ok((PortMappingType::NatPmp, _)) => Answer::Refused("another protocol".to_owned()),
         Err(pcp::Failure::Timeout) => Answer::Silent,
         Err(error) => Answer::Refused(error.to_string()),
@@ -312,7 +337,7 @@ async fn by_pcp(ask: &Ask) -> Answer {
 }
 
 async fn by_nat_pmp(ask: &Ask) -> Answer {
-    let gateway = GatewayAddress::IpV4(ask.gateway.address);
+    let gateway = GatewayAddress::from(ask.gateway.address);
     let mapping = natpmp::port_mapping(
         gateway,
         InternetProtocol::Udp,
@@ -325,113 +350,51 @@ async fn by_nat_pmp(ask: &Ask) -> Answer {
         Ok((mapping, outside))
     };
     match asked.await {
-        Ok((mapping, outside)) => granted(&mapping, outside),
+        Ok((mapping, outside)) => granted(&mapping, outside.into()),
         Err(natpmp::Failure::Timeout) => Answer::Silent,
         Err(error) => Answer::Refused(error.to_string()),
     }
 }
 
-/// Asks the UPnP device that was found before, or else searches it.
-async fn by_upnp(ask: &Ask, known: Option<Igd<Tokio>>) -> (Answer, Option<Igd<Tokio>>) {
-    let asked = async {
-        if let Some(igd) = known
-            && let Some(answer) = map_by(&igd, ask).await
-        {
-            return (answer, Some(igd));
-        }
-        let Some(igd) = find_igd(ask.gateway).await else {
-            return (Answer::Silent, None);
-        };
-        match map_by(&igd, ask).await {
-            Some(answer) => (answer, Some(igd)),
-            None => (Answer::Silent, None),
-        }
-    };
-    let asked = time::timeout(UPNP_LIMIT, asked).await;
-    asked.unwrap_or((Answer::Silent, None))
-}
-
-/// The gateway itself, and nobody else who says that he is one.
-async fn find_igd(gateway: Gateway) -> Option<Igd<Tokio>> {
-    let options = |to: Option<Ipv4Addr>, timeout| {
-        let mut options = SearchOptions::default();
-        options.bind_addr = SocketAddr::from((gateway.own, 0));
-        options.timeout = Some(timeout);
-        if let Some(to) = to {
-            options.broadcast_address = SocketAddr::from((to, SSDP_PORT));
-        }
-        options
-    };
-    let is_it = |igd: &Igd<Tokio>| igd.addr.ip() == IpAddr::V4(gateway.address);
-    let asked = search_gateway(options(Some(gateway.address), SEARCH_ONE)).await;
-    if let Some(found) = asked.ok().filter(is_it) {
-        return Some(found);
-    }
-    let found = search_gateway(options(None, SEARCH_ALL)).await;
-    found.ok().filter(is_it)
-}
-
-/// `None`: the device does not answer (any more), at least not there.
-async fn map_by(igd: &Igd<Tokio>, ask: &Ask) -> Option<Answer> {
-    let outside = match igd.get_external_ip().await {
-        Ok(IpAddr::V4(outside)) => outside,
-        Ok(IpAddr::V6(outside)) => {
-            return Some(Answer::Refused(format!("{outside} is no IPv4 address")));
-        }
-        Err(igd_next::GetExternalIpError::RequestError(RequestError::ErrorCode(code, text))) => {
-            return Some(Answer::Refused(format!("error {code}: {text}")));
-        }
-        Err(igd_next::GetExternalIpError::ActionNotAuthorized) => {
-            return Some(Answer::Refused("not authorized".to_owned()));
-        }
-        Err(igd_next::GetExternalIpError::RequestError(_)) => return None,
-    };
-    let own = SocketAddr::from((ask.gateway.own, ask.inner_port));
-    let lease_s = u32::try_from(ask.lifetime.as_secs()).unwrap_or_default();
-    let udp = PortMappingProtocol::UDP;
-    let added = igd.add_port(udp, ask.port, own, lease_s, DESCRIPTION).await;
-    match added {
-        Ok(()) => Some(Answer::Granted {
-            outside: SocketAddrV4::new(outside, ask.port),
-            lifetime: LIFETIME,
-            epoch_s: None,
-        }),
-        Err(AddPortError::PortInUse) => Some(Answer::PortTaken),
-        Err(AddPortError::OnlyPermanentLeasesSupported) => Some(Answer::PermanentOnly),
-        Err(AddPortError::RequestError(RequestError::ErrorCode(code, text))) => {
-            Some(Answer::Refused(format!("error {code}: {text}")))
-        }
-        Err(AddPortError::RequestError(_)) => None,
-        Err(error) => Some(Answer::Refused(error.to_string())),
-    }
-}
-
-async fn release(ask: Ask, igd: Option<Igd<Tokio>>) {
-    let gateway = GatewayAddress::IpV4(ask.gateway.address);
+async fn release(ask: Ask, service: Option<Service>) {
+    let gateway = GatewayAddress::from(ask.gateway.address);
     let (udp, port) = (InternetProtocol::Udp, inner_port(&ask));
-    let problem = match ask.protocol {
+    let released = match ask.protocol {
         Protocol::Pcp => {
             let range = pcp::DropMappingRange::Single {
                 protocol: udp,
                 internal_port: port,
             };
-            let own = ask.gateway.own.into();
+            let own = ask.gateway.own;
             let dropped = pcp::try_drop_mapping(gateway, own, ask.nonce, range, Some(UDP_TIMES));
-            dropped.await.err().map(|error| error.to_string())
+            dropped.await.map_err(|error| error.to_string())
         }
         Protocol::NatPmp => {
             let dropped = natpmp::try_drop_mapping(gateway, udp, Some(port), Some(UDP_TIMES));
-            dropped.await.err().map(|error| error.to_string())
+            dropped.await.map_err(|error| error.to_string())
         }
-        Protocol::Upnp => match igd {
-            Some(igd) => {
-                let removed = igd.remove_port(PortMappingProtocol::UDP, ask.port).await;
-                removed.err().map(|error| error.to_string())
-            }
-            None => Some("its UPnP was not found again".to_owned()),
-        },
+        Protocol::Upnp => upnp::release(&ask, service).await,
     };
-    if let Some(problem) = problem {
+    if let Err(problem) = released {
         tracing::debug!(gateway = %ask.gateway.address, problem, "a mapping was not taken back");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_network_of_ipv6_has_its_router_at_its_first_address() {
+        let router = |net: &str| router_of(&net.parse().unwrap()).map(|ip| ip.to_string());
+        for (net, expected) in [
+            ("2001:db8:0:7::11/64", Some("2001:db8:0:7::")),
+            ("2001:db8:0:7:1::11/112", Some("2001:db8:0:7:1::")),
+            ("2001:db8:0:7::1:11/128", Some("2001:db8:0:7::")), // By DHCPv6.
+            ("fe80::11/64", None),
+            ("192.168.1.11/24", None),
+        ] {
+            assert_eq!(router(net).as_deref(), expected, "{net}");
+        }
     }
 }

@@ -29,7 +29,9 @@ impl IfIndex {
         NonZeroU32::new(raw).map(Self)
     }
 
-    fn get(self) -> u32 {
+    /// The kernel's number.
+    #[must_use]
+    pub fn get(self) -> u32 {
         self.0.get()
     }
 }

@@ -96,6 +96,7 @@ fn a_lan_is_an_interface_with_a_carrier_and_addresses_and_has_its_gateways() {
         "route add default via 192.168.1.1 dev lan0 metric 100",
         "route add default via 192.168.1.2 dev lan0 metric 200",
         "route add 10.1.0.0/16 via 192.168.1.3 dev lan0",
+        "route add ::/0 via fe80::1 dev lan0",
     ] {
         namespace.ip(words);
     }
@@ -122,7 +123,7 @@ fn a_lan_is_an_interface_with_a_carrier_and_addresses_and_has_its_gateways() {
         assert!(lan.addresses.contains(&address.parse().unwrap()), "{lan:?}");
     }
     let gateways: Vec<_> = lan.gateways.iter().map(ToString::to_string).collect();
-    assert_eq!(gateways, ["192.168.1.1", "192.168.1.2"]);
+    assert_eq!(gateways, ["192.168.1.1", "192.168.1.2", "fe80::1"]);
     assert!(
         !lans
             .iter()

@@ -120,12 +120,35 @@ impl Mesh {
     ///
     /// If they do not come up.
     pub fn demo() -> Result<Self> {
+        let mesh = Self::demo_of(false)?;
+        mesh.start_relay()?;
+        Ok(mesh)
+    }
+
+    /// The same, with IPv6 beside IPv4 at the cloud and its relay.
+    ///
+    /// # Errors
+    ///
+    /// If they do not come up.
+    pub fn dual_demo() -> Result<Self> {
+        let mesh = Self::demo_of(true)?;
+        let file = mesh.manifests().join("mesh.yaml");
+        let both = format!("[{CLOUD}, \"{CLOUD_V6}\"]");
+        let manifest = fs::read_to_string(&file)?.replace(&format!("[{CLOUD}]"), &both);
+        ensure!(
+            manifest.contains(&both),
+            "the demo's relay is not at {CLOUD}"
+        );
+        fs::write(&file, manifest)?;
+        mesh.start_relay()?;
+        Ok(mesh)
+    }
+
+    fn demo_of(dual: bool) -> Result<Self> {
         let lab = tool::binary("lab")?;
         let bins = lab.parent().context("the lab binary has no folder")?;
         let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/demo");
-        let mesh = Self::start(bins, &manifests)?;
-        mesh.start_relay()?;
-        Ok(mesh)
+        Self::start_with(bins, &manifests, dual)
     }
 
     /// Like [`Self::demo`], with these hosts at one site: agents run on all of them and know each other.

@@ -1,10 +1,11 @@
-//! Nodes behind NATs that map by destination are called at a port that the router maps for them: Debian's `miniupnpd` is the
-//! router's, by each of its protocols; it is started anew, refuses, and is somebody who means harm.
+//! Nodes behind NATs that map by destination are called at a port that the router maps for them, nodes behind an IPv6 firewall
+//! through a pinhole: Debian's `miniupnpd` is the router's, by each of its protocols; it is started anew, refuses, and is
+//! somebody who means harm.
 
 use std::{
     collections::BTreeMap,
     fs,
-    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     thread,
     time::{Duration, Instant},
 };
@@ -13,8 +14,9 @@ use anyhow::{Context as _, Result, ensure};
 use netns_tests::{
     link::Impairment,
     mesh::{Mesh, word},
-    nat::NatKind,
+    nat::{Ipv6Kind, NatKind},
     node::{Node, Process},
+    site::Internet,
     tool,
 };
 use serde_json::Value;
@@ -60,13 +62,21 @@ fn mesh() -> Result<Mesh> {
 
 /// Site A's router begins to map ports.
 fn daemon(mesh: &Mesh, protocols: &str, rules: &str) -> Result<Process> {
+    daemon_with(
+        mesh,
+        TABLE,
+        &format!("ipv6_disable=yes\n{protocols}{rules}"),
+    )
+}
+
+fn daemon_with(mesh: &Mesh, table: &str, lines: &str) -> Result<Process> {
     let router = mesh.site("site-a")?.router();
-    tool::nft(router.netns(), TABLE)?;
+    tool::nft(router.netns(), table)?;
     let config = format!(
-        "ext_ifname=wan\nlistening_ip=lan\nhttp_port=0\nsecure_mode=yes\nipv6_disable=yes\n\
+        "ext_ifname=wan\nlistening_ip=lan\nhttp_port=0\nsecure_mode=yes\n\
          upnp_table_name=miniupnpd\nupnp_nat_table_name=miniupnpd\nupnp_forward_chain=miniupnpd\n\
          upnp_nat_chain=prerouting_miniupnpd\nupnp_nat_postrouting_chain=postrouting_miniupnpd\n\
-         uuid=00000000-0000-0000-0000-000000000001\n{protocols}{rules}deny 0-65535 0.0.0.0/0 0-65535\n"
+         uuid=00000000-0000-0000-0000-000000000001\n{lines}deny 0-65535 0.0.0.0/0 0-65535\n"
     );
     let path = |name: &str| router.dir().join(name).display().to_string();
     router.write("miniupnpd.conf", &config)?;
@@ -83,8 +93,12 @@ fn daemon(mesh: &Mesh, protocols: &str, rules: &str) -> Result<Process> {
 
 /// What `edge-a1` says of its gateway.
 fn said(mesh: &Mesh) -> Result<String> {
+    said_of(mesh, "192.168.1.1")
+}
+
+fn said_of(mesh: &Mesh, gateway: &str) -> Result<String> {
     let status = mesh.status("edge-a1")?;
-    let said = status.pointer("/port_mappings/192.168.1.1");
+    let said = status.pointer(&format!("/port_mappings/{gateway}"));
     let said = said.and_then(Value::as_str);
     Ok(said
         .with_context(|| format!("nothing of the gateway: {status}"))?
@@ -92,10 +106,50 @@ fn said(mesh: &Mesh) -> Result<String> {
 }
 
 fn is_mapped(mesh: &Mesh, protocol: &str) -> Result<()> {
+    is_mapped_at(mesh, "192.168.1.1", MAPPED, protocol)
+}
+
+fn is_mapped_at(mesh: &Mesh, gateway: &str, outside: &str, protocol: &str) -> Result<()> {
     tool::eventually("the port is mapped", SOON, || {
-        let said = said(mesh)?;
-        ensure!(said == format!("{MAPPED} by {protocol}"), "{said}");
+        let said = said_of(mesh, gateway)?;
+        ensure!(said == format!("{outside} by {protocol}"), "{said}");
         Ok(())
+    })
+}
+
+fn ask(mesh: &Mesh) -> Result<()> {
+    mesh.get("edge-a1", &["-4", INVENTORY], Duration::from_secs(2))?;
+    Ok(())
+}
+
+fn is_relayed(mesh: &Mesh, reason: &str) -> Result<()> {
+    tool::eventually(
+        "the relay carries it, as neither can guess the other",
+        SOON,
+        || {
+            ask(mesh)?;
+            let why = mesh.ask("edge-a1", &["path", "why", "edge-b1"])?;
+            ensure!(
+                word(&why, "state") == "relayed" && word(&why, "reason") == reason,
+                "{why}"
+            );
+            Ok(())
+        },
+    )
+}
+
+/// `edge-b1` reaches `edge-a1` at this address; returns of what kind that is.
+fn is_direct(mesh: &Mesh, address: &str) -> Result<String> {
+    tool::eventually("the path is direct", SOON, || {
+        ask(mesh).ok();
+        let why = mesh.ask("edge-b1", &["path", "why", "edge-a1"])?;
+        ensure!(word(&why, "state") == "direct", "{why}");
+        let paths = why.pointer("/paths").and_then(Value::as_array);
+        let mut paths = paths.context("no paths")?.iter();
+        let primary = paths.find(|path| word(path, "state") == "primary");
+        let primary = primary.context("no primary")?;
+        ensure!(word(primary, "path").contains(address), "{primary}");
+        Ok(word(primary, "kind"))
     })
 }
 
@@ -111,18 +165,13 @@ fn unplug(mesh: &Mesh) -> Result<()> {
 
 /// The port's mapping as the router's kernel has it.
 fn rule(mesh: &Mesh) -> Result<String> {
+    rule_of(mesh, "prerouting_miniupnpd")
+}
+
+fn rule_of(mesh: &Mesh, chain: &str) -> Result<String> {
     let netns = mesh.site("site-a")?.router().netns().to_owned();
-    let list = [
-        "netns",
-        "exec",
-        &netns,
-        "nft",
-        "list",
-        "chain",
-        "inet",
-        "miniupnpd",
-        "prerouting_miniupnpd",
-    ];
+    let words = ["netns", "exec", &netns, "nft", "list", "chain", "inet"];
+    let list = [&words[..], &["miniupnpd", chain]].concat();
     let rules = tool::run("ip", &list, "")?;
     let rule = rules
         .lines()
@@ -134,20 +183,7 @@ fn rule(mesh: &Mesh) -> Result<String> {
 /// Without a mapping they have a relay, and know why; with one, a direct path.
 fn meets_by(protocol: &str, protocols: &str) -> Result<()> {
     let mesh = mesh()?;
-    let ask = || mesh.get("edge-a1", &["-4", INVENTORY], Duration::from_secs(2));
-    tool::eventually(
-        "the relay carries it, as neither can guess the other",
-        SOON,
-        || {
-            ask()?;
-            let why = mesh.ask("edge-a1", &["path", "why", "edge-b1"])?;
-            ensure!(
-                word(&why, "state") == "relayed" && word(&why, "reason") == "hard_nat_both",
-                "{why}"
-            );
-            Ok(())
-        },
-    )?;
+    is_relayed(&mesh, "hard_nat_both")?;
     tool::eventually("all protocols were tried", SOON, || {
         let said = said(&mesh)?;
         ensure!(
@@ -163,17 +199,7 @@ fn meets_by(protocol: &str, protocols: &str) -> Result<()> {
     let begin = Instant::now();
     is_mapped(&mesh, protocol)?;
     let mapped = begin.elapsed();
-    let direct = tool::eventually("the path is direct", SOON, || {
-        ask().ok();
-        let why = mesh.ask("edge-b1", &["path", "why", "edge-a1"])?;
-        ensure!(word(&why, "state") == "direct", "{why}");
-        let paths = why.pointer("/paths").and_then(Value::as_array);
-        let mut paths = paths.context("no paths")?.iter();
-        let primary = paths.find(|path| word(path, "state") == "primary");
-        let primary = primary.context("no primary")?;
-        ensure!(word(primary, "path").contains(MAPPED), "{primary}");
-        Ok(word(primary, "kind"))
-    })?;
+    let direct = is_direct(&mesh, MAPPED)?;
     eprintln!(
         "{protocol}: mapped after {mapped:?}, direct after {:?}",
         begin.elapsed()
@@ -240,6 +266,121 @@ fn a_port_mapped_by_pcp_is_mapped_again_when_the_router_starts_anew() -> Result<
 #[test]
 fn a_port_mapped_by_nat_pmp_is_mapped_again_when_the_router_starts_anew() -> Result<()> {
     is_mapped_again_by("NAT-PMP", 1)
+}
+
+const PREFIX_A: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xa, 0, 0, 0, 0, 0);
+const PREFIX_B: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xb, 0, 0, 0, 0, 0);
+const PINHOLE: &str = "[2001:db8:a::b]:51820";
+
+/// Of IPv6 site A's router lets in what was asked for from inside, and what has a pinhole.
+const FIREWALL: &str = "table inet miniupnpd\ndelete table inet miniupnpd\ntable inet miniupnpd {\n\
+    chain forward { type filter hook forward priority 0; policy accept; ct state established,related accept; \
+    jump miniupnpd; iifname \"wan\" meta nfproto ipv6 drop; }\n chain miniupnpd { }\n\
+    chain prerouting_miniupnpd { }\n chain postrouting_miniupnpd { }\n}\n";
+
+/// Site B has one IPv6 address for all, and a random port for each destination.
+const NAT66: &str = "table ip6 nat66 { chain postrouting { type nat hook postrouting priority 100; \
+    oifname \"wan\" meta l4proto udp snat to [2001:db8:b::1]:1024-65535 fully-random; }; }\n";
+
+/// `edge-a1` behind a firewall, `edge-b1` behind a NAT that maps by destination, which has no IPv4: what `edge-a1` asks for
+/// from inside is not from where `edge-b1` calls.
+fn mesh_v6() -> Result<Mesh> {
+    let mut mesh = Mesh::dual_demo()?;
+    let link = Impairment::delay_loss(Duration::from_millis(10), 0.0);
+    let both = Internet {
+        ipv4: Some((NatKind::PortRestricted, WAN)), // `miniupnpd` wants it.
+        ipv6: Some((Ipv6Kind::Open, PREFIX_A)),
+    };
+    mesh.add_site_with("site-a", both, link, &["edge-a1"])?;
+    tool::nft(mesh.site("site-a")?.router().netns(), FIREWALL)?;
+    let v6 = Internet::ipv6(Ipv6Kind::Firewall, PREFIX_B);
+    mesh.add_site_with("site-b", v6, link, &["edge-b1"])?;
+    tool::nft(mesh.site("site-b")?.router().netns(), NAT66)?;
+    for node in ["edge-a1", "edge-b1"] {
+        mesh.start_agent(node)?;
+    }
+    for node in ["edge-a1", "edge-b1"] {
+        mesh.agent_ready(node, 2)?;
+    }
+    mesh.serve("edge-b1", "inventory", &["http", "edge-b1", "[::]:8080"])?;
+    Ok(mesh)
+}
+
+fn meets_by_pinhole(mesh: &Mesh, gateway: &str, protocol: &str, lines: &str) -> Result<Process> {
+    is_relayed(mesh, "hard_nat_one")?;
+    tool::eventually("all protocols were tried", SOON, || {
+        let said = said_of(mesh, gateway)?;
+        ensure!(
+            said.starts_with("not mapped: PCP")
+                && said.contains("UPnP")
+                && !said.contains("NAT-PMP"),
+            "{said}"
+        );
+        Ok(())
+    })?;
+    let router = daemon_with(mesh, FIREWALL, &format!("{lines}{GRANT}"))?;
+    if protocol == "UPnP" {
+        let edge = mesh.node("edge-a1")?;
+        tool::ip(edge.netns(), "route del ::/0\n")?;
+        thread::sleep(Duration::from_millis(1_500)); // The agent looks once in a second.
+        let route = format!("route add ::/0 via {gateway} dev eth0\n");
+        tool::ip(edge.netns(), &route)?;
+    }
+    let begin = Instant::now();
+    is_mapped_at(mesh, gateway, PINHOLE, protocol)?;
+    let mapped = begin.elapsed();
+    let direct = is_direct(mesh, PINHOLE)?;
+    eprintln!(
+        "{protocol}: a pinhole after {mapped:?}, direct after {:?}",
+        begin.elapsed()
+    );
+    assert_eq!(direct, "port_mapped");
+    assert_ne!(rule_of(mesh, "miniupnpd")?, "");
+    mesh.all_run()?;
+    Ok(router)
+}
+
+/// The route names the router by a link-local address, as routers tell it (RFC 4861, section 4.2): it is asked at the network's
+/// first address. Started anew, it says so in IPv4, as this daemon's word in IPv6 leaves by another interface.
+#[test]
+fn a_pinhole_by_pcp_lets_a_hard_nat_in_and_is_there_again_when_the_router_starts_anew() -> Result<()>
+{
+    let mesh = mesh_v6()?;
+    let (router, edge) = (mesh.site("site-a")?.router(), mesh.node("edge-a1")?);
+    tool::ip(router.netns(), "addr add fe80::1/64 dev lan nodad\n")?;
+    tool::ip(edge.netns(), "route replace ::/0 via fe80::1 dev eth0\n")?;
+    let lines = "enable_natpmp=yes\nenable_upnp=no\n";
+    let mut daemon = meets_by_pinhole(&mesh, "2001:db8:a::", "PCP", lines)?;
+
+    thread::sleep(Duration::from_secs(11)); // Its clock goes on, and the agent listens to such news once in 10 s.
+    daemon.kill()?;
+    tool::nft(router.netns(), FIREWALL)?;
+    assert_eq!(rule_of(&mesh, "miniupnpd")?, "");
+    let _daemon = daemon_with(&mesh, FIREWALL, &format!("{lines}{GRANT}"))?;
+    let begin = Instant::now();
+    tool::eventually("the pinhole is there again", SOON, || {
+        ensure!(!rule_of(&mesh, "miniupnpd")?.is_empty(), "not yet");
+        Ok(())
+    })?;
+    eprintln!(
+        "a pinhole again {:?} after the router's start",
+        begin.elapsed()
+    );
+    mesh.all_run()
+}
+
+/// It is given back, which this daemon (2.3.1) refuses by PCP: what it keeps of a pinhole is not what it compares.
+#[test]
+fn a_pinhole_by_upnp_lets_a_hard_nat_in_and_is_given_back() -> Result<()> {
+    let mesh = mesh_v6()?;
+    // Of IPv6 the daemon answers PCP all the same.
+    tool::nft(mesh.site("site-a")?.router().netns(), NO_PCP)?;
+    let lines = "enable_natpmp=no\nenable_upnp=yes\n";
+    let mut daemon = meets_by_pinhole(&mesh, "2001:db8:a::1", "UPnP", lines)?;
+    let mut agent = mesh.take("edge-a1", "mesh-agent")?;
+    assert!(agent.terminate(SOON)?.success(), "{}", agent.log());
+    assert_eq!(rule_of(&mesh, "miniupnpd")?, "", "the agent gives it back");
+    daemon.running()
 }
 
 /// By UPnP: asked by PCP for what it may not grant, this daemon tries all ports, and answers nobody for half a minute.

@@ -1,9 +1,9 @@
 //! Which gateway is asked for what, and when; what peers are told. Pure: it gets the time with each call.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     fmt,
-    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     time::{Duration, Instant},
 };
 
@@ -11,7 +11,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::Xoshiro256PlusPlus};
 
 use super::notice::Notice;
 
-/// Default gateways that are asked; a machine with more has its reasons, and the first four will do.
+/// Default gateways that are asked, of each family; a machine with more has its reasons, and the first four will do.
 pub const GATEWAYS_MAX: usize = 4;
 
 /// For how long a mapping is asked. Short, so that a gateway forgets a machine that was switched off, and that a lost
@@ -50,7 +50,7 @@ pub enum Protocol {
     Pcp,
     /// NAT Port Mapping Protocol (RFC 6886).
     NatPmp,
-    /// UPnP Internet Gateway Device (WANIPConnection).
+    /// UPnP Internet Gateway Device: WANIPConnection, and WANIPv6FirewallControl.
     Upnp,
 }
 
@@ -67,13 +67,38 @@ impl fmt::Display for Protocol {
 /// The most capable first; UPnP last, as it needs a search, and HTTP.
 const ORDER: [Protocol; 3] = [Protocol::Pcp, Protocol::NatPmp, Protocol::Upnp];
 
-/// A default gateway, and this machine as it sees it.
+/// The same for IPv6, of which NAT-PMP knows nothing (RFC 6886, section 1).
+const ORDER_V6: [Protocol; 2] = [Protocol::Pcp, Protocol::Upnp];
+
+/// A default gateway, and this machine as it sees it. One of IPv4 translates, and is asked for a port; one of IPv6 lets in
+/// only what was asked for from inside (RFC 6092), and is asked for a pinhole. Both are a mapping here: of a pinhole the
+/// outside address is the machine's own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Gateway {
-    /// Its address.
-    pub address: Ipv4Addr,
-    /// This machine's.
-    pub own: Ipv4Addr,
+    /// Where it is asked.
+    pub address: IpAddr,
+    /// The index of the interface that leads there.
+    pub link: u32,
+    /// This machine's address, as the gateway sees it.
+    pub own: IpAddr,
+}
+
+impl Gateway {
+    fn order(&self) -> &'static [Protocol] {
+        match self.address {
+            IpAddr::V4(_) => &ORDER,
+            IpAddr::V6(_) => &ORDER_V6,
+        }
+    }
+
+    /// Whether somebody outside could be kept from this machine by it. A public IPv4 address has no NAT before it; an IPv6
+    /// address that is not global (RFC 4291, section 2.4, in the part that IANA gives out, 2000::/3) is of no use outside.
+    fn is_worth_asking(&self) -> bool {
+        match self.own {
+            IpAddr::V4(_) => is_inside(self.own),
+            IpAddr::V6(own) => own.segments()[0] & 0xe000 == 0x2000,
+        }
+    }
 }
 
 /// A question to a gateway. Answered once, by [`Machine::handle_answer`] with its number.
@@ -101,7 +126,7 @@ pub enum Answer {
     /// There is a mapping now.
     Granted {
         /// Where others reach this machine.
-        outside: SocketAddrV4,
+        outside: SocketAddr,
         /// For how long.
         lifetime: Duration,
         /// For how long the gateway has kept its mappings, in seconds (PCP, NAT-PMP).
@@ -132,9 +157,9 @@ pub enum Output {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Report {
     /// The gateway.
-    pub gateway: Ipv4Addr,
+    pub gateway: IpAddr,
     /// What it granted.
-    pub mapped: Option<(SocketAddrV4, Protocol)>,
+    pub mapped: Option<(SocketAddr, Protocol)>,
     /// Why it did not, or what is wrong with what it granted.
     pub problem: String,
 }
@@ -184,7 +209,7 @@ enum State {
 struct Held {
     /// What was granted: its port is the outside one.
     ask: Ask,
-    outside: SocketAddrV4,
+    outside: SocketAddr,
     /// Whether a renewal is on its way.
     asking: bool,
     renew_at: Instant,
@@ -213,14 +238,11 @@ impl Machine {
     /// The default gateways are now these. Those that were there before keep what they granted; what one granted that is
     /// gone, or to an address that is gone, is nothing any more. The network changed: who rested is asked at once.
     pub fn handle_gateways(&mut self, gateways: impl IntoIterator<Item = Gateway>, now: Instant) {
-        // A public address has no NAT before it.
-        let gateways = gateways
-            .into_iter()
-            .filter(|gateway| is_inside(gateway.own));
-        let mut wanted: Vec<_> = gateways.collect();
-        wanted.sort();
-        wanted.dedup();
-        wanted.truncate(GATEWAYS_MAX);
+        let gateways = gateways.into_iter().filter(Gateway::is_worth_asking);
+        let wanted: BTreeSet<_> = gateways.collect();
+        let (v4, v6): (Vec<_>, Vec<_>) = wanted.iter().partition(|one| one.address.is_ipv4());
+        let of_each = [v4, v6].map(|all| all.into_iter().take(GATEWAYS_MAX));
+        let wanted: Vec<Gateway> = of_each.into_iter().flatten().collect();
         self.gateways.retain(|gateway, _| wanted.contains(gateway));
         for gateway in wanted {
             if let Some(entry) = self.gateways.get_mut(&gateway) {
@@ -353,9 +375,16 @@ impl Machine {
     }
 
     /// A gateway says that it started anew, or has another address (RFC 6886, section 3.2.1; RFC 6887, section 14.1).
-    /// Nobody signs that: it makes it be asked, and nothing more.
+    /// Nobody signs that: it makes it be asked, and nothing more. Its link's gateways of IPv6 are asked, too: one router is
+    /// both, mostly, and its clock is one.
     pub fn handle_notice(&mut self, from: Ipv4Addr, notice: Notice, now: Instant) {
-        let of_it = |(gateway, _): &(&Gateway, &mut Entry)| gateway.address == from;
+        let gateways = self.gateways.keys();
+        let by_it = gateways.filter(|gateway| gateway.address == IpAddr::V4(from));
+        let links: BTreeSet<u32> = by_it.map(|gateway| gateway.link).collect();
+        let of_it = |(gateway, _): &(&Gateway, &mut Entry)| {
+            let its_other_half = gateway.address.is_ipv6() && links.contains(&gateway.link);
+            gateway.address == IpAddr::V4(from) || its_other_half
+        };
         for (_, entry) in self.gateways.iter_mut().filter(of_it) {
             // What comes sooner is heeded then; what comes meanwhile says the same.
             let at = entry
@@ -369,7 +398,10 @@ impl Machine {
                 State::Asking { .. } => entry.again = true,
                 State::Resting { until } => *until = at.min(*until),
                 State::Mapped(held) => {
-                    let moved = notice.outside.is_some_and(|ip| ip != *held.outside.ip());
+                    let moved = match held.outside {
+                        SocketAddr::V4(held) => notice.outside.is_some_and(|ip| ip != *held.ip()),
+                        SocketAddr::V6(_) => false,
+                    };
                     let restarted = held.epoch.is_none_or(|(epoch_s, at)| {
                         has_restarted(epoch_s, notice.epoch_s, now.saturating_duration_since(at))
                     });
@@ -411,11 +443,8 @@ impl Machine {
             return;
         };
         let favourite = entry.favourite.into_iter();
-        let mut order = favourite.chain(
-            ORDER
-                .into_iter()
-                .filter(|one| Some(*one) != entry.favourite),
-        );
+        let others = gateway.order().iter().copied();
+        let mut order = favourite.chain(others.filter(|one| Some(*one) != entry.favourite));
         if order.clone().count() <= turn && std::mem::take(&mut entry.again) {
             return self.begin(gateway, 0, now);
         }
@@ -462,7 +491,7 @@ impl Machine {
             .gateways
             .values()
             .filter_map(|entry| match &entry.state {
-                State::Mapped(held) => Some(SocketAddr::V4(held.outside)),
+                State::Mapped(held) => Some(held.outside),
                 State::Asking { .. } | State::Resting { .. } => None,
             });
         let held: Vec<_> = held.collect();
@@ -485,7 +514,7 @@ impl Entry {
     fn granted(
         &mut self,
         ask: Ask,
-        outside: SocketAddrV4,
+        outside: SocketAddr,
         lifetime: Duration,
         epoch_s: Option<u32>,
         now: Instant,
@@ -493,7 +522,7 @@ impl Entry {
         self.favourite = Some(ask.protocol);
         self.again = false;
         self.rest = REST_FIRST;
-        self.problem = if is_inside(*outside.ip()) {
+        self.problem = if is_inside(outside.ip()) {
             format!(
                 "{} is behind another NAT: only who is before that one can call",
                 outside.ip()
@@ -530,18 +559,22 @@ impl Entry {
 /// What makes a mapping useless. A private outside address (double NAT) does not: machines between the two NATs, such as
 /// those of other tenants of the building or of the same carrier, are reached by it, and to all others it is no more than
 /// one candidate that does not answer, as the private addresses are that every node tells.
-fn problem_of(outside: SocketAddrV4, own: Ipv4Addr, lifetime: Duration) -> Option<String> {
-    let ip = *outside.ip();
-    if ip == own {
+fn problem_of(outside: SocketAddr, own: IpAddr, lifetime: Duration) -> Option<String> {
+    let ip = outside.ip();
+    if ip.is_ipv4() && ip == own {
         return Some(format!(
             "{ip} is this machine's own address: there is no NAT"
         ));
     }
-    let unusable = ip.is_unspecified()
+    let special = match ip {
+        IpAddr::V4(ip) => ip.is_link_local() || ip.octets()[0] >= 240,
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    };
+    let unusable = special
+        || ip.is_ipv4() != own.is_ipv4()
+        || ip.is_unspecified()
         || ip.is_loopback()
-        || ip.is_link_local()
         || ip.is_multicast()
-        || ip.octets()[0] >= 240
         || outside.port() == 0;
     if unusable {
         return Some(format!("{outside} is no address to be called at"));
@@ -550,10 +583,15 @@ fn problem_of(outside: SocketAddrV4, own: Ipv4Addr, lifetime: Duration) -> Optio
         .then(|| format!("a mapping for {lifetime:?} only, and {LIFETIME_MIN:?} is the least"))
 }
 
-/// Private (RFC 1918), a carrier's (RFC 6598), or link-local.
-fn is_inside(ip: Ipv4Addr) -> bool {
-    let [a, b, ..] = ip.octets();
-    ip.is_private() || ip.is_link_local() || (a == 100 && (64..128).contains(&b))
+/// Private (RFC 1918, RFC 4193), a carrier's (RFC 6598), or link-local.
+fn is_inside(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => {
+            let [a, b, ..] = ip.octets();
+            ip.is_private() || ip.is_link_local() || (a == 100 && (64..128).contains(&b))
+        }
+        IpAddr::V6(ip) => ip.is_unique_local() || ip.is_unicast_link_local(),
+    }
 }
 
 /// Whether a server whose clock stood at `before`, and at `after` when `elapsed` had gone by here, forgot everything in

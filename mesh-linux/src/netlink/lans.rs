@@ -2,17 +2,19 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use ipnet::IpNet;
 use netlink_packet_route::{
     link::LinkFlags,
-    route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType},
+    route::{RouteAttribute, RouteHeader, RouteMessage, RouteType},
 };
 use rtnetlink::RouteMessageBuilder;
 
-use super::{Netlink, NetlinkError, collect, is_settled, is_uplink, link_name, local_address};
+use super::{
+    Netlink, NetlinkError, collect, ip_of, is_settled, is_uplink, link_name, local_address,
+};
 use crate::IfIndex;
 
 /// A network that this machine is a part of.
@@ -24,8 +26,8 @@ pub struct Lan {
     pub name: String,
     /// The machine's addresses there, each with the length of its network's prefix; link-local ones, too.
     pub addresses: BTreeSet<IpNet>,
-    /// Default gateways by this interface, in the main table.
-    pub gateways: BTreeSet<Ipv4Addr>,
+    /// Default gateways by this interface, in the main table; IPv6's are mostly link-local.
+    pub gateways: BTreeSet<IpAddr>,
     /// The interface carries multicast.
     pub multicast: bool,
 }
@@ -43,9 +45,14 @@ impl Netlink {
         let links = collect(|| "list the interfaces".to_owned(), links).await?;
         let messages = self.handle.address().get().execute();
         let messages = collect(|| "list the addresses".to_owned(), messages).await?;
-        let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
-        let routes = self.handle.route().get(request).execute();
-        let routes = collect(|| "list the routes".to_owned(), routes).await?;
+        let mut routes = Vec::new();
+        for request in [
+            RouteMessageBuilder::<Ipv4Addr>::new().build(),
+            RouteMessageBuilder::<Ipv6Addr>::new().build(),
+        ] {
+            let request = self.handle.route().get(request);
+            routes.extend(collect(|| "list the routes".to_owned(), request.execute()).await?);
+        }
 
         let mut addresses: BTreeMap<u32, BTreeSet<IpNet>> = BTreeMap::new();
         for message in messages.iter().filter(|message| is_settled(message)) {
@@ -76,40 +83,40 @@ impl Netlink {
 }
 
 /// Default gateways, by the index of the interface.
-fn gateways(routes: &[RouteMessage]) -> BTreeMap<u32, BTreeSet<Ipv4Addr>> {
-    let mut found: BTreeMap<u32, BTreeSet<Ipv4Addr>> = BTreeMap::new();
-    for route in routes {
-        let header = &route.header;
-        let is_default = header.table == RouteHeader::RT_TABLE_MAIN
-            && header.kind == RouteType::Unicast
-            && header.destination_prefix_length == 0;
+fn gateways(routes: &[RouteMessage]) -> BTreeMap<u32, BTreeSet<IpAddr>> {
+    let mut found: BTreeMap<u32, BTreeSet<IpAddr>> = BTreeMap::new();
+    let is_default = |route: &&RouteMessage| {
+        route.header.table == RouteHeader::RT_TABLE_MAIN
+            && route.header.kind == RouteType::Unicast
+            && route.header.destination_prefix_length == 0
+    };
+    for route in routes.iter().filter(is_default) {
         let (mut link, mut gateway) = (None, None);
         for attribute in &route.attributes {
             if let RouteAttribute::Oif(index) = attribute {
                 link = Some(*index);
-            } else if let RouteAttribute::Gateway(RouteAddress::Inet(ip)) = attribute {
-                gateway = Some(*ip);
-            } else if let RouteAttribute::MultiPath(hops) = attribute
-                && is_default
-            {
+            } else if let RouteAttribute::MultiPath(hops) = attribute {
                 for hop in hops {
-                    let gateways = hop.attributes.iter().filter_map(|attribute| {
-                        if let RouteAttribute::Gateway(RouteAddress::Inet(ip)) = attribute {
-                            Some(*ip)
-                        } else {
-                            None
-                        }
-                    });
+                    let gateways = hop.attributes.iter().filter_map(gateway_of);
                     found
                         .entry(hop.interface_index)
                         .or_default()
                         .extend(gateways);
                 }
             }
+            gateway = gateway.or(gateway_of(attribute));
         }
-        if let (true, Some(link), Some(gateway)) = (is_default, link, gateway) {
+        if let (Some(link), Some(gateway)) = (link, gateway) {
             found.entry(link).or_default().insert(gateway);
         }
     }
     found
+}
+
+fn gateway_of(attribute: &RouteAttribute) -> Option<IpAddr> {
+    if let RouteAttribute::Gateway(address) = attribute {
+        ip_of(address)
+    } else {
+        None
+    }
 }

@@ -1,10 +1,26 @@
+use std::net::Ipv6Addr;
+
 use super::*;
 
+const ROUTER: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 1);
 const HOME: Gateway = Gateway {
-    address: Ipv4Addr::new(192, 168, 1, 1),
-    own: Ipv4Addr::new(192, 168, 1, 11),
+    address: IpAddr::V4(ROUTER),
+    link: 2,
+    own: IpAddr::V4(Ipv4Addr::new(192, 168, 1, 11)),
 };
-const OUTSIDE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(45, 0, 113, 5), 51_820);
+const OUTSIDE: SocketAddr = v4([45, 0, 113, 5], 51_820);
+
+/// The same router's other half.
+const HOME_V6: Gateway = Gateway {
+    address: IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 7, 0, 0, 0, 0)),
+    link: 2,
+    own: IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 7, 0, 0, 0, 0x11)),
+};
+const PINHOLE: SocketAddr = SocketAddr::new(HOME_V6.own, 51_820);
+
+const fn v4([a, b, c, d]: [u8; 4], port: u16) -> SocketAddr {
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::new(a, b, c, d)), port)
+}
 
 /// A machine at virtual time.
 struct World {
@@ -78,7 +94,7 @@ impl World {
     fn mapped(&mut self) {
         let ask = self.ask(Protocol::Pcp);
         self.answer(ask, granted(OUTSIDE, 600, 100));
-        assert_eq!(self.told, [SocketAddr::V4(OUTSIDE)]);
+        assert_eq!(self.told, [OUTSIDE]);
     }
 
     fn problem(&self) -> String {
@@ -86,7 +102,7 @@ impl World {
     }
 }
 
-fn granted(outside: SocketAddrV4, lifetime_s: u64, epoch_s: u32) -> Answer {
+fn granted(outside: SocketAddr, lifetime_s: u64, epoch_s: u32) -> Answer {
     Answer::Granted {
         outside,
         lifetime: Duration::from_secs(lifetime_s),
@@ -111,7 +127,7 @@ fn the_protocols_are_asked_one_after_the_other_and_the_one_that_worked_first_nex
     let ask = world.ask(Protocol::Upnp);
     assert_eq!((ask.inner_port, ask.port), (51_820, 51_820));
     world.answer(ask, granted(OUTSIDE, 600, 0));
-    assert_eq!(world.told, [SocketAddr::V4(OUTSIDE)]);
+    assert_eq!(world.told, [OUTSIDE]);
     // It forgets us, and is asked anew.
     world.pass(Duration::from_secs(300));
     let ask = world.ask(Protocol::Upnp);
@@ -125,7 +141,7 @@ fn the_protocols_are_asked_one_after_the_other_and_the_one_that_worked_first_nex
 fn a_mapping_is_renewed_at_half_of_its_lifetime_with_the_same_port_and_nonce() {
     let mut world = World::new(&[HOME]);
     let first = world.ask(Protocol::Pcp);
-    let other = SocketAddrV4::new(*OUTSIDE.ip(), 7_000);
+    let other = SocketAddr::new(OUTSIDE.ip(), 7_000);
     world.answer(first, granted(other, 600, 100));
     world.pass(Duration::from_secs(299));
     world.nobody_is_asked();
@@ -205,14 +221,10 @@ fn a_gateway_that_started_anew_is_asked_at_once_and_then_not_for_a_while() {
     world.mapped();
     world.pass(Duration::from_secs(50));
     // Its clock went on as ours did.
-    world
-        .machine
-        .handle_notice(HOME.address, notice(150), world.now);
+    world.machine.handle_notice(ROUTER, notice(150), world.now);
     world.drain();
     world.nobody_is_asked();
-    world
-        .machine
-        .handle_notice(HOME.address, notice(0), world.now);
+    world.machine.handle_notice(ROUTER, notice(0), world.now);
     world.drain();
     let ask = world.ask(Protocol::Pcp);
     world.answer(ask, granted(OUTSIDE, 600, 1));
@@ -221,7 +233,7 @@ fn a_gateway_that_started_anew_is_asked_at_once_and_then_not_for_a_while() {
         world.pass(Duration::from_secs(1));
         world
             .machine
-            .handle_notice(HOME.address, notice(second * 1_000), world.now);
+            .handle_notice(ROUTER, notice(second * 1_000), world.now);
         world.drain();
         world.nobody_is_asked();
     }
@@ -245,18 +257,18 @@ fn a_gateway_with_another_outside_address_is_asked_at_once() {
         epoch_s: 150,
         outside: Some(ip.into()),
     };
-    let same = said(OUTSIDE.ip().octets());
-    world.machine.handle_notice(HOME.address, same, world.now);
+    let same = said([45, 0, 113, 5]);
+    world.machine.handle_notice(ROUTER, same, world.now);
     world.drain();
     world.nobody_is_asked();
     world
         .machine
-        .handle_notice(HOME.address, said([45, 0, 113, 6]), world.now);
+        .handle_notice(ROUTER, said([45, 0, 113, 6]), world.now);
     world.drain();
     let ask = world.ask(Protocol::Pcp);
-    let moved = SocketAddrV4::new([45, 0, 113, 6].into(), 51_820);
+    let moved = v4([45, 0, 113, 6], 51_820);
     world.answer(ask, granted(moved, 600, 150));
-    assert_eq!(world.told, [SocketAddr::V4(moved)]);
+    assert_eq!(world.told, [moved]);
 }
 
 #[test]
@@ -267,9 +279,7 @@ fn a_resting_gateway_that_says_that_it_started_is_asked_at_once() {
         world.answer(ask, Answer::Silent);
     }
     world.nobody_is_asked();
-    world
-        .machine
-        .handle_notice(HOME.address, notice(0), world.now);
+    world.machine.handle_notice(ROUTER, notice(0), world.now);
     world.drain();
     world.ask(Protocol::Pcp);
 }
@@ -279,9 +289,7 @@ fn a_gateway_that_starts_while_it_is_asked_is_asked_once_more() {
     let mut world = World::new(&[HOME]);
     let ask = world.ask(Protocol::Pcp);
     world.answer(ask, Answer::Refused("not there yet".to_owned()));
-    world
-        .machine
-        .handle_notice(HOME.address, notice(0), world.now);
+    world.machine.handle_notice(ROUTER, notice(0), world.now);
     for protocol in [Protocol::NatPmp, Protocol::Upnp] {
         let ask = world.ask(protocol);
         world.answer(ask, Answer::Silent);
@@ -322,6 +330,7 @@ fn answers_that_make_no_sense_are_refusals() {
         ("255.255.255.255:51820", 600, "no address"),
         ("45.0.113.5:0", 600, "no address"),
         ("192.168.1.11:51820", 600, "there is no NAT"),
+        ("[2001:db8:0:7::11]:51820", 600, "no address"), // To a question about IPv4.
         ("45.0.113.5:51820", 1, "the least"),
         ("45.0.113.5:51820", 0, "the least"),
     ] {
@@ -347,9 +356,9 @@ fn a_lifetime_of_a_hundred_years_is_a_day() {
 fn an_address_between_two_nats_is_told_and_said_to_be_one() {
     let mut world = World::new(&[HOME]);
     let ask = world.ask(Protocol::Pcp);
-    let between = SocketAddrV4::new([100, 64, 7, 7].into(), 51_820);
+    let between = v4([100, 64, 7, 7], 51_820);
     world.answer(ask, granted(between, 600, 0));
-    assert_eq!(world.told, [SocketAddr::V4(between)]);
+    assert_eq!(world.told, [between]);
     assert!(
         world.problem().contains("another NAT"),
         "{}",
@@ -401,6 +410,7 @@ fn a_gateway_that_knows_no_lifetimes_is_asked_for_one_without_end_and_reminded_a
 fn what_was_granted_is_given_back_at_the_end_and_only_that() {
     let other = Gateway {
         address: [10, 0, 0, 1].into(),
+        link: 3,
         own: [10, 0, 0, 7].into(),
     };
     let mut world = World::new(&[other, HOME]);
@@ -430,14 +440,96 @@ fn a_gateway_that_is_gone_has_granted_nothing_and_its_answer_means_nothing() {
 #[test]
 fn a_public_machine_asks_nobody_and_no_machine_asks_more_than_four() {
     let own = |own: [u8; 4]| Gateway {
-        address: HOME.address,
         own: own.into(),
+        ..HOME
     };
     let world = World::new(&[own([198, 51, 100, 7])]);
     world.nobody_is_asked();
     let many: Vec<_> = (0..9).map(|last| own([10, 0, 0, last])).collect();
     let world = World::new(&many);
     assert_eq!(world.asked.len(), GATEWAYS_MAX);
+    let world = World::new(&[&many[..], &[HOME_V6]].concat());
+    assert_eq!(world.asked.len(), GATEWAYS_MAX + 1); // Of each family.
+}
+
+#[test]
+fn a_pinhole_is_asked_for_as_a_port_is_and_leads_to_the_machines_own_address() {
+    let mut world = World::new(&[HOME_V6]);
+    let first = world.ask(Protocol::Pcp);
+    world.answer(first, granted(PINHOLE, 600, 100));
+    assert_eq!(
+        (&world.told[..], world.problem()),
+        (&[PINHOLE][..], String::new())
+    );
+    world.pass(Duration::from_secs(300));
+    let again = world.ask(Protocol::Pcp);
+    assert_eq!((again.port, again.nonce), (51_820, first.nonce));
+    world.answer(again, Answer::Refused("forgot you".to_owned()));
+    assert!(world.told.is_empty());
+    // NAT-PMP knows no IPv6.
+    for protocol in ORDER_V6 {
+        let ask = world.ask(protocol);
+        world.answer(ask, Answer::Silent);
+    }
+    world.nobody_is_asked();
+    assert_eq!(world.problem(), "PCP: no answer; UPnP: no answer");
+    world.pass(REST_FIRST * 2);
+    let ask = world.ask(Protocol::Pcp);
+    world.answer(ask, granted(PINHOLE, 600, 0));
+    world.machine.shut_down();
+    world.drain();
+    assert_eq!(world.released.len(), 1);
+}
+
+#[test]
+fn an_address_that_is_not_global_needs_no_pinhole_and_nonsense_opens_none() {
+    for own in ["fd07::11", "fe80::11", "::1", "64:ff9b::1"] {
+        let own = own.parse().unwrap();
+        World::new(&[Gateway { own, ..HOME_V6 }]).nobody_is_asked();
+    }
+    for outside in [
+        "[::]:51820",
+        "[fe80::1]:51820",
+        "[ff02::1]:1",
+        "[2001:db8::1]:0",
+        "1.2.3.4:5",
+    ] {
+        let mut world = World::new(&[HOME_V6]);
+        let ask = world.ask(Protocol::Pcp);
+        world.answer(ask, granted(outside.parse().unwrap(), 600, 0));
+        assert!(world.told.is_empty(), "{outside}");
+        world.ask(Protocol::Upnp);
+    }
+}
+
+#[test]
+fn a_router_that_started_anew_is_asked_for_its_pinholes_too() {
+    let elsewhere = Gateway {
+        link: 3,
+        address: "2001:db8:0:8::".parse().unwrap(),
+        ..HOME_V6
+    };
+    let mut world = World::new(&[HOME, HOME_V6, elsewhere]);
+    world.mapped();
+    for _ in [HOME_V6, elsewhere] {
+        let ask = world.ask(Protocol::Pcp);
+        world.answer(ask, granted(PINHOLE, 600, 100));
+    }
+    world.pass(Duration::from_secs(50));
+    // Another outside address is another one of IPv4 only.
+    let said = Notice {
+        epoch_s: 150,
+        outside: Some([45, 0, 113, 6].into()),
+    };
+    world.machine.handle_notice(ROUTER, said, world.now);
+    world.drain();
+    assert_eq!(world.ask(Protocol::Pcp).gateway, HOME);
+    world.nobody_is_asked();
+    world.pass(NOTICE_EVERY);
+    world.machine.handle_notice(ROUTER, notice(0), world.now);
+    world.drain();
+    assert_eq!(world.ask(Protocol::Pcp).gateway, HOME_V6);
+    world.nobody_is_asked();
 }
 
 /// Whatever a gateway answers, in whatever order: questions are rare, and what is told was granted.
@@ -458,7 +550,7 @@ fn no_answers_make_it_ask_often() {
                     2 => Answer::PermanentOnly,
                     3 => Answer::Refused("so".to_owned()),
                     _ => granted(
-                        SocketAddrV4::new(dice.random::<u32>().into(), dice.random()),
+                        v4(dice.random::<u32>().to_be_bytes(), dice.random()),
                         dice.random_range(0..200),
                         dice.random(),
                     ),
@@ -466,7 +558,7 @@ fn no_answers_make_it_ask_often() {
                 world.answer(ask, answer);
             } else {
                 let said = notice(dice.random());
-                world.machine.handle_notice(HOME.address, said, world.now);
+                world.machine.handle_notice(ROUTER, said, world.now);
                 world.drain();
                 world.pass(Duration::from_millis(dice.random_range(0..5_000)));
             }
