@@ -20,23 +20,32 @@ const CLIENT_RATE_MAX_MBIT_PER_S: u64 = 100_000;
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ConfigFile {
+    /// As in its MeshRelay and its certificate.
     name: RelayName,
     /// PEM files; relative paths begin at the configuration file's folder.
     certificate: PathBuf,
+    /// Of the certificate.
     key: PathBuf,
+    /// The mesh's authority: who comes with a certificate of it is let in.
     ca: PathBuf,
+    /// UDP: QUIC, STUN, and packets without either.
     #[serde(default = "https_port")]
     quic_listen: SocketAddr,
+    /// TCP: TLS, where UDP is blocked.
     #[serde(default = "https_port")]
     tls_listen: SocketAddr,
+    /// UDP ports beside that one, by which nodes recognise a NAT that maps by destination.
     #[serde(default = "stun_ports")]
     stun_listen: Vec<SocketAddr>,
     #[serde(default = "metrics_port")]
     metrics_listen: metrics::Listen,
+    /// Most links at once; one more is refused.
     #[serde(default)]
     clients_max: Option<usize>,
+    /// And of these, from one network: a /24, or a /48 of IPv6.
     #[serde(default)]
     clients_per_network_max: Option<usize>,
+    /// What one node may send on; without it, as much as the machine carries.
     #[serde(default)]
     client_rate_mbit_per_s: Option<u64>,
 }

@@ -1,5 +1,5 @@
 //! What developers and CI call: `demo`, `test`, `bench`, `instructions`, `soak`, `wireguard-netns`,
-//! `crdgen`, `package`, `tidy`.
+//! `crdgen`, `package`, `reference`, `tidy`.
 //!
 //! **Invariant:** nothing here is needed to build or to run the product, and nothing is skipped in
 //! silence: what cannot run is a failure that says what is missing.
@@ -9,7 +9,9 @@
 mod bench;
 mod demo;
 mod instructions;
+mod links;
 mod package;
+mod reference;
 mod report;
 mod setup;
 mod sid;
@@ -111,6 +113,15 @@ enum Verb {
         #[arg(long)]
         bins: Option<PathBuf>,
     },
+    /// Writes `docs/reference/`: configuration, commands, metrics, custom resources, limits, from the code and what programs say.
+    Reference {
+        /// Only say what is not as it would be written.
+        #[arg(long)]
+        check: bool,
+        /// Ask the binaries in this folder instead of building them.
+        #[arg(long)]
+        bins: Option<PathBuf>,
+    },
     /// Checks the rules that no compiler knows.
     Tidy,
 }
@@ -145,6 +156,7 @@ fn main() -> ExitCode {
             machine,
             bins,
         } => package::run(what, machine, bins),
+        Verb::Reference { check, bins } => reference::run(check, bins),
         Verb::Tidy => tidy::run(),
     };
     match held {

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use serde::Deserialize;
 
-use crate::{cargo, report, root};
+use crate::{cargo, links, reference, report, root};
 
 /// Package, and what it may import inside the workspace. Tests of a package (dev-dependencies) may
 /// also use what stands above it here.
@@ -161,6 +161,11 @@ pub(crate) fn check_all() -> Vec<Outcome> {
         ("nothing is left to do", of(left_to_do)),
         ("files fit in the head", of(length)),
         ("examples are manifests", examples(&root().join("examples"))),
+        (
+            "the reference is what the code says",
+            reference::stale_sources(),
+        ),
+        ("links lead somewhere", links::broken()),
     ]
 }
 
@@ -376,7 +381,7 @@ fn length(path: &str, text: &str) -> Vec<String> {
 }
 
 /// Every Rust file of the workspace, by its path from the root.
-fn sources(root: &Path) -> Vec<(String, String)> {
+pub(crate) fn sources(root: &Path) -> Vec<(String, String)> {
     let mut found = Vec::new();
     let mut folders = vec![root.to_owned()];
     while let Some(folder) = folders.pop() {

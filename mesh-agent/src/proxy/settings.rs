@@ -73,10 +73,13 @@ pub(crate) struct ProxyFile {
     connections_max: NonZeroUsize,
     #[serde(default = "default_connections_per_client_max")]
     connections_per_client_max: NonZeroUsize,
+    /// How many seconds a node may take to accept a connection.
     #[serde(default = "default_connect_timeout_s")]
     connect_timeout_s: u32,
+    /// For how many seconds no byte may go either way.
     #[serde(default = "default_idle_timeout_s")]
     idle_timeout_s: u32,
+    /// For how many seconds the other side's kernel may leave what was sent unanswered.
     #[serde(default = "default_unanswered_timeout_s")]
     unanswered_timeout_s: u32,
     #[serde(default)]
@@ -86,11 +89,15 @@ pub(crate) struct ProxyFile {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RuleFile {
+    /// `uid:`, `cn:`, `o:` or `uri:` and what it has to be; one that fits is enough.
     clients: Vec<String>,
+    /// Names of nodes, or their beginning and `*`.
     #[serde(default)]
     nodes: Vec<String>,
+    /// All nodes of these sites.
     #[serde(default)]
     sites: Vec<SiteName>,
+    /// TCP ports.
     ports: Vec<PortFile>,
 }
 
