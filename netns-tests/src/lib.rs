@@ -11,6 +11,7 @@ pub mod document;
 pub mod lab;
 pub mod link;
 pub mod load;
+pub mod logs;
 pub mod matrix;
 pub mod mesh;
 pub mod name_server;

@@ -1,9 +1,9 @@
 //! What Prometheus is shown by real daemons, and what its own tool says to the alerts.
 
-use std::{path::Path, process::Command, time::Duration};
+use std::{fs, path::Path, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use netns_tests::{mesh::Mesh, node::Node};
+use netns_tests::{mesh::Mesh, node::Node, tool};
 
 const LIMIT: Duration = Duration::from_secs(10);
 
@@ -19,7 +19,7 @@ fn value(page: &str, series: &str) -> Result<f64> {
 }
 
 #[test]
-fn prometheus_is_shown_what_agents_and_relays_did() -> Result<()> {
+fn prometheus_is_shown_what_agents_relays_and_controllers_did() -> Result<()> {
     let mesh = Mesh::two_sites()?;
     mesh.agent_ready("edge-a1", 2)?;
     mesh.ask("edge-a1", &["ping", "edge-b1", "-c", "2", "-i", "100"])?;
@@ -41,7 +41,50 @@ fn prometheus_is_shown_what_agents_and_relays_did() -> Result<()> {
         "{agent}"
     );
     ensure!(value(&relay, "holdfast_relay_links ")? >= 2.0, "{relay}");
-    Ok(())
+    let controller = page(mesh.cloud(), 9642)?;
+    for (series, least) in [
+        ("serves ", 1.0),
+        ("leads ", 1.0),
+        ("nodes ", 2.0),
+        ("agents_connected ", 2.0),
+        ("resources{kind=\"node\"} ", 2.0),
+        ("store_bytes ", 1.0),
+        ("desired_state_bytes ", 1.0),
+        ("requests_total{method=\"join\",code=\"Ok\"} ", 2.0),
+        ("requests_total{method=\"sync\",code=\"Ok\"} ", 2.0),
+        ("sync_answers_total{kind=\"everything\"} ", 2.0),
+        ("sync_answer_bytes_total{kind=\"everything\"} ", 1.0),
+        ("reconciles_total{outcome=\"saved\"} ", 1.0),
+    ] {
+        let shown = value(&controller, &format!("holdfast_controller_{series}"))?;
+        ensure!(shown >= least, "{series}: {shown}: {controller}");
+    }
+    let failed = "holdfast_controller_reconciles_total{outcome=\"failed\"} ";
+    ensure!(value(&controller, failed)? == 0.0, "{controller}");
+    mesh.is_quiet(&[])
+}
+
+#[test]
+fn a_mesh_in_which_nothing_goes_wrong_logs_nothing_above_info() -> Result<()> {
+    let mesh = Mesh::two_sites()?;
+    mesh.serve("edge-b1", "inventory", &["http", "edge-b1", "[::]:8080"])?;
+    let inventory = "http://inventory.shop.svc.cluster.local/";
+    mesh.get("edge-a1", &["-4", inventory], LIMIT)?;
+    mesh.resolve("edge-a1", "edge-b1.mesh")?;
+    for node in ["edge-a1", "edge-b1"] {
+        mesh.take(node, "mesh-agent")?.terminate(LIMIT)?;
+        mesh.start_agent(node)?;
+        mesh.agent_ready(node, 2)?;
+    }
+    mesh.get("edge-a1", &["-4", inventory], LIMIT)?;
+    mesh.is_quiet(&[])?;
+    // It is listened to at all: what is wrong is heard.
+    fs::write(mesh.manifests().join("odd.yaml"), "kind: Odd\n")?;
+    tool::eventually("somebody complains about the manifest", LIMIT, || {
+        ensure!(mesh.is_quiet(&[]).is_err(), "nobody does");
+        Ok(())
+    })?;
+    mesh.is_quiet(&["odd.yaml"])
 }
 
 #[test]
