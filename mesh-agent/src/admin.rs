@@ -4,7 +4,7 @@ mod diagnosis;
 mod explain;
 mod kernel;
 mod keys;
-mod operators;
+pub(crate) mod operators;
 
 use std::{
     collections::BTreeMap,

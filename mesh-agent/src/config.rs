@@ -23,6 +23,7 @@ use mesh_wire::id::NodeName;
 use serde::Deserialize;
 
 use crate::{
+    admin::operators,
     proxy::settings::{ProxyFile, ProxySettings},
     sync::VISITS_EVERY,
     uplinks::UplinkRule,
@@ -426,9 +427,6 @@ const SERVICE_INTERFACES_MAX: usize = 64;
 /// interface whenever the network changes.
 const POD_PATTERNS_MAX: usize = 16;
 
-/// Most `operators`: a node or two of each team, and some to spare.
-const OPERATORS_MAX: usize = 64;
-
 /// Most `[[uplink]]` tables: twice what the core has use for.
 const UPLINK_RULES_MAX: usize = 16;
 
@@ -509,7 +507,8 @@ impl Settings {
         let token = token.map_err(|(key, problem)| bad(key, problem.to_owned()))?;
         let proxy = file.proxy.map(|proxy| proxy.check(&file.admin_socket));
         let proxy = proxy.transpose().map_err(|problem| bad("proxy", problem))?;
-        let operators = operators(file.operators).map_err(|problem| bad("operators", problem))?;
+        let operators =
+            operators::patterns(file.operators).map_err(|problem| bad("operators", problem))?;
         let https_proxy = HttpProxy::choose(
             file.https_proxy.as_ref().map(|url| url.0.as_str()),
             file.no_proxy.as_deref(),
@@ -691,23 +690,6 @@ fn pod_interfaces(file: &ConfigFile) -> Result<BTreeSet<NamePattern>, String> {
         ));
     }
     Ok(patterns.iter().cloned().map(NamePattern::new).collect())
-}
-
-fn operators(patterns: Vec<String>) -> Result<Vec<NamePattern>, String> {
-    if patterns.len() > OPERATORS_MAX {
-        let count = patterns.len();
-        return Err(format!("{count} patterns, at most {OPERATORS_MAX} can be"));
-    }
-    let odd = |pattern: &&String| {
-        let name = pattern.strip_suffix('*').unwrap_or(pattern);
-        pattern.is_empty() || name.contains('*')
-    };
-    match patterns.iter().find(odd) {
-        Some(wrong) => Err(format!(
-            "{wrong:?} is no node's name, nor the beginning of one and `*`"
-        )),
-        None => Ok(patterns.into_iter().map(NamePattern::new).collect()),
-    }
 }
 
 fn is_host_port(text: &str) -> bool {
@@ -988,7 +970,7 @@ mod tests {
             let error = parse(&format!("node_name = 'a'\noperators = [{wrong}]")).unwrap_err();
             assert!(error.contains("`operators`"), "{error}");
         }
-        let many = vec!["'a'"; OPERATORS_MAX + 1].join(", ");
+        let many = vec!["'a'"; operators::PATTERNS_MAX + 1].join(", ");
         assert!(parse(&format!("node_name = 'a'\noperators = [{many}]")).is_err());
     }
 

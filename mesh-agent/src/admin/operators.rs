@@ -57,6 +57,9 @@ const READ_ONLY: &[&str] = &[
     "Keys",
 ];
 
+/// Most `operators`: a node or two of each team, and some to spare.
+pub(crate) const PATTERNS_MAX: usize = 64;
+
 /// Connections at once: some operators with a few pages each; at 100 KiB a TLS connection 1.6 MiB.
 const CONNECTIONS_MAX: u32 = 16;
 
@@ -249,6 +252,28 @@ impl Admin {
         };
         let what = proxy::with_the_way(what, id, &self.driver).await;
         Err(Status::unavailable(what))
+    }
+}
+
+/// Which nodes' operators may ask, as the configuration says it (`operators`).
+///
+/// # Errors
+///
+/// What is no name, or how many are too many.
+pub(crate) fn patterns(patterns: Vec<String>) -> Result<Vec<NamePattern>, String> {
+    if patterns.len() > PATTERNS_MAX {
+        let count = patterns.len();
+        return Err(format!("{count} patterns, at most {PATTERNS_MAX} can be"));
+    }
+    let odd = |pattern: &&String| {
+        let name = pattern.strip_suffix('*').unwrap_or(pattern);
+        pattern.is_empty() || name.contains('*')
+    };
+    match patterns.iter().find(odd) {
+        Some(wrong) => Err(format!(
+            "{wrong:?} is no node's name, nor the beginning of one and `*`"
+        )),
+        None => Ok(patterns.into_iter().map(NamePattern::new).collect()),
     }
 }
 
