@@ -81,7 +81,11 @@ fn call(mesh: &Mesh, pod: &Pod, program: &str, config: &Value, verb: &str) -> Re
     let mut command = host.command(&[program])?;
     command
         .env("CNI_COMMAND", verb)
-        .env("CNI_CONTAINERID", &pod.name)
+        .env("CNI_CONTAINERID", pod.node.name())
+        .env(
+            "CNI_ARGS",
+            format!("K8S_POD_NAMESPACE=shop;K8S_POD_NAME={}", pod.name),
+        )
         .env("CNI_NETNS", Path::new("/run/netns").join(pod.node.netns()))
         .env("CNI_IFNAME", "eth0")
         .env("CNI_PATH", "/usr/lib/cni")
@@ -106,10 +110,20 @@ impl Pod {
         name: &str,
         plug_in: fn(&Mesh, &Self, &str) -> Result<Value>,
     ) -> Result<Self> {
+        Self::add_in(mesh, on, name, mesh.lab().add_node(name)?, plug_in)
+    }
+
+    fn add_in(
+        mesh: &Mesh,
+        on: &'static str,
+        name: &str,
+        node: Node,
+        plug_in: fn(&Mesh, &Self, &str) -> Result<Value>,
+    ) -> Result<Self> {
         let mut pod = Self {
             on,
             name: name.to_owned(),
-            node: mesh.lab().add_node(name)?,
+            node,
             addresses: Vec::new(),
         };
         let result = plug_in(mesh, &pod, "ADD")?;
@@ -122,6 +136,19 @@ impl Pod {
         }
         ensure!(pod.addresses.len() == 2, "{result}");
         Ok(pod)
+    }
+
+    /// Takes the pod away and starts it again, as a kubelet does: with another network namespace, of this name.
+    fn started_anew(self, mesh: &Mesh, sandbox: &str) -> Result<Self> {
+        plug_in(mesh, &self, "DEL")?;
+        let node = mesh.lab().add_node(sandbox)?;
+        let again = Self::add_in(mesh, self.on, &self.name, node, plug_in)?;
+        ensure!(
+            again.addresses != self.addresses,
+            "{:?} again",
+            again.addresses
+        );
+        Ok(again)
     }
 
     fn manifest(&self) -> String {
@@ -586,5 +613,81 @@ fn fifty_pods_at_once_are_all_guarded_and_nobody_waits_for_the_others() -> Resul
     all("DEL")?;
     ensure!(filters(&mesh, B)? == 0);
     start(&mesh, B)?;
+    mesh.all_run()
+}
+
+/// A service, and a headless one by whose names each pod is found.
+fn of_pods(pods: &[&Pod]) -> String {
+    let endpoint = |pod: &&Pod| {
+        format!(
+            "- {{addresses: [{}], nodeName: {}, hostname: {}, conditions: {{ready: true}}}}\n",
+            pod.addresses[0], pod.on, pod.name
+        )
+    };
+    let endpoints: String = pods.iter().map(endpoint).collect();
+    let service = |name: &str, address: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\n\
+             spec: {{clusterIP: {address}, ports: [{{port: 80, protocol: TCP}}]}}\n\
+             ---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: {name}-1, namespace: shop, \
+             labels: {{kubernetes.io/service-name: {name}}}}}\naddressType: IPv4\n\
+             ports: [{{port: {PORT}, protocol: TCP}}]\nendpoints:\n{endpoints}"
+        )
+    };
+    service("kiosk", "10.43.0.77") + &service("pods", "None")
+}
+
+#[test]
+fn a_node_without_a_controller_serves_its_pods_where_they_are_and_not_where_they_were() -> Result<()>
+{
+    let mesh = with_pod_ranges()?;
+    let web = Pod::add(&mesh, B, "web")?;
+    let gone = Pod::add(&mesh, B, "gone")?;
+    fs::write(mesh.manifests().join("kiosk.yaml"), of_pods(&[&web, &gone]))?;
+    let found = |name: &str| mesh.resolve(B, &format!("{name}.pods.shop.svc.cluster.local"));
+    let is_at = |pod: &Pod| {
+        tool::eventually("its name leads to it", SOON, || {
+            let at = found(&pod.name)?;
+            ensure!(at == pod.addresses[0], "{} is at {at}", pod.name);
+            Ok(())
+        })
+    };
+    is_at(&web)?;
+    is_at(&gone)?;
+    let told = web.addresses[0];
+    thread::sleep(Duration::from_secs(2)); // By then it is on the disk, with the pods' names.
+
+    // While the node is down and cut off, one pod is started anew and one is not.
+    mesh.kill(B, "mesh-agent")?;
+    mesh.site("site-b")?.link().set_down(true)?;
+    plug_in(&mesh, &gone, "DEL")?;
+    let web = web.started_anew(&mesh, "web-2")?;
+    let port = format!("0.0.0.0:{PORT}");
+    mesh.serve("web-2", "http", &["http", "web-2", &port])?;
+    start(&mesh, B)?;
+    is_at(&web)?;
+    ensure!(found("gone").is_err(), "it is nowhere");
+    for _ in 0..10 {
+        let words = ["-4", "http://kiosk.shop.svc.cluster.local/"];
+        let hello = mesh.get(B, &words, SOON)?;
+        ensure!(hello.node == "web-2", "{hello:?}");
+    }
+
+    // The same while the agent runs.
+    let web = web.started_anew(&mesh, "web-3")?;
+    is_at(&web)?;
+    plug_in(&mesh, &web, "DEL")?;
+    tool::eventually("it is nowhere", SOON, || {
+        ensure!(found("web").is_err(), "it is found");
+        Ok(())
+    })?;
+
+    // A controller's word counts.
+    mesh.site("site-b")?.link().set_down(false)?;
+    tool::eventually("as the controller says", SOON, || {
+        let at = found("web")?;
+        ensure!(at == told, "it is at {at}");
+        Ok(())
+    })?;
     mesh.all_run()
 }
