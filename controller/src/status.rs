@@ -5,14 +5,14 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::jiff::Timestamp;
 use mesh_api::control::{NodeReport, node_report::Nat};
-use mesh_core::snapshot::Node;
+use mesh_core::snapshot::{Node, ServiceName};
 use mesh_wire::id::{NodeId, NodeName};
 use serde_json::{Map, Value, json};
 
 use crate::{
     cluster::{Cluster, Item},
     desired::Desired,
-    manifests::{Kind, ObjectId},
+    manifests::{Kind, Object, ObjectId},
 };
 
 /// How often a connected node's `lastSeen` is written: for 100,000 nodes, 28 writes a second.
@@ -164,12 +164,13 @@ type Verdict = (&'static str, &'static str, String);
 pub fn due(mesh: &Mesh) -> Due {
     let mut due = Due::default();
     let leads = !matches!(mesh.role, Role::Follower(_));
+    let ready = mesh.ready_endpoints();
     for item in mesh.cluster.items() {
         if !leads && !mesh.has_node(item) {
             continue;
         }
         if is_own(item.id.kind) {
-            if let Some(status) = mesh.changed(item) {
+            if let Some(status) = mesh.changed(item, &ready) {
                 due.statuses.insert(item.id.clone(), status);
             }
         } else if let Some(text) = mesh.wrong(item) {
@@ -254,17 +255,41 @@ impl Mesh<'_> {
     }
 
     /// The status of `item`, if it is another than the one that stands there.
-    fn changed(&self, item: &Item) -> Option<Value> {
+    fn changed(&self, item: &Item, ready: &BTreeMap<&ServiceName, usize>) -> Option<Value> {
         let accepted = self.condition(item, "Accepted", self.accepted(item));
         let status = if item.id.kind == Kind::MeshNode {
             self.mesh_node(item, accepted)
         } else {
             let mut status = Map::new();
             status.insert("observedGeneration".to_owned(), json!(item.generation));
-            status.insert("conditions".to_owned(), json!([accepted]));
+            let mut conditions = vec![accepted];
+            let ready = balanced(item).and_then(|service| ready.get(service));
+            if let Some(&endpoints) = ready {
+                let verdict = endpoints_ready(endpoints);
+                conditions.push(self.condition(item, "EndpointsReady", verdict));
+            }
+            status.insert("conditions".to_owned(), json!(conditions));
             Value::Object(status)
         };
         (status != item.status).then_some(status)
+    }
+
+    /// How many endpoints in the cluster take traffic, of each service that a MeshService speaks of.
+    fn ready_endpoints(&self) -> BTreeMap<&ServiceName, usize> {
+        let services = self.cluster.items().filter_map(balanced);
+        let mut ready: BTreeMap<_, _> = services.map(|service| (service, 0)).collect();
+        if ready.is_empty() {
+            return ready; // Most clusters have none, and some have 100,000 slices.
+        }
+        let objects = self.cluster.items().filter_map(|item| item.loaded.as_ref());
+        for loaded in objects {
+            if let Object::Slice(service, slice) = &loaded.object
+                && let Some(count) = ready.get_mut(service)
+            {
+                *count += slice.endpoints.iter().filter(|one| one.ready).count();
+            }
+        }
+        ready
     }
 
     fn accepted(&self, item: &Item) -> Verdict {
@@ -435,6 +460,25 @@ impl Mesh<'_> {
             "reason": reason,
             "message": message,
         })
+    }
+}
+
+/// The service that `item` speaks of, if it is a MeshService.
+fn balanced(item: &Item) -> Option<&ServiceName> {
+    let Object::Balance(service, _) = &item.loaded.as_ref()?.object else {
+        return None;
+    };
+    Some(service)
+}
+
+fn endpoints_ready(count: usize) -> Verdict {
+    // Without the number: it would be written each time that it changes.
+    if count > 0 {
+        let text = "endpoints of the Service of this name are ready".to_owned();
+        ("True", "Ready", text)
+    } else {
+        let text = "no endpoint of a Service of this name is ready: whoever connects is refused";
+        ("False", "NoEndpoint", text.to_owned())
     }
 }
 

@@ -286,6 +286,30 @@ fn a_node_that_waits_at_another_controller_still_waits() {
     assert_eq!(lab.due(T0 + START_GRACE_S), Due::default());
 }
 
+#[test]
+fn a_service_without_a_ready_endpoint_is_told_once_and_when_it_has_one() {
+    let slice = |ready| {
+        format!(
+            "kind: MeshService\nspec: {{policy: least-latency}}\n---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
+             metadata: {{name: a-1, labels: {{kubernetes.io/service-name: a}}}}\naddressType: IPv4\n\
+             endpoints: [{{addresses: [10.0.0.1], conditions: {{ready: {ready}}}}}]"
+        )
+    };
+    let mut lab = Lab::new(&slice(false), &[]);
+    let due = lab.due(T0);
+    let (id, status) = due.statuses.first_key_value().unwrap();
+    let condition = &status["conditions"][1];
+    assert_eq!(condition["type"], "EndpointsReady");
+    assert_eq!(condition["reason"], "NoEndpoint");
+    lab.write(&due);
+    assert_eq!(lab.due(T0 + 1), Due::default());
+    let better = Lab::new(&slice(true), &[]).due(T0);
+    assert_eq!(better.statuses[id]["conditions"][1]["status"], "True");
+    let other = Lab::new("kind: MeshRelay\nspec: {addresses: [192.0.2.1]}", &[]);
+    let status = &other.due(T0).statuses[&other.id(Kind::MeshRelay)];
+    assert_eq!(status["conditions"].as_array().unwrap().len(), 1);
+}
+
 struct Lab {
     cluster: Cluster,
     desired: Desired,
