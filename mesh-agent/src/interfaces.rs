@@ -133,6 +133,10 @@ pub async fn keep_interfaces(
         let results = attach(&programs.services, tunnel, attached, here).await?;
         let all = results.iter().filter(|(_, result)| result.is_ok());
         attached = all.map(|(&index, _)| index).collect();
+        let ethernet = |found: &&Interface| found.header == ebpf_loader::LinkHeader::Ethernet;
+        let devices = found.values().flatten().filter(ethernet);
+        let devices = devices.map(|found| found.index);
+        let devices = devices.filter(|index| attached.contains(index)).collect();
         let served = found.into_iter().map(|(name, found)| {
             let served = report(&name, found, &results, forwards);
             (name, served)
@@ -147,7 +151,15 @@ pub async fn keep_interfaces(
         }
         if wanted.has_pods() {
             let (pods, problem) = wanted.pods_now();
-            served.extend(keep_pods(&programs, &netlink, &pods, tunnel).await?);
+            let places = (&pods, &devices, tunnel);
+            let problems = keep_pods(&programs, &netlink, places).await?;
+            for (name, problem) in problems {
+                let one = &mut served.entry(name).or_default().problem;
+                *one = Some(match one.take() {
+                    Some(before) => format!("{before}; {problem}"),
+                    None => problem,
+                });
+            }
             if let Some(problem) = problem {
                 served.entry(ALL_PODS.to_owned()).or_default().problem = Some(problem);
             }
@@ -242,45 +254,46 @@ pub async fn guard_pods(
     pods: &BTreeSet<NamePattern>,
     tunnel: IfIndex,
 ) -> anyhow::Result<()> {
-    let Found { pods, bridges, .. } = find_pods(netlink, pods, tunnel).await?.1;
+    let none = BTreeSet::new();
+    let (_, Found { guarded, .. }) = find_pods(netlink, (pods, &none, tunnel)).await?;
     let enforcer = Arc::clone(enforcer);
     let guarded = task::spawn_blocking(move || {
         let mut enforcer = enforcer.lock().unwrap_or_else(PoisonError::into_inner);
-        enforcer.guard_pods(pods, bridges);
+        enforcer.guard(guarded);
     });
     Ok(guarded.await?)
 }
 
+/// Names of pods' interfaces, those that have devices behind them, and the tunnel's.
+type Places<'a> = (&'a BTreeSet<NamePattern>, &'a BTreeSet<IfIndex>, IfIndex);
+
 async fn find_pods(
     netlink: &Netlink,
-    pods: &BTreeSet<NamePattern>,
-    tunnel: IfIndex,
+    (pods, devices, tunnel): Places<'_>,
 ) -> anyhow::Result<(Forwarding, Found)> {
     let forwarding = netlink.forwarding().await;
     let forwarding = forwarding.context("read how packets are handed on")?;
-    let found = redirect::redirects(&forwarding, pods, Some(tunnel), forwards);
+    let found = redirect::redirects(&forwarding, pods, devices, Some(tunnel), forwards);
     Ok((forwarding, found))
 }
 
 /// Tells the programs which interfaces are pods' and how packets are handed on now: policy before redirection, which
-/// goes past what policy does not see. Returns what cannot be.
+/// goes past what policy does not see. Returns what cannot be, by interface.
 async fn keep_pods(
     programs: &Programs,
     netlink: &Netlink,
-    pods: &BTreeSet<NamePattern>,
-    tunnel: IfIndex,
-) -> anyhow::Result<AllServed> {
-    let (forwarding, found) = find_pods(netlink, pods, tunnel).await?;
+    places: Places<'_>,
+) -> anyhow::Result<Vec<(String, String)>> {
+    let (forwarding, found) = find_pods(netlink, places).await?;
     let Found {
-        pods,
-        bridges,
+        guarded,
         mut redirects,
         problems,
     } = found;
     let Programs { services, enforcer } = programs.clone();
     let told = task::spawn_blocking(move || {
         let mut enforcer = enforcer.lock().unwrap_or_else(PoisonError::into_inner);
-        let unguarded = enforcer.guard_pods(pods, bridges);
+        let unguarded = enforcer.guard(guarded);
         drop(enforcer);
         let links = &mut redirects.links;
         links.retain(|index, _| !unguarded.contains_key(&IfIndex(*index)));
@@ -319,15 +332,7 @@ async fn keep_pods(
         }
         Err(error) => said.push((ALL_PODS.to_owned(), not_redirected(chain(&error)))),
     }
-    let mut problems = AllServed::new();
-    for (name, problem) in said {
-        let one = &mut problems.entry(name).or_default().problem;
-        *one = Some(match one.take() {
-            Some(before) => format!("{before}; {problem}"),
-            None => problem,
-        });
-    }
-    Ok(problems)
+    Ok(said)
 }
 
 fn report(

@@ -30,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     network::chain,
+    redirect::Guarded,
     store::{remove_if_there, write_atomically},
 };
 
@@ -54,10 +55,8 @@ pub struct Enforcer {
     pins: Option<Pins>,
     /// Whether an earlier agent's may still be in force.
     left: bool,
-    /// Pods' own interfaces, once they are known: until then what an earlier agent enforced there holds.
-    pods: Option<BTreeSet<IfIndex>>,
-    /// Of those that are ports of a bridge, which one.
-    bridges: BTreeMap<IfIndex, IfIndex>,
+    /// Once it is known: until then what an earlier agent enforced at pods holds.
+    guarded: Option<Guarded>,
     /// What the kernel refused.
     refused: Option<String>,
     /// The file by which the CNI plug-in knows that new pods are to be guarded.
@@ -91,8 +90,7 @@ impl Enforcer {
             programs: None,
             left: pins.is_some(),
             pins,
-            pods: None,
-            bridges: BTreeMap::new(),
+            guarded: None,
             refused: None,
             file: None,
             told: None,
@@ -126,36 +124,34 @@ impl Enforcer {
         }
     }
 
-    /// From now on `pods` are the interfaces that lead into one each, some of them ports of `bridges`: all their packets are judged, while there is
+    /// From now on these are the interfaces of pods and devices: all packets of pods are judged, while there is
     /// anything to enforce. Returns those where they are not, and why. It takes system calls; to be called whenever an
     /// interface has changed.
-    pub fn guard_pods(
-        &mut self,
-        pods: BTreeSet<IfIndex>,
-        bridges: BTreeMap<IfIndex, IfIndex>,
-    ) -> BTreeMap<IfIndex, String> {
-        self.pods = Some(pods);
-        self.bridges = bridges;
-        self.attach_pods()
+    pub fn guard(&mut self, guarded: Guarded) -> BTreeMap<IfIndex, String> {
+        self.guarded = Some(guarded);
+        self.attach_guards()
     }
 
-    fn attach_pods(&mut self) -> BTreeMap<IfIndex, String> {
-        let (Some(programs), Some(pods)) = (&mut self.programs, &self.pods) else {
+    fn attach_guards(&mut self) -> BTreeMap<IfIndex, String> {
+        let (Some(programs), Some(guarded)) = (&mut self.programs, &self.guarded) else {
             return BTreeMap::new();
         };
-        let wanted = pods.iter().map(|index| index.0).collect();
-        let bridges = self.bridges.iter();
+        let wanted = guarded.pods.iter().map(|index| index.0).collect();
+        let bridges = guarded.bridges.iter();
         let bridges = bridges.map(|(port, bridge)| (port.0, bridge.0)).collect();
         let report = programs
             .say_bridges(&bridges)
             .and_then(|()| programs.attach_pods(&wanted));
+        let devices = guarded.devices.iter().map(|index| index.0).collect();
+        let devices = programs.attach_devices(&devices);
         let is_published = programs.is_published();
         self.tell(is_published);
-        let pods = self.pods.iter().flatten();
+        let guarded = self.guarded.iter();
         let report = match report {
             Ok(report) => report,
             Err(error) => {
-                return pods.map(|&index| (index, chain(&error))).collect();
+                let all = guarded.flat_map(|guarded| guarded.pods.union(&guarded.devices));
+                return all.map(|&index| (index, chain(&error))).collect();
             }
         };
         if report.attached > 0 {
@@ -164,7 +160,7 @@ impl Enforcer {
                 "policies are enforced at pods' interfaces"
             );
         }
-        let failed = report.failed.iter();
+        let failed = report.failed.iter().chain(&devices);
         let failed = failed.map(|(&index, error)| (IfIndex(index), chain(error)));
         let left_out = report.left_out.into_iter();
         let left_out = left_out.map(|index| {
@@ -198,7 +194,7 @@ impl Enforcer {
         let applied = programs.apply(&convert(self.compiler.tables()));
         // After the tables: what comes before them passes as it did until now.
         programs.attach_tunnel(self.tunnel.0)?;
-        let unguarded = self.attach_pods();
+        let unguarded = self.attach_guards();
         let left_out = self.compiler.tables().left_out;
         if !left_out.is_nothing() {
             tracing::warn!(?left_out, "the policy tables are full: judged strictly");
@@ -227,15 +223,15 @@ impl Enforcer {
             tracing::info!("there are no policies for this node any more");
         } else if left && let Some(pins) = self.pins.clone() {
             kernel::end_left(pins);
+        }
+        self.tell(false);
+    }
+
     /// The programs that judge; none where there is nothing to enforce.
     #[must_use]
     pub fn loaded(&self) -> Vec<LoadedProgram> {
         let programs = self.programs.as_ref();
         programs.map(kernel::Policy::programs).unwrap_or_default()
-    }
-
-        }
-        self.tell(false);
     }
 
     /// How it stands.

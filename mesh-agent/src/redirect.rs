@@ -14,25 +14,35 @@ use mesh_linux::{
     netlink::{Forwarding, ForwardingLink, Veth},
 };
 
-/// What [`redirects`] found.
+/// Where policy is enforced, but at the tunnel.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Found {
-    /// Pods' own interfaces, at which policy is enforced: also those of virtual machines, and those that are down yet.
+pub struct Guarded {
+    /// Pods' own interfaces: also those of virtual machines, and those that are down yet.
     pub pods: BTreeSet<IfIndex>,
     /// Of those that are ports of a bridge, which one.
     pub bridges: BTreeMap<IfIndex, IfIndex>,
+    /// Those by which devices' packets go into pods past the pods' own interfaces.
+    pub devices: BTreeSet<IfIndex>,
+}
+
+/// What [`redirects`] found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Found {
+    /// What policy has to see.
+    pub guarded: Guarded,
     /// To be told to the programs.
     pub redirects: Redirects,
     /// Interfaces that are meant but cannot be redirected to, or are no pod's, by name.
     pub problems: BTreeMap<String, String>,
 }
 
-/// Decides for all interfaces that `pods` match, and for the tunnel; `forwards` says whether the kernel hands on IPv6
-/// packets, or IPv4's, that come in by an interface.
+/// Decides for all interfaces that `pods` match, for the tunnel, and for those that have `devices` behind them, Ethernet
+/// each; `forwards` says whether the kernel hands on IPv6 packets, or IPv4's, that come in by an interface.
 #[must_use]
 pub fn redirects(
     forwarding: &Forwarding,
     pods: &BTreeSet<NamePattern>,
+    devices: &BTreeSet<IfIndex>,
     tunnel: Option<IfIndex>,
     forwards: impl Fn(&str, bool) -> bool,
 ) -> Found {
@@ -43,8 +53,9 @@ pub fn redirects(
         } else if pods.iter().any(|pattern| pattern.matches(&link.name)) {
             match guarded(forwarding, link) {
                 Ok(bridge) => {
-                    found.pods.insert(index);
-                    found.bridges.extend(bridge.map(|bridge| (index, bridge)));
+                    let Guarded { pods, bridges, .. } = &mut found.guarded;
+                    pods.insert(index);
+                    bridges.extend(bridge.map(|bridge| (index, bridge)));
                     let Some(veth) = link.veth.filter(|_| bridge.is_none()) else {
                         continue; // Policy is all that there is at bridges' ports and virtual machines' interfaces.
                     };
@@ -52,6 +63,16 @@ pub fn redirects(
                 }
                 Err(problem) => Err(format!("{problem}; policy does not see its packets")),
             }
+        } else if devices.contains(&index) {
+            // Else their services go by the stack, if at all: who serves them says what is wrong.
+            let forwarded = unforwarded(forwarding, index, &link.name, &forwards).is_none();
+            if link.is_up && forwarded && forwarding.by_destination {
+                found.guarded.devices.insert(index);
+                let (kind, mtu_bytes) = (RedirectKind::Devices, link.mtu_bytes);
+                let link = RedirectLink { kind, mtu_bytes };
+                found.redirects.links.insert(index.0, link);
+            }
+            continue;
         } else {
             continue;
         };
@@ -142,6 +163,7 @@ fn unforwarded(
 mod tests {
     use super::*;
 
+    const LAN: u32 = 2;
     const POD: u32 = 7;
     const TUNNEL: u32 = 9;
 
@@ -178,13 +200,13 @@ mod tests {
             ("fd44::5/128", Some(POD)),
             ("fe80::/64", Some(POD)),
             ("10.245.0.0/16", Some(TUNNEL)),
-            ("0.0.0.0/0", Some(2)),
+            ("0.0.0.0/0", Some(LAN)),
             ("10.244.0.1/32", None),
         ];
         let routes = routes.map(|(net, to)| (net.parse().unwrap(), to.map(index)));
         Forwarding {
             links: BTreeMap::from([
-                (index(2), uplink),
+                (index(LAN), uplink),
                 (index(POD), link("veth1a2b")),
                 (index(TUNNEL), tunnel),
             ]),
@@ -200,6 +222,7 @@ mod tests {
         redirects(
             forwarding,
             &patterns.collect(),
+            &BTreeSet::from([index(LAN), index(POD)]),
             Some(index(TUNNEL)),
             |_, _| true,
         )
@@ -213,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn pods_that_are_named_and_the_tunnel_are_redirected_to_and_all_routes_are_told() {
+    fn pods_that_are_named_devices_and_the_tunnel_are_redirected_to_and_all_routes_are_told() {
         let found = decide(&forwarding(), &["cali*", "veth*"]);
         assert_eq!(found.problems, BTreeMap::new());
         let pod = RedirectKind::Pod {
@@ -225,12 +248,15 @@ mod tests {
             .links
             .iter()
             .map(|(index, link)| (index.get(), link.kind));
-        assert!(kinds.eq([(POD, pod), (TUNNEL, RedirectKind::Tunnel)]));
+        // A pod that is also a client by packet is a pod.
+        let others = [(LAN, RedirectKind::Devices), (POD, pod)];
+        assert!(kinds.eq(others.into_iter().chain([(TUNNEL, RedirectKind::Tunnel)])));
+        assert_eq!(found.guarded.devices, BTreeSet::from([index(LAN)]));
         let mtus = found.redirects.links.values().map(|link| link.mtu_bytes);
-        assert!(mtus.eq([1_450, 1_450]));
+        assert!(mtus.eq([1_450; 3]));
         assert_eq!(found.redirects.routes.len(), forwarding().routes.len());
         let default = ("0.0.0.0".parse().unwrap(), 0);
-        assert_eq!(found.redirects.routes[&default], Some(index(2).0));
+        assert_eq!(found.redirects.routes[&default], Some(index(LAN).0));
     }
 
     #[test]
@@ -256,7 +282,7 @@ mod tests {
         };
         assert!(problem(&change(&|link| link.veth = None)).contains("neither a veth"));
         assert!(problem(&change(&|link| link.is_up = false)).contains("down"));
-        assert!(problem(&change(&|link| link.part_of = Some(index(2)))).contains("VRF"));
+        assert!(problem(&change(&|link| link.part_of = Some(index(LAN)))).contains("VRF"));
         let rules = Forwarding {
             by_destination: false,
             ..forwarding()
@@ -280,12 +306,12 @@ mod tests {
             port.veth = port.veth.filter(|_| is_veth);
             port.part_of = is_port.then(|| index(20));
             let found = decide(&forwarding, &["veth*"]);
-            assert_eq!(found.pods, BTreeSet::from([index(POD)]));
+            assert_eq!(found.guarded.pods, BTreeSet::from([index(POD)]));
             let expected: Vec<_> = is_port
                 .then(|| (index(POD), index(20)))
                 .into_iter()
                 .collect();
-            assert!(found.bridges.into_iter().eq(expected));
+            assert!(found.guarded.bridges.into_iter().eq(expected));
             assert_eq!(found.problems, BTreeMap::new());
             assert!(!found.redirects.links.contains_key(&index(POD).0));
         }
@@ -296,7 +322,7 @@ mod tests {
         let mut forwarding = forwarding();
         forwarding.links.get_mut(&index(POD)).unwrap().is_up = false;
         assert_eq!(
-            decide(&forwarding, &["veth*"]).pods,
+            decide(&forwarding, &["veth*"]).guarded.pods,
             BTreeSet::from([index(POD)])
         );
     }
@@ -307,7 +333,7 @@ mod tests {
         let veths = BTreeSet::from([NamePattern::new("veth*".to_owned())]);
         let without = |forwarding: &Forwarding, missing: bool| {
             let forwards = |_: &str, v6: bool| v6 != missing;
-            redirects(forwarding, &veths, None, forwards).problems
+            redirects(forwarding, &veths, &BTreeSet::new(), None, forwards).problems
         };
         assert!(without(&forwarding, true)["veth1a2b"].contains("IPv6"));
         assert!(without(&forwarding, false)["veth1a2b"].contains("IPv4"));

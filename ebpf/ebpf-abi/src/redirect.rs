@@ -4,7 +4,7 @@
 use crate::layout::{counters, layouts, limits};
 
 limits! {
-    /// Interfaces to which packets are redirected: the tunnel's, and one for each pod. The
+    /// Interfaces to which packets are redirected: the tunnel's, those of devices, and one for each pod. The
     /// kubelet starts 110 pods unless told otherwise, and large nodes are told 500. Packets to
     /// pods beyond it go by the host's stack. 1,024 × 8 bytes, and 64 for each that there is: 72 KiB at most.
     REDIRECTS_MAX = 1_024;
@@ -36,12 +36,15 @@ layouts! {
         mac: [u8; 6],
         /// Of the pod's end.
         pod_mac: [u8; 6],
-        /// 1: a veth whose other end is in a pod; 0: a device whose packets begin with the IP header.
+        /// 1: a veth whose other end is in a pod.
         is_pod: u8,
         /// 1: clients behind it are served by packet.
         is_served: u8,
+        /// 1: behind it are devices, with an Ethernet header before their packets. Neither: a device whose packets begin with
+        /// the IP header.
+        has_devices: u8,
         /// Always 0.
-        zero: u16,
+        zero: u8,
     }
 }
 
@@ -54,6 +57,8 @@ counters! {
         ToPod = "to_pod",
         /// A packet went into the tunnel.
         ToTunnel = "to_tunnel",
+        /// A packet of a service went to a device that had asked for it.
+        ToDevice = "to_device",
         /// Too big for where it goes: left to the stack, which says so or makes fragments.
         TooBig = "too_big",
         /// Its last hop: left to the stack, which says so.
@@ -63,7 +68,8 @@ counters! {
         Source = "source",
         /// To an interface that went just now: left to the stack, which knows better.
         Gone = "gone",
-        /// To the node itself, or where the stack alone knows the way: left to it.
+        /// To the node itself, between devices and anything but services of pods, or where the stack alone knows the way: left
+        /// to it.
         Elsewhere = "elsewhere",
         /// With options, link-local, marked by somebody, tagged, not IP, or from the tunnel to clients that are served
         /// by packet: left to the stack.

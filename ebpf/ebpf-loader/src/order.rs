@@ -22,13 +22,14 @@ enum Edge {
     Last,
 }
 
-/// For packets that come in. What comes by the tunnel is judged by policy before anything changes it, what a pod
+/// For packets that come in. What comes by the tunnel is judged by policy before anything changes it, what a pod or a device
 /// sends as what it became; what is redirected leaves. Who is first among others stands before who is last.
-const INGRESS: [(&str, Edge); 8] = [
+const INGRESS: [(&str, Edge); 9] = [
     ("hf_policy_in", Edge::First),
     ("hf_requests", Edge::First),
     ("hf_requests_ip", Edge::First),
     ("hf_policy_from", Edge::First),
+    ("hf_policy_device", Edge::First),
     ("hf_entering", Edge::Last),
     ("hf_mapped_in", Edge::Last),
     ("hf_redirect", Edge::Last),
@@ -46,7 +47,6 @@ const EGRESS: [(&str, Edge); 6] = [
     ("hf_policy_out", Edge::Last),
 ];
 
-/// Nobody comes between who looks for a place and takes it.
 /// Which way packets go that a program looks at; `None`: it looks at none.
 pub(crate) fn way(name: &str) -> Option<TcAttachType> {
     let is_in = |order: &[(&str, Edge)]| order.iter().any(|(one, _)| *one == name);
@@ -57,6 +57,7 @@ pub(crate) fn way(name: &str) -> Option<TcAttachType> {
     }
 }
 
+/// Nobody comes between who looks for a place and takes it.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// Puts a program of ours where it belongs at an interface.
@@ -133,6 +134,7 @@ mod tests {
     fn whoever_comes_first_they_stand_in_order_and_around_others() {
         type Order<'a> = &'a [(&'a str, Edge)];
         let at_pod = ["hf_requests", "hf_policy_from", "other", "hf_redirect"];
+        let at_devices = ["hf_requests", "hf_policy_device", "other", "hf_redirect"];
         let at_tunnel = [
             "hf_policy_in",
             "other",
@@ -142,8 +144,9 @@ mod tests {
         ];
         let to_pod = ["hf_policy_to", "hf_answers_out", "other"];
         let to_tunnel = ["hf_mapped_out", "hf_leaving", "other", "hf_policy_out"];
-        let cases: [(Order<'_>, &[&'static str]); 4] = [
+        let cases: [(Order<'_>, &[&'static str]); 5] = [
             (&INGRESS, &at_pod),
+            (&INGRESS, &at_devices),
             (&INGRESS, &at_tunnel),
             (&EGRESS, &to_pod),
             (&EGRESS, &to_tunnel),

@@ -19,7 +19,7 @@ use aya::{
         lpm_trie::Key,
         xdp::{DevMapHash, XdpMapError},
     },
-    programs::{ProgramError, SchedClassifier, TcAttachType},
+    programs::{ProgramError, SchedClassifier, TcAttachType, tc::SchedClassifierLink},
 };
 use ebpf_abi::{
     POLICY_ADDRESSES_MAX, POLICY_ALLOWED, POLICY_AUDITED, POLICY_DECIDER_BIT, POLICY_IN,
@@ -34,7 +34,7 @@ use crate::{
     packets::{InterfaceError, attach_all, interface_name, is_attached, key, map_of},
     patiently,
     pins::{Keeper, KeptLink},
-    program, rejected, sums, take_map,
+    program, redirect, rejected, sums, take_map,
 };
 
 const COUNTERS: &str = "hf_pol_counters";
@@ -44,6 +44,9 @@ type Programs = [(&'static str, TcAttachType); 2];
 
 /// The interfaces of pods.
 type Pods<'a> = DevMapHash<&'a mut MapData>;
+
+/// At interfaces of devices, on the way in.
+const AT_DEVICES: &str = "hf_policy_device";
 
 /// Next to the wire on both ways: what other programs make of a packet is nobody's but this node's.
 const FOR_TUNNEL: Programs = [
@@ -241,6 +244,8 @@ pub struct Policy {
     /// By interface.
     links: BTreeMap<NonZeroU32, Vec<KeptLink>>,
     keeper: Keeper,
+    /// Of interfaces with devices behind them.
+    devices: BTreeMap<NonZeroU32, SchedClassifierLink>,
     /// By port.
     bridges: BTreeMap<NonZeroU32, NonZeroU32>,
     /// Others may guard new pods as this process does.
@@ -269,7 +274,8 @@ impl Policy {
         let mut ebpf = EbpfLoader::new()
             .load(ebpf_programs::POLICY)
             .map_err(|source| rejected("the maps of policy", source))?;
-        for (name, _) in FOR_TUNNEL.into_iter().chain(guard::PROGRAMS) {
+        let kept = FOR_TUNNEL.into_iter().chain(guard::PROGRAMS);
+        for name in kept.map(|(name, _)| name).chain([AT_DEVICES]) {
             program::<SchedClassifier>(&mut ebpf, name)
                 .and_then(|program| patiently(|| program.load()))
                 .map_err(|error| rejected(name, error.into()))?;
@@ -286,19 +292,13 @@ impl Policy {
             tunnel: None,
             links: BTreeMap::new(),
             keeper: Keeper::new(pins),
+            devices: BTreeMap::new(),
             bridges: BTreeMap::new(),
             published: false,
             ebpf,
         })
     }
 
-    /// Ends it, also where it would be kept.
-    pub fn remove(mut self) {
-        self.keeper.pins().into_iter().for_each(guard::withdraw);
-        let links = std::mem::take(&mut self.links);
-        links.into_values().flatten().for_each(KeptLink::remove);
-        self.keeper.forget(LINKS);
-    }
     pub(crate) fn ebpf(&self) -> &Ebpf {
         &self.ebpf
     }
@@ -308,6 +308,13 @@ impl Policy {
         &self.links
     }
 
+    /// Ends it, also where it would be kept.
+    pub fn remove(mut self) {
+        self.keeper.pins().into_iter().for_each(guard::withdraw);
+        let links = std::mem::take(&mut self.links);
+        links.into_values().flatten().for_each(KeptLink::remove);
+        self.keeper.forget(LINKS);
+    }
 
     /// Judges what comes and goes by the tunnel whose interface this is: next to the wire, before
     /// other programs on the way in and after them on the way out. Returns whether the programs
@@ -377,6 +384,22 @@ impl Policy {
         }
         self.keeper.forget(LINKS);
         Ok(report)
+    }
+
+    /// Judges what comes in by these interfaces for pods of [`Self::attach_pods`], and by no others any more: what
+    /// [`crate::Services::redirect`] hands on from devices past the pods' own programs. Ends with the process, as
+    /// redirection does. Returns those that could not be had.
+    pub fn attach_devices(
+        &mut self,
+        wanted: &BTreeSet<NonZeroU32>,
+    ) -> BTreeMap<NonZeroU32, InterfaceError> {
+        self.devices.retain(|index, _| wanted.contains(index));
+        let mut attach =
+            |index| redirect::attach(&mut self.ebpf, &mut self.devices, index, AT_DEVICES);
+        let failed = wanted
+            .iter()
+            .filter_map(|&index| Some((index, attach(index).err()?)));
+        failed.collect()
     }
 
     /// Of which bridge an interface is a port, for those that are: whose addresses are behind it, the routes say of the

@@ -66,12 +66,15 @@ pub enum RedirectKind {
     },
     /// Packets begin with the IP header.
     Tunnel,
+    /// Behind it are clients that are no processes here, served by [`Services::attach_interface`]; packets begin with
+    /// Ethernet's header. Only those of services whose endpoint is a pod are redirected, and the answers.
+    Devices,
 }
 
 impl RedirectKind {
     const fn program(self) -> &'static str {
         match self {
-            Self::Pod { .. } => program_for(LinkHeader::Ethernet),
+            Self::Pod { .. } | Self::Devices => program_for(LinkHeader::Ethernet),
             Self::Tunnel => program_for(LinkHeader::Ip),
         }
     }
@@ -106,21 +109,21 @@ pub(crate) struct Told {
     links: BTreeMap<NonZeroU32, SchedClassifierLink>,
 }
 
-impl Told {
-    /// Loads the programs, attached nowhere yet. What an earlier process said is forgotten.
-    pub(crate) fn load(ebpf: &mut Ebpf) -> Result<Self, LoadError> {
 /// Whether it is one of those that redirect.
 pub(crate) fn is_one(program: &str) -> bool {
     let headers = [LinkHeader::Ethernet, LinkHeader::Ip];
     headers.map(program_for).contains(&program)
 }
 
-        for header in [LinkHeader::Ethernet, LinkHeader::Ip] {
+impl Told {
     /// Those whose packets are redirected.
     pub(crate) fn interfaces(&self) -> impl Iterator<Item = NonZeroU32> + '_ {
         self.links.keys().copied()
     }
 
+    /// Loads the programs, attached nowhere yet. What an earlier process said is forgotten.
+    pub(crate) fn load(ebpf: &mut Ebpf) -> Result<Self, LoadError> {
+        for header in [LinkHeader::Ethernet, LinkHeader::Ip] {
             let name = program_for(header);
             program::<SchedClassifier>(ebpf, name)
                 .and_then(|program| patiently(|| program.load()))
@@ -238,7 +241,7 @@ fn desired(
         };
         let (mac, pod_mac) = match link.kind {
             RedirectKind::Pod { mac, pod_mac } => (mac, pod_mac),
-            RedirectKind::Tunnel => ([0; 6], [0; 6]),
+            RedirectKind::Tunnel | RedirectKind::Devices => ([0; 6], [0; 6]),
         };
         Route {
             interface: index.get(),
@@ -246,8 +249,9 @@ fn desired(
             mtu: link.mtu_bytes,
             mac,
             pod_mac,
-            is_pod: (link.kind != RedirectKind::Tunnel).into(),
+            is_pod: matches!(link.kind, RedirectKind::Pod { .. }).into(),
             is_served: is_served(index).into(),
+            has_devices: (link.kind == RedirectKind::Devices).into(),
             zero: 0,
         }
     };
@@ -269,6 +273,7 @@ const STACK: Route = Route {
     pod_mac: [0; 6],
     is_pod: 0,
     is_served: 0,
+    has_devices: 0,
     zero: 0,
 };
 
@@ -315,7 +320,7 @@ fn apply(
         ..RedirectReport::default()
     };
     for (&index, kind) in &desired.links {
-        match attach(ebpf, told, index, kind.program()) {
+        match attach(ebpf, &mut told.links, index, kind.program()) {
             Ok(is_new) => report.attached += usize::from(is_new),
             Err(error) => {
                 report.failed.insert(index, error);
@@ -347,18 +352,19 @@ fn tell_links(
     Ok(failed)
 }
 
-fn attach(
+/// Puts a program where it belongs at an interface, by a link that ends with the process; whether it was not there before.
+pub(crate) fn attach(
     ebpf: &mut Ebpf,
-    told: &mut Told,
+    links: &mut BTreeMap<NonZeroU32, SchedClassifierLink>,
     index: NonZeroU32,
     name: &'static str,
 ) -> Result<bool, InterfaceError> {
     let interface = interface_name(index)?;
     let direction = TcAttachType::Ingress;
-    if told.links.contains_key(&index) && is_attached(ebpf, name, &interface, direction) {
+    if links.contains_key(&index) && is_attached(ebpf, name, &interface, direction) {
         return Ok(false);
     }
-    told.links.remove(&index);
+    links.remove(&index);
     let link = order::attach(ebpf, name, &interface, direction);
     let link = link.map_err(|source| InterfaceError::Attach {
         program: name,
@@ -370,7 +376,7 @@ fn attach(
         let source = Errno::NODEV;
         return Err(InterfaceError::Unknown { index, source });
     }
-    told.links.insert(index, link);
+    links.insert(index, link);
     Ok(true)
 }
 

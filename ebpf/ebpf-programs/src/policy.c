@@ -570,17 +570,13 @@ static __always_inline int from_pod(struct __sk_buff *skb, const struct subject 
     return decide(skb, subject, POLICY_IN, generation);
 }
 
-static __always_inline int to_pod(struct __sk_buff *skb, struct subject *subject,
-                                  const struct policy_state *state)
+/* What came in `by` another interface, for a pod. */
+static __always_inline int into_pod(struct __sk_buff *skb, struct subject *subject, __u32 by,
+                                    const struct policy_state *state)
 {
     struct socket_address *source = &subject->packet.source;
-    __u32 by = skb->ingress_ifindex, home;
+    __u32 home = home_of(skb, source);
 
-    if (!by) /* Made by this node. */
-        return pass(POLICY_own_node);
-    if (by == skb->ifindex) /* The pod's own, or the answer that packets.c made of it. */
-        return pass(POLICY_passed);
-    home = home_of(skb, source);
     if (home != network_of(by) && (home == state->tunnel || is_pod(home)))
         return drop(POLICY_spoofed);
     /* It came from elsewhere and has an address of this node, given to it by somebody's NAT at best. */
@@ -588,9 +584,30 @@ static __always_inline int to_pod(struct __sk_buff *skb, struct subject *subject
     return decide(skb, subject, POLICY_IN, state->generation);
 }
 
+static __always_inline int to_pod(struct __sk_buff *skb, struct subject *subject,
+                                  const struct policy_state *state)
+{
+    __u32 by = skb->ingress_ifindex;
+
+    if (!by) /* Made by this node. */
+        return pass(POLICY_own_node);
+    if (by == skb->ifindex) /* The pod's own, or the answer that packets.c made of it. */
+        return pass(POLICY_passed);
+    return into_pod(skb, subject, by, state);
+}
+
+/* A device's, which may be redirected into a pod past to_pod(). All else is judged elsewhere, or is the node's. */
+static __always_inline int from_device(struct __sk_buff *skb, struct subject *subject,
+                                       const struct policy_state *state)
+{
+    if (subject->what != FLOW || !is_pod(home_of(skb, &subject->packet.destination)))
+        return TC_ACT_UNSPEC;
+    return into_pod(skb, subject, skb->ifindex, state);
+}
+
 /* ---- Programs ---- */
 
-enum place { FROM_TUNNEL, TO_TUNNEL, FROM_POD, TO_POD };
+enum place { FROM_TUNNEL, TO_TUNNEL, FROM_POD, TO_POD, FROM_DEVICE };
 
 /* What the stack takes for IP, maybe only behind more tags. */
 static __always_inline bool may_be_ip(__u16 protocol)
@@ -601,7 +618,7 @@ static __always_inline bool may_be_ip(__u16 protocol)
 
 static __always_inline int on_packet(struct __sk_buff *skb, enum place place)
 {
-    bool ethernet = place == FROM_POD || place == TO_POD;
+    bool ethernet = place != FROM_TUNNEL && place != TO_TUNNEL;
     struct subject subject = {};
     __u16 protocol = skb->protocol;
     struct policy_state *state;
@@ -613,9 +630,14 @@ static __always_inline int on_packet(struct __sk_buff *skb, enum place place)
     if (ethernet)
         l3 = skip_ethernet(skb, &protocol);
     subject.packet.v6 = protocol == bpf_htons(ETH_P_IPV6);
-    if ((ethernet && !l3) || (!subject.packet.v6 && protocol != bpf_htons(ETH_P_IP)))
+    if ((ethernet && !l3) || (!subject.packet.v6 && protocol != bpf_htons(ETH_P_IP))) {
+        if (place == FROM_DEVICE)
+            return TC_ACT_UNSPEC;
         return ethernet && !may_be_ip(protocol) ? pass(POLICY_control) : drop(POLICY_malformed);
+    }
     subject.what = read_packet(skb, &subject.packet, l3, &subject.opener);
+    if (place == FROM_DEVICE)
+        return from_device(skb, &subject, state);
     if (subject.what == MALFORMED)
         return drop(POLICY_malformed);
     if (subject.what == CONTROL)
@@ -639,3 +661,4 @@ PROGRAM(hf_policy_in, FROM_TUNNEL)
 PROGRAM(hf_policy_out, TO_TUNNEL)
 PROGRAM(hf_policy_from, FROM_POD)
 PROGRAM(hf_policy_to, TO_POD)
+PROGRAM(hf_policy_device, FROM_DEVICE)

@@ -2,7 +2,9 @@
 /*
  * Packets from pod to pod on this node, and between pods and the tunnel, past the host's stack:
  * the last program where they come in. What goes into a pod appears at once at the pod's end of
- * its veth, and what goes into the tunnel at the tunnel's own interface.
+ * its veth, and what goes into the tunnel at the tunnel's own interface. Of devices' packets those alone
+ * that ask a pod for a service, and the answers: packets.c remembers their flows, so that nobody misses
+ * the host's connection tracking.
  *
  * Invariant: what the stack would do more than to decrement the hop limit and hand on is left to
  * it. The routes are a copy of the kernel's, of all that it has, so that a prefix of ours never
@@ -133,8 +135,15 @@ static __always_inline struct route *find_route(const struct route_prefix *to)
     return host ?: bpf_map_lookup_elem(&hf_routes, to);
 }
 
-/* What the host's stack would do with the packet, as far as it is only to hand it on. */
-static __noinline __u32 find_way(struct __sk_buff *skb, __u32 l3, struct route *way)
+/* Whether packets are handed on between the two. */
+static __always_inline bool is_between(const struct route *from, const struct route *to)
+{
+    return from->has_devices ? to->is_pod : !to->has_devices || from->is_pod;
+}
+
+/* What the host's stack would do with the packet, as far as it is only to hand it on. `devices`: whether it comes
+ * from some. */
+static __noinline __u32 find_way(struct __sk_buff *skb, __u32 l3, struct route *way, bool *devices)
 {
     struct bpf_devmap_val *there;
     __u32 read = REDIRECT_other;
@@ -156,6 +165,9 @@ static __noinline __u32 find_way(struct __sk_buff *skb, __u32 l3, struct route *
     route = find_route(&header.source);
     if (!route || route->interface != skb->ifindex)
         return REDIRECT_source;
+    *devices = route->has_devices;
+    if (!is_between(route, way))
+        return REDIRECT_elsewhere;
     if (wire_len(skb, l3, &header) > way->mtu)
         return REDIRECT_too_big;
     slot = way->slot;
@@ -163,6 +175,21 @@ static __noinline __u32 find_way(struct __sk_buff *skb, __u32 l3, struct route *
     if (!there || there->ifindex != way->interface)
         return REDIRECT_gone;
     return FOUND;
+}
+
+/* Whether a device speaks with an endpoint of ours because it asked for a service: then it never was a flow of
+ * the stack's. What is not plain, as fragments and ICMP, is the stack's. Not static: so the verifier looks at it once,
+ * by itself. */
+__noinline __u32 is_service(struct __sk_buff *skb, __u32 answers)
+{
+    struct packet packet = {};
+    struct tracked_flow answer;
+
+    if (!read_plain(skb, true, &packet))
+        return false;
+    answer.client = answers ? packet.destination : packet.source;
+    answer.address = answers ? packet.source : packet.destination;
+    return find_answered(&answer, NULL) != NULL;
 }
 
 /* All that looks at packets into a pod. Other than TC_ACT_UNSPEC, what becomes of the packet. */
@@ -240,6 +267,7 @@ static __always_inline int redirect(struct __sk_buff *skb, bool ethernet)
 {
     __u32 l3 = ethernet ? ETH_HLEN : 0;
     struct route way = {};
+    bool devices = false;
     int verdict;
     __u32 found;
 
@@ -247,7 +275,10 @@ static __always_inline int redirect(struct __sk_buff *skb, bool ethernet)
         count_redirect(REDIRECT_other);
         return TC_ACT_UNSPEC;
     }
-    found = find_way(skb, l3, &way);
+    found = find_way(skb, l3, &way, &devices);
+    if (ethernet && found == FOUND && (devices || way.has_devices) &&
+        !is_service(skb, way.has_devices))
+        found = REDIRECT_elsewhere;
     if (found != FOUND) {
         count_redirect(found);
         return TC_ACT_UNSPEC;
@@ -266,6 +297,11 @@ static __always_inline int redirect(struct __sk_buff *skb, bool ethernet)
     if (forward(skb, ethernet, &way)) {
         count_redirect(REDIRECT_change_failed);
         return TC_ACT_SHOT;
+    }
+    if (way.has_devices) {
+        /* Programs at the interface show the service. Who is next on the way, the kernel looks up. */
+        count_redirect(REDIRECT_to_device);
+        return bpf_redirect_neigh(way.interface, NULL, 0, 0);
     }
     count_redirect(way.is_pod ? REDIRECT_to_pod : REDIRECT_to_tunnel);
     /* The kernel itself takes away the header that the tunnel's packets do not have. */

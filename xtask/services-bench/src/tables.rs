@@ -22,7 +22,7 @@ use mesh_core::{
         ServiceName, ServicePort, Snapshot,
     },
 };
-use mesh_linux::netlink::Netlink;
+use mesh_linux::{IfIndex, netlink::Netlink};
 use mesh_wire::id::{MeshId, NodeName};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice, socket_with};
 use serde_json::json;
@@ -66,7 +66,7 @@ pub(crate) fn hold(cgroup: &Path, table: &Path, places: &Places) -> Result<()> {
         services.attach_interface(index(name)?, LinkHeader::Ethernet)?;
     }
     if !places.pods.is_empty() {
-        redirect(&mut services, &places.pods)?;
+        redirect(&mut services, places)?;
     }
     let load_ns = nanoseconds(began.elapsed())?;
     println!(
@@ -80,14 +80,16 @@ pub(crate) fn hold(cgroup: &Path, table: &Path, places: &Places) -> Result<()> {
 }
 
 /// As the agent does.
-fn redirect(services: &mut Services, pods: &[String]) -> Result<()> {
+fn redirect(services: &mut Services, places: &Places) -> Result<()> {
     let runtime = Builder::new_current_thread().enable_io().build()?;
     let forwarding = runtime.block_on(async {
         let forwarding = Netlink::connect()?.forwarding().await?;
         anyhow::Ok(forwarding)
     })?;
-    let pods = pods.iter().cloned().map(NamePattern::new);
-    let found = redirects(&forwarding, &pods.collect(), None, forwards);
+    let pods = places.pods.iter().cloned().map(NamePattern::new);
+    let devices = places.served.iter().map(|name| Ok(IfIndex(index(name)?)));
+    let devices = devices.collect::<Result<_>>()?;
+    let found = redirects(&forwarding, &pods.collect(), &devices, None, forwards);
     ensure!(found.problems.is_empty(), "{:?}", found.problems);
     let report = services.redirect(&found.redirects)?;
     ensure!(

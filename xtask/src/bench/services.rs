@@ -255,6 +255,7 @@ fn get(case: &Case, samples: &mut Samples) -> Result<()> {
         | Kind::Redirect(_)
         | Kind::Packets(_)
         | Kind::PacketsRedirect(_)
+        | Kind::DevicesRedirect(_)
         | Kind::Change
         | Kind::DeadPath => return Ok(()),
     };

@@ -112,6 +112,7 @@ struct WithServices {
     packets: &'static str,
     redirect: &'static str,
     packets_redirect: &'static str,
+    devices_redirect: &'static str,
     others: &'static [&'static str],
 }
 
@@ -121,6 +122,7 @@ const WITH_SERVICES: [WithServices; 3] = [
         packets: "holdfast-packets-1",
         redirect: "holdfast-redirect-1",
         packets_redirect: "holdfast-packets-redirect-1",
+        devices_redirect: "holdfast-devices-redirect-1",
         others: &["nftables-1", "iptables-1", "userspace-proxy"],
     },
     WithServices {
@@ -128,6 +130,7 @@ const WITH_SERVICES: [WithServices; 3] = [
         packets: "holdfast-packets-1000",
         redirect: "holdfast-redirect-1000",
         packets_redirect: "holdfast-packets-redirect-1000",
+        devices_redirect: "holdfast-devices-redirect-1000",
         others: &["nftables-1000", "iptables-1000", "userspace-proxy"],
     },
     WithServices {
@@ -135,6 +138,7 @@ const WITH_SERVICES: [WithServices; 3] = [
         packets: "holdfast-packets-10000",
         redirect: "holdfast-redirect-10000",
         packets_redirect: "holdfast-packets-redirect-10000",
+        devices_redirect: "holdfast-devices-redirect-10000",
         others: &["nftables-10000", "iptables-10000", "userspace-proxy"],
     },
 ];
@@ -153,17 +157,20 @@ fn services_rules() -> Vec<Rule> {
             rule(with.socket, "first_byte_p50", direct, AtMost(1.0)),
             rule(with.socket, "rtt_p50", direct, AtMost(1.0)),
             rule(with.socket, "cpu_per_gb", direct, AtMost(1.0)),
-            rule(with.packets, "connect_p50", direct, AtMost(1.08)),
-            rule(with.packets, "tcp_1", direct, AtLeast(0.97)),
-            rule(with.packets_redirect, "connect_p50", direct, AtMost(1.08)),
-            rule(with.packets_redirect, "tcp_1", direct, AtLeast(0.97)),
         ]);
+        for level in [with.packets, with.packets_redirect, with.devices_redirect] {
+            rules.extend([
+                rule(level, "connect_p50", direct, AtMost(1.08)),
+                rule(level, "tcp_1", direct, AtLeast(0.97)),
+            ]);
+        }
         let others = Best(with.others);
         for level in [
             with.socket,
             with.redirect,
             with.packets,
             with.packets_redirect,
+            with.devices_redirect,
         ] {
             rules.extend([
                 rule(level, "connect_p50", others, AtMost(1.0)),

@@ -6,6 +6,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
     num::NonZeroU32,
     os::unix::fs::OpenOptionsExt as _,
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -156,6 +157,81 @@ fn services_of_both_ends_are_translated_where_egress_is_not_passed() {
     let counted = node.services.packet_counters().unwrap();
     assert_eq!(counted[&PacketCounter::FragmentPassed], 0);
     assert_eq!(counted[&PacketCounter::ErrorTranslated], 2);
+}
+
+impl Node {
+    /// With a device behind `C`, which is served and redirected, where both pods are neighbours of it already.
+    pub(crate) fn with_a_device() -> (Self, [Pod; 3]) {
+        let (mut node, a, b) = Self::with_pods();
+        let device = Pod::new(C, &[]);
+        let port = index(C.port);
+        node.services
+            .attach_interface(port, LinkHeader::Ethernet)
+            .unwrap();
+        node.redirect_by(C, RedirectKind::Devices, 1_500);
+        for (c_ip, b_ip) in C.addresses().into_iter().zip(B.addresses()) {
+            exchange(&device.socket(c_ip), &b.socket(b_ip));
+        }
+        (node, [a, b, device])
+    }
+}
+
+#[test]
+fn devices_ask_pods_for_services_past_the_stack_and_nothing_else() {
+    let (mut node, [_a, b, device]) = Node::with_a_device();
+    // What connection tracking sees half of, and a firewall of the gateway then ends.
+    let rules = "table inet gateway { chain forward { type filter hook forward priority 0; ct state invalid drop; }; }";
+    nft(rules);
+    for ((own, address), asked) in C.addresses().into_iter().zip(B.addresses()).zip(SERVICES) {
+        let asked: SocketAddr = asked.parse().unwrap();
+        let (listener, socket) = (b.listener(address), b.socket(address));
+        for at in [listener.local_addr().unwrap(), socket.local_addr().unwrap()] {
+            node.serve(SERVICES.map(|one| {
+                let one: SocketAddr = one.parse().unwrap();
+                if one == asked { at } else { one }
+            }));
+            let before = forwarded();
+            let counters = [RedirectCounter::ToPod, RedirectCounter::ToDevice];
+            let counted = counters.map(|counter| node.counted(counter));
+            if at == socket.local_addr().unwrap() {
+                let client = device.socket(own);
+                client.connect(asked).unwrap();
+                client.send(b"question").unwrap();
+                let (_, asked_by) = socket.recv_from(&mut [0; 8]).unwrap();
+                assert_eq!(asked_by, client.local_addr().unwrap());
+                socket.send_to(b"answer", asked_by).unwrap();
+                assert_eq!(client.recv(&mut [0; 8]).unwrap(), 6);
+            } else {
+                let client = device.connect(asked);
+                let (server, from) = listener.accept().unwrap();
+                patient(&server);
+                assert_eq!(from, client.local_addr().unwrap());
+                transfer(&client, &server, TRANSFER_BYTES);
+                transfer(&server, &client, TRANSFER_BYTES);
+            }
+            assert_eq!(forwarded(), before, "the stack handed nothing on");
+            for (counter, before) in counters.into_iter().zip(counted) {
+                assert!(node.counted(counter) > before, "{counter:?}");
+            }
+        }
+        // Whom a pod asks, and who asks a pod itself, the gateway's firewall and its NAT may want to see.
+        for (from, to) in [(&device, &socket), (&b, &device.socket(own))] {
+            let before = forwarded();
+            let ip = if to.local_addr().unwrap().ip() == own {
+                address
+            } else {
+                own
+            };
+            exchange(&from.socket(ip), to);
+            assert_eq!(forwarded(), before + 2);
+        }
+    }
+    assert_eq!(node.counted(RedirectCounter::ChangeFailed), 0);
+}
+
+fn nft(rules: &str) {
+    let done = Command::new("nft").arg(rules).status().expect("nft");
+    assert!(done.success(), "{rules}");
 }
 
 /// What a connection attempt with so many hops comes to.

@@ -26,7 +26,7 @@ const VERIFIED_INSTRUCTIONS_MAX: [(&str, u32); 8] = [
     ("hf_entering", 6_600),
     ("hf_leaving", 11_400),
     ("hf_redirect", 14_400),
-    ("hf_redirect_ip", 890),
+    ("hf_redirect_ip", 1_012),
 ];
 
 /// In a row.

@@ -67,6 +67,7 @@ impl Ways {
             pod_mac: POD_MAC,
             is_pod: is_pod.into(),
             is_served: 0,
+            has_devices: 0,
             zero: 0,
         };
         let to = SocketAddress::new(to, 0, 0).ip;

@@ -23,8 +23,10 @@ pub(super) enum Kind {
     Redirect(Cluster),
     /// Holdfast's tcx programs at the node's end of the client's wire.
     Packets(Cluster),
-    /// Those, and packets redirected.
+    /// Those, and packets redirected, as of a pod.
     PacketsRedirect(Cluster),
+    /// The same, as of devices of a LAN.
+    DevicesRedirect(Cluster),
     /// Rules as kube-proxy makes them in its nftables mode.
     Nftables(Cluster),
     /// Rules as kube-proxy makes them in its iptables mode.
@@ -73,6 +75,15 @@ pub(super) const CASES: &[Case] = &[
         "holdfast-packets-redirect-10000",
         Kind::PacketsRedirect(TEN_THOUSAND),
     ),
+    case("holdfast-devices-redirect-1", Kind::DevicesRedirect(ONE)),
+    case(
+        "holdfast-devices-redirect-1000",
+        Kind::DevicesRedirect(THOUSAND),
+    ),
+    case(
+        "holdfast-devices-redirect-10000",
+        Kind::DevicesRedirect(TEN_THOUSAND),
+    ),
     case("nftables-1", Kind::Nftables(ONE)),
     case("nftables-1000", Kind::Nftables(THOUSAND)),
     case("nftables-10000", Kind::Nftables(TEN_THOUSAND)),
@@ -105,6 +116,7 @@ impl Kind {
             | Self::Redirect(_)
             | Self::Packets(_)
             | Self::PacketsRedirect(_)
+            | Self::DevicesRedirect(_)
             | Self::Change
             | Self::DeadPath => false,
         }

@@ -112,8 +112,14 @@ impl World {
             Kind::Direct | Kind::Change | Kind::DeadPath => self.direct(case),
             Kind::Sockets(cluster) => self.sockets(case, cluster),
             Kind::Packets(cluster) => self.packets(case, cluster),
-            Kind::Redirect(cluster) => self.redirect(case, cluster, false),
-            Kind::PacketsRedirect(cluster) => self.redirect(case, cluster, true),
+            Kind::Redirect(cluster) => self.redirect(case, cluster, &["pod=client", "pod=server"]),
+            Kind::PacketsRedirect(cluster) => {
+                let places = ["pod=client", "pod=server", "serve=client"];
+                self.redirect(case, cluster, &places)
+            }
+            Kind::DevicesRedirect(cluster) => {
+                self.redirect(case, cluster, &["pod=server", "serve=client"])
+            }
             Kind::Nftables(cluster) => {
                 self.rules(case, cluster, &["nft", "--file"], &cluster.nftables())
             }
@@ -143,20 +149,16 @@ impl World {
     }
 
     /// Between pods of a node of their own: the shared server's packets stay as they are. The client's services are
-    /// those of its socket, or of its packets as in [`Self::packets`].
-    fn redirect(&self, case: &Case, cluster: Cluster, packets: bool) -> Result<Way> {
+    /// those of its socket, or if its interface is served, of its packets as in [`Self::packets`].
+    fn redirect(&self, case: &Case, cluster: Cluster, interfaces: &[&str]) -> Result<Way> {
         let place = Place::new(&self.lab, case.name, &self.program)?;
         let name = format!("{}-client", case.name);
         let pod = place.pod(&self.lab, &name, "client", &[CLIENT])?;
         let served = pod.cgroup().join("served");
         fs::create_dir_all(&served).with_context(|| format!("make {}", served.display()))?;
-        let (own, interfaces) = if packets {
-            (
-                pod.cgroup(),
-                &["pod=client", "pod=server", "serve=client"][..],
-            )
-        } else {
-            (served.as_path(), &["pod=client", "pod=server"][..])
+        let own = match interfaces.contains(&"serve=client") {
+            true => pod.cgroup(),
+            false => served.as_path(),
         };
         let client = Client::start(&pod, &self.program, own)?;
         let mut way = Way::new(client, at(cluster.asked()));

@@ -312,6 +312,56 @@ fn the_world_is_judged_both_ways_and_icmp_errors_pass_about_what_may() {
     assert_eq!(guarded.new_ones(Spoofed), 0);
 }
 
+#[test]
+fn what_devices_ask_of_pods_is_judged_where_it_comes_in() {
+    let (mut node, [_a, b, device]) = Node::with_a_device();
+    let listeners = B.addresses().map(|address| b.listener(address));
+    node.serve([0, 1].map(|family: usize| listeners[family].local_addr().unwrap()));
+    let asks = |family: usize, patience| {
+        let asked: SocketAddr = SERVICES[family].parse().unwrap();
+        let client = device.run(|| TcpStream::connect_timeout(&asked, patience));
+        client
+            .ok()
+            .map(|client| (client, listeners[family].accept().unwrap().0))
+    };
+    let mut guarded = Guarded::new();
+    let wanted = BTreeSet::from([index(C.port)]);
+    assert!(guarded.policy.attach_devices(&wanted).is_empty());
+    for family in [0, 1] {
+        let before = forwarded();
+        guarded.say_of_all(ALLOWED);
+        let (mut client, mut server) = asks(family, LONG).unwrap();
+        assert!(talks(&mut client, &mut server, SHORT));
+        guarded.say(B, ANYBODY, In, DENIED);
+        assert!(!talks(&mut client, &mut server, SHORT));
+        assert!(guarded.new_ones(FlowEnded) > 0);
+        assert!(asks(family, SHORT).is_none());
+        assert!(guarded.new_ones(Denied) > 0);
+        assert_eq!(forwarded(), before, "it was redirected");
+    }
+    assert_eq!(guarded.new_ones(Spoofed), 0);
+    // Whoever has a pod's address, and is none.
+    guarded.say_of_all(ALLOWED);
+    let [own, _] = A.addresses();
+    let strange = strange(&device, own);
+    let answers = b.socket(B.addresses()[0]);
+    assert!(!hears(&strange, &answers));
+    assert!(guarded.new_ones(Spoofed) > 0);
+    // Nothing of the node's own is touched.
+    let node = UdpSocket::bind("10.244.0.1:0").unwrap();
+    guarded.say_of_all(DENIED);
+    exchange(&device.socket(C.addresses()[0]), &node);
+    assert!(guarded.policy.attach_devices(&BTreeSet::new()).is_empty());
+    let at_devices = SchedClassifier::query_tcx(C.port, TcAttachType::Ingress)
+        .unwrap()
+        .1;
+    assert!(
+        at_devices
+            .iter()
+            .all(|one| one.name_as_str() != Some("hf_policy_device"))
+    );
+}
+
 /// A socket of the pod by an address that is not its own.
 fn strange(pod: &Pod, address: IpAddr) -> UdpSocket {
     pod.run(|| {
