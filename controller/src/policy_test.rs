@@ -4,12 +4,7 @@
 //! Judged is as the nodes do it, by the tables of the sender's node and of the receiver's.
 
 use std::{
-    collections::BTreeSet,
-    ffi::OsString,
-    fmt,
-    path::Path,
-    process::ExitCode,
-    sync::Arc,
+    collections::BTreeSet, ffi::OsString, fmt, path::Path, process::ExitCode, sync::Arc,
     time::SystemTime,
 };
 
