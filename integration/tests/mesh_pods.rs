@@ -619,9 +619,12 @@ fn fifty_pods_at_once_are_all_guarded_and_nobody_waits_for_the_others() -> Resul
 /// A service, and a headless one by whose names each pod is found.
 fn of_pods(pods: &[&Pod]) -> String {
     let endpoint = |pod: &&Pod| {
+        let [v4, _] = pod.addresses.as_slice() else {
+            panic!("{} has not two addresses", pod.name);
+        };
         format!(
-            "- {{addresses: [{}], nodeName: {}, hostname: {}, conditions: {{ready: true}}}}\n",
-            pod.addresses[0], pod.on, pod.name
+            "- {{addresses: [{v4}], nodeName: {}, hostname: {}, conditions: {{ready: true}}}}\n",
+            pod.on, pod.name
         )
     };
     let endpoints: String = pods.iter().map(endpoint).collect();

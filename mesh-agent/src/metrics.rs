@@ -130,6 +130,11 @@ fn add_health(page: &mut Page, status: &StatusResponse) {
             "Generation of the desired state in force",
             status.snapshot_generation,
         ),
+        (
+            "snapshot_standing",
+            "Whether the desired state counts: 0 it does, 1 half of offlineLimitDays is over, 2 all of it",
+            status.standing.try_into().unwrap_or(0),
+        ),
         ("nodes", "Nodes of the mesh", status.nodes.into()),
         ("services", "Services of the mesh", status.services.into()),
         (
@@ -376,6 +381,7 @@ mod tests {
             controller_connected: true,
             snapshot_generation: 17,
             snapshot_age_s: 86_400,
+            standing: mesh_api::admin::Standing::Over.into(),
             relays: vec![relay("quic", true), relay("quic", false), relay("", false)],
             peers: BTreeMap::from([("direct".to_owned(), 3)]),
             drops: BTreeMap::from([("replay".to_owned(), 5)]),
@@ -407,6 +413,7 @@ mod tests {
             "controller_connected 1",
             "snapshot_generation 17",
             "snapshot_age_seconds 86400.0",
+            "snapshot_standing 2",
             "home_relay_rtt_seconds 0.0125",
             "peers{state=\"direct\"} 3",
             "relays{transport=\"quic\"} 2",

@@ -5,7 +5,7 @@
 //! they stay when the agent ends, however it does, until the next one puts its own in their place.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},

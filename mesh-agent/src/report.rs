@@ -10,7 +10,7 @@ use std::{
 
 use mesh_api::{
     admin::{
-        EndpointReport, EventReport, Health, PathReport, PathWhyResponse, Peer, RelayStatus,
+        self, EndpointReport, EventReport, Health, PathReport, PathWhyResponse, Peer, RelayStatus,
         ServiceReport, StatusResponse, TransitionReport, UplinkStatus,
     },
     control::{NodeReport, node_report::Nat},
@@ -60,7 +60,8 @@ pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> Status
         *peers.entry(state_text(peer.state).to_owned()).or_default() += 1;
     }
     let mut problems = problems(driver, connection, &relays);
-    problems.extend(standing_problem(*facts.standing.borrow()));
+    let standing = *facts.standing.borrow();
+    problems.extend(standing_problem(standing));
     problems.extend(clock_problem(facts, SystemTime::now()));
     let served = facts.served.borrow();
     problems.extend(served.iter().filter_map(|(name, one)| {
@@ -90,6 +91,16 @@ pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> Status
         controller: connection.controller.clone().unwrap_or_default(),
         snapshot_generation: snapshot.generation.0,
         snapshot_age_s: snapshot_age(connection).map_or(0, |age| age.as_secs()),
+        standing: match standing {
+            Standing::Counts => admin::Standing::Counts,
+            Standing::Warned(_) => admin::Standing::Warned,
+            Standing::Over => admin::Standing::Over,
+        }
+        .into(),
+        standing_left_s: match standing {
+            Standing::Warned(left) => left.as_secs(),
+            Standing::Counts | Standing::Over => 0,
+        },
         relays,
         nat: nat_text(driver.core.nat()).to_owned(),
         reflexive_addresses: driver

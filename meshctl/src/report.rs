@@ -81,6 +81,10 @@ pub(crate) struct StatusController {
 pub(crate) struct StatusSnapshot {
     pub(crate) generation: u64,
     pub(crate) age_s: u64,
+    /// `counts`, `warned` (half of `offlineLimitDays` is over) or `over`.
+    pub(crate) standing: &'static str,
+    /// Until it is over; `null`: it is not `warned`.
+    pub(crate) left_s: Option<u64>,
     pub(crate) nodes: u32,
     pub(crate) services: u32,
 }
@@ -97,6 +101,11 @@ pub(crate) struct StatusRelay {
 
 impl From<admin::StatusResponse> for Status {
     fn from(said: admin::StatusResponse) -> Self {
+        let (standing, left_s) = match said.standing() {
+            admin::Standing::Counts => ("counts", None),
+            admin::Standing::Warned => ("warned", Some(said.standing_left_s)),
+            admin::Standing::Over => ("over", None),
+        };
         Self {
             health: health(said.health()),
             node: said.node,
@@ -118,6 +127,8 @@ impl From<admin::StatusResponse> for Status {
             snapshot: StatusSnapshot {
                 generation: said.snapshot_generation,
                 age_s: said.snapshot_age_s,
+                standing,
+                left_s,
                 nodes: said.nodes,
                 services: said.services,
             },

@@ -232,7 +232,8 @@ mod tests {
         ]);
         let state = snapshot(&told, &[]);
         let held = holders(&Holders::new(), &state, &own(), &before);
-        let cases: [(&str, Pods, &[&str], (usize, usize)); 6] = [
+        type Case<'a> = (&'a str, Pods, &'a [&'a str], (usize, usize));
+        let cases: [Case<'_>; 6] = [
             (
                 "as it was",
                 before.clone(),

@@ -54,6 +54,8 @@ impl AgentAdmin for Agent {
             controller: "cloud:7440".to_owned(),
             snapshot_generation: 42,
             snapshot_age_s: 3,
+            standing: admin::Standing::Warned.into(),
+            standing_left_s: 7_200,
             relays: vec![
                 relay("r1", "quic", true, 20.5, ""),
                 relay("r2", "", false, 0.0, "refused"),

@@ -128,7 +128,9 @@ async fn status_has_a_stable_form_for_machines() {
         "nat": "port_restricted",
         "uptime_ms": 90_061_000,
         "controller": { "address": "cloud:7440", "connected": true, "asked_in_s": null },
-        "snapshot": { "generation": 42, "age_s": 3, "nodes": 5, "services": 7 },
+        "snapshot": {
+            "generation": 42, "age_s": 3, "standing": "warned", "left_s": 7200, "nodes": 5, "services": 7,
+        },
         "relays": [
             { "name": "r1", "transport": "quic", "home": true, "rtt_ms": 20.5, "problem": null },
             { "name": "r2", "transport": null, "home": false, "rtt_ms": null, "problem": "refused" },
