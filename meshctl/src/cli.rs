@@ -95,6 +95,12 @@ pub(crate) enum Command {
     Perf(Perf),
     /// Writes packets inside the tunnel, and the tunnel's own outside, to a pcapng file. As root.
     Capture(Capture),
+    /// Peers, paths, rates and loss on a full screen, until `q`.
+    Top {
+        /// Look again every so many seconds.
+        #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = parse_seconds)]
+        every: Duration,
+    },
     /// What works from here, tried.
     #[command(subcommand)]
     Test(Test),
@@ -180,6 +186,7 @@ impl Command {
             | Self::Path(_)
             | Self::Services { .. }
             | Self::Dns(_)
+            | Self::Top { .. }
             | Self::Bpf(_)
             | Self::Routes(_)
             | Self::Policy(Policy::Explain(_))

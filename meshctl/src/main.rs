@@ -33,6 +33,7 @@ mod show;
 mod snapshot;
 mod sniff;
 mod table;
+mod top;
 mod trace;
 mod tunnel;
 mod uninstall;

@@ -40,6 +40,7 @@ use crate::{
     show::{Report, WithEndpoints},
     snapshot::{self, Age, Diff, Snapshots},
     table::duration,
+    top,
     trace::{self, Trace},
     tunnel, uninstall,
 };
@@ -142,6 +143,7 @@ pub(crate) async fn run(cli: Cli, screen: Screen) -> Result<Verdict, Failure> {
         Command::Mtu(cli::Mtu::Probe { node }) => {
             screen.show(&mtu::probe(socket, &node, screen).await?)
         }
+        Command::Top { every } => top::top(socket, every, screen).await,
         Command::Perf(arguments) => perf(socket, arguments, screen).await,
         Command::Capture(arguments) => {
             screen.show(&capture::capture(socket, &arguments, screen).await?)

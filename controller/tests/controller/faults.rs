@@ -62,7 +62,7 @@ fn a_wrong_configuration_exits_with_64_and_names_file_line_and_key() {
     assert_eq!(code, Some(64), "{said}");
     assert!(said.contains("controller.toml"), "{said}");
     assert!(
-        said.contains("line 6") && said.contains("unknown field `manifest`"),
+        said.contains("line 7") && said.contains("unknown field `manifest`"),
         "{said}"
     );
     assert!(

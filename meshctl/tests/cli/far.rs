@@ -91,6 +91,9 @@ async fn questions_that_cannot_be_meant_are_wrong_usage() {
         "capture",
         "--node edge-b1 mtu probe edge-c1",
         "--node edge-b1 perf edge-c1",
+        // Without a terminal.
+        "top",
+        "top --json",
     ] {
         let ran = lab.run(command).await;
         assert_eq!(ran.code, 64, "{command}: {}{}", ran.out, ran.err);
