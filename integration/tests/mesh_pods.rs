@@ -84,7 +84,10 @@ fn call(mesh: &Mesh, pod: &Pod, program: &str, config: &Value, verb: &str) -> Re
         .env("CNI_CONTAINERID", pod.node.name())
         .env(
             "CNI_ARGS",
-            format!("K8S_POD_NAMESPACE=shop;K8S_POD_NAME={}", pod.name),
+            format!(
+                "IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME={}",
+                pod.name
+            ),
         )
         .env("CNI_NETNS", Path::new("/run/netns").join(pod.node.netns()))
         .env("CNI_IFNAME", "eth0")

@@ -212,7 +212,8 @@ impl Admin {
         let objects = self.objects(kind, namespace);
         let last = std::cell::RefCell::new(Value::Null);
         let ask = async || {
-            let found = objects.get_opt(name).await.unwrap()?;
+            // A connection of before the server was away fails at its first use.
+            let found = objects.get_opt(name).await.ok()??;
             let found = serde_json::to_value(found).unwrap();
             last.replace(found.clone());
             wanted(&found).then_some(found)
