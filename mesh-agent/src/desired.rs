@@ -28,6 +28,7 @@ use mesh_core::{
     snapshot::{Generation, Snapshot},
 };
 use mesh_identity::credentials::Credentials;
+use mesh_linux::memory;
 use mesh_wire::id::NodeName;
 use prost::Message as _;
 use tokio::{
@@ -41,6 +42,10 @@ use tokio_util::sync::CancellationToken;
 use self::local::Local;
 pub use self::local::keep_pods;
 use crate::{driver::now, state::StateFolder, store::Store};
+
+/// Of a state whose file is so large the memory is given back that the file took while it was written: the pause after it is
+/// 16 s then, and giving back takes some milliseconds.
+const GIVE_BACK_MIN: usize = 1 << 20;
 
 /// Changes that come faster than this are written to disk together.
 const WRITE_PAUSE_MIN: Duration = Duration::from_secs(1);
@@ -497,7 +502,13 @@ impl Desired {
         let (store, state) = (Arc::clone(&self.store), Arc::clone(&self.resources));
         let write = move || {
             let payload = encode_snapshot(&file, lock(&state).resources());
-            lock(&store).write(&payload).map(|()| payload.len())
+            let bytes = payload.len();
+            let written = lock(&store).write(&payload);
+            drop(payload);
+            if bytes >= GIVE_BACK_MIN {
+                memory::give_back();
+            }
+            written.map(|()| bytes)
         };
         self.next_write = Some(Instant::now() + WRITE_PAUSE_MIN);
         match task::spawn_blocking(write).await {

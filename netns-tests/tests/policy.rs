@@ -394,3 +394,56 @@ fn pods_of_two_nodes_speak_past_both_stacks_and_policy_is_enforced_at_the_pods()
     }
     mesh.all_run()
 }
+
+#[test]
+fn a_device_is_served_by_a_pod_of_its_gateway_past_the_stack_and_policy_is_enforced() -> Result<()>
+{
+    let mesh = Mesh::two_sites()?;
+    let gateway = mesh.node(A)?;
+    gateway.sysctl("net/ipv4/ip_forward", "1")?;
+    gateway.sysctl("net/ipv6/conf/all/forwarding", "1")?;
+    let pod = Pod::new(&mesh, A, "db", 5)?;
+    let service = format!(
+        "---\napiVersion: v1\nkind: Service\nmetadata: {{name: db, namespace: shop}}\nspec: {{clusterIP: 10.43.0.99, \
+         ports: [{{port: 80, protocol: TCP}}]}}\n---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
+         metadata: {{name: db-1, namespace: shop, labels: {{kubernetes.io/service-name: db}}}}\naddressType: IPv4\n\
+         ports: [{{port: {PORT}, protocol: TCP}}]\nendpoints: [{{addresses: [{}], nodeName: {A}}}]\n",
+        pod.addresses[0]
+    );
+    tell_of_pods(&mesh, &(pod.manifest(A, "db") + &service))?;
+    mesh.serve("db", "http", &["http", "db", &format!("[::]:{PORT}")])?;
+    let device = mesh.lab().add_node("device")?;
+    mesh.lab().veth(&device, "eth0", &gateway, "lan0")?;
+    tool::ip(gateway.netns(), "addr add 192.168.7.1/24 dev lan0\n")?;
+    let here = "addr add 192.168.7.2/24 dev eth0\nroute add default via 192.168.7.1\n";
+    tool::ip(device.netns(), here)?;
+    restart(
+        &mesh,
+        A,
+        &format!("{PODS}service_interfaces = [\"lan0\"]\n"),
+    )?;
+
+    let asks = || mesh.get("device", &["http://10.43.0.99/"], ANSWER_LIMIT);
+    let to_device = || number(&mesh, A, "/service_packets/redirect_to_device");
+    let is_redirected = || {
+        let before = (to_device()?, redirected(&mesh, A)?[1]);
+        let hello = asks()?;
+        let from: IpAddr = [192, 168, 7, 2].into();
+        ensure!((hello.node.as_str(), hello.client.ip()) == ("db", from));
+        let now = (to_device()?, redirected(&mesh, A)?[1]);
+        ensure!(now.0 > before.0 && now.1 > before.1, "{before:?} {now:?}");
+        Ok(())
+    };
+    tool::eventually("the pod answers past the stack", SOON, is_redirected)?;
+    ingress(&mesh, "[]")?;
+    let denied = || {
+        let before = counted(&mesh, A, "denied")?;
+        ensure!(asks().is_err(), "it is answered");
+        ensure!(counted(&mesh, A, "denied")? > before, "by no policy");
+        Ok(())
+    };
+    tool::eventually("the policy is in force", SOON, denied)?;
+    ingress(&mesh, "[{from: [{ipBlock: {cidr: 192.168.7.0/24}}]}]")?;
+    tool::eventually("the device may", SOON, is_redirected)?;
+    mesh.all_run()
+}
