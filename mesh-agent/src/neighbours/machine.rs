@@ -27,7 +27,8 @@ const ROUND: [Duration; 3] = [
 /// with two families of 850 bytes each are 280 bytes/s that a node hears.
 const EVERY: Duration = Duration::from_secs(300);
 
-/// Who hears somebody for the first time answers within this, by chance: 50 do not answer at once.
+/// Who hears somebody for the first time, or somebody whose state of the mesh is older, answers within this, by chance: 50 do
+/// not answer at once.
 const ANSWER_WITHIN: Duration = Duration::from_millis(300);
 
 /// Another state of the mesh is said so often: while it changes all the time, 30 bytes/s.
@@ -336,7 +337,8 @@ impl Machine {
             _ => return Err(Refusal::Forged),
         };
         self.remember(&said, now);
-        if is_new {
+        // Who is behind was away when this node's state was news. While it changes all the time `SENT_EVERY` holds.
+        if is_new || version < known.version {
             let within = u64::try_from(ANSWER_WITHIN.as_millis()).unwrap_or(u64::MAX);
             let after = Duration::from_millis(self.dice.random_range(0..=within));
             self.due.push(now + after);

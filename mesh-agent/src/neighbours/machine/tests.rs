@@ -222,6 +222,35 @@ fn a_stranger_is_believed_only_with_a_newer_state_and_its_own_certificate() {
 }
 
 #[test]
+fn who_has_an_older_state_is_answered_each_time_and_a_crowd_of_them_costs_little() {
+    let mut world = World::new();
+    world.announces(Duration::from_secs(60));
+    let behind = |count| {
+        let older = Announcement {
+            made_unix_ms: 41,
+            ..announcement(PEER, 7, count)
+        };
+        datagram(&older)
+    };
+    for count in 1..=3 {
+        assert!(world.hear("192.168.1.12", &behind(count)).is_ok());
+        let answered = world.announces(Duration::from_secs(1));
+        assert!(answered.len() == 1 && answered[0] <= 300, "{answered:?}");
+    }
+    let mut answered = 0;
+    for count in 4..604 {
+        assert!(world.hear("192.168.1.12", &behind(count)).is_ok());
+        answered += world.announces(Duration::from_secs(1)).len();
+    }
+    assert!(answered <= 600 / 5 + 12, "{answered}");
+    // As old as this node's own.
+    world.announces(Duration::from_secs(60));
+    let same = datagram(&announcement(PEER, 7, 1_000));
+    assert!(world.hear("192.168.1.12", &same).is_ok());
+    assert_eq!(world.announces(Duration::from_secs(1)), [0; 0]);
+}
+
+#[test]
 fn another_state_is_said_at_once_and_then_once_in_half_a_minute() {
     let mut world = World::new();
     world.announces(Duration::from_secs(60));
