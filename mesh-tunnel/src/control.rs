@@ -4,6 +4,7 @@
 use std::{
     sync::{
         Arc, PoisonError,
+        atomic::Ordering::Relaxed,
         mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
     },
     time::{Duration, Instant},
@@ -104,7 +105,12 @@ impl Control<'_> {
     fn handshake(&mut self, handshake: &Handshake) -> Result<(), DropReason> {
         let bytes = handshake.bytes();
         match Kind::of(bytes) {
-            Some(Kind::Initiation) => self.initiation(bytes, handshake.arrival),
+            Some(Kind::Initiation) => {
+                let answered = self.initiation(bytes, handshake.arrival);
+                answered.inspect_err(|_| {
+                    self.tunnel.handshakes_refused.fetch_add(1, Relaxed);
+                })
+            }
             Some(Kind::Response { receiver }) => self.response(bytes, receiver, handshake.arrival),
             Some(Kind::CookieReply { receiver }) => {
                 let peer = self.tunnel.by_session(receiver)?;

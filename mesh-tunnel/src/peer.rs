@@ -16,13 +16,13 @@ use mesh_wire::id::{NodeId, Via};
 use mesh_wireguard::{
     keys::{LocalKey, PresharedKey},
     message::INITIATION_LEN,
-    peer::Peer as Protocol,
+    peer::{Handshakes, Peer as Protocol},
     session::Session,
     timers::Activity,
 };
 
 use crate::{
-    stats::{DropReason, PeerStats, RECEIVED_VIAS_MAX, Traffic},
+    stats::{DropReason, Held, PeerStats, RECEIVED_VIAS_MAX, Traffic},
     transmit::Way,
 };
 
@@ -243,7 +243,7 @@ pub(crate) struct State {
     last_received: Option<Instant>,
     wanted_at: Option<Instant>,
     initiation: Option<(Instant, [u8; INITIATION_LEN])>,
-    held: VecDeque<Held>,
+    held: VecDeque<HeldPacket>,
     held_bytes: usize,
     /// Nobody looks after it any more, though a thread may still have it in hand.
     forgotten: bool,
@@ -251,7 +251,7 @@ pub(crate) struct State {
 
 /// A packet, with its offload header, that waits for a path.
 #[derive(Debug)]
-struct Held {
+struct HeldPacket {
     since: Instant,
     raw: Box<[u8]>,
 }
@@ -352,7 +352,7 @@ impl State {
         }
         total.fetch_add(raw.len(), Relaxed);
         self.held_bytes += raw.len();
-        self.held.push_back(Held {
+        self.held.push_back(HeldPacket {
             since: now,
             raw: raw.into(),
         });
@@ -389,6 +389,14 @@ impl State {
         dropped
     }
 
+    fn held(&self, now: Instant) -> Held {
+        let since = |first: &HeldPacket| now.saturating_duration_since(first.since);
+        Held {
+            packets: self.held.len(),
+            oldest: self.held.front().map(since),
+        }
+    }
+
     pub(crate) fn has_held(&self) -> bool {
         !self.held.is_empty()
     }
@@ -421,6 +429,7 @@ pub(crate) struct Peers {
     by_index: HashMap<u32, Arc<Peer>>,
     /// What the peers that are gone had moved.
     past_traffic: Traffic,
+    past_handshakes: Handshakes,
 }
 
 impl Peers {
@@ -550,16 +559,32 @@ impl Peers {
         state.primary = None;
         state.forgotten = true;
         self.past_traffic.add(peer.counts.traffic());
+        self.past_handshakes.add(state.protocol.handshakes());
         std::iter::from_fn(|| state.take_held(total)).count()
     }
 
-    pub(crate) fn traffic(&self) -> Traffic {
-        let mut sum = self.past_traffic;
+    pub(crate) fn sums(&self, now: Instant) -> Sums {
+        let mut sums = Sums {
+            traffic: self.past_traffic,
+            handshakes: self.past_handshakes,
+            held: Held::default(),
+        };
         for peer in self.awake() {
-            sum.add(peer.counts.traffic());
+            let state = peer.lock();
+            sums.traffic.add(peer.counts.traffic());
+            sums.handshakes.add(state.protocol.handshakes());
+            sums.held.add(state.held(now));
         }
-        sum
+        sums
     }
+}
+
+/// Of all peers together, also of those that are asleep again.
+#[derive(Debug)]
+pub(crate) struct Sums {
+    pub(crate) traffic: Traffic,
+    pub(crate) handshakes: Handshakes,
+    pub(crate) held: Held,
 }
 
 /// Why a packet that [`State::hold`] gave up was dropped.

@@ -6,6 +6,7 @@ use std::{
 };
 
 use mesh_wire::id::{NodeId, Via};
+pub use mesh_wireguard::peer::Handshakes;
 
 macro_rules! drop_reasons {
     ($($(#[$doc:meta])* $name:ident => $text:literal,)*) => {
@@ -117,6 +118,28 @@ pub struct TunnelStats {
     pub spare_sockets: (usize, usize),
     /// Inner packets and bytes of all peers that are or were active.
     pub traffic: Traffic,
+    /// Of the same peers.
+    pub handshakes: Handshakes,
+    /// Initiations that were not answered. Why, `drops` says.
+    pub handshakes_refused: u64,
+    /// Packets that wait for paths.
+    pub held: Held,
+}
+
+/// Packets (or super-packets) that wait for paths, of all peers together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Held {
+    /// How many.
+    pub packets: usize,
+    /// Since when the first of them waits; `None`: nothing does.
+    pub oldest: Option<Duration>,
+}
+
+impl Held {
+    pub(crate) fn add(&mut self, other: Self) {
+        self.packets += other.packets;
+        self.oldest = self.oldest.max(other.oldest);
+    }
 }
 
 impl TunnelStats {

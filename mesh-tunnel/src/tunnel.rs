@@ -40,7 +40,7 @@ use crate::{
     egress::Egress,
     inbound::{Arrival, Inbox, Sender},
     outbound::Outbox,
-    peer::{Peer, Peers},
+    peer::{Peer, Peers, Sums},
     route::RouteTable,
     stats::{DropReason, Drops, PeerStats, PeerTraffic, TunnelStats},
     transmit::{Leave, Refusals, RelayUdpTable},
@@ -198,6 +198,7 @@ impl Tunnel {
             held_bytes: AtomicUsize::new(0),
             errors_allowed: AtomicUsize::new(0),
             handshakes,
+            handshakes_refused: AtomicU64::new(0),
             waiting: Mutex::new(waiting),
             inboxes: Pool::default(),
             outboxes: Pool::default(),
@@ -456,11 +457,19 @@ impl Tunnel {
     #[must_use]
     pub fn stats(&self) -> TunnelStats {
         let peers = self.0.peers();
+        let Sums {
+            traffic,
+            handshakes,
+            held,
+        } = peers.sums(Instant::now());
         TunnelStats {
             drops: self.0.drops.snapshot(),
             active_peers: peers.awake_len(),
             spare_sockets: self.0.bursts.counts(),
-            traffic: peers.traffic(),
+            traffic,
+            handshakes,
+            handshakes_refused: self.0.handshakes_refused.load(Relaxed),
+            held,
         }
     }
 
@@ -566,6 +575,7 @@ pub(crate) struct Inner {
     /// ICMP errors that may still be made until the next tick.
     pub(crate) errors_allowed: AtomicUsize,
     pub(crate) handshakes: SyncSender<Handshake>,
+    pub(crate) handshakes_refused: AtomicU64,
     /// Their other end, which the control thread has in hand as long as it lives.
     pub(crate) waiting: Mutex<Receiver<Handshake>>,
     inboxes: Pool<Inbox>,

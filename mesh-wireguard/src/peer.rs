@@ -77,6 +77,36 @@ pub struct Due {
     pub idle: bool,
 }
 
+/// What became of handshakes with a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Handshakes {
+    /// Series of initiations that this end began. Those that neither of the next three counts are under way, or were
+    /// forgotten with the peer.
+    pub begun: u64,
+    /// Those that the peer's response ended.
+    pub completed: u64,
+    /// Those that a handshake which the peer began ended before.
+    pub overtaken: u64,
+    /// Those that nobody answered within [`REKEY_ATTEMPT_TIME`].
+    pub timed_out: u64,
+    /// Initiations of the peer that were answered.
+    pub answered: u64,
+    /// Those whose answer the peer has proven to have. The answers to others were lost, or too late.
+    pub proven: u64,
+}
+
+impl Handshakes {
+    /// Those of another peer as well.
+    pub fn add(&mut self, other: Self) {
+        self.begun += other.begun;
+        self.completed += other.completed;
+        self.overtaken += other.overtaken;
+        self.timed_out += other.timed_out;
+        self.answered += other.answered;
+        self.proven += other.proven;
+    }
+}
+
 /// An initiation that was sent.
 struct Initiation {
     noise: Box<HandshakeState>,
@@ -105,6 +135,7 @@ pub struct Peer {
     current: Option<Arc<Session>>,
     renewed_for: Option<u32>,
     last_handshake: Option<Instant>,
+    handshakes: Handshakes,
 }
 
 impl fmt::Debug for Peer {
@@ -136,6 +167,7 @@ impl Peer {
             current: None,
             renewed_for: None,
             last_handshake: None,
+            handshakes: Handshakes::default(),
         }
     }
 
@@ -166,6 +198,12 @@ impl Peer {
         self.last_handshake
     }
 
+    /// What became of its handshakes.
+    #[must_use]
+    pub fn handshakes(&self) -> Handshakes {
+        self.handshakes
+    }
+
     /// Whether an initiation waits for its response.
     #[must_use]
     pub fn is_initiating(&self) -> bool {
@@ -190,6 +228,7 @@ impl Peer {
         let noise = Box::new(noise);
         self.initiations.push_back(Initiation { noise, index });
         let jitter = Duration::from_millis(rand::random_range(0..=JITTER_MAX_MS));
+        self.handshakes.begun += u64::from(self.series.is_none());
         let begun = self.series.map_or(now, |(begun, _)| begun);
         self.series = Some((begun, now + REKEY_TIMEOUT + jitter));
         self.with_macs(&body, index, now)
@@ -226,6 +265,7 @@ impl Peer {
         let response = self.with_macs(&body, index, now).ok_or(Refused::Forged)?;
         self.timestamp_seen = timestamp;
         self.answered_at = Some(now);
+        self.handshakes.answered += 1;
         self.add(Arc::clone(&session));
         Ok((response, session))
     }
@@ -247,6 +287,7 @@ impl Peer {
             handshake::finish(&mut initiation.noise, response).ok_or(Refused::Forged)?;
         let session = Session::new(&keys, Role::Initiator, receiver, remote, now);
         let session = Arc::new(session.ok_or(Refused::Forged)?);
+        self.handshakes.completed += 1;
         self.add(Arc::clone(&session));
         self.establish(Arc::clone(&session), now);
         Ok(session)
@@ -259,6 +300,8 @@ impl Peer {
         let found = all.find(|session| session.local() == index).cloned();
         match found.filter(|session| session.prove()) {
             Some(session) => {
+                self.handshakes.proven += 1;
+                self.handshakes.overtaken += u64::from(self.series.is_some());
                 self.establish(session, now);
                 true
             }
@@ -310,6 +353,7 @@ impl Peer {
         let (data_sent, data_received) = activity.take_data();
         match self.series {
             Some((begun, _)) if now.saturating_duration_since(begun) >= REKEY_ATTEMPT_TIME => {
+                self.handshakes.timed_out += 1;
                 self.series = None;
                 self.initiations.clear();
                 activity.forget_unanswered();

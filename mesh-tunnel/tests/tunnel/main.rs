@@ -22,7 +22,7 @@ use std::{
 
 use harness::*;
 use mesh_tunnel::{
-    stats::DropReason,
+    stats::{DropReason, Held},
     tunnel::{External, TunnelEvent},
 };
 use mesh_wire::{
@@ -224,9 +224,14 @@ fn what_waits_too_long_is_dropped_and_counted() {
     wait_until("64 wait and 6 do not", || {
         a.tunnel.stats().dropped(DropReason::HeldTooMany) == 6
     });
+    let held = a.tunnel.stats().held;
+    assert!(
+        held.packets == 64 && held.oldest < Some(Duration::from_secs(3)) && held.oldest.is_some()
+    );
     wait_until("2 s are over", || {
         a.tunnel.stats().dropped(DropReason::HeldTooLong) == 64
     });
+    assert_eq!(a.tunnel.stats().held, Held::default());
 }
 
 #[test]
@@ -310,7 +315,12 @@ fn an_unknown_key_is_not_answered_and_a_forgotten_peer_is_cut_off() {
         _ => None,
     });
     assert_eq!(refused, (a.id, None));
-    assert_eq!(b.tunnel.stats().active_peers, 0);
+    let stats = b.tunnel.stats();
+    assert_eq!((stats.active_peers, stats.handshakes_refused), (0, 1));
+    // What was counted of a peer that is forgotten stays.
+    assert!(stats.handshakes.proven > 0);
+    let began = a.tunnel.stats().handshakes;
+    assert!(began.completed > 0 && began.begun > began.completed);
 }
 
 #[test]

@@ -159,6 +159,44 @@ fn both_may_begin_at_once_and_answers_may_come_late_and_nothing_is_lost() {
 }
 
 #[test]
+fn handshakes_are_counted_by_who_began_them_and_how_they_ended() {
+    let start = Instant::now();
+    let [mut one, mut other] = End::pair(zeros(), start);
+    connect(&mut one, &mut other, start);
+    // Both begin again; the other's is the one that is completed.
+    let then = start + REKEY_TIMEOUT;
+    let clock = CLOCK + REKEY_TIMEOUT;
+    one.initiate(then, clock);
+    one.initiate(then + TICK, clock + TICK);
+    let theirs = other.initiate(then, clock);
+    let answer = one.answer(&theirs, then).unwrap();
+    other.peer.finish(&answer, then).unwrap();
+    let proof = other.seal(b"", then);
+    one.open(proof, then).unwrap();
+    // And then nobody answers.
+    let later = then + REKEY_TIMEOUT;
+    one.initiate(later, clock + REKEY_TIMEOUT);
+    one.peer.tick(&one.activity, later + REKEY_ATTEMPT_TIME);
+    let counted = Handshakes {
+        begun: 3,
+        completed: 1,
+        overtaken: 1,
+        timed_out: 1,
+        answered: 1,
+        proven: 1,
+    };
+    assert_eq!(one.peer.handshakes(), counted);
+    let counted = Handshakes {
+        begun: 1,
+        completed: 1,
+        answered: 1,
+        proven: 1,
+        ..Handshakes::default()
+    };
+    assert_eq!(other.peer.handshakes(), counted);
+}
+
+#[test]
 fn another_preshared_key_proves_nothing() {
     let now = Instant::now();
     let keys = [PresharedKey::new([5; 32]), PresharedKey::new([6; 32])];
