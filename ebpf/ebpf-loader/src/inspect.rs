@@ -269,6 +269,13 @@ fn memory(info: &MapInfo) -> Option<u64> {
     line?.trim().parse().ok()
 }
 
+/// How many entries the map with this number has, by a system call for each; `None`: it is gone, or none of those that are
+/// counted.
+pub(crate) fn entries_of(id: u32) -> Option<u32> {
+    let info = MapInfo::from_id(id).ok()?;
+    entries(&info).ok().flatten()
+}
+
 /// How many entries a map has; `None` if it is of a kind that is always as large as it can be.
 fn entries(info: &MapInfo) -> Result<Option<u32>, MapError> {
     let most = info.max_entries();

@@ -8,6 +8,7 @@
 
 mod cgroup;
 mod connects;
+pub mod fill;
 pub mod guard;
 pub mod inspect;
 mod leftover;

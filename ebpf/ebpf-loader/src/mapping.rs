@@ -150,6 +150,11 @@ impl Mappings {
         Ok(wanted.len() - kept.len())
     }
 
+    /// How many subnets are translated.
+    pub(crate) fn len(&self) -> usize {
+        self.installed.len()
+    }
+
     pub(crate) fn ebpf(&self) -> &Ebpf {
         &self.ebpf
     }

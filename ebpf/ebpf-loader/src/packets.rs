@@ -111,6 +111,11 @@ impl Interfaces {
         &self.links
     }
 
+    /// Prefixes whose clients keep their address.
+    pub(crate) fn kept_len(&self) -> usize {
+        self.kept.len()
+    }
+
     /// Whether packets of the interface are looked at.
     pub(crate) fn has(&self, index: NonZeroU32) -> bool {
         self.links.contains_key(&index)

@@ -308,6 +308,18 @@ impl Policy {
         &self.links
     }
 
+    /// What the maps hold.
+    pub(crate) fn installed(&self) -> &Tables {
+        &self.installed
+    }
+
+    /// How many interfaces of pods are known, and how many are ports of bridges.
+    pub(crate) fn interfaces_len(&self) -> (usize, usize) {
+        let tunnel = self.tunnel;
+        let pods = self.links.keys().filter(|index| Some(**index) != tunnel);
+        (pods.count(), self.bridges.len())
+    }
+
     /// Ends it, also where it would be kept.
     pub fn remove(mut self) {
         self.keeper.pins().into_iter().for_each(guard::withdraw);

@@ -26,9 +26,9 @@ use crate::{
     patiently, program, rejected,
 };
 
-const HOSTS: &str = "hf_hosts";
-const ROUTES: &str = "hf_routes";
-const LINKS: &str = "hf_redirects";
+pub(crate) const HOSTS: &str = "hf_hosts";
+pub(crate) const ROUTES: &str = "hf_routes";
+pub(crate) const LINKS: &str = "hf_redirects";
 const COUNTERS: &str = "hf_redir_counters";
 
 /// Of a prefix that is one address, as the programs compare it.
@@ -119,6 +119,18 @@ impl Told {
     /// Those whose packets are redirected.
     pub(crate) fn interfaces(&self) -> impl Iterator<Item = NonZeroU32> + '_ {
         self.links.keys().copied()
+    }
+
+    /// Routes to single addresses, and all others.
+    pub(crate) fn routes_len(&self) -> (usize, usize) {
+        let is_host = |prefix: &&(IpAddr, u8)| key(**prefix).prefix_len() == HOST_LEN;
+        let hosts = self.routes.keys().filter(is_host).count();
+        (hosts, self.routes.len() - hosts)
+    }
+
+    /// Interfaces to which packets are redirected.
+    pub(crate) fn slots_len(&self) -> usize {
+        self.slots.len()
     }
 
     /// Loads the programs, attached nowhere yet. What an earlier process said is forgotten.

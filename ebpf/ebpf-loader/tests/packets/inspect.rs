@@ -4,6 +4,7 @@ use std::{collections::BTreeSet, fs, path::Path};
 
 use ebpf_loader::{
     BPFFS, Clients, Frontend, LinkHeader, Pins, Protocol, Services,
+    fill::{Fill, FlowCounts},
     inspect::{At, LoadedProgram, maps},
     mapping::Mappings,
     policy::Policy,
@@ -17,6 +18,13 @@ use crate::{
 fn ids(programs: &[LoadedProgram]) -> BTreeSet<u32> {
     let ids = programs.iter().flat_map(|program| &program.map_ids);
     ids.copied().collect()
+}
+
+fn fills(services: &Services, policy: &Policy, mappings: &Mappings) -> Vec<Fill> {
+    let flows = [services.flow_maps(), policy.flow_maps()].concat();
+    let flows = FlowCounts::default().fills(&flows);
+    assert_eq!(flows.len(), 13, "{flows:?}");
+    [services.fills(), policy.fills(), mappings.fills(), flows].concat()
 }
 
 fn of<'a>(programs: &'a [LoadedProgram], name: &str) -> &'a LoadedProgram {
@@ -83,6 +91,17 @@ fn what_is_in_each_map_is_counted_whatever_its_keys() {
     assert_eq!(entries("hf_frontends"), Some(1));
     assert_eq!(entries("hf_endpoints"), Some(2));
     assert_eq!(entries("hf_pol_flows"), Some(0));
+    for fill in fills(&lan.services, &policy, &mappings) {
+        let map = found.iter().find(|map| map.name == fill.map);
+        let map = map.unwrap_or_else(|| panic!("{fill:?}"));
+        let counted = map.entries.unwrap_or(0) as usize;
+        // One of devices is always as large as it can be.
+        assert!(
+            fill.entries == counted || map.kind == "devmap",
+            "{fill:?} {map:?}"
+        );
+        assert!(fill.entries_max > 1 && fill.entries_max <= map.entries_max as usize);
+    }
     for map in &found {
         let grows = ["hash", "lru_hash", "lpm_trie", "devmap_hash"].contains(&map.kind);
         assert_eq!(map.entries.is_some(), grows, "{map:?}");
