@@ -16,7 +16,7 @@ use std::{
 
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
-use ebpf_loader::Services;
+use ebpf_loader::{Services, fill::FlowCounts};
 use futures_util::{Stream, stream};
 use mesh_api::{
     admin::{
@@ -76,6 +76,8 @@ pub struct Admin {
     facts: Facts,
     connection: watch::Receiver<Connection>,
     socket: PathBuf,
+    /// Of maps that are counted for Prometheus.
+    flow_counts: Arc<Mutex<FlowCounts>>,
 }
 
 /// What the driver does not know.
@@ -143,6 +145,7 @@ impl Admin {
             facts,
             connection,
             socket,
+            flow_counts: Arc::default(),
         }
     }
 
@@ -167,8 +170,15 @@ impl Admin {
     pub async fn metrics(self) -> Page {
         let shown = async {
             let status = self.whole_status().await?;
-            let measured = self.ask(|driver| report::measured(driver)).await?;
-            Ok(metrics::page(&status, &measured, &self.facts.dns_counters))
+            let DriverHandle(queue) = &self.driver;
+            let events = queue.max_capacity() - queue.capacity();
+            let asked = Instant::now();
+            let measured = self
+                .ask(move |driver| report::measured(driver, asked, events))
+                .await?;
+            let kernel = self.kernel_measured().await?;
+            let dns = &self.facts.dns_counters;
+            Ok(metrics::page(&status, &measured, &kernel, dns))
         };
         shown.await.unwrap_or_else(|error: Status| {
             tracing::debug!(%error, "no metrics");

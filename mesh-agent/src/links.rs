@@ -23,7 +23,7 @@ use mesh_daemon::http_proxy::HttpProxy;
 use mesh_identity::credentials::Credentials;
 use mesh_linux::{IfIndex, thread::raise_priority};
 use mesh_relay::client::{
-    self, Link, LinkConfig, LinkEvent, OnData, UdpPort,
+    self, Link, LinkConfig, LinkEvent, OnData, UdpPort, Waiting,
     outbound::{DeviceFor, Outbound, ResolveFor},
 };
 use mesh_tunnel::{
@@ -125,6 +125,18 @@ impl HubLinks {
 }
 
 impl HubLinks {
+    fn waiting(&self) -> Waiting {
+        let mut sum = Waiting::default();
+        for link in [&self.quic, &self.tls] {
+            sum.add(
+                link.load()
+                    .as_ref()
+                    .map_or(Waiting::default(), |link| link.waiting()),
+            );
+        }
+        sum
+    }
+
     /// Tells the packet path how the relay is reached by plain UDP: while there is a QUIC link its
     /// frames are taken, and while it is bound, and TLS not preferred, they are sent too.
     fn tell_udp(&self, id: RelayId, tunnel: &Tunnel) {
@@ -370,6 +382,15 @@ impl Links {
             RelayTransport::Tls => "tls",
         };
         Some((transport, link.rtt()))
+    }
+
+    /// Packets that wait in front of all links.
+    #[must_use]
+    pub fn waiting(&self) -> Waiting {
+        let mut sum = Waiting::default();
+        let hubs = self.hubs.values();
+        hubs.for_each(|hub| sum.add(hub.links.waiting()));
+        sum
     }
 
     /// Closes every link.

@@ -9,6 +9,7 @@ use std::{
 
 use anyhow::Context as _;
 use ebpf_loader::{
+    fill::Fill,
     inspect::LoadedProgram,
     mapping::{Mapping, Mappings},
 };
@@ -102,6 +103,13 @@ impl Mapper {
     pub fn loaded(&self) -> Vec<LoadedProgram> {
         let programs = self.programs.as_ref();
         programs.map_or_else(Vec::new, |programs| programs.programs(self.tunnel.0))
+    }
+
+    /// How full its maps are.
+    #[must_use]
+    pub fn fills(&self) -> Vec<Fill> {
+        let programs = self.programs.as_ref();
+        programs.map(Mappings::fills).unwrap_or_default()
     }
 
     /// How it stands.

@@ -4,10 +4,11 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use ebpf_loader::fill::Fill;
 use mesh_api::admin::{Health, StatusResponse};
 use mesh_daemon::metrics::{Labels, Page};
 use mesh_dns::counters::{Counters, DropReason, Waits};
-use mesh_tunnel::stats::Traffic;
+use mesh_tunnel::stats::{Handshakes, Traffic};
 
 /// Upper ends of the classes of round trips, in milliseconds: a LAN, a region, a continent, the world, a satellite, a queue.
 const RTT_LE_MS: [u32; 8] = [1, 5, 20, 50, 100, 200, 500, 1_000];
@@ -18,7 +19,7 @@ const LOSS_LE_PERCENT: [u32; 5] = [0, 1, 5, 10, 25];
 /// One path to a peer.
 #[derive(Debug, Clone, Copy)]
 pub struct Path {
-    /// `udp`, `relay_quic`, `relay_tls`, or `relay_down`.
+    /// `udp`, `relay_udp`, `relay_quic`, `relay_tls`, or `relay_down`.
     pub transport: &'static str,
     /// As `meshctl path why` has it.
     pub state: &'static str,
@@ -35,11 +36,56 @@ pub struct Measured {
     pub paths: Vec<Path>,
     /// Packets and bytes inside the tunnel.
     pub traffic: Traffic,
+    /// With all peers, also those that are asleep again.
+    pub handshakes: Handshakes,
+    /// Initiations that were not answered.
+    pub handshakes_refused: u64,
+    /// By name.
+    pub queues: [(&'static str, Queue); 3],
 }
+
+/// What waits somewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Queue {
+    /// How much.
+    pub entries: usize,
+    /// Since when the first of it waits.
+    pub age: Duration,
+}
+
+/// What the kernel's programs tell beside the status.
+#[derive(Debug, Clone, Default)]
+pub struct Kernel {
+    /// How full the maps are.
+    pub maps: Vec<Fill>,
+    /// What became of processes' calls; empty where the kernel serves no services.
+    pub sockets: BTreeMap<String, u64>,
+}
+
+/// Counters of flows to services: where they get their endpoint, the counter's name there, and what that means. What is
+/// redirected are packets, of flows that are counted here as others are.
+const FLOWS: [(&str, &str, &str); 16] = [
+    ("socket", "connect_rewritten", "translated"),
+    ("socket", "connect_refused", "refused"),
+    ("socket", "connect_failed", "failed"),
+    ("socket", "flow_moved", "moved"),
+    ("socket", "send_rewritten", "datagram_translated"),
+    ("socket", "send_refused", "datagram_refused"),
+    ("packet", "flow_opened", "translated"),
+    ("packet", "refused_tcp", "refused"),
+    ("packet", "refused_udp", "refused"),
+    ("packet", "refused_silently", "refused"),
+    ("packet", "connect_failed", "failed"),
+    ("packet", "clash", "clash"),
+    ("packet", "not_in_range", "not_in_range"),
+    ("packet", "not_local", "not_local"),
+    ("packet", "flow_lost", "lost"),
+    ("packet", "masquerade_full", "masquerade_full"),
+];
 
 /// The whole page.
 #[must_use]
-pub fn page(status: &StatusResponse, measured: &Measured, dns: &Counters) -> Page {
+pub fn page(status: &StatusResponse, measured: &Measured, kernel: &Kernel, dns: &Counters) -> Page {
     let mut page = Page::new("holdfast_agent");
     let version = [(vec![("version", status.version.clone())], 1)];
     page.gauges("build_info", "Which version runs", version);
@@ -84,8 +130,82 @@ pub fn page(status: &StatusResponse, measured: &Measured, dns: &Counters) -> Pag
     ] {
         page.counters(name, help, by_outcome(counts));
     }
+    add_handshakes(&mut page, measured);
+    add_queues(&mut page, &measured.queues);
+    add_kernel(&mut page, status, kernel);
     add_dns(&mut page, dns);
     page
+}
+
+fn add_handshakes(page: &mut Page, measured: &Measured) {
+    let Handshakes {
+        begun,
+        completed,
+        overtaken,
+        timed_out,
+        answered,
+        proven,
+    } = measured.handshakes;
+    let counted = [
+        ("out", "begun", begun),
+        ("out", "completed", completed),
+        ("out", "overtaken", overtaken),
+        ("out", "timed_out", timed_out),
+        ("in", "answered", answered),
+        ("in", "completed", proven),
+        ("in", "refused", measured.handshakes_refused),
+    ];
+    let counted = counted.map(|(direction, outcome, count)| {
+        let labels = [("direction", direction), ("outcome", outcome)];
+        (labelled(labels), count)
+    });
+    let help = "WireGuard handshakes, by who begins them and what became of them";
+    page.counters("handshakes", help, counted);
+}
+
+fn add_queues(page: &mut Page, queues: &[(&'static str, Queue)]) {
+    let entries = queues.iter();
+    let entries = entries.map(|(name, queue)| (label("queue", name), wide(queue.entries)));
+    page.gauges("queue_entries", "What waits, by queue", entries);
+    let ages = queues.iter();
+    let ages = ages.map(|(name, queue)| (label("queue", name), queue.age.as_secs_f64()));
+    let help = "Since when the first of it waits; 0: nothing does";
+    page.seconds_each("queue_age", help, ages);
+}
+
+fn add_kernel(page: &mut Page, status: &StatusResponse, kernel: &Kernel) {
+    let labels = |fill: &Fill| {
+        let labels = [
+            ("map", fill.map.as_str()),
+            ("when_full", fill.when_full.as_str()),
+        ];
+        labelled(labels)
+    };
+    let fills = kernel.maps.iter();
+    let fills = fills.map(|fill| (labels(fill), wide(fill.entries)));
+    let help = "Entries of the kernel's maps; of flows, when they were counted last";
+    page.gauges("map_entries", help, fills);
+    let room = kernel.maps.iter();
+    let room = room.map(|fill| (labels(fill), wide(fill.entries_max)));
+    let help = "Entries that are put into them at most";
+    page.gauges("map_capacity", help, room);
+    if kernel.sockets.is_empty() {
+        return;
+    }
+    let mut flows: BTreeMap<_, u64> = BTreeMap::new();
+    for (level, counter, outcome) in FLOWS {
+        let counters = match level {
+            "socket" => &kernel.sockets,
+            _ => &status.service_packets,
+        };
+        *flows.entry((level, outcome)).or_default() += counters.get(counter).unwrap_or(&0);
+    }
+    let flows = flows.into_iter().map(|((level, outcome), count)| {
+        let labels = [("level", level), ("outcome", outcome)];
+        (labelled(labels), count)
+    });
+    let help = "Flows to services, by where they get their endpoint and what became of them";
+    page.counters("service_flows", help, flows);
 }
 
 fn add_health(page: &mut Page, status: &StatusResponse) {
@@ -325,6 +445,11 @@ fn add_dns(page: &mut Page, dns: &Counters) {
             "Answers that the log of queries left out",
             &dns.unlogged,
         ),
+        (
+            "dns_denied_left_out",
+            "Answers to pods without endpoints that policy denies to them",
+            &dns.denied_left_out,
+        ),
     ] {
         page.counter(name, help, counter.get());
     }
@@ -350,7 +475,11 @@ fn by_outcome(counts: &BTreeMap<String, u64>) -> impl Iterator<Item = (Labels, u
 }
 
 fn label(name: &'static str, value: &str) -> Labels {
-    vec![(name, value.to_owned())]
+    labelled([(name, value)])
+}
+
+fn labelled<const N: usize>(labels: [(&'static str, &str); N]) -> Labels {
+    labels.map(|(name, value)| (name, value.to_owned())).into()
 }
 
 fn wide(count: usize) -> u64 {
@@ -361,9 +490,21 @@ fn wide(count: usize) -> u64 {
 mod tests {
     use std::collections::BTreeSet;
 
+    use ebpf_loader::fill::WhenFull;
     use mesh_api::admin::RelayStatus;
 
     use super::*;
+
+    #[test]
+    fn every_counter_of_flows_is_one_that_the_programs_have() {
+        for (level, counter, _) in FLOWS {
+            let source = match level {
+                "socket" => include_str!("../../ebpf/ebpf-abi/src/lib.rs"),
+                _ => include_str!("../../ebpf/ebpf-abi/src/packets.rs"),
+            };
+            assert!(source.contains(&format!(" = \"{counter}\",")), "{counter}");
+        }
+    }
 
     #[test]
     fn a_node_is_told_in_closed_sets_of_labels() {
@@ -385,7 +526,9 @@ mod tests {
             relays: vec![relay("quic", true), relay("quic", false), relay("", false)],
             peers: BTreeMap::from([("direct".to_owned(), 3)]),
             drops: BTreeMap::from([("replay".to_owned(), 5)]),
-            service_packets: BTreeMap::from([("forwarded".to_owned(), 7)]),
+            service_packets: [("flow_opened", 7), ("refused_tcp", 2), ("refused_udp", 3)]
+                .map(|(counter, count)| (counter.to_owned(), count))
+                .into(),
             policy_packets: BTreeMap::from([("allowed".to_owned(), 9)]),
             transitions: BTreeMap::from([("peer relayed direct".to_owned(), 2)]),
             ..StatusResponse::default()
@@ -396,6 +539,10 @@ mod tests {
             rtt: Some(Duration::from_millis(rtt_ms)),
             loss: Some(loss),
         };
+        let queue = Queue {
+            entries: 2,
+            age: Duration::from_millis(1_500),
+        };
         let measured = Measured {
             paths: vec![
                 path("primary", 4, 0.0),
@@ -403,10 +550,28 @@ mod tests {
                 path("standby", 1, 0.0),
             ],
             traffic: Traffic::default(),
+            handshakes: Handshakes {
+                begun: 11,
+                completed: 6,
+                overtaken: 1,
+                timed_out: 4,
+                answered: 3,
+                proven: 2,
+            },
+            handshakes_refused: 13,
+            queues: ["events", "held", "relay"].map(|name| (name, queue)),
         };
-        let text = page(&status, &measured, &Counters::default())
-            .text()
-            .unwrap();
+        let kernel = Kernel {
+            maps: vec![Fill {
+                map: "hf_frontends".to_owned(),
+                entries: 5,
+                entries_max: 1_000,
+                when_full: WhenFull::LeftOut,
+            }],
+            sockets: BTreeMap::from([("connect_rewritten".to_owned(), 21)]),
+        };
+        let shown = || page(&status, &measured, &kernel, &Counters::default());
+        let text = shown().text().unwrap();
         for line in [
             "health 1",
             "problems 1",
@@ -426,6 +591,18 @@ mod tests {
             "paths_at_rtt_seconds{le=\"+Inf\"} 2",
             "paths_at_loss_ratio{le=\"0.05\"} 1",
             "paths_at_loss_ratio{le=\"0.1\"} 2",
+            "handshakes_total{direction=\"out\",outcome=\"begun\"} 11",
+            "handshakes_total{direction=\"out\",outcome=\"timed_out\"} 4",
+            "handshakes_total{direction=\"in\",outcome=\"completed\"} 2",
+            "handshakes_total{direction=\"in\",outcome=\"refused\"} 13",
+            "queue_entries{queue=\"held\"} 2",
+            "queue_age_seconds{queue=\"events\"} 1.5",
+            "map_entries{map=\"hf_frontends\",when_full=\"left_out\"} 5",
+            "map_capacity{map=\"hf_frontends\",when_full=\"left_out\"} 1000",
+            "service_flows_total{level=\"socket\",outcome=\"translated\"} 21",
+            "service_flows_total{level=\"socket\",outcome=\"refused\"} 0",
+            "service_flows_total{level=\"packet\",outcome=\"translated\"} 7",
+            "service_flows_total{level=\"packet\",outcome=\"refused\"} 5",
             "dns_queries_total 0",
             "dns_cached 0",
             "dns_wait_seconds_bucket{le=\"0.001\"} 0",
@@ -439,10 +616,7 @@ mod tests {
             include_str!("../../deploy/monitoring/alerts.yaml"),
             include_str!("../../deploy/monitoring/dashboard.json"),
         ] {
-            assert_eq!(
-                page(&status, &measured, &Counters::default()).lacks(asks),
-                Ok(BTreeSet::new())
-            );
+            assert_eq!(shown().lacks(asks), Ok(BTreeSet::new()));
         }
         assert!(!text.contains("secret-customer") && !text.contains("edge-a1"));
     }

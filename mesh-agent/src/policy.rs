@@ -13,7 +13,12 @@ use std::{
 };
 
 use anyhow::Context as _;
-use ebpf_loader::{Pins, inspect::LoadedProgram, policy as kernel};
+use ebpf_loader::{
+    Pins,
+    fill::{Fill, FlowMap},
+    inspect::LoadedProgram,
+    policy as kernel,
+};
 use mesh_api::cni::POLICY_FILE;
 use mesh_core::{
     policy::{
@@ -232,6 +237,14 @@ impl Enforcer {
     pub fn loaded(&self) -> Vec<LoadedProgram> {
         let programs = self.programs.as_ref();
         programs.map(kernel::Policy::programs).unwrap_or_default()
+    }
+
+    /// How full its maps are, and those that have to be counted for that.
+    #[must_use]
+    pub fn fills(&self) -> (Vec<Fill>, Vec<FlowMap>) {
+        let programs = self.programs.as_ref();
+        let fills = |programs: &kernel::Policy| (programs.fills(), programs.flow_maps());
+        programs.map(fills).unwrap_or_default()
     }
 
     /// How it stands.

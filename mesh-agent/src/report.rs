@@ -31,7 +31,7 @@ use tokio::time;
 use crate::{
     admin::Facts,
     driver::Driver,
-    metrics::{Measured, Path},
+    metrics::{Measured, Path, Queue},
     portmap,
     proxy::Proxy,
     sync::Connection,
@@ -148,14 +148,15 @@ pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> Status
     }
 }
 
-/// What the driver knows that is measured, for Prometheus.
+/// What the driver knows that is measured, for Prometheus, who `asked` then by its queue, in which so many `events` were.
 #[must_use]
-pub fn measured(driver: &Driver) -> Measured {
+pub fn measured(driver: &Driver, asked: Instant, events: usize) -> Measured {
     let peers = driver.core.peers();
     let paths = peers.flat_map(|peer| peer.paths).map(|path| Path {
         transport: match path.via {
             Via::Direct(_) => "udp",
             Via::Relay(id) => match driver.links().status(id) {
+                Some(("udp", _)) => "relay_udp",
                 Some(("quic", _)) => "relay_quic",
                 Some(_) => "relay_tls",
                 None => "relay_down",
@@ -165,9 +166,23 @@ pub fn measured(driver: &Driver) -> Measured {
         rtt: path.srtt,
         loss: path.loss,
     });
+    let tunnel = driver.tunnel.stats();
+    let relay = driver.links().waiting();
+    let queue = |entries, age: Option<Duration>| Queue {
+        entries,
+        age: age.unwrap_or_default(),
+    };
     Measured {
         paths: paths.collect(),
-        traffic: driver.tunnel.stats().traffic,
+        traffic: tunnel.traffic,
+        handshakes: tunnel.handshakes,
+        handshakes_refused: tunnel.handshakes_refused,
+        queues: [
+            // The question was the last in it.
+            ("events", queue(events, Some(asked.elapsed()))),
+            ("held", queue(tunnel.held.packets, tunnel.held.oldest)),
+            ("relay", queue(relay.frames, relay.oldest)),
+        ],
     }
 }
 

@@ -106,6 +106,21 @@ impl Page {
     }
 
     /// The same for each of `values`, which have the same labels.
+    pub fn seconds_each(
+        &mut self,
+        name: &str,
+        help: &str,
+        values: impl IntoIterator<Item = (Labels, f64)>,
+    ) {
+        let family: Family<Labels, Gauge<f64, AtomicU64>> = Family::default();
+        for (labels, value) in values {
+            family.get_or_create(&labels).set(value);
+        }
+        self.registry
+            .register_with_unit(name, help, Unit::Seconds, family);
+    }
+
+    /// A number that goes up and down, for each of `values`, which have the same labels.
     pub fn gauges(
         &mut self,
         name: &str,
@@ -303,6 +318,8 @@ mod tests {
         let mut page = Page::new("holdfast_test");
         page.gauge("peers", "Peers", 2);
         page.seconds("snapshot_age", "How old the snapshot is", 7.0);
+        let queue = vec![("queue", "held".to_owned())];
+        page.seconds_each("queue_age", "How long what waits", [(queue, 0.25)]);
         let reasons =
             ["replay", "de\"nied\\\n"].map(|reason| (vec![("reason", reason.to_owned())], 3));
         page.counters("drops", "Dropped packets", reasons);
@@ -319,6 +336,7 @@ mod tests {
             "# TYPE holdfast_test_peers gauge",
             "holdfast_test_peers 2",
             "holdfast_test_snapshot_age_seconds 7.0",
+            "holdfast_test_queue_age_seconds{queue=\"held\"} 0.25",
             "# TYPE holdfast_test_drops counter",
             "holdfast_test_drops_total{reason=\"replay\"} 3",
             "holdfast_test_drops_total{reason=\"de\\\"nied\\\\\\n\"} 3",

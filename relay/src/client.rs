@@ -34,6 +34,7 @@ use self::{
     udp::Udp,
 };
 use crate::queue::Queue;
+pub use crate::queue::Waiting;
 
 mod bind;
 mod connect;
@@ -225,6 +226,12 @@ impl Link {
     #[must_use]
     pub fn is_full(&self) -> bool {
         self.shared.queue.is_full(Instant::now())
+    }
+
+    /// Packets that wait in front of the link.
+    #[must_use]
+    pub fn waiting(&self) -> Waiting {
+        self.shared.queue.waiting(Instant::now())
     }
 
     /// The peers to which data can be sent as plain UDP, and the sessions for that; `None` while

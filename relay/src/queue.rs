@@ -54,6 +54,26 @@ impl Sent {
     }
 }
 
+/// Data frames that wait in front of one link, or of several.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Waiting {
+    /// How many.
+    pub frames: usize,
+    /// Their bytes.
+    pub bytes: usize,
+    /// Since when the first of them waits; `None`: none does.
+    pub oldest: Option<Duration>,
+}
+
+impl Waiting {
+    /// Those of another link as well.
+    pub fn add(&mut self, other: Self) {
+        self.frames += other.frames;
+        self.bytes += other.bytes;
+        self.oldest = self.oldest.max(other.oldest);
+    }
+}
+
 /// What goes over a link.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Item {
@@ -97,6 +117,16 @@ impl Queue {
     pub(crate) fn is_full(&self, now: Instant) -> bool {
         let state = self.lock();
         state.data_bytes >= FULL_BYTES || state.age(now).is_some_and(|age| age > FULL_AGE)
+    }
+
+    /// What waits. Frames that are worth nothing any more are among it until the next one comes or goes.
+    pub(crate) fn waiting(&self, now: Instant) -> Waiting {
+        let state = self.lock();
+        Waiting {
+            frames: state.data.len(),
+            bytes: state.data_bytes,
+            oldest: state.age(now),
+        }
     }
 
     /// Appends data frames; drops the oldest if there is no room for them.
@@ -259,6 +289,27 @@ mod tests {
         assert_eq!(push(&queue, 7, now).replaced, 1);
         assert_eq!(queue.lock().data_bytes, TLS_BYTES_MAX);
         assert_eq!(take(&queue, 1, now), Ok(vec![Item::Data(frame(1))]));
+    }
+
+    #[test]
+    fn it_is_told_how_much_waits_and_how_long() {
+        let (one, other, now) = (
+            Queue::new(TLS_BYTES_MAX),
+            Queue::new(TLS_BYTES_MAX),
+            Instant::now(),
+        );
+        assert_eq!(one.waiting(now), Waiting::default());
+        push(&one, 1, now);
+        push(&one, 2, now + FULL_AGE);
+        push(&other, 3, now + FULL_AGE);
+        let mut sum = one.waiting(now + AGE_MAX);
+        sum.add(other.waiting(now + AGE_MAX));
+        let expected = Waiting {
+            frames: 3,
+            bytes: 3 * 1024,
+            oldest: Some(AGE_MAX),
+        };
+        assert_eq!(sum, expected);
     }
 
     #[test]

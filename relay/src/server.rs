@@ -86,7 +86,7 @@ impl RelayHandle {
     /// What it counted, for Prometheus.
     #[must_use]
     pub fn metrics(&self) -> Page {
-        self.0.hub.totals_now().page()
+        self.0.hub.totals_now().page(self.0.hub.waiting())
     }
 
     /// What the relay shows of itself from now on, to who comes; links that are there stay.

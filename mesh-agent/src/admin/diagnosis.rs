@@ -91,7 +91,7 @@ impl Admin {
     }
 
     /// What became of processes' connects and datagrams. Beside the driver, as [`Admin::service_packets`].
-    async fn socket_counters(&self) -> Result<BTreeMap<String, u64>, Status> {
+    pub(super) async fn socket_counters(&self) -> Result<BTreeMap<String, u64>, Status> {
         let Some(services) = self.facts.services.clone() else {
             return Ok(BTreeMap::new());
         };

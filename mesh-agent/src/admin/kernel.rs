@@ -4,10 +4,13 @@ use std::{
     collections::BTreeSet,
     fs,
     net::IpAddr,
-    sync::{Arc, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
-use ebpf_loader::inspect::{self, LoadedMap, LoadedProgram};
+use ebpf_loader::{
+    fill::{Fill, FlowCounts},
+    inspect::{self, LoadedMap, LoadedProgram},
+};
 use mesh_api::admin::{
     BpfMap, BpfPlace, BpfProgram, BpfRequest, BpfResponse, KernelRoute, RouteRequest, RouteResponse,
 };
@@ -16,7 +19,7 @@ use tokio::task;
 use tonic::Status;
 
 use super::{Admin, Facts, diagnosis::internal};
-use crate::{network::chain, report, routes};
+use crate::{metrics::Kernel, network::chain, report, routes};
 
 /// Whether the kernel counts how often programs run (sysctl `kernel.bpf_stats_enabled`).
 const COUNTS_RUNS: &str = "/proc/sys/kernel/bpf_stats_enabled";
@@ -27,6 +30,16 @@ impl Admin {
         // Beside the driver, as `service_packets`; and a system call for each entry.
         let read = task::spawn_blocking(move || bpf(&facts, request.entries));
         read.await.map_err(internal)
+    }
+
+    /// What the kernel tells Prometheus beside the status. Beside the driver, as `service_packets`.
+    pub(super) async fn kernel_measured(&self) -> Result<Kernel, Status> {
+        let (facts, counts) = (self.facts.clone(), Arc::clone(&self.flow_counts));
+        let maps = task::spawn_blocking(move || fills(&facts, &counts));
+        Ok(Kernel {
+            maps: maps.await.map_err(internal)?,
+            sockets: self.socket_counters().await?,
+        })
     }
 
     pub(super) async fn route_report(
@@ -50,6 +63,33 @@ impl Admin {
         said.kernel = Some(kernel_route(address).await);
         Ok(said)
     }
+}
+
+/// How full the maps are. Nothing is held while entries are counted.
+fn fills(facts: &Facts, counts: &Mutex<FlowCounts>) -> Vec<Fill> {
+    let (mut fills, mut flows) = match &facts.services {
+        Some(services) => {
+            let services = services.lock().unwrap_or_else(PoisonError::into_inner);
+            (services.fills(), services.flow_maps())
+        }
+        None => (Vec::new(), Vec::new()),
+    };
+    let of_policy = {
+        let enforcer = &facts.enforcer;
+        let enforcer = enforcer.lock().unwrap_or_else(PoisonError::into_inner);
+        enforcer.fills()
+    };
+    fills.extend(of_policy.0);
+    flows.extend(of_policy.1);
+    let of_mapping = {
+        let mapper = &facts.mapper;
+        let mapper = mapper.lock().unwrap_or_else(PoisonError::into_inner);
+        mapper.fills()
+    };
+    fills.extend(of_mapping);
+    let mut counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
+    fills.extend(counts.fills(&flows));
+    fills
 }
 
 fn bpf(facts: &Facts, entries: bool) -> BpfResponse {

@@ -28,7 +28,7 @@ use quinn_udp::{EcnCodepoint, Transmit};
 
 use crate::{
     BATCH_FRAMES,
-    queue::Queue,
+    queue::{Queue, Waiting},
     quic::{SEND_BYTES_MAX, endpoint::Socket},
     server::totals::Totals,
 };
@@ -335,6 +335,16 @@ impl Hub {
 
     pub(super) fn log_totals(&self) {
         self.totals_now().log("stopped");
+    }
+
+    /// Data frames that wait in front of all links. The hub is held for a look at its table alone.
+    pub(super) fn waiting(&self) -> Waiting {
+        let queues: Vec<_> = self.lock().links.values().cloned().collect();
+        let (now, mut sum) = (Instant::now(), Waiting::default());
+        for queue in queues {
+            sum.add(queue.waiting(now));
+        }
+        sum
     }
 
     pub(super) fn totals_now(&self) -> Totals {

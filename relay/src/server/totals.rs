@@ -3,6 +3,8 @@
 use mesh_core::relay_server::Counters;
 use mesh_daemon::metrics::Page;
 
+use crate::queue::Waiting;
+
 /// Everything since the start; links: now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Totals {
@@ -84,10 +86,16 @@ impl Totals {
         tracing::info!("{what}: links={}{counts}", self.links);
     }
 
-    pub(super) fn page(&self) -> Page {
+    pub(super) fn page(&self, waiting: Waiting) -> Page {
         let mut page = Page::new("holdfast_relay");
         let links = u64::try_from(self.links).unwrap_or(u64::MAX);
         page.gauge("links", "Nodes' links that are up", links);
+        let bytes = u64::try_from(waiting.bytes).unwrap_or(u64::MAX);
+        let help = "Data that waits in front of links that take it slowly";
+        page.gauge("queue_bytes", help, bytes);
+        let age = waiting.oldest.unwrap_or_default().as_secs_f64();
+        let help = "Since when the first of it waits; 0: none does";
+        page.seconds("queue_age", help, age);
         for (name, help, count) in self.done() {
             page.counter(name, help, count);
         }
@@ -101,7 +109,7 @@ impl Totals {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
+    use std::{collections::BTreeSet, time::Duration};
 
     use super::*;
 
@@ -118,8 +126,16 @@ mod tests {
             ..Totals::default()
         };
         assert_eq!(totals.refused_or_dropped_sum(), 7);
-        let text = totals.page().text().unwrap();
+        let waiting = Waiting {
+            frames: 2,
+            bytes: 2_400,
+            oldest: Some(Duration::from_millis(1_500)),
+        };
+        let page = || totals.page(waiting);
+        let text = page().text().unwrap();
         for line in [
+            "holdfast_relay_queue_bytes 2400",
+            "holdfast_relay_queue_age_seconds 1.5",
             "holdfast_relay_links 2",
             "holdfast_relay_forwarded_bytes_total 1200",
             "holdfast_relay_refused_or_dropped_total{reason=\"rate_limited_frames\"} 3",
@@ -132,7 +148,7 @@ mod tests {
             include_str!("../../../deploy/monitoring/alerts.yaml"),
             include_str!("../../../deploy/monitoring/dashboard.json"),
         ] {
-            assert_eq!(totals.page().lacks(asks), Ok(BTreeSet::new()));
+            assert_eq!(page().lacks(asks), Ok(BTreeSet::new()));
         }
     }
 }
