@@ -11,13 +11,14 @@ use mesh_api::{
     serve::caller,
 };
 use mesh_daemon::metrics::Page;
-use mesh_identity::{authority::IssueError, token::JoinToken};
+use mesh_identity::{authority::IssueError, certificate::Validity, token::JoinToken};
 use mesh_wire::id::{Identity, NodeId, NodeName};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, watch},
     task::spawn_blocking,
     time::{Instant, sleep_until},
 };
+use tokio_rustls::rustls::pki_types::CertificateDer;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -172,6 +173,9 @@ impl ControlService {
         let csr = &request.get_ref().csr_der;
         let issued = self.state.node_certificate(&name, id, csr);
         let response = issued.map_err(|error| issue_status(&error))?;
+        let chain = response.certificate_chain_der.iter();
+        let chain: Vec<_> = chain.map(|der| der.as_slice().into()).collect();
+        self.remember_certificate(&name, &chain);
         tracing::info!(node = %name, "certificate renewed");
         Ok(Response::new(response))
     }
@@ -185,9 +189,11 @@ impl ControlService {
             let text = "this controller has not read everything yet that the mesh is made from: ask another, or again";
             return Err(Status::unavailable(text));
         }
+        let guard = self.state.begin_session(&name);
+        self.remember_certificate(&name, &caller(&request)?.certificates);
         let session = SyncSession {
             service: self.clone(),
-            guard: self.state.begin_session(&name),
+            guard,
             name,
             id,
             requests: Some(request.into_inner()),
@@ -210,6 +216,14 @@ impl ControlService {
             }
         });
         Ok(Response::new(Box::pin(responses)))
+    }
+
+    /// Until when the node's own certificate, the first of `chain`, lasts.
+    fn remember_certificate(&self, name: &NodeName, chain: &[CertificateDer<'_>]) {
+        let validity = chain.first().map(Validity::of);
+        if let Some(Ok(validity)) = validity {
+            self.state.certified(name, validity.not_after);
+        }
     }
 
     /// The node that called, if its certificate is this mesh's and its key still registered.

@@ -77,6 +77,7 @@ pub struct Counters {
     worked_out: [AtomicU64; 2],
     worked_out_ns: AtomicU64,
     refused_writes: AtomicU64,
+    left_out_events: AtomicU64,
 }
 
 impl Counters {
@@ -104,6 +105,11 @@ impl Counters {
     /// The API server took so many writes not.
     pub fn writes_refused(&self, count: usize) {
         add(Some(&self.refused_writes), wide(count));
+    }
+
+    /// So many changes were not told in Events.
+    pub fn events_left_out(&self, count: usize) {
+        add(Some(&self.left_out_events), wide(count));
     }
 }
 
@@ -183,6 +189,11 @@ pub fn page(facts: &Facts, counters: &Counters) -> Page {
         "cluster_writes_refused",
         "Statuses, MeshNodes and Events that the API server took not",
         counters.refused_writes.load(Relaxed),
+    );
+    page.counter(
+        "cluster_events_left_out",
+        "Changes that were told in no Event, for too many waited",
+        counters.left_out_events.load(Relaxed),
     );
     page
 }
@@ -297,6 +308,7 @@ mod tests {
         counters.worked_out(Duration::from_millis(1_500), true);
         counters.worked_out(Duration::from_millis(500), false);
         counters.writes_refused(3);
+        counters.events_left_out(4);
         let facts = Facts {
             generation: 9,
             made_unix_ms: 1_500,
@@ -321,6 +333,7 @@ mod tests {
             "reconciles_total{outcome=\"failed\"} 1",
             "reconcile_seconds_total 2.0",
             "cluster_writes_refused_total 3",
+            "cluster_events_left_out_total 4",
             "generation 9",
             "generation_timestamp_seconds 1.5",
             "agents_connected 2",

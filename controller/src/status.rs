@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use k8s_openapi::jiff::Timestamp;
 use mesh_api::control::{NodeReport, node_report::Nat};
 use mesh_core::snapshot::{Node, ServiceName};
+use mesh_identity::certificate::node_lifetime;
 use mesh_wire::id::{NodeId, NodeName};
 use serde_json::{Map, Value, json};
 
@@ -14,6 +15,11 @@ use crate::{
     desired::Desired,
     manifests::{Kind, Object, ObjectId},
 };
+
+pub use self::telling::Event;
+use self::telling::told;
+
+mod telling;
 
 /// How often a connected node's `lastSeen` is written: for 100,000 nodes, 28 writes a second.
 /// What else a status has is written when it changes.
@@ -30,8 +36,8 @@ pub const START_GRACE_S: i64 = 90;
 /// The reason of a node that somebody has to let in.
 const AWAITING_APPROVAL: &str = "AwaitingApproval";
 
-/// Longest note of an Event (`events.k8s.io/v1`).
-const NOTE_LEN_MAX: usize = 1024;
+/// A node renews its certificate when half of it is over, so that one with less than a quarter left is late by as much.
+const RENEWAL_OVERDUE_PART: u32 = 4;
 
 /// Longest time within which a node may say that it comes again: who names more is late after that.
 pub const RETURNS_WITHIN_S_MAX: u32 = 86_400;
@@ -47,6 +53,8 @@ pub struct Seen {
     pub generation: u64,
     /// It ends its streams itself, and comes again within so long; 0: it stays, and its stream's end is its own.
     pub returns_within_s: u32,
+    /// When the certificate ends that it showed or was given last, as Unix seconds.
+    pub certificate_ends_unix_s: Option<i64>,
     /// What else it said of itself.
     pub report: Report,
 }
@@ -141,19 +149,8 @@ pub struct Due {
     pub statuses: BTreeMap<ObjectId, Value>,
     /// MeshNodes that nobody made yet.
     pub missing: Vec<NodeName>,
-    /// Objects that are not Holdfast's, of which something is left out.
+    /// What became of an object, and of which that is not Holdfast's something is left out.
     pub events: Vec<Event>,
-}
-
-/// A rejected object that has no place for a status of ours.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Event {
-    /// Which.
-    pub id: ObjectId,
-    /// `metadata.uid`.
-    pub uid: String,
-    /// What is wrong.
-    pub note: String,
 }
 
 /// A condition's status, reason and message.
@@ -171,17 +168,11 @@ pub fn due(mesh: &Mesh) -> Due {
         }
         if is_own(item.id.kind) {
             if let Some(status) = mesh.changed(item, &ready) {
+                due.events.extend(told(item, &status, mesh.now_unix_s));
                 due.statuses.insert(item.id.clone(), status);
             }
         } else if let Some(text) = mesh.wrong(item) {
-            due.events.push(Event {
-                id: item.id.clone(),
-                uid: item.uid.clone(),
-                note: text
-                    .get(..text.floor_char_boundary(NOTE_LEN_MAX))
-                    .unwrap_or_default()
-                    .to_owned(),
-            });
+            due.events.push(Event::left_out(item, &text));
         }
     }
     let joined = mesh.desired.nodes.keys().filter(|_| leads);
@@ -377,7 +368,15 @@ impl Mesh<'_> {
         let joined = self.condition(item, "Joined", self.joined(item, node));
         let ready = readiness(node.is_some(), connected, visits);
         let ready = self.condition(item, "Ready", ready);
-        set("conditions", json!([accepted, joined, ready]));
+        let mut conditions = vec![accepted, joined, ready];
+        let ends = seen.and_then(|seen| seen.certificate_ends_unix_s);
+        let ends = ends.or_else(|| Some(time_in(&old["certificateExpires"])?.as_second()));
+        if let Some(ends_unix_s) = ends.filter(|_| node.is_some()) {
+            set("certificateExpires", json!(moment(ends_unix_s)));
+            let verdict = self.certificate(ends_unix_s);
+            conditions.push(self.condition(item, "CertificateCurrent", verdict));
+        }
+        set("conditions", json!(conditions));
         for name in ["snapshotGeneration", "snapshotTime", "paths"] {
             set(name, old[name].clone());
         }
@@ -425,6 +424,29 @@ impl Mesh<'_> {
                     ("False", "NeverJoined", text)
                 }
             },
+        }
+    }
+
+    /// Of a node whose certificate ends then.
+    fn certificate(&self, ends_unix_s: i64) -> Verdict {
+        let lifetime = node_lifetime(self.desired.mesh.offline_limit);
+        let overdue_s = (lifetime / RENEWAL_OVERDUE_PART).as_secs();
+        let left_s = ends_unix_s - self.now_unix_s;
+        let ends = moment(ends_unix_s);
+        if left_s <= 0 {
+            let text = format!(
+                "its certificate ended on {ends}: no controller and no relay lets the node in, until it joins again with a token"
+            );
+            ("False", "Expired", text)
+        } else if u64::try_from(left_s).is_ok_and(|left_s| left_s < overdue_s) {
+            let text = format!(
+                "its certificate ends on {ends} and was not renewed: the node has to reach a controller before, which renews it"
+            );
+            ("False", "RenewalOverdue", text)
+        } else {
+            // Without the time: it would be written with each renewal.
+            let text = "the node renews its certificate by itself".to_owned();
+            ("True", "Current", text)
         }
     }
 

@@ -2,7 +2,7 @@
 //! find the mesh's identity. All by server-side apply as one field manager, a bounded number a second.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
     time::Duration,
 };
@@ -26,7 +26,7 @@ use super::{client_error, read::api_resource};
 use crate::{
     manifests::{Kind, ObjectId},
     state::State,
-    status::{Due, Event, is_own, mesh_node_id},
+    status::{Due, Event, mesh_node_id},
 };
 
 /// Who owns the fields that the controller writes.
@@ -48,6 +48,10 @@ const WRITES_MAX: usize = 50;
 /// Most Events in a round: they are for people.
 const EVENTS_MAX: usize = 5;
 
+/// Most Events that wait for their round, some 1 KiB each: as many as 200 s take. A change is told once, so that when there
+/// are more, one is left out and counted; the object's status says it all the same.
+const EVENTS_WAITING_MAX: usize = 1000;
+
 /// Writes under way at once.
 const AT_ONCE: usize = 8;
 
@@ -66,6 +70,8 @@ pub(super) async fn run(state: Arc<State>, client: Client, namespace: String) {
         anchored: false,
         sent: BTreeMap::new(),
         told: BTreeSet::new(),
+        waiting: VecDeque::new(),
+        events_left_out: 0,
     };
     let mut rounds = interval(ROUND);
     rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -85,6 +91,8 @@ pub(super) async fn run(state: Arc<State>, client: Client, namespace: String) {
             // A leader that is none any more leaves the rest to the next one.
             let refused = writer.write(due, || state.leads() || !led).await;
             state.counters().writes_refused(refused);
+            let left_out = std::mem::take(&mut writer.events_left_out);
+            state.counters().events_left_out(left_out);
         }
     }
 }
@@ -94,8 +102,11 @@ struct Writer {
     anchored: bool,
     /// What was written or refused lately, by object.
     sent: BTreeMap<ObjectId, (Value, Instant)>,
-    /// Events that were told, by their names.
+    /// Events that were told or wait, by their names.
     told: BTreeSet<String>,
+    /// Those that wait.
+    waiting: VecDeque<(String, Event)>,
+    events_left_out: usize,
 }
 
 /// One write.
@@ -143,15 +154,22 @@ impl Writer {
         if self.told.len() > TOLD_MAX {
             self.told.clear();
         }
-        let mut room = EVENTS_MAX;
         for event in due.events {
             let name = event_name(&event);
-            if room > 0 && !self.told.contains(&name) {
-                room -= 1;
+            if self.told.contains(&name) {
+                continue;
+            }
+            // What still holds is due again in the next round.
+            if self.waiting.len() < EVENTS_WAITING_MAX {
                 self.told.insert(name.clone());
-                jobs.push(Job::Tell(name, event));
+                self.waiting.push_back((name, event));
+            } else if event.period.is_some() {
+                self.events_left_out += 1;
             }
         }
+        let room = EVENTS_MAX.min(self.waiting.len());
+        let turn = self.waiting.drain(..room);
+        jobs.extend(turn.map(|(name, event)| Job::Tell(name, event)));
         jobs
     }
 
@@ -234,9 +252,20 @@ async fn make(client: Client, name: &NodeName) -> Result<(), ClientError> {
     Ok(())
 }
 
-/// Always the same for the same, so that a controller that begins anew tells nothing twice.
+/// Always the same for the same, so that neither a controller that begins anew nor another one tells anything twice.
 fn event_name(event: &Event) -> String {
-    let hash = digest(&SHA256, format!("{}\0{}", event.uid, event.note).as_bytes());
+    let Event {
+        uid,
+        reason,
+        note,
+        period,
+        ..
+    } = event;
+    let period = period.unwrap_or_default();
+    let hash = digest(
+        &SHA256,
+        format!("{uid}\0{reason}\0{note}\0{period}").as_bytes(),
+    );
     let hash = hash.as_ref().iter().take(8);
     let hash: String = hash.map(|byte| format!("{byte:02x}")).collect();
     format!("holdfast-{hash}")
@@ -244,7 +273,6 @@ fn event_name(event: &Event) -> String {
 
 async fn tell(client: Client, name: &str, event: &Event) -> Result<(), ClientError> {
     use k8s_openapi::api::events::v1::Event as KubeEvent;
-    debug_assert!(!is_own(event.id.kind), "those have a status");
     let resource = api_resource(event.id.kind);
     // The API's rule for objects without a namespace.
     let namespace = match event.id.namespace.as_str() {
@@ -267,9 +295,9 @@ async fn tell(client: Client, name: &str, event: &Event) -> Result<(), ClientErr
         "eventTime": k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime(k8s_openapi::jiff::Timestamp::now()),
         "reportingController": "holdfast.dev/mesh-controller",
         "reportingInstance": FIELD_MANAGER,
-        "action": "Read",
-        "reason": "NotInMesh",
-        "type": "Warning",
+        "action": "Reconcile",
+        "reason": event.reason,
+        "type": if event.is_warning { "Warning" } else { "Normal" },
         "note": event.note,
         "regarding": regarding,
     });
@@ -309,14 +337,37 @@ mod tests {
                 .map(|n| (id(&format!("n{n}")), json!({})))
                 .collect(),
             missing: Vec::new(),
-            events: (0..8).map(event).collect(),
+            events: (0..8).map(|number| event(number, None)).collect(),
         };
         let now = Instant::now();
         assert_eq!(writer.jobs(due(), now).len(), WRITES_MAX + EVENTS_MAX);
         assert_eq!(writer.jobs(due(), now).len(), WRITES_MAX + 3);
         assert_eq!(writer.jobs(due(), now).len(), WRITES_MAX);
-        assert_eq!(event_name(&event(1)), event_name(&event(1)));
-        assert_ne!(event_name(&event(1)), event_name(&event(2)));
+        let name = |number, period| event_name(&event(number, period));
+        assert_eq!(name(1, Some(1)), name(1, Some(1)));
+        assert_ne!(name(1, Some(1)), name(2, Some(1)));
+        assert_ne!(name(1, Some(1)), name(1, Some(2)));
+    }
+
+    #[tokio::test]
+    async fn of_more_events_than_may_wait_those_of_changes_are_counted() {
+        let mut writer = writer();
+        let due = |period| Due {
+            events: (0..EVENTS_WAITING_MAX + 9)
+                .map(|number| event(number, period))
+                .collect(),
+            ..Due::default()
+        };
+        let now = Instant::now();
+        assert_eq!(writer.jobs(due(Some(1)), now).len(), EVENTS_MAX);
+        assert_eq!(writer.events_left_out, 9);
+        // What still holds gets its turn when there is room.
+        let mut writer = self::writer();
+        let mut told = 0;
+        for _ in 0..=EVENTS_WAITING_MAX / EVENTS_MAX + 1 {
+            told += writer.jobs(due(None), now).len();
+        }
+        assert_eq!((told, writer.events_left_out), (EVENTS_WAITING_MAX + 9, 0));
     }
 
     fn writer() -> Writer {
@@ -326,6 +377,8 @@ mod tests {
             anchored: true,
             sent: BTreeMap::new(),
             told: BTreeSet::new(),
+            waiting: VecDeque::new(),
+            events_left_out: 0,
         }
     }
 
@@ -333,7 +386,7 @@ mod tests {
         mesh_node_id(&name.parse().unwrap())
     }
 
-    fn event(number: u8) -> Event {
+    fn event(number: usize, period: Option<i64>) -> Event {
         Event {
             id: ObjectId {
                 kind: Kind::Service,
@@ -341,7 +394,10 @@ mod tests {
                 name: "s".to_owned(),
             },
             uid: number.to_string(),
+            is_warning: true,
+            reason: "NotInMesh",
             note: "odd".to_owned(),
+            period,
         }
     }
 }

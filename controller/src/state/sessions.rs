@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, atomic::Ordering},
-    time::Instant,
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use mesh_wire::id::NodeName;
@@ -52,6 +52,16 @@ impl State {
             replaced,
         }
     }
+
+    /// Remembers until when the certificate lasts that a node showed or was given. It may show an older one again, on
+    /// a connection of before.
+    pub fn certified(&self, name: &NodeName, ends: SystemTime) {
+        let since = ends.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let ends_unix_s = i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
+        if let Some(seen) = lock(&self.sessions).seen.get_mut(name) {
+            seen.certificate_ends_unix_s = seen.certificate_ends_unix_s.max(Some(ends_unix_s));
+        }
+    }
 }
 
 impl Sessions {
@@ -65,6 +75,7 @@ impl Sessions {
                 .or(before.map(|seen| seen.generation))
                 .unwrap_or_default(),
             returns_within_s: before.map_or(0, |seen| seen.returns_within_s),
+            certificate_ends_unix_s: before.and_then(|seen| seen.certificate_ends_unix_s),
             report: before.map(|seen| seen.report).unwrap_or_default(),
         };
         self.seen.insert(name.clone(), seen);

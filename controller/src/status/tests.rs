@@ -46,7 +46,7 @@ fn a_condition_keeps_its_time_while_it_says_the_same() {
 }
 
 #[test]
-fn what_is_wrong_with_ours_is_a_condition_and_with_others_an_event() {
+fn what_is_wrong_with_ours_is_a_condition_and_with_others_an_event_alone() {
     let mut lab = Lab::new("kind: MeshRelay\nspec: {addresses: [192.0.2.1]}", &[]);
     for kind in [Kind::MeshRelay, Kind::Service] {
         let problem = FieldProblem::new("spec.x", "is odd".repeat(400));
@@ -59,12 +59,13 @@ fn what_is_wrong_with_ours_is_a_condition_and_with_others_an_event() {
     let message = condition["message"].as_str().unwrap();
     assert!(message.starts_with("spec.x: is odd"), "{message}");
     assert!(message.ends_with("(what it said before stays in force)"));
-    let [event] = due.events.as_slice() else {
+    let [event, own] = due.events.as_slice() else {
         panic!("{:?}", due.events);
     };
+    assert_eq!((own.id.kind, own.reason), (Kind::MeshRelay, "Invalid"));
     assert_eq!(
-        (event.id.kind, event.note.len()),
-        (Kind::Service, NOTE_LEN_MAX)
+        (event.id.kind, event.reason, event.note.len()),
+        (Kind::Service, "NotInMesh", telling::NOTE_LEN_MAX)
     );
 }
 
@@ -287,6 +288,127 @@ fn a_node_that_waits_at_another_controller_still_waits() {
 }
 
 #[test]
+fn an_event_tells_what_became_of_a_node_once() {
+    let mut lab = Lab::new("kind: MeshNode\nspec: {}", &[]);
+    let pending = Pending {
+        id: NodeId([7; 32]),
+        since_unix_s: T0,
+    };
+    lab.pending.insert("a".parse().unwrap(), pending);
+    let told = |lab: &mut Lab, at: i64| {
+        let due = lab.due(at);
+        lab.write(&due);
+        assert_eq!(lab.due(at).events, []);
+        let told = due.events.into_iter();
+        told.map(|event| (event.is_warning, event.reason))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(told(&mut lab, T0), [(true, AWAITING_APPROVAL)]);
+    lab.pending.clear();
+    let joined = |lab: &mut Lab, seed: u8| {
+        let id = NodeId([seed; 32]);
+        let node = Node::new(
+            &MeshId([3; 32]),
+            "a".parse().unwrap(),
+            id,
+            [100, 96, 0, 1].into(),
+        );
+        lab.desired.nodes.insert("a".parse().unwrap(), node);
+    };
+    joined(&mut lab, 1);
+    assert_eq!(told(&mut lab, T0 + 2), [(false, "Joined")]);
+    joined(&mut lab, 2);
+    let due = lab.due(T0 + 3);
+    let [event] = due.events.as_slice() else {
+        panic!("{:?}", due.events);
+    };
+    assert_eq!(event.reason, "Rejoined");
+    for seed in [1, 2] {
+        let key = NodeId([seed; 32]).to_string();
+        assert!(event.note.contains(&key), "{}", event.note);
+    }
+    lab.write(&due);
+    lab.desired.nodes.clear();
+    lab.desired.removed.insert("a".parse().unwrap(), T0 + 4);
+    assert_eq!(told(&mut lab, T0 + 4), [(false, "Removed")]);
+}
+
+#[test]
+fn a_certificate_that_nobody_renews_is_told_before_it_ends_also_of_a_node_that_is_away() {
+    const DAY_S: i64 = 86_400;
+    let mut lab = Lab::new("kind: MeshNode\nspec: {}", &["a"]);
+    let id = lab.id(Kind::MeshNode);
+    let told = |lab: &mut Lab, at: i64| {
+        let due = lab.due(at);
+        lab.write(&due);
+        let told = due.events.iter().map(|event| event.reason);
+        let told: Vec<_> = told.collect();
+        let status = &lab.cluster.get(&id).unwrap().status;
+        let condition = &status["conditions"][3];
+        assert_eq!(condition["type"], "CertificateCurrent");
+        (told, condition["reason"].as_str().unwrap().to_owned())
+    };
+    let said = |told: &[&'static str], reason: &str| (told.to_vec(), reason.to_owned());
+    let ends = T0 + 60 * DAY_S;
+    lab.certificate_ends = Some(ends);
+    lab.see(true, T0, 5);
+    assert_eq!(told(&mut lab, T0), said(&["Joined"], "Current"));
+    // Another controller, which never saw the node, goes by what the last one wrote.
+    lab.seen.clear();
+    assert_eq!(told(&mut lab, ends - 15 * DAY_S), said(&[], "Current"));
+    let late = ends - 15 * DAY_S + 1;
+    assert_eq!(
+        told(&mut lab, late),
+        said(&["RenewalOverdue"], "RenewalOverdue")
+    );
+    assert_eq!(told(&mut lab, ends - 1), said(&[], "RenewalOverdue"));
+    assert_eq!(told(&mut lab, ends), said(&["Expired"], "Expired"));
+    lab.certificate_ends = Some(ends + 60 * DAY_S);
+    lab.see(true, ends + 1, 6);
+    assert_eq!(told(&mut lab, ends + 1), said(&["Renewed"], "Current"));
+    // Who is out has none.
+    lab.desired.nodes.clear();
+    let status = &lab.due(ends + 2).statuses[&id];
+    assert_eq!(status.get("certificateExpires"), None);
+    assert_eq!(status["conditions"].as_array().unwrap().len(), 3);
+}
+
+#[test]
+fn a_policy_that_cannot_be_honoured_is_told_and_again_when_it_is_wrong_in_another_way() {
+    let mut lab = Lab::new("kind: MeshRelay\nspec: {addresses: [192.0.2.1]}", &[]);
+    let told = |lab: &mut Lab, kind: Kind, text: &str| {
+        let problem = FieldProblem::new("spec.ports[0]", text);
+        let item = Item::new(lab.id(kind), T0, Err(problem));
+        lab.cluster.handle(cluster::Event::Set(item.into()));
+        let due = lab.due(T0);
+        let of_kind = due.events.iter().filter(|event| event.id.kind == kind);
+        let told: Vec<_> = of_kind.cloned().collect();
+        lab.write(&due);
+        told
+    };
+    for kind in [Kind::MeshPolicy, Kind::NetworkPolicy] {
+        for text in ["is odd", "is strange"] {
+            let told = told(&mut lab, kind, text);
+            let [event] = told.as_slice() else {
+                panic!("{told:?}");
+            };
+            assert_eq!(
+                (event.is_warning, event.reason),
+                (true, "PolicyNotEnforced")
+            );
+            assert!(event.note.contains(text), "{}", event.note);
+        }
+    }
+    // What was written of it is not told a second time.
+    assert!(
+        lab.due(T0)
+            .events
+            .iter()
+            .all(|event| event.id.kind == Kind::NetworkPolicy)
+    );
+}
+
+#[test]
 fn a_service_without_a_ready_endpoint_is_told_once_and_when_it_has_one() {
     let slice = |ready| {
         format!(
@@ -319,6 +441,7 @@ struct Lab {
     role: Role<'static>,
     report: Report,
     returns_within_s: u32,
+    certificate_ends: Option<i64>,
     generation: u64,
 }
 
@@ -351,6 +474,7 @@ impl Lab {
             role: Role::Sole,
             report: Report::default(),
             returns_within_s: 0,
+            certificate_ends: None,
             generation: 0,
         }
     }
@@ -382,6 +506,7 @@ impl Lab {
             at_unix_s,
             generation,
             returns_within_s: self.returns_within_s,
+            certificate_ends_unix_s: self.certificate_ends,
             report: self.report,
         };
         self.seen.insert("a".parse().unwrap(), seen);

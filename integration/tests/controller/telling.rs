@@ -119,6 +119,184 @@ async fn an_event_tells_what_of_somebody_else_s_object_is_left_out_once() {
     assert_eq!(told().await.len(), 1);
 }
 
+/// What was told of objects of a kind: reasons with their types, the oldest first.
+async fn told_of(world: &World, namespace: &str, kind: &str) -> Vec<(String, String)> {
+    let events = world.admin.objects("Event", namespace);
+    let events = events.list(&kube::api::ListParams::default()).await;
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let mut told: Vec<_> = events
+        .unwrap()
+        .items
+        .iter()
+        .filter(|event| event.data["regarding"]["kind"] == kind)
+        .map(|event| {
+            let time = text(&event.data["eventTime"]);
+            (time, text(&event.data["reason"]), text(&event.data["type"]))
+        })
+        .collect();
+    told.sort();
+    told.into_iter()
+        .map(|(_, reason, kind)| (reason, kind))
+        .collect()
+}
+
+async fn is_told(world: &World, namespace: &str, kind: &str, expected: &[(&str, &str)]) {
+    let expected: Vec<_> = expected
+        .iter()
+        .map(|(reason, kind)| ((*reason).to_owned(), (*kind).to_owned()))
+        .collect();
+    until(&format!("{expected:?} of {kind}"), async || {
+        let told = told_of(world, namespace, kind).await;
+        (told == expected).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn events_tell_what_becomes_of_a_node_and_a_controller_that_begins_anew_tells_nothing_twice()
+{
+    let world = World::new().await;
+    let manual = "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: MeshConfig\nmetadata: {name: default}\n\
+                  spec: {joinApproval: manual}\n";
+    world.admin.apply(manual).await;
+    let accepted = |config: &Value| condition(config, "Accepted")["status"] == "True";
+    world
+        .admin
+        .wait("MeshConfig", "", "default", accepted)
+        .await;
+    world.join("edge-a1", 1).await.unwrap_err();
+    let waits = ("AwaitingApproval", "Warning");
+    is_told(&world, "default", "MeshNode", &[waits]).await;
+    world
+        .admin
+        .apply(&manual.replace("manual", "automatic"))
+        .await;
+    let credentials = until("approved", async || world.join("edge-a1", 1).await.ok()).await;
+    let joined = ("Joined", "Normal");
+    is_told(&world, "default", "MeshNode", &[waits, joined]).await;
+
+    // Once it was connected, it is known when its certificate ends.
+    let agent = Agent::new(world.address(), &credentials, None).await;
+    let current = |node: &Value| condition(node, "CertificateCurrent")["status"] == "True";
+    let node = world.admin.wait("MeshNode", "", "edge-a1", current).await;
+    let ends = node["status"]["certificateExpires"].as_str().unwrap();
+    let ends: k8s_openapi::jiff::Timestamp = ends.parse().unwrap();
+    let shown = credentials.validity().not_after;
+    let shown = shown.duration_since(std::time::UNIX_EPOCH).unwrap();
+    assert_eq!(u64::try_from(ends.as_second()).unwrap(), shown.as_secs());
+    drop(agent);
+
+    world.join("edge-a1", 2).await.unwrap();
+    let rejoined = ("Rejoined", "Normal");
+    is_told(&world, "default", "MeshNode", &[waits, joined, rejoined]).await;
+    World::remove(&world.controller, "edge-a1").await.unwrap();
+    let removed = ("Removed", "Normal");
+    let all = [waits, joined, rejoined, removed];
+    is_told(&world, "default", "MeshNode", &all).await;
+
+    let world = world.restart_controller();
+    let out = |node: &Value| condition(node, "Joined")["reason"] == "Removed";
+    until("joined", async || world.join("edge-b1", 3).await.ok()).await;
+    let made = |node: &Value| condition(node, "Joined")["status"] == "True";
+    world.admin.wait("MeshNode", "", "edge-b1", made).await;
+    world.admin.wait("MeshNode", "", "edge-a1", out).await;
+    is_told(
+        &world,
+        "default",
+        "MeshNode",
+        &[&all[..], &[joined]].concat(),
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_policy_that_cannot_be_honoured_is_warned_of_and_a_service_without_an_endpoint() {
+    let world = World::new().await;
+    world.admin.apply(SHOP).await;
+    world.admin.apply(BALANCED).await;
+    let ready = |status: &'static str, reason: &'static str| {
+        move |service: &Value| {
+            let condition = condition(service, "EndpointsReady");
+            condition["status"] == status && condition["reason"] == reason
+        }
+    };
+    let wait = async |status, reason| {
+        let wanted = ready(status, reason);
+        let service = world.admin.wait("MeshService", "shop", "inventory", wanted);
+        service.await
+    };
+    let service = wait("True", "Ready").await;
+    assert_eq!(
+        condition(&service, "EndpointsReady")["observedGeneration"],
+        1
+    );
+    let version = world.version("MeshService", "shop", "inventory").await;
+    // One more endpoint is no news.
+    let more = SHOP.replace(
+        "[{addresses: [10.244.1.7]",
+        "[{addresses: [10.244.1.8]}, {addresses: [10.244.1.7]",
+    );
+    world.admin.apply(&more).await;
+    let unready = SHOP.replace(
+        "nodeName: edge-a1",
+        "nodeName: edge-a1, conditions: {ready: false}",
+    );
+    world.admin.apply(POLICY).await;
+    // Of a later version than this controller knows: the API server let it in.
+    let later = serde_json::json!({
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": "later", "namespace": "shop"},
+        "spec": {"podSelector": {}, "ingress": [{"ports": [{"protocol": "QUIC"}]}]},
+    });
+    world.standin.insert(&later).unwrap();
+    let rejected = |policy: &Value| condition(policy, "Accepted")["reason"] == "Invalid";
+    let policy = world.admin.wait("MeshPolicy", "", "odd", rejected).await;
+    let told = condition(&policy, "Accepted");
+    assert_eq!(
+        (&told["status"], &told["observedGeneration"]),
+        (&"False".into(), &1.into())
+    );
+    assert_eq!(
+        world.version("MeshService", "shop", "inventory").await,
+        version
+    );
+    world.admin.apply(&unready).await;
+    wait("False", "NoEndpoint").await;
+
+    let warned = |reason: &'static str| [(reason, "Warning")];
+    is_told(&world, "shop", "MeshService", &warned("NoEndpoint")).await;
+    is_told(
+        &world,
+        "default",
+        "MeshPolicy",
+        &warned("PolicyNotEnforced"),
+    )
+    .await;
+    is_told(
+        &world,
+        "shop",
+        "NetworkPolicy",
+        &warned("PolicyNotEnforced"),
+    )
+    .await;
+    world.admin.apply(SHOP).await;
+    wait("True", "Ready").await;
+    assert!(!world.controller.log().contains("took it not"));
+}
+
+const BALANCED: &str = "apiVersion: mesh.holdfast.dev/v1alpha1
+kind: MeshService
+metadata: {name: inventory, namespace: shop}
+spec: {policy: round-robin}
+";
+
+const POLICY: &str = "apiVersion: mesh.holdfast.dev/v1alpha1
+kind: MeshPolicy
+metadata: {name: odd}
+spec: {rules: [{action: deny, from: [{cidrs: [nowhere]}]}]}
+";
+
 const MENDED: &str = "apiVersion: mesh.holdfast.dev/v1alpha1
 kind: MeshRelay
 metadata: {name: r2}

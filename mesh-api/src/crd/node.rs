@@ -159,8 +159,13 @@ pub struct MeshNodeStatus {
     /// By how its packets reach the nodes that it spoke with since it started. Written at most every ten minutes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub paths: Option<NodePaths>,
+    /// When its certificate ends, as it showed or was given it last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "date-time"))]
+    pub certificate_expires: Option<String>,
     /// `Accepted`: whether the mesh acts on this object. `Joined`: whether the node is in the mesh.
-    /// `Ready`: whether it is connected.
+    /// `Ready`: whether it is connected. `CertificateCurrent`: whether its certificate is renewed in time; not before it
+    /// was connected once.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(
         length(max = 8),
