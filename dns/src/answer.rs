@@ -4,12 +4,12 @@ use hickory_proto::{
     op::{Edns, Message, MessageType, Metadata, OpCode, Query, ResponseCode},
     rr::{DNSClass, Name, RData, Record, RecordType, rdata::opt::EdnsOption},
 };
-use mesh_core::services::View;
+use mesh_core::{policy::callers::Caller, services::View};
 
 use crate::{
     counters::DropReason,
     local::LocalNames,
-    zone::{self, Found, OWN_TTL_S, Records},
+    zone::{self, Asked, Found, OWN_TTL_S, Records},
 };
 
 /// The largest UDP payload that this server sends and asks for, in bytes: fits an IPv6 packet of
@@ -28,7 +28,7 @@ const HEADER_LEN_BYTES: usize = 12;
 #[derive(Debug, Clone, PartialEq)]
 pub enum Answer {
     /// Send this.
-    Reply(Message),
+    Reply(Message, Told),
     /// Put `question` to an upstream, add what it says to `reply`, and send that.
     Ask {
         /// The reply so far: the client's question, and aliases that lead to `question`.
@@ -38,6 +38,17 @@ pub enum Answer {
     },
     /// Send nothing.
     Drop(DropReason),
+}
+
+/// Whom an answer is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Told {
+    /// Everybody who asks.
+    All,
+    /// Policy may deny some of it to others, but not to who asks.
+    Whole,
+    /// Policy denies more to who asks: that is left out.
+    Part,
 }
 
 /// Reads the bytes of a query.
@@ -57,7 +68,7 @@ pub fn parse(query: &[u8]) -> Result<Message, Box<Answer>> {
         let id = u16::from_be_bytes([id_high, id_low]);
         let op_code = OpCode::from_u8((flags >> 3) & 0x0f);
         let reply = Message::error_msg(id, op_code, ResponseCode::FormErr);
-        Box::new(Answer::Reply(reply))
+        Box::new(Answer::Reply(reply, Told::All))
     })
 }
 
@@ -70,27 +81,32 @@ pub(crate) fn udp_answer_max_bytes(query: &Message) -> u16 {
     asked.clamp(PLAIN_UDP_MAX_BYTES, UDP_PAYLOAD_MAX_BYTES)
 }
 
-/// Decides about a query. Without a view, own names are answered "try later".
+/// Decides about a query. Without a view, own names are answered "try later". With a `caller`, who asks is that pod.
 #[must_use]
-pub fn answer(query: &Message, view: Option<&View>, local: &LocalNames) -> Answer {
+pub fn answer(
+    query: &Message,
+    view: Option<&View>,
+    local: &LocalNames,
+    caller: Option<Caller<'_>>,
+) -> Answer {
     if query.message_type == MessageType::Response {
         return Answer::Drop(DropReason::Response);
     }
     let mut reply = reply_to(query);
     if let Err(code) = acceptable(query) {
         reply.metadata.response_code = code;
-        return Answer::Reply(reply);
+        return Answer::Reply(reply, Told::All);
     }
     let Some(question) = query.queries.first() else {
         reply.metadata.response_code = ResponseCode::FormErr;
-        return Answer::Reply(reply);
+        return Answer::Reply(reply, Told::All);
     };
     let question = question.clone();
     match view {
-        Some(view) => from_view(view, local, reply, question),
+        Some(view) => from_view(view, local, caller, reply, question),
         None if zone::is_in_a_default_zone(question.name()) => {
             fail(&mut reply, ExtendedError::NotReady);
-            Answer::Reply(reply)
+            Answer::Reply(reply, Told::All)
         }
         None => from_records(None, local, reply, question),
     }
@@ -175,7 +191,7 @@ fn ask(mut reply: Message, question: Query) -> Answer {
     if reply.answers.is_empty() {
         reply.metadata.response_code = ResponseCode::Refused;
     }
-    Answer::Reply(reply)
+    Answer::Reply(reply, Told::All)
 }
 
 /// A name that is not the mesh's.
@@ -193,20 +209,33 @@ fn from_records(
         apex: question.name().clone(), // The zone around it is somebody else's.
         data,
         additional: Vec::new(),
+        told: Told::All,
     };
-    Answer::Reply(finish(view, reply, &question, records))
+    finish(view, reply, &question, records)
 }
 
-fn from_view(view: &View, local: &LocalNames, mut reply: Message, mut question: Query) -> Answer {
+fn from_view(
+    view: &View,
+    local: &LocalNames,
+    caller: Option<Caller<'_>>,
+    mut reply: Message,
+    mut question: Query,
+) -> Answer {
     for _ in 0..=ALIASES_MAX {
         let name = question.name().clone();
-        let records = match zone::find(view, local.pods(), &name, reply.id) {
+        let asked = Asked {
+            name: &name,
+            record_type: question.query_type(),
+            turn: reply.id,
+            caller,
+        };
+        let records = match zone::find(view, local.pods(), asked) {
             Found::Foreign => return from_records(Some(view), local, reply, question),
             Found::NoName { apex } => {
                 reply.metadata.authoritative = true;
                 reply.metadata.response_code = ResponseCode::NXDomain;
                 reply.authorities.push(zone::soa(Some(view), &apex));
-                return Answer::Reply(reply);
+                return Answer::Reply(reply, Told::All);
             }
             Found::Here(records) => records,
         };
@@ -216,11 +245,11 @@ fn from_view(view: &View, local: &LocalNames, mut reply: Message, mut question: 
                 add(&mut reply, &name, &records.data);
                 question.set_name(target);
             }
-            None => return Answer::Reply(finish(Some(view), reply, &question, records)),
+            None => return finish(Some(view), reply, &question, records),
         }
     }
     fail(&mut reply, ExtendedError::TooManyAliases);
-    Answer::Reply(reply)
+    Answer::Reply(reply, Told::All)
 }
 
 /// Where an alias leads, unless the client wants to see the alias itself.
@@ -233,17 +262,18 @@ fn alias(records: &Records, wanted: RecordType) -> Option<Name> {
     }
 }
 
-fn finish(view: Option<&View>, mut reply: Message, question: &Query, records: Records) -> Message {
+fn finish(view: Option<&View>, mut reply: Message, question: &Query, records: Records) -> Answer {
     let wanted = question.query_type();
     let mut data = records.data;
     data.retain(|data| wanted.is_any() || data.record_type() == wanted);
     if data.is_empty() {
         reply.authorities.push(zone::soa(view, &records.apex));
-    } else {
-        add(&mut reply, question.name(), &data);
-        reply.additionals = records.additional;
+        // To nobody less than something is told where there is something.
+        return Answer::Reply(reply, Told::All);
     }
-    reply
+    add(&mut reply, question.name(), &data);
+    reply.additionals = records.additional;
+    Answer::Reply(reply, records.told)
 }
 
 fn add(reply: &mut Message, name: &Name, data: &[RData]) {

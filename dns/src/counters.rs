@@ -84,6 +84,8 @@ pub struct Counters {
     pub busy: Counter,
     /// Answers over UDP that did not fit.
     pub truncated: Counter,
+    /// Answers to pods without endpoints that policy denies to them.
+    pub denied_left_out: Counter,
     /// Answers that the log of queries left out: more came than it could write.
     pub unlogged: Counter,
     dropped: [Counter; DropReason::ALL.len()],

@@ -15,6 +15,7 @@ use std::{
 };
 
 use mesh_core::services::View;
+use mesh_wire::id::canonical_ip;
 use nix::sys::socket::{
     ControlMessage, MsgFlags, MultiHeaders, SockaddrIn, SockaddrIn6, SockaddrStorage, recvmmsg,
     sendmmsg,
@@ -22,8 +23,9 @@ use nix::sys::socket::{
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::{
+    answer::Told,
     counters::DropReason,
-    packed::Packed,
+    packed::{Packed, Said},
     server::{PAUSE_AFTER_ERROR, Shared, Step, Written},
 };
 
@@ -232,27 +234,37 @@ impl Replies {
         if !self.shared.is_client(source.ip(), view) {
             return;
         }
-        if let Some(said) = self.packed.reply(query, &mut self.bytes) {
+        let callers = self.shared.callers();
+        let caller = callers
+            .as_deref()
+            .and_then(|callers| callers.caller(canonical_ip(source.ip())));
+        let ready = self.packed.reply(query, &mut self.bytes, caller.is_some());
+        if let Some(said) = ready {
             self.shared.count_packed(said);
             return self.end(from, source.ip());
         }
-        let (step, max) = self.shared.decide(query, view);
-        let (reply, is_own) = match step {
+        let (step, max) = self.shared.decide(query, view, caller);
+        let (reply, own) = match step {
             Step::Nothing => return,
-            Step::Own(reply) => (reply, true),
-            Step::Cached(reply) => (reply, false),
+            Step::Own(reply, told) => (reply, Some(told)),
+            Step::Cached(reply) => (reply, None),
             Step::Ask(reply, question) => {
                 let (socket, shared) = (Arc::clone(&self.socket), Arc::clone(&self.shared));
                 return shared.ask_for_datagram(socket, reply, question, max, source);
             }
         };
-        // What is wrong with a query is not worth the room.
-        let keeps = is_own && reply.metadata.authoritative;
+        // What is wrong with a query is not worth the room, and what one pod is told is for nobody else.
+        let keeps = own.is_some_and(|told| told != Told::Part) && reply.metadata.authoritative;
         let several = reply.answers.len() > 1;
         let Some(Written { bytes, said }) = self.shared.write_datagram(reply, max) else {
             return;
         };
         if keeps {
+            let may_be_denied = own == Some(Told::Whole);
+            let said = Said {
+                may_be_denied,
+                ..said
+            };
             self.packed.keep(query, &bytes, said, several);
         }
         self.bytes.extend_from_slice(&bytes);

@@ -43,6 +43,8 @@ pub(crate) struct Said {
     pub(crate) code: ResponseCode,
     /// Answers are missing.
     pub(crate) cut: bool,
+    /// Policy may deny some of it to a pod.
+    pub(crate) may_be_denied: bool,
 }
 
 #[derive(Debug)]
@@ -92,10 +94,19 @@ impl Packed {
         }
     }
 
-    /// The reply to `query`, at the end of `reply`, if it is known. Returns what it says.
-    pub(crate) fn reply(&mut self, query: &[u8], reply: &mut Vec<u8>) -> Option<Said> {
+    /// The reply to `query`, at the end of `reply`, if it is known; with `for_caller` only if it is for everybody. Returns
+    /// what it says.
+    pub(crate) fn reply(
+        &mut self,
+        query: &[u8],
+        reply: &mut Vec<u8>,
+        for_caller: bool,
+    ) -> Option<Said> {
         let name_end = normal(query, &mut self.key)?;
         let entry = self.entries.get(&self.key)?;
+        if for_caller && entry.said.may_be_denied {
+            return None;
+        }
         let packed = entry.turns.get(turn(query, entry.turns.len()))?.as_ref()?;
         let start = reply.len();
         reply.extend_from_slice(packed);

@@ -13,7 +13,10 @@ use hickory_proto::{
     rr::Name,
 };
 use ipnet::IpNet;
-use mesh_core::services::View;
+use mesh_core::{
+    policy::callers::{Caller, Callers},
+    services::View,
+};
 use mesh_wire::id::canonical_ip;
 use rustix::net::{SendFlags, sendto};
 use tokio::{
@@ -26,7 +29,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     answer::{
-        Answer, ExtendedError, PLAIN_UDP_MAX_BYTES, answer, fail, parse, udp_answer_max_bytes,
+        Answer, ExtendedError, PLAIN_UDP_MAX_BYTES, Told, answer, fail, parse, udp_answer_max_bytes,
     },
     cache::DEFAULT_STALE_MAX,
     clients::Clients,
@@ -88,6 +91,8 @@ pub struct DnsConfig {
     pub allow_from: Vec<IpNet>,
     /// Whether each answer is logged, with its client and its question.
     pub query_log: bool,
+    /// Whether endpoints of headless services that policy denies to the pod that asks are left out.
+    pub leave_out_denied: bool,
 }
 
 /// A domain whose names are asked elsewhere: a company's own, say.
@@ -110,6 +115,7 @@ impl Default for DnsConfig {
             local: LocalNames::default(),
             allow_from: Vec::new(),
             query_log: false,
+            leave_out_denied: false,
         }
     }
 }
@@ -150,7 +156,8 @@ pub struct DnsServer {
 
 impl DnsServer {
     /// Binds all listeners, then answers until `stop` is cancelled. `view` is called for each
-    /// query; it gives `None` until there is a first snapshot. `device` is called for each question to an upstream, and names
+    /// query; it gives `None` until there is a first snapshot. So is `callers` with `leave_out_denied`; it gives `None`
+    /// until it is known what policy denies to this node's pods. `device` is called for each question to an upstream, and names
     /// the interface by which it is asked; `None`: the kernel's routes choose.
     ///
     /// # Errors
@@ -159,6 +166,7 @@ impl DnsServer {
     pub async fn start(
         config: DnsConfig,
         view: impl Fn() -> Option<Arc<View>> + Send + Sync + 'static,
+        callers: impl Fn() -> Option<Arc<Callers>> + Send + Sync + 'static,
         device: impl Fn(IpAddr) -> Option<String> + Send + Sync + 'static,
         stop: CancellationToken,
     ) -> Result<Self, StartError> {
@@ -185,8 +193,10 @@ impl DnsServer {
             tasks.spawn(write); // It ends with the last who could add a line.
             log
         });
+        let callers: Box<dyn Fn() -> Option<Arc<Callers>> + Send + Sync> = Box::new(callers);
         let shared = Arc::new(Shared {
             view: Box::new(view),
+            callers: config.leave_out_denied.then_some(callers),
             forwarder: Arc::new(Forwarder::new(&config, tls, &device, Arc::clone(&counters))),
             clients: Clients::new(&local_addresses, config.allow_from),
             local: config.local,
@@ -254,6 +264,7 @@ async fn bind(
 /// What every listener needs.
 pub(crate) struct Shared {
     view: Box<dyn Fn() -> Option<Arc<View>> + Send + Sync>,
+    callers: Option<Box<dyn Fn() -> Option<Arc<Callers>> + Send + Sync>>,
     clients: Clients,
     local: LocalNames,
     log: Option<QueryLog>,
@@ -275,7 +286,7 @@ impl fmt::Debug for Shared {
 /// What is left to do for a query.
 pub(crate) enum Step {
     /// It is answered from the view alone.
-    Own(Message),
+    Own(Message, Told),
     /// It is answered with what an upstream said before; that counts down.
     Cached(Message),
     Ask(Message, Query),
@@ -291,6 +302,11 @@ pub(crate) struct Written {
 impl Shared {
     pub(crate) fn view(&self) -> Option<Arc<View>> {
         (self.view)()
+    }
+
+    /// The pods that are not told of all endpoints.
+    pub(crate) fn callers(&self) -> Option<Arc<Callers>> {
+        self.callers.as_ref()?()
     }
 
     /// Whether `source` may ask; counts those who may not.
@@ -395,9 +411,13 @@ impl Shared {
             if !self.is_client(source, view.as_deref()) {
                 return Ok(());
             }
-            let reply = match self.decide(&query, view.as_deref()).0 {
+            let callers = self.callers();
+            let caller = callers
+                .as_deref()
+                .and_then(|callers| callers.caller(source));
+            let reply = match self.decide(&query, view.as_deref(), caller).0 {
                 Step::Nothing => return Ok(()),
-                Step::Own(reply) | Step::Cached(reply) => reply,
+                Step::Own(reply, _) | Step::Cached(reply) => reply,
                 Step::Ask(reply, question) => match self.waiting.admit(source) {
                     Some(_admission) => self.forwarder.ask(reply, question).await,
                     None => self.busy(reply),
@@ -415,12 +435,17 @@ impl Shared {
     }
 
     /// What to do about a query, and how large the answer may be if it goes over UDP.
-    pub(crate) fn decide(&self, query: &[u8], view: Option<&View>) -> (Step, u16) {
+    pub(crate) fn decide(
+        &self,
+        query: &[u8],
+        view: Option<&View>,
+        caller: Option<Caller<'_>>,
+    ) -> (Step, u16) {
         self.counters.queries.add();
         match parse(query) {
             Ok(query) => {
                 let max = udp_answer_max_bytes(&query);
-                (self.step(answer(&query, view, &self.local)), max)
+                (self.step(answer(&query, view, &self.local, caller)), max)
             }
             Err(answer) => (self.step(*answer), PLAIN_UDP_MAX_BYTES),
         }
@@ -432,9 +457,12 @@ impl Shared {
                 self.counters.drop_one(reason);
                 Step::Nothing
             }
-            Answer::Reply(reply) => {
+            Answer::Reply(reply, told) => {
                 self.count_own(reply.metadata.response_code);
-                Step::Own(reply)
+                if told == Told::Part {
+                    self.counters.denied_left_out.add();
+                }
+                Step::Own(reply, told)
             }
             Answer::Ask { reply, question } => match self.forwarder.cached(&reply, &question) {
                 Known::Answer(reply) => Step::Cached(reply),
@@ -473,7 +501,11 @@ impl Shared {
             self.counters.drop_one(DropReason::Unwritable);
             return None;
         };
-        let said = Said { code, cut };
+        let said = Said {
+            code,
+            cut,
+            may_be_denied: false,
+        };
         self.count(said);
         Some(Written { bytes, said })
     }

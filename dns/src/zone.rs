@@ -4,11 +4,12 @@
 use std::{collections::BTreeSet, net::IpAddr};
 
 use hickory_proto::rr::{
-    Name, RData, Record,
+    Name, RData, Record, RecordType,
     rdata::{CNAME, PTR, SOA, SRV, TXT},
 };
 use ipnet::IpNet;
 use mesh_core::{
+    policy::callers::Caller,
     services::{Ranked, View, rank},
     snapshot::{
         EndpointPort, ExternalPeer, MeshSettings, Node, Protocol, Service, ServiceKind,
@@ -17,7 +18,7 @@ use mesh_core::{
 };
 use mesh_wire::id::MeshId;
 
-use crate::local::PodNames;
+use crate::{answer::Told, local::PodNames};
 
 /// How long clients may keep an own record, in seconds. Endpoints move, and the answer is on the
 /// same machine: the specification's schema knows no time, CoreDNS uses 5.
@@ -52,11 +53,23 @@ pub(crate) struct Records {
     pub(crate) data: Vec<RData>,
     /// Addresses of what `data` points to.
     pub(crate) additional: Vec<Record>,
+    pub(crate) told: Told,
 }
 
-/// Looks `name` up. `turn` rotates endpoints that are equally good.
-pub(crate) fn find(view: &View, pods: PodNames, name: &Name, turn: u16) -> Found {
-    let mesh = &view.snapshot.mesh;
+/// What is asked, and by whom.
+#[derive(Clone, Copy)]
+pub(crate) struct Asked<'a> {
+    pub(crate) name: &'a Name,
+    pub(crate) record_type: RecordType,
+    /// Rotates endpoints that are equally good.
+    pub(crate) turn: u16,
+    /// A pod to which policy denies something.
+    pub(crate) caller: Option<Caller<'a>>,
+}
+
+/// Looks a name up.
+pub(crate) fn find(view: &View, pods: PodNames, asked: Asked<'_>) -> Found {
+    let (mesh, name) = (&view.snapshot.mesh, asked.name);
     if let Some((apex, labels)) = zone_of(mesh, name) {
         let Some(labels) = labels else {
             return Found::NoName { apex };
@@ -65,7 +78,7 @@ pub(crate) fn find(view: &View, pods: PodNames, name: &Name, turn: u16) -> Found
             view,
             pods,
             apex,
-            turn,
+            asked,
         };
         let labels: Vec<&str> = labels.iter().map(String::as_str).collect();
         let records = if Some(&zone.apex) == parse(&mesh.cluster_domain).as_ref() {
@@ -144,7 +157,7 @@ struct Zone<'a> {
     view: &'a View,
     pods: PodNames,
     apex: Name,
-    turn: u16,
+    asked: Asked<'a>,
 }
 
 impl Zone<'_> {
@@ -200,8 +213,9 @@ impl Zone<'_> {
                 self.here(addresses.iter().copied().map(RData::from).collect())
             }
             (ServiceKind::Headless, []) => {
-                let endpoints = self.endpoints(service);
-                self.here(addresses(&endpoints))
+                let (endpoints, told) = self.endpoints_for_caller(service);
+                let records = self.here(addresses(&endpoints))?;
+                Some(Records { told, ..records })
             }
             (ServiceKind::ExternalName(target), []) => {
                 let mut target = Name::from_ascii(target).ok()?;
@@ -234,15 +248,16 @@ impl Zone<'_> {
         let named = |one: &&_| named_port(one, Some(port), protocol);
         let port = service.ports.iter().find(named)?;
         let target = service_domain(&self.apex, &service.name)?;
-        let (data, additional) = match &service.kind {
+        let (data, additional, told) = match &service.kind {
             ServiceKind::ClusterIp(addresses) => {
                 let data = SRV::new(0, SRV_WEIGHT_SUM, port.port, target.clone());
                 let additional = addresses.iter().map(|&one| address_record(&target, one));
-                (vec![RData::SRV(data)], additional.collect())
+                (vec![RData::SRV(data)], additional.collect(), Told::All)
             }
             ServiceKind::Headless => {
-                let endpoints = self.endpoints(service);
-                headless_ports(&endpoints, &port.name, protocol, &target)
+                let (endpoints, told) = self.endpoints_for_caller(service);
+                let (data, additional) = headless_ports(&endpoints, &port.name, protocol, &target);
+                (data, additional, told)
             }
             ServiceKind::ExternalName(_) => return None,
         };
@@ -251,22 +266,43 @@ impl Zone<'_> {
             apex,
             data,
             additional,
+            told,
         })
     }
 
     /// Endpoints that may be told to clients: near and alive first; those on dead nodes only
     /// when there is no other of their family.
     fn endpoints(&self, service: &Service) -> Vec<Ranked<'_>> {
-        let mut ranked = rank(self.view, service);
-        ranked.retain(|one| one.usable);
-        for v4 in [true, false] {
-            let family = |one: &Ranked<'_>| one.address.is_ipv4() == v4;
-            if ranked.iter().any(|one| family(one) && one.alive) {
-                ranked.retain(|one| !family(one) || one.alive);
-            }
+        self.in_turn(usable(self.view, service))
+    }
+
+    /// The same, without those that policy denies to who asks, if there are others of their family. It comes before
+    /// liveness: a path may come back with the next packet.
+    fn endpoints_for_caller(&self, service: &Service) -> (Vec<Ranked<'_>>, Told) {
+        let mut usable = usable(self.view, service);
+        let all = usable.len();
+        if let Some(caller) = self.asked.caller {
+            let asked = self.asked.record_type;
+            let is_asked_for = |one: &Ranked<'_>| match one.address {
+                IpAddr::V4(_) => asked != RecordType::AAAA,
+                IpAddr::V6(_) => asked != RecordType::A,
+            };
+            prefer(&mut usable, |one| {
+                !is_asked_for(one) || !caller.is_denied(one.address, &one.slice.ports)
+            });
         }
+        let told = if usable.len() < all {
+            Told::Part
+        } else {
+            Told::Whole
+        };
+        (self.in_turn(usable), told)
+    }
+
+    fn in_turn<'r>(&self, mut ranked: Vec<Ranked<'r>>) -> Vec<Ranked<'r>> {
+        prefer(&mut ranked, |one| one.alive);
         for equals in ranked.chunk_by_mut(|one, other| one.tier == other.tier) {
-            let turn = usize::from(self.turn) % equals.len().max(1);
+            let turn = usize::from(self.asked.turn) % equals.len().max(1);
             equals.rotate_left(turn);
         }
         ranked
@@ -303,7 +339,25 @@ impl Zone<'_> {
             apex: self.apex.clone(),
             data,
             additional: Vec::new(),
+            told: Told::All,
         })
+    }
+}
+
+fn usable<'a>(view: &'a View, service: &Service) -> Vec<Ranked<'a>> {
+    let mut ranked = rank(view, service);
+    ranked.retain(|one| one.usable);
+    ranked
+}
+
+/// Leaves out those that are not `better`, where others of their family are: no answer at all looks like a service that
+/// is down.
+fn prefer(endpoints: &mut Vec<Ranked<'_>>, better: impl Fn(&Ranked<'_>) -> bool) {
+    for v4 in [true, false] {
+        let family = |one: &Ranked<'_>| one.address.is_ipv4() == v4;
+        if endpoints.iter().any(|one| family(one) && better(one)) {
+            endpoints.retain(|one| !family(one) || better(one));
+        }
     }
 }
 
@@ -445,6 +499,7 @@ fn reverse(view: &View, name: &Name) -> Found {
             .map(|name| RData::PTR(PTR(name)))
             .collect(),
         additional: Vec::new(),
+        told: Told::All,
     })
 }
 

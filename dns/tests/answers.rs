@@ -17,9 +17,9 @@ use hickory_proto::{
     op::{Edns, Message, OpCode, ResponseCode},
     rr::{DNSClass, Name, RData, RecordType},
 };
-use mesh_core::services::View;
+use mesh_core::{services::View, snapshot::Snapshot};
 use mesh_dns::{
-    answer::{Answer, answer},
+    answer::{Answer, Told, answer},
     local::{LocalNames, PodNames},
 };
 
@@ -252,7 +252,7 @@ fn every_form_of_name_is_answered() {
     ] {
         let asked = query(name, record_type.parse().unwrap());
         assert_eq!(
-            show(&answer(&asked, Some(&view), &LocalNames::default())),
+            show(&answer(&asked, Some(&view), &LocalNames::default(), None)),
             want,
             "{name} {record_type}"
         );
@@ -298,12 +298,74 @@ fn headless_answers_leave_dead_nodes_out_while_others_live() {
     let asked = query("db.shop.svc.cluster.local.", RecordType::A);
     let mut kill = |name: &str| {
         view.dead.insert(name.parse().unwrap());
-        show(&answer(&asked, Some(&view), &LocalNames::default()))
+        show(&answer(&asked, Some(&view), &LocalNames::default(), None))
     };
     assert_eq!(kill("edge-a2"), "10.2.1.1 | 10.2.3.1");
     assert_eq!(kill("edge-a1"), "10.2.3.1");
     // Nobody is left: an address that may be dead is better than none.
     assert_eq!(kill("edge-b1"), "10.2.1.1 | 10.2.2.1 | 10.2.3.1");
+}
+
+#[test]
+fn what_policy_denies_to_a_pod_is_left_out_of_what_it_is_told_of_headless_services() {
+    const WEB: &str = "10.2.1.50";
+    let mut snapshot = common::snapshot();
+    common::add_policies(&mut snapshot, WEB);
+    let callers = common::callers(&snapshot);
+    let mut view = View {
+        snapshot: Arc::new(snapshot),
+        ..view()
+    };
+    let svc = "shop.svc.cluster.local.";
+    let ask = |view: &View, from: &str, name: &str, record_type| {
+        let asked = query(&format!("{name}{svc}"), record_type);
+        let caller = callers.caller(common::address(from));
+        let answer = answer(&asked, Some(view), &LocalNames::default(), caller);
+        let told = match &answer {
+            Answer::Reply(_, told) => *told,
+            other => panic!("{other:?}"),
+        };
+        (show(&answer), told)
+    };
+    let is = |view: &View, from, name, record_type, want: &str, told| {
+        let said = ask(view, from, name, record_type);
+        assert_eq!(
+            said,
+            (want.to_owned(), told),
+            "{name} {record_type}, {from}"
+        );
+    };
+    use RecordType::{A, AAAA, MX, SRV};
+    use Told::{All, Part, Whole};
+    let all = "10.2.1.1 | 10.2.2.1 | 10.2.3.1";
+    // One is denied by the pod's own side, the other where it is.
+    is(&view, WEB, "db.", A, "10.2.1.1", Part);
+    let srv = format!("0 50 8080 db-0.db.{svc} | 0 50 8080 fd02-0-0-0-0-0-3-1.db.{svc}");
+    is(&view, WEB, "_http._tcp.db.", SRV, &srv, Part);
+    // Other clients: another pod, the node, a forwarder.
+    for other in ["10.2.1.51", "100.96.0.1", "169.254.53.53"] {
+        is(&view, other, "db.", A, all, Whole);
+    }
+    // It has no IPv6, so nothing is said of that; there is nothing to leave out; nothing would be left.
+    is(&view, WEB, "db.", AAAA, "fd02::1 | fd02::3:1", Whole);
+    is(&view, WEB, "db.", MX, "NODATA cluster.local.", All);
+    is(&view, WEB, "10-2-3-1.db.", A, "10.2.3.1", All);
+    is(&view, WEB, "inventory.", A, "10.43.0.10", All);
+    // What may be reached and is dead comes before what lives and is denied.
+    view.dead.insert("edge-a1".parse().unwrap());
+    is(&view, WEB, "db.", A, "10.2.1.1", Part);
+    let mut snapshot = Snapshot::clone(&view.snapshot);
+    let slices = snapshot
+        .slices
+        .get_mut(&common::service_name("db"))
+        .unwrap();
+    let slice = Arc::make_mut(slices.get_mut("v4").unwrap());
+    slice.endpoints.retain(|one| one.hostname.is_none());
+    let denied = View {
+        snapshot: Arc::new(snapshot),
+        ..view
+    };
+    is(&denied, WEB, "db.", A, "10.2.2.1 | 10.2.3.1", Whole);
 }
 
 #[test]
@@ -317,7 +379,7 @@ fn endpoints_that_are_equally_near_take_turns() {
     let mut asked = query("big.shop.svc.cluster.local.", RecordType::A);
     let mut turn = |id| {
         asked.metadata.id = id;
-        show(&answer(&asked, Some(&view), &LocalNames::default()))
+        show(&answer(&asked, Some(&view), &LocalNames::default(), None))
     };
     assert_eq!(turn(0), "10.2.100.0 | 10.2.100.1 | 10.2.100.2");
     assert_eq!(turn(1), "10.2.100.1 | 10.2.100.2 | 10.2.100.0");
@@ -336,7 +398,7 @@ fn endpoints_that_are_not_ready_are_told_when_the_service_says_so() {
     let asked = query("db.shop.svc.cluster.local.", RecordType::A);
     let want = "10.2.1.1 | 10.2.1.9 | 10.2.2.1 | 10.2.3.1";
     assert_eq!(
-        show(&answer(&asked, Some(&view), &LocalNames::default())),
+        show(&answer(&asked, Some(&view), &LocalNames::default(), None)),
         want
     );
 }
@@ -357,7 +419,12 @@ fn what_this_server_does_not_do_is_said_in_the_right_code() {
     let with = |change: Change| {
         let mut message = own();
         change(&mut message);
-        show(&answer(&message, Some(&view()), &LocalNames::default()))
+        show(&answer(
+            &message,
+            Some(&view()),
+            &LocalNames::default(),
+            None,
+        ))
     };
     let cases: [(&str, Change, &str); 10] = [
         ("no question", |m| m.queries.clear(), "FormErr"),
@@ -412,7 +479,12 @@ fn a_response_is_never_answered() {
     let mut message = query("inventory.shop.svc.cluster.local.", RecordType::A);
     message.metadata.message_type = hickory_proto::op::MessageType::Response;
     assert_eq!(
-        show(&answer(&message, Some(&view()), &LocalNames::default())),
+        show(&answer(
+            &message,
+            Some(&view()),
+            &LocalNames::default(),
+            None
+        )),
         "drop Response"
     );
 }
@@ -424,6 +496,7 @@ fn without_a_snapshot_own_names_wait_and_others_are_forwarded() {
             &query(name, RecordType::A),
             None,
             &LocalNames::default(),
+            None,
         ))
     };
     assert_eq!(ask("inventory.shop.svc.cluster.local."), "ServFail");
@@ -432,8 +505,8 @@ fn without_a_snapshot_own_names_wait_and_others_are_forwarded() {
 }
 
 fn reply(view: &View, asked: &Message) -> Message {
-    match answer(asked, Some(view), &LocalNames::default()) {
-        Answer::Reply(reply) => reply,
+    match answer(asked, Some(view), &LocalNames::default(), None) {
+        Answer::Reply(reply, _) => reply,
         other => panic!("{other:?}"),
     }
 }
@@ -442,7 +515,7 @@ fn reply(view: &View, asked: &Message) -> Message {
 fn show(answer: &Answer) -> String {
     let (reply, then) = match answer {
         Answer::Drop(reason) => return format!("drop {reason:?}"),
-        Answer::Reply(reply) => (reply, String::new()),
+        Answer::Reply(reply, _) => (reply, String::new()),
         Answer::Ask { reply, question } => {
             let then = format!("ask {} {}", question.name(), question.query_type());
             (reply, then)
@@ -484,7 +557,12 @@ fn names_of_pods_are_off_for_everybody_or_for_those_that_are_there() {
     let asked = |pods, name: &str, record_type| {
         let local = LocalNames::new(pods, []).unwrap();
         let name = format!("{name}pod.cluster.local.");
-        show(&answer(&query(&name, record_type), Some(&view), &local))
+        show(&answer(
+            &query(&name, record_type),
+            Some(&view),
+            &local,
+            None,
+        ))
     };
     let gone = "NXDOMAIN cluster.local.";
     let empty = "NODATA cluster.local.";
@@ -524,7 +602,7 @@ fn records_of_the_node_s_own_are_answered_also_before_there_is_a_snapshot() {
     let local = LocalNames::new(PodNames::Off, records).unwrap();
     let view = view();
     for view in [Some(&view), None] {
-        let ask = |name, record_type| show(&answer(&query(name, record_type), view, &local));
+        let ask = |name, record_type| show(&answer(&query(name, record_type), view, &local, None));
         assert_eq!(ask("Printer.LAN.", RecordType::A), "192.168.7.9");
         assert_eq!(ask("printer.lan.", RecordType::AAAA), "fd07::9");
         assert_eq!(ask("printer.lan.", RecordType::MX), "NODATA printer.lan.");
@@ -534,6 +612,6 @@ fn records_of_the_node_s_own_are_answered_also_before_there_is_a_snapshot() {
     }
     // The mesh's own zones are the mesh's.
     let kiosk = query("kiosk.shop.svc.cluster.local.", RecordType::A);
-    let said = show(&answer(&kiosk, Some(&view), &local));
+    let said = show(&answer(&kiosk, Some(&view), &local, None));
     assert_eq!(said, "NXDOMAIN cluster.local.");
 }

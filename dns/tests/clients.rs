@@ -44,7 +44,7 @@ async fn at_port_53(number: u8, view: View) -> (DnsServer, String) {
     };
     let view = Arc::new(view);
     let view = move || Some(Arc::clone(&view));
-    let server = DnsServer::start(config, view, |_| None, CancellationToken::new());
+    let server = DnsServer::start(config, view, || None, |_| None, CancellationToken::new());
     let resolv_conf = format!(
         "nameserver {}\nsearch shop.svc.cluster.local svc.cluster.local\noptions ndots:5\n",
         address.ip()

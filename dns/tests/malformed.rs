@@ -22,11 +22,12 @@ fn respond(bytes: &[u8]) -> Option<Vec<u8>> {
             &message,
             Some(&view()),
             &mesh_dns::local::LocalNames::default(),
+            None,
         ),
         Err(answer) => *answer,
     };
     match decided {
-        Answer::Reply(reply) | Answer::Ask { reply, .. } => Some(reply.to_vec().unwrap()),
+        Answer::Reply(reply, _) | Answer::Ask { reply, .. } => Some(reply.to_vec().unwrap()),
         Answer::Drop(_) => None,
     }
 }

@@ -411,6 +411,7 @@ async fn addresses_of_both_families_are_served_beside_each_other() {
     let server = DnsServer::start(
         config,
         move || Some(Arc::clone(&view)),
+        || None,
         |_| None,
         stop.clone(),
     );
@@ -442,7 +443,8 @@ async fn an_address_in_use_is_named_in_the_error() {
         listen: vec![running.address],
         ..DnsConfig::default()
     };
-    let started = DnsServer::start(config, || None, |_| None, CancellationToken::new()).await;
+    let started =
+        DnsServer::start(config, || None, || None, |_| None, CancellationToken::new()).await;
     let want = format!("cannot listen for DNS at UDP {}", running.address);
     assert_eq!(started.unwrap_err().to_string(), want);
 }
@@ -455,7 +457,8 @@ async fn it_refuses_to_ask_itself() {
         upstreams: plain(&[own]),
         ..DnsConfig::default()
     };
-    let started = DnsServer::start(config, || None, |_| None, CancellationToken::new()).await;
+    let started =
+        DnsServer::start(config, || None, || None, |_| None, CancellationToken::new()).await;
     assert!(matches!(started, Err(StartError::UpstreamIsListener(one)) if one == own));
 }
 
@@ -497,7 +500,7 @@ async fn strangers_get_no_answer_inside() {
         };
         let view = Arc::new(view());
         let (view, stop) = (move || Some(Arc::clone(&view)), CancellationToken::new());
-        let server = DnsServer::start(config, view, |_| None, stop)
+        let server = DnsServer::start(config, view, || None, |_| None, stop)
             .await
             .unwrap();
         let bytes = query("edge-a1.mesh.", RecordType::A).to_vec().unwrap();
@@ -568,6 +571,44 @@ impl io::Write for Logged {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_pod_is_told_what_it_may_reach_only_where_that_is_asked_for_and_others_everything() {
+    const POD: &str = "127.0.0.77";
+    let mut snapshot = common::snapshot();
+    common::add_policies(&mut snapshot, POD);
+    let view = View {
+        snapshot: Arc::new(snapshot),
+        ..view()
+    };
+    for leave_out_denied in [false, true] {
+        let config = DnsConfig {
+            leave_out_denied,
+            ..DnsConfig::default()
+        };
+        let running = start_with(config, Some(view.clone())).await;
+        let told = async |from: &str, more: &str| {
+            let name = "db.shop.svc.cluster.local";
+            let said = running
+                .dig(&format!("-b {from} +short {more} {name}"))
+                .await;
+            let mut addresses: Vec<_> = said.lines().map(str::to_owned).collect();
+            addresses.sort();
+            addresses
+        };
+        let all = ["10.2.1.1", "10.2.2.1", "10.2.3.1"];
+        let expected = if leave_out_denied { &all[..1] } else { &all };
+        // Also where the answer for everybody, in each order, is ready.
+        for _ in 0..5 {
+            for more in ["+notcp", "+tcp"] {
+                assert_eq!(told("127.0.0.1", more).await, all, "{more}");
+                assert_eq!(told(POD, more).await, expected, "{more}");
+            }
+        }
+        let counted = running.server.counters().denied_left_out.get();
+        assert_eq!(counted, if leave_out_denied { 10 } else { 0 });
     }
 }
 

@@ -234,7 +234,8 @@ async fn authorities_that_are_none_are_named_before_anything_is_asked() {
             ca_file: Some(file.clone()),
             ..DnsConfig::default()
         };
-        let started = DnsServer::start(config, || None, |_| None, CancellationToken::new()).await;
+        let started =
+            DnsServer::start(config, || None, || None, |_| None, CancellationToken::new()).await;
         let Err(StartError::Authorities(error)) = started else {
             panic!("started")
         };

@@ -48,7 +48,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     admin::{Admin, Facts},
-    clamp,
+    callers, clamp,
     cni::{self, Attachments},
     config::Settings,
     desired,
@@ -510,12 +510,19 @@ async fn start(
     supervisor.spawn("uplinks", uplinks);
     supervisor.spawn("remember", remember(state, to_remember, stop.clone()));
 
+    let (callers, denied) = watch::channel(None);
+    if settings.dns.leave_out_denied {
+        let node = settings.node_name.clone();
+        let keeper = callers::keep_callers(node, view.clone(), callers, stop.clone());
+        supervisor.spawn("callers", keeper);
+    }
     let (dns_view, upstream_view) = (view.clone(), view.clone());
     let upstreams = settings.dns.upstreams.iter();
     let dns_upstreams = upstreams.map(|one| one.address).collect();
     let dns = DnsServer::start(
         settings.dns,
         move || dns_view.borrow().clone(),
+        move || denied.borrow().clone(),
         move |to| {
             let view = upstream_view.borrow();
             let snapshot = view.as_ref().map(|view| &*view.snapshot);

@@ -134,6 +134,9 @@ struct DnsConfig {
     /// Whether each answer is logged.
     #[serde(default)]
     query_log: bool,
+    /// Whether a pod is not told of endpoints of headless services that policy denies to it.
+    #[serde(default)]
+    leave_out_denied: bool,
     /// Whether `a-b-c-d.<namespace>.pod.<cluster domain>` exists.
     #[serde(default)]
     pod_names: PodNames,
@@ -244,6 +247,7 @@ impl DnsConfig {
             stale_max: std::time::Duration::from_secs(self.serve_stale_s.into()),
             allow_from: self.allow_from,
             query_log: self.query_log,
+            leave_out_denied: self.leave_out_denied,
         })
     }
 }
@@ -257,6 +261,7 @@ impl Default for DnsConfig {
             serve_stale_s: default_serve_stale_s(),
             allow_from: Vec::new(),
             query_log: false,
+            leave_out_denied: false,
             pod_names: PodNames::Off,
             stub: Vec::new(),
             record: Vec::new(),
@@ -520,6 +525,10 @@ impl Settings {
             let (least, most) = (METERED_SYNC_S.start(), METERED_SYNC_S.end());
             let text = format!("must be {least} to {most} seconds; the default is 3600");
             return Err(bad("metered_sync_s", text));
+        }
+        if file.dns.leave_out_denied && !file.policy {
+            let text = "needs `policy = true`: on this node nothing is denied to pods";
+            return Err(bad("dns.leave_out_denied", text.to_owned()));
         }
         Ok(Self {
             node_name,
@@ -851,6 +860,18 @@ mod tests {
             let error = dns(text).unwrap_err();
             assert!(error.contains(part), "{part} is not in: {error}");
         }
+    }
+
+    #[test]
+    fn what_is_denied_is_left_out_of_answers_only_where_policies_are_enforced() {
+        let leaves_out = |policy| {
+            let text =
+                format!("node_name = 'edge-a1'\npolicy = {policy}\n[dns]\nleave_out_denied = true");
+            parse(&text).map(|settings| settings.dns.leave_out_denied)
+        };
+        assert_eq!(leaves_out(true), Ok(true));
+        let error = leaves_out(false).unwrap_err();
+        assert!(error.contains("dns.leave_out_denied"), "{error}");
     }
 
     #[test]

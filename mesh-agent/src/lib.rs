@@ -13,6 +13,7 @@ compile_error!(
 
 pub mod admin;
 pub mod agent;
+pub mod callers;
 pub mod clamp;
 pub mod cni;
 pub mod config;

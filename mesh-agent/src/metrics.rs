@@ -450,6 +450,11 @@ fn add_dns(page: &mut Page, dns: &Counters) {
             "Answers to pods without endpoints that policy denies to them",
             &dns.denied_left_out,
         ),
+        (
+            "dns_denied_left_out",
+            "Answers to pods without endpoints that policy denies to them",
+            &dns.denied_left_out,
+        ),
     ] {
         page.counter(name, help, counter.get());
     }

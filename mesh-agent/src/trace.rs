@@ -13,7 +13,6 @@ use mesh_core::{
     policy::{
         Direction, Flow,
         judges::{Judged, Judges},
-        resources::IpProtocol,
     },
     services::{self, Frontend, Ranked, View},
     snapshot::{Node, Protocol, Service, ServiceKind, ServiceName, Snapshot},
@@ -444,10 +443,7 @@ fn behind_service(
     let flow = Flow {
         from: source,
         to: endpoint.ip(),
-        protocol: Some(match asked.protocol {
-            Protocol::Tcp => IpProtocol::Tcp,
-            Protocol::Udp => IpProtocol::Udp,
-        }),
+        protocol: Some(asked.protocol.into()),
         port: endpoint.port(),
     };
     for (node, direction) in [(from, Direction::Out), (to, Direction::In)] {

@@ -16,6 +16,7 @@ pub use self::compile::Compiler;
 use self::resources::IpProtocol;
 
 mod atoms;
+pub mod callers;
 mod compile;
 pub mod judges;
 mod ports;

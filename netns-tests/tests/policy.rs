@@ -1,6 +1,7 @@
 //! Who may speak with whom, with the real binaries: from the manifest to the kernel of two nodes.
 
 use std::{
+    collections::BTreeSet,
     fs,
     io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
@@ -87,6 +88,7 @@ fn number(mesh: &Mesh, node: &str, pointer: &str) -> Result<u64> {
 
 fn restart(mesh: &Mesh, node: &str, lines: &str) -> Result<()> {
     mesh.take(node, "mesh-agent")?.terminate(SOON)?;
+    mesh.provokes(&["the maps left by another version or configuration are replaced"]);
     mesh.start_agent_with(node, lines)?;
     mesh.agent_ready(node, 2)
 }
@@ -146,7 +148,7 @@ fn a_policy_denies_a_port_cuts_the_open_flow_and_audits() -> Result<()> {
     tool::eventually("the flow goes on once more", SOON, || {
         talk(&mut client, &mut server)
     })?;
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
@@ -179,7 +181,7 @@ fn the_receiver_enforces_what_the_sender_does_not_also_without_the_controller() 
     tool::eventually("the other port answers", SOON, || {
         connect(&mesh, A, B, OTHER_PORT)
     })?;
-    Ok(())
+    mesh.ends_well()
 }
 
 /// Packets past the host's stack at every interface of a pod.
@@ -282,6 +284,16 @@ fn ingress(mesh: &Mesh, rules: &str) -> Result<()> {
     Ok(fs::write(mesh.manifests().join("policy.yaml"), text)?)
 }
 
+/// These hand packets on for their pods.
+fn forward(mesh: &Mesh, nodes: &[&str]) -> Result<()> {
+    for node in nodes {
+        let node = mesh.node(node)?;
+        node.sysctl("net/ipv4/ip_forward", "1")?;
+        node.sysctl("net/ipv6/conf/all/forwarding", "1")?;
+    }
+    Ok(())
+}
+
 /// How often packets went past the stack into the tunnel, and into pods.
 fn redirected(mesh: &Mesh, node: &str) -> Result<[u64; 2]> {
     let count = |counter| number(mesh, node, &format!("/service_packets/redirect_{counter}"));
@@ -291,11 +303,7 @@ fn redirected(mesh: &Mesh, node: &str) -> Result<[u64; 2]> {
 #[test]
 fn pods_of_two_nodes_speak_past_both_stacks_and_policy_is_enforced_at_the_pods() -> Result<()> {
     let mesh = Mesh::two_sites()?;
-    for node in [A, B] {
-        let node = mesh.node(node)?;
-        node.sysctl("net/ipv4/ip_forward", "1")?;
-        node.sysctl("net/ipv6/conf/all/forwarding", "1")?;
-    }
+    forward(&mesh, &[A, B])?;
     let web = Pod::new(&mesh, A, "web", 5)?;
     let db = Pod::new(&mesh, B, "db", 5)?;
     let near = Pod::new(&mesh, B, "near", 6)?;
@@ -392,7 +400,88 @@ fn pods_of_two_nodes_speak_past_both_stacks_and_policy_is_enforced_at_the_pods()
         let problems = problems.pointer("/problems").map(Value::to_string);
         ensure!(!problems.unwrap_or_default().contains("pod-"), "{node}");
     }
-    mesh.all_run()
+    mesh.ends_well()
+}
+
+/// What a node or pod is told of a headless service.
+fn told(node: &Node) -> Result<BTreeSet<IpAddr>> {
+    let name = "db.shop.svc.cluster.local";
+    let words = [
+        "dig",
+        "+short",
+        "+tries=1",
+        "+time=1",
+        "@169.254.53.53",
+        name,
+    ];
+    let said = node.run(&words, SOON)?.ok()?;
+    let addresses = said.lines().map(str::parse);
+    Ok(addresses.collect::<Result<_, _>>()?)
+}
+
+#[test]
+fn a_pod_is_not_told_of_endpoints_that_a_policy_of_another_node_s_pod_denies_to_it() -> Result<()> {
+    let mesh = Mesh::two_sites()?;
+    forward(&mesh, &[A, B])?;
+    let web = Pod::new(&mesh, A, "web", 5)?;
+    let db = Pod::new(&mesh, B, "db", 5)?;
+    let spare = Pod::new(&mesh, B, "spare", 6)?;
+    let both = [&db, &spare].map(|pod| pod.addresses[0]);
+    let service = format!(
+        "---\napiVersion: v1\nkind: Service\nmetadata: {{name: db, namespace: shop}}\nspec: {{clusterIP: None, \
+         ports: [{{port: {PORT}, protocol: TCP}}]}}\n---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
+         metadata: {{name: db-1, namespace: shop, labels: {{kubernetes.io/service-name: db}}}}\naddressType: IPv4\n\
+         ports: [{{port: {PORT}, protocol: TCP}}]\nendpoints: [{{addresses: [{}], nodeName: {B}}}, {{addresses: [{}], \
+         nodeName: {B}}}]\n",
+        both[0], both[1]
+    );
+    let pods = [
+        web.manifest(A, "web"),
+        db.manifest(B, "db"),
+        spare.manifest(B, "spare"),
+    ];
+    tell_of_pods(&mesh, &(pods.concat() + &service))?;
+    let _listeners = [db.listen(both[0])?, spare.listen(both[1])?];
+    restart(&mesh, A, &format!("{PODS}[dns]\nleave_out_denied = true\n"))?;
+    restart(&mesh, B, PODS)?;
+    let is_told = |node: &Node, wanted: &[IpAddr]| {
+        tool::eventually("it is told so", SOON, || {
+            let told = told(node)?;
+            let wanted = wanted.iter().copied().collect();
+            ensure!(told == wanted, "{told:?}, not {wanted:?}");
+            Ok(())
+        })
+    };
+    is_told(&web.node, &both)?;
+    for to in both {
+        tool::eventually("a path", SOON, || web.connect(to))?;
+    }
+
+    ingress(&mesh, "[]")?;
+    is_told(&web.node, &both[1..])?;
+    // What the kernel does is the same.
+    tool::eventually("the pod is closed", SOON, || {
+        ensure!(web.connect(both[0]).is_err());
+        Ok(())
+    })?;
+    web.connect(both[1])?;
+    // The node may ask for others, and other nodes were not asked to leave anything out.
+    for node in [A, B] {
+        is_told(&mesh.node(node)?, &both)?;
+    }
+    is_told(&spare.node, &both)?;
+    let page = ["curl", "-sSf", "http://127.0.0.1:9640/metrics"];
+    let page = mesh.node(A)?.run(&page, SOON)?.ok()?;
+    let series = "holdfast_agent_dns_denied_left_out_total ";
+    let count = page.lines().find_map(|line| line.strip_prefix(series));
+    ensure!(count.is_some_and(|count| count != "0"), "{count:?}");
+
+    ingress(
+        &mesh,
+        "[{from: [{podSelector: {matchLabels: {app: web}}}]}]",
+    )?;
+    is_told(&web.node, &both)?;
+    mesh.ends_well()
 }
 
 #[test]
@@ -400,8 +489,7 @@ fn a_device_is_served_by_a_pod_of_its_gateway_past_the_stack_and_policy_is_enfor
 {
     let mesh = Mesh::two_sites()?;
     let gateway = mesh.node(A)?;
-    gateway.sysctl("net/ipv4/ip_forward", "1")?;
-    gateway.sysctl("net/ipv6/conf/all/forwarding", "1")?;
+    forward(&mesh, &[A])?;
     let pod = Pod::new(&mesh, A, "db", 5)?;
     let service = format!(
         "---\napiVersion: v1\nkind: Service\nmetadata: {{name: db, namespace: shop}}\nspec: {{clusterIP: 10.43.0.99, \
@@ -445,5 +533,5 @@ fn a_device_is_served_by_a_pod_of_its_gateway_past_the_stack_and_policy_is_enfor
     tool::eventually("the policy is in force", SOON, denied)?;
     ingress(&mesh, "[{from: [{ipBlock: {cidr: 192.168.7.0/24}}]}]")?;
     tool::eventually("the device may", SOON, is_redirected)?;
-    mesh.all_run()
+    mesh.ends_well()
 }

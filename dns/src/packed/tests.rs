@@ -13,6 +13,7 @@ use super::*;
 const NO_ERROR: Said = Said {
     code: ResponseCode::NoError,
     cut: false,
+    may_be_denied: false,
 };
 
 fn query(id: u16, name: &str, change: impl FnOnce(&mut Message)) -> Vec<u8> {
@@ -38,7 +39,7 @@ fn reply_to(query: &[u8], mark: u8) -> Vec<u8> {
 
 fn ask(packed: &mut Packed, query: &[u8]) -> Option<Vec<u8>> {
     let mut reply = Vec::new();
-    packed.reply(query, &mut reply).map(|_| reply)
+    packed.reply(query, &mut reply, false).map(|_| reply)
 }
 
 fn now() -> Instant {
@@ -52,6 +53,23 @@ fn the_question_is_repeated_as_asked_with_its_id() {
     packed.keep(&first, &reply_to(&first, 1), NO_ERROR, false);
     let second = query(0x1234, "kIOSK.shop.svc.CLUSTER.local.", with_edns);
     assert_eq!(ask(&mut packed, &second), Some(reply_to(&second, 1)));
+}
+
+#[test]
+fn what_policy_may_deny_to_a_pod_is_not_ready_for_one() {
+    let mut packed = Packed::new(2);
+    for (name, may_be_denied) in [("kiosk.", false), ("db.", true)] {
+        let asked = query(7, name, with_edns);
+        let said = Said {
+            may_be_denied,
+            ..NO_ERROR
+        };
+        packed.keep(&asked, &reply_to(&asked, 1), said, false);
+        for for_caller in [false, true] {
+            let ready = packed.reply(&asked, &mut Vec::new(), for_caller);
+            assert_eq!(ready.is_some(), !(for_caller && may_be_denied), "{name}");
+        }
+    }
 }
 
 #[test]
@@ -173,6 +191,6 @@ proptest! {
         let mut packed = Packed::new(2);
         packed.keep(&query, &query, NO_ERROR, true);
         let mut reply = Vec::new();
-        packed.reply(&query, &mut reply);
+        packed.reply(&query, &mut reply, false);
     }
 }

@@ -11,6 +11,14 @@ use hickory_proto::{
     rr::{Name, RecordType},
 };
 use mesh_core::{
+    policy::{
+        Compiler, Limits,
+        callers::Callers,
+        resources::{
+            Action, LabelSelector, MeshPolicy, MeshRule, NetworkPeer, NetworkPolicy, NetworkRule,
+            ObjectName, Party, Pod,
+        },
+    },
     services::View,
     snapshot::{
         Endpoint, EndpointPort, EndpointSlice, ExternalPeer, Generation, Hints, Locality,
@@ -159,6 +167,79 @@ pub(crate) fn endpoint(at: &str, node: &str, hostname: Option<&str>) -> Endpoint
         serving: true,
         terminating: false,
     }
+}
+
+/// The pod `web` at `at` of this node: a policy of the mesh keeps it from edge-b1, and a policy of a pod at edge-a2 lets
+/// nobody in but `admin`.
+pub(crate) fn add_policies(snapshot: &mut Snapshot, at: &str) {
+    let name = |name: &str| ObjectName {
+        namespace: "shop".to_owned(),
+        name: name.to_owned(),
+    };
+    let app = |app: &str| LabelSelector {
+        labels: [("app".to_owned(), app.to_owned())].into(),
+        expressions: Vec::new(),
+    };
+    for (app_label, node, at) in [("web", "edge-a1", at), ("db", "edge-a2", "10.2.2.1")] {
+        let pod = Pod {
+            name: name(app_label),
+            labels: app(app_label).labels,
+            service_account: "default".to_owned(),
+            node: Some(node.parse().unwrap()),
+            addresses: vec![address(at)],
+            host_network: false,
+            ports: Vec::new(),
+        };
+        snapshot.policy.pods.insert(pod.name.clone(), pod.into());
+    }
+    let keeps_out = MeshPolicy {
+        name: "no-b".to_owned(),
+        audit: false,
+        rules: vec![MeshRule {
+            action: Action::Deny,
+            from: vec![Party {
+                pod_selector: Some(app("web")),
+                ..Party::default()
+            }],
+            to: vec![Party {
+                nodes: vec!["edge-b1".parse().unwrap()],
+                ..Party::default()
+            }],
+            ports: Vec::new(),
+        }],
+    };
+    snapshot
+        .policy
+        .mesh
+        .insert(keeps_out.name.clone(), keeps_out.into());
+    let lets_in = NetworkPolicy {
+        name: name("db"),
+        pods: app("db"),
+        ingress: Some(vec![NetworkRule {
+            peers: vec![NetworkPeer::Pods {
+                pods: app("admin"),
+                namespaces: None,
+            }],
+            ports: Vec::new(),
+        }]),
+        egress: None,
+    };
+    snapshot
+        .policy
+        .network
+        .insert(lets_in.name.clone(), lets_in.into());
+}
+
+/// What policy denies to pods of this node.
+pub(crate) fn callers(snapshot: &Snapshot) -> Callers {
+    let limits = Limits {
+        addresses: 1_000,
+        pairs: 1_000,
+        ports: 1_000,
+    };
+    let mut compiler = Compiler::of_calls("edge-a1".parse().unwrap(), limits);
+    compiler.update(&Arc::new(snapshot.clone()));
+    Callers::new(&compiler, snapshot)
 }
 
 /// A headless service `big` with `count` endpoints on another node.

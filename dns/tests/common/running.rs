@@ -63,14 +63,17 @@ pub(crate) async fn start_by(
     view: Option<View>,
     device: impl Fn(IpAddr) -> Option<String> + Clone + Send + Sync + 'static,
 ) -> Running {
-    let view = view.map(Arc::new);
+    let callers = view.as_ref().map(|view| super::callers(&view.snapshot));
+    let (view, callers) = (view.map(Arc::new), callers.map(Arc::new));
     for _ in 0..16 {
         let config = DnsConfig {
             listen: vec![(LOOPBACK, 0).into()],
             ..config.clone()
         };
-        let (view, stop) = (view.clone(), CancellationToken::new());
-        let started = DnsServer::start(config, move || view.clone(), device.clone(), stop.clone());
+        let (view, callers, stop) = (view.clone(), callers.clone(), CancellationToken::new());
+        let view = move || view.clone();
+        let callers = move || callers.clone();
+        let started = DnsServer::start(config, view, callers, device.clone(), stop.clone());
         match started.await {
             Ok(server) => {
                 let address = server.local_addresses()[0];

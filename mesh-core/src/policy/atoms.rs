@@ -168,14 +168,27 @@ impl<'a> Owner<'a> {
         own.into_iter().chain(node)
     }
 
-    /// Whether it is on the node whose world this is.
+    /// Whether the tables of the node whose world this is are about what it sends or receives.
     pub(super) fn is_local(&self, world: &World<'a>) -> bool {
-        // Nobody's address may be one that this node's own networks use.
-        matches!(self, Self::Unknown)
-            || self
-                .node(world)
+        let is_here = || {
+            self.node(world)
                 .is_some_and(|node| node.name == *world.node)
+        };
+        match world.scope {
+            // Nobody's address may be one that this node's own networks use.
+            Scope::Ends => matches!(self, Self::Unknown) || is_here(),
+            Scope::Calls => self.pod().is_some() && is_here(),
+        }
     }
+}
+
+/// Which flows a node's tables are about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Scope {
+    /// Those with an end on the node, as that end judges them: what its kernel enforces.
+    Ends,
+    /// Those that its pods open, as both ends judge them.
+    Calls,
 }
 
 /// The mesh as this node's rules see it.
@@ -183,12 +196,13 @@ impl<'a> Owner<'a> {
 pub(super) struct World<'a> {
     pub(super) snapshot: &'a Snapshot,
     pub(super) node: &'a NodeName,
+    pub(super) scope: Scope,
     /// Labels of namespaces, each with its name's.
     namespaces: BTreeMap<&'a str, Labels>,
 }
 
 impl<'a> World<'a> {
-    pub(super) fn new(snapshot: &'a Snapshot, node: &'a NodeName) -> Self {
+    pub(super) fn new(snapshot: &'a Snapshot, node: &'a NodeName, scope: Scope) -> Self {
         let Resources {
             pods, namespaces, ..
         } = &snapshot.policy;
@@ -205,6 +219,7 @@ impl<'a> World<'a> {
         Self {
             snapshot,
             node,
+            scope,
             namespaces: labels,
         }
     }

@@ -11,7 +11,7 @@ use mesh_wire::id::NodeName;
 
 use super::{
     Class, Decider, Direction, Limits, Pair, PairRules, RuleSet, Tables, Verdict,
-    atoms::{Atom, Namespaces, Owner, World},
+    atoms::{Atom, Namespaces, Owner, Scope, World},
     ports::ByPort,
     resources::{
         Action, DefaultAction, IpProtocol, MeshRule, NetworkRule, Party, PortMatch, Ports,
@@ -28,8 +28,9 @@ const MEETINGS_MAX: usize = 65_536;
 pub struct Compiler {
     node: NodeName,
     limits: Limits,
+    scope: Scope,
     last: Option<Arc<Snapshot>>,
-    tables: Tables,
+    tables: Arc<Tables>,
     atoms: Numbers<Atom>,
     /// By the atoms that hold.
     classes: Numbers<BTreeSet<u32>>,
@@ -41,11 +42,23 @@ impl Compiler {
     /// For `node`, whose kernel tables hold so much.
     #[must_use]
     pub fn new(node: NodeName, limits: Limits) -> Self {
+        Self::of(Scope::Ends, node, limits)
+    }
+
+    /// For flows that pods of `node` open: the tables have what is said at the sender, and in the other direction
+    /// what is said at the receiver, wherever that is. They are about no other flows.
+    #[must_use]
+    pub fn of_calls(node: NodeName, limits: Limits) -> Self {
+        Self::of(Scope::Calls, node, limits)
+    }
+
+    fn of(scope: Scope, node: NodeName, limits: Limits) -> Self {
         Self {
             node,
             limits,
+            scope,
             last: None,
-            tables: Tables::default(),
+            tables: Arc::default(),
             atoms: Numbers::default(),
             classes: Numbers::default(),
             rule_sets: Numbers::default(),
@@ -61,20 +74,26 @@ impl Compiler {
             return false;
         }
         let tables = self.compile(snapshot);
-        let changed = tables != self.tables;
-        self.tables = tables;
+        let changed = tables != *self.tables;
+        self.tables = Arc::new(tables);
         changed
+    }
+
+    /// Whose tables they are.
+    #[must_use]
+    pub fn node(&self) -> &NodeName {
+        &self.node
     }
 
     /// The tables of the last snapshot.
     #[must_use]
-    pub fn tables(&self) -> &Tables {
+    pub fn tables(&self) -> &Arc<Tables> {
         &self.tables
     }
 
     fn compile(&mut self, snapshot: &Snapshot) -> Tables {
         let node = self.node.clone();
-        let world = World::new(snapshot, &node);
+        let world = World::new(snapshot, &node, self.scope);
         let owners = world.owners();
         let rules = Rules::relevant(self, &world, &owners);
         if !rules.enforced {
@@ -185,7 +204,14 @@ impl Compiler {
                     if made.len() == MEETINGS_MAX {
                         made.clear();
                     }
-                    let meeting = rules.meeting(one, other, direction);
+                    let called_elsewhere = self.scope == Scope::Calls && direction == Direction::In;
+                    let (one, other) = match called_elsewhere {
+                        true => (other, *one),
+                        false => (*one, other),
+                    };
+                    let mut meeting = rules.meeting(one, other, direction);
+                    // What a pod sends to its own node passes the pod's interface, and no other judge.
+                    meeting.own_node |= called_elsewhere && one.own_node;
                     let by_port = made
                         .entry(meeting)
                         .or_insert_with_key(|meeting| rules.by_port(meeting, one, other));
@@ -414,7 +440,8 @@ impl<'a> Rules<'a> {
                 pods: policy.pods.clone(),
                 namespaces: Namespaces::Named(namespace.clone()),
             };
-            if !is_here(&pods) {
+            let is_about_called = world.scope == Scope::Calls && policy.ingress.is_some();
+            if !is_about_called && !is_here(&pods) {
                 continue;
             }
             let pods = atom(pods);

@@ -11,6 +11,8 @@ use std::{
 use ipnet::IpNet;
 use mesh_wire::id::{NodeName, SiteName};
 
+use crate::snapshot::Protocol;
+
 /// Labels of a pod or a namespace.
 pub type Labels = BTreeMap<String, String>;
 
@@ -191,6 +193,15 @@ pub enum IpProtocol {
     /// ICMP and ICMPv6 but their errors, which belong to the flow that they are about. It has no
     /// ports.
     Icmp,
+}
+
+impl From<Protocol> for IpProtocol {
+    fn from(of_service: Protocol) -> Self {
+        match of_service {
+            Protocol::Tcp => Self::Tcp,
+            Protocol::Udp => Self::Udp,
+        }
+    }
 }
 
 impl IpProtocol {

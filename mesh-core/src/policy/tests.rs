@@ -3,6 +3,7 @@ use std::{net::IpAddr, sync::Arc};
 use mesh_wire::id::{MeshId, NodeId, NodeName};
 
 use super::{
+    callers::Callers,
     resources::{
         Action, DefaultAction, IpProtocol, LabelSelector, Labels, MeshPolicy, MeshRule, NamedPort,
         NetworkPeer, NetworkPolicy, NetworkRule, ObjectName, Operator, Party, Pod, PortMatch,
@@ -10,7 +11,9 @@ use super::{
     },
     *,
 };
-use crate::snapshot::{ExternalPeer, Locality, MeshSettings, Node, Snapshot};
+use crate::snapshot::{
+    EndpointPort, ExternalPeer, Locality, MeshSettings, Node, Protocol, Snapshot,
+};
 
 mod model;
 
@@ -136,7 +139,17 @@ fn tcp(from: &str, to: &str, port: u16) -> Flow {
 fn tables(snapshot: &Snapshot, node: &str, limits: Limits) -> Tables {
     let mut compiler = Compiler::new(node.parse().unwrap(), limits);
     compiler.update(&Arc::new(snapshot.clone()));
-    compiler.tables().clone()
+    Tables::clone(compiler.tables())
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+fn callers(snapshot: &Snapshot, node: &str) -> Callers {
+    let mut compiler = Compiler::of_calls(node.parse().unwrap(), LIMITS);
+    compiler.update(&Arc::new(snapshot.clone()));
+    Callers::new(&compiler, snapshot)
 }
 
 /// On the side that `direction` says, at node a, b or c.
@@ -841,4 +854,65 @@ fn pods_of_one_node_are_judged_for_each_of_them_and_the_world_as_well() {
     ] {
         check(&snapshot, "b", direction, flow, passes);
     }
+}
+
+#[test]
+fn what_both_ends_deny_to_a_pod_s_calls_is_known_where_the_pod_is() {
+    let mut snapshot = world();
+    assert!(callers(&snapshot, "a").caller(ip(WEB)).is_none());
+    let sql = [range(IpProtocol::Tcp, 5432, 5432)];
+    let from_web = from_pods("app=web", None, &sql);
+    network(&mut snapshot, "shop/db", "app=db", Some(vec![from_web]));
+    let denied = |snapshot: &Snapshot, (node, from): (&str, &str), to: &str, ports: &[u16]| {
+        let ports = ports.iter().map(|&port| EndpointPort {
+            name: String::new(),
+            protocol: Protocol::Tcp,
+            port,
+        });
+        let ports: Vec<_> = ports.collect();
+        let caller = callers(snapshot, node)
+            .caller(ip(from))?
+            .is_denied(ip(to), &ports);
+        Some(caller)
+    };
+    let (web, probe) = (("a", WEB), ("c", PROBE));
+    for (from, to, ports, expected) in [
+        (web, DB, &[80][..], Some(true)),
+        // One port is enough, and no port is not known to be denied.
+        (web, DB, &[80, 5432], Some(false)),
+        (web, DB, &[], Some(false)),
+        (web, "fd02::10", &[80], Some(true)),
+        (("a", "fd01::10"), DB, &[80], Some(true)),
+        (probe, DB, &[5432], Some(true)),
+        // It has no IPv6.
+        (probe, "fd02::10", &[5432], Some(false)),
+        (web, PROBE, &[80], Some(false)),
+        (("b", DB), WEB, &[80], Some(false)),
+        // Neither another node's pod nor a node is one of its pods.
+        (("b", WEB), DB, &[80], None),
+        (("a", NODE_A), DB, &[80], None),
+        (("a", "10.1.0.77"), DB, &[80], None),
+    ] {
+        let said = denied(&snapshot, from, to, ports);
+        assert_eq!(said, expected, "{from:?} to {to}, {ports:?}");
+    }
+    // What the sender's side says counts as well, and what is only audited does not.
+    let to_probe = rule(Action::Deny, nodes("a"), nodes("c"), &[]);
+    mesh(&mut snapshot, "no-ops", true, vec![to_probe.clone()]);
+    assert_eq!(denied(&snapshot, web, PROBE, &[80]), Some(false));
+    mesh(&mut snapshot, "no-ops", false, vec![to_probe]);
+    assert_eq!(denied(&snapshot, web, PROBE, &[80]), Some(true));
+    assert_eq!(denied(&snapshot, web, NODE_A, &[80]), Some(false));
+}
+
+#[test]
+fn where_the_tables_are_full_nobody_is_known_to_be_denied_anything() {
+    let mut snapshot = world();
+    snapshot.mesh.default_action = DefaultAction::Deny;
+    assert!(callers(&snapshot, "a").caller(ip(WEB)).is_some());
+    let limits = Limits { pairs: 1, ..LIMITS };
+    let mut compiler = Compiler::of_calls("a".parse().unwrap(), limits);
+    compiler.update(&Arc::new(snapshot.clone()));
+    let callers = Callers::new(&compiler, &snapshot);
+    assert!(callers.caller(ip(WEB)).is_none());
 }

@@ -337,8 +337,28 @@ proptest! {
         for policy in networks {
             snapshot.policy.network.insert(policy.name.clone(), policy.into());
         }
+        let snapshot = Arc::new(snapshot);
+        let mut judges = judges::Judges::new(Arc::clone(&snapshot), LIMITS);
         for node in ["a", "b", "c"] {
             let own: NodeName = node.parse().unwrap();
+            let callers = callers(&snapshot, node);
+            for (from, to, protocol, port) in &flows {
+                let protocol = protocol.unwrap_or(IpProtocol::Tcp);
+                let flow = Flow { protocol: Some(protocol), ..tcp(from, to, *port) };
+                let is_own = pod_at(&snapshot, flow.from).is_some_and(|pod| pod.node == Some(own.clone()));
+                let Some(port) = service_port(protocol, *port).filter(|_| is_own && flow.from.is_ipv4() == flow.to.is_ipv4()) else {
+                    continue;
+                };
+                let mut ends = judges.sides(&flow).into_iter().filter(|end| {
+                    let at = &snapshot.nodes[&end.node];
+                    // Nobody stands between a pod and its own node.
+                    end.direction == Direction::Out || end.node != own || !at.own_addresses().any(|own| own == flow.to)
+                });
+                let expected = ends.any(|end| !end.verdict.allowed);
+                let caller = callers.caller(flow.from);
+                let denied = caller.is_some_and(|caller| caller.is_denied(flow.to, &[port]));
+                prop_assert_eq!(denied, expected, "{:?} from {}", flow, node);
+            }
             let tables = tables(&snapshot, node, LIMITS);
             prop_assert!(tables.left_out.is_nothing());
             for (from, to, protocol, port) in &flows {
@@ -359,6 +379,19 @@ proptest! {
             }
         }
     }
+}
+
+/// A service's port, of a protocol that one may have.
+fn service_port(protocol: IpProtocol, port: u16) -> Option<EndpointPort> {
+    let protocols = [Protocol::Tcp, Protocol::Udp];
+    let protocol = protocols
+        .into_iter()
+        .find(|&one| IpProtocol::from(one) == protocol)?;
+    Some(EndpointPort {
+        name: String::new(),
+        protocol,
+        port,
+    })
 }
 
 /// Whether the tables of a node are about this end.
