@@ -67,20 +67,22 @@ pub fn all() -> io::Result<Vec<File>> {
     // Nobody made a name yet.
     let named = fs::read_dir(NAMED_DIR).into_iter().flatten().flatten();
     let named = named.map(|entry| entry.path());
+    let nsfs = fs::metadata("/proc/self/ns/net")?.dev();
     let mut found = BTreeMap::new();
     for path in of_processes.chain(named) {
         // It may be gone by now.
-        let Ok(metadata) = fs::metadata(&path) else {
+        let Ok(namespace) = File::open(&path) else {
             continue;
         };
-        let number = (metadata.dev(), metadata.ino());
-        if !found.contains_key(&number)
-            && let Ok(namespace) = File::open(&path)
-        {
-            found.insert(number, namespace);
-            if found.len() == NAMESPACES_MAX {
-                break;
+        // A name is a plain file before its namespace is mounted there, and after.
+        match namespace.metadata() {
+            Ok(metadata) if metadata.dev() == nsfs => {
+                found.entry(metadata.ino()).or_insert(namespace);
             }
+            Ok(_) | Err(_) => {}
+        }
+        if found.len() == NAMESPACES_MAX {
+            break;
         }
     }
     Ok(found.into_values().collect())

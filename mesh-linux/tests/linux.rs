@@ -4,7 +4,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::File,
+    fs::{self, File},
     io::{self, IoSlice},
     net::{IpAddr, SocketAddr, UdpSocket},
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
@@ -687,7 +687,15 @@ fn namespaces_are_found_by_name_and_by_process_each_once() {
     let number = |namespace: &File| namespace.metadata().unwrap().ino();
     let here = named.on(|| number(&File::open("/proc/thread-self/ns/net").unwrap()));
     let own = number(&File::open("/proc/self/ns/net").unwrap());
-    let all: Vec<_> = netns::all().unwrap().iter().map(number).collect();
+    let unmounted = netns::named(&format!("{}-unmounted", named.0));
+    File::create(&unmounted).unwrap();
+    let all = netns::all();
+    fs::remove_file(&unmounted).unwrap();
+    let all = all.unwrap();
+    for namespace in &all {
+        netns::run_inside(namespace, || ()).unwrap();
+    }
+    let all: Vec<_> = all.iter().map(number).collect();
     for wanted in [here, own] {
         let times = all.iter().filter(|&&one| one == wanted).count();
         assert_eq!(times, 1, "{wanted} in {all:?}");
