@@ -85,6 +85,8 @@ pub struct Desired {
     /// When the resources may be written again, and whether they changed since.
     next_write: Option<Instant>,
     dirty: bool,
+    /// Why the disk did not take them last, as it was said; empty: it did.
+    refused: String,
 }
 
 /// What a neighbour gave is not taken.
@@ -136,6 +138,7 @@ impl Desired {
             confirmed: false,
             next_write: None,
             dirty: false,
+            refused: String::new(),
         };
         let received = match opened.payload {
             Some(payload) => desired.take_from_disk(&payload).await?,
@@ -510,17 +513,22 @@ impl Desired {
             }
             written.map(|()| bytes)
         };
-        self.next_write = Some(Instant::now() + WRITE_PAUSE_MIN);
-        match task::spawn_blocking(write).await {
+        let refused = match task::spawn_blocking(write).await {
             Ok(Ok(bytes)) => {
                 self.next_write = Some(Instant::now() + write_pause(bytes));
                 self.dirty = false;
+                self.refused.clear();
+                return;
             }
-            Ok(Err(error)) => {
-                tracing::warn!(%error, folder = %self.state.path().display(),
-                    "cannot keep the snapshot; a restart would find an older one");
-            }
-            Err(error) => tracing::warn!(%error, "writing the snapshot was cut short"),
+            Ok(Err(error)) => error.to_string(),
+            Err(error) => error.to_string(),
+        };
+        // A disk that is full stays so for a while.
+        self.next_write = Some(Instant::now() + WRITE_PAUSE_MAX);
+        if self.refused != refused {
+            tracing::warn!(error = %refused, folder = %self.state.path().display(),
+                "cannot keep the snapshot; a restart would find an older one");
+            self.refused = refused;
         }
     }
 }

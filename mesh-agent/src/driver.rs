@@ -706,7 +706,8 @@ impl Driver {
                 tracing::debug!(peer = name, ?from, ?to, ?reason, "a peer's state changed");
             }
             io::Event::Stranger { id } => {
-                tracing::warn!(%id, "a node calls whom the snapshot does not name: is it behind?");
+                // Nothing is wrong when a node joins: its call may be here before the news of it.
+                tracing::info!(%id, "a node calls whom the snapshot does not name: is it behind?");
             }
             io::Event::Liveness { peer, alive } => self.set_liveness(&peer, alive),
             io::Event::Remember { peer, addresses } => {

@@ -99,7 +99,7 @@ impl State {
         let epoch = lineage.epoch();
         *lock(&self.heads.lineage) = lineage;
         *lock(&self.heads.lost) = None;
-        tracing::warn!(
+        tracing::info!(
             epoch,
             "an operator lets what this store has count for all nodes"
         );

@@ -264,8 +264,8 @@ impl Pins {
                 map,
                 ?found,
                 ?wanted,
-                "the maps left by another version are replaced: what they remember of flows and \
-                 clients is lost"
+                "the maps left by another version or configuration are replaced: what they remember \
+                 of flows and clients is lost"
             );
             let mut problems = Vec::new();
             remove_files(&folder, &mut problems);

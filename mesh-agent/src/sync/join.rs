@@ -77,7 +77,12 @@ pub(super) async fn join(
         };
         let problem = format!("{problem:#}");
         if told.insert(controller.clone(), problem.clone()) != Some(problem.clone()) {
-            tracing::warn!(%controller, %problem, "cannot join yet; trying again");
+            // One may be of the other family, where this node has none: it is a problem once none lets it in.
+            if attempt < settings.controllers.len() {
+                tracing::info!(%controller, %problem, "cannot join at this controller; trying the next");
+            } else {
+                tracing::warn!(%controller, %problem, %id, "cannot join yet; trying again");
+            }
         }
         // How many nodes there are is not known yet: the longest pause is that of the largest mesh.
         let failure = Failure::Ended(Duration::ZERO);
