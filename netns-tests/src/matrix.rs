@@ -254,6 +254,12 @@ impl Matrix {
         Ok(matrix)
     }
 
+    /// What it is built on.
+    #[must_use]
+    pub fn mesh(&self) -> &Mesh {
+        &self.mesh
+    }
+
     /// Stops all agents and starts them with nothing remembered: every pair meets for the first time again.
     ///
     /// # Errors

@@ -43,6 +43,7 @@ pub const COMMAND_LIMIT: Duration = Duration::from_secs(10);
 pub struct Mesh {
     // Fields drop in this order: processes before the lab that they run in.
     processes: Mutex<BTreeMap<(String, String), Process>>,
+    provoked: Mutex<Vec<String>>,
     sites: BTreeMap<String, Site>,
     cloud: Node,
     bins: PathBuf,
@@ -94,6 +95,7 @@ impl Mesh {
         }
         let mesh = Self {
             processes: Mutex::default(),
+            provoked: Mutex::default(),
             sites: BTreeMap::new(),
             cloud,
             bins: bins.to_owned(),
@@ -653,6 +655,11 @@ impl Mesh {
         let log = || self.lock().get(&key).map(Process::log).unwrap_or_default();
         up.with_context(|| format!("its log ends:\n{}", crate::node::tail(&log())))?
             .map(drop)
+    }
+
+    /// What daemons may complain of.
+    pub(crate) fn provoked(&self) -> MutexGuard<'_, Vec<String>> {
+        self.provoked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<(String, String), Process>> {

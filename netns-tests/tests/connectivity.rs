@@ -59,7 +59,7 @@ fn the_largest_packet_that_passes_is_found_and_a_hole_is_named() -> Result<()> {
     ensure!(output.stderr.contains("trying "), "{}", output.stderr);
     let output = mesh.meshctl(A, &["mtu", "probe", "nobody"])?;
     ensure!(output.status.code() == Some(64), "{output:?}");
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
@@ -83,7 +83,7 @@ fn peers_names_and_services_are_tried() -> Result<()> {
         );
         Ok(())
     })?;
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
@@ -104,7 +104,7 @@ fn what_the_time_without_a_controller_needs_is_there_or_said_to_be_missing() -> 
     let (code, said) = run(&mesh, &["test", "connectivity", "--offline"])?;
     ensure!(verdict(&said, "snapshot", A) == "failed", "{said}");
     ensure!(code == 1, "{said}");
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
@@ -143,7 +143,7 @@ fn what_leaves_past_the_tunnel_is_found_in_plain_text() -> Result<()> {
         text.is_some_and(|text| text.contains("leave in plain text")),
         "{said}"
     );
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
@@ -190,7 +190,7 @@ fn throughput_is_measured_while_the_other_side_lets_it() -> Result<()> {
         std::net::TcpStream::connect_timeout(&loopback, Duration::from_secs(1))
     })?;
     ensure!(outside.is_err(), "{outside:?}");
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
@@ -249,5 +249,5 @@ fn a_capture_has_plain_text_inside_and_none_outside() -> Result<()> {
     let (code, said) = run(&mesh, &["capture", "--out", &path])?;
     let kind = said.pointer("/error/kind").and_then(Value::as_str);
     ensure!((code, kind) == (2, Some("file")), "{said}");
-    mesh.all_run()
+    mesh.ends_well()
 }

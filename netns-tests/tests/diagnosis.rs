@@ -106,7 +106,7 @@ fn udp_blocked_is_named() -> Result<()> {
         output.stdout
     );
     ensure!(output.status.code() == Some(1), "{:?}", output.status);
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
@@ -132,7 +132,7 @@ fn an_mtu_hole_is_named() -> Result<()> {
         Ok(())
     })?;
     doctor(&mesh, "MTU hole", &["MTU hole", B])?;
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 /// Debian's library for wrong clocks, wherever this architecture has it.
@@ -157,7 +157,8 @@ fn with_clock(mesh: &Mesh, offset: &str) -> Result<Process> {
 fn a_clock_that_is_behind_is_named() -> Result<()> {
     let mesh = well()?;
     let _agent = with_clock(&mesh, "-3d")?;
-    doctor(&mesh, "clock skew", &["the clock is", "behind"]).map(drop)
+    doctor(&mesh, "clock skew", &["the clock is", "behind"])?;
+    mesh.ends_well()
 }
 
 /// The agent's own clock is right: it is the certificate that is over, as after months in a drawer.
@@ -196,7 +197,8 @@ fn an_expired_certificate_is_named() -> Result<()> {
         );
         eprintln!("expired certificate: {first}");
         Ok(())
-    })
+    })?;
+    mesh.ends_well()
 }
 
 #[test]
@@ -235,12 +237,13 @@ fn a_policy_that_denies_is_named() -> Result<()> {
         .iter()
         .any(|one| one.pointer("/reason") == Some(&"denied".into()));
     ensure!(denied, "{said}");
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
 fn a_dead_endpoint_is_named() -> Result<()> {
     let mesh = well()?;
+    mesh.provokes(&["connects fail: no new flows for a while"]);
     // Nothing listens at the port of shop/inventory.
     tool::eventually("a path", SEEN, || {
         let why = mesh.ask(A, &["ping", B, "-c", "1"])?;
@@ -272,7 +275,7 @@ fn a_dead_endpoint_is_named() -> Result<()> {
         "dead endpoint, in general",
         &["dead endpoint: service shop/inventory", "edge-b1"],
     )?;
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
@@ -285,8 +288,8 @@ fn an_asymmetric_route_is_named() -> Result<()> {
         &mesh,
         "asymmetric route",
         &["asymmetric route: 100.96.2.0/24", "eth0"],
-    )
-    .map(drop)
+    )?;
+    mesh.ends_well()
 }
 
 #[test]
@@ -300,7 +303,8 @@ fn a_full_disk_is_named() -> Result<()> {
          dd if=/dev/zero of={state}/filler bs=4k 2>/dev/null || true"
     );
     let _agent = restart_with(&mesh, &before, "")?;
-    doctor(&mesh, "full disk", &["the disk of", "is full"]).map(drop)
+    doctor(&mesh, "full disk", &["the disk of", "is full"])?;
+    mesh.ends_well()
 }
 
 #[test]
@@ -309,7 +313,8 @@ fn a_dns_loop_is_named() -> Result<()> {
     // At its own listen addresses the agent refuses upstreams when it starts.
     let _agent = restart_with(&mesh, "", "[dns]\nupstreams = [\"100.96.1.1:53\"]\n")?;
     let words = ["DNS leads in a circle", "100.96.1.1:53"];
-    doctor(&mesh, "DNS loop", &words).map(drop)
+    doctor(&mesh, "DNS loop", &words)?;
+    mesh.ends_well()
 }
 
 #[test]
@@ -333,8 +338,8 @@ fn an_overloaded_relay_is_named() -> Result<()> {
         &mesh,
         "relay overloaded",
         &["relay cloud-relay is overloaded", "full"],
-    )
-    .map(drop)
+    )?;
+    mesh.ends_well()
 }
 
 #[test]
@@ -345,8 +350,8 @@ fn a_duplicate_overlay_address_is_named() -> Result<()> {
         &mesh,
         "duplicate overlay address",
         &["100.96.2.1", "edge-b1's overlay address"],
-    )
-    .map(drop)
+    )?;
+    mesh.ends_well()
 }
 
 #[test]
@@ -358,8 +363,8 @@ fn a_missing_kernel_feature_is_named() -> Result<()> {
         &mesh,
         "kernel feature missing",
         &["the kernel lacks what Holdfast needs", "/sys/fs/bpf"],
-    )
-    .map(drop)
+    )?;
+    mesh.ends_well()
 }
 
 fn node_file(node: &Node, name: &str) -> PathBuf {
@@ -408,7 +413,7 @@ fn a_bug_report_of_a_real_node_has_none_of_its_keys() -> Result<()> {
         !whole.contains("203.0.113."),
         "addresses outside the overlay are"
     );
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 /// Two generations of a real node: what changed between them, signatures that hold, and an export.
@@ -459,5 +464,5 @@ fn a_node_s_snapshots_are_compared_and_checked() -> Result<()> {
         "{}",
         verified.stdout
     );
-    mesh.all_run()
+    mesh.ends_well()
 }

@@ -34,7 +34,7 @@ fn a_wrong_token_is_refused_and_the_host_stays_as_it_was() -> Result<()> {
         .run(&["ip", "-br", "link"], END)?
         .ok()?;
     assert!(!links.contains("holdfast0"), "{links}");
-    Ok(())
+    mesh.ends_well()
 }
 
 #[test]
@@ -49,6 +49,7 @@ fn a_token_joins_once() -> Result<()> {
         &mesh.agent_config(&first, Some(&token)),
     )?;
     mesh.agent_ready("first", 3)?;
+    mesh.provokes(&["join refused node=newcomer"]);
     let mut second = joining(&mesh, &token)?;
     assert!(!second.wait(END)?.success());
     assert!(
@@ -56,7 +57,7 @@ fn a_token_joins_once() -> Result<()> {
         "{}",
         second.log()
     );
-    Ok(())
+    mesh.ends_well()
 }
 
 #[test]
@@ -84,7 +85,7 @@ fn a_misspelt_key_is_named_with_file_line_and_accepted_keys() -> Result<()> {
             );
         }
     }
-    Ok(())
+    mesh.ends_well()
 }
 
 #[test]
@@ -97,7 +98,7 @@ fn a_second_agent_on_the_same_state_folder_ends() -> Result<()> {
     let state = node.dir().join("state").display().to_string();
     assert!(second.stderr.contains(&state), "{}", second.stderr);
     mesh.resolve("edge-a1", "edge-b1.mesh")?;
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
@@ -112,7 +113,7 @@ fn a_taken_port_is_named() -> Result<()> {
     assert!(agent.log().contains("51820"), "{}", agent.log());
     let links = node.run(&["ip", "-br", "link"], END)?.ok()?;
     assert!(!links.contains("holdfast0"), "{links}");
-    Ok(())
+    mesh.ends_well()
 }
 
 #[test]
@@ -148,6 +149,7 @@ fn a_clock_ten_years_off_does_not_stop_names_and_local_services_and_is_told() ->
             Ok(())
         })?;
         assert!(agent.terminate(END)?.success(), "{}", agent.log());
+        mesh.ends_well()?;
     }
     Ok(())
 }
@@ -170,6 +172,7 @@ endpoints: [{addresses: [100.96.1.1], nodeName: edge-a1, conditions: {ready: tru
 #[test]
 fn a_cut_snapshot_is_fetched_again() -> Result<()> {
     let mesh = Mesh::two_sites()?;
+    mesh.provokes(&["a snapshot slot is not usable"]);
     for keep_bytes in [0, 1, 17, 300] {
         mesh.take("edge-a1", "mesh-agent")?.terminate(END)?;
         for file in snapshots(&mesh)? {
@@ -182,7 +185,7 @@ fn a_cut_snapshot_is_fetched_again() -> Result<()> {
         mesh.agent_ready("edge-a1", 2)?;
     }
     mesh.resolve("edge-a1", "edge-b1.mesh")?;
-    Ok(())
+    mesh.ends_well()
 }
 
 #[test]
@@ -197,6 +200,7 @@ fn one_cut_snapshot_leaves_the_other_when_nobody_can_be_asked() -> Result<()> {
         Ok(())
     })?;
     mesh.take("edge-a1", "mesh-agent")?.terminate(END)?;
+    mesh.provokes(&["a snapshot slot is not usable"]);
     mesh.site("site-a")?.link().set_down(true)?;
     let files = snapshots(&mesh)?;
     let newest = files
@@ -212,7 +216,7 @@ fn one_cut_snapshot_leaves_the_other_when_nobody_can_be_asked() -> Result<()> {
     tool::eventually("names are answered from the older slot", SOON, || {
         mesh.resolve("edge-a1", "inventory.shop.svc.cluster.local")
     })?;
-    Ok(())
+    mesh.ends_well()
 }
 
 #[test]
@@ -231,7 +235,7 @@ fn a_full_disk_stops_a_join_with_a_clear_error() -> Result<()> {
     assert_eq!(output.status.code(), Some(1), "{}", output.stderr);
     assert!(output.stderr.contains(&state), "{}", output.stderr);
     assert!(output.stderr.contains("No space left"), "{}", output.stderr);
-    Ok(())
+    mesh.ends_well()
 }
 
 #[test]
@@ -248,6 +252,7 @@ fn a_disk_that_fills_up_later_does_not_stop_the_node() -> Result<()> {
          cp -a /tmp/hf-state-$$/. {state} && rm -r /tmp/hf-state-$$ && \
          (cat /dev/zero > {state}/filler 2>/dev/null || true) && exec {agent} --config {config}"
     );
+    mesh.provokes(&["cannot keep the snapshot; a restart would find an older one error=No space"]);
     let mut agent = node.spawn("full-disk", &["sh", "-c", &script])?;
     let service = "apiVersion: v1\nkind: Service\nmetadata: {name: kiosk, namespace: shop}\nspec:\n  \
                    clusterIP: 10.43.0.99\n  ports: [{port: 80, protocol: TCP}]\n";
@@ -261,7 +266,7 @@ fn a_disk_that_fills_up_later_does_not_stop_the_node() -> Result<()> {
         Ok(())
     })?;
     assert!(agent.terminate(END)?.success(), "{}", agent.log());
-    Ok(())
+    mesh.ends_well()
 }
 
 #[test]
@@ -308,7 +313,7 @@ fn garbage_to_every_port_stops_nobody() -> Result<()> {
     mesh.serve("edge-b1", "inventory", &["http", "edge-b1", "[::]:8080"])?;
     let inventory = "http://inventory.shop.svc.cluster.local/";
     mesh.get("edge-a1", &["-4", inventory], Duration::from_secs(8))?;
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 /// An agent of a new node at site A that tries to join with `token`.

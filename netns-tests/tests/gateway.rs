@@ -22,6 +22,9 @@ const UDP: [&str; 2] = ["10.43.0.99:9000", "[fd42:43::99]:9000"];
 
 const DEVICE: [&str; 2] = ["192.168.7.2", "fd07::2"];
 
+/// What an agent says that is started with another configuration.
+const MAPS_REPLACED: &str = "the maps left by another version or configuration are replaced";
+
 /// The gateway's configuration.
 const SERVES: &str = "service_interfaces = [\"lan0\"]\n";
 
@@ -31,6 +34,7 @@ fn mesh() -> Result<Mesh> {
     mesh.kill("edge-a1", "mesh-agent")?;
     let gateway = mesh.node("edge-a1")?;
     gateway.sysctl("net/ipv4/conf/default/forwarding", "0")?;
+    mesh.provokes(&[MAPS_REPLACED, "devices are not served interface=lan0"]);
     mesh.start_agent_with("edge-a1", SERVES)?;
     mesh.agent_ready("edge-a1", 2)?;
     let b1 = mesh.node("edge-b1")?;
@@ -213,7 +217,7 @@ fn a_device_uses_services_of_another_site_as_itself() -> Result<()> {
     let remove = [&mesh.bin("mesh-agent"), "--config", &config, "remove"];
     gateway.run(&remove, SOON)?.ok()?;
     assert_eq!(gateway.tcx_programs("lan0")?, 0);
-    Ok(())
+    mesh.ends_well()
 }
 
 #[test]
@@ -235,7 +239,7 @@ fn a_device_of_which_the_mesh_knows_nothing_goes_as_the_gateway() -> Result<()> 
     // The node's own processes go as ever.
     let hello = mesh.get("edge-a1", &[TCP[0]], SOON)?;
     assert_eq!(hello.node, "edge-b1");
-    Ok(())
+    mesh.ends_well()
 }
 
 /// What the device is told at an address, if anybody answers: asked by UDP or as `more` words say.
@@ -312,7 +316,7 @@ fn a_device_asks_the_gateway_for_names_where_its_configuration_says_so_and_nobod
         asks_dns(&device, LAN[0], names[0].0, &as_named)
     })?;
     assert_eq!(said, names[0].1);
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 /// The kiosk for clients outside: at a load balancer's address and by a node port, with more of its
@@ -358,6 +362,7 @@ fn a_device_is_kept_to_the_gateway_s_own_endpoint_and_to_the_source_ranges() -> 
     forward(&mesh)?;
     serves(&mesh)?;
     let far = ("100.96.2.1", "edge-b1");
+    mesh.provokes(&["cannot answer health checks of a service"]);
     let others = ["http", "edge-a1", "[::]:30090"];
     mesh.serve("edge-a1", "others", &others)?;
     for_outside(&mesh, "", &[far])?;
@@ -435,7 +440,8 @@ fn a_device_is_kept_to_the_gateway_s_own_endpoint_and_to_the_source_ranges() -> 
         let error = health(&device).err().context("it answers")?;
         drop(error);
         Ok(())
-    })
+    })?;
+    mesh.ends_well()
 }
 
 #[test]
@@ -483,7 +489,8 @@ fn a_device_s_next_flow_goes_elsewhere_when_the_endpoint_s_node_dies() -> Result
             ensure!(hello.node != kept, "{kept}");
         }
         Ok(())
-    })
+    })?;
+    mesh.ends_well()
 }
 
 /// Endpoints that the gateway leaves alone because connects to them failed.
@@ -505,6 +512,7 @@ fn a_device_is_led_past_an_endpoint_that_resets_its_connects_until_it_does_not()
     /// Trials come after 10 s, 20 s and 40 s.
     const TRIED: Duration = Duration::from_secs(90);
     let mesh = mesh()?;
+    mesh.provokes(&["connects fail: no new flows for a while"]);
     device(&mesh)?;
     forward(&mesh)?;
     serves(&mesh)?;
@@ -536,5 +544,6 @@ fn a_device_is_led_past_an_endpoint_that_resets_its_connects_until_it_does_not()
             ensure!(node == "edge-a1", "{node}");
         }
         Ok(())
-    })
+    })?;
+    mesh.ends_well()
 }

@@ -67,7 +67,7 @@ fn programs_and_maps_are_those_of_the_kernel_and_what_is_taken_away_is_named() -
     ensure!(level(&mesh, "services")? == "warning");
     let (code, _) = said(&mesh, &["bpf", "progs"])?;
     ensure!(code == Some(1), "{code:?}");
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
@@ -102,7 +102,7 @@ fn a_route_of_the_mesh_is_the_kernel_s_and_one_in_its_way_is_named() -> Result<(
         code == Some(2) && word(&nobody, "kind") == "nobody",
         "{nobody}"
     );
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
@@ -150,7 +150,7 @@ fn who_decides_of_a_flow_is_named_from_either_end() -> Result<()> {
         ensure!(word(back, "verdict") == "allow", "{denied}");
         Ok(())
     })?;
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
@@ -213,5 +213,6 @@ fn a_key_is_rotated_while_the_mesh_goes_on_and_only_public_halves_are_shown() ->
         let refused = mesh.meshctl(A, &["keys", "rotate"])?;
         ensure!(refused.status.code() == Some(2), "{}", refused.stdout);
         Ok(())
-    })
+    })?;
+    mesh.ends_well()
 }

@@ -74,5 +74,6 @@ fn flows_go_where_the_way_is_short_and_move_when_it_is_not_any_more() -> Result<
     delay(&mesh, "site-c", NEAR)?;
     tool::eventually("flows go to the other, which is near now", SOON, || {
         goes_to(&mesh, "edge-c1")
-    })
+    })?;
+    mesh.ends_well()
 }

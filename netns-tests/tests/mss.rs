@@ -170,5 +170,5 @@ fn tcp_between_devices_on_ethernets_passes_the_tunnel_where_icmp_does_not() -> R
     let mut agent = mesh.take("edge-a1", "mesh-agent")?;
     assert!(agent.terminate(SOON)?.success(), "{}", agent.log());
     assert!(clamped(&gateways[0]).is_err(), "it goes with the agent");
-    Ok(())
+    mesh.ends_well()
 }

@@ -95,7 +95,7 @@ fn nodes_of_a_site_that_is_cut_off_find_each_other_within_two_seconds() -> Resul
     );
     let why = mesh.ask(NODES[0], &["path", "why", NODES[1]])?;
     assert_eq!(word(&why, "state"), "direct", "{why}");
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
@@ -117,7 +117,7 @@ fn nodes_with_ipv6_alone_find_each_other_as_well() -> Result<()> {
     );
     let why = mesh.ask(NODES[0], &["path", "why", NODES[1]])?;
     assert!(why.to_string().contains("[fd07::8]:51820"), "{why}");
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
@@ -142,7 +142,7 @@ fn a_node_that_comes_later_finds_those_that_are_there() -> Result<()> {
         "{:?}",
         begin.elapsed()
     );
-    Ok(())
+    mesh.ends_well()
 }
 
 /// Another machine on the LAN, that belongs to nobody.
@@ -269,5 +269,5 @@ fn forged_and_repeated_announcements_are_counted_and_harmless() -> Result<()> {
     assert!(!why.contains("192.168.1.66"), "{why}");
     // Mallory took the address for a moment: who speaks with it learns that it is another's again.
     tool::eventually("they still reach each other", SOON, || ping(&mesh))?;
-    mesh.all_run()
+    mesh.ends_well()
 }

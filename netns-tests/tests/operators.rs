@@ -88,7 +88,7 @@ fn an_operator_sees_the_node_that_names_it_and_each_question_is_noted() -> Resul
         let want = ["edge-a1".to_owned(), format!("asked {question}")];
         ensure!(noted.contains(&want), "no {want:?} in {noted:?}");
     }
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
@@ -126,7 +126,7 @@ fn who_is_not_named_is_refused_in_words_and_that_is_noted() -> Result<()> {
         std::net::TcpStream::connect_timeout(&loopback, Duration::from_secs(1))
     })?;
     ensure!(outside.is_err(), "{outside:?}");
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
@@ -149,5 +149,6 @@ fn a_node_that_is_gone_is_said_to_be() -> Result<()> {
         let (_, _, message) = failure(&mesh, "edge-a1", &["--node", "edge-b1", "status"])?;
         ensure!(message.contains("it is unreachable"), "{message}");
         Ok(())
-    })
+    })?;
+    mesh.ends_well()
 }

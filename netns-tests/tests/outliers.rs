@@ -42,6 +42,7 @@ fn flags(mesh: &Mesh, endpoint: usize, keys: [&str; 2]) -> Result<(bool, bool)> 
 #[test]
 fn an_endpoint_that_resets_connects_is_left_alone_and_tried_again() -> Result<()> {
     let mesh = Mesh::two_sites()?;
+    mesh.provokes(&["connects fail: no new flows for a while"]);
     mesh.serve("edge-b1", "good", &["http", "good", "[::]:8080"])?;
     let mut manifest = "apiVersion: v1\nkind: Service\nmetadata: {name: kiosk, namespace: shop}\nspec: {clusterIP: \
                         10.43.0.77, ports: [{name: http, port: 80, targetPort: http}]}\n"
@@ -85,7 +86,8 @@ fn an_endpoint_that_resets_connects_is_left_alone_and_tried_again() -> Result<()
         let flags = said(&mesh, BAD)?;
         ensure!(flags == (false, true), "{flags:?}");
         Ok(())
-    })
+    })?;
+    mesh.ends_well()
 }
 
 /// Kept open until it is killed, by whoever asks at `node`.
@@ -143,5 +145,5 @@ endpoints: [{addresses: [100.96.1.1], nodeName: edge-a1}, {addresses: [100.96.2.
     }
     all_go_to("near")?;
     assert_eq!(flags(&mesh, NEAR, ["/full", "/chosen"])?, (false, true));
-    Ok(())
+    mesh.ends_well()
 }

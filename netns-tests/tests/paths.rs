@@ -84,7 +84,7 @@ fn traffic_goes_on_over_a_cut_and_over_new_addresses_and_nothing_comes_twice() -
             "table inet only\ndelete table inet only\n",
         )?;
     }
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 /// The relay in use is killed; the other is warm, and traffic that has no direct path goes on by it.
@@ -137,7 +137,7 @@ fn a_killed_relay_is_left_for_the_warm_one() -> Result<()> {
     ensure!(gap < BACK_WITHIN, "{gap:?} of silence by {path}");
     let now = path_in_use(&mesh.ask("edge-a1", &["path", "why", "edge-b1"])?);
     ensure!(now != path, "still by {now}");
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 /// UDP sockets of a host, of both families.
@@ -216,7 +216,7 @@ fn an_easy_and_a_hard_nat_become_direct_by_a_burst_of_sockets() -> Result<()> {
         transfer(Way { from, to, address }, 5_000_000, SOON)?;
     }
     is(&mesh, "direct")?;
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 /// Nobody tells that packets are too big, and in the second turn fragments vanish too: nodes join, find out, and every
@@ -246,7 +246,7 @@ fn nodes_join_and_5_mb_arrive_where_1280_bytes_pass_and_nobody_says_so() -> Resu
             transfer(way, 5_000_000, SOON)
                 .with_context(|| format!("fragments pass: {fragments}"))?;
         }
-        mesh.all_run()?;
+        mesh.ends_well()?;
     }
     Ok(())
 }
@@ -284,5 +284,5 @@ fn a_tunnel_over_a_bad_line_holds_with_names_and_services() -> Result<()> {
         let why = mesh.ask("edge-a1", &["path", "why", "edge-b1"])?;
         ensure!(word(&why, "state") != "unreachable", "{why}");
     }
-    mesh.all_run()
+    mesh.ends_well()
 }

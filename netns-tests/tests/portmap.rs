@@ -211,7 +211,8 @@ fn meets_by(protocol: &str, protocols: &str) -> Result<()> {
     let mut agent = mesh.take("edge-a1", "mesh-agent")?;
     assert!(agent.terminate(SOON)?.success(), "{}", agent.log());
     assert_eq!(rule(&mesh)?, "", "the agent gives it back");
-    router.running()
+    router.running()?;
+    mesh.ends_well()
 }
 
 #[test]
@@ -255,7 +256,7 @@ fn is_mapped_again_by(protocol: &str, times: u32) -> Result<()> {
         );
     }
     is_mapped(&mesh, protocol)?;
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
@@ -366,7 +367,7 @@ fn a_pinhole_by_pcp_lets_a_hard_nat_in_and_is_there_again_when_the_router_starts
         "a pinhole again {:?} after the router's start",
         begin.elapsed()
     );
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 /// It is given back, which this daemon (2.3.1) refuses by PCP: what it keeps of a pinhole is not what it compares.
@@ -380,7 +381,8 @@ fn a_pinhole_by_upnp_lets_a_hard_nat_in_and_is_given_back() -> Result<()> {
     let mut agent = mesh.take("edge-a1", "mesh-agent")?;
     assert!(agent.terminate(SOON)?.success(), "{}", agent.log());
     assert_eq!(rule_of(&mesh, "miniupnpd")?, "", "the agent gives it back");
-    daemon.running()
+    daemon.running()?;
+    mesh.ends_well()
 }
 
 /// By UPnP: asked by PCP for what it may not grant, this daemon tries all ports, and answers nobody for half a minute.
@@ -398,7 +400,7 @@ fn a_router_that_refuses_is_quoted_and_nobody_misses_it() -> Result<()> {
     eprintln!("{}", said(&mesh)?);
     assert_eq!(rule(&mesh)?, "");
     mesh.get("edge-a1", &["-4", INVENTORY], SOON)?;
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 /// Answers every question to the router with nonsense, and tells all the LAN that it starts anew, until `end`. Returns how
@@ -484,5 +486,5 @@ fn nonsense_and_a_flood_of_news_cost_a_few_questions_and_no_processor() -> Resul
     let said: BTreeMap<String, String> =
         serde_json::from_value(status.pointer("/port_mappings").context("none")?.clone())?;
     assert!(said.is_empty(), "{said:?}");
-    mesh.all_run()
+    mesh.ends_well()
 }

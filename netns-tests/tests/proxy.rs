@@ -71,7 +71,8 @@ fn relay(mesh: &Mesh) -> Result<(Value, String)> {
 fn a_node_that_only_a_proxy_lets_out_joins_and_is_reached() -> Result<()> {
     let mesh = Mesh::two_sites_of(&[], &["edge-b1"])?;
     mesh.site("site-a")?.host(mesh.lab(), "edge-a1")?;
-    joins_and_is_reached(&mesh, &PROXY.to_string(), RESOLVER)
+    joins_and_is_reached(&mesh, &PROXY.to_string(), RESOLVER)?;
+    mesh.ends_well()
 }
 
 /// As most companies say it. The site's own name server knows the name; no other is let through to.
@@ -85,7 +86,8 @@ fn a_node_that_only_a_proxy_with_a_name_lets_out_joins_and_is_reached() -> Resul
         &mesh,
         "proxy.example.org",
         &format!("nameserver {ROUTER}\n"),
-    )
+    )?;
+    mesh.ends_well()
 }
 
 /// `edge-b1` has a network as most have, `edge-a1` the proxy, at this host.
@@ -125,7 +127,7 @@ fn joins_and_is_reached(mesh: &Mesh, host: &str, resolver: &str) -> Result<()> {
     }
     let log = fs::read_to_string(edge.dir().join("mesh-agent.log"))?;
     assert!(!log.contains(PASSWORD), "{log}");
-    mesh.all_run()
+    Ok(())
 }
 
 #[test]
@@ -195,5 +197,6 @@ fn what_a_proxy_has_against_a_node_stands_in_its_status() -> Result<()> {
         let (status, transport) = relay(&mesh)?;
         ensure!(transport == "tls", "{status}");
         Ok(())
-    })
+    })?;
+    mesh.ends_well()
 }

@@ -36,7 +36,7 @@ fn relayed_packets_go_by_plain_udp_and_by_quic_where_that_does_not_pass() -> Res
     is_relayed_by(&mesh, "quic")?;
     tool::nft(router, "delete table inet quic\n")?;
     is_relayed_by(&mesh, "udp")?;
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 /// Waits until site A's link has this framing, and the service answers over it.

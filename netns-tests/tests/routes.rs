@@ -120,7 +120,7 @@ fn an_open_flow_follows_communities_from_path_to_path_without_a_loss_and_nothing
         Ok(())
     })?;
     both_are(&mesh, "direct", None)?;
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 /// The devices, and their LAN, as each other's sites know them. To themselves both are `LAN`.
@@ -269,7 +269,7 @@ fn devices_of_two_lans_with_one_range_reach_each_other_as_the_mesh_calls_them() 
         hello.node, "device-b",
         "the LAN's own address is the LAN's own"
     );
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
@@ -309,5 +309,6 @@ fn when_a_gateway_dies_the_other_one_takes_over_within_the_path_s_dead_time() ->
     reaches(&mesh, "device-b", "device-a", A, B)?;
     mesh.start_agent("edge-a1")?;
     mesh.agent_ready("edge-a1", 3)?;
-    reaches(&mesh, "device-b", "device-a", A, B)
+    reaches(&mesh, "device-b", "device-a", A, B)?;
+    mesh.ends_well()
 }

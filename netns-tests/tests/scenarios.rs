@@ -26,7 +26,7 @@ fn a_service_behind_two_nats_answers_by_name_and_sees_its_client() -> Result<()>
     assert_eq!(hello.node, "edge-b1");
     assert_eq!(hello.client.ip().to_string(), "100.96.1.1");
     becomes_direct(&mesh, "edge-a1", "edge-b1")?;
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
@@ -51,7 +51,7 @@ fn a_path_goes_back_to_the_relay_when_the_direct_one_dies() -> Result<()> {
         mesh.get("edge-a1", &["-4", INVENTORY], REQUEST_LIMIT)?.node,
         "edge-b1"
     );
-    Ok(())
+    mesh.ends_well()
 }
 
 #[test]
@@ -64,7 +64,7 @@ fn a_flow_survives_a_new_public_address() -> Result<()> {
     tool::eventually("the service answers again", SOON, || {
         mesh.get("edge-a1", &["-4", INVENTORY], Duration::from_secs(1))
     })?;
-    Ok(())
+    mesh.ends_well()
 }
 
 #[test]
@@ -85,7 +85,8 @@ fn a_changed_manifest_reaches_the_nodes() -> Result<()> {
         let still = mesh.resolve("edge-a1", "kiosk.shop.svc.cluster.local");
         ensure!(still.is_err(), "{still:?}");
         Ok(())
-    })
+    })?;
+    mesh.ends_well()
 }
 
 /// Two servers on one edge node, asked from another: all words of the manifest must get from
@@ -152,7 +153,7 @@ fn a_service_keeps_its_clients_and_stays_on_the_node_as_its_manifest_says() -> R
     for at in ["198.18.0.9".to_owned(), format!("{own}:30080")] {
         mesh.get("edge-a1", &[&format!("http://{at}/")], REQUEST_LIMIT)?;
     }
-    Ok(())
+    mesh.ends_well()
 }
 
 #[test]
@@ -194,7 +195,7 @@ fn a_stock_wireguard_peer_reaches_an_edge_node_through_its_gateway() -> Result<(
         .run(&["ping", "-c", "3", "-W", "2", "100.96.9.9"], SOON)?
         .ok()?;
     daemon.terminate(SOON)?;
-    Ok(())
+    mesh.ends_well()
 }
 
 #[test]
@@ -231,7 +232,7 @@ fn sigterm_leaves_the_services_and_removal_leaves_nothing() -> Result<()> {
     let refused = ask().map(|hello| hello.node);
     ensure!(refused.is_err(), "{refused:?}");
     assert_eq!(host_programs(&node)?, programs);
-    Ok(())
+    mesh.ends_well()
 }
 
 /// As an upgrade does it, and as a crash does.
@@ -283,7 +284,7 @@ fn a_service_goes_on_while_its_agent_is_replaced() -> Result<()> {
     client.wait(SOON)?;
     let log = client.log();
     ensure!(!log.contains("curl:"), "a connect failed: {log}");
-    Ok(())
+    mesh.ends_well()
 }
 
 /// Its endpoint is there still and answers, but is no endpoint any more: nothing but the agent tells the client.
@@ -336,7 +337,8 @@ fn a_connected_udp_socket_ends_when_its_endpoint_leaves_the_service_and_no_other
         direct.running()?;
         ensure!(direct.log().len() > answered);
         Ok(())
-    })
+    })?;
+    mesh.ends_well()
 }
 
 const KIOSK: &str = "http://10.43.0.99/";
@@ -370,7 +372,7 @@ fn systemd_is_told_when_the_agent_serves_and_when_it_stops() -> Result<()> {
     mesh.resolve("edge-a1", "edge-b1.mesh")?;
     assert!(agent.terminate(SOON)?.success());
     assert_eq!(told(&socket)?, "STOPPING=1");
-    Ok(())
+    mesh.ends_well()
 }
 
 #[test]
@@ -386,7 +388,7 @@ fn a_killed_agent_starts_over_what_it_left() -> Result<()> {
         mesh.get("edge-a1", &["-4", INVENTORY], REQUEST_LIMIT)?.node,
         "edge-b1"
     );
-    Ok(())
+    mesh.ends_well()
 }
 
 /// The next line that came over systemd's socket.

@@ -245,7 +245,7 @@ fn a_pulled_cable_moves_traffic_to_the_modem_which_is_not_used_before_or_after()
             after[0] == before[0],
             "the modem still carries: {before:?}, {after:?}"
         );
-        two.mesh.all_run()
+        two.mesh.ends_well()
     };
     run().map_err(|error| two.fails(error))
 }
@@ -273,7 +273,7 @@ fn a_line_that_dies_behind_its_router_is_left_and_taken_again_without_a_gap() ->
         two.is_direct_from("203.0.113.11")?;
         let stays = |said: &Value| said["connected"] == true;
         two.controller("its stream stays, where that costs nothing", stays)?;
-        two.mesh.all_run()
+        two.mesh.ends_well()
     };
     run().map_err(|error| two.fails(error))
 }
@@ -296,7 +296,7 @@ fn names_are_asked_for_by_the_uplink_in_use() -> Result<()> {
         two.mesh.site("wired")?.link().set_down(false)?;
         two.uses("eth0")?;
         two.resolves("by-wire-again.example.org")?;
-        two.mesh.all_run()
+        two.mesh.ends_well()
     };
     run().map_err(|error| two.fails(error))
 }
@@ -310,6 +310,7 @@ fn a_node_whose_line_is_dead_joins_at_a_controller_with_a_name() -> Result<()> {
     add_modem(&mesh, &edge)?;
     let _server = NameServer::start(mesh.cloud(), CLOUD, CLOUD)?;
     mesh.site("wired")?.link().set_down(true)?;
+    mesh.provokes(&["cannot join yet; trying again"]);
     let config = mesh.agent_config(&edge, Some(&mesh.token()?));
     let by_address = format!("\"{CLOUD}:7440\"");
     ensure!(config.contains(&by_address), "{config}");
@@ -325,7 +326,7 @@ fn a_node_whose_line_is_dead_joins_at_a_controller_with_a_name() -> Result<()> {
     println!("joined by name after {:?}", since.elapsed());
     mesh.agent_ready("edge-a1", 1)?;
     println!("ready after {:?}, the wire still dead", since.elapsed());
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
@@ -339,7 +340,7 @@ fn a_new_address_at_the_same_uplink_costs_half_a_second() -> Result<()> {
         // Not direct at once: the NATs keep the old address' mappings for a while, and with them its port.
         flows.gap("another address", since, TOLD_MAX)?;
         two.uses("eth0")?;
-        two.mesh.all_run()
+        two.mesh.ends_well()
     };
     run().map_err(|error| two.fails(error))
 }
@@ -411,7 +412,7 @@ fn a_node_with_only_a_modem_visits_its_controller_and_is_silent_in_between() -> 
         "a visit: {} packets",
         visited[0] + visited[1] - quiet[0] - quiet[1]
     );
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 /// Who was at its controller in the last minute does not go there because somebody asks.
@@ -439,7 +440,7 @@ fn a_metered_node_that_is_asked_for_an_unknown_name_visits_its_controller() -> R
             .ok()
     })?;
     has_left(&mesh)?;
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 /// The same, and who joined calls it, while it speaks with another: nobody answers a key that nobody knows, but it visits, and
@@ -468,7 +469,7 @@ fn a_metered_node_that_a_stranger_calls_visits_its_controller_and_answers() -> R
     knows(&mesh, 3)?;
     has_left(&mesh)?;
     speaks.running()?;
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 /// A modem whose weight is larger is used though the kernel's routes prefer the wire, and peers on a LAN
@@ -519,5 +520,5 @@ fn weights_say_which_uplink_is_used_and_lans_stay_what_they_are() -> Result<()> 
         ensure!(paths.into_iter().flatten().any(by_lan), "{why}");
         Ok(())
     })?;
-    mesh.all_run()
+    mesh.ends_well()
 }

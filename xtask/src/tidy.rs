@@ -160,6 +160,7 @@ pub(crate) fn check_all() -> Vec<Outcome> {
         ("unsafe stays at home", of(unsafe_code)),
         ("nothing is left to do", of(left_to_do)),
         ("files fit in the head", of(length)),
+        ("scenarios end well", of(unjudged)),
         ("examples are manifests", examples(&root().join("examples"))),
         (
             "the reference is what the code says",
@@ -380,6 +381,20 @@ fn length(path: &str, text: &str) -> Vec<String> {
     .collect()
 }
 
+/// Tests that make a mesh and do not ask at their end whether a daemon complained: it would be overlooked.
+fn unjudged(path: &str, text: &str) -> Vec<String> {
+    if !path.starts_with("netns-tests/tests/") {
+        return Vec::new();
+    }
+    let tests = text.split("#[test]\n").skip(1);
+    let tests = tests.filter_map(|rest| rest.split("\n}\n").next());
+    let makes = |body: &str| body.contains("let mesh = ") || body.contains("let mut mesh = ");
+    let unjudged = tests.filter(|body| makes(body) && !body.contains(".ends_well()"));
+    let names = unjudged.filter_map(|body| body.lines().next());
+    let problem = |name| format!("{path}: `{name}`: end it by `mesh.ends_well()`");
+    names.map(problem).collect()
+}
+
 /// Every Rust file of the workspace, by its path from the root.
 pub(crate) fn sources(root: &Path) -> Vec<(String, String)> {
     let mut found = Vec::new();
@@ -518,6 +533,21 @@ mod tests {
     fn a_long_file_is_told() {
         assert_eq!(length("a.rs", &"x\n".repeat(FILE_LINES_MAX + 1)).len(), 1);
         assert_eq!(length("a.rs", &"x\n".repeat(FILE_LINES_MAX)).len(), 0);
+    }
+
+    #[test]
+    fn a_scenario_that_does_not_listen_to_the_logs_is_told() {
+        let path = "netns-tests/tests/a.rs";
+        let of = |end: &str| {
+            format!(
+                "fn helper() {{\n}}\n\n#[test]\nfn it_works() -> Result<()> {{\n    let mut mesh = Mesh::demo()?;\n    {end}\n}}\n"
+            )
+        };
+        assert_eq!(unjudged(path, &of("mesh.all_run()")).len(), 1);
+        assert_eq!(unjudged(path, &of("mesh.ends_well()")).len(), 0);
+        assert_eq!(unjudged("xtask/src/a.rs", &of("mesh.all_run()")).len(), 0);
+        let other = of("mesh.ends_well()") + &of("Ok(())");
+        assert_eq!(unjudged(path, &other).len(), 1);
     }
 
     #[test]
