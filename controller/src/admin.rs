@@ -1,19 +1,20 @@
 //! The local socket: what `meshctl` asks the controller.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use mesh_api::admin::{
-    AcceptRollbackRequest, AcceptRollbackResponse, ControllerStatusRequest,
-    ControllerStatusResponse, CreateTokenRequest, CreateTokenResponse, IssueRelayRequest,
-    IssueRelayResponse, ListNodesRequest, ListNodesResponse, ListTokensRequest, ListTokensResponse,
-    NodeReport, RemoveNodeRequest, RemoveNodeResponse, RevokeTokenRequest, RevokeTokenResponse,
-    TokenReport, controller_admin_server::ControllerAdmin,
+    AcceptRollbackRequest, AcceptRollbackResponse, ApproveNodesRequest, ApproveNodesResponse,
+    ApprovedReport, ControllerStatusRequest, ControllerStatusResponse, CreateTokenRequest,
+    CreateTokenResponse, IssueRelayRequest, IssueRelayResponse, ListNodesRequest,
+    ListNodesResponse, ListTokensRequest, ListTokensResponse, ListWaitingRequest,
+    ListWaitingResponse, NodeReport, RemoveNodeRequest, RemoveNodeResponse, RevokeTokenRequest,
+    RevokeTokenResponse, TokenReport, WaitingReport, controller_admin_server::ControllerAdmin,
 };
 use mesh_wire::id::{NodeName, RelayName};
 use tokio::task::spawn_blocking;
 use tonic::{Request, Response, Status};
 
-use crate::state::{NodeView, State, TokenError};
+use crate::state::{ApprovalError, NodeView, State, TokenError};
 
 /// Longest description of a token, in bytes.
 const DESCRIPTION_LEN_MAX: usize = 200;
@@ -143,6 +144,49 @@ impl ControllerAdmin for AdminService {
             }
             Err(error) => Err(Status::unavailable(error.to_string())),
         }
+    }
+
+    async fn list_waiting(
+        &self,
+        _: Request<ListWaitingRequest>,
+    ) -> Result<Response<ListWaitingResponse>, Status> {
+        let (manual, waiting) = self.blocking(State::waiting).await?;
+        let nodes = waiting.into_iter().map(|(name, pending)| WaitingReport {
+            name: name.into(),
+            public_key: pending.id.to_string(),
+            address: pending
+                .address
+                .map_or_else(String::new, |address| address.to_string()),
+            since_unix_s: pending.since_unix_s,
+        });
+        let nodes = nodes.collect();
+        Ok(Response::new(ListWaitingResponse { manual, nodes }))
+    }
+
+    async fn approve_nodes(
+        &self,
+        request: Request<ApproveNodesRequest>,
+    ) -> Result<Response<ApproveNodesResponse>, Status> {
+        let names = request.into_inner().names;
+        let names = names.iter().map(|name| name.parse::<NodeName>());
+        let names: BTreeSet<_> = names
+            .collect::<Result<_, _>>()
+            .map_err(|error| Status::invalid_argument(format!("names: {error}")))?;
+        let approved = self.blocking(move |state| state.approve(&names)).await?;
+        let approved = approved.map_err(|error| match error {
+            ApprovalError::NotWaiting(_) => Status::not_found(error.to_string()),
+            ApprovalError::Cluster | ApprovalError::NoFolder => {
+                Status::failed_precondition(error.to_string())
+            }
+            ApprovalError::Manifest(_) => Status::unavailable(error.to_string()),
+        })?;
+        let report = |(name, file): (NodeName, String)| {
+            tracing::info!(node = %name, %file, "approved");
+            let name = name.into();
+            ApprovedReport { name, file }
+        };
+        let nodes = approved.into_iter().map(report).collect();
+        Ok(Response::new(ApproveNodesResponse { nodes }))
     }
 
     async fn issue_relay(

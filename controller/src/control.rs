@@ -146,9 +146,10 @@ impl ControlService {
         let turn = turn.map_err(|error| Status::internal(error.to_string()))?;
         let state = self.state.clone();
         let (csr, applicant) = (request.csr_der, name.clone());
+        let from = address.map(|address| address.ip().to_canonical());
         let joined = spawn_blocking(move || match pass {
-            Pass::Token(token) => state.join(&token, &applicant, id, &csr),
-            Pass::Reviewed => state.enroll(&applicant, id, &csr),
+            Pass::Token(token) => state.join(&token, &applicant, id, from, &csr),
+            Pass::Reviewed => state.enroll(&applicant, id, from, &csr),
         });
         let joined = joined.await;
         drop(turn);

@@ -33,6 +33,7 @@ use ring::digest::{SHA256, digest};
 use self::parse::parse_file;
 use crate::change::Change;
 
+pub mod approve;
 pub mod parse;
 pub mod watch;
 

@@ -44,11 +44,13 @@ use crate::{
 
 use self::{heads::Heads, measure::Recent, sessions::Sessions, sharing::Lead};
 pub use self::{
+    approval::ApprovalError,
     sessions::SessionGuard,
     sharing::{NodeChange, NodeFact},
     tokens::TokenError,
 };
 
+mod approval;
 mod heads;
 mod measure;
 mod removal;
@@ -508,13 +510,14 @@ impl State {
         token: &JoinToken,
         name: &NodeName,
         id: NodeId,
+        from: Option<IpAddr>,
         csr_der: &[u8],
     ) -> Result<JoinResponse, JoinError<PrepareError>> {
         if token.mesh != self.authority.mesh_id() {
             return Err(Refusal::Unknown.into());
         }
         let pass = Pass::Token(&token.id, token.secret_hash());
-        self.admit(Candidate { name, id, pass }, csr_der)
+        self.admit(Candidate { name, id, pass }, from, csr_der)
     }
 
     /// Lets a node in for which the API server vouches, with whatever key it has now. Blocks on
@@ -527,15 +530,17 @@ impl State {
         &self,
         name: &NodeName,
         id: NodeId,
+        from: Option<IpAddr>,
         csr_der: &[u8],
     ) -> Result<JoinResponse, JoinError<PrepareError>> {
         let pass = Pass::Vouched;
-        self.admit(Candidate { name, id, pass }, csr_der)
+        self.admit(Candidate { name, id, pass }, from, csr_der)
     }
 
     fn admit(
         &self,
         candidate: Candidate<'_>,
+        from: Option<IpAddr>,
         csr_der: &[u8],
     ) -> Result<JoinResponse, JoinError<PrepareError>> {
         // Held until it is known here who has which address: an embedded store does not know that.
@@ -557,7 +562,7 @@ impl State {
         });
         let registrations = self.registrations.load(Ordering::SeqCst);
         drop(shared);
-        self.publish_joined(candidate, registrations, joined)
+        self.publish_joined(candidate, from, registrations, joined)
     }
 
     /// A place in the overlay and a certificate for a node that was let in, and had `had` before.
@@ -598,6 +603,7 @@ impl State {
     fn publish_joined(
         &self,
         Candidate { name, id, .. }: Candidate<'_>,
+        from: Option<IpAddr>,
         registrations: u64,
         joined: Result<JoinResponse, JoinError<PrepareError>>,
     ) -> Result<JoinResponse, JoinError<PrepareError>> {
@@ -608,11 +614,16 @@ impl State {
         );
         let pending_changed = if joined.is_ok() {
             work.pending.remove(name).is_some()
-        } else if waits && work.pending.len() < PENDING_MAX {
-            let since_unix_s = self.now_unix_s();
-            let waiting = Pending { id, since_unix_s };
-            let before = work.pending.insert(name.clone(), waiting);
-            before.is_none_or(|before| before.id != id)
+        } else if waits && (work.pending.len() < PENDING_MAX || work.pending.contains_key(name)) {
+            let before = work.pending.get(name).filter(|before| before.id == id);
+            let waiting = Pending {
+                id,
+                address: from,
+                since_unix_s: before.map_or_else(|| self.now_unix_s(), |one| one.since_unix_s),
+            };
+            let changed = before.is_none();
+            work.pending.insert(name.clone(), waiting);
+            changed
         } else {
             false
         };
@@ -741,7 +752,7 @@ impl State {
             work.pending.clear();
         }
         problems.extend(work.desired.problems.iter().cloned());
-        problems.extend(work.pending.keys().map(|name| {
+        problems.extend(work.waiting().map(|(name, _)| {
             let error = PrepareError::NotApproved(name.clone());
             format!("node {name}: {error}")
         }));

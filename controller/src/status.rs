@@ -1,7 +1,7 @@
 //! What is to be written about the objects of a cluster: statuses of Holdfast's own kinds, Events
 //! about others. Pure: from what the mesh is to the differences from what stands there.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use k8s_openapi::jiff::Timestamp;
 use mesh_api::control::{NodeReport, node_report::Nat};
@@ -106,7 +106,9 @@ impl From<NodeReport> for Report {
 pub struct Pending {
     /// Its WireGuard key.
     pub id: NodeId,
-    /// When it first asked, as Unix seconds.
+    /// From where it asked last.
+    pub address: Option<IpAddr>,
+    /// When it first asked with this key, as Unix seconds.
     pub since_unix_s: i64,
 }
 
@@ -399,8 +401,10 @@ impl Mesh<'_> {
     fn joined(&self, item: &Item, node: Option<&Node>) -> Verdict {
         let name = item.id.name.as_str();
         if let Some(pending) = self.pending.get(name) {
+            let from = pending.address.map(|address| format!("from {address} "));
             let text = format!(
-                "it asked to join with key {}: set spec.approved to true to let it in",
+                "it asked to join {}with key {}: set spec.approved to true to let it in",
+                from.unwrap_or_default(),
                 pending.id
             );
             return ("False", AWAITING_APPROVAL, text);

@@ -138,6 +138,9 @@ pub(crate) enum Command {
     /// Join tokens (controller).
     #[command(subcommand)]
     Token(Token),
+    /// Shows the nodes that wait until somebody lets them in (`joinApproval: manual`); with names, lets these in
+    /// (controller).
+    Approve(Approve),
     /// Nodes that the controller knows.
     Nodes,
     /// One of them (controller).
@@ -197,6 +200,7 @@ impl Command {
             | Self::Policy(Policy::Check { .. } | Policy::Test { .. })
             | Self::Keys(Keys::Rotate | Keys::Revoke { .. })
             | Self::Token(_)
+            | Self::Approve(_)
             | Self::Nodes
             | Self::Node(_)
             | Self::Relay(_)
@@ -426,6 +430,18 @@ pub(crate) enum Token {
         /// As `token list` shows it.
         id: String,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Approve {
+    /// Let these in, all or none; their agents ask again within half a minute.
+    #[arg(value_name = "NODE", conflicts_with = "watch")]
+    pub(crate) nodes: Vec<String>,
+    /// In the cluster that kubectl speaks with, not at a controller of this machine.
+    #[arg(long)]
+    pub(crate) cluster: bool,
+    #[command(flatten)]
+    pub(crate) again: Again,
 }
 
 #[derive(Debug, Subcommand)]

@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod approve;
 mod bpf;
 mod bugreport;
 mod capture;

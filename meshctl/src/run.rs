@@ -14,7 +14,7 @@ use mesh_api::admin::{
 };
 
 use crate::{
-    Verdict, bpf,
+    Verdict, approve, bpf,
     bugreport::{Bundle, Redact},
     capture,
     cli::{self, Again, Cli, Command},
@@ -169,6 +169,7 @@ pub(crate) async fn run(cli: Cli, screen: Screen) -> Result<Verdict, Failure> {
         Command::Keys(command) => keys::run(socket, command, screen).await,
         Command::Tunnel { target, proxy } => tunnel::tunnel(&proxy, &target),
         Command::Token(command) => token(controller_socket, command, screen).await,
+        Command::Approve(arguments) => approve::run(controller_socket, arguments, screen).await,
         Command::Nodes => {
             let mut controller = connect::controller(controller_socket).await?;
             let said = ask(Controller, controller.list_nodes(ListNodesRequest {})).await?;
@@ -204,7 +205,7 @@ pub(crate) async fn run(cli: Cli, screen: Screen) -> Result<Verdict, Failure> {
 
 /// Shows what `look` gives, once or again and again; it gets what it gave before, and how long ago that was. The verdict is
 /// the last look's.
-async fn watch<R: Report>(
+pub(crate) async fn watch<R: Report>(
     screen: Screen,
     again: Again,
     look: impl AsyncFn(Option<(&R, Duration)>) -> Result<R, Failure>,

@@ -180,6 +180,9 @@ impl Machine {
     pub fn follow(&mut self, command: &Command) -> Result<String> {
         let words: Vec<_> = command.text.split_whitespace().collect();
         let done = match words.as_slice() {
+            ["systemctl", "start", "--no-block", units @ ..] => units
+                .iter()
+                .try_for_each(|unit| self.launch(unit).map(drop)),
             ["systemctl", "enable", "--now", units @ ..] | ["systemctl", "start", units @ ..] => {
                 units.iter().try_for_each(|unit| self.start(unit))
             }
@@ -244,6 +247,28 @@ impl Machine {
 
     /// What systemd does with one of `deploy/systemd`.
     fn start(&mut self, unit: &str) -> Result<()> {
+        let told = self.launch(unit)?;
+        told.set_read_timeout(Some(START_LIMIT))?;
+        let process = self.services.last_mut().map(|(_, process)| process);
+        let process = process.context("nothing was started")?;
+        let mut message = [0; 4096];
+        loop {
+            let Ok(length) = told.recv(&mut message) else {
+                process.running()?;
+                bail!(
+                    "{unit} is not ready after {START_LIMIT:?}: {}",
+                    process.log()
+                );
+            };
+            let said = String::from_utf8_lossy(message.get(..length).unwrap_or_default());
+            if said.contains("READY=1") {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The same, but for waiting: the daemon says at the socket when it is ready.
+    fn launch(&mut self, unit: &str) -> Result<UnixDatagram> {
         let path = self.root.join(format!("deploy/systemd/{unit}.service"));
         let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
         let says = |key: &str| {
@@ -270,25 +295,10 @@ impl Machine {
         fs::remove_file(&socket).ok(); // Of the daemon before.
         let told = UnixDatagram::bind(&socket)?;
         fs::set_permissions(&socket, fs::Permissions::from_mode(0o777))?;
-        told.set_read_timeout(Some(START_LIMIT))?;
         command.env("NOTIFY_SOCKET", "/run/notify");
-        let mut process = self.node.spawn_with(unit, command)?;
-        let mut message = [0; 4096];
-        loop {
-            let Ok(length) = told.recv(&mut message) else {
-                process.running()?;
-                bail!(
-                    "{unit} is not ready after {START_LIMIT:?}: {}",
-                    process.log()
-                );
-            };
-            let said = String::from_utf8_lossy(message.get(..length).unwrap_or_default());
-            if said.contains("READY=1") {
-                break;
-            }
-        }
+        let process = self.node.spawn_with(unit, command)?;
         self.services.push((unit.to_owned(), process));
-        Ok(())
+        Ok(told)
     }
 
     fn stop(&mut self, unit: &str) -> Result<()> {

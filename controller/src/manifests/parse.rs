@@ -81,7 +81,7 @@ pub fn parse_file(name: &str, text: &str) -> Parsed {
 /// The documents of a YAML stream, each with the number of lines before it. A line that begins
 /// with `---` is always a boundary (YAML 1.2.2 §9.1.2); splitting here keeps a syntax error in
 /// one document from hiding those behind it.
-fn split(text: &str) -> Vec<(usize, &str)> {
+pub(super) fn split(text: &str) -> Vec<(usize, &str)> {
     let mut documents = Vec::new();
     let (mut start, mut start_line, mut offset) = (0, 0, 0);
     for (number, line) in text.split_inclusive('\n').enumerate() {

@@ -7,8 +7,8 @@ use std::{
 
 use mesh_api::{
     admin::{
-        CreateTokenRequest, IssueRelayRequest, ListNodesRequest, ListTokensRequest,
-        RemoveNodeRequest, RevokeTokenRequest,
+        ApproveNodesRequest, CreateTokenRequest, IssueRelayRequest, ListNodesRequest,
+        ListTokensRequest, ListWaitingRequest, RemoveNodeRequest, RevokeTokenRequest,
     },
     connect::{ALPN, ConnectError},
     control::{RenewRequest, SyncRequest},
@@ -44,6 +44,74 @@ async fn a_token_lets_a_node_in_which_then_is_a_node_of_the_mesh() {
     assert_eq!(nodes[0].name, "edge-a1");
     assert_eq!(nodes[0].overlay_addresses[0], "100.96.0.1");
     assert!(!nodes[0].connected);
+}
+
+const MANUAL: &str = "# The mesh.
+apiVersion: mesh.holdfast.dev/v1alpha1
+kind: MeshConfig
+metadata: {name: default}
+spec: {joinApproval: manual}
+---
+apiVersion: mesh.holdfast.dev/v1alpha1
+kind: MeshNode
+metadata: {name: edge-a1}
+spec:
+  site: a # hall 3
+";
+
+#[tokio::test]
+async fn who_waits_is_known_with_key_and_address_and_is_in_once_approved() {
+    let lab = Lab::start(&[("mesh.yaml", MANUAL)]);
+    let token = lab.token(CreateTokenRequest::default()).await;
+    let waiting = async || {
+        let said = lab.admin().await.list_waiting(ListWaitingRequest {}).await;
+        let said = said.unwrap().into_inner();
+        assert!(said.manual);
+        said.nodes
+    };
+    let approve = async |names: &[&str]| {
+        let names = names.iter().map(|&name| name.to_owned()).collect();
+        let request = ApproveNodesRequest { names };
+        let said = lab.admin().await.approve_nodes(request).await;
+        said.map(|said| said.into_inner().nodes)
+    };
+    assert_eq!(waiting().await, []);
+    let mut since_unix_s = Vec::new();
+    for _ in 0..2 {
+        let refused = lab.join(&token, "edge-a1", 1).await.unwrap_err();
+        assert_eq!(refused.code(), Code::Unavailable, "{refused}");
+        let node = waiting().await.remove(0);
+        let key = NodeId([1; 32]).to_string();
+        assert_eq!((node.name.as_str(), node.public_key), ("edge-a1", key));
+        assert_eq!(node.address, "127.0.0.1");
+        since_unix_s.push(node.since_unix_s);
+    }
+    // Asking again is no other waiting.
+    assert_eq!(since_unix_s[0], since_unix_s[1]);
+    let now_unix_s = now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let waited_s = i64::try_from(now_unix_s).unwrap() - since_unix_s[0];
+    assert!((0..60).contains(&waited_s), "{waited_s}");
+
+    let strange = approve(&["edge-a1", "edge-a2"]).await.unwrap_err();
+    assert_eq!(strange.code(), Code::NotFound, "{strange}");
+    assert!(
+        strange.message().contains("no node edge-a2 waits"),
+        "{strange}"
+    );
+    lab.join(&token, "edge-a1", 1).await.unwrap_err();
+
+    let approved = approve(&["edge-a1"]).await.unwrap();
+    assert_eq!(approved[0].file, "mesh.yaml");
+    let manifest = std::fs::read_to_string(lab.path("manifests/mesh.yaml")).unwrap();
+    let line = "spec:\n  approved: true\n  site: a # hall 3\n";
+    assert_eq!(
+        manifest,
+        MANUAL.replace("spec:\n  site: a # hall 3\n", line)
+    );
+    assert_eq!(waiting().await, []);
+    lab.join(&token, "edge-a1", 1).await.unwrap();
+    // Nothing is left to say about it.
+    assert_eq!(lab.status().await.problems, [""; 0]);
 }
 
 #[tokio::test]

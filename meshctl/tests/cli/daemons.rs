@@ -595,6 +595,36 @@ impl ControllerAdmin for Controller {
         }
     }
 
+    async fn list_waiting(
+        &self,
+        _: Request<admin::ListWaitingRequest>,
+    ) -> Result<Response<admin::ListWaitingResponse>, Status> {
+        let node = admin::WaitingReport {
+            name: "edge-c".to_owned(),
+            public_key: "KEY=".to_owned(),
+            address: "203.0.113.7".to_owned(),
+            since_unix_s: 99,
+        };
+        let (manual, nodes) = (true, vec![node]);
+        Ok(Response::new(admin::ListWaitingResponse { manual, nodes }))
+    }
+
+    async fn approve_nodes(
+        &self,
+        request: Request<admin::ApproveNodesRequest>,
+    ) -> Result<Response<admin::ApproveNodesResponse>, Status> {
+        let report = |name: String| match name.as_str() {
+            "edge-c" => Ok(admin::ApprovedReport {
+                name,
+                file: "nodes.yaml".to_owned(),
+            }),
+            other => Err(Status::not_found(format!("no node {other} waits"))),
+        };
+        let nodes = request.into_inner().names.into_iter().map(report);
+        let nodes = nodes.collect::<Result<_, _>>()?;
+        Ok(Response::new(admin::ApproveNodesResponse { nodes }))
+    }
+
     async fn issue_relay(
         &self,
         request: Request<admin::IssueRelayRequest>,

@@ -407,6 +407,31 @@ async fn a_token_goes_to_standard_output_alone() {
 }
 
 #[tokio::test]
+async fn who_waits_is_shown_and_let_in_by_name() {
+    let lab = Lab::start(admin::Health::Ok).await;
+    let want = json!({ "manual": true, "nodes": [
+        { "name": "edge-c", "since_unix_s": 99, "request": "key KEY= from 203.0.113.7",
+          "public_key": "KEY=", "address": "203.0.113.7" },
+    ]});
+    assert_eq!(lab.json("approve").await, (0, want));
+    let shown = lab.run("approve --watch 0.1 --rounds 2").await;
+    assert_eq!(
+        shown.out.matches("NODE    WAITS").count(),
+        2,
+        "{}",
+        shown.out
+    );
+    let want = json!({ "approved": [{ "name": "edge-c", "file": "nodes.yaml" }] });
+    assert_eq!(lab.json("approve edge-c").await, (0, want));
+    let wrong = lab.run("approve edge-c edge-d").await;
+    assert_eq!(
+        (wrong.code, wrong.err.as_str()),
+        (64, "meshctl: no node edge-d waits\n")
+    );
+    assert_eq!(lab.run("approve edge-c --watch").await.code, 64);
+}
+
+#[tokio::test]
 async fn nodes_and_the_controller_are_shown() {
     let lab = Lab::start(admin::Health::Ok).await;
     let want = json!({ "nodes": [{
