@@ -4,6 +4,7 @@ use std::{fs, path::Path, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use netns_tests::{mesh::Mesh, node::Node, tool};
+use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(10);
 
@@ -61,6 +62,78 @@ fn prometheus_is_shown_what_agents_relays_and_controllers_did() -> Result<()> {
     }
     let failed = "holdfast_controller_reconciles_total{outcome=\"failed\"} ";
     ensure!(value(&controller, failed)? == 0.0, "{controller}");
+    mesh.ends_well()
+}
+
+#[test]
+fn handshakes_flows_and_maps_are_shown_as_they_are() -> Result<()> {
+    let mesh = Mesh::two_sites()?;
+    mesh.serve("edge-b1", "inventory", &["http", "edge-b1", "[::]:8080"])?;
+    let agent = || page(&mesh.node("edge-a1")?, 9640);
+    let translated = "holdfast_agent_service_flows_total{level=\"socket\",outcome=\"translated\"} ";
+    let handshakes = |page: &str| -> Result<[f64; 2]> {
+        let of = |labels| {
+            value(
+                page,
+                &format!("holdfast_agent_handshakes_total{{{labels}}} "),
+            )
+        };
+        let completed = of("direction=\"out\",outcome=\"completed\"")?
+            + of("direction=\"in\",outcome=\"completed\"")?;
+        Ok([of("direction=\"out\",outcome=\"begun\"")?, completed])
+    };
+    let before = agent()?;
+    let inventory = "http://inventory.shop.svc.cluster.local/";
+    mesh.get("edge-a1", &["-4", inventory], LIMIT)?;
+    let after = agent()?;
+    let ([begun, completed], woken) = (handshakes(&before)?, handshakes(&after)?);
+    ensure!(woken[0] > begun && woken[1] > completed, "{after}");
+    let flows = value(&after, translated)? - value(&before, translated)?;
+    ensure!(flows >= 1.0, "{flows} flows: {after}");
+    ensure!(
+        value(&after, "holdfast_agent_queue_age_seconds{queue=\"held\"} ")? == 0.0,
+        "{after}"
+    );
+    let waited = value(
+        &after,
+        "holdfast_agent_queue_age_seconds{queue=\"events\"} ",
+    )?;
+    ensure!((0.0..5.0).contains(&waited), "{waited} s");
+    ensure!(
+        value(
+            &page(mesh.cloud(), 9641)?,
+            "holdfast_relay_queue_age_seconds "
+        )? < 5.0
+    );
+
+    // As `meshctl bpf maps` counts them. Flows may begin and end between two looks.
+    tool::eventually("both count the same", LIMIT, || {
+        let (page, maps) = (agent()?, mesh.ask("edge-a1", &["bpf", "maps"])?);
+        let maps = maps.get("maps").and_then(Value::as_array);
+        let maps = maps.context("no maps")?;
+        let mut compared = 0;
+        for map in maps {
+            let number = |key: &str| map.get(key).and_then(Value::as_u64);
+            let name = map.get("name").and_then(Value::as_str).unwrap_or_default();
+            let shown = |metric: &str| {
+                let series = format!("holdfast_agent_map_{metric}{{map=\"{name}\",");
+                let mut lines = page.lines();
+                let line = lines.find(|line| line.starts_with(&series))?;
+                line.rsplit(' ').next()?.parse::<u64>().ok()
+            };
+            let (Some(entries), Some(counted)) = (shown("entries"), number("entries")) else {
+                continue;
+            };
+            ensure!(entries == counted, "{name}: {entries}, and {map}");
+            ensure!(shown("capacity") <= number("entries_max"), "{map}: {page}");
+            compared += 1;
+        }
+        // Frontends, endpoints, and five of flows: packets are not looked at here.
+        ensure!(compared >= 7, "{compared} maps: {page}");
+        let frontends = "holdfast_agent_map_entries{map=\"hf_frontends\",when_full=\"left_out\"} ";
+        ensure!(value(&page, frontends)? >= 1.0, "{page}");
+        Ok(())
+    })?;
     mesh.ends_well()
 }
 
