@@ -230,6 +230,9 @@ mod tests {
         }
     }
 
+    /// How often to look for something that a busy machine may hide.
+    const TRIES: usize = 50;
+
     #[tokio::test]
     async fn the_next_change_does_not_wait_for_quiet_and_a_folder_that_never_rests_is_told_too() {
         let place = tempfile::tempdir().unwrap();
@@ -239,14 +242,26 @@ mod tests {
             fs::write(&fresh, text).unwrap();
             fs::rename(&fresh, place.path().join("one.yaml")).unwrap();
         };
-        put("a");
-        assert_eq!(watch.changed().await, one());
-        put("b");
-        assert_eq!(
-            watch.changed().await,
-            one(),
-            "soon, and not after the folder"
-        );
+        // On a busy machine the kernel's word may come when it was quiet for long: that says nothing.
+        let are_told_at_once = async |watch: &mut Watch| {
+            let begin = Instant::now();
+            for text in ["a", "b"] {
+                put(text);
+                match watch.changed().await {
+                    told @ FolderChange::Files(_) => assert_eq!(told, one()),
+                    FolderChange::Any => {
+                        assert!(begin.elapsed() >= QUIET, "it was not quiet");
+                        return false;
+                    }
+                }
+            }
+            true
+        };
+        let mut tries = 0..TRIES;
+        while !are_told_at_once(&mut watch).await {
+            assert!(tries.next().is_some(), "soon, and not after the folder");
+        }
+        while watch.changed().await != FolderChange::Any {}
         let (begin, mut files) = (Instant::now(), 0);
         loop {
             put("c");
@@ -257,7 +272,8 @@ mod tests {
             assert!(begin.elapsed() < RESCAN, "{files}");
         }
         let most = QUIET_WAIT_MAX.as_millis() / FILES_EVERY.as_millis();
-        assert!((1..=most + 1).contains(&files), "{files}");
+        assert!(files <= most + 1, "{files}");
+        assert!(files > 0 || begin.elapsed() >= QUIET, "it was not quiet");
     }
 
     #[tokio::test]
