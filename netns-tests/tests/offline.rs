@@ -206,8 +206,8 @@ fn agents_killed_while_they_write_start_with_a_state_that_is_whole() -> Result<(
     let mesh = Mesh::one_site_of(&NODES)?;
     for run in 0..8_u64 {
         let address = format!("10.43.0.{}", 100 + run);
+        let begin = generation(&mesh, "edge-a2")?; // Before the change, which may be there at once.
         kiosk(&mesh, &address)?;
-        let begin = generation(&mesh, "edge-a2")?;
         while generation(&mesh, "edge-a2")? == begin {
             ensure!(begin > 0, "no state");
         }
