@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand};
 use ipnet::IpNet;
 
-use crate::{bpf::Bpf, keys::Keys, policy::Policy, routes::Routes};
+use crate::{bpf::Bpf, keys::Keys, lab::Lab, policy::Policy, routes::Routes};
 
 /// Looks into a Holdfast mesh, and runs its controller.
 ///
@@ -152,6 +152,9 @@ pub(crate) enum Command {
     /// The controller itself.
     #[command(subcommand)]
     Controller(Controller),
+    /// A mesh on this machine alone, in network namespaces, to try things with.
+    #[command(subcommand)]
+    Lab(Lab),
     /// Gathers all reports of this node and the logs that are named into a folder, without keys.
     Bugreport(Bugreport),
     /// Prints what a shell needs to complete this command: `meshctl completion bash > /etc/bash_completion.d/meshctl`.
@@ -205,6 +208,7 @@ impl Command {
             | Self::Node(_)
             | Self::Relay(_)
             | Self::Controller(_)
+            | Self::Lab(_)
             | Self::Bugreport(_)
             | Self::Completion { .. }
             | Self::Man { .. }

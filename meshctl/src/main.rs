@@ -20,6 +20,7 @@ mod files;
 mod generate;
 mod keys;
 mod kubectl;
+mod lab;
 mod mtu;
 mod perf;
 mod policy;

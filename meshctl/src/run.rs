@@ -29,7 +29,7 @@ use crate::{
     },
     files, generate,
     keys::{self, Keys},
-    mtu, perf, policy,
+    lab, mtu, perf, policy,
     preflight::{self, Wanted},
     relays::{Health, Netcheck, Relays},
     report::{
@@ -196,6 +196,7 @@ pub(crate) async fn run(cli: Cli, screen: Screen) -> Result<Verdict, Failure> {
             let epoch = ask(Controller, accepted).await?.epoch;
             screen.show(&AcceptedRollback { epoch })
         }
+        Command::Lab(command) => lab::run(command, screen).await,
         Command::Uninstall(cli::Uninstall { wait, force, .. }) => {
             screen.show(&uninstall::uninstall(wait, force).await?)
         }

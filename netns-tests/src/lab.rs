@@ -15,6 +15,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use serde::Serialize;
 
 use crate::{
     link::{Impairment, Link},
@@ -70,7 +71,7 @@ impl Lab {
             process::id(),
             COUNT.fetch_add(1, Ordering::Relaxed)
         );
-        let dir = labs_dir().join(&id);
+        let dir = dir_of(&id);
         fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
         fs::write(dir.join("owner"), owner(process::id())?)?;
         let cgroup = cgroup_mount()?.join(&id);
@@ -398,7 +399,7 @@ pub fn teardown(id: &str) -> Result<()> {
             note(tool::run("ip", &["netns", "del", &netns], "").map(drop));
         }
     }
-    let dir = labs_dir().join(id);
+    let dir = dir_of(id);
     for node in entries(&dir) {
         note(unmount_bpffs(&dir.join(node)));
     }
@@ -428,7 +429,7 @@ pub fn sweep() -> Result<()> {
         let Some(pid) = pid_in(&id) else {
             continue; // Not a lab's.
         };
-        let dir = labs_dir().join(&id);
+        let dir = dir_of(&id);
         let alive = match fs::read_to_string(dir.join("owner")) {
             Ok(written) => owner(pid).is_ok_and(|now| now == written),
             Err(_) => owner(pid).is_ok(), // Being made, or half taken away.
@@ -439,6 +440,43 @@ pub fn sweep() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A lab that stays.
+#[derive(Debug, Serialize)]
+pub struct Kept {
+    /// [`Lab::id`].
+    pub id: String,
+    /// Its nodes and routers, by their names.
+    pub nodes: Vec<String>,
+}
+
+/// The labs that somebody wanted to keep, by their ids.
+#[must_use]
+pub fn kept() -> Vec<Kept> {
+    let namespaces = entries(Path::new("/run/netns"));
+    let mut ids = entries(&labs_dir());
+    ids.retain(|id| pid_in(id).is_some() && dir_of(id).join("kept").exists());
+    ids.sort();
+    let nodes_of = |id: &str| {
+        let own = namespaces.iter().filter_map(|name| name.split_once('-'));
+        let own = own.filter(|(of, _)| *of == id);
+        let mut nodes: Vec<_> = own.map(|(_, node)| node.to_owned()).collect();
+        nodes.sort();
+        nodes
+    };
+    ids.into_iter()
+        .map(|id| Kept {
+            nodes: nodes_of(&id),
+            id,
+        })
+        .collect()
+}
+
+/// The folder of the lab with this id.
+#[must_use]
+pub fn dir_of(id: &str) -> PathBuf {
+    labs_dir().join(id)
 }
 
 /// The owner's number in a lab's id, `hf<pid>x<n>`.

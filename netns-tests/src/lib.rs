@@ -8,6 +8,7 @@
 //! host's network configuration, or outlives its owner unless [`lab::Lab::keep`] was called.
 
 pub mod document;
+pub mod kept;
 pub mod lab;
 pub mod link;
 pub mod load;

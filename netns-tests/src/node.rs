@@ -470,6 +470,17 @@ pub(crate) fn unmount_bpffs(dir: &Path) -> Result<()> {
 /// Always when it returns: it could not become the command.
 pub fn exec(netns: &str, cgroup: &Path, dir: &Path, words: &[String]) -> Result<()> {
     use std::os::unix::process::CommandExt as _;
+    enter(netns, cgroup, dir)?;
+    let (program, args) = words.split_first().context("no command")?;
+    Err(Command::new(program).args(args).exec()).with_context(|| format!("execute {program}"))
+}
+
+/// Moves this process, which has one thread, onto a node.
+///
+/// # Errors
+///
+/// If the node is gone, or the process is not root.
+pub(crate) fn enter(netns: &str, cgroup: &Path, dir: &Path) -> Result<()> {
     let procs = cgroup.join("cgroup.procs");
     fs::write(&procs, "0").with_context(|| format!("write {}", procs.display()))?;
     sys::enter_netns(netns)?;
@@ -485,7 +496,5 @@ pub fn exec(netns: &str, cgroup: &Path, dir: &Path, words: &[String]) -> Result<
     bind("resolv.conf", "/etc/resolv.conf")?;
     fs::create_dir_all("/run/wireguard")?;
     bind(CONTROL_SOCKETS, "/run/wireguard")?;
-    bind(BPFFS, "/sys/fs/bpf")?;
-    let (program, args) = words.split_first().context("no command")?;
-    Err(Command::new(program).args(args).exec()).with_context(|| format!("execute {program}"))
+    bind(BPFFS, "/sys/fs/bpf")
 }

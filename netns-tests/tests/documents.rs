@@ -82,6 +82,9 @@ impl World {
         ensure!(!commands.is_empty(), "{page} has no commands");
         let mut token = String::new();
         for mut command in commands {
+            if page == START && command.machine.is_empty() {
+                continue; // For no machine of a lab: see `follow_here`.
+            }
             command.text = command.text.replace(TOKEN, token.trim());
             if command.text.starts_with("scp -r ") {
                 self.copy(&command).context(page.to_owned())?;
@@ -134,6 +137,36 @@ fn how_to(page: &str) -> Result<()> {
 #[test]
 fn two_machines_become_a_mesh_as_getting_started_says() -> Result<()> {
     follow(&[START])
+}
+
+/// The commands of [`START`] that are typed on the machine that labs are made on.
+fn follow_here() -> Result<()> {
+    let text = fs::read_to_string(root().join("docs").join(START))?;
+    let mut here = commands(&text);
+    here.retain(|command| command.machine.is_empty());
+    ensure!(!here.is_empty(), "{START} has no commands for this machine");
+    let programs = tool::binary("meshctl")?;
+    let programs = programs.parent().context("meshctl has no folder")?;
+    let path = format!("{}:{}", programs.display(), std::env::var("PATH")?);
+    let typed = |text: &str| {
+        let mut shell = std::process::Command::new("sh");
+        shell.args(["-euc", text]).env("PATH", &path);
+        shell.output().context(text.to_owned())
+    };
+    let done = here.iter().try_for_each(|command| {
+        let output = typed(&command.text)?;
+        ensure!(output.status.success(), "{}: {output:?}", command.text);
+        command.check(&String::from_utf8(output.stdout)?)
+    });
+    if done.is_err() {
+        typed("meshctl lab down")?;
+    }
+    done
+}
+
+#[test]
+fn a_mesh_that_stays_is_made_on_this_machine_as_getting_started_says() -> Result<()> {
+    follow_here()
 }
 
 macro_rules! how_to {

@@ -8,13 +8,16 @@ use std::{env, net::SocketAddr, path::Path, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use netns_tests::{
-    lab,
+    kept, lab,
     link::{self, Impairment},
     nat::NatKind,
     node, traffic,
 };
 
-const USAGE: &str = "usage: lab down ID                        takes a kept lab away
+const USAGE: &str = "usage: lab up NODES SITES NAT,… DELAY_MS LOSS  makes a mesh that stays, and says in JSON what it is
+       lab list                           those that stay, in JSON
+       lab run ID NODE COMMAND…           on a node of one
+       lab down ID                        takes a kept lab away
        lab sweep                          takes away what dead owners left
        lab exec NETNS CGROUP DIR COMMAND…
        lab link NETNS IF NETNS IF CGROUP  orders on standard input
@@ -40,6 +43,21 @@ fn main() -> ExitCode {
 fn dispatch(words: &[String]) -> Result<()> {
     let (verb, rest) = words.split_first().context(USAGE)?;
     match (verb.as_str(), rest) {
+        ("up", [nodes, sites, nats, delay_ms, loss]) => {
+            let up = kept::up(&kept::Wanted {
+                nodes: nodes.parse().context("NODES")?,
+                sites: sites.parse().context("SITES")?,
+                nats: kept::nats(nats)?,
+                link: kept::link(delay_ms, loss)?,
+            })?;
+            println!("{}", serde_json::to_string(&up)?);
+            Ok(())
+        }
+        ("list", []) => {
+            println!("{}", serde_json::to_string(&lab::kept())?);
+            Ok(())
+        }
+        ("run", [id, node, command @ ..]) => kept::run(id, node, command),
         ("down", [id]) => lab::teardown(id),
         ("sweep", []) => lab::sweep(),
         ("hold", []) => hold(),
