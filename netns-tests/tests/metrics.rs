@@ -132,6 +132,8 @@ fn handshakes_flows_and_maps_are_shown_as_they_are() -> Result<()> {
         ensure!(compared >= 7, "{compared} maps: {page}");
         let frontends = "holdfast_agent_map_entries{map=\"hf_frontends\",when_full=\"left_out\"} ";
         ensure!(value(&page, frontends)? >= 1.0, "{page}");
+        let relayed = "holdfast_agent_paths{transport=\"relay_udp\",";
+        ensure!(page.contains(relayed), "{page}");
         Ok(())
     })?;
     mesh.ends_well()
