@@ -174,8 +174,9 @@ impl Counted {
 }
 
 impl FlowCounts {
-    /// How full these are, or were when they were counted last: a map of 65,536 flows that takes 20 ms is counted once in
-    /// 20 s. Maps that are gone meanwhile are left out.
+    /// How full these are, or were when they were counted last. To count an empty map of 65,536 takes 0.04 ms, a full one
+    /// 80 ms (dev profile, a busy virtual machine of two processors): that one is counted once in 80 s. Maps that are
+    /// gone meanwhile are left out.
     pub fn fills(&mut self, maps: &[FlowMap]) -> Vec<Fill> {
         let there: BTreeSet<u32> = maps.iter().map(|map| map.id).collect();
         self.0.retain(|id, _| there.contains(id));
