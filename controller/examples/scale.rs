@@ -108,6 +108,7 @@ fn settings(folder: PathBuf) -> Settings {
             store: false,
             removal_grace_s: 300,
         }),
+        tracing: None,
     }
 }
 

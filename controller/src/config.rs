@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use mesh_daemon::{FileError, metrics};
+use mesh_daemon::{FileError, metrics, traces::TracingSettings};
 use mesh_identity::authority::check_trust_domain;
 use serde::Deserialize;
 
@@ -30,6 +30,8 @@ pub struct Settings {
     pub admin_socket: PathBuf,
     /// Where Prometheus is shown what the controller did.
     pub metrics: metrics::Listen,
+    /// Where traces of changes are sent; `None`: nowhere.
+    pub tracing: Option<TracingSettings>,
 }
 
 /// The `[etcd]` table, checked.
@@ -119,6 +121,7 @@ struct ConfigFile {
     admin_socket: PathBuf,
     #[serde(default = "default_metrics_listen")]
     metrics_listen: metrics::Listen,
+    tracing: Option<TracingSettings>,
 }
 
 /// The `[etcd]` table, as written.
@@ -212,6 +215,7 @@ impl Settings {
             kubernetes: file.kubernetes,
             admin_socket: file.admin_socket,
             metrics: file.metrics_listen,
+            tracing: file.tracing,
         })
     }
 }

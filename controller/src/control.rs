@@ -10,7 +10,7 @@ use mesh_api::{
     resources::{SYNC_BYTES_MAX, digest::BUCKETS_MAX},
     serve::caller,
 };
-use mesh_daemon::metrics::Page;
+use mesh_daemon::{metrics::Page, traces::Span};
 use mesh_identity::{authority::IssueError, certificate::Validity, token::JoinToken};
 use mesh_wire::id::{Identity, NodeId, NodeName};
 use tokio::{
@@ -204,13 +204,16 @@ impl ControlService {
             turn: None,
             was_large: false,
             is_over: false,
+            answer: Span::default(),
         };
         tracing::debug!(node = %session.name, "sync begins");
         let responses = stream::unfold(Some(session), async |session| {
             let mut session = session?;
             match session.next().await? {
                 Ok(response) => {
-                    session.service.state.counters().told(&response);
+                    let state = &session.service.state;
+                    state.counters().told(&response);
+                    session.answer = state.trace_answer(&session.name, &response);
                     Some((Ok(response), Some(session)))
                 }
                 Err(status) => Some((Err(status), None)),
@@ -303,6 +306,8 @@ struct SyncSession {
     /// Whether there was a large answer, and whether the node has it by now.
     was_large: bool,
     is_over: bool,
+    /// The last answer, until the node has it.
+    answer: Span,
 }
 
 /// What the node has.
@@ -475,6 +480,8 @@ impl SyncSession {
             // Or, before that, the answer.
             Has::Sent(generation) if !ours || request.generation < *generation => {}
             Has::Sent(_) => {
+                let mut answer = std::mem::take(&mut self.answer);
+                answer.set("acknowledged", true);
                 self.turn = None;
                 self.is_over = self.was_large;
             }

@@ -140,6 +140,8 @@ pub struct Facts {
     pub leads: bool,
     /// Whether it answers agents.
     pub serves: bool,
+    /// Spans that the collector took, and that none did.
+    pub trace_spans: [u64; 2],
     /// Joins under way.
     pub joins: usize,
     /// Bytes of large answers under way.
@@ -190,6 +192,10 @@ pub fn page(facts: &Facts, counters: &Counters) -> Page {
         "Statuses, MeshNodes and Events that the API server took not",
         counters.refused_writes.load(Relaxed),
     );
+    let spans = ["sent", "dropped"].into_iter().zip(facts.trace_spans);
+    let spans = spans.map(|(outcome, count)| (label("outcome", outcome), count));
+    let help = "Spans of traces, by whether the collector took them";
+    page.counters("trace_spans", help, spans);
     page.counter(
         "cluster_events_left_out",
         "Changes that were told in no Event, for too many waited",
@@ -317,6 +323,7 @@ mod tests {
             behind_longest: Duration::from_secs(4),
             resources: BTreeMap::from([(Kind::Node, 5)]),
             leads: true,
+            trace_spans: [7, 1],
             ..Facts::default()
         };
         let page = page(&facts, &counters);
@@ -334,6 +341,7 @@ mod tests {
             "reconcile_seconds_total 2.0",
             "cluster_writes_refused_total 3",
             "cluster_events_left_out_total 4",
+            "trace_spans_total{outcome=\"dropped\"} 1",
             "generation 9",
             "generation_timestamp_seconds 1.5",
             "agents_connected 2",

@@ -94,6 +94,8 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> Result<()> {
     let page = move || shown.clone().metrics();
     let metrics = metrics::serve(state.settings().metrics, page, stop.clone());
     supervisor.spawn("metrics", metrics);
+    let traces = state.traces().clone();
+    supervisor.spawn("traces", traces.send(stop.clone()));
     let agents = control(service, listener, certificate.clone(), stop.clone());
     supervisor.spawn("control", agents);
     supervisor.spawn("admin", admin(state.clone(), socket, stop.clone()));

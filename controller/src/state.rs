@@ -17,6 +17,7 @@ use mesh_api::{
     resources::SYNC_BYTES_MAX,
 };
 use mesh_core::snapshot::Node;
+use mesh_daemon::traces::{Parent, Traces};
 use mesh_identity::{
     authority::{AuthorityError, CertificateAuthority, IssueError, new_key},
     certificate::{BadCertificate, CONTROLLER_LIFETIME, RELAY_LIFETIME, Validity, node_lifetime},
@@ -42,12 +43,18 @@ use crate::{
     token::Refusal,
 };
 
-use self::{heads::Heads, measure::Recent, sessions::Sessions, sharing::Lead};
 pub use self::{
     approval::ApprovalError,
     sessions::SessionGuard,
     sharing::{NodeChange, NodeFact},
     tokens::TokenError,
+};
+use self::{
+    heads::Heads,
+    measure::Recent,
+    sessions::Sessions,
+    sharing::Lead,
+    spans::{Origin, Publication, wide},
 };
 
 mod approval;
@@ -56,6 +63,7 @@ mod measure;
 mod removal;
 mod sessions;
 mod sharing;
+mod spans;
 mod step;
 mod tokens;
 
@@ -87,6 +95,7 @@ pub struct State {
     /// Nodes whose objects somebody deleted in the cluster.
     deletions: Mutex<Deletions>,
     counters: Counters,
+    traces: Traces,
     began_unix_s: i64,
 }
 
@@ -110,6 +119,8 @@ struct Work {
     remember: BTreeMap<String, Option<String>>,
     /// Why the shared store cannot be followed.
     trouble: Option<String>,
+    /// The change that is being worked out, if it is traced.
+    trace: Parent,
     logged: BTreeSet<String>,
 }
 
@@ -126,6 +137,7 @@ struct Published {
     /// Size of everything, encoded.
     bytes: usize,
     recent: Recent,
+    publication: Publication,
 }
 
 /// Most nodes that wait for approval: whoever has a good token can be one more. At 200 bytes each,
@@ -231,6 +243,7 @@ impl State {
                 unsaved: None,
                 remember: BTreeMap::new(),
                 trouble: None,
+                trace: None,
                 logged: BTreeSet::new(),
             }),
             published: RwLock::new(Published {
@@ -245,6 +258,7 @@ impl State {
                 desired: nothing.clone(),
                 problems: Vec::new(),
                 recent: Recent::default(),
+                publication: Publication::default(),
             }),
             generation: watch::Sender::new(generation),
             sessions: Mutex::default(),
@@ -254,6 +268,11 @@ impl State {
             registrations: AtomicU64::new(0),
             deletions: Mutex::default(),
             counters: Counters::default(),
+            traces: Traces::new(
+                settings.tracing.as_ref(),
+                "mesh-controller",
+                env!("CARGO_PKG_VERSION"),
+            ),
             began_unix_s: 0,
             settings,
             authority,
@@ -448,9 +467,11 @@ impl State {
     /// Reads again what changed in the folder, and publishes it. Blocks on the disk.
     pub fn scan(&self, change: &FolderChange) {
         let mut work = self.work();
+        let began = SystemTime::now();
         let changed = self.scan_folder(&mut work, change);
         if !changed.is_nothing() || work.unsaved.is_some() || !work.remember.is_empty() {
-            self.follow(&mut work, changed);
+            let follow = |work: &mut Work| self.follow(work, changed);
+            self.trace_change(&mut work, Origin::Folder, began, follow);
         }
     }
 
@@ -458,6 +479,7 @@ impl State {
     /// whether there are policies, so that pods are needed.
     pub fn hear(&self, events: Vec<Event>) -> bool {
         let mut work = self.work();
+        let began = SystemTime::now();
         let mut changed = Changed::default();
         let Some(cluster) = &mut work.cluster else {
             return false;
@@ -466,7 +488,8 @@ impl State {
             changed |= cluster.handle(event);
         }
         if !changed.desired.is_nothing() {
-            self.follow(&mut work, changed.desired);
+            let follow = |work: &mut Work| self.follow(work, changed.desired);
+            self.trace_change(&mut work, Origin::Cluster, began, follow);
         }
         work.has_policies()
     }
@@ -628,7 +651,8 @@ impl State {
             false
         };
         if pending_changed || work.covers < registrations {
-            self.refresh(&mut work);
+            let refresh = |work: &mut Work| self.refresh(work);
+            self.trace_change(&mut work, Origin::Join, SystemTime::now(), refresh);
         }
         joined
     }
@@ -743,7 +767,10 @@ impl State {
         let covers = self.registrations.load(Ordering::SeqCst);
         let registry = self.published(|published| published.registry.clone());
         let (mesh, name) = (self.authority.mesh_id(), &self.settings.mesh_name);
+        let mut compile = self.traces.child("compile", &work.trace);
+        compile.set("objects", wide(objects.len()));
         let mut renewed = desired(&objects, &registry, mesh, name);
+        drop(compile);
         renewed.rejected.extend(duplicates);
         let wanted = std::mem::take(&mut renewed.wanted);
         work.desired = Arc::new(renewed);
@@ -794,6 +821,7 @@ impl State {
         mut step: Option<Step>,
         beside: impl FnOnce(&mut Published),
     ) -> Result<(), String> {
+        let span = self.trace_publication(work, step.as_ref());
         if let Some(step) = &mut step {
             step.made_unix_ms =
                 self.published(|published| published.history.made_after(self.now_unix_ms()));
@@ -815,6 +843,10 @@ impl State {
                 changed = step.changed.len(),
                 "published"
             );
+            published.publication = Publication {
+                generation: step.generation,
+                span: span.parent(),
+            };
             published.history.apply(step);
         }
         Ok(())

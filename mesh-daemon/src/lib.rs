@@ -9,6 +9,7 @@ pub mod http;
 pub mod http_proxy;
 pub mod metrics;
 pub mod supervisor;
+pub mod traces;
 
 use std::{
     error::Error,

@@ -58,6 +58,7 @@ impl State {
         facts.store_bytes = file.map_or(0, |file| file.len());
         facts.leads = self.leads();
         facts.serves = self.serves();
+        facts.trace_spans = self.traces.counts();
         let now = Instant::now();
         for session in lock(&self.sessions).open.values() {
             if session.generation < generation {

@@ -11,7 +11,7 @@ use mesh_identity::authority::CertificateAuthority;
 use mesh_wire::id::NodeName;
 use tokio::runtime::Handle;
 
-use super::{StartError, State, lock};
+use super::{StartError, State, Work, lock, spans::Origin};
 use crate::{
     config::Settings,
     kubernetes,
@@ -233,7 +233,8 @@ impl State {
             cluster.retain_deleted(|id| !out.contains(id.name.as_str()));
         }
         if changed {
-            self.refresh(&mut work);
+            let refresh = |work: &mut Work| self.refresh(work);
+            self.trace_change(&mut work, Origin::Registry, SystemTime::now(), refresh);
         }
     }
 

@@ -13,3 +13,4 @@ mod joining;
 mod lab;
 mod restored;
 mod syncing;
+mod traces;

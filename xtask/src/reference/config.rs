@@ -13,6 +13,7 @@ const DAEMONS: [(&str, &[&str], &str); 3] = [
         "mesh-agent",
         &[
             "mesh-agent/src/config.rs",
+            "mesh-agent/src/config/dns.rs",
             "mesh-agent/src/proxy/settings.rs",
         ],
         "agent.toml",
@@ -20,7 +21,7 @@ const DAEMONS: [(&str, &[&str], &str); 3] = [
     ("mesh-relay", &["relay/src/config.rs"], "relay.toml"),
     (
         "mesh-controller",
-        &["controller/src/config.rs"],
+        &["controller/src/config.rs", "mesh-daemon/src/traces.rs"],
         "controller.toml",
     ),
 ];
@@ -32,7 +33,7 @@ const ROOT: &str = "ConfigFile";
 const CHECKED: &str = "Settings";
 
 /// Types as people write them in TOML.
-const TYPES: [(&str, &str); 20] = [
+const TYPES: [(&str, &str); 21] = [
     ("bool", "true or false"),
     ("u16", "number"),
     ("u32", "number"),
@@ -47,6 +48,7 @@ const TYPES: [(&str, &str); 20] = [
     ("PathBuf", "path"),
     ("SocketAddr", "address and port"),
     ("metrics::Listen", "address and port, or \"off\""),
+    ("Collector", "`http://host[:port][/path]`"),
     ("IpAddr", "address"),
     ("IpNet", "prefix"),
     ("Controllers", "`host:port`, or a list of them"),
