@@ -3,8 +3,8 @@
 //! upstream is a task of the runtime.
 
 use std::{
-    io::{self, IoSlice, IoSliceMut},
-    net::{IpAddr, Shutdown, SocketAddr, UdpSocket},
+    io::{self, IoSliceMut},
+    net::{Shutdown, SocketAddr, UdpSocket},
     os::fd::AsRawFd as _,
     sync::{
         Arc,
@@ -17,14 +17,14 @@ use std::{
 use mesh_core::services::View;
 use mesh_wire::id::canonical_ip;
 use nix::sys::socket::{
-    ControlMessage, MsgFlags, MultiHeaders, SockaddrIn, SockaddrIn6, SockaddrStorage, recvmmsg,
-    sendmmsg,
+    MsgFlags, MultiHeaders, SockaddrIn, SockaddrIn6, SockaddrStorage, recvmmsg,
 };
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::{
     answer::Told,
     counters::DropReason,
+    outbox::Outbox,
     packed::{Packed, Said},
     server::{PAUSE_AFTER_ERROR, Shared, Step, Written},
 };
@@ -33,7 +33,7 @@ use crate::{
 const THREADS_MAX: usize = 4;
 
 /// Datagrams in one system call: what came while the batch before was answered, a third of a millisecond.
-const BATCH: usize = 64;
+pub(crate) const BATCH: usize = 64;
 
 /// A query has one name of at most 255 bytes and a few options; what is longer is cut, and then malformed.
 /// With [`BATCH`], 128 KiB for each socket.
@@ -99,7 +99,15 @@ impl Threads {
             let packed = Packed::new(started.sockets.len());
             let (socket, shared) = (Arc::clone(socket), Arc::clone(shared));
             let stop = Arc::clone(&started.stop);
-            let run = move || serve(Replies::new(socket, shared, packed), &stop);
+            let run = move || {
+                let outbox = Outbox::new(socket); // Its buffers stay in this thread.
+                let replies = Replies {
+                    shared,
+                    packed,
+                    outbox,
+                };
+                serve(replies, &stop);
+            };
             let thread = thread::Builder::new().name(format!("dns-{number}"));
             started.threads.push(thread.spawn(run)?);
         }
@@ -154,7 +162,7 @@ impl Rate {
 
 /// Answers what comes, until it is told to stop.
 fn serve(mut replies: Replies, stop: &AtomicBool) {
-    let socket = Arc::clone(&replies.socket);
+    let socket = Arc::clone(replies.outbox.socket());
     let mut buffers = Box::new([[0; QUERY_MAX_BYTES]; BATCH]);
     let mut headers = MultiHeaders::preallocate(BATCH, None);
     let mut rate = Rate::new(now());
@@ -189,38 +197,16 @@ fn serve(mut replies: Replies, stop: &AtomicBool) {
     }
 }
 
-/// The replies of one batch, all to be sent by one socket.
+/// The replies of one batch.
 struct Replies {
-    socket: Arc<UdpSocket>,
     shared: Arc<Shared>,
     packed: Packed,
-    /// One behind the other.
-    bytes: Vec<u8>,
-    /// Where each ends.
-    ends: Vec<usize>,
-    /// Where each goes; always there.
-    to: Vec<Option<SockaddrStorage>>,
-    headers: MultiHeaders<SockaddrStorage>,
+    outbox: Outbox,
 }
 
 impl Replies {
-    fn new(socket: Arc<UdpSocket>, shared: Arc<Shared>, packed: Packed) -> Self {
-        Self {
-            socket,
-            shared,
-            packed,
-            bytes: Vec::new(),
-            ends: Vec::with_capacity(BATCH),
-            to: Vec::with_capacity(BATCH),
-            headers: MultiHeaders::preallocate(BATCH, None),
-        }
-    }
-
-    /// Forgets the batch before; the next one is answered from this view.
+    /// The next batch is answered from this view.
     fn begin(&mut self) -> Option<Arc<View>> {
-        self.bytes.clear();
-        self.ends.clear();
-        self.to.clear();
         let view = self.shared.view();
         self.packed.begin(view.as_ref(), now());
         view
@@ -238,10 +224,12 @@ impl Replies {
         let caller = callers
             .as_deref()
             .and_then(|callers| callers.caller(canonical_ip(source.ip())));
-        let ready = self.packed.reply(query, &mut self.bytes, caller.is_some());
+        let ready = self
+            .packed
+            .reply(query, &mut self.outbox.bytes, caller.is_some());
         if let Some(said) = ready {
             self.shared.count_packed(said);
-            return self.end(from, source.ip());
+            return self.end(source);
         }
         let (step, max) = self.shared.decide(query, view, caller);
         let (reply, own) = match step {
@@ -249,7 +237,7 @@ impl Replies {
             Step::Own(reply, told) => (reply, Some(told)),
             Step::Cached(reply) => (reply, None),
             Step::Ask(reply, question) => {
-                let (socket, shared) = (Arc::clone(&self.socket), Arc::clone(&self.shared));
+                let (socket, shared) = (Arc::clone(self.outbox.socket()), Arc::clone(&self.shared));
                 return shared.ask_for_datagram(socket, reply, question, max, source);
             }
         };
@@ -267,39 +255,18 @@ impl Replies {
             };
             self.packed.keep(query, &bytes, said, several);
         }
-        self.bytes.extend_from_slice(&bytes);
-        self.end(from, source.ip());
+        self.outbox.bytes.extend_from_slice(&bytes);
+        self.end(source);
     }
 
-    fn end(&mut self, to: SockaddrStorage, client: IpAddr) {
-        let start = self.ends.last().copied().unwrap_or_default();
-        self.shared
-            .log(client, self.bytes.get(start..).unwrap_or_default());
-        self.ends.push(self.bytes.len());
-        self.to.push(Some(to));
+    fn end(&mut self, to: SocketAddr) {
+        let reply = self.outbox.end(to);
+        self.shared.log(to.ip(), reply);
     }
 
     fn send(&mut self) {
-        let mut slices = [[IoSlice::new(&[])]; BATCH];
-        let mut start = 0;
-        for (slice, &end) in slices.iter_mut().zip(&self.ends) {
-            *slice = [IoSlice::new(self.bytes.get(start..end).unwrap_or_default())];
-            start = end;
-        }
-        let mut sent = 0;
-        while let (Some(slices), Some(to)) = (slices.get(sent..), self.to.get(sent..))
-            && !to.is_empty()
-        {
-            let (socket, flags) = (self.socket.as_raw_fd(), MsgFlags::MSG_DONTWAIT);
-            let none: [ControlMessage<'_>; 0] = [];
-            let tried = sendmmsg(socket, &mut self.headers, slices, to, none, flags);
-            sent += match tried.map_or(0, Iterator::count) {
-                0 => {
-                    self.shared.drop_one(DropReason::Unsent); // The first; the others may go.
-                    1
-                }
-                some => some,
-            };
+        for _ in 0..self.outbox.send() {
+            self.shared.drop_one(DropReason::Unsent);
         }
     }
 }

@@ -18,6 +18,7 @@ mod forward;
 mod limit;
 pub mod local;
 mod log;
+mod outbox;
 mod packed;
 pub mod server;
 pub mod upstream;
