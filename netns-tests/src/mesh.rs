@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::{
@@ -617,21 +617,13 @@ impl Mesh {
     ///
     /// # Errors
     ///
-    /// If it has none, or does not answer within 1 s.
+    /// If it has none, or several, or does not answer within 1 s.
     pub fn resolve(&self, from: &str, name: &str) -> Result<IpAddr> {
-        let words = [
-            "dig",
-            "+short",
-            "+tries=1",
-            "+time=1",
-            "@169.254.53.53",
-            name,
-            "A",
-        ];
-        let said = self.node(from)?.run(&words, COMMAND_LIMIT)?.ok()?;
-        said.trim()
-            .parse()
-            .with_context(|| format!("{name}: {said}"))
+        let found = resolve(&self.node(from)?, name)?;
+        match *found.as_slice() {
+            [only] => Ok(only),
+            _ => bail!("{name}: {found:?}"),
+        }
     }
 
     fn until_up(
@@ -667,6 +659,26 @@ impl Mesh {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The IPv4 addresses that the agent of a node, or of a pod's node, has for a name.
+///
+/// # Errors
+///
+/// If it does not answer within 1 s.
+pub fn resolve(asking: &Node, name: &str) -> Result<Vec<IpAddr>> {
+    let words = [
+        "dig",
+        "+short",
+        "+tries=1",
+        "+time=1",
+        "@169.254.53.53",
+        name,
+        "A",
+    ];
+    let said = asking.run(&words, COMMAND_LIMIT)?.ok()?;
+    let found = said.lines().map(str::parse).collect::<Result<_, _>>();
+    found.with_context(|| format!("{name}: {said}"))
 }
 
 /// The text at `key` of what a command said in JSON; empty if there is none.

@@ -1,7 +1,6 @@
 //! Who may speak with whom, with the real binaries: from the manifest to the kernel of two nodes.
 
 use std::{
-    collections::BTreeSet,
     fs,
     io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
@@ -10,7 +9,11 @@ use std::{
 };
 
 use anyhow::{Result, bail, ensure};
-use netns_tests::{mesh::Mesh, node::Node, tool};
+use netns_tests::{
+    mesh::{self, Mesh},
+    node::Node,
+    tool,
+};
 use serde_json::Value;
 
 /// Until a manifest is in force on both nodes.
@@ -403,22 +406,6 @@ fn pods_of_two_nodes_speak_past_both_stacks_and_policy_is_enforced_at_the_pods()
     mesh.ends_well()
 }
 
-/// What a node or pod is told of a headless service.
-fn told(node: &Node) -> Result<BTreeSet<IpAddr>> {
-    let name = "db.shop.svc.cluster.local";
-    let words = [
-        "dig",
-        "+short",
-        "+tries=1",
-        "+time=1",
-        "@169.254.53.53",
-        name,
-    ];
-    let said = node.run(&words, SOON)?.ok()?;
-    let addresses = said.lines().map(str::parse);
-    Ok(addresses.collect::<Result<_, _>>()?)
-}
-
 #[test]
 fn a_pod_is_not_told_of_endpoints_that_a_policy_of_another_node_s_pod_denies_to_it() -> Result<()> {
     let mesh = Mesh::two_sites()?;
@@ -446,8 +433,8 @@ fn a_pod_is_not_told_of_endpoints_that_a_policy_of_another_node_s_pod_denies_to_
     restart(&mesh, B, PODS)?;
     let is_told = |node: &Node, wanted: &[IpAddr]| {
         tool::eventually("it is told so", SOON, || {
-            let told = told(node)?;
-            let wanted = wanted.iter().copied().collect();
+            let mut told = mesh::resolve(node, "db.shop.svc.cluster.local")?;
+            told.sort();
             ensure!(told == wanted, "{told:?}, not {wanted:?}");
             Ok(())
         })
