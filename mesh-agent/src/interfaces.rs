@@ -300,7 +300,19 @@ async fn keep_pods(
         let mut services = services.lock().unwrap_or_else(PoisonError::into_inner);
         (unguarded, services.redirect(&redirects))
     });
-    let (unguarded, report) = told.await?;
+    let (mut unguarded, mut report) = told.await?;
+    let failed = report.iter().flat_map(|report| report.failed.keys());
+    let failed = failed.map(|&index| IfIndex(index));
+    let refused: Vec<_> = failed.chain(unguarded.keys().copied()).collect();
+    for index in refused {
+        // Its pod was taken away meanwhile.
+        if matches!(netlink.link_state(index).await, Ok(None)) {
+            unguarded.remove(&index);
+            if let Ok(report) = &mut report {
+                report.failed.remove(&index.0);
+            }
+        }
+    }
     let name = |index: IfIndex| {
         let found = forwarding.links.get(&index);
         found.map_or_else(|| index.to_string(), |link| link.name.clone())
