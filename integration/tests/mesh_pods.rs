@@ -210,6 +210,7 @@ fn restart(mesh: &Mesh, node: &str) -> Result<()> {
 }
 
 fn start(mesh: &Mesh, node: &str) -> Result<()> {
+    mesh.provokes(&["the maps left by another version or configuration are replaced"]);
     let lines = format!("[cni]\nstate_dir = {:?}\n", state(mesh, node)?);
     mesh.start_agent_with(node, &lines)?;
     mesh.agent_ready(node, 2)
@@ -309,7 +310,7 @@ fn pods_of_the_plug_in_are_in_the_mesh_under_policy_and_outlive_the_agent() -> R
             .ok()?;
         ensure!(!links.contains("hfp"), "{links}");
     }
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 #[test]
@@ -372,7 +373,7 @@ fn pods_of_the_stock_bridge_with_ours_behind_it_are_in_the_mesh_and_under_policy
         behind_the_bridge(&mesh, pod, "DEL")?;
     }
     plug_in(&mesh, &far, "DEL")?;
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 /// A machine beside `on`, of which the mesh knows nothing: it has these addresses, and its way to everybody is `on`.
@@ -552,7 +553,7 @@ fn a_pod_that_is_new_while_no_agent_runs_or_does_not_know_it_is_under_the_polici
     free.connect(beside.addresses[1])?;
     ensure!(pinned(&mesh, B)?.is_empty(), "{}", pinned(&mesh, B)?);
     start(&mesh, B)?;
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 /// As the number that the project promises has it.
@@ -564,6 +565,8 @@ const SLOWEST: Duration = Duration::from_secs(1);
 #[test]
 fn fifty_pods_at_once_are_all_guarded_and_nobody_waits_for_the_others() -> Result<()> {
     let mesh = with_pod_ranges()?;
+    // It looks at everything again.
+    mesh.provokes(&["netlink socket buffer full"]);
     let policy = mesh.manifests().join("policy.yaml");
     let rule = "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: MeshPolicy\nmetadata: {name: none}\nspec:\n  rules:\n  - action: deny\n    \
                 from: [{cidrs: [10.244.2.0/24]}]\n    to: [{cidrs: [192.0.2.0/24]}]\n";
@@ -616,7 +619,7 @@ fn fifty_pods_at_once_are_all_guarded_and_nobody_waits_for_the_others() -> Resul
     all("DEL")?;
     ensure!(filters(&mesh, B)? == 0);
     start(&mesh, B)?;
-    mesh.all_run()
+    mesh.ends_well()
 }
 
 /// A service, and a headless one by whose names each pod is found.
@@ -695,5 +698,5 @@ fn a_node_without_a_controller_serves_its_pods_where_they_are_and_not_where_they
         ensure!(at == told, "it is at {at}");
         Ok(())
     })?;
-    mesh.all_run()
+    mesh.ends_well()
 }

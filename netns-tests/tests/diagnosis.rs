@@ -357,6 +357,10 @@ fn a_duplicate_overlay_address_is_named() -> Result<()> {
 #[test]
 fn a_missing_kernel_feature_is_named() -> Result<()> {
     let mesh = well()?;
+    mesh.provokes(&[
+        "policies will end with this process",
+        "services will end with this process",
+    ]);
     // The file system for BPF objects, in the agent's own mount table.
     let _agent = restart_with(&mesh, "mount -t tmpfs none /sys/fs/bpf", "")?;
     doctor(

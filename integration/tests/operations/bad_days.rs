@@ -78,7 +78,7 @@ fn strangers_other_ports_and_what_is_not_the_meshs_are_refused_with_reasons() ->
             .contains("no rule of this proxy names the client"),
         "{said:?}"
     );
-    world.mesh.all_run()
+    world.mesh.ends_well()
 }
 
 /// A client whose certificate is of the API server's authority, which is not the proxy's.
@@ -157,7 +157,8 @@ fn without_the_controller_and_after_a_restart_kubectl_works_and_a_lost_node_is_t
         let said = world.kubectl(&["logs", "web"])?;
         ensure!(all(&said.stdout), "{said:?}");
         Ok(())
-    })
+    })?;
+    world.mesh.ends_well()
 }
 
 #[test]
@@ -204,7 +205,7 @@ fn a_reader_that_stands_still_costs_the_agent_nothing_and_holds_up_nobody() -> R
         Ok(())
     })?;
     world.mesh.put(GATEWAY, "mesh-agent", agent);
-    world.mesh.all_run()
+    world.mesh.ends_well()
 }
 
 #[test]
@@ -212,6 +213,10 @@ fn certificates_are_replaced_while_it_serves_and_bad_ones_are_a_problem() -> Res
     let world = World::new(Transport::Tls)?;
     world.kubectl(&["logs", "web"])?.ok()?;
     let good = fs::read(world.file("clients.crt"))?;
+    world.mesh.provokes(&[
+        "the proxy goes on with the TLS files that it has",
+        "the proxy does not serve everywhere",
+    ]);
     fs::write(world.file("clients.crt"), "no certificate")?;
     // Those from before go on, and the status says so.
     world.kubectl(&["logs", "web"])?.ok()?;
@@ -232,5 +237,5 @@ fn certificates_are_replaced_while_it_serves_and_bad_ones_are_a_problem() -> Res
         !status["problems"].to_string().contains("client_ca"),
         "{status}"
     );
-    world.mesh.all_run()
+    world.mesh.ends_well()
 }

@@ -24,7 +24,7 @@ fn kubectl_works_by_the_proxys_socket() -> Result<()> {
     ensure!(opened["client"] == serde_json::json!(["uid:0"]), "{opened}");
     ensure!(opened["rule"] == 1, "{opened}");
     ssh(&world)?;
-    world.mesh.all_run()
+    world.mesh.ends_well()
 }
 
 /// A shell on the node, from the proxy's machine.
@@ -121,7 +121,7 @@ fn kubectl_curl_and_a_scraper_work_by_mutual_tls() -> Result<()> {
     })?;
     ensure!(line["node"] == EDGE && line["rule"] == 2, "{line}");
     ensure!(line["from_node_bytes"].as_u64() > Some(500), "{line}");
-    world.mesh.all_run()
+    world.mesh.ends_well()
 }
 
 #[test]
@@ -129,7 +129,7 @@ fn an_api_server_in_the_mesh_needs_no_proxy_but_the_nodes_overlay_addresses() ->
     let world = World::new(Transport::Routed)?;
     logs_sessions_ports_and_metrics(&world)?;
     ensure!(world.audit()?.is_empty(), "{:?}", world.audit()?);
-    world.mesh.all_run()
+    world.mesh.ends_well()
 }
 
 fn logs_sessions_ports_and_metrics(world: &World) -> Result<()> {
