@@ -322,7 +322,11 @@ impl AgentAdmin for Admin {
         _: Request<ServicesRequest>,
     ) -> Result<Response<ServicesResponse>, Status> {
         let view = self.ask(|driver| driver.view()).await?;
-        let services = view.map(|view| report::services(&view)).unwrap_or_default();
+        let services = match view {
+            Some(view) => report::services_beside(view).await,
+            None => Ok(Vec::new()),
+        };
+        let services = services.map_err(|error| Status::internal(error.to_string()))?;
         Ok(Response::new(ServicesResponse { services }))
     }
 

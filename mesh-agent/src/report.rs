@@ -4,7 +4,7 @@
 use std::{
     cmp::Reverse,
     collections::BTreeMap,
-    sync::atomic::Ordering,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -26,7 +26,10 @@ use mesh_wire::{
     id::{NodeId, NodeName, Via},
     peer::{CandidateKind, NatKind},
 };
-use tokio::time;
+use tokio::{
+    task::{JoinError, spawn_blocking},
+    time,
+};
 
 use crate::{
     admin::Facts,
@@ -557,6 +560,16 @@ pub fn health_text(health: Health) -> &'static str {
     }
 }
 
+/// [`services`], beside the thread that this is called on, which is the driver's: of 100,000 endpoints it takes a tenth of a second and
+/// more, and probes are answered meanwhile.
+///
+/// # Errors
+///
+/// If it panicked.
+pub async fn services_beside(view: Arc<View>) -> Result<Vec<ServiceReport>, JoinError> {
+    spawn_blocking(move || services(&view)).await
+}
+
 /// Every service with every endpoint, as new flows of this node see them.
 #[must_use]
 pub fn services(view: &View) -> Vec<ServiceReport> {
@@ -796,3 +809,6 @@ fn unix_s(time: SystemTime) -> i64 {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
+
+#[cfg(test)]
+mod tests;

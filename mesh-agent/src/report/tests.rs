@@ -1,0 +1,104 @@
+use std::net::Ipv4Addr;
+
+use mesh_api::admin::ServicesResponse;
+use mesh_core::snapshot::{
+    Endpoint, EndpointPort, EndpointSlice, Hints, MeshSettings, Node, ServiceName, ServicePort,
+    Snapshot,
+};
+use mesh_wire::id::MeshId;
+use prost::Message as _;
+
+use super::*;
+
+const NODES: u32 = 100_000;
+const SERVICES: u32 = 1_000;
+
+/// What `meshctl` takes (`MESSAGE_MAX_BYTES`).
+const ANSWER_BYTES_MAX: usize = 64 << 20;
+
+/// Of 100,000 nodes, with an endpoint on each.
+fn large() -> View {
+    let mesh = MeshId([7; 32]);
+    let mut snapshot = Snapshot::empty(MeshSettings::with_defaults(mesh, "demo"));
+    let above = |first: [u8; 4], number: u32| Ipv4Addr::from(u32::from_be_bytes(first) + number);
+    let name = |number: u32| -> NodeName { format!("node-{number}").parse().unwrap() };
+    for number in 0..NODES {
+        let mut key = [0; 32];
+        key[..4].copy_from_slice(&number.to_be_bytes());
+        let overlay = above([100, 96, 0, 1], number);
+        let node = Node::new(&mesh, name(number), NodeId(key), overlay);
+        snapshot.nodes.insert(name(number), node);
+    }
+    for number in 0..SERVICES {
+        let service = ServiceName {
+            namespace: "shop".to_owned(),
+            name: format!("service-{number}"),
+        };
+        let address = above([10, 43, 0, 1], number).into();
+        let mut own = Service::new(service.clone(), ServiceKind::ClusterIp(vec![address]));
+        own.ports = vec![ServicePort {
+            name: String::new(),
+            protocol: Protocol::Tcp,
+            port: 80,
+            node_port: None,
+        }];
+        let endpoint = |number: u32| Endpoint {
+            address: above([10, 128, 0, 1], number).into(),
+            node: Some(name(number)),
+            zone: None,
+            hostname: None,
+            hints: Hints::default(),
+            ready: true,
+            serving: true,
+            terminating: false,
+        };
+        let each = NODES / SERVICES;
+        let slice = EndpointSlice {
+            name: "one".to_owned(),
+            ports: vec![EndpointPort {
+                name: String::new(),
+                protocol: Protocol::Tcp,
+                port: 8080,
+            }],
+            endpoints: (number * each..(number + 1) * each).map(endpoint).collect(),
+        };
+        let slices = [(slice.name.clone(), Arc::new(slice))].into();
+        snapshot.slices.insert(service.clone(), slices);
+        snapshot.services.insert(service, Arc::new(own));
+    }
+    View::new(Arc::new(snapshot), name(0))
+}
+
+#[tokio::test]
+async fn the_driver_s_thread_goes_on_while_100_000_endpoints_are_reported_and_meshctl_takes_them() {
+    let view = Arc::new(large());
+    // All on one thread, as in the agent.
+    let (mut rounds, mut latest) = (0_u32, Duration::ZERO);
+    let began = Instant::now();
+    let mut last = began;
+    let mut report = std::pin::pin!(services_beside(view));
+    let services = loop {
+        tokio::select! {
+            services = &mut report => break services.unwrap(),
+            () = time::sleep(Duration::from_millis(1)) => {
+                rounds += 1;
+                latest = latest.max(last.elapsed());
+                last = Instant::now();
+            }
+        }
+    };
+    let took = began.elapsed();
+    let endpoints: usize = services.iter().map(|one| one.endpoints.len()).sum();
+    assert_eq!((services.len(), endpoints), (1_000, 100_000));
+    // Made on this thread, there would be none.
+    assert!(rounds > 0, "the report took {took:?}, and nothing else ran");
+    let answer = ServicesResponse { services };
+    let began = Instant::now();
+    let bytes = answer.encode_to_vec().len();
+    let encoded = began.elapsed();
+    assert!(bytes < ANSWER_BYTES_MAX / 4, "{bytes}");
+    println!(
+        "{endpoints} endpoints: {bytes} bytes, made in {took:?} beside the thread, which went on {rounds} times, the longest pause \
+         {latest:?}; encoded on it in {encoded:?}"
+    );
+}
