@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ffi::OsStr,
     fmt, fs,
     io::{self, Read as _},
     os::unix::fs::MetadataExt as _,
@@ -449,6 +450,16 @@ impl Folder {
             "the folder was read"
         );
         scanned
+    }
+
+    /// Reads a folder, or one file.
+    pub fn scan_at(&mut self, path: &Path) {
+        match path.file_name().and_then(OsStr::to_str) {
+            Some(name) if path.is_file() => {
+                self.scan_file(name.to_owned(), path, true, &mut Scanned::default());
+            }
+            Some(_) | None => drop(self.scan(path)),
+        }
     }
 
     /// Reads these files in the folder at `path`, soon after they changed: takes what they bring. What one of them no

@@ -1,4 +1,4 @@
-//! `mesh-controller policy-test MANIFESTS CASES`: whether the policies in a folder of manifests say of
+//! `mesh-controller policy-test MANIFESTS CASES`: whether the policies in manifests, a folder or a file, say of
 //! flows what a file of cases expects. For the folder's repository: nothing runs, nothing is changed.
 //!
 //! Judged is as the nodes do it, by the tables of the sender's node and of the receiver's.
@@ -97,7 +97,7 @@ fn default_protocol() -> String {
 #[must_use]
 pub fn main(arguments: &[OsString]) -> ExitCode {
     let [manifests, cases] = arguments else {
-        eprintln!("usage: mesh-controller {COMMAND} MANIFESTS_FOLDER CASES_FILE");
+        eprintln!("usage: mesh-controller {COMMAND} MANIFESTS CASES_FILE");
         return EXIT_USAGE.into();
     };
     match run(Path::new(manifests), Path::new(cases)) {
@@ -122,14 +122,14 @@ struct Report {
 fn run(manifests: &Path, cases: &Path) -> Result<Report> {
     let text = std::fs::read_to_string(cases);
     let text = text.with_context(|| format!("cannot read {}", cases.display()))?;
+    let mut folder = Folder::default();
+    folder.scan_at(manifests);
+    let (objects, problems) = folder.objects();
     ensure!(
-        manifests.is_dir(),
-        "{} is not a folder",
+        manifests.is_dir() || manifests.is_file(),
+        "{} is neither a folder nor a file",
         manifests.display()
     );
-    let mut folder = Folder::default();
-    folder.scan(manifests);
-    let (objects, problems) = folder.objects();
     test(&objects, problems, &text).with_context(|| cases.display().to_string())
 }
 
@@ -325,6 +325,25 @@ ok   100.96.0.1 to pod/shop/db, UDP 53: audit by MeshPolicy trial (out at a)
 ";
         assert_eq!(report.text, expected);
         assert_eq!(report.failed, 1);
+    }
+
+    #[test]
+    fn a_folder_and_a_file_are_read_alike() {
+        let place = tempfile::tempdir().unwrap();
+        let path = |name: &str| place.path().join(name);
+        std::fs::create_dir(path("folder")).unwrap();
+        let broken = MANIFESTS.replace("audit: true", "audit: perhaps");
+        std::fs::write(path("folder/m.yaml"), broken).unwrap();
+        std::fs::write(path("cases.yaml"), "cases: []").unwrap();
+        let of_folder = run(&path("folder"), &path("cases.yaml")).unwrap();
+        let of_file = run(&path("folder/m.yaml"), &path("cases.yaml")).unwrap();
+        assert_eq!(
+            (of_folder.failed, &of_folder.text),
+            (of_file.failed, &of_file.text)
+        );
+        assert!(of_file.text.contains("m.yaml:"), "{}", of_file.text);
+        let neither = run(&path("none"), &path("cases.yaml")).unwrap_err();
+        assert!(neither.to_string().contains("neither a folder nor a file"));
     }
 
     #[test]

@@ -22,14 +22,14 @@ use crate::{
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Policy {
-    /// Whether the manifests in a folder are right: each error with its file, line and field. No controller needs to run.
+    /// Whether manifests are right: each error with its file, line and field. No controller needs to run.
     Check {
-        /// The folder.
+        /// Their folder, or one file.
         manifests: PathBuf,
     },
-    /// Whether the policies in a folder of manifests say of flows what a file of cases expects.
+    /// Whether the policies in manifests say of flows what a file of cases expects.
     Test {
-        /// The folder.
+        /// Their folder, or one file.
         manifests: PathBuf,
         /// As docs/policy.md has it: `cases: [{from: node/a, to: pod/shop/db, port: 5432, expect: allow}]`.
         cases: PathBuf,
