@@ -1,6 +1,7 @@
 //! `meshctl lab`: a mesh that stays until it is taken away.
 
 use std::{
+    collections::BTreeSet,
     fs,
     process::{Command, Output},
 };
@@ -98,6 +99,28 @@ fn a_mesh_stays_is_entered_and_goes_without_a_trace() -> Result<()> {
             "no {one:?} in {nodes:?}"
         );
     }
+    // The whole shape: scripts read it.
+    let keys = |value: Option<&Value>| {
+        let fields = value.and_then(Value::as_object).into_iter().flatten();
+        let names = fields
+            .map(|(name, _)| name.as_str())
+            .collect::<BTreeSet<_>>();
+        names.into_iter().collect::<Vec<_>>().join(" ")
+    };
+    for (path, expected) in [
+        ("", "cloud dir id nodes"),
+        ("/cloud", "admin_socket cgroup dir name netns"),
+        (
+            "/nodes/0",
+            "admin_socket cgroup dir name nat netns overlay_addresses site",
+        ),
+    ] {
+        let found = keys(up.said.pointer(path));
+        ensure!(found == expected, "{path}: {found}");
+    }
+    let addresses = up.said.pointer("/nodes/0/overlay_addresses");
+    let addresses = addresses.and_then(Value::as_array).map(Vec::len);
+    ensure!(addresses == Some(2), "{}", up.said);
     // Across both NATs, by name, with what made it long gone.
     up.ok("edge-a1", &["ping", "-c", "3", "-i", "0.2", "edge-b1.mesh"])?;
     let status = up.ok("edge-b1", &["meshctl", "--json", "status"])?;
