@@ -28,7 +28,7 @@ use rtnetlink::{
     Handle, LinkUnspec, MulticastGroup, RouteMessageBuilder, new_connection,
     new_multicast_connection, packet_core::NetlinkPayload,
 };
-use tokio::sync::Mutex;
+use tokio::{sync::Mutex, task::AbortHandle};
 
 pub use self::{
     forwarding::{Forwarding, ForwardingLink, Veth},
@@ -456,7 +456,17 @@ type Notifications =
     std::pin::Pin<Box<dyn Stream<Item = NetlinkPayload<RouteNetlinkMessage>> + Send>>;
 
 /// Notifications of the kernel, in the network namespace of the thread that made it.
-pub struct Changes(Notifications);
+pub struct Changes {
+    notifications: Notifications,
+    reader: AbortHandle,
+}
+
+impl Drop for Changes {
+    /// Before the notifications' queue goes: the reader warns of each that it cannot hand on.
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
 
 impl Changes {
     /// Begins to listen. Read the state *after* this and nothing is missed. Served by a task on
@@ -473,16 +483,20 @@ impl Changes {
             MulticastGroup::Ipv4Route,
             MulticastGroup::Ipv6Route,
         ])?;
-        tokio::spawn(connection);
-        Ok(Self(Box::pin(messages.map(|(message, _)| message.payload))))
+        let reader = tokio::spawn(connection).abort_handle();
+        let notifications = Box::pin(messages.map(|(message, _)| message.payload));
+        Ok(Self {
+            notifications,
+            reader,
+        })
     }
 
     /// Waits for the next change, and says in one word all that has come in since the last call:
     /// a storm of a thousand notifications is one change. `None` when the kernel hung up.
     pub async fn next(&mut self) -> Option<Change> {
         loop {
-            let mut change = Change::of(&self.0.next().await?);
-            while let Some(Some(payload)) = self.0.next().now_or_never() {
+            let mut change = Change::of(&self.notifications.next().await?);
+            while let Some(Some(payload)) = self.notifications.next().now_or_never() {
                 change = change.merge(Change::of(&payload));
             }
             if change != Change::default() {
