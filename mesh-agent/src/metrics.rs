@@ -450,11 +450,6 @@ fn add_dns(page: &mut Page, dns: &Counters) {
             "Answers to pods without endpoints that policy denies to them",
             &dns.denied_left_out,
         ),
-        (
-            "dns_denied_left_out",
-            "Answers to pods without endpoints that policy denies to them",
-            &dns.denied_left_out,
-        ),
     ] {
         page.counter(name, help, counter.get());
     }
@@ -617,6 +612,9 @@ mod tests {
             let line = format!("holdfast_agent_{line}");
             assert!(text.lines().any(|found| found == line), "{line} in {text}");
         }
+        let families = text.lines().filter(|line| line.starts_with("# TYPE "));
+        let mut once = BTreeSet::new();
+        families.for_each(|family| assert!(once.insert(family), "{family} twice"));
         for asks in [
             include_str!("../../deploy/monitoring/alerts.yaml"),
             include_str!("../../deploy/monitoring/dashboard.json"),
