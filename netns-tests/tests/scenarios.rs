@@ -376,6 +376,41 @@ fn systemd_is_told_when_the_agent_serves_and_when_it_stops() -> Result<()> {
 }
 
 #[test]
+fn systemd_waits_for_a_node_that_nobody_lets_in_yet() -> Result<()> {
+    let mesh = Mesh::two_sites()?;
+    mesh.provokes(&["cannot join yet; trying again"]);
+    mesh.kill("edge-a1", "mesh-agent")?;
+    let node = mesh.node("edge-a1")?;
+    let path = node.dir().join("notify");
+    let socket = UnixDatagram::bind(&path)?;
+    socket.set_read_timeout(Some(SOON))?;
+    // Another state folder, and where nobody listens.
+    let config = fs::read_to_string(node.dir().join("agent.toml"))?;
+    let lines = config.lines().map(|line| match line.split_once(" = ") {
+        Some(("state_dir", _)) => format!("state_dir = \"{}/new\"\n", node.dir().display()),
+        Some(("controller", _)) => "controller = \"127.0.0.1:1\"\n".to_owned(),
+        _ => format!("{line}\n"),
+    });
+    let config = node.write("new.toml", &lines.collect::<String>())?;
+    let (notify, config) = (
+        format!("NOTIFY_SOCKET={}", path.display()),
+        config.display().to_string(),
+    );
+    let command = ["env", &notify, &mesh.bin("mesh-agent"), "--config", &config];
+    let mut agent = node.spawn("mesh-agent-new", &command)?;
+    for _ in 0..2 {
+        let more = told(&socket)?;
+        let more = more.strip_prefix("EXTEND_TIMEOUT_USEC=");
+        let more: u64 = more.context("not for how long")?.parse()?;
+        ensure!(more >= 90_000_000, "{more} µs");
+        let why = told(&socket)?;
+        ensure!(why.starts_with("STATUS=cannot join yet: "), "{why}");
+    }
+    assert!(agent.terminate(SOON)?.success());
+    mesh.ends_well()
+}
+
+#[test]
 fn a_killed_agent_starts_over_what_it_left() -> Result<()> {
     let mesh = Mesh::two_sites()?;
     for _ in 0..3 {

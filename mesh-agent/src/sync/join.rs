@@ -8,7 +8,7 @@ use mesh_api::{
     control::{JoinRequest, JoinResponse, control_client::ControlClient},
 };
 use mesh_core::offline::retry::{Failure, Retry};
-use mesh_daemon::http_proxy::HttpProxy;
+use mesh_daemon::{NotifyState, http_proxy::HttpProxy};
 use mesh_identity::{
     authority::new_key,
     credentials::Credentials,
@@ -27,6 +27,9 @@ use crate::{
     state::{IdentityFiles, StateFolder},
     uplinks::Way,
 };
+
+/// No attempt takes longer: a connection by each address of a controller's name, a handshake, an answer.
+const ATTEMPT_MAX: Duration = Duration::from_secs(120);
 
 /// Joins the mesh; tries until the controller answers. What a join token does not open stays shut; a
 /// ServiceAccount token is another in an hour, and what refuses it can be mended without this node.
@@ -86,8 +89,17 @@ pub(super) async fn join(
         }
         // How many nodes there are is not known yet: the longest pause is that of the largest mesh.
         let failure = Failure::Ended(Duration::ZERO);
-        time::sleep(controllers.handle_failure(failure, 0, None)).await;
+        let pause = controllers.handle_failure(failure, 0, None);
+        wait_on(pause, &problem);
+        time::sleep(pause).await;
     }
+}
+
+/// Tells systemd that this start goes on: it ends one after 90 s (`DefaultTimeoutStartSec`), and to be let in may take days.
+fn wait_on(pause: Duration, problem: &str) {
+    let more = u32::try_from((pause + ATTEMPT_MAX).as_micros()).unwrap_or(u32::MAX);
+    mesh_daemon::notify(NotifyState::ExtendTimeoutUsec(more));
+    mesh_daemon::notify(NotifyState::Status(&format!("cannot join yet: {problem}")));
 }
 
 /// What lets this node in, and by what it knows the controller.
