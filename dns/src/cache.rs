@@ -34,7 +34,10 @@ const PREFETCH_PART: u32 = 10;
 const PREFETCH_HITS_MIN: u32 = 2;
 
 /// How long clients may keep an answer beyond its time, in seconds (RFC 8767 §4).
-const STALE_TTL_S: u32 = 30;
+pub(crate) const STALE_TTL_S: u32 = 30;
+
+/// Entries that one look goes through: the threads that answer wait for it meanwhile, for 64 copies of at most 4 KiB each.
+const LOOK_ENTRIES_MAX: usize = 64;
 
 /// What answers are told apart by.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -57,6 +60,27 @@ pub(crate) enum Cached {
     Stale(Message),
 }
 
+/// An entry as [`Cache::look`] copies it.
+#[derive(Debug)]
+pub(crate) struct Seen {
+    pub(crate) key: Key,
+    /// As [`Cache::get`] has it; asking for it here does not count.
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) learnt: Instant,
+    pub(crate) expires: Instant,
+    pub(crate) hits: u32,
+}
+
+/// Some entries, the newest first.
+#[derive(Debug)]
+pub(crate) struct Look {
+    pub(crate) seen: Vec<Seen>,
+    /// How many there were that were looked for, copied or not.
+    pub(crate) matching: usize,
+    /// Where the next look begins; `None`: that were all.
+    pub(crate) next: Option<u64>,
+}
+
 /// Evicts what was learnt longest ago.
 #[derive(Debug)]
 pub(crate) struct Cache {
@@ -66,8 +90,9 @@ pub(crate) struct Cache {
     inserted: u64,
 }
 
+/// An answer that is kept.
 #[derive(Debug)]
-struct Entry {
+pub(crate) struct Entry {
     age: u64,
     /// As it came: parsing costs microseconds, and the size is known.
     bytes: Vec<u8>,
@@ -93,21 +118,8 @@ impl Cache {
         if now >= entry.expires + self.stale_max {
             return None; // It goes when its place is needed.
         }
-        let mut message = Message::from_vec(&entry.bytes).ok()?;
         let fresh = now < entry.expires;
-        let age_s = u32::try_from(now.saturating_duration_since(entry.learnt).as_secs());
-        let sections = [
-            &mut message.answers,
-            &mut message.authorities,
-            &mut message.additionals,
-        ];
-        for record in sections.into_iter().flatten() {
-            record.ttl = if fresh {
-                record.ttl.saturating_sub(age_s.unwrap_or(u32::MAX))
-            } else {
-                STALE_TTL_S
-            };
-        }
+        let message = counted_down(&entry.bytes, entry.learnt, fresh, now)?;
         if !fresh {
             return Some(Cached::Stale(message));
         }
@@ -120,12 +132,73 @@ impl Cache {
         Some(Cached::Fresh(message))
     }
 
-    /// Keeps `message`, which came as `bytes`, if it may be kept.
     /// How many answers there are, also those beyond their time.
     pub(crate) fn len(&self) -> usize {
         self.entries.len()
     }
 
+    /// How long beyond its time an answer may still be given.
+    pub(crate) fn stale_max(&self) -> Duration {
+        self.stale_max
+    }
+
+    /// Looks through some of the entries from `before` on (`u64::MAX`: from the newest), for what may still be given of `below` and
+    /// the names below it. At most `copies_max` are copied.
+    pub(crate) fn look(&self, before: u64, below: &Name, copies_max: usize, now: Instant) -> Look {
+        let (mut seen, mut matching) = (Vec::new(), 0);
+        let (numbers, next) = self.some(before);
+        for key in numbers.iter().filter_map(|number| self.by_age.get(number)) {
+            let entry = self
+                .entries
+                .get(key)
+                .filter(|entry| below.zone_of(&key.name) && now < entry.expires + self.stale_max);
+            let Some(entry) = entry else { continue };
+            matching += 1;
+            if seen.len() < copies_max {
+                seen.push(Seen {
+                    key: key.clone(),
+                    bytes: entry.bytes.clone(),
+                    learnt: entry.learnt,
+                    expires: entry.expires,
+                    hits: entry.hits,
+                });
+            }
+        }
+        Look {
+            seen,
+            matching,
+            next,
+        }
+    }
+
+    /// Forgets those of some entries from `before` on that are of `below` or the names below it. Gives what is to be dropped
+    /// without the cache's lock, and where to go on.
+    pub(crate) fn forget(&mut self, before: u64, below: &Name) -> (Vec<Entry>, Option<u64>) {
+        let (numbers, next) = self.some(before);
+        let mut forgotten = Vec::new();
+        for number in numbers {
+            let key = self.by_age.get(&number);
+            if key.is_some_and(|key| below.zone_of(&key.name)) {
+                let key = self.by_age.remove(&number);
+                forgotten.extend(key.and_then(|key| self.entries.remove(&key)));
+            }
+        }
+        (forgotten, next)
+    }
+
+    /// The next entries' numbers, and where those after them begin.
+    fn some(&self, before: u64) -> (Vec<u64>, Option<u64>) {
+        let numbers = self.by_age.range(..before).rev();
+        let numbers: Vec<_> = numbers
+            .map(|(number, _)| *number)
+            .take(LOOK_ENTRIES_MAX)
+            .collect();
+        let full = numbers.len() == LOOK_ENTRIES_MAX;
+        let next = numbers.last().copied().filter(|_| full);
+        (numbers, next)
+    }
+
+    /// Keeps `message`, which came as `bytes`, if it may be kept.
     pub(crate) fn insert(&mut self, key: Key, bytes: Vec<u8>, message: &Message, now: Instant) {
         let ttl_s = ttl_s(message);
         if ttl_s == 0 || bytes.len() > ENTRY_MAX_BYTES {
@@ -151,6 +224,30 @@ impl Cache {
             self.entries.remove(&oldest);
         }
     }
+}
+
+/// An answer that came as `bytes`, as it is given now.
+pub(crate) fn counted_down(
+    bytes: &[u8],
+    learnt: Instant,
+    fresh: bool,
+    now: Instant,
+) -> Option<Message> {
+    let mut message = Message::from_vec(bytes).ok()?;
+    let age_s = u32::try_from(now.saturating_duration_since(learnt).as_secs());
+    let sections = [
+        &mut message.answers,
+        &mut message.authorities,
+        &mut message.additionals,
+    ];
+    for record in sections.into_iter().flatten() {
+        record.ttl = if fresh {
+            record.ttl.saturating_sub(age_s.unwrap_or(u32::MAX))
+        } else {
+            STALE_TTL_S
+        };
+    }
+    Some(message)
 }
 
 /// How long `message` may be kept; 0: not at all.

@@ -265,6 +265,6 @@ fn parse_answer(bytes: &[u8], question: &Message) -> Option<Message> {
     answers.then_some(message)
 }
 
-fn code_text(code: ResponseCode) -> String {
+pub(crate) fn code_text(code: ResponseCode) -> String {
     format!("{code:?}").to_ascii_uppercase()
 }

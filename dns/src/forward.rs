@@ -20,8 +20,9 @@ use crate::{
     cache::{Cache, Cached, Key},
     client::{self, ExchangeError},
     counters::Counters,
+    inspect::{CachePage, CachedAnswer},
     server::DnsConfig,
-    upstream::{DeviceFor, Upstream, UpstreamConfig},
+    upstream::{DeviceFor, Upstream, UpstreamConfig, UpstreamReport},
 };
 
 /// All upstreams together get this long. glibc gives up after 5 s.
@@ -37,6 +38,8 @@ pub(crate) struct Forwarder {
     upstreams: Vec<(Name, Vec<Upstream>)>,
     cache: Mutex<Cache>,
     counters: Arc<Counters>,
+    /// When an answer beyond its time was last given.
+    gave_stale: Mutex<Option<Instant>>,
 }
 
 /// What is known of a question.
@@ -73,7 +76,57 @@ impl Forwarder {
             upstreams,
             cache: Mutex::new(Cache::new(config.stale_max)),
             counters,
+            gave_stale: Mutex::default(),
         }
+    }
+
+    /// How each upstream does, with the domain that it is asked about: those for everything first.
+    pub(crate) fn upstreams(&self) -> Vec<(&Name, UpstreamReport)> {
+        let now = Instant::now();
+        let domains = self.upstreams.iter().rev();
+        let each =
+            domains.flat_map(|(domain, upstreams)| upstreams.iter().map(move |one| (domain, one)));
+        each.map(|(domain, one)| (domain, one.report(now)))
+            .collect()
+    }
+
+    /// How long ago an answer beyond its time was given.
+    pub(crate) fn gave_stale(&self) -> Option<Duration> {
+        lock(&self.gave_stale).map(|then| then.elapsed())
+    }
+
+    /// What the cache has of `below` and the names below it, at most `most` of them. The lock is held for some entries at a time.
+    pub(crate) fn look(&self, below: &Name, most: usize) -> CachePage {
+        let mut page = CachePage::default();
+        let mut next = Some(u64::MAX);
+        while let Some(before) = next {
+            let now = Instant::now().into_std();
+            let room = most.saturating_sub(page.answers.len());
+            let cache = lock(&self.cache);
+            let (look, stale_max) = (cache.look(before, below, room, now), cache.stale_max());
+            drop(cache);
+            let seen = look.seen.into_iter();
+            let answers = seen.filter_map(|one| CachedAnswer::new(&one, stale_max, now));
+            page.answers.extend(answers);
+            page.matching += look.matching;
+            next = look.next;
+        }
+        page
+    }
+
+    /// Forgets what the cache has of `below` and the names below it, and says how many answers that were.
+    pub(crate) fn forget(&self, below: &Name) -> usize {
+        let mut count = 0;
+        let mut next = Some(u64::MAX);
+        while let Some(before) = next {
+            let mut cache = lock(&self.cache);
+            let (forgotten, rest) = cache.forget(before, below);
+            self.counters.cached.set(cache.len());
+            drop(cache);
+            count += forgotten.len();
+            next = rest;
+        }
+        count
     }
 
     /// `reply`, completed from the cache if what it knows of `question` still holds.
@@ -121,6 +174,7 @@ impl Forwarder {
             Some(Cached::Fresh(message) | Cached::Ending(message)) => complete(reply, message),
             Some(Cached::Stale(message)) => {
                 self.counters.stale.add();
+                *lock(&self.gave_stale) = Some(Instant::now());
                 explain(&mut reply, ExtendedError::StaleAnswer);
                 complete(reply, message)
             }
@@ -195,7 +249,10 @@ impl Forwarder {
                 drop(cache);
                 Judged::Helpful(message)
             }
-            Ok((message, _)) => Judged::Unhelpful(Some(message)),
+            Ok((message, _)) => {
+                upstream.note_unhelpful(message.response_code, Instant::now());
+                Judged::Unhelpful(Some(message))
+            }
             Err(error) => {
                 self.counters.upstream_failures.add();
                 tracing::trace!(upstream = %upstream.config.address, %error, "no answer");

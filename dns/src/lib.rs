@@ -16,6 +16,7 @@ mod clients;
 pub mod counters;
 mod datagrams;
 mod forward;
+pub mod inspect;
 mod limit;
 pub mod local;
 mod log;

@@ -36,6 +36,7 @@ use crate::{
     counters::{Counters, DropReason},
     datagrams::{self, Threads},
     forward::{Forwarder, Known},
+    inspect::Inspector,
     limit::Limit,
     local::LocalNames,
     log::QueryLog,
@@ -147,8 +148,7 @@ pub enum StartError {
 /// A running server. Cancel its token, then await [`Self::stopped`].
 #[derive(Debug)]
 pub struct DnsServer {
-    counters: Arc<Counters>,
-    local_addresses: Vec<SocketAddr>,
+    inspector: Inspector,
     tasks: TaskTracker,
     threads: Threads,
     stop: CancellationToken,
@@ -194,14 +194,25 @@ impl DnsServer {
             log
         });
         let callers: Box<dyn Fn() -> Option<Arc<Callers>> + Send + Sync> = Box::new(callers);
-        let shared = Arc::new(Shared {
-            view: Box::new(view),
-            callers: config.leave_out_denied.then_some(callers),
+        let view: ViewNow = Arc::new(view);
+        let inspector = Inspector {
+            listen: local_addresses,
+            view: Arc::clone(&view),
             forwarder: Arc::new(Forwarder::new(&config, tls, &device, Arc::clone(&counters))),
-            clients: Clients::new(&local_addresses, config.allow_from),
+            counters: Arc::clone(&counters),
+            stale_max: config.stale_max,
+            allow_from: config.allow_from.clone(),
+            query_log: config.query_log,
+            leave_out_denied: config.leave_out_denied,
+        };
+        let shared = Arc::new(Shared {
+            view,
+            callers: config.leave_out_denied.then_some(callers),
+            forwarder: Arc::clone(&inspector.forwarder),
+            clients: Clients::new(&inspector.listen, config.allow_from),
             local: config.local,
             log,
-            counters: Arc::clone(&counters),
+            counters,
             waiting: Limit::new(WAITING_MAX, WAITING_PER_SOURCE_MAX),
             connections: Limit::new(CONNECTIONS_MAX, CONNECTIONS_PER_SOURCE_MAX),
             tasks: tasks.clone(),
@@ -215,8 +226,7 @@ impl DnsServer {
         }
         let threads = Threads::start(addresses, &shared).map_err(StartError::Threads)?;
         Ok(Self {
-            counters,
-            local_addresses,
+            inspector,
             tasks,
             threads,
             stop,
@@ -226,13 +236,19 @@ impl DnsServer {
     /// What was counted since start.
     #[must_use]
     pub fn counters(&self) -> &Arc<Counters> {
-        &self.counters
+        &self.inspector.counters
+    }
+
+    /// What tells of it, also to others and after it has stopped.
+    #[must_use]
+    pub fn inspector(&self) -> Inspector {
+        self.inspector.clone()
     }
 
     /// Where it listens, with the real numbers of ports given as 0.
     #[must_use]
     pub fn local_addresses(&self) -> &[SocketAddr] {
-        &self.local_addresses
+        &self.inspector.listen
     }
 
     /// Returns when every task has ended, soon after the token was cancelled.
@@ -261,9 +277,12 @@ async fn bind(
     Ok((local, udp, tcp))
 }
 
+/// Gives the view in force.
+pub(crate) type ViewNow = Arc<dyn Fn() -> Option<Arc<View>> + Send + Sync>;
+
 /// What every listener needs.
 pub(crate) struct Shared {
-    view: Box<dyn Fn() -> Option<Arc<View>> + Send + Sync>,
+    view: ViewNow,
     callers: Option<Box<dyn Fn() -> Option<Arc<Callers>> + Send + Sync>>,
     clients: Clients,
     local: LocalNames,

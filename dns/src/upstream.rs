@@ -11,12 +11,13 @@ use std::{
 };
 
 use hickory_net::{
+    NetError,
     h2::HttpsClientStream,
     runtime::{RuntimeProvider, TokioHandle, TokioTime, iocompat::AsyncIoTokioAsStd},
     tls::tls_exchange,
     xfer::{DnsExchange, DnsHandle as _, FirstAnswer as _},
 };
-use hickory_proto::op::{DnsRequest, DnsRequestOptions, Message};
+use hickory_proto::op::{DnsRequest, DnsRequestOptions, Message, ResponseCode};
 use rustls::{
     ClientConfig, RootCertStore,
     crypto::ring,
@@ -298,6 +299,59 @@ struct Health {
     silences: u32,
     passed_over_until: Option<Instant>,
     usual: Option<RoundTrip>,
+    /// Since it last answered; for people, as the rest.
+    failures: u32,
+    answered: Option<Instant>,
+    failed: Option<(Instant, String)>,
+}
+
+/// What became of the questions to an upstream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UpstreamState {
+    /// It was not asked yet, or one packet was lost.
+    Unknown,
+    /// It answers.
+    Answers,
+    /// It is not asked for the moment.
+    PassedOver,
+    /// It gave no answer twice or more since it last did.
+    Fails,
+}
+
+impl UpstreamState {
+    /// It as a word.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::Answers => "answers",
+            Self::PassedOver => "passed_over",
+            Self::Fails => "fails",
+        }
+    }
+}
+
+/// How an upstream does. No name that was asked for is in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UpstreamReport {
+    /// Where it is.
+    pub address: SocketAddr,
+    /// `udp` (and TCP where an answer does not fit), `tls` or `https`.
+    pub transport: &'static str,
+    /// What became of the questions.
+    pub state: UpstreamState,
+    /// How long it takes: smoothed, and how far off (RFC 6298 §2).
+    pub usual: Option<(Duration, Duration)>,
+    /// After this long the next is asked, too.
+    pub hedge_after: Duration,
+    /// For how long it is not asked yet.
+    pub passed_over: Option<Duration>,
+    /// Questions without an answer since it last answered.
+    pub failures: u32,
+    /// How long ago it answered.
+    pub answered: Option<Duration>,
+    /// How long ago it gave no answer that helped, and why.
+    pub failed: Option<(Duration, String)>,
 }
 
 /// Smoothed, and how far off (RFC 6298 §2).
@@ -413,18 +467,60 @@ impl Upstream {
     /// Remembers how an exchange went that began at `start`.
     pub(crate) fn note(&self, error: Option<&ExchangeError>, start: Instant, now: Instant) {
         let mut health = self.health();
+        if let Some(error) = error {
+            health.fail(why(error), now);
+        }
         match error {
             Some(ExchangeError::Timeout | ExchangeError::Secure(_)) => health.silence(now),
             // Errors that come at once cost nobody time.
             Some(ExchangeError::Io(_) | ExchangeError::NotAnAnswer | ExchangeError::Unwritable) => {
             }
-            None => health.answer(now.saturating_duration_since(start)),
+            None => health.answer(now.saturating_duration_since(start), now),
         }
     }
 
     /// Remembers that one that was asked later answered, and this one did not.
     pub(crate) fn note_overtaken(&self, now: Instant) {
-        self.health().silence(now);
+        let mut health = self.health();
+        health.fail("one that was asked later answered first".to_owned(), now);
+        health.silence(now);
+    }
+
+    /// Remembers that it answered, with an error.
+    pub(crate) fn note_unhelpful(&self, code: ResponseCode, now: Instant) {
+        self.health().failed = Some((now, format!("it said {}", client::code_text(code))));
+    }
+
+    /// How it does.
+    pub(crate) fn report(&self, now: Instant) -> UpstreamReport {
+        let health = self.health();
+        let passed_over = health
+            .passed_over_until
+            .map(|until| until.saturating_duration_since(now))
+            .filter(|left| !left.is_zero());
+        let state = match (passed_over, health.answered) {
+            (Some(_), _) => UpstreamState::PassedOver,
+            (None, _) if health.failures >= SILENCES_MAX => UpstreamState::Fails,
+            (None, Some(_)) => UpstreamState::Answers,
+            (None, None) => UpstreamState::Unknown,
+        };
+        let ago = |then: Instant| now.saturating_duration_since(then);
+        let failed = health.failed.as_ref();
+        UpstreamReport {
+            address: self.config.address,
+            transport: match self.config.transport {
+                Transport::Plain => "udp",
+                Transport::Tls(_) => "tls",
+                Transport::Https { .. } => "https",
+            },
+            state,
+            usual: health.usual.map(|usual| (usual.smoothed, usual.variation)),
+            hedge_after: health.hedge_after(),
+            passed_over,
+            failures: health.failures,
+            answered: health.answered.map(ago),
+            failed: failed.map(|(then, why)| (ago(*then), why.clone())),
+        }
     }
 
     fn health(&self) -> MutexGuard<'_, Health> {
@@ -438,7 +534,20 @@ async fn send(connection: &Exchange, query: &Message) -> Result<(Message, Vec<u8
     Ok(response.into_parts())
 }
 
+/// For people. Never the name that was asked for, which errors about DNS have.
+fn why(error: &ExchangeError) -> String {
+    match error {
+        ExchangeError::Secure(NetError::Dns(_)) => ExchangeError::NotAnAnswer.to_string(),
+        error => error.to_string(),
+    }
+}
+
 impl Health {
+    fn fail(&mut self, why: String, now: Instant) {
+        self.failures = self.failures.saturating_add(1);
+        self.failed = Some((now, why));
+    }
+
     fn silence(&mut self, now: Instant) {
         self.silences = self.silences.saturating_add(1);
         if self.silences >= SILENCES_MAX {
@@ -446,7 +555,7 @@ impl Health {
         }
     }
 
-    fn answer(&mut self, took: Duration) {
+    fn answer(&mut self, took: Duration, now: Instant) {
         let usual = self.usual.map_or(
             RoundTrip {
                 smoothed: took,
@@ -459,6 +568,8 @@ impl Health {
         );
         *self = Self {
             usual: Some(usual),
+            answered: Some(now),
+            failed: self.failed.take(),
             ..Self::default()
         };
     }
@@ -489,22 +600,69 @@ mod tests {
     }
 
     #[test]
+    fn what_became_of_questions_is_told_and_outlives_the_time_for_which_it_is_passed_over() {
+        let address = ([192, 0, 2, 1], 53).into();
+        let upstream = Upstream::new(UpstreamConfig::plain(address), None, Arc::new(|_| None));
+        let begin = Instant::now();
+        let at = |s| begin + Duration::from_secs(s);
+        let state = |s| upstream.report(at(s)).state;
+        assert_eq!(state(0), UpstreamState::Unknown);
+        upstream.note(None, begin, begin + Duration::from_millis(40));
+        assert_eq!(state(1), UpstreamState::Answers);
+        upstream.note_unhelpful(ResponseCode::Refused, at(2));
+        let refused = upstream.report(at(3));
+        let why = Some((Duration::from_secs(1), "it said REFUSED".to_owned()));
+        assert_eq!(
+            (refused.state, refused.failed),
+            (UpstreamState::Answers, why)
+        );
+
+        upstream.note(Some(&ExchangeError::Timeout), at(4), at(4));
+        assert_eq!(state(4), UpstreamState::Answers, "one loss is no outage");
+        upstream.note(Some(&ExchangeError::Timeout), at(5), at(5));
+        let silent = upstream.report(at(6));
+        assert_eq!(silent.state, UpstreamState::PassedOver);
+        assert_eq!(
+            silent.passed_over,
+            Some(PASSED_OVER - Duration::from_secs(1))
+        );
+        let later = upstream.report(at(600));
+        assert_eq!((later.state, later.failures), (UpstreamState::Fails, 2));
+        let (ago, why) = later.failed.unwrap();
+        assert_eq!(
+            (ago.as_secs(), why.as_str()),
+            (595, "nothing came back in time")
+        );
+        assert_eq!(later.usual.map(|(mean, _)| mean.as_millis()), Some(40));
+
+        upstream.note(None, at(601), at(601));
+        let back = upstream.report(at(602));
+        assert_eq!((back.state, back.failures), (UpstreamState::Answers, 0));
+        assert!(back.failed.is_some(), "what was is told all the same");
+        // Refused connections cost nobody time, and are failures nevertheless.
+        let refused = ExchangeError::Io(io::ErrorKind::ConnectionRefused.into());
+        upstream.note(Some(&refused), at(603), at(603));
+        upstream.note(Some(&refused), at(603), at(603));
+        assert_eq!(state(603), UpstreamState::Fails);
+    }
+
+    #[test]
     fn the_next_is_asked_when_the_usual_time_is_over() {
-        let mut health = Health::default();
+        let (mut health, now) = (Health::default(), Instant::now());
         assert_eq!(health.hedge_after(), HEDGE_UNKNOWN);
         for _ in 0..64 {
-            health.answer(Duration::from_millis(50));
+            health.answer(Duration::from_millis(50), now);
         }
         let near = Duration::from_millis(50)..Duration::from_millis(55);
         assert!(near.contains(&health.hedge_after()), "{health:?}");
-        health.answer(Duration::from_millis(2));
+        health.answer(Duration::from_millis(2), now);
         assert!(
             health.hedge_after() > Duration::from_millis(80),
             "{health:?}"
         );
         for (took, wait) in [(0, HEDGE_MIN), (900, HEDGE_MAX)] {
             for _ in 0..64 {
-                health.answer(Duration::from_millis(took));
+                health.answer(Duration::from_millis(took), now);
             }
             assert_eq!(health.hedge_after(), wait, "{took} ms");
         }

@@ -134,3 +134,133 @@ fn the_oldest_answers_make_room() {
     assert!(cache.get(&key("refreshed.org."), now).is_some());
     assert!(cache.get(&key("n0.org."), now).is_none());
 }
+
+/// Walks through all of it, as the forwarder does.
+fn look_through(cache: &Cache, below: &str, copies_max: usize, now: Instant) -> (Vec<Seen>, usize) {
+    let below = Name::from_str(below).unwrap();
+    let (mut seen, mut matching) = (Vec::new(), 0);
+    let mut next = Some(u64::MAX);
+    while let Some(before) = next {
+        let look = cache.look(before, &below, copies_max - seen.len(), now);
+        seen.extend(look.seen);
+        matching += look.matching;
+        next = look.next;
+    }
+    (seen, matching)
+}
+
+#[test]
+fn a_look_has_the_newest_first_a_domain_with_what_is_below_it_and_no_more_than_was_asked_for() {
+    let (mut cache, start) = (Cache::new(seconds(100)), Instant::now());
+    for number in 0..200 {
+        insert(
+            &mut cache,
+            &format!("{number}.example.org."),
+            &positive(60),
+            start,
+        );
+    }
+    insert(&mut cache, "example.net.", &positive(3600), start);
+    let at = start + seconds(70);
+    let (all, matching) = look_through(&cache, ".", 1000, at);
+    assert_eq!((all.len(), matching), (201, 201));
+    assert_eq!(all[0].key, key("example.net."));
+    assert_eq!(all[1].key, key("199.example.org."));
+    assert_eq!(all[200].key, key("0.example.org."));
+    let (some, matching) = look_through(&cache, "Example.org.", 70, at);
+    assert_eq!((some.len(), matching), (70, 200));
+    let (one, _) = look_through(&cache, "7.example.org.", 70, at);
+    assert_eq!(one.len(), 1);
+    assert_eq!(
+        look_through(&cache, "ample.org.", 70, at).1,
+        0,
+        "labels, not letters"
+    );
+    // What may not be given any more is not there.
+    let (left, matching) = look_through(&cache, ".", 1000, start + seconds(160));
+    assert_eq!((left.len(), matching), (1, 1));
+}
+
+#[test]
+fn what_is_told_of_an_answer_counts_down_and_looking_is_not_asking() {
+    use crate::inspect::CachedAnswer;
+    let (mut cache, start) = (Cache::new(seconds(100)), Instant::now());
+    let mut message = positive(60);
+    (1..=10).for_each(|_| message.answers.push(message.answers[0].clone()));
+    insert(&mut cache, "example.org.", &message, start);
+    insert(&mut cache, "no.example.org.", &negative(60, 60), start);
+    cache.get(&key("example.org."), start).unwrap();
+    let told = |at| -> Vec<CachedAnswer> {
+        let (seen, _) = look_through(&cache, ".", 10, at);
+        let told = seen
+            .iter()
+            .filter_map(|one| CachedAnswer::new(one, seconds(100), at));
+        told.collect()
+    };
+    let [no, yes] = told(start + seconds(20)).try_into().unwrap();
+    assert_eq!((no.code.as_str(), no.records.len()), ("NXDOMAIN", 0));
+    assert_eq!(
+        (yes.name.as_str(), yes.record_type.as_str()),
+        ("example.org.", "A")
+    );
+    assert_eq!((yes.code.as_str(), yes.hits), ("NOERROR", 1));
+    assert_eq!((yes.records.len(), yes.records_all), (8, 11));
+    assert_eq!(yes.records[0], "example.org. 40 IN A 192.0.2.1");
+    assert_eq!(
+        (yes.left, yes.stale_left),
+        (Some(seconds(40)), seconds(140))
+    );
+    let [_, stale] = told(start + seconds(90)).try_into().unwrap();
+    assert_eq!((stale.left, stale.stale_left), (None, seconds(70)));
+    assert_eq!(stale.hits, 1);
+}
+
+#[test]
+fn what_is_forgotten_is_gone_and_nothing_else() {
+    let (mut cache, start) = (Cache::new(seconds(100)), Instant::now());
+    for number in 0..200 {
+        insert(
+            &mut cache,
+            &format!("{number}.example.org."),
+            &positive(60),
+            start,
+        );
+        insert(
+            &mut cache,
+            &format!("{number}.example.net."),
+            &positive(60),
+            start,
+        );
+    }
+    let below = Name::from_str("example.org.").unwrap();
+    let (mut count, mut next) = (0, Some(u64::MAX));
+    while let Some(before) = next {
+        let (forgotten, rest) = cache.forget(before, &below);
+        count += forgotten.len();
+        next = rest;
+    }
+    assert_eq!((count, cache.len()), (200, 200));
+    assert!(cache.get(&key("7.example.org."), start).is_none());
+    assert!(cache.get(&key("7.example.net."), start).is_some());
+    assert_eq!(look_through(&cache, ".", 1000, start).1, 200);
+    assert_eq!(cache.by_age.len(), 200);
+}
+
+/// The threads that answer wait for one look at most: it has to be as short as what they wait for each other.
+#[test]
+fn a_look_at_a_full_cache_of_large_answers_goes_through_a_part_of_it() {
+    let (mut cache, start) = (Cache::new(seconds(100)), Instant::now());
+    for number in 0..ENTRIES_MAX {
+        let name = format!("{number}.example.org.");
+        cache.insert(key(&name), vec![0; ENTRY_MAX_BYTES], &positive(60), start);
+    }
+    let began = Instant::now();
+    let look = cache.look(u64::MAX, &Name::root(), usize::MAX, start);
+    let took = began.elapsed();
+    assert_eq!(
+        (look.seen.len(), look.matching),
+        (LOOK_ENTRIES_MAX, LOOK_ENTRIES_MAX)
+    );
+    assert!(look.next.is_some());
+    println!("one look holds the lock for {took:?}");
+}
