@@ -36,8 +36,8 @@ const PREFETCH_HITS_MIN: u32 = 2;
 /// How long clients may keep an answer beyond its time, in seconds (RFC 8767 §4).
 pub(crate) const STALE_TTL_S: u32 = 30;
 
-/// Entries that one look goes through: the threads that answer wait for it meanwhile, for 64 copies of at most 4 KiB each.
-const LOOK_ENTRIES_MAX: usize = 64;
+/// Entries that one look goes through: the threads that answer wait for it meanwhile, for 16 copies of at most 4 KiB each.
+const LOOK_ENTRIES_MAX: usize = 16;
 
 /// What answers are told apart by.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

@@ -53,6 +53,9 @@ const HEDGE_UNKNOWN: Duration = Duration::from_millis(250);
 /// Of DNS over TLS (RFC 7858 §3.1).
 const TLS_PORT: u16 = 853;
 
+/// Of why an upstream gave no answer: what TLS says of a certificate is half of it.
+const WHY_MAX_CHARS: usize = 300;
+
 /// Questions at once on one connection: as many as may wait at all.
 const QUESTIONS_MAX: usize = 512;
 
@@ -534,12 +537,14 @@ async fn send(connection: &Exchange, query: &Message) -> Result<(Message, Vec<u8
     Ok(response.into_parts())
 }
 
-/// For people. Never the name that was asked for, which errors about DNS have.
+/// For people. Never the name that was asked for: errors about DNS have it, and so may the page of an HTTP server.
 fn why(error: &ExchangeError) -> String {
-    match error {
+    let text = match error {
         ExchangeError::Secure(NetError::Dns(_)) => ExchangeError::NotAnAnswer.to_string(),
         error => error.to_string(),
-    }
+    };
+    let own = text.split(", message: ").next().unwrap_or_default();
+    own.chars().take(WHY_MAX_CHARS).collect()
 }
 
 impl Health {
@@ -644,6 +649,16 @@ mod tests {
         upstream.note(Some(&refused), at(603), at(603));
         upstream.note(Some(&refused), at(603), at(603));
         assert_eq!(state(603), UpstreamState::Fails);
+    }
+
+    #[test]
+    fn what_is_told_of_a_failure_has_no_name_that_was_asked_for() {
+        let page =
+            "http unsuccessful code: 502 Bad Gateway, message: cannot resolve clinic.example";
+        let said = why(&ExchangeError::Secure(NetError::Msg(page.to_owned())));
+        assert_eq!(said, "http unsuccessful code: 502 Bad Gateway");
+        let long = why(&ExchangeError::Secure(NetError::Msg("x".repeat(9_000))));
+        assert_eq!(long.len(), WHY_MAX_CHARS);
     }
 
     #[test]

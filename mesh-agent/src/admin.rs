@@ -1,6 +1,7 @@
 //! The admin socket: what `meshctl` asks this agent.
 
 mod diagnosis;
+mod dns;
 mod explain;
 mod kernel;
 mod keys;
@@ -8,7 +9,7 @@ pub(crate) mod operators;
 
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, SocketAddr},
+    net::IpAddr,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
     time::{Duration, Instant},
@@ -20,13 +21,14 @@ use ebpf_loader::{Services, fill::FlowCounts};
 use futures_util::{Stream, stream};
 use mesh_api::{
     admin::{
-        BpfRequest, BpfResponse, DnsQueryRequest, DnsQueryResponse, DropsRequest, DropsResponse,
-        EventsRequest, EventsResponse, ExplainPolicyRequest, ExplainPolicyResponse, FactsRequest,
-        FactsResponse, Health, KeysRequest, KeysResponse, PathWhyRequest, PathWhyResponse,
-        PeersRequest, PeersResponse, PingRequest, PingResponse, RotateKeyRequest,
-        RotateKeyResponse, RouteRequest, RouteResponse, ServicesRequest, ServicesResponse,
-        SnapshotsRequest, SnapshotsResponse, StatusRequest, StatusResponse, TraceRequest,
-        TraceResponse, agent_admin_server::AgentAdmin,
+        BpfRequest, BpfResponse, DnsCacheRequest, DnsCacheResponse, DnsFlushRequest,
+        DnsFlushResponse, DnsQueryRequest, DnsQueryResponse, DnsStatusRequest, DnsStatusResponse,
+        DropsRequest, DropsResponse, EventsRequest, EventsResponse, ExplainPolicyRequest,
+        ExplainPolicyResponse, FactsRequest, FactsResponse, Health, KeysRequest, KeysResponse,
+        PathWhyRequest, PathWhyResponse, PeersRequest, PeersResponse, PingRequest, PingResponse,
+        RotateKeyRequest, RotateKeyResponse, RouteRequest, RouteResponse, ServicesRequest,
+        ServicesResponse, SnapshotsRequest, SnapshotsResponse, StatusRequest, StatusResponse,
+        TraceRequest, TraceResponse, agent_admin_server::AgentAdmin,
     },
     serve::AdminSocket,
 };
@@ -36,7 +38,7 @@ use mesh_core::{
     snapshot::{Node, Snapshot},
 };
 use mesh_daemon::metrics::Page;
-use mesh_dns::{client, counters::Counters};
+use mesh_dns::{client, inspect::Inspector};
 use mesh_identity::credentials::Credentials;
 use mesh_wire::id::NodeId;
 use tokio::{
@@ -87,10 +89,8 @@ pub struct Facts {
     pub started: Instant,
     /// Name of the TUN device.
     pub interface: String,
-    /// Where names are answered.
-    pub dns_listen: Vec<SocketAddr>,
-    /// What became of questions for names.
-    pub dns_counters: Arc<Counters>,
+    /// What tells of the resolver.
+    pub dns: Inspector,
     /// The credentials in force.
     pub credentials: Arc<ArcSwap<Credentials>>,
     /// Events of the packet path that found the driver's queue full.
@@ -121,8 +121,6 @@ pub struct Facts {
     pub proxy: Option<Proxy>,
     /// Where the node keeps what it is and knows.
     pub state_dir: PathBuf,
-    /// Where others' names are asked, whatever their domain.
-    pub dns_upstreams: Vec<SocketAddr>,
     /// Whether policies are enforced here if there are any (`policy`).
     pub enforces: bool,
     /// Who wants another key for the certificate, at once.
@@ -177,7 +175,7 @@ impl Admin {
                 .ask(move |driver| report::measured(driver, asked, events))
                 .await?;
             let kernel = self.kernel_measured().await?;
-            let dns = &self.facts.dns_counters;
+            let dns = self.facts.dns.counters();
             Ok(metrics::page(&status, &measured, &kernel, dns))
         };
         shown.await.unwrap_or_else(|error: Status| {
@@ -335,7 +333,7 @@ impl AgentAdmin for Admin {
         request: Request<DnsQueryRequest>,
     ) -> Result<Response<DnsQueryResponse>, Status> {
         let DnsQueryRequest { name, r#type } = request.into_inner();
-        let Some(&server) = self.facts.dns_listen.first() else {
+        let Some(&server) = self.facts.dns.listen().first() else {
             return Err(Status::failed_precondition(
                 "this agent serves no names (`dns.listen` is empty)",
             ));
@@ -350,6 +348,29 @@ impl AgentAdmin for Admin {
             ms: report::ms(reply.elapsed),
             server: server.to_string(),
         }))
+    }
+
+    async fn dns_status(
+        &self,
+        _: Request<DnsStatusRequest>,
+    ) -> Result<Response<DnsStatusResponse>, Status> {
+        Ok(Response::new(self.dns_status_report()))
+    }
+
+    async fn dns_cache(
+        &self,
+        request: Request<DnsCacheRequest>,
+    ) -> Result<Response<DnsCacheResponse>, Status> {
+        let report = self.dns_cache_report(request.into_inner()).await?;
+        Ok(Response::new(report))
+    }
+
+    async fn dns_flush(
+        &self,
+        request: Request<DnsFlushRequest>,
+    ) -> Result<Response<DnsFlushResponse>, Status> {
+        let report = self.flush_dns(request.into_inner()).await?;
+        Ok(Response::new(report))
     }
 
     async fn drops(&self, _: Request<DropsRequest>) -> Result<Response<DropsResponse>, Status> {

@@ -517,8 +517,6 @@ async fn start(
         supervisor.spawn("callers", keeper);
     }
     let (dns_view, upstream_view) = (view.clone(), view.clone());
-    let upstreams = settings.dns.upstreams.iter();
-    let dns_upstreams = upstreams.map(|one| one.address).collect();
     let dns = DnsServer::start(
         settings.dns,
         move || dns_view.borrow().clone(),
@@ -547,8 +545,7 @@ async fn start(
     let facts = Facts {
         started,
         interface: settings.interface,
-        dns_listen: dns.local_addresses().to_vec(),
-        dns_counters: Arc::clone(dns.counters()),
+        dns: dns.inspector(),
         credentials,
         events_dropped,
         services: services.clone(),
@@ -564,7 +561,6 @@ async fn start(
         version,
         proxy,
         state_dir: settings.state_dir,
-        dns_upstreams,
         enforces: settings.policy,
         rotations,
         operators: settings.operators,

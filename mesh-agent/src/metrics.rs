@@ -372,8 +372,9 @@ fn cumulative<const N: usize>(
     classes.map(|(le, count)| (vec![("le", le)], wide(count)))
 }
 
-fn add_dns(page: &mut Page, dns: &Counters) {
-    for (name, help, counter) in [
+/// What is counted of names: each counter's name, what it counts, and how much it is.
+pub(crate) fn dns_counters(dns: &Counters) -> Vec<(&'static str, &'static str, u64)> {
+    let counters = [
         (
             "dns_queries",
             "Questions from allowed sources",
@@ -450,8 +451,16 @@ fn add_dns(page: &mut Page, dns: &Counters) {
             "Answers to pods without endpoints that policy denies to them",
             &dns.denied_left_out,
         ),
-    ] {
-        page.counter(name, help, counter.get());
+    ];
+    let counters = counters.into_iter();
+    counters
+        .map(|(name, help, counter)| (name, help, counter.get()))
+        .collect()
+}
+
+fn add_dns(page: &mut Page, dns: &Counters) {
+    for (name, help, count) in dns_counters(dns) {
+        page.counter(name, help, count);
     }
     let help = "Answers in the cache, also those beyond their time";
     page.gauge("dns_cached", help, dns.cached.get());

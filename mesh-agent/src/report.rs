@@ -115,7 +115,7 @@ pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> Status
         peers,
         nodes: count(snapshot.nodes.len()),
         services: count(snapshot.services.len()),
-        dns_listen: facts.dns_listen.iter().map(ToString::to_string).collect(),
+        dns_listen: facts.dns.listen().iter().map(ToString::to_string).collect(),
         drops: drops(driver, facts),
         interface: facts.interface.clone(),
         local_addresses: driver

@@ -191,7 +191,7 @@ impl Command {
             | Self::Ping(_)
             | Self::Path(_)
             | Self::Services { .. }
-            | Self::Dns(_)
+            | Self::Dns(Dns::Query { .. } | Dns::Status { .. } | Dns::Cache { flush: false, .. })
             | Self::Top { .. }
             | Self::Bpf(_)
             | Self::Routes(_)
@@ -199,7 +199,8 @@ impl Command {
             | Self::Keys(Keys::List | Keys::Expiry) => true,
             // What is sent by this machine itself.
             Self::Mtu(_) | Self::Test(_) | Self::Perf(_) | Self::Capture(_) => false,
-            Self::Tunnel { .. }
+            Self::Dns(Dns::Cache { flush: true, .. })
+            | Self::Tunnel { .. }
             | Self::Policy(Policy::Check { .. } | Policy::Test { .. })
             | Self::Keys(Keys::Rotate | Keys::Revoke { .. })
             | Self::Token(_)
@@ -406,6 +407,22 @@ pub(crate) enum Dns {
         /// A, AAAA, SRV, PTR, TXT, CNAME …
         #[arg(long = "type", short = 't', value_name = "TYPE", default_value = "A")]
         record_type: String,
+    },
+    /// How it does: where it listens, whom it asks and how these do, what became of questions.
+    Status {
+        #[command(flatten)]
+        again: Again,
+    },
+    /// What it was told of others' names, the newest 50.
+    Cache {
+        /// Only this name and those below it.
+        name: Option<String>,
+        /// All of them.
+        #[arg(long)]
+        all: bool,
+        /// Forget them, also those that are kept for when no upstream answers. Of this node only.
+        #[arg(long, conflicts_with = "all")]
+        flush: bool,
     },
 }
 

@@ -12,6 +12,7 @@ mod capture;
 mod cli;
 mod connect;
 mod connectivity;
+mod dns;
 mod doctor;
 mod drops;
 mod events;

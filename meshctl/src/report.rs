@@ -177,7 +177,7 @@ impl From<admin::RelayStatus> for StatusRelay {
     }
 }
 
-fn health(health: admin::Health) -> &'static str {
+pub(crate) fn health(health: admin::Health) -> &'static str {
     match health {
         admin::Health::Ok => "ok",
         // An agent that does not say how it is should be looked at.

@@ -19,7 +19,7 @@ use crate::{
     capture,
     cli::{self, Again, Cli, Command},
     connect::{self, Agent, ask},
-    connectivity,
+    connectivity, dns,
     doctor::{self, Doctor},
     drops::Drops,
     events::Events,
@@ -161,6 +161,18 @@ pub(crate) async fn run(cli: Cli, screen: Screen) -> Result<Verdict, Failure> {
         }
         Command::Dns(cli::Dns::Query { name, record_type }) => {
             dns_query(socket, name, record_type.to_ascii_uppercase(), screen).await
+        }
+        Command::Dns(cli::Dns::Status { again }) => {
+            let look = async |_: Option<(&dns::DnsStatus, Duration)>| dns::status(socket).await;
+            watch(screen, again, look).await
+        }
+        Command::Dns(cli::Dns::Cache { name, all, flush }) => {
+            let name = name.unwrap_or_default();
+            if flush {
+                dns::flush(socket, name, screen).await
+            } else {
+                dns::cache(socket, name, all, screen).await
+            }
         }
         Command::Bpf(command) => bpf::run(socket, command, screen).await,
         Command::Routes(command) => routes::run(socket, command, screen).await,
@@ -336,6 +348,7 @@ async fn bugreport(
         let name = format!("path-{node}");
         bundle.add(&name, path_why(socket, node).await)?;
     }
+    bundle.add("dns-status", dns::status(socket).await)?;
     bundle.add("netcheck", netcheck(socket).await)?;
     bundle.add("services", services(socket).await)?;
     bundle.add("events", events(socket, EVENTS_ALL, None).await)?;

@@ -137,7 +137,7 @@ impl Report for Status {
 }
 
 /// How many of which, without what there was none of.
-fn counted(counts: &BTreeMap<String, u64>) -> String {
+pub(crate) fn counted(counts: &BTreeMap<String, u64>) -> String {
     let some = counts.iter().filter(|(_, count)| **count > 0);
     let words: Vec<_> = some
         .map(|(what, count)| format!("{count} {what}"))

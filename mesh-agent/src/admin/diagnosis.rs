@@ -80,7 +80,7 @@ impl Admin {
         counted.extend(judged.map(|(counter, count)| (("policy", counter), count)));
         let sockets = self.socket_counters().await?.into_iter();
         counted.extend(sockets.map(|(counter, count)| (("sockets", counter), count)));
-        let dns = &self.facts.dns_counters;
+        let dns = self.facts.dns.counters();
         let unanswered = DropReason::ALL.into_iter();
         counted.extend(unanswered.map(|one| (("dns", one.as_str().to_owned()), dns.dropped(one))));
         counted.insert(("dns", "busy".to_owned()), dns.busy.get());
@@ -211,7 +211,7 @@ impl Admin {
             ..mesh_api::admin::HopReport::default()
         };
         let stays = Target::Name(name.to_owned());
-        let Some(&server) = self.facts.dns_listen.first() else {
+        let Some(&server) = self.facts.dns.listen().first() else {
             let text = "this agent serves no names (`dns.listen` is empty): give an address";
             return Ok((stays, vec![hop("failed", text.to_owned())]));
         };
@@ -277,8 +277,9 @@ impl Admin {
             overlay_v4: mesh.overlay_v4.to_string(),
             mtu_bytes: mesh.mtu_bytes.into(),
             dns_upstreams: {
-                let upstreams = self.facts.dns_upstreams.iter();
-                upstreams.map(ToString::to_string).collect()
+                let upstreams = self.facts.dns.upstreams().into_iter();
+                let upstreams = upstreams.filter(|(domain, _)| domain.is_root());
+                upstreams.map(|(_, one)| one.address.to_string()).collect()
             },
             troubles: troubles(&seen),
             ..FactsResponse::default()
@@ -379,7 +380,7 @@ pub(super) fn internal(error: task::JoinError) -> Status {
     Status::internal(error.to_string())
 }
 
-fn millis(duration: Duration) -> u64 {
+pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 

@@ -46,6 +46,8 @@ const READ_ONLY: &[&str] = &[
     "PathWhy",
     "Services",
     "DnsQuery",
+    "DnsStatus",
+    "DnsCache",
     "Drops",
     "Events",
     "Snapshots",

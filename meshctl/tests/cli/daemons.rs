@@ -5,7 +5,7 @@ use mesh_api::admin::{
 };
 use tonic::{Request, Response, Status};
 
-use crate::inside;
+use crate::{inside, names};
 
 type Stream<T> = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<T, Status>> + Send>>;
 
@@ -263,6 +263,27 @@ impl AgentAdmin for Agent {
             ms: 0.4,
             server: "169.254.53.53:53".to_owned(),
         }))
+    }
+
+    async fn dns_status(
+        &self,
+        _: Request<admin::DnsStatusRequest>,
+    ) -> Result<Response<admin::DnsStatusResponse>, Status> {
+        Ok(Response::new(names::status(self.health)))
+    }
+
+    async fn dns_cache(
+        &self,
+        request: Request<admin::DnsCacheRequest>,
+    ) -> Result<Response<admin::DnsCacheResponse>, Status> {
+        Ok(Response::new(names::cache(&request.into_inner())))
+    }
+
+    async fn dns_flush(
+        &self,
+        request: Request<admin::DnsFlushRequest>,
+    ) -> Result<Response<admin::DnsFlushResponse>, Status> {
+        names::flush(&request.into_inner()).map(Response::new)
     }
 
     async fn drops(

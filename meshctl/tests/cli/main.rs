@@ -11,6 +11,7 @@ mod daemons;
 mod diagnosis;
 mod far;
 mod inside;
+mod names;
 
 use std::{
     fs,
