@@ -100,6 +100,11 @@ fn a_resolver_says_who_gives_no_answers_and_what_it_still_has() -> Result<()> {
     // So does the other; what was known is given beyond its time.
     drop(near);
     status(&mesh, "nobody answers", (2, "down"), &[&upstream])?;
+    tool::eventually("its second is over", SOON, || {
+        let (_, said) = ask(&mesh, &["dns", "cache", "example.org"])?;
+        ensure!(said["entries"][0]["left_s"].is_null(), "{said}");
+        Ok(())
+    })?;
     resolves(&mesh, "clinic.example.org")?;
     let (code, said) = ask(&mesh, &["dns", "status"])?;
     let problems = said["problems"].to_string();
