@@ -25,7 +25,12 @@ const IMAGES: [(&[&str], &str); 5] = [
     (&["meshctl"], ""),
 ];
 
-const PACKAGES: [&str; 3] = ["holdfast-agent", "holdfast-controller", "holdfast-relay"];
+const PACKAGES: [&str; 4] = [
+    "holdfast-agent",
+    "holdfast-controller",
+    "holdfast-lab",
+    "holdfast-relay",
+];
 
 #[test]
 fn packages_install_keep_the_operator_s_configuration_and_purge_without_a_trace() {
@@ -61,6 +66,14 @@ fn packages_install_keep_the_operator_s_configuration_and_purge_without_a_trace(
         version.trim(),
         concat!("mesh-agent ", env!("CARGO_PKG_VERSION"))
     );
+    // Each finds the next: meshctl the lab, the lab what it starts.
+    let labs = run(Command::new(root.join("usr/bin/meshctl")).args(["lab", "list", "--json"]));
+    assert!(labs.contains("\"labs\""), "{labs}");
+    for program in ["mesh-agent", "mesh-controller", "mesh-relay", "meshctl"] {
+        let link = fs::read_link(root.join("usr/lib/holdfast").join(program)).unwrap();
+        let program = root.join(link.strip_prefix("/").unwrap());
+        assert!(program.is_file(), "{}", program.display());
+    }
     // No daemon may start before the operator said something.
     for unit in ["mesh-agent", "mesh-controller", "mesh-relay"] {
         let path = root.join(format!("usr/lib/systemd/system/{unit}.service"));

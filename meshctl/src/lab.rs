@@ -181,18 +181,21 @@ impl Nat {
     }
 }
 
-/// The one beside this program: what it starts is there too.
+/// Of the package `holdfast-lab`: `lab`, seen from this program.
+const INSTALLED: &str = "../lib/holdfast/lab";
+
+/// The one beside this program, as a build leaves them, or the package's: what it starts is beside it.
 fn program() -> Result<PathBuf, Failure> {
     let own = env::current_exe();
     let own = own.map_err(|error| Failure::Failed(format!("where this program is: {error}")))?;
-    let lab = own.with_file_name("lab");
-    if lab.is_file() {
-        return Ok(lab);
-    }
-    Err(Failure::Unreachable(format!(
-        "no {}: the lab is no part of the packages. In the source tree `cargo build --workspace` makes it, and target/debug/meshctl finds it",
-        lab.display()
-    )))
+    let places = ["lab", INSTALLED].map(|lab| own.with_file_name(lab));
+    places.into_iter().find(|lab| lab.is_file()).ok_or_else(|| {
+        Failure::Unreachable(
+            "the program `lab` is not there: install the package holdfast-lab; in the source tree `cargo build --workspace` makes it, and \
+             target/debug/meshctl finds it"
+                .to_owned(),
+        )
+    })
 }
 
 /// What it says, if it succeeds.

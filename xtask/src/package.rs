@@ -1,8 +1,9 @@
 //! `cargo xtask package`: what is installed. Binaries that need nothing but a kernel, Debian packages and images made of them.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
-    os::unix::fs::PermissionsExt as _,
+    os::unix::fs::{PermissionsExt as _, symlink},
     path::{Path, PathBuf},
     process::Command,
 };
@@ -12,13 +13,17 @@ use anyhow::{Context as _, Result, bail, ensure};
 use crate::{cargo, root};
 
 /// The binaries that are installed anywhere, and the packages of the workspace that have them.
-const BINARIES: [(&str, &str); 5] = [
+const BINARIES: [(&str, &str); 6] = [
     ("mesh-agent", "mesh-agent"),
     ("mesh-cni", "mesh-cni"),
     ("mesh-controller", "mesh-controller"),
     ("mesh-relay", "mesh-relay"),
     ("meshctl", "meshctl"),
+    (LAB, "netns-tests"),
 ];
+
+/// Makes the meshes of `meshctl lab`. It is in no image: a mesh in namespaces is of a machine.
+const LAB: &str = "lab";
 
 /// Targets of `deploy/images/Containerfile`, and the name of each one's image.
 const IMAGES: [(&str, &str); 5] = [
@@ -37,7 +42,12 @@ struct Package {
     name: &'static str,
     about: &'static str,
     binaries: &'static [&'static str],
-    /// Its systemd unit, without `.service`.
+    daemon: Option<Daemon>,
+}
+
+/// What there is beside a program that systemd starts.
+struct Daemon {
+    /// Its unit, without `.service`.
     unit: &'static str,
     /// In `examples/`.
     example: &'static str,
@@ -45,31 +55,54 @@ struct Package {
     state: &'static str,
 }
 
-const PACKAGES: [Package; 3] = [
+const PACKAGES: [Package; 4] = [
     Package {
         name: "holdfast-agent",
         about: "Mesh data plane: the agent of a node, and meshctl",
         binaries: &["mesh-agent", "meshctl"],
-        unit: "mesh-agent",
-        example: "agent.toml",
-        state: "/var/lib/holdfast",
+        daemon: Some(Daemon {
+            unit: "mesh-agent",
+            example: "agent.toml",
+            state: "/var/lib/holdfast",
+        }),
     },
     Package {
         name: "holdfast-controller",
         about: "Mesh data plane: the controller of a mesh",
         binaries: &["mesh-controller"],
-        unit: "mesh-controller",
-        example: "controller.toml",
-        state: "/var/lib/holdfast-controller",
+        daemon: Some(Daemon {
+            unit: "mesh-controller",
+            example: "controller.toml",
+            state: "/var/lib/holdfast-controller",
+        }),
     },
     Package {
         name: "holdfast-relay",
         about: "Mesh data plane: a relay for nodes behind NAT",
         binaries: &["mesh-relay"],
-        unit: "mesh-relay",
-        example: "relay.toml",
-        state: "/etc/holdfast/relay",
+        daemon: Some(Daemon {
+            unit: "mesh-relay",
+            example: "relay.toml",
+            state: "/etc/holdfast/relay",
+        }),
     },
+    Package {
+        name: "holdfast-lab",
+        about: "Mesh data plane: meshes in network namespaces, for meshctl lab",
+        binaries: &[LAB],
+        daemon: None,
+    },
+];
+
+/// Where `lab` is, and finds the others beside itself; not in everybody's `PATH`.
+const LAB_FOLDER: &str = "usr/lib/holdfast";
+
+/// The programs that `lab` starts, and the packages that have them.
+const STARTED_BY_LAB: [(&str, &str); 4] = [
+    ("mesh-agent", "holdfast-agent"),
+    ("meshctl", "holdfast-agent"),
+    ("mesh-controller", "holdfast-controller"),
+    ("mesh-relay", "holdfast-relay"),
 ];
 
 /// What to make.
@@ -131,7 +164,9 @@ pub(crate) fn run(what: What, machine: Machine, bins: Option<PathBuf>) -> Result
     fs::create_dir_all(&staged).with_context(|| format!("make {}", staged.display()))?;
     let is_release = bins.is_none();
     let bins = bins.map_or_else(|| build(machine), Ok)?;
-    for (binary, _) in BINARIES {
+    let wanted = BINARIES.iter().map(|&(binary, _)| binary);
+    let wanted = wanted.filter(|&binary| what != What::Images || binary != LAB);
+    for binary in wanted.clone() {
         let mut strip = Command::new(machine.strip());
         strip
             .arg("-o")
@@ -146,13 +181,13 @@ pub(crate) fn run(what: What, machine: Machine, bins: Option<PathBuf>) -> Result
         "mesh-agent has {bytes} bytes, at most {AGENT_BYTES_MAX} are allowed"
     );
     let made = match what {
-        What::Binaries => BINARIES.iter().map(|(name, _)| staged.join(name)).collect(),
+        What::Binaries => wanted.map(|binary| staged.join(binary)).collect(),
         What::Deb => PACKAGES
             .iter()
             .map(|package| deb(package, &staged, &out, machine))
             .collect::<Result<Vec<_>>>()?,
         What::Images => {
-            for (binary, _) in BINARIES {
+            for binary in wanted {
                 is_static(&staged.join(binary))?;
             }
             let images = IMAGES.iter();
@@ -190,50 +225,80 @@ fn install(from: &Path, to: &Path, mode: u32) -> Result<()> {
 fn deb(package: &Package, staged: &Path, out: &Path, machine: Machine) -> Result<PathBuf> {
     let version = env!("CARGO_PKG_VERSION");
     let tree = tempfile::tempdir().context("make a temporary folder")?;
-    let at = |path: &str| tree.path().join(path);
-    let unit = format!("{}.service", package.unit);
-    for folder in ["DEBIAN", "usr/bin", "usr/lib/systemd/system"] {
-        fs::create_dir_all(at(folder))?;
+    let tree = tree.path();
+    let documents = tree.join("usr/share/doc").join(package.name);
+    for folder in [&tree.join("DEBIAN"), &documents] {
+        fs::create_dir_all(folder)?;
     }
-    let documents = at("usr/share/doc").join(package.name);
-    fs::create_dir_all(&documents)?;
-    for binary in package.binaries {
-        install(&staged.join(binary), &at("usr/bin").join(binary), 0o755)?;
-    }
-    let deploy = root().join("deploy");
-    install(
-        &deploy.join("systemd").join(&unit),
-        &at("usr/lib/systemd/system").join(&unit),
-        0o644,
-    )?;
-    install(
-        &root().join("examples").join(package.example),
-        &documents.join(package.example),
-        0o644,
-    )?;
     install(&root().join("LICENSE"), &documents.join("copyright"), 0o644)?;
-    for script in ["postinst", "prerm", "postrm"] {
-        let text = fs::read_to_string(deploy.join("debian").join(script))?;
-        let text = text.replace("@UNIT@", package.unit);
-        let text = text.replace("@STATE@", &format!("\"$DPKG_ROOT{}\"", package.state));
-        let path = at("DEBIAN").join(script);
-        fs::write(&path, text)?;
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    let programs = tree.join(match package.daemon {
+        Some(_) => "usr/bin",
+        None => LAB_FOLDER,
+    });
+    fs::create_dir_all(&programs)?;
+    for binary in package.binaries {
+        install(&staged.join(binary), &programs.join(binary), 0o755)?;
     }
+    let needs = match &package.daemon {
+        Some(daemon) => {
+            add_daemon(daemon, tree, &documents)?;
+            String::new()
+        }
+        None => {
+            for (program, _) in STARTED_BY_LAB {
+                symlink(format!("/usr/bin/{program}"), programs.join(program))?;
+            }
+            let packages = STARTED_BY_LAB.map(|(_, package)| format!("{package} (= {version})"));
+            let packages = BTreeSet::from(packages).into_iter().collect::<Vec<_>>();
+            let packages = packages.join(", ");
+            format!(
+                "Depends: {packages}\nRecommends: conntrack, iproute2, iputils-ping, nftables\n"
+            )
+        }
+    };
     let control = format!(
         "Package: {}\nVersion: {version}\nArchitecture: {}\nSection: net\nPriority: optional\n\
-         Maintainer: Holdfast <holdfast@localhost>\nDescription: {}\n",
+         Maintainer: Holdfast <holdfast@localhost>\n{needs}Description: {}\n",
         package.name,
         machine.name(),
         package.about
     );
-    fs::write(at("DEBIAN/control"), control)?;
+    fs::write(tree.join("DEBIAN/control"), control)?;
     let path = out.join(format!("{}_{version}_{}.deb", package.name, machine.name()));
     let mut command = Command::new("dpkg-deb");
     command.args(["--root-owner-group", "--build"]);
-    command.arg(tree.path()).arg(&path);
+    command.arg(tree).arg(&path);
     done(command)?;
     Ok(path)
+}
+
+/// Its unit, an example of its configuration, and what dpkg runs.
+fn add_daemon(daemon: &Daemon, tree: &Path, documents: &Path) -> Result<()> {
+    let deploy = root().join("deploy");
+    let (units, unit) = (
+        tree.join("usr/lib/systemd/system"),
+        format!("{}.service", daemon.unit),
+    );
+    fs::create_dir_all(&units)?;
+    install(
+        &deploy.join("systemd").join(&unit),
+        &units.join(&unit),
+        0o644,
+    )?;
+    install(
+        &root().join("examples").join(daemon.example),
+        &documents.join(daemon.example),
+        0o644,
+    )?;
+    for script in ["postinst", "prerm", "postrm"] {
+        let text = fs::read_to_string(deploy.join("debian").join(script))?;
+        let text = text.replace("@UNIT@", daemon.unit);
+        let text = text.replace("@STATE@", &format!("\"$DPKG_ROOT{}\"", daemon.state));
+        let path = tree.join("DEBIAN").join(script);
+        fs::write(&path, text)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    }
+    Ok(())
 }
 
 /// Refuses a program that asks for a loader (its ELF header has `PT_INTERP`): there is none in an empty image.
