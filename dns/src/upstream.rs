@@ -541,7 +541,11 @@ async fn send(connection: &Exchange, query: &Message) -> Result<(Message, Vec<u8
 fn why(error: &ExchangeError) -> String {
     let text = match error {
         ExchangeError::Secure(NetError::Dns(_)) => ExchangeError::NotAnAnswer.to_string(),
-        error => error.to_string(),
+        ExchangeError::Timeout
+        | ExchangeError::Io(_)
+        | ExchangeError::Secure(_)
+        | ExchangeError::NotAnAnswer
+        | ExchangeError::Unwritable => error.to_string(),
     };
     let own = text.split(", message: ").next().unwrap_or_default();
     own.chars().take(WHY_MAX_CHARS).collect()

@@ -6,13 +6,14 @@ mod explain;
 mod kernel;
 mod keys;
 pub(crate) mod operators;
+mod ping;
 
 use std::{
     collections::BTreeMap,
     net::IpAddr,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use anyhow::Context as _;
@@ -33,6 +34,7 @@ use mesh_api::{
     serve::AdminSocket,
 };
 use mesh_core::{
+    node::report::PathWish,
     offline::{Version, limit::Standing},
     pattern::NamePattern,
     snapshot::{Node, Snapshot},
@@ -42,13 +44,13 @@ use mesh_dns::{client, inspect::Inspector};
 use mesh_identity::credentials::Credentials;
 use mesh_wire::id::NodeId;
 use tokio::{
-    sync::{mpsc, watch},
-    task, time,
+    sync::{Semaphore, mpsc, watch},
+    task,
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, transport::Server};
 
-use self::operators::Door;
+use self::{operators::Door, ping::PingPlan};
 use crate::{
     driver::{Driver, DriverHandle},
     interfaces::AllServed,
@@ -61,16 +63,6 @@ use crate::{
     sync::{Connection, Rotation},
 };
 
-/// Most echoes one `ping` sends: at one a second more than 16 minutes.
-const PING_COUNT_MAX: u32 = 1000;
-
-/// What a ping without numbers means.
-const PING_INTERVAL: Duration = Duration::from_secs(1);
-const PING_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// How often a ping looks whether a peer that was being woken has a path now.
-const WAKE_POLL: Duration = Duration::from_millis(20);
-
 /// The admin service of this agent.
 #[derive(Debug, Clone)]
 pub struct Admin {
@@ -80,6 +72,8 @@ pub struct Admin {
     socket: PathBuf,
     /// Of maps that are counted for Prometheus.
     flow_counts: Arc<Mutex<FlowCounts>>,
+    /// Turns of pings by a certain path.
+    via_pings: Arc<Semaphore>,
 }
 
 /// What the driver does not know.
@@ -144,6 +138,7 @@ impl Admin {
             connection,
             socket,
             flow_counts: Arc::default(),
+            via_pings: Arc::new(Semaphore::new(ping::VIA_MAX)),
         }
     }
 
@@ -295,9 +290,23 @@ impl AgentAdmin for Admin {
         request: Request<PingRequest>,
     ) -> Result<Response<Self::PingStream>, Status> {
         let request = request.into_inner();
-        let target = request.target.clone();
-        let found = self.ask(move |driver| find_node(driver, &target)).await??;
-        let plan = PingPlan::new(self.driver.clone(), found, &request);
+        let (target, via) = (request.target.clone(), request.via.clone());
+        let found = self.ask(move |driver| {
+            let node = find_node(driver, &target)?;
+            Ok::<_, Status>((node, ping::wish(driver.snapshot(), &via)?))
+        });
+        let found = found.await??;
+        let turn = if found.1 == PathWish::InUse {
+            None
+        } else {
+            let turn = Arc::clone(&self.via_pings).try_acquire_owned();
+            Some(turn.map_err(|_| {
+                Status::failed_precondition(
+                    "a ping by a certain path is going on here: wait until it ends",
+                )
+            })?)
+        };
+        let plan = PingPlan::new(self.driver.clone(), found, request, turn);
         let answers = stream::unfold(plan, |mut plan| async move {
             let answer = plan.next().await?;
             Some((answer, plan))
@@ -470,77 +479,4 @@ fn find_node(driver: &Driver, target: &str) -> Result<NodeId, Status> {
         )));
     }
     Ok(node.id)
-}
-
-/// The echoes of one `ping` that are still to be sent.
-struct PingPlan {
-    driver: DriverHandle,
-    peer: NodeId,
-    next: u32,
-    count: u32,
-    interval: Duration,
-    timeout: Duration,
-    due: time::Instant,
-}
-
-impl PingPlan {
-    fn new(driver: DriverHandle, peer: NodeId, request: &PingRequest) -> Self {
-        let or = |ms: u32, default| {
-            if ms == 0 {
-                default
-            } else {
-                Duration::from_millis(ms.into())
-            }
-        };
-        Self {
-            driver,
-            peer,
-            next: 0,
-            count: request.count.clamp(1, PING_COUNT_MAX),
-            interval: or(request.interval_ms, PING_INTERVAL),
-            timeout: or(request.timeout_ms, PING_TIMEOUT),
-            due: time::Instant::now(),
-        }
-    }
-
-    async fn next(&mut self) -> Option<Result<PingResponse, Status>> {
-        if self.next == self.count {
-            return None;
-        }
-        time::sleep_until(self.due).await;
-        self.due += self.interval;
-        let sequence = self.next;
-        self.next += 1;
-        let echo = time::timeout(self.timeout, self.echo()).await;
-        let (rtt_ms, path) = match echo {
-            Ok(Some((rtt, path))) => (Some(report::ms(rtt)), path),
-            Ok(None) => return None, // The agent is stopping.
-            Err(_) => (None, String::new()),
-        };
-        Some(Ok(PingResponse {
-            sequence,
-            rtt_ms,
-            path,
-        }))
-    }
-
-    /// One echo, sent again by another path if the first was lost with the peer's path.
-    async fn echo(&self) -> Option<(Duration, String)> {
-        let peer = self.peer;
-        loop {
-            let sent = time::Instant::now();
-            let ping = self.driver.ask(move |driver| {
-                let (via, answer) = driver.ping(peer)?;
-                Some((report::path(driver, via), answer))
-            });
-            let Some((path, answer)) = ping.await? else {
-                time::sleep(WAKE_POLL).await;
-                continue;
-            };
-            return match answer.await {
-                Ok(()) => Some((sent.elapsed(), path)),
-                Err(_) => None,
-            };
-        }
-    }
 }

@@ -12,7 +12,7 @@ use anyhow::bail;
 use mesh_core::{
     gateways::Gateways,
     io::{self, Input, Output, Refusal, SOCKETS_KEPT, SOCKETS_TRIED, TRAFFIC_TICK_MS, UplinkId},
-    node::Core,
+    node::{Core, path::PathKind, report::PathWish},
     services::{Costs, View},
     snapshot::{ExternalPeer, Node, Snapshot},
 };
@@ -130,6 +130,28 @@ enum Asks {
     Address(RelayId),
     /// Whether an uplink leads anywhere.
     Uplink(UplinkId),
+}
+
+/// An echo that is under way.
+#[derive(Debug)]
+pub struct Ping {
+    /// By what it went.
+    pub via: Via,
+    /// What kind of path that is.
+    pub kind: PathKind,
+    /// Hears when it comes back.
+    pub answer: oneshot::Receiver<()>,
+}
+
+/// Why no echo was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NoPing {
+    /// The peer has no path now, and is being woken.
+    Waking,
+    /// It has others, not the one that was asked for.
+    NoPath,
+    /// [`PINGS_MAX`] wait for their answers.
+    TooMany,
 }
 
 /// What a driver is made of.
@@ -300,17 +322,23 @@ impl Driver {
         &self.links
     }
 
-    /// Sends one echo to a peer by its current path; the receiver hears when it comes back.
-    /// `None`: it has no path now, and is being woken.
-    pub fn ping(&mut self, peer: NodeId) -> Option<(Via, oneshot::Receiver<()>)> {
+    /// Sends one echo to a peer. The core hears neither of it nor of its answer: what is measured here by another path than
+    /// the one in use decides nothing.
+    ///
+    /// # Errors
+    ///
+    /// If there is nothing to send it by: try again.
+    pub fn ping(&mut self, peer: NodeId, wish: PathWish) -> Result<Ping, NoPing> {
         self.pings.retain(|_, waiting| !waiting.is_closed());
-        let via = self.core.peer_report(&peer).and_then(|report| report.via);
-        let Some(via) = via else {
+        let report = self.core.peer_report(&peer);
+        let Some(report) = report.filter(|report| report.via.is_some()) else {
             self.input(Input::Wanted { peer });
-            return None;
+            return Err(NoPing::Waking);
         };
+        let path = report.path_for(wish).ok_or(NoPing::NoPath)?;
+        let (via, kind) = (path.via, path.kind);
         if self.pings.len() == PINGS_MAX {
-            return None; // The operator's tool counts it as lost and tries again.
+            return Err(NoPing::TooMany);
         }
         let txid = rand::rng().next_u64();
         let (answered, answer) = oneshot::channel();
@@ -323,7 +351,16 @@ impl Driver {
                 size_bytes: 0,
             },
         );
-        Some((via, answer))
+        Ok(Ping { via, kind, answer })
+    }
+
+    /// What an operator sends to a peer counts as traffic: a better path is looked for.
+    pub fn seek(&mut self, peer: NodeId) {
+        self.input(Input::Traffic {
+            peer,
+            sent: true,
+            received: Vec::new(),
+        });
     }
 
     fn input(&mut self, input: Input) {

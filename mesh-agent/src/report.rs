@@ -635,6 +635,25 @@ pub fn path(driver: &Driver, via: Via) -> String {
     }
 }
 
+/// Every known path to a peer, for who asked for another.
+#[must_use]
+pub fn paths(driver: &Driver, peer: &NodeId) -> Vec<String> {
+    let report = driver.core.peer_report(peer);
+    let paths = report.iter().flat_map(|report| &report.paths);
+    paths.map(|one| path(driver, one.via)).collect()
+}
+
+/// What kind a path is of, as echoes tell it.
+#[must_use]
+pub fn kind_text(kind: path::PathKind) -> &'static str {
+    match kind {
+        path::PathKind::Lan => "lan",
+        path::PathKind::Direct => "direct",
+        path::PathKind::PeerRelay => "peer_relay",
+        path::PathKind::Relay => "relay",
+    }
+}
+
 fn drops(driver: &Driver, facts: &Facts) -> BTreeMap<String, u64> {
     let packets = driver.tunnel.stats().drops.into_iter();
     let packets = packets.map(|(reason, count)| (reason.as_str(), count));

@@ -49,7 +49,10 @@ pub(crate) enum Command {
         again: Again,
     },
     /// Whether this node is well, and if not, why: for probes and scripts.
-    Health,
+    Health {
+        #[command(flatten)]
+        again: Again,
+    },
     /// What is wrong with this node and its mesh, the worst first, with what to do about it.
     Doctor,
     /// Every peer: its state, path, round trip and traffic.
@@ -58,7 +61,10 @@ pub(crate) enum Command {
         again: Again,
     },
     /// Relays: by what this node is linked to each, how far it is, what is wrong.
-    Relays,
+    Relays {
+        #[command(flatten)]
+        again: Again,
+    },
     /// What the network lets through: NAT, UDP, port mapping, relays, packet sizes, portals.
     Netcheck,
     /// Follows a flow's first packet: name, service, endpoint, route, policy, path, MTU, each with its verdict.
@@ -71,7 +77,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         again: Again,
     },
-    /// What changed last: peers, paths, links to relays, the controller, health.
+    /// What changed last: peers, paths, links to relays, the controller, health. With --watch, what changes from now on, too.
     Events {
         /// Show so many, the newest.
         #[arg(short = 'n', long, default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..))]
@@ -79,11 +85,13 @@ pub(crate) enum Command {
         /// Only what is about this node or relay.
         #[arg(long, value_name = "NAME")]
         about: Option<String>,
+        #[command(flatten)]
+        again: Again,
     },
     /// What this node keeps on disk, for the time without a controller.
     #[command(subcommand)]
     Snapshot(Snapshot),
-    /// Sends echoes to a node through the tunnel.
+    /// Sends echoes to a node through the tunnel: by the path in use, or by another to measure it.
     Ping(Ping),
     /// How packets reach a node.
     #[command(subcommand)]
@@ -109,6 +117,8 @@ pub(crate) enum Command {
         /// Show each endpoint.
         #[arg(long)]
         endpoints: bool,
+        #[command(flatten)]
+        again: Again,
     },
     /// This node's resolver.
     #[command(subcommand)]
@@ -179,10 +189,10 @@ impl Command {
     pub(crate) fn asks_an_agent(&self) -> bool {
         match self {
             Self::Status { .. }
-            | Self::Health
+            | Self::Health { .. }
             | Self::Doctor
             | Self::Peers { .. }
-            | Self::Relays
+            | Self::Relays { .. }
             | Self::Netcheck
             | Self::Trace(_)
             | Self::Drops { .. }
@@ -312,15 +322,23 @@ pub(crate) struct Install {
 pub(crate) struct Ping {
     /// A node's name, or one of its overlay addresses.
     pub(crate) node: String,
-    /// How many echoes.
-    #[arg(short = 'c', long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=100_000))]
-    pub(crate) count: u32,
+    /// How many echoes; with --until-direct at most so many. 4, and 30, unless said.
+    #[arg(short = 'c', long, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) count: Option<u32>,
     /// Milliseconds between them.
     #[arg(short = 'i', long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(10..=60_000))]
     pub(crate) interval_ms: u32,
     /// Milliseconds to wait for an answer.
     #[arg(short = 'W', long, value_name = "MS", default_value_t = 2000, value_parser = clap::value_parser!(u32).range(10..=60_000))]
     pub(crate) timeout_ms: u32,
+    /// Stop as soon as the path in use is a direct one; if none comes into use, say why. The echoes count as traffic, so that one
+    /// is looked for.
+    #[arg(long, conflicts_with = "via")]
+    pub(crate) until_direct: bool,
+    /// By this path, whichever is in use: direct or relay (the best such), relay:NAME, or an address and port as `path why`
+    /// shows it. The path in use stays the same.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) via: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]

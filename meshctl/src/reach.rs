@@ -31,6 +31,7 @@ pub(crate) async fn echoes(mut client: AgentClient, node: String) -> Result<Echo
         count: ECHOES,
         interval_ms: ECHO_EVERY_MS,
         timeout_ms: ECHO_LIMIT_MS,
+        ..PingRequest::default()
     };
     let mut stream = ask(Daemon::Agent, client.ping(request)).await?;
     let mut echoed = Echoed::default();

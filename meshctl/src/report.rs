@@ -2,7 +2,10 @@
 //!
 //! Absent knowledge is `null`, never a made-up number. Times end in their unit.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use mesh_api::admin;
 use serde::Serialize;
@@ -239,6 +242,10 @@ impl From<admin::PeersResponse> for Peers {
 #[derive(Debug, Serialize)]
 pub(crate) struct Ping {
     pub(crate) target: String,
+    /// The path that was asked for; `null`: the one in use.
+    pub(crate) via: Option<String>,
+    /// What came of `--until-direct`; `null` without it.
+    pub(crate) until_direct: Option<UntilDirect>,
     pub(crate) sent: usize,
     pub(crate) received: usize,
     pub(crate) min_ms: Option<f64>,
@@ -252,16 +259,38 @@ pub(crate) struct PingReply {
     pub(crate) sequence: u32,
     /// `null`: no answer in time.
     pub(crate) rtt_ms: Option<f64>,
+    /// By which it went; `null`: it could not be sent.
     pub(crate) path: Option<String>,
+    /// Of the path: `lan`, `direct`, `peer_relay` or `relay`.
+    pub(crate) kind: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct UntilDirect {
+    pub(crate) direct: bool,
+    /// Until it was direct, or until nobody waited any longer.
+    pub(crate) after_ms: u64,
+    /// Why it is not direct, as `path why` has it; `null` when it is.
+    pub(crate) reason: Option<String>,
+    pub(crate) explanation: Option<String>,
+}
+
+impl PingReply {
+    /// Whether it came back by a path without a relay.
+    pub(crate) fn is_direct(&self) -> bool {
+        self.rtt_ms.is_some() && matches!(self.kind.as_deref(), Some("lan" | "direct"))
+    }
 }
 
 impl Ping {
-    pub(crate) fn new(target: String, replies: Vec<PingReply>) -> Self {
+    pub(crate) fn new(target: String, via: Option<String>, replies: Vec<PingReply>) -> Self {
         let times: Vec<f64> = replies.iter().filter_map(|reply| reply.rtt_ms).collect();
-        #[expect(clippy::cast_precision_loss, reason = "at most 100,000 echoes")]
+        #[expect(clippy::cast_precision_loss, reason = "at most 1,000 echoes")]
         let count = times.len() as f64;
         Self {
             target,
+            via,
+            until_direct: None,
             sent: replies.len(),
             received: times.len(),
             min_ms: times.iter().copied().reduce(f64::min),
@@ -269,6 +298,19 @@ impl Ping {
             max_ms: times.iter().copied().reduce(f64::max),
             replies,
         }
+    }
+
+    /// Says what came of waiting for a direct path. `why`: what the agent says of the path, unless the last echo went by a
+    /// direct one.
+    pub(crate) fn judge(&mut self, after: Duration, why: Option<PathWhy>) {
+        // It may have come into use since the last echo.
+        let why = why.filter(|why| why.state != "direct");
+        self.until_direct = Some(UntilDirect {
+            direct: why.is_none(),
+            after_ms: u64::try_from(after.as_millis()).unwrap_or(u64::MAX),
+            reason: why.as_ref().and_then(|why| why.reason.clone()),
+            explanation: why.and_then(|why| why.explanation),
+        });
     }
 }
 
@@ -278,6 +320,7 @@ impl From<admin::PingResponse> for PingReply {
             sequence: said.sequence,
             rtt_ms: said.rtt_ms,
             path: some(said.path),
+            kind: some(said.kind),
         }
     }
 }

@@ -100,15 +100,22 @@ pub(crate) async fn run(cli: Cli, screen: Screen) -> Result<Verdict, Failure> {
             let look = async |_: Option<(&Status, Duration)>| status(socket).await;
             watch(screen, again, look).await
         }
-        Command::Health => screen.show(&Health::from(status(socket).await?)),
+        Command::Health { again } => {
+            let look =
+                async |_: Option<(&Health, Duration)>| Ok(Health::from(status(socket).await?));
+            watch(screen, again, look).await
+        }
         Command::Doctor => screen.show(&Doctor::new(&doctor::facts::gather(socket).await?)),
         Command::Peers { again } => {
             let look = async |_: Option<(&Peers, Duration)>| peers(socket).await;
             watch(screen, again, look).await
         }
-        Command::Relays => {
-            let relays = status(socket).await?.relays;
-            screen.show(&Relays { relays })
+        Command::Relays { again } => {
+            let look = async |_: Option<(&Relays, Duration)>| {
+                let relays = status(socket).await?.relays;
+                Ok(Relays { relays })
+            };
+            watch(screen, again, look).await
         }
         Command::Netcheck => screen.show(&netcheck(socket).await?),
         Command::Trace(arguments) => {
@@ -126,9 +133,14 @@ pub(crate) async fn run(cli: Cli, screen: Screen) -> Result<Verdict, Failure> {
             };
             watch(screen, again, look).await
         }
-        Command::Events { last, about } => {
+        Command::Events { last, about, again } => {
             let last = usize::try_from(last).unwrap_or(usize::MAX);
-            screen.show(&events(socket, last, about.as_deref()).await?)
+            let about = about.as_deref();
+            let look = async |before: Option<(&Events, Duration)>| match before {
+                None => events(socket, last, about).await,
+                Some((before, _)) => Ok(events(socket, EVENTS_ALL, about).await?.since(before)),
+            };
+            watch(screen, again, look).await
         }
         Command::Snapshot(command) => snapshot(socket, command, screen).await,
         Command::Bugreport(arguments) => screen.show(&bugreport(socket, &arguments).await?),
@@ -151,13 +163,15 @@ pub(crate) async fn run(cli: Cli, screen: Screen) -> Result<Verdict, Failure> {
         Command::Test(cli::Test::Connectivity(arguments)) => {
             screen.show(&connectivity::test(socket, &arguments, screen).await?)
         }
-        Command::Services { endpoints } => {
-            let services = services(socket).await?;
-            if endpoints {
-                screen.show(&WithEndpoints(services))
-            } else {
-                screen.show(&services)
-            }
+        Command::Services { endpoints, again } if endpoints => {
+            let look = async |_: Option<(&WithEndpoints, Duration)>| {
+                Ok(WithEndpoints(services(socket).await?))
+            };
+            watch(screen, again, look).await
+        }
+        Command::Services { again, .. } => {
+            let look = async |_: Option<(&Services, Duration)>| services(socket).await;
+            watch(screen, again, look).await
         }
         Command::Dns(cli::Dns::Query { name, record_type }) => {
             dns_query(socket, name, record_type.to_ascii_uppercase(), screen).await
@@ -236,6 +250,7 @@ pub(crate) async fn watch<R: Report>(
         if !screen.json {
             // A terminal shows one page that changes; a file gets them all.
             let between = match (io::stdout().is_terminal(), shown) {
+                _ if R::FOLLOWS => "",
                 (true, _) => "\u{1b}[H\u{1b}[2J",
                 (false, 0) => "",
                 (false, _) => "\n",
@@ -409,31 +424,59 @@ async fn preflight(arguments: cli::Install) -> Preflight {
     Preflight::new(preflight::judge(&facts, &wanted))
 }
 
+/// Echoes unless it is said how many; until a direct path is in use: three rounds of probes, which take 10 s each
+/// (`paths.md`).
+const PING_COUNT: u32 = 4;
+const PING_COUNT_UNTIL_DIRECT: u32 = 30;
+
 async fn ping(socket: Agent<'_>, arguments: cli::Ping, screen: Screen) -> Result<Verdict, Failure> {
+    let began = Instant::now();
+    let until_direct = arguments.until_direct;
+    let usual = match until_direct {
+        true => PING_COUNT_UNTIL_DIRECT,
+        false => PING_COUNT,
+    };
     let mut agent = connect::agent(socket).await?;
     let target = arguments.node;
     let request = PingRequest {
         target: target.clone(),
-        count: arguments.count,
+        count: arguments.count.unwrap_or(usual),
         interval_ms: arguments.interval_ms,
         timeout_ms: arguments.timeout_ms,
+        via: arguments.via.clone().unwrap_or_default(),
+        seek: until_direct,
     };
+    let count = request.count as usize;
     let mut stream = ask(Daemon::Agent, agent.ping(request)).await?;
     // An answer, or the news that there is none, is due after these two; the agent gets more.
     let due = u64::from(arguments.interval_ms) + u64::from(arguments.timeout_ms);
     let limit = Duration::from_millis(due) + connect::ANSWER_TIMEOUT;
-    let mut replies = Vec::new();
+    let mut replies: Vec<PingReply> = Vec::new();
     while let Some(said) = connect::answer(Daemon::Agent, limit, stream.message()).await? {
         let reply = PingReply::from(said);
-        if !screen.json {
-            print(&format!("{}\n", reply.line(&target)));
+        let line = reply.line(&target);
+        match until_direct {
+            true => screen.note(&line), // The result begins with what came of it.
+            false if screen.json => {}
+            false => print(&format!("{line}\n")),
         }
+        let found = until_direct && reply.is_direct();
         replies.push(reply);
-        if replies.len() == arguments.count as usize {
+        if found || replies.len() == count {
             break; // No agent may make this endless.
         }
     }
-    screen.show(&Ping::new(target, replies))
+    drop(stream);
+    let mut report = Ping::new(target.clone(), arguments.via, replies);
+    if until_direct {
+        let after = began.elapsed();
+        let why = match report.replies.last().is_some_and(PingReply::is_direct) {
+            true => None,
+            false => Some(path_why(socket, target).await?),
+        };
+        report.judge(after, why);
+    }
+    screen.show(&report)
 }
 
 async fn dns_query(

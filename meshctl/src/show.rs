@@ -15,12 +15,16 @@ use crate::{
         AcceptedRollback, ControllerStatus, CreatedToken, DnsQuery, Endpoint, Nodes, PathWhy,
         Peers, Ping, PingReply, Preflight, RelayFiles, RemovedNode, RevokedToken, Service,
         Services, Status, StatusController, StatusRelay, StatusUplink, Tokens, Uninstalled,
+        UntilDirect,
     },
     table::{Cell, Tone, bytes, columns, duration, milliseconds, printable, table},
 };
 
 /// Something to show.
 pub(crate) trait Report: Serialize {
+    /// With `--watch` each look shows only what is new, below what was shown before.
+    const FOLLOWS: bool = false;
+
     /// For a person; ends with a line break.
     fn text(&self, colours: bool) -> String;
 
@@ -231,15 +235,40 @@ pub(crate) fn state_tone(state: &str) -> Tone {
 impl PingReply {
     /// A line for a person, without its end.
     pub(crate) fn line(&self, target: &str) -> String {
-        let path = self
-            .path
-            .as_deref()
-            .map_or(String::new(), |path| format!(" by {path}"));
+        let path = self.by();
         let result = match self.rtt_ms {
-            Some(_) => format!("{}{path}", milliseconds(self.rtt_ms)),
+            Some(_) => milliseconds(self.rtt_ms),
             None => "no answer".to_owned(),
         };
-        printable(&format!("{target} {}: {result}", self.sequence))
+        printable(&format!("{target} {}: {result}{path}", self.sequence))
+    }
+
+    /// ` by direct UDP 203.0.113.5:51820`, ` by relay r1 (quic)`; empty: by none.
+    fn by(&self) -> String {
+        let Some(path) = &self.path else {
+            return String::new();
+        };
+        let kind = match self.kind.as_deref() {
+            Some("direct") => "direct UDP ",
+            Some("lan") => "LAN UDP ",
+            Some("peer_relay") => "peer ", // What follows says "relay", which, and by what.
+            _ => "",
+        };
+        format!(" by {kind}{path}")
+    }
+}
+
+impl UntilDirect {
+    fn line(&self, last: Option<&PingReply>) -> String {
+        #[expect(clippy::cast_precision_loss, reason = "for people, to a tenth")]
+        let after = self.after_ms as f64 / 1000.0;
+        if self.direct {
+            let direct = last.filter(|last| last.is_direct());
+            let by = direct.map(PingReply::by).unwrap_or_default();
+            return printable(&format!("direct after {after:.1} s{by}"));
+        }
+        let why = self.explanation.as_deref().unwrap_or("no reason is known");
+        printable(&format!("not direct after {after:.1} s: {why}"))
     }
 }
 
@@ -255,12 +284,20 @@ impl Report for Ping {
             ),
             _ => String::new(),
         };
-        format!("{} of {} answered{times}\n", self.received, self.sent)
+        let counts = format!("{} of {} answered{times}\n", self.received, self.sent);
+        match &self.until_direct {
+            Some(waited) => format!("{}\n{counts}", waited.line(self.replies.last())),
+            None => counts,
+        }
     }
 
+    /// Echoes that were lost on the way to a direct path are of no account once it is there.
     fn verdict(&self) -> Verdict {
+        let direct = self.until_direct.as_ref().map(|waited| waited.direct);
         match self.received {
+            _ if direct == Some(true) => Verdict::Ok,
             0 => Verdict::Down,
+            _ if direct == Some(false) => Verdict::Degraded,
             received if received < self.sent => Verdict::Degraded,
             _ => Verdict::Ok,
         }

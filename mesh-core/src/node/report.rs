@@ -47,6 +47,44 @@ pub struct PeerReport {
     pub next_attempt: Option<Instant>,
 }
 
+/// Which of a peer's paths somebody asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PathWish {
+    /// The one in use.
+    InUse,
+    /// The best one without a relay.
+    Direct,
+    /// The best one through a relay of either sort.
+    Relayed,
+    /// This one.
+    Only(Via),
+}
+
+impl PeerReport {
+    /// The path that is meant: of several the one in the best state, then of the better kind, then the nearest.
+    #[must_use]
+    pub fn path_for(&self, wish: PathWish) -> Option<&PathReport> {
+        let meant = |path: &&PathReport| match wish {
+            PathWish::InUse => self.via == Some(path.via),
+            PathWish::Direct => !path.kind.is_relayed(),
+            PathWish::Relayed => path.kind.is_relayed(),
+            PathWish::Only(via) => path.via == via,
+        };
+        let merit = |path: &&PathReport| {
+            let state = match path.state {
+                PathState::Primary => 0,
+                PathState::Standby => 1,
+                PathState::Suspect => 2,
+                PathState::Probing => 3,
+                PathState::Candidate => 4,
+                PathState::Dead => 5,
+            };
+            (state, path.kind, path.srtt.unwrap_or(Duration::MAX))
+        };
+        self.paths.iter().filter(meant).min_by_key(merit)
+    }
+}
+
 /// Changes of state that are kept for each peer, and as many of its paths: about 6 KB.
 pub const TRANSITIONS_MAX: usize = 50;
 

@@ -7,6 +7,10 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     io::{Event, PeerState, Reason, RelayTransport},
+    node::{
+        path::{PathKind, PathState},
+        report::PathWish,
+    },
     snapshot::{MeshSettings, Relay},
     testing::start,
 };
@@ -108,6 +112,43 @@ fn who_is_not_in_the_snapshot_is_nobody() {
         core.handle_input(Input::Handshake { peer, via }, at(10));
     }
     assert_eq!(core.peers().count(), 0);
+}
+
+#[test]
+fn of_several_paths_the_best_that_is_meant_is_named() {
+    use PathState::{Candidate, Dead, Primary, Standby};
+    let mut report = relayed().peer_report(&id(1)).unwrap();
+    let direct = |last: u8| Via::Direct(SocketAddr::from(([203, 0, 113, last], 1)));
+    let relay = |number| Via::Relay(RelayId(number));
+    let one = |via, kind, state, rtt_ms| {
+        let mut path = report.paths[0].clone();
+        (path.via, path.kind, path.state) = (via, kind, state);
+        path.srtt = Some(rtt_ms).filter(|ms| *ms > 0).map(Duration::from_millis);
+        path
+    };
+    report.via = Some(direct(2));
+    report.paths = vec![
+        one(direct(1), PathKind::Lan, Dead, 1),
+        one(direct(2), PathKind::Direct, Primary, 40),
+        one(direct(3), PathKind::Direct, Candidate, 0),
+        one(relay(1), PathKind::Relay, Standby, 90),
+        one(relay(2), PathKind::Relay, Standby, 60),
+        one(relay(3), PathKind::PeerRelay, Dead, 5),
+    ];
+    for (wish, want) in [
+        (PathWish::InUse, Some(direct(2))),
+        (PathWish::Direct, Some(direct(2))),
+        (PathWish::Relayed, Some(relay(2))),
+        (PathWish::Only(relay(1)), Some(relay(1))),
+        (PathWish::Only(direct(1)), Some(direct(1))),
+        (PathWish::Only(direct(9)), None),
+    ] {
+        let found = report.path_for(wish).map(|path| path.via);
+        assert_eq!(found, want, "{wish:?}");
+    }
+    report.paths.retain(|path| path.kind.is_relayed());
+    assert_eq!(report.path_for(PathWish::Direct), None);
+    assert_eq!(report.path_for(PathWish::InUse), None);
 }
 
 #[test]

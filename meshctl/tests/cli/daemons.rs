@@ -143,21 +143,26 @@ impl AgentAdmin for Agent {
         request: Request<admin::PingRequest>,
     ) -> Result<Response<Self::PingStream>, Status> {
         let request = request.into_inner();
+        if request.via == "relay:r9" {
+            return Err(Status::not_found("no relay r9, but r1, r2"));
+        }
+        let by_relay = !request.via.is_empty() || request.target == "edge-c1";
         let answers = match request.target.as_str() {
-            "edge-b1" => request.count,
+            "edge-b1" | "edge-c1" => request.count,
             "lossy" => 1,
             _ => 0,
         };
         let replies = (1..=request.count).map(move |sequence| {
-            let path = if sequence == 1 {
-                "relay r1 (quic)"
+            let (path, kind) = if sequence == 1 || by_relay {
+                ("relay r1 (quic)", "relay")
             } else {
-                "203.0.113.5:51820"
+                ("203.0.113.5:51820", "direct")
             };
             Ok(admin::PingResponse {
                 sequence,
                 rtt_ms: (sequence <= answers).then(|| 10.0 * f64::from(sequence)),
                 path: path.to_owned(),
+                kind: kind.to_owned(),
             })
         });
         Ok(Response::new(Box::pin(tokio_stream::iter(replies))))

@@ -75,6 +75,16 @@ async fn watching_shows_rates_from_the_second_look_on_and_ends_when_told() {
         text.contains("A SECOND") && !text.contains('\u{1b}'),
         "{text}"
     );
+    for command in ["relays", "services", "services --endpoints", "health"] {
+        let once = lab.run(command).await;
+        let twice = lab.run(&format!("{command} --watch 0.1 --rounds 2")).await;
+        assert_eq!(twice.code, once.code);
+        assert_eq!(twice.out, format!("{0}\n{0}", once.out), "{command}");
+    }
+    // Nothing is new at the second look.
+    let once = lab.run("events").await.out;
+    assert!(once.contains("TIME (UTC)"), "{once}");
+    assert_eq!(lab.run("events --watch 0.1 --rounds 2").await.out, once);
     for command in ["status", "peers"] {
         let text = lab
             .run(&format!("{command} --watch 0.1 --rounds 2"))

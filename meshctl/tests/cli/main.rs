@@ -232,14 +232,16 @@ async fn ping_counts_what_comes_back() {
     let (code, all) = lab.json("ping edge-b1 -c 2 -i 10").await;
     let want = json!({
         "target": "edge-b1",
+        "via": null,
+        "until_direct": null,
         "sent": 2,
         "received": 2,
         "min_ms": 10.0,
         "avg_ms": 15.0,
         "max_ms": 20.0,
         "replies": [
-            { "sequence": 1, "rtt_ms": 10.0, "path": "relay r1 (quic)" },
-            { "sequence": 2, "rtt_ms": 20.0, "path": "203.0.113.5:51820" },
+            { "sequence": 1, "rtt_ms": 10.0, "path": "relay r1 (quic)", "kind": "relay" },
+            { "sequence": 2, "rtt_ms": 20.0, "path": "203.0.113.5:51820", "kind": "direct" },
         ],
     });
     assert_eq!((code, all), (0, want));
@@ -250,10 +252,71 @@ async fn ping_counts_what_comes_back() {
 
     let want = "\
 edge-b1 1: 10.0 ms by relay r1 (quic)
-edge-b1 2: 20.0 ms by 203.0.113.5:51820
+edge-b1 2: 20.0 ms by direct UDP 203.0.113.5:51820
 2 of 2 answered, min 10.0 ms, avg 15.0 ms, max 20.0 ms
 ";
     assert_eq!(lab.run("ping edge-b1 -c 2").await.out, want);
+}
+
+#[tokio::test]
+async fn ping_until_direct_ends_at_the_first_direct_echo_or_says_first_why_there_is_none() {
+    let lab = Lab::start(admin::Health::Ok).await;
+    let (code, mut found) = lab.json("ping edge-b1 --until-direct").await;
+    assert!(found["until_direct"]["after_ms"].take().is_u64());
+    let want = json!({ "direct": true, "after_ms": null, "reason": null, "explanation": null });
+    assert_eq!((code, &found["until_direct"]), (0, &want));
+    assert_eq!(found["sent"], 2, "the rest is not waited for");
+    let ran = lab.run("ping edge-b1 --until-direct").await;
+    let first = ran.out.lines().next().unwrap();
+    assert!(first.starts_with("direct after "), "{first}");
+    assert!(
+        first.ends_with(" s by direct UDP 203.0.113.5:51820"),
+        "{first}"
+    );
+    assert!(
+        ran.err.contains("edge-b1 1: 10.0 ms by relay r1 (quic)\n"),
+        "{}",
+        ran.err
+    );
+
+    let (code, mut none) = lab.json("ping edge-c1 --until-direct -c 3").await;
+    assert!(none["until_direct"]["after_ms"].take().is_u64());
+    let want = json!({
+        "direct": false,
+        "after_ms": null,
+        "reason": "hard_nat_one",
+        "explanation": "its NAT maps by destination",
+    });
+    assert_eq!((code, &none["until_direct"]), (1, &want));
+    assert_eq!(none["received"], 3);
+    let out = lab.run("ping edge-c1 --until-direct -c 3").await.out;
+    let first = out.lines().next().unwrap();
+    assert!(first.starts_with("not direct after "), "{first}");
+    assert!(
+        first.ends_with(" s: its NAT maps by destination"),
+        "{first}"
+    );
+    assert_eq!(lab.run("ping gone --until-direct -c 3").await.code, 2);
+}
+
+#[tokio::test]
+async fn ping_by_a_certain_path_asks_for_it() {
+    let lab = Lab::start(admin::Health::Ok).await;
+    let (code, by_relay) = lab.json("ping edge-b1 --via relay -c 2").await;
+    assert_eq!((code, &by_relay["via"]), (0, &json!("relay")));
+    assert_eq!(by_relay["replies"][1]["kind"], "relay");
+    let (code, error) = lab.json("ping edge-b1 --via relay:r9").await;
+    assert_eq!(
+        (code, &error["error"]["message"]),
+        (64, &json!("no relay r9, but r1, r2"))
+    );
+    for wrong in ["--via relay --until-direct", "-c 0", "-c 1001"] {
+        assert_eq!(
+            lab.run(&format!("ping edge-b1 {wrong}")).await.code,
+            64,
+            "{wrong}"
+        );
+    }
 }
 
 #[tokio::test]
