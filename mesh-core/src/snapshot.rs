@@ -453,6 +453,23 @@ pub struct Endpoint {
     pub terminating: bool,
 }
 
+impl Endpoint {
+    /// One that is ready, of which nothing was said but where it is.
+    #[must_use]
+    pub fn new(address: IpAddr, node: Option<NodeName>) -> Self {
+        Self {
+            address,
+            node,
+            zone: None,
+            hostname: None,
+            hints: Hints::default(),
+            ready: true,
+            serving: true,
+            terminating: false,
+        }
+    }
+}
+
 /// For whom an endpoint is meant (`hints`). Nothing: for nobody in particular.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Hints {

@@ -21,8 +21,8 @@ use mesh_core::{
     },
     services::View,
     snapshot::{
-        Endpoint, EndpointPort, EndpointSlice, ExternalPeer, Generation, Hints, Locality,
-        MeshSettings, Node, Protocol, Service, ServiceKind, ServiceName, ServicePort, Snapshot,
+        Endpoint, EndpointPort, EndpointSlice, ExternalPeer, Generation, Locality, MeshSettings,
+        Node, Protocol, Service, ServiceKind, ServiceName, ServicePort, Snapshot,
     },
 };
 use mesh_wire::id::{MeshId, NodeId};
@@ -158,14 +158,8 @@ pub(crate) fn add_slice(
 
 pub(crate) fn endpoint(at: &str, node: &str, hostname: Option<&str>) -> Endpoint {
     Endpoint {
-        address: address(at),
-        node: Some(node.parse().unwrap()),
-        zone: None,
         hostname: hostname.map(ToOwned::to_owned),
-        hints: Hints::default(),
-        ready: true,
-        serving: true,
-        terminating: false,
+        ..Endpoint::new(address(at), Some(node.parse().unwrap()))
     }
 }
 

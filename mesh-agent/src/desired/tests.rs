@@ -3,7 +3,7 @@ use mesh_api::{
     convert::{mesh_resource, node_record_bytes, node_resource, slice_resource},
     resources::digest::whole,
 };
-use mesh_core::snapshot::{Endpoint, EndpointSlice, Hints, MeshSettings, Node, ServiceName};
+use mesh_core::snapshot::{Endpoint, EndpointSlice, MeshSettings, Node, ServiceName};
 use mesh_identity::{
     authority::{CertificateAuthority, new_key},
     certificate::Validity,
@@ -281,16 +281,9 @@ fn web() -> ServiceName {
 
 /// What the controller tells of a mesh with one node and a service of these endpoints on it.
 fn tells_web(controller: &Controller, generation: u64, addresses: &[&str]) -> SyncResponse {
-    let endpoints = addresses.iter().map(|address| Endpoint {
-        address: address.parse().unwrap(),
-        node: Some("edge-1".parse().unwrap()),
-        zone: None,
-        hostname: None,
-        hints: Hints::default(),
-        ready: true,
-        serving: true,
-        terminating: false,
-    });
+    let endpoints = addresses
+        .iter()
+        .map(|address| Endpoint::new(address.parse().unwrap(), Some("edge-1".parse().unwrap())));
     let slice = EndpointSlice {
         name: "web-1".to_owned(),
         ports: Vec::new(),

@@ -2,8 +2,7 @@ use std::net::Ipv4Addr;
 
 use mesh_api::admin::ServicesResponse;
 use mesh_core::snapshot::{
-    Endpoint, EndpointPort, EndpointSlice, Hints, MeshSettings, Node, ServiceName, ServicePort,
-    Snapshot,
+    Endpoint, EndpointPort, EndpointSlice, MeshSettings, Node, ServiceName, ServicePort, Snapshot,
 };
 use mesh_wire::id::MeshId;
 use prost::Message as _;
@@ -42,16 +41,8 @@ fn large() -> View {
             port: 80,
             node_port: None,
         }];
-        let endpoint = |number: u32| Endpoint {
-            address: above([10, 128, 0, 1], number).into(),
-            node: Some(name(number)),
-            zone: None,
-            hostname: None,
-            hints: Hints::default(),
-            ready: true,
-            serving: true,
-            terminating: false,
-        };
+        let endpoint =
+            |number: u32| Endpoint::new(above([10, 128, 0, 1], number).into(), Some(name(number)));
         let each = NODES / SERVICES;
         let slice = EndpointSlice {
             name: "one".to_owned(),

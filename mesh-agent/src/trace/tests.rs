@@ -2,7 +2,7 @@ use std::num::NonZeroU16;
 
 use mesh_core::{
     policy::resources::{Action, DefaultAction, MeshPolicy, MeshRule, Party},
-    snapshot::{Endpoint, EndpointPort, EndpointSlice, Hints, MeshSettings, ServicePort},
+    snapshot::{Endpoint, EndpointPort, EndpointSlice, MeshSettings, ServicePort},
 };
 use mesh_wire::id::{MeshId, NodeId};
 
@@ -61,14 +61,9 @@ fn snapshot() -> Snapshot {
 
 fn endpoint(ready: bool) -> Endpoint {
     Endpoint {
-        address: [100, 96, 0, 2].into(),
-        node: Some("far".parse().unwrap()),
-        zone: None,
-        hostname: None,
-        hints: Hints::default(),
         ready,
         serving: ready,
-        terminating: false,
+        ..Endpoint::new([100, 96, 0, 2].into(), Some("far".parse().unwrap()))
     }
 }
 

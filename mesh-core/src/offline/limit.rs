@@ -156,7 +156,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        snapshot::{EndpointSlice, Hints, MeshSettings, Node, ServiceName},
+        snapshot::{EndpointSlice, MeshSettings, Node, ServiceName},
         testing::start,
     };
 
@@ -204,16 +204,8 @@ mod tests {
             namespace: "shop".to_owned(),
             name: "orders".to_owned(),
         };
-        let endpoint = |node: Option<&NodeName>| Endpoint {
-            address: [100, 96, 0, 1].into(),
-            node: node.cloned(),
-            zone: None,
-            hostname: None,
-            hints: Hints::default(),
-            ready: true,
-            serving: true,
-            terminating: false,
-        };
+        let endpoint =
+            |node: Option<&NodeName>| Endpoint::new([100, 96, 0, 1].into(), node.cloned());
         let slice = Arc::new(EndpointSlice {
             name: "orders-1".to_owned(),
             ports: Vec::new(),

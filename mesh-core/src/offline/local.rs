@@ -133,7 +133,7 @@ mod tests {
     use mesh_wire::id::MeshId;
 
     use super::*;
-    use crate::snapshot::{EndpointSlice, Hints, MeshSettings, ServiceName};
+    use crate::snapshot::{EndpointSlice, MeshSettings, ServiceName};
 
     const OWN: &str = "edge-1";
 
@@ -161,16 +161,7 @@ mod tests {
     }
 
     fn endpoint(address: &str, node: Option<&str>) -> Endpoint {
-        Endpoint {
-            address: at(address),
-            node: node.map(|node| node.parse().unwrap()),
-            zone: None,
-            hostname: None,
-            hints: Hints::default(),
-            ready: true,
-            serving: true,
-            terminating: false,
-        }
+        Endpoint::new(at(address), node.map(|node| node.parse().unwrap()))
     }
 
     fn service() -> ServiceName {

@@ -67,16 +67,7 @@ fn vip_v6() -> Ipv6Addr {
 }
 
 fn on(node: &str, last: u8) -> Endpoint {
-    Endpoint {
-        address: [10, 42, 0, last].into(),
-        node: Some(node.parse().unwrap()),
-        zone: None,
-        hostname: None,
-        hints: Hints::default(),
-        ready: true,
-        serving: true,
-        terminating: false,
-    }
+    Endpoint::new([10, 42, 0, last].into(), Some(node.parse().unwrap()))
 }
 
 fn with(mut view: View, endpoints: Vec<Endpoint>) -> View {

@@ -18,7 +18,7 @@ use mesh_core::{
     pattern::NamePattern,
     services::{Table, View},
     snapshot::{
-        Endpoint, EndpointPort, EndpointSlice, Hints, MeshSettings, Protocol, Service, ServiceKind,
+        Endpoint, EndpointPort, EndpointSlice, MeshSettings, Protocol, Service, ServiceKind,
         ServiceName, ServicePort, Snapshot,
     },
 };
@@ -267,17 +267,10 @@ fn snapshot(size: Size) -> Result<Snapshot> {
 
 fn endpoint(number: usize) -> Result<Endpoint> {
     let address = u32::from_be_bytes([10, 128, 0, 0]) + u32::try_from(number)?;
-    Ok(Endpoint {
-        address: std::net::Ipv4Addr::from(address).into(),
-        // Not the one that asks.
-        node: Some(node(1 + number % NODES)?),
-        zone: None,
-        hostname: None,
-        hints: Hints::default(),
-        ready: true,
-        serving: true,
-        terminating: false,
-    })
+    Ok(Endpoint::new(
+        std::net::Ipv4Addr::from(address).into(),
+        Some(node(1 + number % NODES)?),
+    ))
 }
 
 #[cfg(test)]
