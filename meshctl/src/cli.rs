@@ -552,13 +552,55 @@ fn parse_ttl(text: &str) -> Result<Duration, String> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory as _;
+    use std::{collections::BTreeSet, fs, path::Path};
+
+    use clap::{CommandFactory as _, Parser as _, error::ErrorKind};
 
     use super::*;
 
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    /// What pages name in passing; what they have typed is followed by `netns-tests/tests/documents.rs`.
+    #[test]
+    fn each_command_that_a_page_names_is_one() {
+        let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");
+        let folders = [docs.clone(), docs.join("howto")];
+        let files = folders.iter().flat_map(|one| fs::read_dir(one).unwrap());
+        let mut commands = BTreeSet::new();
+        for path in files.map(|file| file.unwrap().path()) {
+            if path.extension().is_some_and(|kind| kind == "md") {
+                let text = fs::read_to_string(&path).unwrap();
+                let quoted = text.split('`').map(ToOwned::to_owned);
+                commands.extend(quoted.filter(|one| one.starts_with("meshctl ")));
+            }
+        }
+        assert!(commands.len() > 30, "{commands:?}");
+        for command in commands {
+            let typed = command.split(" > ").next().unwrap_or_default();
+            // `bpf progs|maps|check` are three.
+            let words: Vec<Vec<_>> = typed
+                .split_whitespace()
+                .map(|word| word.split('|').collect())
+                .collect();
+            let most = words.iter().map(Vec::len).max().unwrap_or_default();
+            for number in 0..most {
+                let words = words.iter().map(|all| all.get(number).unwrap_or(&all[0]));
+                // A page may leave out what a command needs, and says NAME for a value.
+                let wrong = Cli::try_parse_from(words).err().filter(|error| {
+                    matches!(
+                        error.kind(),
+                        ErrorKind::InvalidSubcommand
+                            | ErrorKind::UnknownArgument
+                            | ErrorKind::ArgumentConflict
+                            | ErrorKind::TooManyValues
+                    )
+                });
+                assert!(wrong.is_none(), "{command}: {wrong:?}");
+            }
+        }
     }
 
     #[test]
