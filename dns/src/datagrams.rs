@@ -96,7 +96,7 @@ impl Threads {
             threads: Vec::new(),
         };
         for (number, socket) in started.sockets.iter().enumerate() {
-            let packed = Packed::new(started.sockets.len());
+            let packed = Packed::new(started.sockets.len(), now());
             let (socket, shared) = (Arc::clone(socket), Arc::clone(shared));
             let stop = Arc::clone(&started.stop);
             let run = move || {

@@ -28,7 +28,7 @@ const QUERY_MAX_BYTES: usize = 300;
 /// In how many orders an answer with several records is kept: equals take turns.
 const TURNS: usize = 8;
 
-/// An answer is built anew after this even if nothing changed, so that other orders get their turn too.
+/// An answer of several records is built anew after this even if nothing changed, so that other orders get their turn too.
 const AGE_MAX: Duration = Duration::from_secs(OWN_TTL_S as u64);
 
 const HEADER_LEN: usize = 12;
@@ -52,6 +52,14 @@ struct Entry {
     said: Said,
     /// By the query's id, if there are several answers; else one.
     turns: Vec<Option<Vec<u8>>>,
+    /// Of the first of them.
+    since: Instant,
+}
+
+impl Entry {
+    fn is_old(&self, now: Instant) -> bool {
+        self.turns.len() > 1 && now.saturating_duration_since(self.since) >= AGE_MAX
+    }
 }
 
 /// The answers of one thread.
@@ -60,37 +68,37 @@ pub(crate) struct Packed {
     entries: HashMap<Vec<u8>, Entry>,
     bytes: usize,
     bytes_max: usize,
-    /// They hold for this view, and since then.
+    /// They hold for this view.
     view: Option<Arc<View>>,
-    since: Option<Instant>,
+    /// Of the batch that is answered.
+    now: Instant,
     key: Vec<u8>,
 }
 
 impl Packed {
     /// For one of so many threads.
-    pub(crate) fn new(threads: usize) -> Self {
+    pub(crate) fn new(threads: usize, now: Instant) -> Self {
         Self {
             entries: HashMap::new(),
             bytes: 0,
             bytes_max: BYTES_MAX / threads.max(1),
             view: None,
-            since: None,
+            now,
             key: Vec::new(),
         }
     }
 
-    /// Forgets what was built from another view, or long ago.
+    /// A batch is answered now, from this view. Forgets what was built from another one.
     pub(crate) fn begin(&mut self, view: Option<&Arc<View>>, now: Instant) {
         let same = match (&self.view, view) {
             (Some(known), Some(view)) => Arc::ptr_eq(known, view),
             (None, None) => true,
             (Some(_), None) | (None, Some(_)) => false,
         };
-        let old = self.since.is_none_or(|since| now - since >= AGE_MAX);
-        if !same || old {
+        self.now = now;
+        if !same {
             self.clear();
             self.view = view.cloned();
-            self.since = Some(now);
         }
     }
 
@@ -104,7 +112,7 @@ impl Packed {
     ) -> Option<Said> {
         let name_end = normal(query, &mut self.key)?;
         let entry = self.entries.get(&self.key)?;
-        if for_caller && entry.said.may_be_denied {
+        if for_caller && entry.said.may_be_denied || entry.is_old(self.now) {
             return None;
         }
         let packed = entry.turns.get(turn(query, entry.turns.len()))?.as_ref()?;
@@ -132,12 +140,19 @@ impl Packed {
             Some(entry) => entry,
             None => {
                 self.bytes += more;
-                let turns = vec![None; turns];
-                self.entries
-                    .entry(self.key.clone())
-                    .or_insert(Entry { said, turns })
+                let entry = Entry {
+                    said,
+                    turns: vec![None; turns],
+                    since: self.now,
+                };
+                self.entries.entry(self.key.clone()).or_insert(entry)
             }
         };
+        if entry.is_old(self.now) {
+            self.bytes -= entry.turns.iter().flatten().map(Vec::len).sum::<usize>();
+            entry.turns.fill(None);
+            (entry.said, entry.since) = (said, self.now);
+        }
         let turn = turn(query, entry.turns.len());
         if let Some(slot @ None) = entry.turns.get_mut(turn) {
             self.bytes += reply.len();

@@ -48,7 +48,7 @@ fn now() -> Instant {
 
 #[test]
 fn the_question_is_repeated_as_asked_with_its_id() {
-    let mut packed = Packed::new(2);
+    let mut packed = Packed::new(2, now());
     let first = query(7, "Kiosk.Shop.svc.cluster.local.", with_edns);
     packed.keep(&first, &reply_to(&first, 1), NO_ERROR, false);
     let second = query(0x1234, "kIOSK.shop.svc.CLUSTER.local.", with_edns);
@@ -57,7 +57,7 @@ fn the_question_is_repeated_as_asked_with_its_id() {
 
 #[test]
 fn what_policy_may_deny_to_a_pod_is_not_ready_for_one() {
-    let mut packed = Packed::new(2);
+    let mut packed = Packed::new(2, now());
     for (name, may_be_denied) in [("kiosk.", false), ("db.", true)] {
         let asked = query(7, name, with_edns);
         let said = Said {
@@ -74,7 +74,7 @@ fn what_policy_may_deny_to_a_pod_is_not_ready_for_one() {
 
 #[test]
 fn what_the_answer_depends_on_tells_questions_apart() {
-    let mut packed = Packed::new(2);
+    let mut packed = Packed::new(2, now());
     let known = query(7, "kiosk.", with_edns);
     packed.keep(&known, &reply_to(&known, 1), NO_ERROR, false);
     let others = [
@@ -112,7 +112,7 @@ fn what_the_answer_depends_on_tells_questions_apart() {
 
 #[test]
 fn what_is_not_one_plain_question_is_never_kept() {
-    let mut packed = Packed::new(2);
+    let mut packed = Packed::new(2, now());
     let with_option = query(7, "kiosk.", |message| {
         let mut edns = Edns::new();
         edns.options_mut()
@@ -136,18 +136,30 @@ fn what_is_not_one_plain_question_is_never_kept() {
 }
 
 #[test]
-fn several_answers_are_kept_in_several_orders() {
-    let mut packed = Packed::new(2);
+fn several_answers_are_kept_in_several_orders_and_those_for_a_time() {
+    let start = now();
+    let mut packed = Packed::new(2, start);
     let of = |id| query(id, "db.", |_| {});
     packed.keep(&of(0), &reply_to(&of(0), 1), NO_ERROR, true);
     assert_eq!(ask(&mut packed, &of(1)), None);
     packed.keep(&of(1), &reply_to(&of(1), 2), NO_ERROR, true);
+    let bytes = packed.bytes;
+    packed.begin(None, start + AGE_MAX * 99 / 100);
     assert_eq!(ask(&mut packed, &of(8)).unwrap().last(), Some(&1));
     assert_eq!(ask(&mut packed, &of(9)).unwrap().last(), Some(&2));
+    // Others get their turn, in the room of those before.
+    packed.begin(None, start + AGE_MAX);
+    assert_eq!(ask(&mut packed, &of(8)), None);
+    packed.keep(&of(8), &reply_to(&of(8), 3), NO_ERROR, true);
+    assert_eq!(ask(&mut packed, &of(0)).unwrap().last(), Some(&3));
+    assert_eq!(ask(&mut packed, &of(9)), None);
+    packed.keep(&of(9), &reply_to(&of(9), 4), NO_ERROR, true);
+    assert_eq!(ask(&mut packed, &of(1)).unwrap().last(), Some(&4));
+    assert_eq!(packed.bytes, bytes);
 }
 
 #[test]
-fn another_view_and_time_make_it_forget() {
+fn another_view_makes_it_forget_and_time_alone_does_not() {
     let view = || {
         let mesh = MeshSettings::with_defaults(MeshId([1; 32]), "test");
         Arc::new(View::new(
@@ -156,7 +168,7 @@ fn another_view_and_time_make_it_forget() {
         ))
     };
     let (first, second, start) = (view(), view(), now());
-    let mut packed = Packed::new(2);
+    let mut packed = Packed::new(2, start);
     let question = query(7, "kiosk.", |_| {});
     let mut known_after = |view: Option<&Arc<View>>, at| {
         packed.begin(view, at);
@@ -165,16 +177,15 @@ fn another_view_and_time_make_it_forget() {
         known
     };
     assert!(!known_after(Some(&first), start));
-    assert!(known_after(Some(&first), start + AGE_MAX / 2));
-    assert!(!known_after(Some(&second), start + AGE_MAX / 2));
-    assert!(!known_after(None, start + AGE_MAX / 2));
-    assert!(known_after(None, start + AGE_MAX));
-    assert!(!known_after(None, start + 2 * AGE_MAX));
+    assert!(known_after(Some(&first), start + 100 * AGE_MAX));
+    assert!(!known_after(Some(&second), start));
+    assert!(!known_after(None, start));
+    assert!(known_after(None, start + 100 * AGE_MAX));
 }
 
 #[test]
 fn when_it_is_full_it_begins_anew() {
-    let mut packed = Packed::new(2);
+    let mut packed = Packed::new(2, now());
     let mut kept = 0;
     for n in 0..40_000_u32 {
         let question = query(7, &format!("name-{n}.shop.svc.cluster.local."), |_| {});
@@ -188,7 +199,7 @@ fn when_it_is_full_it_begins_anew() {
 proptest! {
     #[test]
     fn no_bytes_panic(query in prop::collection::vec(any::<u8>(), 0..400)) {
-        let mut packed = Packed::new(2);
+        let mut packed = Packed::new(2, now());
         packed.keep(&query, &query, NO_ERROR, true);
         let mut reply = Vec::new();
         packed.reply(&query, &mut reply, false);
