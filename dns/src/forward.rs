@@ -10,10 +10,11 @@ use std::{
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use hickory_proto::{
     op::{Message, Query, ResponseCode},
-    rr::Name,
+    rr::{Name, RecordType},
 };
 use rustls::ClientConfig;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     answer::{ExtendedError, explain, fail},
@@ -35,11 +36,14 @@ const DEADLINE_WITH_STALE: Duration = Duration::from_millis(1800);
 #[derive(Debug)]
 pub(crate) struct Forwarder {
     /// By the domain that they are asked about; of several that fit, the longest counts.
-    upstreams: Vec<(Name, Vec<Upstream>)>,
+    upstreams: Vec<(Name, Vec<Arc<Upstream>>)>,
     cache: Mutex<Cache>,
     counters: Arc<Counters>,
     /// When an answer beyond its time was last given.
     gave_stale: Mutex<Option<Instant>>,
+    /// Own what no client waits for.
+    tasks: TaskTracker,
+    stop: CancellationToken,
 }
 
 /// What is known of a question.
@@ -59,12 +63,14 @@ impl Forwarder {
         tls: Option<Arc<ClientConfig>>,
         device: &DeviceFor,
         counters: Arc<Counters>,
+        tasks: TaskTracker,
+        stop: CancellationToken,
     ) -> Self {
         let of = |domain: &Name, upstreams: &[UpstreamConfig]| {
             let upstreams = upstreams.iter().cloned();
             let upstreams =
                 upstreams.map(|one| Upstream::new(one, tls.clone(), Arc::clone(device)));
-            (domain.clone(), upstreams.collect())
+            (domain.clone(), upstreams.map(Arc::new).collect())
         };
         let stubs = config.stubs.iter();
         let stubs = stubs.map(|stub| of(&stub.domain, &stub.upstreams));
@@ -77,6 +83,8 @@ impl Forwarder {
             cache: Mutex::new(Cache::new(config.stale_max)),
             counters,
             gave_stale: Mutex::default(),
+            tasks,
+            stop,
         }
     }
 
@@ -148,9 +156,7 @@ impl Forwarder {
         self.counters.prefetched.add();
         let key = key(&reply, &question);
         // Without an answer it stays until its end, and is asked for then.
-        timeout(DEADLINE, self.ask_upstreams(&key, question))
-            .await
-            .ok();
+        self.ask_upstreams(&key, question, false).await;
     }
 
     /// `reply`, completed by an upstream, or by what one once said, or with an error.
@@ -158,27 +164,24 @@ impl Forwarder {
         self.counters.forwarded.add();
         let key = key(&reply, &question);
         let is_stale = matches!(self.look_up(&key), Some(Cached::Stale(_)));
-        let deadline = if is_stale {
-            DEADLINE_WITH_STALE
-        } else {
-            DEADLINE
-        };
         let begun = Instant::now();
-        let answered = timeout(deadline, self.ask_upstreams(&key, question)).await;
+        let said = self.ask_upstreams(&key, question, is_stale).await;
         self.counters.waits.add(begun.elapsed());
-        if let Ok(Some(message)) = answered {
-            return complete(reply, message);
+        if let Some(message) = said.as_ref().filter(|said| is_helpful(said)) {
+            return complete(reply, message.clone());
         }
-        match self.look_up(&key) {
+        match (self.look_up(&key), said) {
             // Another asked meanwhile.
-            Some(Cached::Fresh(message) | Cached::Ending(message)) => complete(reply, message),
-            Some(Cached::Stale(message)) => {
+            (Some(Cached::Fresh(message) | Cached::Ending(message)), _) => complete(reply, message),
+            // Also when one says that it has none: a router without its uplink does (RFC 8767 §5).
+            (Some(Cached::Stale(message)), _) => {
                 self.counters.stale.add();
                 *lock(&self.gave_stale) = Some(Instant::now());
                 explain(&mut reply, ExtendedError::StaleAnswer);
                 complete(reply, message)
             }
-            None => {
+            (None, Some(unhelpful)) => complete(reply, unhelpful),
+            (None, None) => {
                 fail(&mut reply, ExtendedError::NoReachableAuthority);
                 reply
             }
@@ -189,15 +192,24 @@ impl Forwarder {
         lock(&self.cache).get(key, Instant::now().into_std())
     }
 
-    /// The first helpful answer. The next upstream is asked when one has failed, and also when one takes longer than
-    /// it usually does.
-    async fn ask_upstreams(&self, key: &Key, question: Query) -> Option<Message> {
-        let mut next = self.to_ask(question.name());
+    /// The first helpful answer, or else what one said that has none. The next upstream is asked when one has failed, and also
+    /// when one takes longer than it usually does. With an answer beyond its time (`is_stale`) nobody waits for long, nor for
+    /// upstreams that were silent just now: whether those are back is found out without the client.
+    async fn ask_upstreams(&self, key: &Key, question: Query, is_stale: bool) -> Option<Message> {
+        let begun = Instant::now();
+        let (domain, upstreams) = self.responsible(question.name())?;
+        let mut next = self.to_ask(upstreams, is_stale, begun);
+        let deadline = begun
+            + if is_stale {
+                DEADLINE_WITH_STALE
+            } else {
+                DEADLINE
+            };
         let mut unhelpful = None;
         let mut asked = FuturesUnordered::new();
         let mut order: Vec<&Upstream> = Vec::new();
-        let mut hedge_at = Instant::now();
-        loop {
+        let mut hedge_at = begun;
+        while !(next.is_empty() && asked.is_empty()) {
             tokio::select! {
                 Some((upstream, answered)) = asked.next() => match self.judge(upstream, key, answered) {
                     Judged::Helpful(message) => {
@@ -220,22 +232,58 @@ impl Forwarder {
                     hedge_at = Instant::now() + upstream.hedge_after();
                     asked.push(ask(upstream, key, question.clone()));
                 }
-                else => return unhelpful,
+                () = sleep_until(deadline) => {
+                    // Their own time is not over, and nobody waits for the rest of it.
+                    order.iter().for_each(|one| one.note(Some(&ExchangeError::Timeout), begun, deadline));
+                    break;
+                }
             }
         }
+        self.probe(domain, upstreams);
+        unhelpful
     }
 
-    /// The upstreams for `name`, in order, without those that are passed over.
-    fn to_ask(&self, name: &Name) -> VecDeque<&Upstream> {
-        let now = Instant::now();
+    /// Those who know of `name`, and the domain that they are asked about.
+    fn responsible(&self, name: &Name) -> Option<(&Name, &[Arc<Upstream>])> {
         let mut domains = self.upstreams.iter();
-        let responsible = domains.find(|(domain, _)| domain.zone_of(name));
-        let all = responsible.into_iter().flat_map(|(_, upstreams)| upstreams);
-        let (passed_over, asked) = all.partition::<VecDeque<_>, _>(|one| one.is_passed_over(now));
+        let (domain, upstreams) = domains.find(|(domain, _)| domain.zone_of(name))?;
+        Some((domain, upstreams))
+    }
+
+    /// `upstreams`, in order, without those that are passed over.
+    fn to_ask<'a>(
+        &self,
+        upstreams: &'a [Arc<Upstream>],
+        is_stale: bool,
+        now: Instant,
+    ) -> VecDeque<&'a Upstream> {
+        let passed_over =
+            |one: &&Upstream| one.is_passed_over(now) || is_stale && one.is_silent(now);
+        let all = upstreams.iter().map(Arc::as_ref);
+        let (passed_over, asked) = all.partition::<VecDeque<_>, _>(passed_over);
         passed_over
             .iter()
             .for_each(|_| self.counters.passed_over.add());
         asked
+    }
+
+    /// Asks those that were silent whether they are there, if that is due. What they know themselves is enough: a name whose own
+    /// servers are gone, or all of them without an uplink, is not their silence.
+    fn probe(&self, domain: &Name, upstreams: &[Arc<Upstream>]) {
+        let now = Instant::now();
+        for upstream in upstreams.iter().filter(|one| one.begin_probe(now)) {
+            let (upstream, stop) = (Arc::clone(upstream), self.stop.clone());
+            let record_type = if domain.is_root() {
+                RecordType::NS
+            } else {
+                RecordType::SOA
+            };
+            let mut probe = client::question(Query::query(domain.clone(), record_type));
+            probe.metadata.recursion_desired = false;
+            self.tasks.spawn(async move {
+                stop.run_until_cancelled(upstream.probe(probe)).await;
+            });
+        }
     }
 
     /// Keeps what is good of an answer.
@@ -276,10 +324,7 @@ async fn ask<'a>(upstream: &'a Upstream, key: &Key, question: Query) -> (&'a Ups
     if let Some(edns) = &mut query.edns {
         edns.set_dnssec_ok(key.dnssec_ok);
     }
-    let start = Instant::now();
-    let answered = upstream.ask(query).await;
-    upstream.note(answered.as_ref().err(), start, Instant::now());
-    (upstream, answered)
+    (upstream, upstream.ask_and_note(query).await)
 }
 
 fn key(reply: &Message, question: &Query) -> Key {
@@ -322,30 +367,73 @@ mod tests {
 
     use hickory_proto::{
         op::OpCode,
-        rr::{RData, Record, RecordType, rdata::A},
+        rr::{RData, Record, rdata::A},
     };
 
     use super::*;
 
-    #[tokio::test]
-    async fn with_no_upstream_left_an_old_answer_is_better_than_none() {
+    fn forwarder(upstreams: Vec<UpstreamConfig>) -> Forwarder {
+        let config = DnsConfig {
+            upstreams,
+            ..DnsConfig::default()
+        };
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let tls = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(rustls::RootCertStore::empty())
+            .with_no_client_auth();
         let device: DeviceFor = Arc::new(|_| None);
-        let forwarder = Forwarder::new(&DnsConfig::default(), None, &device, Arc::default());
-        let name = Name::from_str("example.org.").unwrap();
-        let question = Query::query(name.clone(), RecordType::A);
-        let reply = client::question(question.clone()).into_response();
+        let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+        Forwarder::new(
+            &config,
+            Some(tls.into()),
+            &device,
+            Arc::default(),
+            tasks,
+            stop,
+        )
+    }
+
+    fn asked(name: &str) -> (Message, Query) {
+        let question = Query::query(Name::from_str(name).unwrap(), RecordType::A);
+        (client::question(question.clone()).into_response(), question)
+    }
+
+    /// Puts an answer for `name` into the cache that is a minute beyond its time.
+    fn knows(forwarder: &Forwarder, name: &str) -> RData {
+        let (reply, question) = asked(name);
         let mut said = Message::response(1, OpCode::Query);
-        said.add_answer(Record::from_rdata(name, 60, RData::A(A::new(192, 0, 2, 1))));
+        let data = RData::A(A::new(192, 0, 2, 1));
+        said.add_answer(Record::from_rdata(
+            question.name().clone(),
+            60,
+            data.clone(),
+        ));
         let learnt = Instant::now().into_std() - Duration::from_secs(120);
         let bytes = said.to_vec().unwrap();
         lock(&forwarder.cache).insert(key(&reply, &question), bytes, &said, learnt);
+        data
+    }
 
+    /// What comes of asking for it, and after how long.
+    async fn ask_for(forwarder: &Forwarder, name: &str) -> (ResponseCode, Duration) {
+        let ((reply, question), begun) = (asked(name), Instant::now());
+        let reply = forwarder.ask(reply, question).await;
+        (reply.response_code, begun.elapsed())
+    }
+
+    #[tokio::test]
+    async fn with_no_upstream_left_an_old_answer_is_better_than_none() {
+        let forwarder = forwarder(Vec::new());
+        let data = knows(&forwarder, "example.org.");
+        let (reply, question) = asked("example.org.");
         assert!(matches!(
             forwarder.cached(&reply, &question),
             Known::Nothing
         ));
-        let stale = forwarder.ask(reply.clone(), question.clone()).await;
-        assert_eq!(stale.answers[0].data, said.answers[0].data);
+        let stale = forwarder.ask(reply, question).await;
+        assert_eq!(stale.answers[0].data, data);
         assert_eq!(
             (stale.response_code, stale.answers[0].ttl),
             (ResponseCode::NoError, 30)
@@ -353,8 +441,87 @@ mod tests {
         assert_eq!(forwarder.counters.stale.get(), 1);
         assert_eq!(forwarder.counters.waits.counts().iter().sum::<u64>(), 1);
 
-        let other = Query::query(Name::from_str("example.net.").unwrap(), RecordType::A);
-        let failed = forwarder.ask(reply, other).await;
-        assert_eq!(failed.response_code, ResponseCode::ServFail);
+        let (code, _) = ask_for(&forwarder, "example.net.").await;
+        assert_eq!(code, ResponseCode::ServFail);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lone_upstream_by_tls_that_is_silent_is_waited_for_once_and_then_probed() {
+        use ResponseCode::{NoError, ServFail};
+        // The kernel takes connections, and nobody reads them.
+        let silent = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        silent.set_nonblocking(true).unwrap();
+        let upstream = UpstreamConfig::tls(silent.local_addr().unwrap(), "127.0.0.1").unwrap();
+        let forwarder = forwarder(vec![upstream]);
+        knows(&forwarder, "example.org.");
+        let connections = || std::iter::from_fn(|| silent.accept().ok()).count();
+        let mut waited = ask_for(&forwarder, "example.org.").await;
+        assert_eq!(waited, (NoError, DEADLINE_WITH_STALE));
+        assert_eq!(connections(), 1, "the question");
+        // Asked for each second: at once, and a probe every three seconds.
+        for _ in 0..24 {
+            waited = ask_for(&forwarder, "example.org.").await;
+            assert_eq!(waited, (NoError, Duration::ZERO));
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        assert!((7..=9).contains(&connections()));
+        // The probe was not answered either, so who asks for another name does not wait in vain.
+        waited = ask_for(&forwarder, "example.net.").await;
+        assert_eq!(waited, (ServFail, Duration::ZERO));
+        // Nobody asked for long: it may be back, and what is beyond its time is not the first choice.
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        assert_eq!(connections(), 1, "nothing is probed while nothing is asked");
+        waited = ask_for(&forwarder, "example.org.").await;
+        assert_eq!(waited, (NoError, DEADLINE_WITH_STALE));
+    }
+
+    /// An upstream by UDP: silent about names in `slow`, SERVFAIL for `broken`, no data for all others.
+    async fn stub() -> UpstreamConfig {
+        let socket = tokio::net::UdpSocket::bind(("127.0.0.1", 0)).await.unwrap();
+        let upstream = UpstreamConfig::plain(socket.local_addr().unwrap());
+        tokio::spawn(async move {
+            let mut buffer = [0; 1500];
+            loop {
+                let (len, from) = socket.recv_from(&mut buffer).await.unwrap();
+                let mut said = Message::from_vec(&buffer[..len]).unwrap().into_response();
+                let name = said.queries[0].name().to_ascii();
+                if name.starts_with("broken") {
+                    said.metadata.response_code = ResponseCode::ServFail;
+                }
+                if !name.contains("slow") {
+                    let bytes = said.to_vec().unwrap();
+                    socket.send_to(&bytes, from).await.unwrap();
+                }
+            }
+        });
+        upstream
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn names_whose_own_servers_are_gone_do_not_take_the_only_upstream_away() {
+        let forwarder = forwarder(vec![stub().await]);
+        // Nothing else is asked: that it was silent is all that is known of it.
+        let both = ["one.slow.", "two.slow."].map(|name| ask_for(&forwarder, name));
+        for (code, _) in futures_util::future::join_all(both).await {
+            assert_eq!(code, ResponseCode::ServFail);
+        }
+        // The probe takes a moment.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let (code, _) = ask_for(&forwarder, "example.org.").await;
+        assert_eq!(code, ResponseCode::NoError);
+        assert_eq!(forwarder.counters.passed_over.get(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_old_answer_is_better_than_that_there_is_none_for_now() {
+        let forwarder = forwarder(vec![stub().await]);
+        let data = knows(&forwarder, "broken.example.org.");
+        let (reply, question) = asked("broken.example.org.");
+        let reply = forwarder.ask(reply, question).await;
+        assert_eq!(reply.response_code, ResponseCode::NoError);
+        assert_eq!(reply.answers[0].data, data);
+        assert_eq!(forwarder.counters.stale.get(), 1);
+        let (code, _) = ask_for(&forwarder, "broken.example.net.").await;
+        assert_eq!(code, ResponseCode::ServFail);
     }
 }

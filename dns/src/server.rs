@@ -195,10 +195,18 @@ impl DnsServer {
         });
         let callers: Box<dyn Fn() -> Option<Arc<Callers>> + Send + Sync> = Box::new(callers);
         let view: ViewNow = Arc::new(view);
+        let forwarder = Forwarder::new(
+            &config,
+            tls,
+            &device,
+            Arc::clone(&counters),
+            tasks.clone(),
+            stop.clone(),
+        );
         let inspector = Inspector {
             listen: local_addresses,
             view: Arc::clone(&view),
-            forwarder: Arc::new(Forwarder::new(&config, tls, &device, Arc::clone(&counters))),
+            forwarder: Arc::new(forwarder),
             counters: Arc::clone(&counters),
             stale_max: config.stale_max,
             allow_from: config.allow_from.clone(),

@@ -41,6 +41,13 @@ const SILENCES_MAX: u32 = 2;
 /// For how long. With no upstream left, questions fail at once until then.
 pub(crate) const PASSED_OVER: Duration = Duration::from_secs(2);
 
+/// An upstream that was silent is not waited for this long where there is an answer beyond its time, unless a probe finds out
+/// that it is back (the failure recheck timer of RFC 8767 §5).
+const SILENT: Duration = Duration::from_secs(30);
+
+/// From one probe to the next, while something is asked: longer than one takes.
+const PROBE_EVERY: Duration = Duration::from_secs(3);
+
 /// The next upstream is asked, too, when this one did not answer within its usual time, which is at least …
 const HEDGE_MIN: Duration = Duration::from_millis(20);
 
@@ -301,6 +308,9 @@ impl Connection {
 struct Health {
     silences: u32,
     passed_over_until: Option<Instant>,
+    /// When a client waited for it in vain; nothing came from it since.
+    silent: Option<Instant>,
+    probed: Option<Instant>,
     usual: Option<RoundTrip>,
     /// Since it last answered; for people, as the rest.
     failures: u32,
@@ -390,8 +400,25 @@ impl Upstream {
         }
     }
 
-    /// Asks. Gives the answer, and the bytes that it came in.
-    pub(crate) async fn ask(&self, query: Message) -> Result<(Message, Vec<u8>), ExchangeError> {
+    /// Asks, and remembers how that went. Gives the answer, and the bytes that it came in.
+    pub(crate) async fn ask_and_note(
+        &self,
+        query: Message,
+    ) -> Result<(Message, Vec<u8>), ExchangeError> {
+        let start = Instant::now();
+        let answered = self.ask(query).await;
+        self.note(answered.as_ref().err(), start, Instant::now());
+        answered
+    }
+
+    /// Asks whether it is there at all, for nobody.
+    pub(crate) async fn probe(&self, query: Message) {
+        let start = Instant::now();
+        let answered = self.ask(query).await;
+        self.remember(answered.as_ref().err(), start, Instant::now());
+    }
+
+    async fn ask(&self, query: Message) -> Result<(Message, Vec<u8>), ExchangeError> {
         let device = (self.device)(self.config.address.ip());
         let device = device.as_deref();
         let asked = match self.config.transport {
@@ -462,23 +489,68 @@ impl Upstream {
         until.is_some_and(|until| now < until)
     }
 
+    /// Whether a client waited for it in vain just now.
+    pub(crate) fn is_silent(&self, now: Instant) -> bool {
+        let silent = self.health().silent;
+        silent.is_some_and(|silent| now < silent + SILENT)
+    }
+
+    /// Whether it is to be asked whether it is back; not again before that is known.
+    pub(crate) fn begin_probe(&self, now: Instant) -> bool {
+        let mut health = self.health();
+        let due = health.silent.is_some()
+            && health
+                .probed
+                .is_none_or(|probed| now >= probed + PROBE_EVERY);
+        if due {
+            health.probed = Some(now);
+        }
+        due
+    }
+
     /// How long it may take before the next is asked, too.
     pub(crate) fn hedge_after(&self) -> Duration {
         self.health().hedge_after()
     }
 
-    /// Remembers how an exchange went that began at `start`.
+    /// Remembers how a client's question went that was asked at `start`.
     pub(crate) fn note(&self, error: Option<&ExchangeError>, start: Instant, now: Instant) {
+        if self.remember(error, start, now) {
+            self.health().silent = Some(now);
+        }
+    }
+
+    /// Remembers how an exchange went, and says whether it was silent.
+    fn remember(&self, error: Option<&ExchangeError>, start: Instant, now: Instant) -> bool {
         let mut health = self.health();
         if let Some(error) = error {
             health.fail(why(error), now);
         }
+        let answers_others = health.answered.is_some_and(|then| then > start);
         match error {
-            Some(ExchangeError::Timeout | ExchangeError::Secure(_)) => health.silence(now),
+            // What was asked for takes it long, as do names whose own servers are gone.
+            Some(ExchangeError::Timeout) if answers_others => {}
+            Some(ExchangeError::Timeout | ExchangeError::Secure(NetError::Timeout)) => {
+                health.silence(now);
+                drop(health);
+                self.disconnect();
+                return true;
+            }
+            Some(ExchangeError::Secure(_)) => health.silence(now),
             // Errors that come at once cost nobody time.
             Some(ExchangeError::Io(_) | ExchangeError::NotAnAnswer | ExchangeError::Unwritable) => {
             }
             None => health.answer(now.saturating_duration_since(start), now),
+        }
+        false
+    }
+
+    /// The next question makes a new connection: who is back after a power cut knows nothing of the old one, and it may be a
+    /// minute until it hears of it and says so.
+    fn disconnect(&self) {
+        // Somebody is connecting: that is a new one.
+        if let Ok(mut kept) = self.connection.try_lock() {
+            kept.1 = None;
         }
     }
 
@@ -606,6 +678,29 @@ mod tests {
         assert!(!upstream.is_passed_over(now + PASSED_OVER));
         upstream.note(None, now, now);
         assert!(!upstream.is_passed_over(now));
+    }
+
+    #[test]
+    fn who_answers_others_is_not_silent_and_who_is_silent_is_probed_now_and_then() {
+        let address = ([192, 0, 2, 1], 53).into();
+        let upstream = Upstream::new(UpstreamConfig::plain(address), None, Arc::new(|_| None));
+        let begin = Instant::now();
+        let at = |s| begin + Duration::from_secs(s);
+        let silent = Some(&ExchangeError::Timeout);
+        upstream.note(None, at(1), at(2));
+        for _ in 0..3 {
+            upstream.note(silent, at(1), at(3)); // Asked before that answer came.
+        }
+        assert!(!upstream.is_passed_over(at(3)) && !upstream.is_silent(at(3)));
+        assert!(!upstream.begin_probe(at(3)));
+
+        upstream.note(silent, at(3), at(5));
+        assert!(upstream.is_silent(at(5)) && !upstream.is_passed_over(at(5)));
+        let probed: Vec<_> = (5..15).filter(|&s| upstream.begin_probe(at(s))).collect();
+        assert_eq!(probed, [5, 8, 11, 14]);
+        assert!(upstream.is_silent(at(34)) && !upstream.is_silent(at(35)));
+        upstream.note(None, at(14), at(15));
+        assert!(!upstream.is_silent(at(15)) && !upstream.begin_probe(at(20)));
     }
 
     #[test]

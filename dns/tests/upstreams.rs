@@ -77,6 +77,13 @@ impl Secure {
         self.until_up().await;
     }
 
+    /// `-STOP`: it goes silent, and the kernel takes connections all the same; `-CONT`: it goes on.
+    async fn signal(&self, signal: &str) {
+        let id = self.process.id().unwrap().to_string();
+        let sent = Command::new("kill").args([signal, &id]).status();
+        assert!(sent.await.unwrap().success());
+    }
+
     async fn until_up(&mut self) {
         let start = Instant::now();
         while TcpStream::connect(self.https).await.is_err() {
@@ -105,7 +112,8 @@ fn unbound(folder: &TempDir, tls: SocketAddr, https: SocketAddr) -> Child {
         "server:\n interface: {}@{}\n interface: {}@{}\n tls-port: {}\n https-port: {}\n http-endpoint: \"/dns-query\"\n \
          tls-service-key: {dir}/key.pem\n tls-service-pem: {dir}/cert.pem\n do-daemonize: no\n chroot: \"\"\n \
          username: \"\"\n directory: {dir}\n pidfile: \"\"\n use-syslog: no\n logfile: \"\"\n \
-         local-zone: example.org. static\n local-data: \"www.example.org. 60 A 192.0.2.53\"\nremote-control:\n \
+         local-zone: example.org. static\n local-data: \"www.example.org. 60 A 192.0.2.53\"\n \
+         local-data: \"brief.example.org. 1 A 192.0.2.54\"\nremote-control:\n \
          control-enable: no\n",
         tls.ip(),
         tls.port(),
@@ -165,6 +173,71 @@ async fn upstreams_are_asked_by_tls_and_by_https_also_after_they_restarted() {
         server.gets("missing2.example.org", "NXDOMAIN").await;
         assert_eq!(server.server.counters().forwarded.get(), 3);
     }
+}
+
+#[tokio::test]
+async fn a_lone_upstream_by_tls_or_https_that_falls_silent_is_waited_for_once_and_back_when_it_is()
+{
+    let secure = Secure::start().await;
+    let url = format!("https://{NAME}/dns-query");
+    let by_tls = UpstreamConfig::tls(secure.tls, NAME).unwrap();
+    let by_https = UpstreamConfig::https(secure.https, &url).unwrap();
+    for upstream in [by_tls, by_https] {
+        let server = start_with(secure.config(upstream), None).await;
+        let counters = server.server.counters();
+        server.gets("brief.example.org", "NOERROR").await;
+        sleep(Duration::from_millis(1100)).await; // Its time to live is one second.
+        secure.signal("-STOP").await;
+        for passed_over in 0..4 {
+            let said = server.dig("brief.example.org").await;
+            assert!(said.contains("192.0.2.54"), "{said}");
+            assert!(said.contains("EDE: 3 (Stale Answer)"), "{said}");
+            assert_eq!(counters.passed_over.get(), passed_over);
+        }
+        let [.., most, _] = counters.waits.counts();
+        assert_eq!(most, 1, "waited for more than a second");
+        assert_eq!(counters.stale.get(), 4);
+        secure.signal("-CONT").await;
+        let start = Instant::now();
+        let mut stale = 0;
+        while counters.stale.get() > stale {
+            stale = counters.stale.get();
+            assert!(start.elapsed() < SOON, "it was back long ago");
+            sleep(Duration::from_millis(100)).await;
+            server.gets("brief.example.org", "NOERROR").await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_upstream_by_tls_that_lost_its_connections_in_a_power_cut_is_asked_by_a_new_one() {
+    let secure = Secure::start().await;
+    // Passes on what comes by new connections; those of before the cut stay, and nothing moves there.
+    let (listener, (cut, _)) = (
+        tokio::net::TcpListener::bind((LOOPBACK, 0)).await.unwrap(),
+        tokio::sync::watch::channel(()),
+    );
+    let address = listener.local_addr().unwrap();
+    let (to, cuts) = (secure.tls, cut.clone());
+    tokio::spawn(async move {
+        while let Ok((mut one, _)) = listener.accept().await {
+            let mut cut = cuts.subscribe();
+            tokio::spawn(async move {
+                let mut other = TcpStream::connect(to).await.unwrap();
+                tokio::select! {
+                    _ = tokio::io::copy_bidirectional(&mut one, &mut other) => {}
+                    _ = cut.changed() => std::future::pending().await,
+                }
+            });
+        }
+    });
+    let upstream = UpstreamConfig::tls(address, NAME).unwrap();
+    let server = start_with(secure.config(upstream), None).await;
+    server.gets("n1.example.org", "NXDOMAIN").await;
+    cut.send(()).unwrap();
+    let waits = server.dig("n2.example.org").await;
+    assert!(waits.contains("status: SERVFAIL"), "{waits}");
+    server.gets("n3.example.org", "NXDOMAIN").await;
 }
 
 #[tokio::test]
