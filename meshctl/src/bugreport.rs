@@ -69,7 +69,7 @@ impl Bundle {
     pub(crate) fn new(out: &Path, redact: Option<Redact>) -> Result<Self, Failure> {
         let folder = out.display().to_string();
         let made = DirBuilder::new().mode(0o700).create(out);
-        made.map_err(|error| Failure::File(format!("cannot make {folder}: {error}")))?;
+        made.map_err(|error| Failure::writing(out, &error))?;
         Ok(Self {
             out: out.to_owned(),
             redact,
@@ -132,8 +132,7 @@ impl Bundle {
         let mut options = File::options();
         let file = options.write(true).create_new(true).mode(0o600).open(&path);
         let written = file.and_then(|mut file| file.write_all(text.as_bytes()));
-        written
-            .map_err(|error| Failure::File(format!("cannot write {}: {error}", path.display())))?;
+        written.map_err(|error| Failure::writing(&path, &error))?;
         self.report.bytes += text.len() as u64;
         self.report.files.push(name.to_owned());
         Ok(())
@@ -348,7 +347,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         assert!(matches!(
             Bundle::new(folder.path(), None),
-            Err(Failure::File(_))
+            Err(Failure::Refused(_))
         ));
     }
 }

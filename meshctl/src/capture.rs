@@ -102,13 +102,13 @@ pub(crate) async fn capture(
     };
     let sniffer = Sniffer::open().map_err(cannot)?;
     let path = arguments.out.display().to_string();
-    let wrong = |error: String| Failure::File(format!("{path}: {error}"));
+    let wrong = |error: String| Failure::File(format!("cannot write {path}: {error}"));
     let file = OpenOptions::new()
         .write(true)
         .create_new(true)
         .mode(0o600)
         .open(&arguments.out)
-        .map_err(|error| wrong(error.to_string()))?;
+        .map_err(|error| Failure::writing(&arguments.out, &error))?;
     screen.note(&format!(
         "capturing for {:?}, {} packets or {} at most; ^C ends it",
         wanted.time,

@@ -55,7 +55,7 @@ pub(crate) enum Command {
     },
     /// What is wrong with this node and its mesh, the worst first, with what to do about it.
     Doctor,
-    /// Every peer: its state, path, round trip and traffic.
+    /// Peers that this node has spoken with since its agent started: state, path, round trip and traffic.
     Peers {
         #[command(flatten)]
         again: Again,
@@ -281,7 +281,8 @@ pub(crate) struct Bugreport {
     /// Also take out addresses outside the overlay.
     #[arg(long)]
     pub(crate) redact: bool,
-    /// A log file to put in, without what looks like a key; may be given again.
+    /// A log file to put in, without what looks like a key; may be given again. From the journal:
+    /// `journalctl -u mesh-agent -n 5000 > FILE`.
     #[arg(long, value_name = "FILE")]
     pub(crate) log: Vec<PathBuf>,
 }
@@ -420,11 +421,11 @@ pub(crate) struct Connectivity {
 pub(crate) enum Dns {
     /// Asks this node's own listener, as an application would.
     Query {
-        /// A full name.
+        /// A full name, or an address whose name is wanted.
         name: String,
-        /// A, AAAA, SRV, PTR, TXT, CNAME …
-        #[arg(long = "type", short = 't', value_name = "TYPE", default_value = "A")]
-        record_type: String,
+        /// A, AAAA, SRV, PTR, TXT, CNAME … A, and PTR for an address, unless said.
+        #[arg(long = "type", short = 't', value_name = "TYPE")]
+        record_type: Option<String>,
     },
     /// How it does: where it listens, whom it asks and how these do, what became of questions.
     Status {
@@ -454,9 +455,9 @@ pub(crate) enum Token {
         /// How many nodes may join with it.
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
         uses: u32,
-        /// Only this node may use it.
+        /// Only this node may use it: also to take the place of a node of this name that is in already.
         // In the place of the option of this name for all commands.
-        #[arg(long = "node", id = "at_node")]
+        #[arg(long = "node", id = "at_node", value_name = "NAME")]
         node: Option<String>,
         /// What it is for; shown by `token list`.
         #[arg(long, default_value = "")]
@@ -466,7 +467,7 @@ pub(crate) enum Token {
     List,
     /// Makes a token worthless. Nodes that joined with it stay.
     Revoke {
-        /// As `token list` shows it.
+        /// As `token list` shows it, or the whole token.
         id: String,
     },
 }

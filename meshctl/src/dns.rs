@@ -1,6 +1,6 @@
 //! `dns status` and `dns cache`: how a node's resolver does, and what it was told of others' names.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use mesh_api::admin::{
     DnsCacheEntry, DnsCacheRequest, DnsCacheResponse, DnsFlushRequest, DnsStatusRequest,
@@ -22,6 +22,31 @@ use crate::{
 /// Answers of the cache that are shown at once, the newest: a screen. All, with `--all`, are 4,096 of at most 3 KiB: 13 MB of the
 /// 64 MiB that an answer may have.
 const ENTRIES_SHOWN: u32 = 50;
+
+/// What is asked: for an address its name, unless something else is wanted.
+pub(crate) fn question(name: String, record_type: Option<String>) -> (String, String) {
+    let record_type = record_type.map(|one| one.to_ascii_uppercase());
+    match (name.parse(), record_type.as_deref()) {
+        (Ok(address), None | Some("PTR")) => (reverse(address), "PTR".to_owned()),
+        _ => (name, record_type.unwrap_or_else(|| "A".to_owned())),
+    }
+}
+
+/// The name under which an address has its name (RFC 1035, section 3.5; RFC 3596, section 2.5).
+fn reverse(address: IpAddr) -> String {
+    let (mut labels, zone): (Vec<_>, _) = match address {
+        IpAddr::V4(v4) => {
+            let octets = v4.octets();
+            (octets.map(|octet| octet.to_string()).to_vec(), "in-addr")
+        }
+        IpAddr::V6(v6) => {
+            let digits = format!("{:032x}", u128::from(v6));
+            (digits.chars().map(String::from).collect(), "ip6")
+        }
+    };
+    labels.reverse();
+    format!("{}.{zone}.arpa", labels.join("."))
+}
 
 pub(crate) async fn status(agent: Agent<'_>) -> Result<DnsStatus, Failure> {
     let mut client = connect::agent(agent).await?;
@@ -357,5 +382,34 @@ pub(crate) struct DnsFlushed {
 impl Report for DnsFlushed {
     fn text(&self, _colours: bool) -> String {
         format!("forgot {} answers\n", self.forgotten)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn for_an_address_its_name_is_asked() {
+        let v6 = "8.b.d.0.1.0.0.2.ip6.arpa";
+        for (name, wanted, want) in [
+            ("edge-b1.mesh", None, ("edge-b1.mesh", "A")),
+            ("edge-b1.mesh", Some("aaaa"), ("edge-b1.mesh", "AAAA")),
+            ("100.96.0.3", None, ("3.0.96.100.in-addr.arpa", "PTR")),
+            (
+                "100.96.0.3",
+                Some("ptr"),
+                ("3.0.96.100.in-addr.arpa", "PTR"),
+            ),
+            ("100.96.0.3", Some("A"), ("100.96.0.3", "A")),
+            (
+                "2001:db8::1",
+                None,
+                (&format!("1.{}{v6}", "0.".repeat(23)), "PTR"),
+            ),
+        ] {
+            let (asked, record_type) = question(name.to_owned(), wanted.map(str::to_owned));
+            assert_eq!((asked.as_str(), record_type.as_str()), want);
+        }
     }
 }

@@ -18,7 +18,7 @@ pub(crate) enum Failure {
     Refused(String),
     /// The daemon does not answer this caller.
     Denied(String),
-    /// The daemon could not answer.
+    /// The daemon, or what this command does itself, could not answer.
     Failed(String),
     /// A file could not be written.
     File(String),
@@ -78,6 +78,16 @@ impl Failure {
         })
     }
 
+    /// What this command makes was not written to `path`: nothing that is there is written over.
+    pub(crate) fn writing(path: &Path, error: &io::Error) -> Self {
+        let path = path.display();
+        if error.kind() == io::ErrorKind::AlreadyExists {
+            let text = format!("{path} is there already: remove it, or give another name");
+            return Self::Refused(text);
+        }
+        Self::File(format!("cannot write {path}: {error}"))
+    }
+
     /// Whether the script or the mesh has to change.
     pub(crate) fn verdict(&self) -> Verdict {
         match self {
@@ -117,17 +127,24 @@ impl From<Status> for Failure {
             | Code::OutOfRange
             | Code::FailedPrecondition => Self::Refused(message),
             Code::PermissionDenied => Self::Denied(message),
+            // tonic's own answer, without a word: of the other daemon, or of one that is older than this command.
+            Code::Unimplemented => Self::Failed(
+                "the daemon does not know this question: is that its admin socket (--socket is the agent's, \
+                 --controller-socket the controller's), and is it as new as this meshctl (meshctl --version)?"
+                    .to_owned(),
+            ),
             Code::Ok
             | Code::Cancelled
             | Code::Unknown
             | Code::DeadlineExceeded
             | Code::ResourceExhausted
             | Code::Aborted
-            | Code::Unimplemented
             | Code::Internal
             | Code::Unavailable
             | Code::DataLoss
-            | Code::Unauthenticated => Self::Failed(format!("{message} ({:?})", status.code())),
+            | Code::Unauthenticated => {
+                Self::Failed(format!("the daemon says: {message} ({:?})", status.code()))
+            }
         }
     }
 }
@@ -138,10 +155,10 @@ impl fmt::Display for Failure {
             Self::Unreachable(message)
             | Self::Refused(message)
             | Self::Denied(message)
+            | Self::Failed(message)
             | Self::File(message)
             | Self::Cluster(message)
             | Self::Proxy(message) => f.write_str(message),
-            Self::Failed(message) => write!(f, "the daemon says: {message}"),
             Self::Slow(name, limit) => write!(
                 f,
                 "the {name} did not answer within {limit:?}: look at its log (journalctl -u mesh-{name})"

@@ -17,14 +17,12 @@ const CA: &str = "ca.pem";
 
 /// Makes the folder, and refuses one that holds any of the files: a key is not overwritten.
 pub(crate) fn prepare(folder: &Path) -> Result<(), Failure> {
-    fs::create_dir_all(folder).map_err(|error| failure(folder, &error))?;
+    fs::create_dir_all(folder).map_err(|error| Failure::writing(folder, &error))?;
     for name in [CERTIFICATE, KEY, CA] {
         let path = folder.join(name);
         if path.symlink_metadata().is_ok() {
-            return Err(Failure::Refused(format!(
-                "{} is there already: remove it, or give another folder",
-                path.display()
-            )));
+            let there = io::ErrorKind::AlreadyExists.into();
+            return Err(Failure::writing(&path, &there));
         }
     }
     Ok(())
@@ -43,7 +41,7 @@ pub(crate) fn write(folder: &Path, relay: &IssueRelayResponse) -> Result<RelayFi
             for path in written {
                 fs::remove_file(path).ok(); // What cannot be removed stays and is refused next time.
             }
-            return Err(failure(&path, &error));
+            return Err(Failure::writing(&path, &error));
         }
         written.push(path);
     }
@@ -65,8 +63,4 @@ fn write_new(path: &Path, text: &str, mode: u32) -> io::Result<()> {
         fs::remove_file(path).ok(); // Half a file is worse than none.
     }
     written
-}
-
-fn failure(path: &Path, error: &io::Error) -> Failure {
-    Failure::File(format!("cannot write {}: {error}", path.display()))
 }

@@ -42,8 +42,7 @@ pub(crate) fn man(out: &Path) -> Result<Pages, Failure> {
         }
         Ok(())
     });
-    let failed = |error| Failure::File(format!("cannot write to {}: {error}", out.display()));
-    written.map_err(failed)?;
+    written.map_err(|error| Failure::writing(out, &error))?;
     files.sort();
     Ok(Pages { files })
 }

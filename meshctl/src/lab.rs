@@ -22,6 +22,9 @@ const UP_LIMIT: Duration = Duration::from_secs(300);
 /// Processes are killed within 5 s, and namespaces go one by one.
 const DOWN_LIMIT: Duration = Duration::from_secs(60);
 
+/// Sites, unless it is said how many: two networks that do not reach each other.
+const SITES: u32 = 2;
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Lab {
     /// Makes a mesh of the installed programs that stays until `lab down`: a cloud with controller and relay, and sites behind NATs with
@@ -53,9 +56,9 @@ pub(crate) struct Up {
     /// Nodes, one after the other to each site: edge-a1, edge-b1, edge-a2 …
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
     nodes: u32,
-    /// Sites.
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=26))]
-    sites: u32,
+    /// Sites, each with a node at least; 2 unless said.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=26))]
+    sites: Option<u32>,
     /// How a site's router translates (RFC 4787); given again: of the sites in turn.
     #[arg(long, value_name = "KIND", value_enum, default_values = ["port-restricted"])]
     nat: Vec<Nat>,
@@ -137,15 +140,16 @@ pub(crate) async fn run(command: Lab, screen: Screen) -> Result<Verdict, Failure
     let program = program()?;
     match command {
         Lab::Up(up) => {
+            let sites = up.sites()?;
             screen.note(&format!(
-                "bringing up {} nodes at {} sites …",
-                up.nodes, up.sites
+                "bringing up {} nodes at {sites} sites …",
+                up.nodes
             ));
             let nats: Vec<_> = up.nat.iter().map(|nat| nat.word()).collect();
             let words = [
                 "up".to_owned(),
                 up.nodes.to_string(),
-                up.sites.to_string(),
+                sites.to_string(),
                 nats.join(","),
                 up.delay_ms.to_string(),
                 (f64::from(up.loss) / 100.0).to_string(),
@@ -170,6 +174,18 @@ pub(crate) async fn run(command: Lab, screen: Screen) -> Result<Verdict, Failure
                 "{} cannot be run: {error}",
                 program.display()
             )))
+        }
+    }
+}
+
+impl Up {
+    fn sites(&self) -> Result<u32, Failure> {
+        match self.sites {
+            None => Ok(SITES.min(self.nodes)),
+            Some(sites) if sites <= self.nodes => Ok(sites),
+            Some(sites) => Err(Failure::Refused(format!(
+                "--sites {sites} needs as many nodes: --nodes {sites}"
+            ))),
         }
     }
 }
@@ -281,6 +297,25 @@ impl Report for Gone {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_site_is_without_a_node() {
+        let up = |nodes, sites| Up {
+            nodes,
+            sites,
+            nat: Vec::new(),
+            delay_ms: 0,
+            loss: 0,
+        };
+        for (nodes, sites, want) in [
+            (1, None, Some(1)),
+            (4, None, Some(2)),
+            (3, Some(3), Some(3)),
+            (2, Some(3), None),
+        ] {
+            assert_eq!(up(nodes, sites).sites().ok(), want, "{nodes} {sites:?}");
+        }
+    }
 
     #[test]
     fn the_only_lab_needs_no_id() {

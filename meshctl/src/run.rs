@@ -174,7 +174,8 @@ pub(crate) async fn run(cli: Cli, screen: Screen) -> Result<Verdict, Failure> {
             watch(screen, again, look).await
         }
         Command::Dns(cli::Dns::Query { name, record_type }) => {
-            dns_query(socket, name, record_type.to_ascii_uppercase(), screen).await
+            let (name, record_type) = dns::question(name, record_type);
+            dns_query(socket, name, record_type, screen).await
         }
         Command::Dns(cli::Dns::Status { again }) => {
             let look = async |_: Option<(&dns::DnsStatus, Duration)>| dns::status(socket).await;
@@ -544,9 +545,17 @@ async fn token(socket: &Path, command: cli::Token, screen: Screen) -> Result<Ver
             screen.show(&Tokens::from(said))
         }
         cli::Token::Revoke { id } => {
+            let id = token_id(&id).to_owned();
             let request = RevokeTokenRequest { id: id.clone() };
             ask(Controller, controller.revoke_token(request)).await?;
             screen.show(&RevokedToken { revoked: id })
         }
     }
+}
+
+/// The id of a token: `hf1.MESH.ID.SECRET.MESH-ID`, whose mesh may have dots, or the id alone.
+fn token_id(text: &str) -> &str {
+    let token = text.trim().strip_prefix("hf1.");
+    let id = token.and_then(|token| token.rsplit('.').nth(2));
+    id.unwrap_or(text)
 }

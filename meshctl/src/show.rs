@@ -91,6 +91,11 @@ impl Report for Status {
         let problems = self.problems.iter();
         rows.extend(problems.map(|problem| vec!["".into(), Cell::new(problem, health)]));
         let uplinks = self.uplinks.iter().map(uplink_text);
+        let announced = counted(&self.lan_announcements);
+        let announced = match announced.as_str() {
+            "" => announced,
+            counts => format!("announcements: {counts}"),
+        };
         let mapped = self.port_mappings.iter();
         let mapped = mapped.map(|(gateway, said)| format!("{gateway}: {said}"));
         rows.extend([
@@ -104,7 +109,7 @@ impl Report for Status {
             row("seen as", self.reflexive_addresses.join(", ")),
             row("NAT", &self.nat),
             row("mapped", mapped.collect::<Vec<_>>().join(", ")),
-            row("LAN", counted(&self.lan_announcements)),
+            row("LAN", announced),
             vec!["controller".into(), controller],
             row("snapshot", snapshot),
             row("certificate", expires(self.certificate_expires_unix_s)),
@@ -511,7 +516,11 @@ impl Report for WithEndpoints {
         ];
         let rows = self.0.services.iter().flat_map(|service| {
             let endpoints = service.endpoints.iter();
-            endpoints.map(|endpoint| endpoint_row(service, endpoint))
+            let mut rows: Vec<_> = endpoints.map(|one| endpoint_row(service, one)).collect();
+            if rows.is_empty() {
+                rows.push(vec![service.full_name().into(), "-".into()]);
+            }
+            rows
         });
         table(&head, rows.collect(), colours)
     }
@@ -561,6 +570,18 @@ impl Report for DnsQuery {
             Verdict::Down | Verdict::Usage => Tone::Bad,
         };
         rows.push(vec![Cell::new(summary, tone)]);
+        let hints = [
+            (!self.name.contains('.')).then_some(
+                "the name was asked for as it is: nothing is put behind it (edge-a1.mesh, shop.default.svc.cluster.local)",
+            ),
+            (self.verdict() == Verdict::Down).then_some(
+                "`meshctl dns status` says who is asked for names that are not the mesh's, and what became of that",
+            ),
+        ];
+        let hints = hints.into_iter().flatten();
+        if self.answers.is_empty() {
+            rows.extend(hints.map(|hint| vec![Cell::new(hint, Tone::Faint)]));
+        }
         columns(&rows, colours)
     }
 

@@ -289,14 +289,13 @@ pub(crate) fn export(said: SnapshotsResponse, out: &Path) -> Result<Exported, Fa
             "no snapshot on disk can be used".to_owned(),
         ));
     };
-    let file = out.display().to_string();
     let written = File::create_new(out).and_then(|mut file| {
         file.write_all(&slot.contents)?;
         file.sync_all()
     });
-    written.map_err(|error| Failure::File(format!("cannot write {file}: {error}")))?;
+    written.map_err(|error| Failure::writing(out, &error))?;
     Ok(Exported {
-        file,
+        file: out.display().to_string(),
         generation: slot.generation,
         bytes: slot.bytes,
     })

@@ -69,10 +69,13 @@ pub(crate) fn columns(rows: &[Vec<Cell>], colours: bool) -> String {
     text
 }
 
-/// A table with a head.
+/// A table with a head; that there is nothing to show is said, too.
 pub(crate) fn table(head: &[&str], rows: Vec<Vec<Cell>>, colours: bool) -> String {
     let head = head.iter().map(|title| Cell::new(title, Tone::Faint));
     let mut all = vec![head.collect()];
+    if rows.is_empty() {
+        all.push(vec![Cell::new("none", Tone::Faint)]);
+    }
     all.extend(rows);
     columns(&all, colours)
 }
@@ -141,6 +144,14 @@ pub(crate) fn bytes(count: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_table_of_nothing_says_so() {
+        assert_eq!(
+            table(&["NODE", "SITE"], Vec::new(), false),
+            "NODE  SITE\nnone\n"
+        );
+    }
 
     #[test]
     fn columns_line_up_with_and_without_colours() {

@@ -246,7 +246,14 @@ impl AgentAdmin for Agent {
             endpoints: vec![endpoint("10.2.4.1", "edge-c1", "anywhere", false, false)],
             ..admin::ServiceReport::default()
         };
-        let services = vec![inventory, lost];
+        let new = admin::ServiceReport {
+            namespace: "shop".to_owned(),
+            name: "new".to_owned(),
+            kind: "ClusterIP".to_owned(),
+            cluster_ips: texts(&["10.43.0.11"]),
+            ..admin::ServiceReport::default()
+        };
+        let services = vec![inventory, lost, new];
         Ok(Response::new(admin::ServicesResponse { services }))
     }
 

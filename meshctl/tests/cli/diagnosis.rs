@@ -198,7 +198,13 @@ async fn the_snapshots_on_disk_are_shown_compared_checked_and_exported() {
     let want = json!({ "file": out.display().to_string(), "generation": 42, "bytes": 2048 });
     assert_eq!(lab.json(&export).await, (0, want));
     assert_eq!(fs::read(&out).unwrap(), b"encoded");
-    assert_eq!(lab.run(&export).await.code, 2, "nothing is overwritten");
+    let again = lab.run(&export).await;
+    assert_eq!(again.code, 64, "nothing is overwritten");
+    assert!(
+        again.err.contains("is there already: remove it"),
+        "{}",
+        again.err
+    );
 }
 
 #[tokio::test]
@@ -417,7 +423,7 @@ async fn a_bug_report_has_every_report_and_no_canary_key() {
     ] {
         assert!(out.join(format!("{name}.json")).is_file(), "{name}");
     }
-    assert_eq!(lab.run(&command).await.code, 2, "nothing is written over");
+    assert_eq!(lab.run(&command).await.code, 64, "nothing is written over");
 
     let without = Lab::empty();
     let out = without.folder.path().join("report");

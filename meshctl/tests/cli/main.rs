@@ -175,7 +175,7 @@ local       192.168.7.1:51820
 seen as     203.0.113.5:40000
 NAT         port_restricted
 mapped      192.168.7.254: 203.0.113.5:51820 by PCP
-LAN         3 sent
+LAN         announcements: 3 sent
 controller  cloud:7440, connected
 snapshot    generation 42, 3s old: 5 nodes, 7 services
 peers       3 direct, 1 relayed
@@ -390,6 +390,7 @@ async fn services_show_where_flows_go() {
 SERVICE         KIND       ADDRESSES   PORTS        ENDPOINTS     GOES TO
 shop/inventory  ClusterIP  10.43.0.10  http 80/TCP  2 ready of 2  1 same-site
 shop/lost       Headless                            1 ready of 1  -
+shop/new        ClusterIP  10.43.0.11               0 ready of 0  -
 ";
     assert_eq!(lab.run("services").await.out, want);
     let want = "\
@@ -397,6 +398,7 @@ SERVICE         ENDPOINT       NODE     TIER       READY  ALIVE  CHOSEN
 shop/inventory  10.2.3.1:8080  edge-b1  same-site  yes    yes    yes
 shop/inventory  10.9.9.9:8080  -        anywhere   yes    yes    ejected
 shop/lost       10.2.4.1       edge-c1  anywhere   yes    no     full
+shop/new        -
 ";
     assert_eq!(lab.run("services --endpoints").await.out, want);
 }
@@ -433,6 +435,23 @@ async fn dns_query_tells_answers_from_none_and_from_failure() {
     assert_eq!(lab.json("dns query servfail").await.0, 2);
     let want = "edge-a1.mesh. 5 IN A fd00::1\nNOERROR from 169.254.53.53:53 in 0.40 ms\n";
     assert_eq!(lab.run("dns query edge-a1.mesh").await.out, want);
+
+    let (_, name) = lab.json("dns query 100.96.0.1").await;
+    assert_eq!(
+        (&name["name"], &name["type"]),
+        (&json!("1.0.96.100.in-addr.arpa"), &json!("PTR"))
+    );
+    for (name, hints) in [
+        ("nxdomain", &["nothing is put behind it"][..]),
+        (
+            "servfail",
+            &["nothing is put behind it", "`meshctl dns status`"],
+        ),
+    ] {
+        let out = lab.run(&format!("dns query {name}")).await.out;
+        assert_eq!(out.lines().count(), 1 + hints.len(), "{out}");
+        assert!(hints.iter().all(|hint| out.contains(hint)), "{out}");
+    }
 }
 
 #[tokio::test]
@@ -463,6 +482,8 @@ async fn a_token_goes_to_standard_output_alone() {
         lab.json("token revoke t1").await,
         (0, json!({ "revoked": "t1" }))
     );
+    let whole = lab.json("token revoke hf1.demo.example.t1.SECRET.abcd");
+    assert_eq!(whole.await, (0, json!({ "revoked": "t1" })));
     let wrong = lab.run("token revoke t9").await;
     assert_eq!(
         (wrong.code, wrong.err.as_str()),
@@ -612,6 +633,18 @@ async fn without_a_daemon_it_says_what_to_do() {
         "{}",
         ran.err
     );
+}
+
+#[tokio::test]
+async fn the_other_daemon_s_socket_is_taken_for_what_it_is() {
+    let lab = Lab::empty();
+    let agent = AdminSocket::bind(&lab.controller()).await.unwrap();
+    let health = admin::Health::Ok;
+    let server = Server::builder().add_service(AgentAdminServer::new(Agent { health }));
+    tokio::spawn(server.serve_with_incoming(agent));
+    let ran = lab.run("nodes").await;
+    assert_eq!(ran.code, 2);
+    assert!(ran.err.contains("is that its admin socket"), "{}", ran.err);
 }
 
 #[tokio::test]
