@@ -220,7 +220,18 @@ fn parse_slot(mut content: Vec<u8>) -> Result<(u64, Vec<u8>), SlotError> {
 }
 
 #[cfg(test)]
+mod power;
+
+#[cfg(test)]
 mod tests {
+    use std::{
+        env,
+        os::unix::{fs::FileExt as _, process::parent_id},
+        process::{Child, Command, Stdio},
+        thread,
+        time::Duration,
+    };
+
     use super::*;
 
     fn reopen(folder: &Path) -> Option<Vec<u8>> {
@@ -276,53 +287,91 @@ mod tests {
         }
     }
 
-    /// What [`a_process_killed_inside_any_write_leaves_the_state_before_or_after`] runs and kills.
+    /// What [`a_process_killed_inside_any_write_leaves_the_state_before_or_after`] and `power` run and kill. Says each number in
+    /// a file of its own, once the write of it is over.
     #[test]
     fn writer() {
-        let Some(folder) = std::env::var_os("HOLDFAST_TEST_STORE") else {
+        let (Some(folder), Some(said)) = (
+            env::var_os("HOLDFAST_TEST_STORE"),
+            env::var_os("HOLDFAST_TEST_SAID"),
+        ) else {
             return;
         };
+        let said = File::create(said).unwrap();
         let mut store = Store::open(Path::new(&folder)).store;
-        for number in 1_u64.. {
+        let parent = parent_id();
+        let mut number = 0_u64;
+        while parent_id() == parent {
+            number += 1;
             // Of the size of some pages, so that a write is more than one.
-            let payload = number.to_be_bytes().repeat(4_096);
-            store.write(&payload).unwrap();
-            let said = fs::write(Path::new(&folder).join("said"), number.to_be_bytes());
-            said.unwrap();
+            store.write(&number.to_be_bytes().repeat(4_096)).unwrap();
+            said.write_all_at(&number.to_be_bytes(), 0).unwrap(); // Whole or not at all.
         }
+    }
+
+    /// Killed when it is dropped.
+    pub(super) struct Writer {
+        pub(super) process: Child,
+        said: PathBuf,
+    }
+
+    impl Writer {
+        /// Writes into `folder`, as what `command` becomes, and has done so once.
+        pub(super) fn start(mut command: Command, folder: &Path, said: PathBuf) -> Self {
+            command
+                .env("HOLDFAST_TEST_STORE", folder)
+                .env("HOLDFAST_TEST_SAID", &said);
+            let process = command.stdout(Stdio::null()).spawn().unwrap();
+            let mut writer = Self { process, said };
+            while writer.said() == 0 {
+                let ended = writer.process.try_wait().unwrap();
+                assert!(ended.is_none(), "{ended:?}");
+                thread::sleep(Duration::from_millis(1));
+            }
+            writer
+        }
+
+        /// The last number whose write was over.
+        pub(super) fn said(&self) -> u64 {
+            let said = fs::read(&self.said).ok();
+            let said = said.and_then(|said| said.try_into().ok());
+            said.map_or(0, u64::from_be_bytes)
+        }
+    }
+
+    impl Drop for Writer {
+        fn drop(&mut self) {
+            self.process.kill().ok();
+            self.process.wait().ok();
+        }
+    }
+
+    /// The number in `folder`, where nothing is damaged.
+    pub(super) fn number_in(folder: &Path) -> u64 {
+        let opened = Store::open(folder);
+        assert!(opened.damaged.is_empty(), "{:?}", opened.damaged);
+        let payload = opened.payload.unwrap();
+        let (numbers, odd) = payload.as_chunks::<8>();
+        assert!(odd.is_empty() && numbers.iter().all(|other| *other == numbers[0]));
+        u64::from_be_bytes(numbers[0])
     }
 
     #[test]
     fn a_process_killed_inside_any_write_leaves_the_state_before_or_after() {
-        use std::{process::Command, thread, time::Duration};
         let (mut between, mut leftovers) = (0, 0);
         for run in 0..60_u64 {
             let folder = tempfile::tempdir().unwrap();
-            let mut child = Command::new(std::env::current_exe().unwrap())
-                .args(["--exact", "store::tests::writer"])
-                .env("HOLDFAST_TEST_STORE", folder.path())
-                .stdout(std::process::Stdio::null())
-                .spawn()
-                .unwrap();
-            while !folder.path().join("said").exists() {
-                thread::sleep(Duration::from_micros(100));
-            }
+            let mut command = Command::new(env::current_exe().unwrap());
+            command.args(["--exact", "store::tests::writer"]);
+            let mut writer = Writer::start(command, folder.path(), folder.path().join("said"));
             // Another point of the write each time.
             thread::sleep(Duration::from_micros(997 * run % 7_000));
-            child.kill().unwrap();
-            child.wait().unwrap();
+            writer.process.kill().unwrap();
+            writer.process.wait().unwrap();
             leftovers += u32::from(folder.path().join("snapshot.tmp").exists());
-            let said = fs::read(folder.path().join("said")).unwrap();
-            let said = <[u8; 8]>::try_from(said).map_or(0, u64::from_be_bytes);
-            let opened = Store::open(folder.path());
-            assert!(opened.damaged.is_empty(), "{:?}", opened.damaged);
-            let payload = opened.payload.unwrap();
-            let (numbers, odd) = payload.as_chunks::<8>();
-            let number = u64::from_be_bytes(numbers[0]);
-            assert!(odd.is_empty() && numbers.iter().all(|other| *other == numbers[0]));
-            // Saying so is a write of its own, and may have been cut as well.
+            let (number, said) = (number_in(folder.path()), writer.said());
             assert!(
-                said == 0 || number == said || number == said + 1,
+                number == said || number == said + 1,
                 "{number}, said {said}"
             );
             between += u32::from(number == said + 1);
