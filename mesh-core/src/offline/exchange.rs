@@ -128,7 +128,8 @@ impl Exchange {
             if version > known.version && known.failures == 0 {
                 known.not_before = ask_at;
             }
-            (known.address, known.version, known.heard_at) = (address, version, now);
+            (known.name, known.address) = (name, address);
+            (known.version, known.heard_at) = (version, now);
             return;
         }
         if self.offers.len() >= OFFERS_MAX {
@@ -169,8 +170,9 @@ impl Exchange {
         if self.poll_timeout().is_none_or(|due| due > now) {
             return None;
         }
+        // Who is distrusted is not forgotten by saying nothing.
         self.offers
-            .retain(|_, offer| now < offer.heard_at + OFFER_AGE_MAX);
+            .retain(|_, offer| now < offer.not_before.max(offer.heard_at + OFFER_AGE_MAX));
         let due = |offer: &Known| offer.version > self.own && offer.not_before <= now;
         let best = self.offers.values().filter(|offer| due(offer));
         let best = best.map(|offer| offer.version).max()?;

@@ -152,11 +152,13 @@ impl Limit {
 
 #[cfg(test)]
 mod tests {
-    use mesh_wire::id::{MeshId, NodeId};
+    use std::collections::BTreeSet;
+
+    use mesh_wire::id::{MeshId, NodeId, RelayId};
 
     use super::*;
     use crate::{
-        snapshot::{EndpointSlice, MeshSettings, Node, ServiceName},
+        snapshot::{EndpointSlice, ExternalPeer, MeshSettings, Node, Relay, ServiceName},
         testing::start,
     };
 
@@ -174,8 +176,12 @@ mod tests {
         assert_eq!(limit.poll_timeout(), None);
         limit.handle_controller(Some(DAY), t + 31 * DAY);
         assert_eq!(limit.standing(t + 99 * DAY), Standing::Counts);
+        assert_eq!(limit.poll_timeout(), None, "while it speaks");
         limit.handle_controller(None, t + 99 * DAY);
         assert_eq!(limit.poll_timeout(), Some(t + 114 * DAY));
+        // A neighbour's state from before the controller last spoke gives nothing.
+        limit.handle_newer(DAY, t + 101 * DAY);
+        assert_eq!(limit.counted(t + 101 * DAY), (2 * DAY, DAY));
     }
 
     #[test]
@@ -200,6 +206,25 @@ mod tests {
             let node = Node::new(&mesh, name.clone(), NodeId([id; 32]), address);
             snapshot.nodes.insert(name.clone(), node);
         }
+        let phone = ExternalPeer {
+            id: NodeId([9; 32]),
+            name: "phone".parse().unwrap(),
+            prefixes: Vec::new(),
+            gateway: own.clone(),
+            endpoint: None,
+            keepalive: None,
+        };
+        snapshot.external_peers.insert(phone.name.clone(), phone);
+        let relay = Relay {
+            name: "r1".parse().unwrap(),
+            addresses: Vec::new(),
+            quic_port: 443,
+            tls_port: 443,
+            stun_ports: Vec::new(),
+            node: None,
+            sites: BTreeSet::new(),
+        };
+        snapshot.relays.insert(RelayId::from(&relay.name), relay);
         let service = ServiceName {
             namespace: "shop".to_owned(),
             name: "orders".to_owned(),
@@ -216,6 +241,7 @@ mod tests {
 
         let alone = alone(&snapshot, &own);
         assert!(alone.nodes.keys().eq([&own]));
+        assert!(alone.external_peers.is_empty() && alone.relays.is_empty());
         let left = &alone.slices[&service]["orders-1"].endpoints;
         assert_eq!(*left, [endpoint(Some(&own))]);
         assert_eq!(slice.endpoints.len(), 3, "the state itself is as it was");

@@ -120,6 +120,65 @@ fn a_liar_is_not_asked_for_an_hour_whatever_it_announces() {
 }
 
 #[test]
+fn a_liar_is_not_forgotten_by_saying_nothing() {
+    let t = start();
+    let mut exchange = Exchange::new(made(10), 1, t);
+    offer(&mut exchange, 1, 30, t);
+    let (at, _) = asked(&mut exchange);
+    exchange.handle_outcome(node(1), Outcome::Distrusted, at);
+    // Somebody else is asked: what was announced too long ago is taken out then.
+    let later = at + OFFER_AGE_MAX;
+    offer(&mut exchange, 2, 11, later);
+    let (at, who) = asked(&mut exchange);
+    assert_eq!(who, 2);
+    exchange.handle_outcome(node(2), Outcome::Failed, at);
+    offer(&mut exchange, 1, 30, at);
+    assert_eq!(exchange.handle_timeout(at + ASK_WITHIN), None);
+}
+
+#[test]
+fn what_a_neighbour_said_last_of_itself_counts_and_not_all_ask_for_it_at_once() {
+    let t = start();
+    let mut waits = Vec::new();
+    for seed in 0..100 {
+        let mut exchange = Exchange::new(made(10), seed, t);
+        offer(&mut exchange, 1, 10, t);
+        let later = t + Duration::from_secs(60);
+        let mut moved = announced(node(1), made(11));
+        moved.ask.name = "edge-a9".parse().unwrap();
+        moved.ask.address = place(9);
+        exchange.handle_offer(moved.clone(), later);
+        let due = exchange.poll_timeout().unwrap();
+        assert_eq!(exchange.handle_timeout(due), Some(moved.ask));
+        waits.push(due - later);
+    }
+    waits.sort_unstable();
+    assert!(waits[10] > Duration::ZERO && waits[10] < ASK_WITHIN / 4);
+    assert!(waits[90] > ASK_WITHIN * 3 / 4 && waits[99] <= ASK_WITHIN);
+}
+
+#[test]
+fn a_neighbour_that_gave_its_state_is_none_that_failed_any_more() {
+    let t = start();
+    let mut exchange = Exchange::new(made(10), 1, t);
+    let mut now = t;
+    for (version, outcome) in [
+        (30, Outcome::Failed),
+        (30, Outcome::Failed),
+        (30, Outcome::Taken),
+        (40, Outcome::Failed),
+    ] {
+        offer(&mut exchange, 1, version, now);
+        (now, _) = asked(&mut exchange);
+        if outcome == Outcome::Taken {
+            exchange.handle_own(made(version));
+        }
+        exchange.handle_outcome(node(1), outcome, now);
+    }
+    assert_eq!(asked(&mut exchange).0, now + RETRY_MIN);
+}
+
+#[test]
 fn what_was_announced_long_ago_counts_no_more() {
     let t = start();
     let mut exchange = Exchange::new(made(10), 1, t);
