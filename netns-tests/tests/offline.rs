@@ -7,12 +7,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use netns_tests::{mesh::Mesh, tool};
 use serde_json::Value;
 
 /// What should happen soon has happened by then, or never will.
 const SOON: Duration = Duration::from_secs(20);
+
+/// A node that boots serves within this what it can serve alone, and finds those that are near.
+const UP: Duration = Duration::from_secs(1);
+
+/// Boots with each clock: the machine may have had something else to do during one of them.
+const BOOTS: usize = 3;
 
 /// A node whose mesh is well sends and receives less at rest: its links' keepalives, and acknowledgements.
 const QUIET_BYTES_PER_S: u64 = 2048;
@@ -198,6 +204,165 @@ fn a_controller_restored_from_a_backup_takes_nothing_away_until_its_operator_say
             Ok(())
         })?;
     }
+    mesh.ends_well()
+}
+
+/// Boots both nodes: nothing is left in their kernels, and none knows where the other one is. How long it takes from the start of
+/// the first one's process, whose clock is wrong, until it answers a name, serves a service of its own, and reaches the other.
+fn boot(mesh: &Mesh, clock: &str, own: &str) -> Result<[Duration; 3]> {
+    let [measured, near] = NODES;
+    for name in NODES {
+        let node = mesh.node(name)?;
+        let config = node.dir().join("agent.toml").display().to_string();
+        let words = [&mesh.bin("mesh-agent"), "--config", &config, "remove"];
+        node.run(&words, SOON)?.ok()?;
+        fs::remove_file(node.dir().join("state/peers")).ok();
+    }
+    mesh.start_agent(near)?;
+    let node = mesh.node(measured)?;
+    let config = node.dir().join("agent.toml").display().to_string();
+    let agent = [mesh.bin("mesh-agent"), "--config".to_owned(), config];
+    let words = [tool::with_clock(clock)?, agent.to_vec()].concat();
+    let lab = tool::binary("lab")?.display().to_string();
+    let begin = Instant::now();
+    mesh.put(measured, "mesh-agent", node.spawn("mesh-agent", &words)?);
+    let awaited: [&[&str]; 3] = [
+        &["await-name", KIOSK, own],
+        &["await-tcp", &format!("{own}:80")],
+        &["await-tcp", "100.96.1.2:8080"],
+    ];
+    thread::scope(|scope| {
+        let took = awaited.map(|words| {
+            let (node, lab) = (&node, lab.as_str());
+            scope.spawn(move || -> Result<Duration> {
+                let words = [&[lab], words].concat();
+                node.run(&words, SOON)?.ok()?;
+                Ok(begin.elapsed())
+            })
+        });
+        let mut times = [Duration::ZERO; 3];
+        for (time, took) in times.iter_mut().zip(took) {
+            *time = took.join().map_err(|_| anyhow!("it panicked"))??;
+        }
+        Ok(times)
+    })
+}
+
+#[test]
+fn a_site_that_boots_with_a_wrong_clock_and_nobody_but_itself_is_up_within_a_second() -> Result<()>
+{
+    let mesh = Mesh::one_site_of(&NODES)?;
+    for node in NODES {
+        mesh.serve(node, "http", &["http", node, "0.0.0.0:8080"])?;
+    }
+    let (old, new) = ("10.43.0.99", "10.43.0.100");
+    kiosk(&mesh, old)?;
+    for node in NODES {
+        tool::eventually("both know it", SOON, || resolves(&mesh, node, old))?;
+    }
+    // One hears of a change that the other one slept through.
+    mesh.take("edge-a1", "mesh-agent")?.terminate(SOON)?;
+    kiosk(&mesh, new)?;
+    tool::eventually("one knows it", SOON, || resolves(&mesh, "edge-a2", new))?;
+    mesh.take("edge-a2", "mesh-agent")?.terminate(SOON)?;
+    let cloud = mesh.cloud().name().to_owned();
+    mesh.kill(&cloud, "mesh-controller")?;
+    mesh.kill(&cloud, "mesh-relay")?;
+    mesh.site("site-a")?.link().set_down(true)?;
+    for node in NODES {
+        tool::ip(mesh.node(node)?.netns(), "route del default\n")?;
+    }
+
+    for (clock, takes) in [("+10y", false), ("-10y", true)] {
+        let mut fastest = [SOON; 3];
+        for round in 0..BOOTS {
+            let own = if takes && round > 0 { new } else { old };
+            let times = boot(&mesh, clock, own)?;
+            eprintln!("{clock}: name, own service, neighbour after {times:?}");
+            for (fastest, time) in fastest.iter_mut().zip(times) {
+                *fastest = time.min(*fastest);
+            }
+            // Whose clock is ahead cannot tell from a certificate that is over, and takes nothing.
+            if takes {
+                tool::eventually("what is newer is taken", SOON, || {
+                    resolves(&mesh, "edge-a1", new)
+                })?;
+            } else {
+                resolves(&mesh, "edge-a1", old)?;
+            }
+            mesh.take("edge-a1", "mesh-agent")?.terminate(SOON)?;
+            mesh.take("edge-a2", "mesh-agent")?.terminate(SOON)?;
+        }
+        ensure!(
+            fastest.iter().all(|time| *time <= UP),
+            "{clock}: {fastest:?}"
+        );
+    }
+    mesh.ends_well()
+}
+
+#[test]
+fn a_clock_that_jumps_by_years_and_back_takes_nothing_from_a_node_that_runs() -> Result<()> {
+    let mesh = Mesh::one_site_of(&NODES)?;
+    for node in NODES {
+        mesh.serve(node, "http", &["http", node, "0.0.0.0:8080"])?;
+    }
+    kiosk(&mesh, "10.43.0.99")?;
+    let node = mesh.node("edge-a1")?;
+    let clock = node.write("clock", "+0")?;
+    let file = format!("FAKETIME_TIMESTAMP_FILE={}", clock.display());
+    mesh.take("edge-a1", "mesh-agent")?.terminate(SOON)?;
+    let config = node.dir().join("agent.toml").display().to_string();
+    let mut words = tool::with_clock("+0")?;
+    let jumps = ["env", "-u", "FAKETIME", "FAKETIME_NO_CACHE=1", &file];
+    words.extend(jumps.map(str::to_owned));
+    words.extend([mesh.bin("mesh-agent"), "--config".to_owned(), config]);
+    mesh.put("edge-a1", "mesh-agent", node.spawn("mesh-agent", &words)?);
+    tool::eventually("it is there", SOON, || {
+        connected(&mesh, "edge-a1")?;
+        resolves(&mesh, "edge-a1", "10.43.0.99")
+    })?;
+
+    let own = format!("http://{KIOSK}/");
+    let serves = || -> Result<()> {
+        let begin = Instant::now();
+        while begin.elapsed() < Duration::from_secs(3) {
+            for (url, from) in [
+                (own.as_str(), NODES[0]),
+                ("http://edge-a2.mesh:8080/", NODES[1]),
+            ] {
+                let hello = mesh.get(NODES[0], &["-4", url], Duration::from_secs(2))?;
+                ensure!(hello.node == from, "{hello:?}");
+            }
+        }
+        let status = mesh.status(NODES[0])?;
+        let says = status.pointer("/snapshot/standing").and_then(Value::as_str);
+        ensure!(says == Some("counts"), "{status}");
+        Ok(())
+    };
+    let begun = generation(&mesh, "edge-a1")?;
+    for jump in ["+10y", "-10y", "+0"] {
+        fs::write(&clock, jump)?;
+        serves().context(jump)?;
+        connected(&mesh, "edge-a1").context(jump)?;
+        if jump == "-10y" {
+            says(&mesh, "edge-a1", "the clock is")?;
+        }
+    }
+    // And while nobody is there to ask.
+    mesh.site("site-a")?.link().set_down(true)?;
+    for jump in ["-10y", "+10y"] {
+        fs::write(&clock, jump)?;
+        serves().with_context(|| format!("cut off, {jump}"))?;
+    }
+    kiosk(&mesh, "10.43.0.100")?;
+    mesh.site("site-a")?.link().set_down(false)?;
+    fs::write(&clock, "+0")?;
+    tool::eventually("it follows again", SOON, || {
+        connected(&mesh, "edge-a1")?;
+        resolves(&mesh, "edge-a1", "10.43.0.100")
+    })?;
+    ensure!(generation(&mesh, "edge-a1")? > begun, "it went back");
     mesh.ends_well()
 }
 
