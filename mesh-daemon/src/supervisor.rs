@@ -11,12 +11,13 @@ use crate::{NotifyState, notify, stop_signal};
 
 /// How long tasks may take to end once they are told: streams are closed and a snapshot is
 /// written, and systemd waits 90 s.
-const SHUTDOWN_GRACE: Duration = Duration::from_secs(3);
+pub(crate) const SHUTDOWN_GRACE: Duration = Duration::from_secs(3);
 
 /// The tasks of this process.
 #[derive(Debug)]
 pub struct Supervisor {
     stop: CancellationToken,
+    ended: CancellationToken,
     tasks: JoinSet<(&'static str, anyhow::Result<()>)>,
 }
 
@@ -26,6 +27,7 @@ impl Supervisor {
     pub fn new(stop: CancellationToken) -> Self {
         Self {
             stop,
+            ended: CancellationToken::new(),
             tasks: JoinSet::new(),
         }
     }
@@ -36,7 +38,17 @@ impl Supervisor {
         name: &'static str,
         task: impl Future<Output = anyhow::Result<()>> + Send + 'static,
     ) {
-        self.tasks.spawn(async move { (name, task.await) });
+        let ended = self.ended.clone().drop_guard(); // Also of one that panics.
+        self.tasks.spawn(async move {
+            let result = task.await;
+            drop(ended);
+            (name, result)
+        });
+    }
+
+    /// Waits until a task ended, for who still starts others: [`Self::run`] then says why.
+    pub fn task_ended(&self) -> impl Future<Output = ()> + Send + 'static {
+        self.ended.clone().cancelled_owned()
     }
 
     /// Stops all tasks on SIGTERM or SIGINT.
@@ -82,5 +94,25 @@ impl Supervisor {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_task_that_ends_while_others_are_still_started_is_noticed_and_said() {
+        for (panics, why) in [(true, "a task panicked"), (false, "task one ended early")] {
+            let mut supervisor = Supervisor::new(CancellationToken::new());
+            let ended = supervisor.task_ended();
+            supervisor.spawn("one", async move {
+                assert!(!panics, "as a test wants it");
+                Ok(())
+            });
+            time::timeout(SHUTDOWN_GRACE, ended).await.unwrap();
+            let error = supervisor.run().await.unwrap_err();
+            assert_eq!(error.to_string(), why);
+        }
     }
 }

@@ -51,6 +51,8 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use crate::supervisor::SHUTDOWN_GRACE;
+
 /// Most spans that wait for the collector, some 0.5 KiB each: 1 MiB. A change that 1,000 nodes are told of has so many.
 const WAITING_MAX: usize = 2_048;
 
@@ -62,6 +64,9 @@ const GATHER: Duration = Duration::from_secs(1);
 
 /// How long a request may take: a collector is near, and while it is waited for others wait.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What waits at the end is sent within this, before the process is over without it.
+const STOP_LIMIT: Duration = SHUTDOWN_GRACE.saturating_sub(Duration::from_secs(1));
 
 /// Where collectors take OTLP over HTTP, and by which path, if nobody says otherwise.
 const PORT: u16 = 4318;
@@ -247,7 +252,7 @@ impl Traces {
         })
     }
 
-    /// Sends spans until `stop`, and then once more what waits. Once for each [`Traces::new`].
+    /// Sends spans until `stop`, and then what waits, for a moment. Once for each [`Traces::new`].
     ///
     /// # Errors
     ///
@@ -262,9 +267,29 @@ impl Traces {
             return Ok(());
         };
         tracing::info!(collector = %on.collector, "spans are sent");
+        let too_late = async {
+            stop.cancelled().await;
+            sleep(STOP_LIMIT).await;
+        };
+        tokio::select! {
+            () = on.deliver_all(&mut waiting, &stop) => {}
+            () = too_late => {}
+        }
+        waiting.close(); // What is made from now on is counted as dropped.
+        let left = u64::try_from(waiting.len()).unwrap_or(u64::MAX);
+        on.counts.dropped.fetch_add(left, Relaxed);
+        let [sent, dropped] = self.counts();
+        tracing::info!(sent, dropped, "no more spans are sent");
+        Ok(())
+    }
+}
+
+impl On {
+    /// Until `stop`, and then until nothing waits.
+    async fn deliver_all(&self, waiting: &mut mpsc::Receiver<SpanData>, stop: &CancellationToken) {
         let mut troubled = false;
         let mut batch = Vec::new();
-        while !stop.is_cancelled() {
+        loop {
             tokio::select! {
                 _ = waiting.recv_many(&mut batch, 1) => {
                     stop.run_until_cancelled(sleep(GATHER)).await;
@@ -277,17 +302,20 @@ impl Traces {
                 batch.push(span);
             }
             if !batch.is_empty() {
-                on.deliver(std::mem::take(&mut batch), &mut troubled).await;
+                self.deliver(std::mem::take(&mut batch), &mut troubled)
+                    .await;
+            } else if stop.is_cancelled() {
+                return;
             }
         }
-        Ok(())
     }
-}
 
-impl On {
     /// A batch that the collector did not take is not sent again: the next ones would wait for it.
     async fn deliver(&self, batch: Vec<SpanData>, troubled: &mut bool) {
-        let count = u64::try_from(batch.len()).unwrap_or(u64::MAX);
+        let unsent = Unsent {
+            counts: &self.counts,
+            spans: u64::try_from(batch.len()).unwrap_or(u64::MAX),
+        };
         let request = ExportTraceServiceRequest {
             resource_spans: group_spans_by_resource_and_scope(batch, &self.resource),
         };
@@ -295,22 +323,38 @@ impl On {
         let posted = posted
             .context("no answer in time")
             .and_then(|posted| posted);
-        let counted = if posted.is_ok() {
-            &self.counts.sent
-        } else {
-            &self.counts.dropped
-        };
-        counted.fetch_add(count, Relaxed);
         match posted {
-            Ok(()) if std::mem::take(troubled) => {
-                tracing::info!(collector = %self.collector, "the collector takes spans again");
+            Ok(()) => {
+                unsent.taken();
+                if std::mem::take(troubled) {
+                    tracing::info!(collector = %self.collector, "the collector takes spans again");
+                }
             }
             Err(error) if !std::mem::replace(troubled, true) => {
                 let error = format!("{error:#}");
                 tracing::warn!(collector = %self.collector, %error, "the collector takes no spans: they are dropped and counted until it does");
             }
-            Ok(()) | Err(_) => {}
+            Err(_) => {}
         }
+    }
+}
+
+/// A batch, which is dropped unless the collector takes it, also if nobody waits for that any more.
+struct Unsent<'a> {
+    counts: &'a Counts,
+    spans: u64,
+}
+
+impl Unsent<'_> {
+    fn taken(mut self) {
+        let spans = std::mem::take(&mut self.spans);
+        self.counts.sent.fetch_add(spans, Relaxed);
+    }
+}
+
+impl Drop for Unsent<'_> {
+    fn drop(&mut self) {
+        self.counts.dropped.fetch_add(self.spans, Relaxed);
     }
 }
 
@@ -366,7 +410,14 @@ impl SpanProcessor for Queue {
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
+
+    use http_body_util::BodyExt as _;
+    use hyper::{Response, body::Incoming};
+    use tokio::{net::TcpListener, sync::Semaphore, time::Instant};
+
     use super::*;
+    use crate::http;
 
     #[test]
     fn a_collector_is_named_by_a_url_without_secrets() {
@@ -395,5 +446,62 @@ mod tests {
         }
         drop(root);
         assert_eq!(traces.counts(), [0, 4]);
+    }
+
+    /// With as many spans waiting as there may be.
+    fn full(collector: SocketAddr) -> Traces {
+        let settings = TracingSettings {
+            otlp: format!("http://{collector}").parse().unwrap(),
+        };
+        let traces = Traces::new(Some(&settings), "test", "1");
+        for _ in 0..WAITING_MAX {
+            drop(traces.root("change", SystemTime::now()));
+        }
+        traces
+    }
+
+    /// As somebody who stops at once.
+    async fn stop(traces: &Traces) -> Duration {
+        let stop = CancellationToken::new();
+        stop.cancel();
+        let begun = Instant::now();
+        traces.clone().send(stop).await.unwrap();
+        begun.elapsed()
+    }
+
+    #[tokio::test]
+    async fn all_that_waits_at_the_end_is_sent() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let traces = full(listener.local_addr().unwrap());
+        let taken = Arc::new(AtomicU64::new(0));
+        let counted = Arc::clone(&taken);
+        let take = move |request: Request<Incoming>| {
+            let counted = Arc::clone(&counted);
+            async move {
+                let body = request.into_body().collect().await.unwrap().to_bytes();
+                let all = ExportTraceServiceRequest::decode(body).unwrap();
+                let scopes = all.resource_spans.iter().flat_map(|all| &all.scope_spans);
+                let spans: usize = scopes.map(|scope| scope.spans.len()).sum();
+                counted.fetch_add(spans as u64, Relaxed);
+                Response::new(String::new())
+            }
+        };
+        let collector = http::serve(listener, Arc::new(Semaphore::new(4)), take);
+        let collector = tokio::spawn(collector);
+        stop(&traces).await;
+        assert_eq!(traces.counts(), [WAITING_MAX as u64, 0]);
+        assert_eq!(taken.load(Relaxed), WAITING_MAX as u64);
+        collector.abort();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_not_taken_at_the_end_is_counted_and_the_process_is_not_held_up() {
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let traces = full(silent.local_addr().unwrap());
+        let took = stop(&traces).await;
+        assert!(took >= STOP_LIMIT && took < SHUTDOWN_GRACE, "{took:?}");
+        assert_eq!(traces.counts(), [0, WAITING_MAX as u64]);
+        drop(traces.root("too late", SystemTime::now()));
+        assert_eq!(traces.counts(), [0, WAITING_MAX as u64 + 1]);
     }
 }
