@@ -88,13 +88,14 @@ pub(crate) struct Doctor {
 /// Every judgement, causes before what they lead to: of findings that are equally bad the first says most.
 type Judgement = fn(&Agent, &Facts) -> Vec<Finding>;
 
-const JUDGEMENTS: [Judgement; 15] = [
+const JUDGEMENTS: [Judgement; 16] = [
     disk,
     clock,
     certificate,
     kernel_features,
     duplicates,
     dns_loop,
+    route_gone,
     asymmetric_route,
     udp_blocked,
     relays,
@@ -303,6 +304,26 @@ fn dns_loop(agent: &Agent, _: &Facts) -> Vec<Finding> {
         finding("dns_loop", Level::Error, cause, fix)
     });
     said.collect()
+}
+
+/// Who manages the machine's network may take away routes that are not its own.
+fn route_gone(agent: &Agent, facts: &Facts) -> Vec<Finding> {
+    let interface = &agent.status.interface;
+    let routes = &facts.kernel.routes;
+    let overlay = agent.facts.overlay_v4.parse::<IpNet>();
+    // Without any route nothing is known: of another node, or as `/proc` cannot be read.
+    let Some(overlay) = overlay.ok().filter(|_| !routes.is_empty()) else {
+        return Vec::new();
+    };
+    let own = |(net, by): &(IpNet, String)| by == interface && net.contains(&overlay);
+    if routes.iter().any(own) {
+        return Vec::new();
+    }
+    let cause = format!(
+        "the route of the overlay is gone: {overlay} does not lead by {interface}, so nothing from this machine reaches its nodes"
+    );
+    let fix = "`systemctl restart mesh-agent` puts it there again. `ip monitor route` shows who takes it away; systemd-networkd does,                unless its networkd.conf says ManageForeignRoutes=no";
+    vec![finding("route_gone", Level::Error, cause, fix)]
 }
 
 /// A more specific route of somebody else's into the overlay is the usual one.

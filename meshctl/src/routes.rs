@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use clap::Subcommand;
+use ipnet::IpNet;
 use mesh_api::admin::{KernelRoute, RouteRequest, RouteResponse};
 use serde::Serialize;
 
@@ -114,6 +115,13 @@ impl Route {
         }
         let wanted = self.interface.as_deref()?;
         let found = kernel.interface.as_deref().unwrap_or("nowhere");
+        let by_default = kernel.prefix.as_deref().is_some_and(is_default);
+        if wanted != found && by_default {
+            return Some(format!(
+                "packets leave by {found}, with all that has no route of its own: the mesh's route by {wanted} is gone. \
+                 `systemctl restart mesh-agent` puts it there again, `ip monitor route` shows who takes it away"
+            ));
+        }
         if wanted != found {
             let prefix = kernel.prefix.as_deref().unwrap_or("another route");
             return Some(format!(
@@ -146,6 +154,13 @@ impl Route {
             other => other.to_owned(),
         }
     }
+}
+
+/// Whether it is the default route, which is no other's fault, and which nobody must be told to take away.
+fn is_default(prefix: &str) -> bool {
+    prefix
+        .parse::<IpNet>()
+        .is_ok_and(|net| net.prefix_len() == 0)
 }
 
 impl From<KernelRoute> for Kernel {
@@ -270,6 +285,16 @@ mod tests {
                 "hf0",
                 by("eth0", "10.0.0.1", "unicast"),
                 Some("by eth0, not by hf0: 192.168.2.0/24"),
+                Verdict::Degraded,
+            ),
+            (
+                "node",
+                "hf0",
+                KernelRoute {
+                    prefix: "0.0.0.0/0".to_owned(),
+                    ..by("eth0", "10.0.0.1", "unicast")
+                },
+                Some("the mesh's route by hf0 is gone"),
                 Verdict::Degraded,
             ),
             (

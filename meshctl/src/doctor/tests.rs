@@ -39,7 +39,10 @@ fn well() -> Facts {
             facts,
         }),
         machine: Vec::new(),
-        kernel: Kernel::default(),
+        kernel: Kernel {
+            routes: vec![("100.96.0.0/12".parse().unwrap(), "holdfast0".into())],
+            ..Kernel::default()
+        },
         now_unix_s: NOW,
     }
 }
@@ -285,6 +288,31 @@ fn asymmetric_route() {
         facts.kernel.routes.extend(routes);
     });
     assert!(own.findings.is_empty(), "{own:?}");
+}
+
+#[test]
+fn route_gone() {
+    let only = |net: &str, interface: &str| {
+        let route = (net.parse().unwrap(), interface.to_owned());
+        judged(|facts| facts.kernel.routes = vec![route])
+    };
+    for (net, interface) in [
+        ("0.0.0.0/0", "eth0"),
+        ("100.96.2.0/24", "holdfast0"), // A part of it is not enough.
+        ("100.64.0.0/10", "wg0"),
+    ] {
+        let gone = only(net, interface);
+        let found = gone.findings.iter().find(|one| one.fault == "route_gone");
+        assert_eq!(found.map(|one| one.level), Some(Level::Error), "{net}");
+    }
+    first(
+        &only("0.0.0.0/0", "eth0"),
+        "route_gone",
+        Level::Error,
+        &["100.96.0.0/12", "holdfast0"],
+    );
+    let unknown = judged(|facts| facts.kernel.routes.clear());
+    assert!(unknown.findings.is_empty(), "{unknown:?}");
 }
 
 #[test]
