@@ -2,7 +2,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -13,7 +13,10 @@ use hickory_proto::{
     rr::{Name, RecordType},
 };
 use rustls::ClientConfig;
-use tokio::time::{Instant, sleep_until};
+use tokio::{
+    sync::OnceCell,
+    time::{Instant, sleep_until},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -38,6 +41,8 @@ pub(crate) struct Forwarder {
     /// By the domain that they are asked about; of several that fit, the longest counts.
     upstreams: Vec<(Name, Vec<Arc<Upstream>>)>,
     cache: Mutex<Cache>,
+    /// What upstreams are being asked. As many as there are questions that wait.
+    asking: Mutex<HashMap<Key, Arc<OnceCell<Option<Message>>>>>,
     counters: Arc<Counters>,
     /// When an answer beyond its time was last given.
     gave_stale: Mutex<Option<Instant>>,
@@ -81,6 +86,7 @@ impl Forwarder {
         Self {
             upstreams,
             cache: Mutex::new(Cache::new(config.stale_max)),
+            asking: Mutex::default(),
             counters,
             gave_stale: Mutex::default(),
             tasks,
@@ -156,7 +162,7 @@ impl Forwarder {
         self.counters.prefetched.add();
         let key = key(&reply, &question);
         // Without an answer it stays until its end, and is asked for then.
-        self.ask_upstreams(&key, question, false).await;
+        self.ask_once(&key, question, false).await;
     }
 
     /// `reply`, completed by an upstream, or by what one once said, or with an error.
@@ -165,7 +171,7 @@ impl Forwarder {
         let key = key(&reply, &question);
         let is_stale = matches!(self.look_up(&key), Some(Cached::Stale(_)));
         let begun = Instant::now();
-        let said = self.ask_upstreams(&key, question, is_stale).await;
+        let said = self.ask_once(&key, question, is_stale).await;
         self.counters.waits.add(begun.elapsed());
         if let Some(message) = said.as_ref().filter(|said| is_helpful(said)) {
             return complete(reply, message.clone());
@@ -190,6 +196,18 @@ impl Forwarder {
 
     fn look_up(&self, key: &Key) -> Option<Cached> {
         lock(&self.cache).get(key, Instant::now().into_std())
+    }
+
+    /// Asks, or waits with who asks already: many questions for one name at once would make an answer to one of them easier to
+    /// forge (RFC 5452 §5), and a crowd's the upstream's.
+    async fn ask_once(&self, key: &Key, question: Query, is_stale: bool) -> Option<Message> {
+        let asking = Asking {
+            said: Arc::clone(lock(&self.asking).entry(key.clone()).or_default()),
+            all: &self.asking,
+            key,
+        };
+        let ask = || self.ask_upstreams(key, question, is_stale);
+        asking.said.get_or_init(ask).await.clone()
     }
 
     /// The first helpful answer, or else what one said that has none. The next upstream is asked when one has failed, and also
@@ -306,6 +324,23 @@ impl Forwarder {
                 tracing::trace!(upstream = %upstream.config.address, %error, "no answer");
                 Judged::Unhelpful(None)
             }
+        }
+    }
+}
+
+/// Who waits for an answer; the last one takes it away.
+struct Asking<'a> {
+    said: Arc<OnceCell<Option<Message>>>,
+    all: &'a Mutex<HashMap<Key, Arc<OnceCell<Option<Message>>>>>,
+    key: &'a Key,
+}
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        let mut all = lock(self.all);
+        // The map's and this one. Others are made with the lock held.
+        if Arc::strong_count(&self.said) == 2 {
+            all.remove(self.key);
         }
     }
 }
@@ -510,6 +545,39 @@ mod tests {
         let (code, _) = ask_for(&forwarder, "example.org.").await;
         assert_eq!(code, ResponseCode::NoError);
         assert_eq!(forwarder.counters.passed_over.get(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_name_that_many_ask_for_at_once_is_asked_for_once() {
+        let silent = std::net::UdpSocket::bind(("127.0.0.1", 0)).unwrap();
+        silent.set_nonblocking(true).unwrap();
+        let upstream = UpstreamConfig::plain(silent.local_addr().unwrap());
+        let forwarder = forwarder(vec![upstream]);
+        let crowd = (0..50).map(|_| ask_for(&forwarder, "example.org."));
+        for (code, _) in futures_util::future::join_all(crowd).await {
+            assert_eq!(code, ResponseCode::ServFail);
+        }
+        let mut buffer = [0; 512];
+        let received = || {
+            silent
+                .recv(&mut buffer)
+                .ok()
+                .map(|len| buffer[..len].to_vec())
+        };
+        let received = std::iter::from_fn(received);
+        let names = received.filter(|one| one.windows(7).any(|part| part == b"example"));
+        assert_eq!(names.count(), 2, "the question, and once more after 0.4 s");
+        assert!(lock(&forwarder.asking).is_empty());
+        // Who hangs up leaves nothing behind, and the next is answered nevertheless.
+        let given_up = tokio::time::timeout(Duration::from_millis(1), ask_for(&forwarder, "a."));
+        let waits = async {
+            tokio::task::yield_now().await;
+            ask_for(&forwarder, "a.").await
+        };
+        let (given_up, (code, _)) = tokio::join!(given_up, waits);
+        assert!(given_up.is_err());
+        assert_eq!(code, ResponseCode::ServFail);
+        assert!(lock(&forwarder.asking).is_empty());
     }
 
     #[tokio::test(start_paused = true)]

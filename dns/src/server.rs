@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use hickory_proto::{
     op::{Message, Query, ResponseCode},
     rr::Name,
@@ -21,7 +22,10 @@ use mesh_wire::id::canonical_ip;
 use rustix::net::{SendFlags, sendto};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    net::{
+        TcpListener, TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
     runtime::Handle,
     time::{sleep, timeout},
 };
@@ -415,6 +419,10 @@ impl Shared {
                 }
             };
             let source = canonical_ip(source.ip());
+            // Before it takes a place that somebody else may need.
+            if !self.is_client(source, self.view().as_deref()) {
+                continue;
+            }
             let Some(admission) = self.connections.admit(source) else {
                 self.counters.drop_one(DropReason::Connections);
                 continue;
@@ -431,34 +439,65 @@ impl Shared {
         }
     }
 
-    async fn serve_connection(&self, mut stream: TcpStream, source: IpAddr) -> io::Result<()> {
-        loop {
-            let query = timeout(TCP_IDLE, read_query(&mut stream)).await??;
-            let view = self.view();
-            if !self.is_client(source, view.as_deref()) {
-                return Ok(());
-            }
-            let callers = self.callers();
-            let caller = callers
-                .as_deref()
-                .and_then(|callers| callers.caller(source));
-            let reply = match self.decide(&query, view.as_deref(), caller).0 {
-                Step::Nothing => return Ok(()),
-                Step::Own(reply, _) | Step::Cached(reply) => reply,
-                Step::Ask(reply, question) => match self.waiting.admit(source) {
-                    Some(_admission) => self.forwarder.ask(reply, question).await,
-                    None => self.busy(reply),
-                },
+    /// Answers each question as soon as it can: what waits for an upstream keeps nobody waiting (RFC 7766 §6.2.1.1).
+    async fn serve_connection(&self, stream: TcpStream, source: IpAddr) -> io::Result<()> {
+        let (reader, mut writer) = stream.into_split();
+        let mut reading = Box::pin(next_query(reader));
+        let mut asked = FuturesUnordered::new();
+        let ended = loop {
+            let reply = tokio::select! {
+                read = &mut reading => {
+                    let (reader, query) = match read {
+                        Ok(read) => read,
+                        Err(ended) => break ended,
+                    };
+                    reading.set(next_query(reader));
+                    let view = self.view();
+                    if !self.is_client(source, view.as_deref()) {
+                        return Ok(());
+                    }
+                    let callers = self.callers();
+                    let caller = callers.as_deref().and_then(|callers| callers.caller(source));
+                    match self.decide(&query, view.as_deref(), caller).0 {
+                        Step::Nothing => return Ok(()),
+                        Step::Own(reply, _) | Step::Cached(reply) => reply,
+                        Step::Ask(reply, question) => match self.waiting.admit(source) {
+                            Some(admission) => {
+                                asked.push(async move {
+                                    let _admission = admission;
+                                    self.forwarder.ask(reply, question).await
+                                });
+                                continue;
+                            }
+                            None => self.busy(reply),
+                        },
+                    }
+                }
+                Some(reply) = asked.next() => reply,
             };
-            let written = self.write(reply, TCP_MESSAGE_MAX_BYTES, Overflow::LeaveOut);
-            let Some(Written { bytes, .. }) = written else {
-                return Ok(());
-            };
-            self.log(source, &bytes);
-            let len = u16::try_from(bytes.len()).unwrap_or(TCP_MESSAGE_MAX_BYTES);
-            let framed = [&len.to_be_bytes()[..], &bytes].concat();
-            timeout(TCP_IDLE, stream.write_all(&framed)).await??;
+            self.send_on(&mut writer, reply, source).await?;
+        };
+        // Who asks no more may still listen.
+        while let Some(reply) = asked.next().await {
+            self.send_on(&mut writer, reply, source).await?;
         }
+        Err(ended)
+    }
+
+    async fn send_on(
+        &self,
+        writer: &mut OwnedWriteHalf,
+        reply: Message,
+        source: IpAddr,
+    ) -> io::Result<()> {
+        let written = self.write(reply, TCP_MESSAGE_MAX_BYTES, Overflow::LeaveOut);
+        let Some(Written { bytes, .. }) = written else {
+            return Err(io::ErrorKind::InvalidData.into());
+        };
+        self.log(source, &bytes);
+        let len = u16::try_from(bytes.len()).unwrap_or(TCP_MESSAGE_MAX_BYTES);
+        let framed = [&len.to_be_bytes()[..], &bytes].concat();
+        timeout(TCP_IDLE, writer.write_all(&framed)).await?
     }
 
     /// What to do about a query, and how large the answer may be if it goes over UDP.
@@ -566,7 +605,12 @@ impl Shared {
     }
 }
 
-async fn read_query(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
+async fn next_query(mut reader: OwnedReadHalf) -> io::Result<(OwnedReadHalf, Vec<u8>)> {
+    let query = timeout(TCP_IDLE, read_query(&mut reader)).await??;
+    Ok((reader, query))
+}
+
+async fn read_query(stream: &mut OwnedReadHalf) -> io::Result<Vec<u8>> {
     let len = usize::from(stream.read_u16().await?);
     if len > TCP_QUERY_MAX_BYTES {
         return Err(io::Error::new(

@@ -404,7 +404,7 @@ fn parse_protocol(label: &str) -> Option<Protocol> {
 
 /// Only named ports have SRV records.
 fn named_port(port: &ServicePort, name: Option<&str>, protocol: Protocol) -> bool {
-    let named = name.map_or(!port.name.is_empty(), |name| port.name == name);
+    let named = !port.name.is_empty() && name.is_none_or(|name| port.name == name);
     named && port.protocol == protocol
 }
 

@@ -74,8 +74,8 @@ fn every_form_of_name_is_answered() {
         ),
         (
             "_._tcp.inventory.shop.svc.cluster.local.",
-            "A",
-            "NODATA cluster.local.",
+            "SRV",
+            "NXDOMAIN cluster.local.",
         ),
         (
             "_tcp.inventory.shop.svc.cluster.local.",

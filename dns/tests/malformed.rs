@@ -11,7 +11,10 @@
 mod common;
 
 use common::{query, view};
-use hickory_proto::{op::Message, rr::RecordType};
+use hickory_proto::{
+    op::{Edns, Message},
+    rr::RecordType,
+};
 use mesh_dns::answer::{Answer, answer, parse};
 use proptest::prelude::*;
 
@@ -87,4 +90,20 @@ fn counts_that_promise_more_than_there_is_are_malformed() {
     let header = [7, 7, 1, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff];
     let response = respond(&header).unwrap();
     assert_eq!(response[3] & 0x0f, 1, "FORMERR");
+}
+
+#[test]
+fn a_query_with_two_edns_records_is_malformed() {
+    let mut asked = query("edge-a1.mesh.", RecordType::A);
+    asked.edns = Some(Edns::new());
+    let bytes = asked.to_vec().unwrap();
+    let options = bytes.split_at(bytes.len() - 11).1; // RFC 6891 §6.1.2
+    let mut twice = [&bytes, options].concat();
+    twice[11] = 2;
+    assert_eq!(respond(&bytes).unwrap()[3] & 0x0f, 0);
+    assert_eq!(
+        respond(&twice).unwrap()[3] & 0x0f,
+        1,
+        "FORMERR (RFC 6891 §6.1.1)"
+    );
 }

@@ -149,6 +149,14 @@ async fn other_names_come_from_the_upstream_once_and_then_from_the_cache() {
         (2, 4)
     );
 
+    // Random letters (0x20) are the same name, and come back as asked.
+    let shown = running.dig("wWw.eXample.oRg").await;
+    assert!(
+        shown.contains(";wWw.eXample.oRg.") && shown.contains("192.0.2.1"),
+        "{shown}"
+    );
+    assert_eq!(counters.forwarded.get(), 2);
+
     running.answers_own_names().await;
     running.ask("missing.shop.svc.cluster.local").await;
     running.ask("nobody.mesh").await;
@@ -256,7 +264,7 @@ async fn a_silent_upstream_gives_servfail_soon_and_own_names_do_not_wait() {
     let socket = UdpSocket::bind((LOOPBACK, 0)).await.unwrap();
     socket.connect(running.address).await.unwrap();
     for id in 0..100 {
-        let mut message = query("www.example.org.", RecordType::A);
+        let mut message = query(&format!("n{id}.example.org."), RecordType::A);
         message.metadata.id = id;
         socket.send(&message.to_vec().unwrap()).await.unwrap();
     }
@@ -380,6 +388,29 @@ async fn one_connection_may_ask_many_times() {
         stream.read_exact(&mut answer).await.unwrap();
         assert_eq!(Message::from_vec(&answer).unwrap().answers.len(), 1);
     }
+}
+
+#[tokio::test]
+async fn what_waits_for_an_upstream_keeps_nobody_waiting_on_the_same_connection() {
+    let silent = UdpSocket::bind((LOOPBACK, 0)).await.unwrap();
+    let running = start(&[silent.local_addr().unwrap()], Some(view())).await;
+    let mut stream = TcpStream::connect(running.address).await.unwrap();
+    for (id, name) in [(1, "www.example.org."), (2, "edge-a1.mesh.")] {
+        let mut asked = query(name, RecordType::A);
+        asked.metadata.id = id;
+        let bytes = asked.to_vec().unwrap();
+        let len = u16::try_from(bytes.len()).unwrap();
+        stream.write_u16(len).await.unwrap();
+        stream.write_all(&bytes).await.unwrap();
+    }
+    stream.shutdown().await.unwrap(); // It asks no more, and listens.
+    for want in [(2, ResponseCode::NoError), (1, ResponseCode::ServFail)] {
+        let mut answer = vec![0; usize::from(stream.read_u16().await.unwrap())];
+        stream.read_exact(&mut answer).await.unwrap();
+        let answer = Message::from_vec(&answer).unwrap();
+        assert_eq!((answer.id, answer.response_code), want);
+    }
+    assert!(stream.read_u16().await.is_err(), "it hung up");
 }
 
 #[tokio::test]
@@ -521,10 +552,12 @@ async fn strangers_get_no_answer_inside() {
         let tcp = tokio::net::TcpSocket::new_v4().unwrap();
         tcp.bind((stranger, 0).into()).unwrap();
         let mut stream = tcp.connect(server.local_addresses()[0]).await.unwrap();
-        stream.write_all(&framed).await.unwrap();
-        let answered = stream.read_u16().await.is_ok();
-        assert_eq!(answered, dropped == 0);
+        let silent = timeout(Duration::from_secs(2), stream.read_u16()).await;
+        // It holds no connection either.
+        assert_eq!(matches!(silent, Ok(Err(_))), dropped > 0, "{silent:?}");
         if dropped == 0 {
+            stream.write_all(&framed).await.unwrap();
+            stream.read_u16().await.unwrap();
             receive(&from_stranger).await;
         }
         // Another thread may have the stranger's datagram.
