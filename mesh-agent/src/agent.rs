@@ -99,9 +99,12 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
         let stop = CancellationToken::new();
         let mut supervisor = Supervisor::new(stop.clone());
         supervisor.stop_on_signal()?;
+        let ended = supervisor.task_ended();
         let started = tokio::select! {
             started = start(settings, state, &mut supervisor, stop.clone()) => started,
             () = stop.cancelled() => return Ok(()),
+            // The first snapshot is waited for as long as it takes: who fetches it has to be there.
+            () = ended => return supervisor.run().await,
         };
         let running = started?;
         // The programs and the snapshot were parsed; what that took is not needed again.
@@ -439,6 +442,7 @@ async fn start(
     supervisor.spawn("segment size", keeper);
     let kernel = network::keep_kernel(
         netlink.clone(),
+        Changes::listen().context("cannot listen for changes of the network")?,
         interface,
         local,
         view.clone(),
@@ -665,7 +669,7 @@ async fn prepare_device(
         .await?;
     let desired = network::desired(snapshot, &settings.node_name, local)
         .context("the snapshot lost this node while it was read")?;
-    let problems = network::apply(netlink, interface, &desired).await?;
+    let (_, problems) = network::apply(netlink, interface, &desired).await?;
     if !problems.is_empty() {
         tracing::warn!(%problems, "the kernel refused a part; trying again");
     }
@@ -761,6 +765,7 @@ async fn remember(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     const PAUSE: Duration = Duration::from_millis(500);
+    let mut refused = String::new();
     loop {
         tokio::select! {
             () = stop.cancelled() => return Ok(()),
@@ -773,9 +778,14 @@ async fn remember(
         let peers = remembered.borrow_and_update().clone();
         let state = Arc::clone(&state);
         let written = tokio::task::spawn_blocking(move || state.remember(&peers)).await?;
-        if let Err(error) = written {
+        // A disk that is full stays so for a while.
+        let error = written
+            .err()
+            .map_or_else(String::new, |error| error.to_string());
+        if !error.is_empty() && error != refused {
             tracing::warn!(%error, "cannot keep the addresses that worked");
         }
+        refused = error;
         time::sleep(PAUSE).await;
     }
 }

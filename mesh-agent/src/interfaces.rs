@@ -170,7 +170,7 @@ pub async fn keep_interfaces(
             tokio::select! {
                 () = stop.cancelled() => return Ok(()),
                 change = changes.next() => {
-                    let change = change.context("the kernel closed the netlink socket")?;
+                    let change = change.context("cannot hear of changes of the network")?;
                     let routes = change.routes || change.own_routes;
                     if change.links || change.addresses || (routes && wanted.has_pods()) {
                         time::sleep(SETTLE).await;

@@ -134,7 +134,7 @@ pub async fn keep_neighbours(
                 shell.machine.handle_news(now());
             }
             change = changes.next() => {
-                let change = change.context("the kernel closed the netlink socket")?;
+                let change = change.context("cannot hear of changes of the network")?;
                 if change.links || change.addresses {
                     looks.handle_change(now());
                 }

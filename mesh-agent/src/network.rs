@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use anyhow::Context as _;
 use ipnet::IpNet;
 use mesh_core::{
     gateways::is_own,
@@ -32,7 +33,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::Settings,
-    driver::Event,
+    driver::{Event, now, sleep_until},
+    settle::Looks,
     uplinks::{Network, UplinkRule, Way},
 };
 
@@ -116,13 +118,15 @@ pub(crate) fn forwards(node: &Node, local: &Local) -> bool {
     local.serves_devices || !node.prefixes.is_empty()
 }
 
-/// Keeps the kernel as the view says, until `stop`.
+/// Keeps the kernel as the view says, until `stop`, also when somebody else takes away what is ours: a network manager that
+/// starts anew flushes what it does not know, and with a device that is taken down the kernel forgets its routes.
 ///
 /// # Errors
 ///
-/// If the kernel does not answer at all; what it refuses is tried again and logged once.
+/// If the kernel does not answer at all, or tells no changes any more; what it refuses is tried again and logged once.
 pub async fn keep_kernel(
     netlink: Netlink,
+    mut changes: Changes,
     interface: (IfIndex, String),
     local: Local,
     mut views: watch::Receiver<Option<Arc<View>>>,
@@ -130,30 +134,55 @@ pub async fn keep_kernel(
 ) -> anyhow::Result<()> {
     let mut applied: Option<Desired> = None;
     let mut complaint = String::new();
+    let mut looks = Looks::new(now());
     loop {
         let view = views.borrow_and_update().clone();
         let wanted = view.and_then(|view| desired(&view.snapshot, &view.node, &local));
+        let is_due = looks.due().is_some_and(|due| due <= now());
+        if is_due {
+            looks.handle_look(now());
+        }
         if let Some(wanted) = wanted
-            && applied.as_ref() != Some(&wanted)
+            && (is_due || applied.as_ref() != Some(&wanted))
         {
-            let problems = apply(&netlink, &interface, &wanted).await?;
+            let (changed, problems) = apply(&netlink, &interface, &wanted).await?;
+            if changed > 0 && applied.as_ref() == Some(&wanted) {
+                tracing::warn!(
+                    interface = interface.1,
+                    changed,
+                    "somebody took away addresses or routes of the mesh: they are back"
+                );
+            }
             if problems.is_empty() {
                 complaint.clear();
                 applied = Some(wanted);
             } else if problems != complaint {
                 tracing::warn!(%problems, "the kernel refused a part; trying again");
                 complaint = problems;
+                applied = None;
             }
         }
-        tokio::select! {
-            () = stop.cancelled() => return Ok(()),
-            changed = views.changed() => changed?,
-            () = time::sleep(RETRY), if !complaint.is_empty() => {}
+        let retry = time::Instant::now() + RETRY;
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return Ok(()),
+                changed = views.changed() => changed?,
+                change = changes.next() => {
+                    let change = change.context("cannot hear of changes of the network")?;
+                    if change.links || change.addresses || change.own_routes {
+                        looks.handle_change(now());
+                    }
+                    continue;
+                }
+                () = sleep_until(looks.due()) => {}
+                () = time::sleep_until(retry), if !complaint.is_empty() => {}
+            }
+            break;
         }
     }
 }
 
-/// Performs `wanted`; returns what was refused, for people.
+/// Performs `wanted`; returns how much was otherwise, and what was refused, for people.
 ///
 /// # Errors
 ///
@@ -162,7 +191,7 @@ pub async fn apply(
     netlink: &Netlink,
     (link, name): &(IfIndex, String),
     wanted: &Desired,
-) -> anyhow::Result<String> {
+) -> anyhow::Result<(usize, String)> {
     let routes = wanted
         .routes
         .iter()
@@ -180,7 +209,8 @@ pub async fn apply(
     {
         problems.push(problem);
     }
-    Ok(problems.join("; "))
+    let changed = [addresses, routes].map(|one| one.added + one.removed);
+    Ok((changed.iter().sum(), problems.join("; ")))
 }
 
 /// An error with what caused it.
@@ -272,7 +302,7 @@ pub async fn watch_uplinks(
         tokio::select! {
             () = stop.cancelled() => return Ok(()),
             change = changes.next() => {
-                anyhow::ensure!(change.is_some(), "the kernel closed the netlink socket");
+                change.context("cannot hear of changes of the network")?;
                 time::sleep(SETTLE).await;
             }
         }
@@ -362,6 +392,73 @@ mod tests {
         assert_eq!(turns[..5], first);
         assert_eq!(turns[19].0 - turns[18].0, LONGEST_TURN.as_secs());
         trying.abort();
+    }
+
+    /// In a network namespace of its own. Needs root.
+    #[test]
+    fn what_somebody_else_takes_away_comes_back() {
+        let inside = mesh_linux::netns::make().unwrap();
+        let work = || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build();
+            runtime.unwrap().block_on(disturbed());
+        };
+        mesh_linux::netns::run_inside(&inside, work).unwrap();
+    }
+
+    async fn disturbed() {
+        let tun = mesh_linux::tun::Tun::create("hf", 1).unwrap();
+        let netlink = Netlink::connect().unwrap();
+        netlink.set_link_up(tun.index(), 1_340, None).await.unwrap();
+        let view = View::new(Arc::new(snapshot()), "own".parse().unwrap());
+        let (_views, view) = watch::channel(Some(Arc::new(view)));
+        let (changes, stop) = (Changes::listen().unwrap(), CancellationToken::new());
+        let kept = keep_kernel(
+            netlink.clone(),
+            changes,
+            (tun.index(), "hf".to_owned()),
+            Local::default(),
+            view,
+            stop.clone(),
+        );
+        let kept = tokio::spawn(kept);
+        let is_whole = async || {
+            for _ in 0..1_000 {
+                let routes = netlink.routes().await.unwrap();
+                let addresses = netlink.addresses(tun.index()).await.unwrap();
+                // The mesh's two ranges, and what is behind the other node; an address of each family.
+                if (routes.len(), addresses.len()) == (3, 2) {
+                    return;
+                }
+                time::sleep(Duration::from_millis(10)).await;
+            }
+            panic!("it does not come back");
+        };
+        is_whole().await;
+        for words in [
+            "-4 route flush dev hf",
+            "-6 route flush dev hf proto 72",
+            "-4 address flush dev hf",
+            "-6 address flush dev hf scope global",
+            "link set hf down",
+        ] {
+            // A program that is started here is in this namespace, too.
+            let done = std::process::Command::new("ip")
+                .args(words.split(' '))
+                .status();
+            assert!(done.unwrap().success(), "ip {words}");
+            if words.ends_with("down") {
+                netlink.set_link_up(tun.index(), 1_340, None).await.unwrap();
+            } else {
+                let routes = netlink.routes().await.unwrap().len();
+                let addresses = netlink.addresses(tun.index()).await.unwrap().len();
+                assert!(routes < 3 || addresses < 2, "ip {words} took nothing");
+            }
+            is_whole().await;
+        }
+        stop.cancel();
+        kept.await.unwrap().unwrap();
     }
 
     #[test]

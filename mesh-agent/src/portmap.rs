@@ -107,7 +107,7 @@ pub async fn keep_mapped(
         tokio::select! {
             () = stop.cancelled() => break,
             change = changes.next() => {
-                let change = change.context("the kernel closed the netlink socket")?;
+                let change = change.context("cannot hear of changes of the network")?;
                 if change.links || change.addresses || change.routes {
                     looks.handle_change(now());
                 }

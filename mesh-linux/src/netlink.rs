@@ -5,6 +5,7 @@
 //! wants any more, such as those of a predecessor that was killed, go with the next
 //! [`Netlink::apply_routes`].
 
+mod changes;
 mod forwarding;
 mod lans;
 mod lookup;
@@ -13,10 +14,9 @@ mod ways;
 
 use std::{collections::BTreeSet, io, net::IpAddr, sync::Arc};
 
-use futures_util::{FutureExt as _, Stream, StreamExt as _, TryStreamExt as _};
+use futures_util::{Stream, TryStreamExt as _};
 use ipnet::IpNet;
 use netlink_packet_route::{
-    RouteNetlinkMessage,
     address::{AddressAttribute, AddressHeaderFlags, AddressMessage},
     link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
     route::{
@@ -24,13 +24,11 @@ use netlink_packet_route::{
         RouteType,
     },
 };
-use rtnetlink::{
-    Handle, LinkUnspec, MulticastGroup, RouteMessageBuilder, new_connection,
-    new_multicast_connection, packet_core::NetlinkPayload,
-};
-use tokio::{sync::Mutex, task::AbortHandle};
+use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder, new_connection};
+use tokio::sync::Mutex;
 
 pub use self::{
+    changes::{Change, Changes},
     forwarding::{Forwarding, ForwardingLink, Veth},
     lans::Lan,
     lookup::Towards,
@@ -387,128 +385,6 @@ impl Netlink {
             routes.extend(messages.iter().filter_map(own_route));
         }
         Ok(routes)
-    }
-}
-
-/// What changed in the machine's network; see [`Changes::next`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Change {
-    /// A link came, went, or changed its state.
-    pub links: bool,
-    /// An address came or went.
-    pub addresses: bool,
-    /// A route came or went that is not ours.
-    pub routes: bool,
-    /// A route of ours came or went.
-    pub own_routes: bool,
-}
-
-impl Change {
-    const ALL: Self = Self {
-        links: true,
-        addresses: true,
-        routes: true,
-        own_routes: true,
-    };
-
-    fn of(payload: &NetlinkPayload<RouteNetlinkMessage>) -> Self {
-        use RouteNetlinkMessage as M;
-        let none = Self::default();
-        if let NetlinkPayload::Overrun(_) = payload {
-            // The kernel ran out of room and threw notifications away: anything may have happened.
-            return Self::ALL;
-        }
-        let NetlinkPayload::InnerMessage(message) = payload else {
-            return none;
-        };
-        if let M::NewLink(_) | M::DelLink(_) = message {
-            Self {
-                links: true,
-                ..none
-            }
-        } else if let M::NewAddress(_) | M::DelAddress(_) = message {
-            Self {
-                addresses: true,
-                ..none
-            }
-        } else if let M::NewRoute(route) | M::DelRoute(route) = message {
-            Self {
-                routes: !is_ours(route),
-                own_routes: is_ours(route),
-                ..none
-            }
-        } else {
-            none
-        }
-    }
-
-    fn merge(self, other: Self) -> Self {
-        Self {
-            links: self.links || other.links,
-            addresses: self.addresses || other.addresses,
-            routes: self.routes || other.routes,
-            own_routes: self.own_routes || other.own_routes,
-        }
-    }
-}
-
-type Notifications =
-    std::pin::Pin<Box<dyn Stream<Item = NetlinkPayload<RouteNetlinkMessage>> + Send>>;
-
-/// Notifications of the kernel, in the network namespace of the thread that made it.
-pub struct Changes {
-    notifications: Notifications,
-    reader: AbortHandle,
-}
-
-impl Drop for Changes {
-    /// Before the notifications' queue goes: the reader warns of each that it cannot hand on.
-    fn drop(&mut self) {
-        self.reader.abort();
-    }
-}
-
-impl Changes {
-    /// Begins to listen. Read the state *after* this and nothing is missed. Served by a task on
-    /// the current tokio runtime.
-    ///
-    /// # Errors
-    ///
-    /// If the kernel gives no netlink socket.
-    pub fn listen() -> io::Result<Self> {
-        let (connection, _handle, messages) = new_multicast_connection(&[
-            MulticastGroup::Link,
-            MulticastGroup::Ipv4Ifaddr,
-            MulticastGroup::Ipv6Ifaddr,
-            MulticastGroup::Ipv4Route,
-            MulticastGroup::Ipv6Route,
-        ])?;
-        let reader = tokio::spawn(connection).abort_handle();
-        let notifications = Box::pin(messages.map(|(message, _)| message.payload));
-        Ok(Self {
-            notifications,
-            reader,
-        })
-    }
-
-    /// Waits for the next change, and says in one word all that has come in since the last call:
-    /// a storm of a thousand notifications is one change. `None` when the kernel hung up.
-    pub async fn next(&mut self) -> Option<Change> {
-        loop {
-            let mut change = Change::of(&self.notifications.next().await?);
-            while let Some(Some(payload)) = self.notifications.next().now_or_never() {
-                change = change.merge(Change::of(&payload));
-            }
-            if change != Change::default() {
-                return Some(change);
-            }
-        }
-    }
-}
-
-impl std::fmt::Debug for Changes {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Changes").finish_non_exhaustive()
     }
 }
 

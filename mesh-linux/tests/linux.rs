@@ -379,7 +379,7 @@ fn changes_are_told_and_our_own_routes_are_not() {
         while !changes.next().await.unwrap().links {}
         // Let the kernel finish what it does by itself for a link that comes up.
         while let Ok(change) = tokio::time::timeout(QUIET, changes.next()).await {
-            assert!(change.is_some());
+            change.unwrap();
         }
         namespace.ip("route add 10.8.0.0/16 dev d0 proto 72");
         namespace.ip("link set lo alias end-of-test");
@@ -390,6 +390,46 @@ fn changes_are_told_and_our_own_routes_are_not() {
                 break;
             }
         }
+    });
+}
+
+#[test]
+fn pods_of_a_whole_node_at_once_are_not_too_many_changes_and_what_is_too_much_is_said_as_everything()
+ {
+    /// As many as a kubelet has at most, unless it is told otherwise.
+    const PODS: usize = 110;
+    let (here, pods) = (Namespace::new(), Namespace::new());
+    let batch = |lines: &str| {
+        let path = std::env::temp_dir().join(&here.0);
+        fs::write(&path, lines).unwrap();
+        here.ip(&format!("-batch {}", path.display()));
+        fs::remove_file(path).unwrap();
+    };
+    let pod = |number: usize| {
+        format!(
+            "link add h{number} type veth peer name e{number}\nlink set e{number} netns {}\nlink set h{number} up\n\
+             addr add 169.254.1.1/32 dev h{number}\nroute add 10.9.0.{number}/32 dev h{number}\n\
+             route add fd44::{number}/128 dev h{number}\n",
+            pods.0
+        )
+    };
+    here.block_on(async || {
+        // Nobody reads while changes are made.
+        let mut changes = Changes::listen().unwrap();
+        batch(&(1..=PODS).map(pod).collect::<String>());
+        let change = changes.next().await.unwrap();
+        assert!(change.links && change.addresses && change.routes);
+        assert!(!change.own_routes, "the kernel threw notifications away");
+
+        batch(&"link set lo alias a\nlink set lo alias b\n".repeat(5_000));
+        let change = changes.next().await.unwrap();
+        assert!(
+            change.addresses && change.routes && change.own_routes,
+            "what was thrown away may have been anything: {change:?}"
+        );
+        // It hears again.
+        here.ip("route add 10.8.0.0/16 dev lo proto 72");
+        while !changes.next().await.unwrap().own_routes {}
     });
 }
 
