@@ -93,7 +93,8 @@ impl std::fmt::Debug for IdentityFiles {
 }
 
 impl StateFolder {
-    /// Opens the folder at `path`, makes it if it is not there, and locks it.
+    /// Opens the folder at `path`, makes it if it is not there, and locks it. A disk that can only be read any more, as of a worn
+    /// card, is good enough: what is on it serves, and each thing that cannot be kept is said.
     ///
     /// # Errors
     ///
@@ -104,10 +105,15 @@ impl StateFolder {
         builder
             .create(path)
             .map_err(|source| io_error("create", path, source))?;
-        let permissions = fs::Permissions::from_mode(FOLDER_MODE);
-        fs::set_permissions(path, permissions).map_err(|e| io_error("protect", path, e))?;
+        protect(path).map_err(|source| io_error("protect", path, source))?;
         let lock_path = path.join(LOCK_FILE);
-        let lock = File::create(&lock_path).map_err(|e| io_error("create", &lock_path, e))?;
+        let lock = File::create(&lock_path).or_else(|error| {
+            if error.kind() == io::ErrorKind::ReadOnlyFilesystem {
+                return File::open(&lock_path).map_err(|_| error);
+            }
+            Err(error)
+        });
+        let lock = lock.map_err(|source| io_error("create", &lock_path, source))?;
         match lock.try_lock() {
             Ok(()) => Ok(Self {
                 path: path.to_owned(),
@@ -294,6 +300,15 @@ impl StateFolder {
     }
 }
 
+fn protect(folder: &Path) -> io::Result<()> {
+    const PERMISSIONS: u32 = 0o7777;
+    let is = fs::metadata(folder)?.permissions().mode() & PERMISSIONS;
+    if is == FOLDER_MODE {
+        return Ok(());
+    }
+    fs::set_permissions(folder, fs::Permissions::from_mode(FOLDER_MODE))
+}
+
 fn io_error(action: &'static str, path: &Path, source: io::Error) -> StateError {
     StateError::Io {
         action,
@@ -317,6 +332,41 @@ mod tests {
         ));
         drop(first);
         StateFolder::open(&path).unwrap();
+    }
+
+    /// Runs itself once more, where the folder can only be read. Needs root.
+    #[test]
+    fn a_disk_that_can_only_be_read_is_no_reason_not_to_start() {
+        const FOLDER: &str = "HOLDFAST_TEST_READ_ONLY_FOLDER";
+        if let Some(path) = std::env::var_os(FOLDER) {
+            let state = StateFolder::open(Path::new(&path)).unwrap();
+            assert!(state.wireguard_key().unwrap().is_some());
+            assert!(state.set_wireguard_key(&[8; 32]).is_err(), "it is written");
+            let second = StateFolder::open(Path::new(&path));
+            assert!(matches!(second, Err(StateError::InUse(_))));
+            return;
+        }
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("state");
+        let state = StateFolder::open(&path).unwrap();
+        state.set_wireguard_key(&[7; 32]).unwrap();
+        drop(state);
+        let script =
+            "mount --bind \"$1\" \"$1\" && mount -o remount,bind,ro \"$1\" && shift && exec \"$@\"";
+        let test = "state::tests::a_disk_that_can_only_be_read_is_no_reason_not_to_start";
+        let said = std::process::Command::new("unshare")
+            .args(["--mount", "sh", "-c", script, "sh"])
+            .arg(&path)
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", test])
+            .env(FOLDER, &path)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&said.stdout);
+        assert!(
+            said.status.success() && text.contains("1 passed"),
+            "{said:?}"
+        );
     }
 
     #[test]
