@@ -42,6 +42,10 @@ use crate::{
     uplinks::NamedUplink,
 };
 
+/// Nodes out of reach that the status tells one by one, a sentence of at most 250 bytes each: who lost its uplink may have
+/// spoken with thousands, and nobody reads more than a screen.
+const UNREACHABLE_TOLD_MAX: usize = 20;
+
 /// Milliseconds, as people and JSON read them.
 #[must_use]
 pub fn ms(duration: Duration) -> f64 {
@@ -258,6 +262,21 @@ fn health(driver: &Driver, relays: &[RelayStatus], problems: &[String]) -> Healt
     }
 }
 
+/// A sentence for each, up to [`UNREACHABLE_TOLD_MAX`].
+fn out_of_reach(mut peers: impl Iterator<Item = (NodeName, Reason)>) -> Vec<String> {
+    let told = peers.by_ref().take(UNREACHABLE_TOLD_MAX);
+    let told =
+        told.map(|(name, reason)| format!("node {name} is unreachable: {}", explain(reason)));
+    let mut told: Vec<_> = told.collect();
+    let others = peers.count();
+    if others > 0 {
+        told.push(format!(
+            "{others} more nodes are unreachable (`meshctl peers` has all)"
+        ));
+    }
+    told
+}
+
 fn problems(driver: &Driver, connection: &Connection, relays: &[RelayStatus]) -> Vec<String> {
     let mut problems = Vec::new();
     if let Some(controller) = connection
@@ -279,14 +298,11 @@ fn problems(driver: &Driver, connection: &Connection, relays: &[RelayStatus]) ->
     for relay in relays.iter().filter(|relay| !relay.problem.is_empty()) {
         problems.push(format!("relay {}: {}", relay.name, relay.problem));
     }
-    for peer in driver
-        .core
-        .peers()
-        .filter(|peer| peer.state == PeerState::Unreachable)
-    {
-        let why = explain(peer.reason);
-        problems.push(format!("node {} is unreachable: {why}", peer.name));
-    }
+    let peers = driver.core.peers();
+    let unreachable = peers.filter(|peer| peer.state == PeerState::Unreachable);
+    problems.extend(out_of_reach(
+        unreachable.map(|peer| (peer.name, peer.reason)),
+    ));
     problems
 }
 

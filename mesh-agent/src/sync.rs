@@ -8,7 +8,7 @@ mod visits;
 
 use std::{
     collections::BTreeMap,
-    io,
+    io, mem,
     net::IpAddr,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -92,10 +92,19 @@ pub struct Connection {
     pub connected: bool,
     /// Why not, for people.
     pub problem: String,
-    /// When the controller last said something, by the node's own clock.
+    /// When the controller was last there, by the node's own clock.
     pub last_contact: Option<SystemTime>,
     /// When the controller is visited next, at the latest, by a node whose way out is metered.
     pub next_visit: Option<Instant>,
+}
+
+impl Connection {
+    /// The stream is up no more. Until now the controller was there, also if it had nothing to say for days.
+    pub(crate) fn end(&mut self) {
+        if mem::take(&mut self.connected) {
+            self.last_contact = Some(SystemTime::now());
+        }
+    }
 }
 
 /// The agent's side of the control protocol.
@@ -252,7 +261,7 @@ impl Sync {
                 tracing::info!(%controller, %problem, "no connection to the controller; serving what is on disk");
             }
             self.connection.send_modify(|connection| {
-                connection.connected = false;
+                connection.end();
                 connection.problem = problem;
             });
             self.desired.lock().await.write_if_dirty().await;
@@ -292,7 +301,7 @@ impl Sync {
             let report_now = *report.borrow_and_update();
             let next = self.visits.next(left, &report_now, asked, share);
             self.connection.send_modify(|connection| {
-                connection.connected = false;
+                connection.end();
                 connection.next_visit = Some(next);
             });
             tokio::select! {

@@ -1,6 +1,6 @@
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
-use mesh_api::admin::ServicesResponse;
+use mesh_api::admin::{PeersResponse, ServicesResponse};
 use mesh_core::snapshot::{
     Endpoint, EndpointPort, EndpointSlice, MeshSettings, Node, ServiceName, ServicePort, Snapshot,
 };
@@ -92,4 +92,72 @@ async fn the_driver_s_thread_goes_on_while_100_000_endpoints_are_reported_and_me
         "{endpoints} endpoints: {bytes} bytes, made in {took:?} beside the thread, which went on {rounds} times, the longest pause \
          {latest:?}; encoded on it in {encoded:?}"
     );
+}
+
+#[test]
+fn however_many_nodes_are_out_of_reach_the_status_stays_one_page() {
+    let all = |many: u32| {
+        let name = |number: u32| -> NodeName { format!("node-{number}").parse().unwrap() };
+        out_of_reach((0..many).map(|number| (name(number), Reason::MapStale)))
+    };
+    assert!(all(0).is_empty());
+    let told = all(20);
+    assert_eq!(told.len(), 20);
+    assert!(told[19].starts_with("node node-19 is unreachable: It is connected to a relay"));
+    let told = all(NODES);
+    assert_eq!(told.len(), 21);
+    assert_eq!(
+        told[20],
+        "99980 more nodes are unreachable (`meshctl peers` has all)"
+    );
+    let status = StatusResponse {
+        problems: told,
+        ..StatusResponse::default()
+    };
+    assert!(status.encoded_len() < 8 << 10, "{}", status.encoded_len());
+}
+
+/// With the longest that each field can be.
+#[test]
+fn meshctl_takes_the_answer_of_a_node_that_speaks_with_100_000_others() {
+    let longest = |first: u32| format!("{first:0>63}");
+    let peer = |number: u32| Peer {
+        name: longest(number),
+        public_key: NodeId([0xff; 32]).to_string(),
+        site: longest(number),
+        overlay_addresses: vec![
+            Ipv4Addr::BROADCAST.to_string(),
+            Ipv6Addr::from([0xff; 16]).to_string(),
+        ],
+        state: state_text(PeerState::Unreachable).to_owned(),
+        reason: reason_text(Reason::PolicyRelayOnly).to_owned(),
+        path: format!("relay {} (relay_udp)", longest(0)),
+        rtt_ms: 1.5,
+        sent_bytes: u64::MAX,
+        received_bytes: u64::MAX,
+        last_received_ms: Some(u64::MAX),
+        last_handshake_ms: Some(u64::MAX),
+        external: false,
+    };
+    let peers = (0..NODES).map(peer).collect();
+    let bytes = PeersResponse { peers }.encoded_len();
+    assert!(bytes < ANSWER_BYTES_MAX, "{bytes}");
+}
+
+#[test]
+fn since_a_controller_was_heard_counts_from_the_stream_s_end_not_from_its_last_word() {
+    let days = |days: u64| Duration::from_secs(days * 86_400);
+    let mut connection = Connection {
+        connected: true,
+        last_contact: SystemTime::now().checked_sub(days(21)),
+        ..Connection::default()
+    };
+    assert_eq!(snapshot_age(&connection), Some(Duration::ZERO));
+    connection.end();
+    assert!(!connection.connected);
+    assert!(snapshot_age(&connection).unwrap() < days(1));
+    // Attempts that fail change nothing.
+    connection.last_contact = SystemTime::now().checked_sub(days(2));
+    connection.end();
+    assert!(snapshot_age(&connection).unwrap() >= days(2));
 }
