@@ -284,6 +284,11 @@ mod tests {
         let before = pods(&[("web-0", &["10.1.0.2"])]);
         let held = holders(&Holders::new(), &state, &own(), &before);
         assert_eq!(correct(&state, &own(), &held, &Pods::new()), None);
+        // A pod of another node has the address by now.
+        let mut state = snapshot(&[], &[("db", "10.1.0.2", false)]);
+        let db = state.policy.pods.values_mut().next().unwrap();
+        Arc::make_mut(db).node = Some("edge-2".parse().unwrap());
+        assert_eq!(correct(&state, &own(), &held, &Pods::new()), None);
         // By hand, and of no node: whose address it is says where it is.
         let state = snapshot(&[("10.1.0.2", None)], &[]);
         let (right, _) = correct(&state, &own(), &held, &Pods::new()).unwrap();

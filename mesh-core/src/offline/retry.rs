@@ -157,6 +157,28 @@ mod tests {
     }
 
     #[test]
+    fn what_failed_before_one_was_good_counts_no_more() {
+        let mut retry = Retry::new(1, 1);
+        for _ in 0..4 {
+            retry.handle_failure(REFUSED, FEW, None);
+        }
+        let good = Failure::Ended(GOOD_CONNECTION * 2);
+        for (failure, whole) in [(good, PAUSE_MIN), (REFUSED, PAUSE_MIN * 2)] {
+            between(retry.handle_failure(failure, FEW, None), whole);
+        }
+        // Two of three failed before.
+        let mut retry = Retry::new(3, 1);
+        let mut fail = |times, whole| {
+            for _ in 0..times {
+                between(retry.handle_failure(REFUSED, FEW, None), whole);
+            }
+            retry.handle_success();
+        };
+        fail(2, PAUSE_MIN);
+        fail(5, PAUSE_MIN);
+    }
+
+    #[test]
     fn who_is_there_and_does_not_serve_is_asked_ever_more_rarely() {
         let mut retry = Retry::new(1, 1);
         for whole in [500, 1_000, 2_000, 4_000, 8_000, 16_000, 30_000, 30_000] {
