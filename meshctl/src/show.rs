@@ -722,3 +722,75 @@ pub(crate) fn expires(unix_s: Option<i64>) -> String {
         Err(_) => "expired".to_owned(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use mesh_api::admin;
+
+    use super::*;
+
+    const NODES: usize = 100_000;
+
+    /// Longer than an optimised build takes a hundred times; what grows with the square takes minutes.
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    fn shown<T: Report>(report: &T) -> [String; 3] {
+        let json = serde_json::to_string(report).unwrap();
+        [report.text(false), report.text(true), json]
+    }
+
+    #[test]
+    fn of_100_000_peers_each_is_a_line_and_an_object_of_bounded_length_and_nobody_waits_long() {
+        let peer = |number: usize| admin::Peer {
+            name: format!("node-{number:06}.rack-17.warehouse"),
+            public_key: "k".repeat(44),
+            site: "warehouse-south".to_owned(),
+            overlay_addresses: vec!["100.96.1.2".to_owned(), "fd7a:1:2:3:4:5:6:7".to_owned()],
+            state: ["direct", "unreachable"][number % 2].to_owned(),
+            reason: "relay_unreachable".to_owned(),
+            path: "relay frankfurt-1 (relay_udp)".to_owned(),
+            rtt_ms: 12.345,
+            sent_bytes: u64::MAX,
+            received_bytes: u64::MAX,
+            last_received_ms: Some(86_400_000),
+            last_handshake_ms: Some(86_400_000),
+            external: false,
+        };
+        let said = admin::PeersResponse {
+            peers: (0..NODES).map(peer).collect(),
+        };
+        let begun = Instant::now();
+        let peers = Peers::from(said);
+        assert_eq!(peers.verdict(), Verdict::Degraded);
+        let [plain, coloured, json] = shown(&peers);
+        let took = begun.elapsed();
+        assert!(took < PATIENCE, "{took:?}");
+        assert_eq!(plain.lines().count(), 1 + NODES);
+        assert_eq!(coloured.lines().count(), 1 + NODES);
+        for (text, each) in [(plain, 200), (coloured, 250), (json, 600)] {
+            assert!(text.len() < each * (NODES + 1), "{}", text.len());
+        }
+    }
+
+    #[test]
+    fn the_status_of_a_node_that_knows_100_000_others_is_a_page() {
+        let many = u32::try_from(NODES).unwrap();
+        let said = admin::StatusResponse {
+            node: "edge-a1".to_owned(),
+            health: admin::Health::Degraded.into(),
+            nodes: many,
+            services: many,
+            peers: ["direct", "relayed", "unreachable"]
+                .map(|state| (state.to_owned(), many))
+                .into(),
+            // As many as an agent tells one by one, and how many others there are.
+            problems: vec!["node node-000001 is unreachable: ".to_owned() + &"why ".repeat(50); 21],
+            ..admin::StatusResponse::default()
+        };
+        for text in shown(&Status::from(said)) {
+            assert!(text.len() < 16 << 10, "{}", text.len());
+        }
+    }
+}
