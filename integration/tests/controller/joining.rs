@@ -111,7 +111,36 @@ async fn where_joining_needs_approval_a_node_waits_for_it_and_keeps_it() {
         |node: &serde_json::Value| condition(node, "Joined")["reason"] == "AwaitingApproval";
     world.admin.wait("MeshNode", "", "edge-a1", waiting).await;
 
-    world.admin.apply(APPROVED).await;
+    // As an operator who may change the cluster does, and nobody on the controller's machine.
+    let approve = async |names: &[&str]| {
+        let arguments = [&["--json", "approve", "--cluster"], names].concat();
+        world.meshctl(&arguments).await
+    };
+    let said = approve(&[]).await.unwrap();
+    let [node] = said["nodes"].as_array().unwrap().as_slice() else {
+        panic!("{said}");
+    };
+    assert_eq!(
+        (&said["manual"], &node["name"]),
+        (&true.into(), &"edge-a1".into())
+    );
+    let [request, since] = [&node["request"], &node["since_unix_s"]];
+    assert!(
+        request.as_str().is_some_and(|key| key.contains("key")) && since.is_i64(),
+        "{said}"
+    );
+    // One name that is wrong lets nobody in: neither the others, nor who is in.
+    for wrong in [&["edge-a1", "edge-c1"], &["edge-a1", "edge-b1"]] {
+        let refused = approve(wrong).await.unwrap_err();
+        let words = format!("no node {} waits for approval", wrong[1]);
+        assert!(refused.contains(&words), "{refused}");
+    }
+    let node = world.admin.objects("MeshNode", "").get("edge-a1").await;
+    assert_ne!(node.unwrap().data["spec"]["approved"], true);
+    let said = approve(&["edge-a1"]).await.unwrap();
+    assert_eq!(said["approved"][0]["name"], "edge-a1", "{said}");
+    let said = approve(&[]).await.unwrap();
+    assert_eq!(said["nodes"].as_array().map(Vec::len), Some(0), "{said}");
     let credentials =
         crate::lab::until("approved", async || world.join("edge-a1", 1).await.ok()).await;
     let mut agent = Agent::new(world.address(), &credentials, None).await;
@@ -133,10 +162,4 @@ const MANUAL: &str = "apiVersion: mesh.holdfast.dev/v1alpha1
 kind: MeshConfig
 metadata: {name: default}
 spec: {joinApproval: manual}
-";
-
-const APPROVED: &str = "apiVersion: mesh.holdfast.dev/v1alpha1
-kind: MeshNode
-metadata: {name: edge-a1}
-spec: {approved: true}
 ";

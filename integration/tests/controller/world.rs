@@ -11,15 +11,18 @@ use mesh_api::{
     connect::admin_channel,
 };
 use mesh_identity::{credentials::Credentials, token::MeshAnchor};
+use netns_tests::tool::binary;
 use serde_json::{Value, json};
 use tokio::{
     net::{TcpListener, TcpStream},
+    process::Command,
     sync::watch,
     task::JoinHandle,
+    time::timeout,
 };
 use tonic::{Status, transport::Channel};
 
-use crate::lab::{Admin, Agent, Applicant, Controller, deploy, join, until};
+use crate::lab::{Admin, Agent, Applicant, Controller, PATIENCE, deploy, join, until};
 
 pub(crate) const SHOP: &str = "apiVersion: v1
 kind: Namespace
@@ -255,6 +258,25 @@ impl World {
     pub(crate) async fn problems(&self) -> Vec<String> {
         let status = self.socket().await.status(ControllerStatusRequest {}).await;
         status.unwrap().into_inner().problems
+    }
+
+    /// What `meshctl` says to who has the cluster's administrator's `kubectl`, or what it complains of.
+    pub(crate) async fn meshctl(&self, arguments: &[&str]) -> Result<Value, String> {
+        let folder = self.controller.folder.path();
+        let kubeconfig = folder.join("administrator");
+        fs::write(&kubeconfig, self.standin.kubeconfig()).unwrap();
+        let mut command = Command::new(binary("meshctl").unwrap());
+        command
+            .args(arguments)
+            .env("KUBECONFIG", kubeconfig)
+            .env("HOME", folder) // For what `kubectl` keeps.
+            .kill_on_drop(true);
+        let output = timeout(PATIENCE, command.output()).await.unwrap().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        match output.status.success() {
+            true => Ok(serde_json::from_slice(&output.stdout).unwrap()),
+            false => Err(text(&output.stdout) + &text(&output.stderr)),
+        }
     }
 
     pub(crate) async fn version(&self, kind: &str, namespace: &str, name: &str) -> String {
