@@ -414,11 +414,17 @@ mod tests {
         let view = View::new(Arc::new(snapshot()), "own".parse().unwrap());
         let (_views, view) = watch::channel(Some(Arc::new(view)));
         let (changes, stop) = (Changes::listen().unwrap(), CancellationToken::new());
+        let interface = (tun.index(), "hf".to_owned());
+        let local = Local {
+            dns: vec![[169, 254, 20, 10].into()],
+            serves_devices: false,
+        };
+        let wanted = desired(&snapshot(), &"own".parse().unwrap(), &local).unwrap();
         let kept = keep_kernel(
             netlink.clone(),
             changes,
-            (tun.index(), "hf".to_owned()),
-            Local::default(),
+            interface.clone(),
+            local,
             view,
             stop.clone(),
         );
@@ -436,6 +442,8 @@ mod tests {
             panic!("it does not come back");
         };
         is_whole().await;
+        let again = apply(&netlink, &interface, &wanted).await.unwrap();
+        assert_eq!(again, (0, String::new()), "it is as it should be");
         for words in [
             "-4 route flush dev hf",
             "-6 route flush dev hf proto 72",

@@ -270,8 +270,8 @@ impl Netlink {
         }))
     }
 
-    /// Makes the interface's global addresses exactly `desired`. Link-local ones are the kernel's
-    /// own business and stay.
+    /// Makes the interface's addresses exactly `desired`; calling it again does nothing. Link-local ones that are not in it are
+    /// the kernel's own business and stay.
     ///
     /// # Errors
     ///
@@ -282,7 +282,9 @@ impl Netlink {
         desired: &BTreeSet<IpNet>,
     ) -> Result<Applied, NetlinkError> {
         let mut applied = Applied::default();
-        let plan = plan(desired, &self.addresses(link).await?);
+        let mut actual = self.all_addresses(link).await?;
+        actual.retain(|net| desired.contains(net) || !is_link_local(net.addr()));
+        let plan = plan(desired, &actual);
         for net in plan.remove {
             applied.count(false, self.remove_address(link, net).await);
         }
@@ -307,11 +309,17 @@ impl Netlink {
     ///
     /// If the kernel does not answer.
     pub async fn addresses(&self, link: IfIndex) -> Result<BTreeSet<IpNet>, NetlinkError> {
+        let mut all = self.all_addresses(link).await?;
+        all.retain(|net| !is_link_local(net.addr()));
+        Ok(all)
+    }
+
+    async fn all_addresses(&self, link: IfIndex) -> Result<BTreeSet<IpNet>, NetlinkError> {
         let messages = self.address_messages(link).await?;
         let nets = messages.iter().filter_map(|message| {
             IpNet::new(local_address(message)?, message.header.prefix_len).ok()
         });
-        Ok(nets.filter(|net| !is_link_local(net.addr())).collect())
+        Ok(nets.collect())
     }
 
     async fn address_messages(&self, link: IfIndex) -> Result<Vec<AddressMessage>, NetlinkError> {
