@@ -1,7 +1,7 @@
 //! What upstreams said, for as long as they said it holds, and longer when they are gone.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     time::{Duration, Instant},
 };
 
@@ -12,6 +12,9 @@ use hickory_proto::{
 
 /// Answers kept. With [`ENTRY_MAX_BYTES`] at most 16 MiB, typically below 1 MiB.
 pub(crate) const ENTRIES_MAX: usize = 4096;
+
+/// Of these that a name does not exist: who asks for one such after the other takes away nothing that is wanted in an outage.
+const NXDOMAINS_MAX: usize = ENTRIES_MAX / 4;
 
 /// Larger answers are not kept.
 pub(crate) const ENTRY_MAX_BYTES: usize = 4096;
@@ -87,6 +90,8 @@ pub(crate) struct Cache {
     stale_max: Duration,
     entries: HashMap<Key, Entry>,
     by_age: BTreeMap<u64, Key>,
+    /// Those that say that a name does not exist.
+    nxdomains: BTreeSet<u64>,
     inserted: u64,
 }
 
@@ -109,6 +114,7 @@ impl Cache {
             stale_max,
             entries: HashMap::new(),
             by_age: BTreeMap::new(),
+            nxdomains: BTreeSet::new(),
             inserted: 0,
         }
     }
@@ -179,8 +185,7 @@ impl Cache {
         for number in numbers {
             let key = self.by_age.get(&number);
             if key.is_some_and(|key| below.zone_of(&key.name)) {
-                let key = self.by_age.remove(&number);
-                forgotten.extend(key.and_then(|key| self.entries.remove(&key)));
+                forgotten.extend(self.remove(number));
             }
         }
         (forgotten, next)
@@ -213,16 +218,28 @@ impl Cache {
             hits: 0,
             refreshing: false,
         };
+        let replaced = self.entries.get(&key).map(|entry| entry.age);
+        replaced.and_then(|age| self.remove(age));
         self.by_age.insert(self.inserted, key.clone());
-        if let Some(replaced) = self.entries.insert(key, entry) {
-            self.by_age.remove(&replaced.age);
+        self.entries.insert(key, entry);
+        if message.response_code == ResponseCode::NXDomain {
+            self.nxdomains.insert(self.inserted);
         }
-        while self.entries.len() > ENTRIES_MAX {
-            let Some((_, oldest)) = self.by_age.pop_first() else {
-                return;
-            };
-            self.entries.remove(&oldest);
-        }
+        // One came, so one goes at most.
+        let goes = if self.nxdomains.len() > NXDOMAINS_MAX {
+            self.nxdomains.first().copied()
+        } else if self.entries.len() > ENTRIES_MAX {
+            self.by_age.keys().next().copied()
+        } else {
+            None
+        };
+        goes.and_then(|age| self.remove(age));
+    }
+
+    fn remove(&mut self, age: u64) -> Option<Entry> {
+        self.nxdomains.remove(&age);
+        let key = self.by_age.remove(&age)?;
+        self.entries.remove(&key)
     }
 }
 

@@ -179,10 +179,23 @@ pub(crate) async fn exchange(
         answer = over_udp(server, &question, device).await?;
     }
     if answer.0.truncation {
-        let over_tcp = timeout(TCP_TIMEOUT, over_tcp(server, &question, device));
-        return over_tcp.await.unwrap_or(Err(ExchangeError::Timeout));
+        return exchange_by_tcp(server, &question, device).await;
     }
     Ok(answer)
+}
+
+/// Puts `question` to `server` over TCP alone.
+///
+/// # Errors
+///
+/// As [`exchange`].
+pub(crate) async fn exchange_by_tcp(
+    server: SocketAddr,
+    question: &Message,
+    device: Option<&str>,
+) -> Result<(Message, Vec<u8>), ExchangeError> {
+    let over_tcp = timeout(TCP_TIMEOUT, over_tcp(server, question, device));
+    over_tcp.await.unwrap_or(Err(ExchangeError::Timeout))
 }
 
 async fn over_udp(

@@ -57,8 +57,8 @@ const HEDGE_MAX: Duration = Duration::from_millis(400);
 /// Before anything is known of it (RFC 8305 §5).
 const HEDGE_UNKNOWN: Duration = Duration::from_millis(250);
 
-/// Of DNS over TLS (RFC 7858 §3.1).
-const TLS_PORT: u16 = 853;
+/// How an upstream is asked that is an address behind one of these, with the usual port (RFC 7766, RFC 7858 §3.1).
+const SCHEMES: [(&str, u16); 2] = [("tcp://", 53), ("tls://", 853)];
 
 /// Of why an upstream gave no answer: what TLS says of a certificate is half of it.
 const WHY_MAX_CHARS: usize = 300;
@@ -74,6 +74,8 @@ pub(crate) type DeviceFor = Arc<dyn Fn(IpAddr) -> Option<String> + Send + Sync>;
 pub enum Transport {
     /// UDP, and TCP where the answer does not fit.
     Plain,
+    /// TCP alone, a connection for each question: for networks that lose or change what goes by UDP.
+    Tcp,
     /// DNS over TLS (RFC 7858). The certificate has to be for this name.
     Tls(ServerName<'static>),
     /// DNS over HTTPS (RFC 8484), by HTTP/2. The certificate has to be for this name.
@@ -103,9 +105,9 @@ pub enum BadUpstream {
     /// Not `https://name/path`.
     #[error("{0:?} is not of the form https://dns.example.org/dns-query")]
     Url(String),
-    /// No address, nor `tls://` and an address.
+    /// No address, nor `tcp://` or `tls://` and an address.
     #[error(
-        "{0:?} is not of the form 192.0.2.1:53, [2001:db8::1]:53, tls://192.0.2.1 or tls://[2001:db8::1]:853"
+        "{0:?} is not of the form 192.0.2.1:53, [2001:db8::1]:53, tcp://192.0.2.1, tls://192.0.2.1 or tls://[2001:db8::1]:853"
     )]
     Address(String),
 }
@@ -173,17 +175,22 @@ impl UpstreamConfig {
     }
 
     pub(crate) fn is_secure(&self) -> bool {
-        self.transport != Transport::Plain
+        match self.transport {
+            Transport::Plain | Transport::Tcp => false,
+            Transport::Tls(_) | Transport::Https { .. } => true,
+        }
     }
 }
 
 impl FromStr for UpstreamConfig {
     type Err = BadUpstream;
 
-    /// An address: in the clear. `tls://` and an address: by TLS, with a certificate for that address.
+    /// An address: in the clear; with `tcp://` before it by TCP alone, and with `tls://` by TLS, with a certificate for that
+    /// address.
     fn from_str(text: &str) -> Result<Self, BadUpstream> {
         let bad = || BadUpstream::Address(text.to_owned());
-        let Some(rest) = text.strip_prefix("tls://") else {
+        let behind = |(scheme, port)| text.strip_prefix(scheme).map(|rest| (scheme, port, rest));
+        let Some((scheme, port, rest)) = SCHEMES.into_iter().find_map(behind) else {
             return text.parse().map(Self::plain).map_err(|_| bad());
         };
         let bare = rest
@@ -194,10 +201,13 @@ impl FromStr for UpstreamConfig {
             None => rest.parse().map(IpAddr::V4),
         };
         let address = match alone {
-            Ok(ip) => SocketAddr::new(ip, TLS_PORT),
+            Ok(ip) => SocketAddr::new(ip, port),
             Err(_) => rest.parse().map_err(|_| bad())?,
         };
-        let transport = Transport::Tls(ServerName::IpAddress(address.ip().into()));
+        let transport = match scheme {
+            "tcp://" => Transport::Tcp,
+            _ => Transport::Tls(ServerName::IpAddress(address.ip().into())),
+        };
         Ok(Self { address, transport })
     }
 }
@@ -349,7 +359,7 @@ impl UpstreamState {
 pub struct UpstreamReport {
     /// Where it is.
     pub address: SocketAddr,
-    /// `udp` (and TCP where an answer does not fit), `tls` or `https`.
+    /// `udp` (and TCP where an answer does not fit), `tcp`, `tls` or `https`.
     pub transport: &'static str,
     /// What became of the questions.
     pub state: UpstreamState,
@@ -423,6 +433,9 @@ impl Upstream {
         let device = device.as_deref();
         let asked = match self.config.transport {
             Transport::Plain => return client::exchange(self.config.address, query, device).await,
+            Transport::Tcp => {
+                return client::exchange_by_tcp(self.config.address, &query, device).await;
+            }
             Transport::Tls(_) | Transport::Https { .. } => {
                 timeout(SECURE_TIMEOUT, self.securely(&query, device)).await
             }
@@ -477,7 +490,7 @@ impl Upstream {
                 let most = Some(QUESTIONS_MAX);
                 tls_exchange(address, name, tls, SECURE_TIMEOUT, most, runtime).await?
             }
-            Transport::Plain => return Err(ExchangeError::NotAnAnswer),
+            Transport::Plain | Transport::Tcp => return Err(ExchangeError::NotAnAnswer),
         };
         let by = device.map(str::to_owned);
         *kept = Connection(kept.0 + 1, Some((by, connection.clone())));
@@ -585,6 +598,7 @@ impl Upstream {
             address: self.config.address,
             transport: match self.config.transport {
                 Transport::Plain => "udp",
+                Transport::Tcp => "tcp",
                 Transport::Tls(_) => "tls",
                 Transport::Https { .. } => "https",
             },
@@ -806,7 +820,7 @@ mod tests {
     }
 
     #[test]
-    fn an_upstream_by_tls_may_be_an_address_alone() {
+    fn an_upstream_may_be_an_address_alone() {
         for (text, address) in [
             ("tls://192.0.2.1", "192.0.2.1:853"),
             ("tls://192.0.2.1:8853", "192.0.2.1:8853"),
@@ -822,6 +836,17 @@ mod tests {
             plain.parse(),
             Ok(UpstreamConfig::plain(plain.parse().unwrap()))
         );
+        for (text, address) in [
+            ("tcp://192.0.2.1", plain),
+            ("tcp://[2001:db8::1]:5353", "[2001:db8::1]:5353"),
+        ] {
+            let (address, transport) = (address.parse().unwrap(), Transport::Tcp);
+            assert_eq!(
+                text.parse(),
+                Ok(UpstreamConfig { address, transport }),
+                "{text}"
+            );
+        }
         for text in [
             "192.0.2.1",
             "tls://dns.example.org",

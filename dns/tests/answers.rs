@@ -28,6 +28,7 @@ fn every_form_of_name_is_answered() {
     let view = view();
     let own_v6 = view.snapshot.nodes["edge-a1"].overlay_v6;
     let own_v6_arpa = Name::from(IpAddr::from(own_v6)).to_ascii();
+    let unknown_v6_arpa = Name::from(common::address("fd09:909:909::77")).to_ascii();
     let own_v6 = own_v6.to_string();
     let ip6 = |address: &str| Name::from(common::address(address)).to_ascii();
     let (vip_v6, pod_v6) = (ip6("fd43::a"), ip6("fd02::3:1"));
@@ -51,6 +52,11 @@ fn every_form_of_name_is_answered() {
             "_http._tcp.inventory.shop.svc.cluster.local.",
             "SRV",
             "0 100 80 inventory.shop.svc.cluster.local.",
+        ),
+        (
+            "_http._tcp.inventory.shop.svc.cluster.local.",
+            "A",
+            "NODATA cluster.local.",
         ),
         (
             "_dns._udp.inventory.shop.svc.cluster.local.",
@@ -232,6 +238,16 @@ fn every_form_of_name_is_answered() {
             "77.0.111.100.in-addr.arpa.",
             "PTR",
             "NXDOMAIN 111.100.in-addr.arpa.",
+        ),
+        (
+            &unknown_v6_arpa,
+            "PTR",
+            "NXDOMAIN 9.0.9.0.9.0.9.0.9.0.d.f.ip6.arpa.",
+        ),
+        (
+            &own_v6_arpa[2..],
+            "PTR",
+            "NODATA 9.0.9.0.9.0.9.0.9.0.d.f.ip6.arpa.",
         ),
         // Everybody else's.
         ("example.org.", "A", "ask example.org. A"),

@@ -322,6 +322,12 @@ async fn a_forged_answer_is_passed_over() {
         wrong_name.queries[0].set_name(Name::from_ascii("evil.example.org.").unwrap());
         wrong_id.answers[0].data = RData::A(A::new(203, 0, 113, 66));
         wrong_name.answers[0].data = RData::A(A::new(203, 0, 113, 66));
+        // The right id, and a name that points to itself.
+        let looped = [
+            &buffer[..2],
+            &[0x81, 0x80, 0, 1, 0, 0, 0, 0, 0, 0, 0xc0, 12, 0, 1, 0, 1],
+        ];
+        upstream.send_to(&looped.concat(), from).await.unwrap();
         for message in [wrong_id, wrong_name, stub_answer(&asked, false)] {
             upstream
                 .send_to(&message.to_vec().unwrap(), from)

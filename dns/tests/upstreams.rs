@@ -335,6 +335,23 @@ async fn a_slow_upstream_is_overtaken_by_the_next_of_the_other_family_and_then_p
 }
 
 #[tokio::test]
+async fn where_nothing_goes_by_udp_an_upstream_is_asked_by_tcp() {
+    let upstream = Upstream::start().await;
+    upstream.end();
+    let by_tcp = format!("tcp://{}", upstream.address).parse().unwrap();
+    let config = DnsConfig {
+        upstreams: vec![by_tcp],
+        ..DnsConfig::default()
+    };
+    let running = start_with(config, None).await;
+    for name in ["www.example.org", "large.example.org"] {
+        running.gets(name, "NOERROR").await;
+    }
+    running.gets("missing.example.org", "NXDOMAIN").await;
+    assert_eq!(running.server.counters().upstream_failures.get(), 0);
+}
+
+#[tokio::test]
 async fn what_is_asked_for_often_is_there_when_its_time_is_over() {
     let upstream = Upstream::start().await;
     let running = start(&[upstream.address], None).await;

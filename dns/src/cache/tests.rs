@@ -135,6 +135,34 @@ fn the_oldest_answers_make_room() {
     assert!(cache.get(&key("n0.org."), now).is_none());
 }
 
+#[test]
+fn names_that_there_are_not_take_no_room_from_those_that_there_are() {
+    let (mut cache, now) = (Cache::new(DEFAULT_STALE_MAX), Instant::now());
+    insert(&mut cache, "known.org.", &positive(60), now);
+    for index in 0..2 * ENTRIES_MAX {
+        insert(
+            &mut cache,
+            &format!("n{index}.org."),
+            &negative(60, 60),
+            now,
+        );
+    }
+    assert_eq!(cache.len(), NXDOMAINS_MAX + 1);
+    assert!(cache.get(&key("known.org."), now).is_some());
+    assert!(cache.get(&key("n0.org."), now).is_none());
+    // A name that comes to be, and one that goes.
+    let last = format!("n{}.org.", 2 * ENTRIES_MAX - 1);
+    insert(&mut cache, &last, &positive(60), now);
+    insert(&mut cache, "known.org.", &negative(60, 60), now);
+    assert_eq!(
+        (cache.len(), cache.nxdomains.len()),
+        (NXDOMAINS_MAX + 1, NXDOMAINS_MAX)
+    );
+    cache.forget(u64::MAX, &Name::root());
+    let left = NXDOMAINS_MAX + 1 - LOOK_ENTRIES_MAX;
+    assert_eq!((cache.len(), cache.nxdomains.len()), (left, left));
+}
+
 /// Walks through all of it, as the forwarder does.
 fn look_through(cache: &Cache, below: &str, copies_max: usize, now: Instant) -> (Vec<Seen>, usize) {
     let below = Name::from_str(below).unwrap();
