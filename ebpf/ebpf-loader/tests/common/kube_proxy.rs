@@ -1,4 +1,4 @@
-//! One TCP service as kube-proxy programs it, in the network namespace of the calling thread.
+//! One service by TCP and UDP as kube-proxy programs it, in the network namespace of the calling thread.
 
 use std::{
     io::Write as _,
@@ -38,7 +38,7 @@ impl KubeProxy {
         proxy
     }
 
-    /// Flows that it led to its endpoint.
+    /// TCP flows that it led to its endpoint.
     pub(crate) fn flows(&self) -> u64 {
         let (program, arguments) = match self.mode {
             Mode::Iptables => (
@@ -114,8 +114,10 @@ COMMIT
 -A KUBE-POSTROUTING -j MARK --xor-mark 0x4000
 -A KUBE-POSTROUTING -j MASQUERADE --random-fully
 -A KUBE-SERVICES -d {address} -p tcp --dport {port} -j KUBE-SVC-A
+-A KUBE-SERVICES -d {address} -p udp --dport {port} -j KUBE-SVC-A
 -A KUBE-SVC-A -j KUBE-SEP-A
 -A KUBE-SEP-A -p tcp -j DNAT --to-destination {endpoint}
+-A KUBE-SEP-A -p udp -j DNAT --to-destination {endpoint}
 COMMIT
 "
     )
@@ -129,11 +131,14 @@ fn nftables(service: SocketAddr, endpoint: SocketAddr) -> String {
     format!(
         "table {family} kube-proxy {{
     counter flows {{ }}
-    chain endpoint-a {{ meta l4proto tcp counter name flows dnat to {endpoint}; }}
+    chain endpoint-a {{
+        meta l4proto tcp counter name flows dnat to {endpoint}
+        meta l4proto udp dnat to {endpoint}
+    }}
     chain service-a {{ goto endpoint-a; }}
     map service-ips {{
         type {kind}_addr . inet_proto . inet_service : verdict
-        elements = {{ {address} . tcp . {port} : goto service-a }}
+        elements = {{ {address} . tcp . {port} : goto service-a, {address} . udp . {port} : goto service-a }}
     }}
     chain services {{ {family} daddr . meta l4proto . th dport vmap @service-ips; }}
     chain nat-prerouting {{ type nat hook prerouting priority -100; jump services; }}

@@ -1,12 +1,15 @@
 //! Beside kube-proxy on the same node.
 
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 
 use ebpf_loader::Protocol;
 
 use crate::{
     kube_proxy::{KubeProxy, MODES},
-    lab::{Lab, accepted, addresses, exchange, tcp_servers},
+    lab::{
+        self, Lab, accepted, add_to_loopback, addresses, ask, datagram, exchange, tcp_servers,
+        udp_servers,
+    },
     netns::ip,
 };
 
@@ -15,7 +18,7 @@ const FAMILIES: [(&str, &str); 2] = [("10.96.0.1:80", "10.0.0.1"), ("[fd00:96::1
 
 /// kube-proxy's rules see the service's address only where there is a way to it.
 fn route(service: SocketAddr, endpoints: &str) {
-    ip(&["addr", "add", endpoints, "dev", "lo"]);
+    add_to_loopback(endpoints.parse().unwrap());
     ip(&["route", "add", &service.ip().to_string(), "dev", "lo"]);
 }
 
@@ -70,5 +73,68 @@ fn kube_proxy_may_come_first_restart_and_stay_behind() {
             "{what}: we are gone"
         );
         exchange(&client, &ours);
+    }
+}
+
+/// A datagram each way by a connected socket; which server has it.
+fn ask_connected(client: &UdpSocket, servers: &[UdpSocket]) -> usize {
+    client.send(b"?").unwrap();
+    let (server, from) = datagram(servers);
+    servers[server].send_to(b"!", from).unwrap();
+    client.recv(&mut [0]).unwrap();
+    server
+}
+
+#[test]
+fn datagrams_are_ours_while_we_are_there_and_a_connected_socket_s_stay_whatever_kube_proxy_does() {
+    const OURS: usize = 0;
+    const THEIRS: usize = 1;
+    for (mode, (index, (_, endpoints))) in MODES
+        .iter()
+        .flat_map(|&mode| FAMILIES.into_iter().enumerate().map(move |it| (mode, it)))
+    {
+        let mut lab = Lab::new();
+        let family = &lab::FAMILIES[index];
+        let service = family.asked();
+        route(service, endpoints);
+        let any_port = SocketAddr::new(endpoints.parse().unwrap(), 0);
+        let servers = udp_servers(&any_port.to_string(), 2);
+        let at = addresses(&servers, UdpSocket::local_addr);
+        let connected = || {
+            let client = family.client();
+            client.connect(service).unwrap();
+            client
+        };
+        let what = format!("{mode:?}, {service}");
+
+        let proxy = KubeProxy::start(mode, service, at[THEIRS]);
+        let (client, theirs) = (family.client(), connected());
+        assert_eq!(ask(&client, family, &servers), THEIRS, "{what}: alone");
+        assert_eq!(ask_connected(&theirs, &servers), THEIRS, "{what}: alone");
+
+        lab.apply(&[(service, Protocol::Udp, &[at[OURS]])]);
+        let ours = connected();
+        let go_on = |why| {
+            assert_eq!(ask(&client, family, &servers), OURS, "{what}: {why}");
+            assert_eq!(ask_connected(&ours, &servers), OURS, "{what}: {why}");
+        };
+        go_on("we came second");
+        assert_eq!(
+            ask_connected(&theirs, &servers),
+            THEIRS,
+            "{what}: it was open"
+        );
+        drop(proxy);
+        go_on("it is gone");
+        let _proxy = KubeProxy::start(mode, service, at[THEIRS]);
+        go_on("it came second");
+
+        drop(lab.take_services());
+        assert_eq!(
+            ask(&client, family, &servers),
+            THEIRS,
+            "{what}: we are gone"
+        );
+        assert_eq!(ask_connected(&ours, &servers), OURS, "{what}: we are gone");
     }
 }

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     fs::{self, File},
     io::{self, Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsFd,
     path::{Path, PathBuf},
     process,
@@ -30,7 +30,7 @@ use rustix::{
     },
 };
 
-use crate::netns::new_network_namespace;
+use crate::netns::{ip, new_network_namespace};
 
 /// What should happen at once on loopback has happened by then, or never will.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
@@ -289,6 +289,17 @@ pub(crate) fn addresses<T>(
         .iter()
         .map(|server| address(server).unwrap())
         .collect()
+}
+
+/// Gives loopback an address. To an IPv6 one there is a way only a moment later.
+pub(crate) fn add_to_loopback(address: IpAddr) {
+    ip(&["addr", "add", &address.to_string(), "dev", "lo"]);
+    let reach = || UdpSocket::bind((address, 0))?.connect((address, 1));
+    let began = Instant::now();
+    while let Err(error) = reach() {
+        assert!(began.elapsed() < PATIENCE, "{address}: {error}");
+        thread::yield_now();
+    }
 }
 
 pub(crate) fn tcp_servers(address: &str, count: usize) -> Vec<TcpListener> {

@@ -15,6 +15,8 @@ mod connected;
 #[cfg(test)]
 mod connects;
 #[cfg(test)]
+mod differential;
+#[cfg(test)]
 mod kept;
 #[cfg(test)]
 #[path = "../common/kube_proxy.rs"]
@@ -37,6 +39,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use aya::programs::loaded_programs;
 use ebpf_abi::{Counter, FLOWS_MAX, SocketAddress};
 use ebpf_loader::{Backends, Clients, Frontend, LoadError, Protocol, Services};
 use rustix::{
@@ -45,7 +48,8 @@ use rustix::{
 };
 
 use crate::lab::{
-    FAMILIES, Lab, accepted, addresses, ask, connect_times, datagram, tcp_servers, udp_servers,
+    FAMILIES, Lab, accepted, addresses, ask, connect_times, datagram, own_bpf_objects, tcp_servers,
+    udp_servers,
 };
 
 /// Chance of missing one of three endpoints in 60 tries: below 10⁻¹⁰.
@@ -621,4 +625,41 @@ fn the_capabilities_that_the_error_names_are_enough() {
     let lab = Lab::new();
     lab.load_with(CapabilitySet::BPF | CapabilitySet::NET_ADMIN)
         .unwrap();
+}
+
+/// A tenth more than what the verifier looks at of each program at sockets, as clang 14 compiles it.
+const VERIFIED_INSTRUCTIONS_MAX: [(&str, u32); 10] = [
+    ("hf_connect4", 8_500),
+    ("hf_connect6", 8_500),
+    ("hf_sendmsg4", 11_100),
+    ("hf_sendmsg6", 11_100),
+    ("hf_recvmsg4", 95),
+    ("hf_recvmsg6", 112),
+    ("hf_getpeername4", 163),
+    ("hf_getpeername6", 193),
+    ("hf_sock_ops", 322),
+    ("hf_sock_release", 26),
+];
+
+#[test]
+fn the_verifier_s_work_at_sockets_does_not_grow() {
+    let lab = Lab::new();
+    let own = own_bpf_objects().programs;
+    let loaded = loaded_programs().flatten();
+    let verified: BTreeMap<_, _> = loaded
+        .filter(|program| own.contains(&program.id()))
+        .map(|program| {
+            let name = program.name_as_str().unwrap().to_owned();
+            (name, program.verified_instruction_count().unwrap())
+        })
+        .collect();
+    drop(lab);
+    println!("{verified:?}");
+    let names: Vec<_> = verified.keys().map(String::as_str).collect();
+    let mut expected = VERIFIED_INSTRUCTIONS_MAX.map(|(name, _)| name);
+    expected.sort_unstable();
+    assert_eq!(names, expected);
+    for (name, most) in VERIFIED_INSTRUCTIONS_MAX {
+        assert!(verified[name] <= most, "{name}: {verified:?}");
+    }
 }

@@ -10,7 +10,7 @@ use ebpf_loader::LinkHeader;
 use crate::{
     kube_proxy::{KubeProxy, MODES},
     lan::{Family, Lan, families, index},
-    sockets::{PATIENCE, connect, listener, transfer},
+    sockets::{PATIENCE, ask, client_socket, connect, listener, server_socket, transfer},
 };
 
 /// Bytes each way.
@@ -79,5 +79,35 @@ fn kube_proxy_may_come_first_restart_and_stay_behind() {
         assert!(proxy.flows() >= 1, "{what}: we are gone");
         assert_ends(&client, &what);
         drop(server);
+    }
+}
+
+#[test]
+fn datagrams_of_one_port_go_to_whoever_leads_now() {
+    for (mode, family) in MODES
+        .iter()
+        .flat_map(|&mode| families().map(|it| (mode, it)))
+    {
+        let mut lan = Lan::new();
+        let (ours, our_address) = server_socket(&lan, &family);
+        let (theirs, their_address) = server_socket(&lan, &family);
+        let client = client_socket(&lan, &family);
+        lan.services.detach_interface(index("lan0"));
+        lan.serve(family.service, &[our_address]);
+        let proxy = KubeProxy::start(mode, family.service, their_address);
+        ask(&client, &theirs, &family, 9);
+
+        let attached = lan
+            .services
+            .attach_interface(index("lan0"), LinkHeader::Ethernet);
+        attached.unwrap();
+        ask(&client, &ours, &family, 9);
+        drop(proxy);
+        ask(&client, &ours, &family, 9);
+        let _proxy = KubeProxy::start(mode, family.service, their_address);
+        ask(&client, &ours, &family, 9);
+
+        lan.services.detach_interface(index("lan0"));
+        ask(&client, &theirs, &family, 9);
     }
 }
