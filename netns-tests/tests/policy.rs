@@ -522,3 +522,112 @@ fn a_device_is_served_by_a_pod_of_its_gateway_past_the_stack_and_policy_is_enfor
     tool::eventually("the device may", SOON, is_redirected)?;
     mesh.ends_well()
 }
+
+/// What passes where nobody said otherwise.
+fn by_default(mesh: &Mesh, action: &str) -> Result<()> {
+    let path = mesh.manifests().join("mesh.yaml");
+    let text = fs::read_to_string(&path)?;
+    let lines = text.lines().filter(|line| !line.contains("defaultAction:"));
+    let lines = lines.map(|line| match line.trim_start() {
+        "nodeDomain: mesh" => format!("{line}\n  defaultAction: {action}\n"),
+        _ => format!("{line}\n"),
+    });
+    let changed: String = lines.collect();
+    ensure!(changed.contains("defaultAction:"), "{changed}");
+    Ok(fs::write(&path, changed)?)
+}
+
+/// The same rules as the kernel of two nodes and `policy-test` have them: what they say of each flow is compared.
+#[test]
+fn under_default_deny_what_a_rule_allows_passes_alone_and_the_mesh_itself_goes_on() -> Result<()> {
+    let mesh = Mesh::two_sites()?;
+    let (listener, _other) = (listen(&mesh, B, PORT)?, listen(&mesh, B, OTHER_PORT)?);
+    let _back = listen(&mesh, A, PORT)?;
+    let service = format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: kiosk, namespace: shop}}\nspec: {{clusterIP: 10.43.0.99, \
+         ports: [{{name: a, port: 80}}, {{name: b, port: 81}}]}}\n---\napiVersion: discovery.k8s.io/v1\nkind: \
+         EndpointSlice\nmetadata: {{name: kiosk, namespace: shop, labels: {{kubernetes.io/service-name: kiosk}}}}\n\
+         addressType: IPv4\nports: [{{name: a, port: {PORT}}}, {{name: b, port: {OTHER_PORT}}}]\n\
+         endpoints: [{{addresses: [100.96.2.1], nodeName: {B}}}]\n"
+    );
+    fs::write(mesh.manifests().join("kiosk.yaml"), service)?;
+    let allow = format!(
+        "apiVersion: mesh.holdfast.dev/v1alpha1\nkind: MeshPolicy\nmetadata: {{name: kiosk}}\nspec:\n  rules:\n  - \
+         action: allow\n    from: [{{sites: [site-a]}}]\n    to: [{{nodes: [{B}]}}]\n    ports: [{{port: {PORT}}}]\n"
+    );
+    fs::write(mesh.manifests().join("policy.yaml"), allow)?;
+    by_default(&mesh, "deny")?;
+    let cases = format!(
+        "cases:\n- {{from: node/{A}, to: node/{B}, port: {PORT}, expect: allow}}\n- {{from: node/{A}, to: node/{B}, port: \
+         {OTHER_PORT}, expect: deny}}\n- {{from: node/{B}, to: node/{A}, port: {PORT}, expect: deny}}\n"
+    );
+    let cases = mesh.cloud().write("cases.yaml", &cases)?;
+    let folder = mesh.manifests().display().to_string();
+    let test = [
+        &mesh.bin("mesh-controller"),
+        "policy-test",
+        &folder,
+        &cases.display().to_string(),
+    ];
+    mesh.cloud().run(&test, SOON)?.ok()?;
+
+    let by_service = |port: u16| {
+        let open = format!("exec 3<>/dev/tcp/10.43.0.99/{port}");
+        let said = mesh
+            .node(A)?
+            .run(&["timeout", "1", "bash", "-c", &open], SOON)?;
+        said.ok().map(drop)
+    };
+    let ping = || {
+        let said = mesh
+            .node(A)?
+            .run(&["ping", "-c", "1", "-W", "1", "100.96.2.1"], SOON)?;
+        said.ok().map(drop)
+    };
+    let as_the_rules_say = || {
+        connect(&mesh, A, B, PORT)?;
+        by_service(80)?;
+        ensure!(connect(&mesh, A, B, OTHER_PORT).is_err(), "another port");
+        ensure!(by_service(81).is_err(), "another port, by its service");
+        ensure!(connect(&mesh, B, A, PORT).is_err(), "the other way");
+        ensure!(ping().is_err(), "another protocol");
+        Ok(())
+    };
+    tool::eventually("the rules are in force", SOON, as_the_rules_say)?;
+    let mut client = connect(&mesh, A, B, PORT)?;
+    let mut server = loop {
+        let (mut server, _) = listener.accept()?;
+        if talk(&mut client, &mut server).is_ok() {
+            break server;
+        }
+    };
+    talk(&mut server, &mut client)?;
+    let denials = events(&mesh, A)?;
+    ensure!(
+        denials.contains("denied by defaultAction: TCP"),
+        "{denials}"
+    );
+
+    // Nothing of the mesh's own is a flow by its rules: paths, names, and a node that starts.
+    tool::eventually("the path is direct", SOON, || {
+        let why = mesh.ask(A, &["path", "why", B])?;
+        ensure!(mesh::word(&why, "state") == "direct", "{why}");
+        Ok(())
+    })?;
+    for node in [A, B] {
+        mesh.kill(node, "mesh-agent")?;
+        mesh.start_agent(node)?;
+        mesh.agent_ready(node, 2)?;
+    }
+    tool::eventually("the rules are in force again", SOON, as_the_rules_say)?;
+
+    by_default(&mesh, "audit")?;
+    tool::eventually("what they would deny passes", SOON, || {
+        connect(&mesh, A, B, OTHER_PORT)?;
+        ping()
+    })?;
+    ensure!(counted(&mesh, A, "audited")? > 0);
+    let audited = events(&mesh, A)?;
+    ensure!(audited.contains("audited by defaultAction"), "{audited}");
+    mesh.ends_well()
+}

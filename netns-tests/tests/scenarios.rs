@@ -208,9 +208,24 @@ fn sigterm_leaves_the_services_and_removal_leaves_nothing() -> Result<()> {
         ensure!(tentative.ok()?.is_empty());
         Ok(())
     })?;
+    // Something at every kind of interface.
+    for (name, interface) in [("device", "lan0"), ("pod", "pod-0")] {
+        let behind = mesh.lab().add_node(name)?;
+        mesh.lab().veth(&behind, "eth0", &node, interface)?;
+        node.sysctl(&format!("net/ipv4/conf/{interface}/forwarding"), "1")?;
+    }
+    node.sysctl("net/ipv6/conf/all/forwarding", "1")?;
+    fs::write(mesh.manifests().join("policy.yaml"), POLICY_MANIFEST)?;
     let (network, programs) = (host_network(&node)?, host_programs(&node)?);
-    mesh.start_agent("edge-a2")?;
+    let everywhere = "service_interfaces = [\"lan0\"]\npod_interfaces = [\"pod-*\"]\n";
+    mesh.start_agent_with("edge-a2", everywhere)?;
     mesh.agent_ready("edge-a2", 3)?;
+    for interface in ["lan0", "pod-0", "holdfast0"] {
+        tool::eventually("its packets are looked at", SOON, || {
+            ensure!(node.tcx_programs(interface)? > 0, "{interface}");
+            Ok(())
+        })?;
+    }
     mesh.resolve("edge-a2", "edge-a1.mesh")?;
     mesh.serve("edge-a2", "kiosk", &["http", "edge-a2", "127.0.0.1:8080"])?;
     let ask = || mesh.get("edge-a2", &[KIOSK], Duration::from_secs(1));
@@ -228,6 +243,12 @@ fn sigterm_leaves_the_services_and_removal_leaves_nothing() -> Result<()> {
     assert!(status.success(), "{status}: {}", agent.log());
     assert_eq!(host_network(&node)?, network);
     ask()?;
+    for interface in ["lan0", "pod-0"] {
+        ensure!(
+            node.tcx_programs(interface)? > 0,
+            "nothing stays at {interface}"
+        );
+    }
     remove()?.ok()?;
     let refused = ask().map(|hello| hello.node);
     ensure!(refused.is_err(), "{refused:?}");
@@ -348,6 +369,13 @@ const KIOSK_MANIFEST: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: ki
                 ports: [{port: 80, targetPort: 8080, protocol: TCP}]\n---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
                 metadata: {name: kiosk, namespace: shop, labels: {kubernetes.io/service-name: kiosk}}\naddressType: IPv4\n\
                 ports: [{port: 8080, protocol: TCP}]\nendpoints: [{addresses: [127.0.0.1]}]\n";
+
+/// By which something is to be enforced.
+const POLICY_MANIFEST: &str = "apiVersion: mesh.holdfast.dev/v1alpha1
+kind: MeshPolicy
+metadata: {name: no-ssh}
+spec: {rules: [{action: deny, from: [{nodes: [edge-b1]}], ports: [{port: 22}]}]}
+";
 
 fn kiosk(mesh: &Mesh) -> Result<()> {
     Ok(fs::write(

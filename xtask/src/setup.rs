@@ -29,6 +29,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("buildah", "buildah"),
     ("dig", "dnsutils"),
     ("iperf3", "iperf3"),
+    ("socat", "socat"),
     ("/usr/sbin/miniupnpd", "miniupnpd-nftables"),
     ("openssl", "openssl"),
     ("ssh", "openssh-client"),
