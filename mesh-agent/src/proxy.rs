@@ -324,7 +324,7 @@ async fn keep_tls(address: SocketAddr, settings: &TlsSettings, shared: &Arc<Shar
                 let config = move || {
                     let config = shown.config();
                     match shown.problem() {
-                        Some(why) => told.not_served(&counted, why),
+                        Some(why) => drop(told.unserved().insert(counted.clone(), why)),
                         None => told.served(&counted),
                     }
                     config
