@@ -22,8 +22,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::sockets;
 
-/// Pause between two looks for sockets whose endpoint is gone: a look reads up to 16,384 entries
-/// (`CONNECTED_MAX`), some 20 ms.
+/// Pause between two looks for UDP flows whose endpoint is gone: a look reads up to 16,384 sockets
+/// (`CONNECTED_MAX`), some 20 ms, and 65,536 flows of devices (`TRACKED_MAX`), some 80 ms. Only a change asks for one.
 const LOOK_PAUSE: Duration = Duration::from_secs(1);
 
 /// Keeps the service maps as the view says, until `stop`; once they are, and that is `published`, the
@@ -92,7 +92,7 @@ pub async fn keep_services(
                     let ended;
                     (followed, ended) = looked.await?;
                     if let Err(error) = ended {
-                        tracing::warn!("UDP sockets may stay with endpoints that are gone: {error:#}");
+                        tracing::warn!("UDP flows may stay with endpoints that are gone: {error:#}");
                     }
                 }
             }

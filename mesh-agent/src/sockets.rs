@@ -1,15 +1,15 @@
-//! Ends connected UDP sockets whose endpoint is gone from its service. The kernel asks nobody about the
+//! Ends UDP flows whose endpoint is gone from its service. The kernel asks nobody about the
 //! datagrams of a connected socket, so that they would go there for ever; an application whose socket
-//! ends (`ECONNABORTED` on `recv`, `EDESTADDRREQ` on `send`) connects again.
+//! ends (`ECONNABORTED` on `recv`, `EDESTADDRREQ` on `send`) connects again. A device's flow is forgotten, and its next
+//! datagram goes elsewhere.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
     sync::{Mutex, PoisonError},
 };
 
 use anyhow::Context as _;
-use ebpf_loader::Services;
+use ebpf_loader::{Led, Services};
 use mesh_core::{
     services::{Frontend, Table},
     snapshot::Protocol,
@@ -26,8 +26,24 @@ use mesh_linux::{netns, sock_diag};
 pub fn end_stale(table: &Table, services: &Mutex<Services>) -> anyhow::Result<()> {
     let services = || services.lock().unwrap_or_else(PoisonError::into_inner);
     let connected = services().connected();
-    let connected = connected.context("cannot read which UDP sockets are connected")?;
-    let stale = stale(table, connected);
+    let mut connected = connected.context("cannot read which UDP sockets are connected")?;
+    let of_devices = services().device_datagrams();
+    let mut of_devices = of_devices.context("cannot read UDP flows of devices")?;
+    let gone = gone(table, connected.values().chain(&of_devices));
+    connected.retain(|_, led| gone.contains(led));
+    of_devices.retain(|led| gone.contains(led));
+    if !of_devices.is_empty() {
+        let ended = services().end_device_datagrams(&of_devices);
+        let ended = ended.context("cannot forget UDP flows of devices")?;
+        tracing::info!(
+            ended,
+            "UDP flows of devices ended: their endpoints are gone"
+        );
+    }
+    let stale: BTreeMap<_, _> = connected
+        .into_iter()
+        .map(|(cookie, (_, endpoint))| (cookie, endpoint))
+        .collect();
     if stale.is_empty() {
         return Ok(());
     }
@@ -55,25 +71,16 @@ pub fn end_stale(table: &Table, services: &Mutex<Services>) -> anyhow::Result<()
         .context("cannot forget ended UDP sockets")
 }
 
-/// Numbers of the sockets to be ended, each with what it is connected to.
-fn stale(
-    table: &Table,
-    connected: BTreeMap<u64, (ebpf_loader::Frontend, SocketAddr)>,
-) -> BTreeMap<u64, SocketAddr> {
-    let pairs: BTreeSet<_> = connected.values().copied().collect();
-    let gone = |(frontend, endpoint): &(ebpf_loader::Frontend, SocketAddr)| {
+/// Those of which the service has the endpoint no more.
+fn gone<'a>(table: &Table, led: impl Iterator<Item = &'a Led>) -> BTreeSet<Led> {
+    let has = |(frontend, endpoint): &Led| {
         let frontend = Frontend {
             address: frontend.address,
             port: frontend.port,
             protocol: Protocol::Udp,
         };
-        !table.has(&frontend, *endpoint)
+        table.has(&frontend, *endpoint)
     };
-    let gone: BTreeSet<_> = pairs.into_iter().filter(gone).collect();
-    let stale = connected
-        .into_iter()
-        .filter(|(_, pair)| gone.contains(pair));
-    stale
-        .map(|(cookie, (_, endpoint))| (cookie, endpoint))
-        .collect()
+    let led: BTreeSet<_> = led.copied().collect();
+    led.into_iter().filter(|led| !has(led)).collect()
 }

@@ -7,7 +7,7 @@ use netns_tests::{
     link::Impairment,
     mesh::Mesh,
     nat::NatKind,
-    node::Node,
+    node::{Node, Process},
     tool,
     traffic::{FlowReport, Hello},
 };
@@ -490,6 +490,57 @@ fn a_device_s_next_flow_goes_elsewhere_when_the_endpoint_s_node_dies() -> Result
         }
         Ok(())
     })?;
+    mesh.ends_well()
+}
+
+/// Asks by datagrams from one port again and again, and is never silent for as long as a flow lasts.
+fn asker(device: &Node, log: &str) -> Result<Process> {
+    let words = "while sleep 0.05; do echo far; done | socat - UDP4:10.43.0.99:9000";
+    device.spawn(log, &["sh", "-c", words])
+}
+
+fn was_told(asker: &mut Process, word: &str) -> Result<()> {
+    tool::eventually("the device is told", SOON, || {
+        asker.running()?;
+        ensure!(asker.log().contains(word), "no {word}");
+        Ok(())
+    })
+}
+
+/// The one that it leaves goes on answering: nothing but the gateway's agent tells.
+#[test]
+fn a_device_s_datagrams_go_elsewhere_when_their_endpoint_leaves_the_service_and_not_before()
+-> Result<()> {
+    let mesh = mesh()?;
+    let device = device(&mesh)?;
+    forward(&mesh)?;
+    serves(&mesh)?;
+    let nearer = [
+        "UDP4-RECVFROM:9000,bind=100.96.1.1,fork",
+        "SYSTEM:echo near",
+    ];
+    let nearer = [&["socat"], &nearer[..]].concat();
+    let _nearer = mesh.node("edge-a1")?.spawn("nearer", &nearer)?;
+    tool::eventually("the far one answers", SOON, || {
+        let report = echo(&device, UDP[0])?;
+        ensure!(report.answered == report.sent, "{report:?}");
+        Ok(())
+    })?;
+    let mut first = asker(&device, "first")?;
+    was_told(&mut first, "far")?;
+    let (far, near) = (("100.96.2.1", "edge-b1"), ("100.96.1.1", "edge-a1"));
+    kiosk(&mesh, "", &[far, near], &[])?;
+    tool::eventually("new flows go to the nearer one", SOON, || {
+        let second = asker(&device, "second")?;
+        tool::eventually("it answers", Duration::from_secs(1), || {
+            ensure!(second.log().contains("near"), "{}", second.log());
+            Ok(())
+        })
+    })?;
+    let before = first.log();
+    ensure!(!before.contains("near"), "it moved before: {before}");
+    kiosk(&mesh, "", &[near], &[])?;
+    was_told(&mut first, "near")?;
     mesh.ends_well()
 }
 

@@ -20,6 +20,7 @@ mod pins;
 mod plan;
 pub mod policy;
 mod redirect;
+mod udp;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -40,7 +41,7 @@ use aya::{
 };
 use ebpf_abi::{
     Counter, ENDPOINTS_USABLE, EndpointList, FRONTENDS_MAX, LIST_ENDPOINTS_MAX, PROTOCOL_TCP,
-    PROTOCOL_UDP, Peer, RANGES_MAX, SocketAddress,
+    PROTOCOL_UDP, RANGES_MAX, SocketAddress,
 };
 use rustix::{
     io::Errno,
@@ -61,6 +62,7 @@ pub use crate::{
     pins::{BPFFS, Pins, PinsError},
     plan::LeftOut,
     redirect::{RedirectKind, RedirectLink, RedirectReport, Redirects},
+    udp::Led,
 };
 
 /// What the maps hold at most.
@@ -72,7 +74,6 @@ const LIMITS: Limits = Limits {
 };
 
 const COUNTERS: &str = "hf_counters";
-const CONNECTED: &str = "hf_connected";
 
 /// How many lists were replaced or removed.
 const REPLACED: &str = "hf_replaced";
@@ -513,43 +514,6 @@ impl Services {
         }
         self.complete = complete;
         Ok(report)
-    }
-
-    /// The connected UDP sockets that were led to an endpoint, by the kernel's number for the socket
-    /// (`SO_COOKIE`). Some are closed.
-    ///
-    /// # Errors
-    ///
-    /// [`MapError`] if the kernel does not say.
-    pub fn connected(&self) -> Result<BTreeMap<u64, (Frontend, SocketAddr)>, MapError> {
-        let found = self.ebpf.map(CONNECTED).ok_or_else(|| missing(CONNECTED))?;
-        let map: HashMap<&MapData, u64, Peer> = HashMap::try_from(found)?;
-        let mut sockets = BTreeMap::new();
-        for cookie in map.keys() {
-            let cookie = cookie?;
-            // The programs put others in its place meanwhile.
-            let Ok(peer) = map.get(&cookie, 0) else {
-                continue;
-            };
-            if let Some(service) = leftover::frontend(&peer.service) {
-                sockets.insert(cookie, (service, peer.endpoint.socket_addr()));
-            }
-        }
-        Ok(sockets)
-    }
-
-    /// Forgets a connected UDP socket, which was ended or is closed.
-    ///
-    /// # Errors
-    ///
-    /// [`MapError`] if the kernel refuses.
-    pub fn forget_connected(&mut self, cookie: u64) -> Result<(), MapError> {
-        let found = self
-            .ebpf
-            .map_mut(CONNECTED)
-            .ok_or_else(|| missing(CONNECTED))?;
-        let mut map: HashMap<&mut MapData, u64, Peer> = HashMap::try_from(found)?;
-        absent_is_gone(map.remove(&cookie))
     }
 
     /// What the programs counted since the maps were made.

@@ -13,7 +13,7 @@ use rustix::time::{ClockId, clock_gettime};
 use crate::{Services, missing};
 
 const TCP_PEERS: &str = "hf_tcp_peers";
-const TRACKED: &str = "hf_tracked";
+pub(crate) const TRACKED: &str = "hf_tracked";
 
 /// A device's flow of which nothing passed for so long is not counted: devices go without a word, and what
 /// they had stands in the map for a day.

@@ -1,6 +1,7 @@
 //! Real sockets through a gateway.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     io::{Read, Write},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
@@ -11,7 +12,7 @@ use std::{
 };
 
 use ebpf_abi::PacketCounter;
-use ebpf_loader::{InterfaceError, LinkHeader, Services};
+use ebpf_loader::{Clients, Frontend, InterfaceError, LinkHeader, Services};
 use etherparse::{Icmpv4Header, Icmpv6Header, IpHeaders, TcpHeader};
 use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketType, recv, sockopt};
 
@@ -409,4 +410,50 @@ fn an_interface_that_is_not_there_is_said_so() {
         .attach_interface(index("lan0"), LinkHeader::Ethernet)
         .unwrap_err();
     assert!(matches!(error, InterfaceError::SocketsAlone), "{error:?}");
+}
+
+/// Also where it never falls silent, by which it would end.
+#[test]
+fn a_device_s_datagrams_go_elsewhere_once_their_flow_is_ended_and_no_other_flow_does() {
+    let mut lan = Lan::new();
+    for family in &families() {
+        let (old, old_at) = server_socket(&lan, family);
+        let listener = lan.in_servers(|| TcpListener::bind(old_at).unwrap());
+        let (new, new_at) = server_socket(&lan, family);
+        lan.serve(family.service, &[old_at]);
+        let (client, server) = connected(&lan, family, &listener);
+        let [asks, silent] = [(); 2].map(|()| client_socket(&lan, family));
+        for socket in [&asks, &silent] {
+            ask(socket, &old, family, 9);
+        }
+        lan.serve(family.service, &[new_at]);
+        ask(&asks, &old, family, 9); // For the kernel alone it stays there.
+
+        let led = |endpoint| (frontend(family), endpoint);
+        assert_eq!(
+            lan.services.device_datagrams().unwrap(),
+            BTreeSet::from([led(old_at)])
+        );
+        let end = |lan: &mut Lan, endpoint| {
+            let gone = BTreeSet::from([led(endpoint)]);
+            lan.services.end_device_datagrams(&gone).unwrap()
+        };
+        assert_eq!(end(&mut lan, new_at), 0);
+        assert_eq!(end(&mut lan, old_at), 2);
+        ask(&asks, &new, family, 9);
+        assert_eq!(end(&mut lan, old_at), 0);
+        ask(&asks, &new, family, 9);
+        transfer(&client, &server, 100);
+        transfer(&server, &client, 100);
+        assert_eq!(end(&mut lan, new_at), 1);
+    }
+}
+
+fn frontend(family: &Family) -> Frontend {
+    Frontend {
+        clients: Clients::All,
+        address: family.service.ip(),
+        port: family.service.port(),
+        protocol: ebpf_loader::Protocol::Udp,
+    }
 }
