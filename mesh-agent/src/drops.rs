@@ -13,6 +13,11 @@ const REASONS: &[(&str, &str, &str)] = &[
     ),
     (
         "tunnel",
+        "multicast",
+        "Out: for a group or for all; a mesh leads to one node at a time. The kernel's own questions for routers are some.",
+    ),
+    (
+        "tunnel",
         "malformed_out",
         "Out: the kernel handed over something that is no IP packet.",
     ),

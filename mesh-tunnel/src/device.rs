@@ -8,7 +8,7 @@ pub(crate) mod control;
 pub(crate) mod running;
 pub(crate) mod uapi;
 
-use std::cell::RefCell;
+use std::{cell::RefCell, convert::Infallible};
 
 use mesh_linux::{
     IfIndex,
@@ -37,17 +37,20 @@ impl Device {
         }
     }
 
-    /// Takes note of how the interface is, whenever that may have changed; ends only when the
-    /// kernel tells nothing any more.
-    pub(crate) async fn follow(&self, mut changes: Changes) -> Result<(), NetlinkError> {
+    /// Takes note of how the interface is, whenever that may have changed.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not say it any more; it ends by nothing else.
+    pub(crate) async fn follow(&self, mut changes: Changes) -> anyhow::Result<Infallible> {
         self.look().await?;
-        while let Some(change) = changes.next().await {
+        loop {
+            let change = changes.next().await?;
             if change.links {
                 self.look().await?;
             }
             self.look_at_sources().await;
         }
-        Ok(())
     }
 
     /// Carries out a request of the control socket. Whoever takes the interface up and then asks

@@ -76,7 +76,8 @@ pub(crate) fn no_route(packet: &[u8], out: &mut [u8; LEN_MAX]) -> Option<usize> 
     Some(len)
 }
 
-fn is_single(ip: IpAddr) -> bool {
+/// Whether it may be one host's: no group's, not everybody's and not nobody's.
+pub(crate) fn is_single(ip: IpAddr) -> bool {
     let broadcast = matches!(ip, IpAddr::V4(ip) if ip.is_broadcast());
     !ip.is_multicast() && !ip.is_unspecified() && !broadcast
 }

@@ -165,8 +165,7 @@ async fn live(interface: &str, ready: impl FnOnce() -> io::Result<()>) -> Result
         () = socket.removed() => "the control socket was removed".to_owned(),
         () = socket.serve(&device) => String::new(),
         failed = device.follow(changes) => {
-            failed.context("cannot see whether the interface is up")?;
-            "the kernel tells nothing any more".to_owned()
+            match failed.context("cannot see whether the interface is up")? {}
         }
     };
     tracing::info!("{interface} ends: {why}");

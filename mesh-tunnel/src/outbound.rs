@@ -124,10 +124,9 @@ impl Inner {
         } = out;
         let checked = self.check_outbound(raw);
         let found = checked.and_then(|(cut, destination)| {
-            let peer = lookups.get(self, destination).ok_or_else(|| {
-                self.answer_no_route(cut.packet());
-                DropReason::NoRoute
-            })?;
+            let peer = lookups
+                .get(self, destination)
+                .ok_or_else(|| self.refuse(cut.packet(), destination))?;
             Ok((cut, peer))
         });
         let (cut, peer) = match found {
@@ -213,6 +212,16 @@ impl Inner {
             Ecn::NotCapable,
             leave,
         );
+    }
+
+    /// Why a packet goes to nobody. The sender is told if there is an answer for it.
+    #[cold]
+    fn refuse(&self, packet: &[u8], destination: IpAddr) -> DropReason {
+        if !icmp::is_single(destination) {
+            return DropReason::Multicast;
+        }
+        self.answer_no_route(packet);
+        DropReason::NoRoute
     }
 
     /// Tells the sender, unless many others were just told.

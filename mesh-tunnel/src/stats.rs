@@ -34,6 +34,9 @@ macro_rules! drop_reasons {
 drop_reasons! {
     /// Out: no peer has the destination.
     NoRoute => "no_route",
+    /// Out: for a group or for all, as the kernel itself asks for neighbours and routers by every interface. A mesh leads to
+    /// one node at a time.
+    Multicast => "multicast",
     /// Out: not an IP packet, or it contradicts its offload header.
     MalformedOut => "malformed_out",
     /// Out: a process tried to speak as the node's own core.
