@@ -82,6 +82,15 @@ fn says(mesh: &Mesh, node: &str, word: &str) -> Result<()> {
     Ok(())
 }
 
+/// What an operator types where the controller runs.
+fn at_controller(mesh: &Mesh, words: &[&str]) -> Result<()> {
+    let socket = mesh.cloud().dir().join("controller.sock");
+    let socket = socket.display().to_string();
+    let meshctl = [&mesh.bin("meshctl"), "--controller-socket", &socket];
+    let words = [&meshctl, words].concat();
+    mesh.cloud().run(&words, SOON)?.ok().map(drop)
+}
+
 fn generation(mesh: &Mesh, node: &str) -> Result<u64> {
     number(mesh, node, "/snapshot/generation")
 }
@@ -188,15 +197,7 @@ fn a_controller_restored_from_a_backup_takes_nothing_away_until_its_operator_say
         })?;
         resolves(&mesh, node, "10.43.0.99")?;
     }
-    let socket = mesh.cloud().dir().join("controller.sock");
-    let words = [
-        &mesh.bin("meshctl"),
-        "--controller-socket",
-        &socket.display().to_string(),
-        "controller",
-        "accept-rollback",
-    ];
-    mesh.cloud().run(&words, SOON)?.ok()?;
+    at_controller(&mesh, &["controller", "accept-rollback"])?;
     for node in NODES {
         tool::eventually("what was restored counts", Duration::from_secs(60), || {
             connected(&mesh, node)?;
@@ -363,6 +364,71 @@ fn a_clock_that_jumps_by_years_and_back_takes_nothing_from_a_node_that_runs() ->
         resolves(&mesh, "edge-a1", "10.43.0.100")
     })?;
     ensure!(generation(&mesh, "edge-a1")? > begun, "it went back");
+    mesh.ends_well()
+}
+
+#[test]
+fn who_was_taken_out_of_the_mesh_gets_nothing_newer_from_those_who_know_it() -> Result<()> {
+    let mesh = Mesh::one_site_of(&NODES)?;
+    kiosk(&mesh, "10.43.0.99")?;
+    for node in NODES {
+        tool::eventually("both know it", SOON, || resolves(&mesh, node, "10.43.0.99"))?;
+    }
+    mesh.take("edge-a2", "mesh-agent")?.terminate(SOON)?;
+    at_controller(&mesh, &["node", "remove", "edge-a2"])?;
+    kiosk(&mesh, "10.43.0.100")?;
+    tool::eventually("the other one knows both changes", SOON, || {
+        ensure!(number(&mesh, "edge-a1", "/snapshot/nodes")? == 1, "two");
+        resolves(&mesh, "edge-a1", "10.43.0.100")
+    })?;
+    mesh.site("site-a")?.link().set_down(true)?;
+    mesh.start_agent("edge-a2")?;
+    tool::eventually("it asks, and is refused", SOON, || {
+        let refused = number(&mesh, "edge-a2", "/lan_announcements/state_not_given")?;
+        ensure!(refused > 0, "it did not ask");
+        Ok(())
+    })?;
+    resolves(&mesh, "edge-a2", "10.43.0.99")?;
+    let taken = number(&mesh, "edge-a2", "/lan_announcements/state_taken")?;
+    let strangers = number(&mesh, "edge-a1", "/lan_announcements/unknown_node")?;
+    ensure!(
+        taken == 0 && strangers > 0,
+        "{taken} taken, {strangers} strangers"
+    );
+    mesh.ends_well()
+}
+
+#[test]
+fn a_node_whose_disk_can_only_be_read_boots_and_follows_all_the_same() -> Result<()> {
+    let mesh = Mesh::one_site_of(&NODES)?;
+    kiosk(&mesh, "10.43.0.99")?;
+    tool::eventually("it is known", SOON, || {
+        resolves(&mesh, "edge-a2", "10.43.0.99")
+    })?;
+    mesh.take("edge-a2", "mesh-agent")?.terminate(SOON)?;
+    mesh.site("site-a")?.link().set_down(true)?;
+    let node = mesh.node("edge-a2")?;
+    let state = node.dir().join("state").display().to_string();
+    let config = node.dir().join("agent.toml").display().to_string();
+    // The launcher's mount table is this command's own.
+    let script = format!(
+        "mount --bind {state} {state} && mount -o remount,bind,ro {state} && exec {} --config {config}",
+        mesh.bin("mesh-agent")
+    );
+    mesh.provokes(&["cannot keep the snapshot; a restart would find an older one error=Read-only"]);
+    let agent = node.spawn("mesh-agent", &["sh", "-c", &script])?;
+    mesh.put("edge-a2", "mesh-agent", agent);
+    tool::eventually("it serves what is on the disk", SOON, || {
+        resolves(&mesh, "edge-a2", "10.43.0.99")
+    })?;
+    kiosk(&mesh, "10.43.0.100")?;
+    mesh.site("site-a")?.link().set_down(false)?;
+    tool::eventually("it follows the controller", SOON, || {
+        connected(&mesh, "edge-a2")?;
+        resolves(&mesh, "edge-a2", "10.43.0.100")
+    })?;
+    let log = fs::read_to_string(node.dir().join("mesh-agent.log"))?;
+    ensure!(log.contains("cannot keep the snapshot"), "{log}");
     mesh.ends_well()
 }
 
