@@ -40,7 +40,7 @@ pub(crate) enum Lab {
         /// As `lab up` names it.
         node: String,
         /// What is run. `meshctl` finds the node's agent.
-        #[arg(last = true, required = true, value_name = "COMMAND")]
+        #[arg(trailing_var_arg = true, required = true, value_name = "COMMAND")]
         command: Vec<String>,
     },
     /// Takes a lab away, with all that runs in it and its files.
@@ -296,7 +296,22 @@ impl Report for Gone {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+
     use super::*;
+
+    #[test]
+    fn what_is_run_has_its_own_options_with_and_without_two_dashes() {
+        for words in ["-- meshctl status --json", "meshctl status --json"] {
+            let typed = format!("meshctl lab run edge-a1 {words}");
+            let cli = crate::cli::Cli::try_parse_from(typed.split(' ')).unwrap();
+            assert!(!cli.json);
+            let crate::cli::Command::Lab(Lab::Run { command, .. }) = cli.command else {
+                panic!("{typed}");
+            };
+            assert_eq!(command, ["meshctl", "status", "--json"]);
+        }
+    }
 
     #[test]
     fn no_site_is_without_a_node() {

@@ -160,9 +160,18 @@ impl Netcheck {
     }
 }
 
+/// A mesh may have none at all.
+fn no_relay_is_up(relays: &[StatusRelay]) -> bool {
+    !relays.is_empty() && relays.iter().all(|relay| relay.transport.is_none())
+}
+
 impl Report for Netcheck {
     fn text(&self, colours: bool) -> String {
         let udp = match self.udp {
+            "works" if no_relay_is_up(&self.relays) => Cell::new(
+                "worked when a relay last answered; now none is up",
+                Tone::Warning,
+            ),
             "works" => Cell::new("works", Tone::Good),
             "blocked" => Cell::new(
                 "blocked: traffic goes through relays, by TLS on TCP",
@@ -226,5 +235,34 @@ impl Report for Netcheck {
             true => Verdict::Degraded,
             false => Verdict::Ok,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mesh_api::admin::{RelayStatus, StatusResponse};
+
+    use super::*;
+
+    #[test]
+    fn udp_is_said_to_work_only_while_somebody_answers() {
+        let first_line = |transports: &[&str]| {
+            let relay = |transport: &&str| RelayStatus {
+                name: "r1".to_owned(),
+                transport: (*transport).to_owned(),
+                ..RelayStatus::default()
+            };
+            let said = StatusResponse {
+                nat: "easy".to_owned(),
+                relays: transports.iter().map(relay).collect(),
+                ..StatusResponse::default()
+            };
+            let page = Netcheck::new(Status::from(said), &FactsResponse::default()).text(false);
+            page.lines().next().unwrap().to_owned()
+        };
+        assert_eq!(first_line(&["", "quic"]), "UDP  works");
+        assert_eq!(first_line(&[]), "UDP  works");
+        let down = first_line(&["", ""]);
+        assert!(down.ends_with("now none is up"), "{down}");
     }
 }
