@@ -457,15 +457,18 @@ fn dns_status(error: client::AskError) -> Status {
 
 /// The node with this name or overlay address.
 fn node_of<'a>(snapshot: &'a Snapshot, target: &str) -> Result<&'a Node, Status> {
-    let address = target.parse::<IpAddr>().ok();
-    let is_target = |node: &&Node| {
-        node.name.as_str() == target
-            || address == Some(IpAddr::V4(node.overlay_v4))
-            || address == Some(IpAddr::V6(node.overlay_v6))
+    let by_address = |address: IpAddr| {
+        let has = |node: &&Node| {
+            IpAddr::V4(node.overlay_v4) == address || IpAddr::V6(node.overlay_v6) == address
+        };
+        snapshot.nodes.values().find(has)
     };
-    snapshot.nodes.values().find(is_target).ok_or_else(|| {
+    let node = target
+        .parse()
+        .map_or_else(|_| snapshot.node_called(target), by_address);
+    node.ok_or_else(|| {
         Status::not_found(format!(
-            "no node {target:?} in the mesh (a node's name, or its overlay address)"
+            "no node {target:?} in the mesh (a node's name, also as in DNS, or its overlay address)"
         ))
     })
 }

@@ -195,12 +195,7 @@ fn find<'a>(host: &str, snapshot: &'a Snapshot) -> Result<(&'a Node, Vec<IpAddr>
         .and_then(|rest| rest.strip_suffix(']'))
         .unwrap_or(host);
     let Ok(address) = literal.parse::<IpAddr>() else {
-        let name = host.trim_end_matches('.').to_ascii_lowercase();
-        let name = name
-            .strip_suffix(&snapshot.mesh.node_domain)
-            .and_then(|name| name.strip_suffix('.'))
-            .unwrap_or(&name);
-        let node = snapshot.nodes.get(name).ok_or_else(unknown)?;
+        let node = snapshot.node_called(host).ok_or_else(unknown)?;
         return Ok((node, both(node)));
     };
     let mut nodes = snapshot.nodes.values();

@@ -496,6 +496,17 @@ impl Snapshot {
         }
     }
 
+    /// The node that people mean by `name`: its own, or that in DNS, `NAME.` and [`MeshSettings::node_domain`].
+    #[must_use]
+    pub fn node_called(&self, name: &str) -> Option<&Node> {
+        let name = name.trim_end_matches('.').to_ascii_lowercase();
+        let own = name
+            .strip_suffix(&self.mesh.node_domain)
+            .and_then(|name| name.strip_suffix('.'))
+            .unwrap_or(&name);
+        self.nodes.get(own)
+    }
+
     /// Sites with whose nodes those of `site` may connect directly, their own among them; `None`: with
     /// everybody, as there is no community. Nodes of which no site is said are then in none.
     #[must_use]

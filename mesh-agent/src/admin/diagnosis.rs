@@ -238,8 +238,12 @@ impl Admin {
         let text = match code.as_str() {
             "NXDOMAIN" => format!("{name} does not exist, says {server}"),
             "NOERROR" => format!("{name} has no address, says {server}"),
+            code if !name.trim_end_matches('.').contains('.') => format!(
+                "no node is called {name}, and {server} says {code} of it: a service is NAMESPACE/NAME, a pod too, and other \
+                 names have a dot"
+            ),
             code => format!(
-                "{name}: {server} says {code}: its upstreams do not answer, or lead back to it"
+                "{name}: {server} says {code}: it has no `dns.upstreams`, or they do not answer, or lead back to it"
             ),
         };
         Ok((stays, vec![hop("failed", text)]))

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fs, path::Path, sync::Arc, time::Duration};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use mesh_api::{
     connect::{ALPN, control_channel_over, control_client},
     control::{JoinRequest, JoinResponse, control_client::ControlClient},
@@ -114,12 +114,15 @@ pub(super) fn read_pass(source: &TokenSource) -> anyhow::Result<Pass> {
     let read = |key: &str, path: &Path| {
         fs::read_to_string(path).with_context(|| format!("cannot read `{key}` {}", path.display()))
     };
-    let token = match source {
+    let (token, given) = match source {
         TokenSource::None => bail!(
             "this node has not joined a mesh yet: set `token` or `token_file` (made by `meshctl token create`), or `service_account_token_file`"
         ),
-        TokenSource::Inline(text) => text.0.clone(),
-        TokenSource::File(path) => read("token_file", path)?,
+        TokenSource::Inline(text) => (text.0.clone(), "`token`".to_owned()),
+        TokenSource::File(path) => {
+            let given = format!("`token_file` {}", path.display());
+            (read("token_file", path)?, given)
+        }
         TokenSource::ServiceAccount { token, mesh } => {
             let anchor = read("mesh_file", mesh)?.parse::<MeshAnchor>();
             return Ok(Pass {
@@ -129,7 +132,12 @@ pub(super) fn read_pass(source: &TokenSource) -> anyhow::Result<Pass> {
             });
         }
     };
-    let token = token.trim().parse::<JoinToken>()?;
+    let token = token.trim();
+    ensure!(
+        !token.is_empty(),
+        "{given} is empty: make a token with `meshctl token create`"
+    );
+    let token = token.parse::<JoinToken>().context(given)?;
     Ok(Pass {
         mesh: MeshAnchor {
             trust_domain: token.trust_domain.clone(),
@@ -252,5 +260,21 @@ mod tests {
             );
         }
         assert!(!format!("{source:?}").contains("second"));
+    }
+
+    #[test]
+    fn a_file_that_holds_no_token_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        for (text, problem) in [
+            (" \n", "is empty: make a token"),
+            ("hello\n", "not a join token: it does not begin"),
+        ] {
+            fs::write(&path, text).unwrap();
+            let error = read_pass(&TokenSource::File(path.clone())).err().unwrap();
+            let said = format!("{error:#}");
+            let named = format!("`token_file` {}", path.display());
+            assert!(said.contains(&named) && said.contains(problem), "{said}");
+        }
     }
 }
