@@ -41,6 +41,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("ping", "iputils-ping"),
     ("ps", "procps"),
     ("nsenter", "util-linux"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("mount", "mount"),
     ("bpftool", "bpftool"),
     ("/usr/lib/cni/bridge", "containernetworking-plugins"),
     ("podman", "podman"),
