@@ -57,6 +57,9 @@ const WRITE_RATE: u64 = 64 << 10;
 /// Longest pause between writes: an offline node that loses power knows all but the last minute.
 const WRITE_PAUSE_MAX: Duration = Duration::from_secs(60);
 
+/// The epoch of each store until its operator lets an older state count: a state whose controller was too old to say one is of it.
+const FIRST_EPOCH: u64 = 1;
+
 /// Shared by who follows the controller and who asks neighbours: one at a time.
 pub type Shared = Arc<tokio::sync::Mutex<Desired>>;
 
@@ -250,7 +253,9 @@ impl Desired {
         let clock = u64::try_from(response.now_unix_s).unwrap_or_default();
         self.limit
             .handle_controller(Some(Duration::from_secs(clock)), now());
-        self.confirmed = true;
+        if !mem::replace(&mut self.confirmed, true) {
+            self.keep_counted(); // A loss of power must not bring back what was counted before.
+        }
         let changed = any || offered.generation != self.position.generation;
         // Another life's, or epoch's, is new as well.
         let resigned = head != self.head.as_ref().and_then(SignedHead::read);
@@ -282,6 +287,19 @@ impl Desired {
         if head.version() <= own {
             return Ok(Err(distrusted("it is no newer than what this node has")));
         }
+        let position = Position {
+            store: head.store_id.clone(),
+            epoch: head.epoch,
+            generation: Generation(head.generation),
+        };
+        // What an older controller told has no version, and a generation all the same.
+        let held = Position {
+            epoch: self.position.epoch.max(FIRST_EPOCH),
+            ..self.position.clone()
+        };
+        if held.check(&position).is_err() {
+            return Ok(Err(distrusted("it is older than what this node has")));
+        }
         // Applied to a copy first: what is not what the authority signed changes nothing.
         let state = Arc::clone(&self.resources);
         let work = move || {
@@ -295,11 +313,6 @@ impl Desired {
             Err(error) => return Ok(Err(distrusted(error))),
         };
         let version = head.version();
-        let position = Position {
-            store: head.store_id,
-            epoch: head.epoch,
-            generation: Generation(head.generation),
-        };
         self.limit
             .handle_newer(Duration::from_millis(version.made_unix_ms), now());
         self.take_in(change, position, Some(signed), Trust::Check, true)
@@ -438,11 +451,15 @@ impl Desired {
             let snapshot = self.check(SyncResponse::default(), Trust::Checked).await?;
             self.publish(snapshot);
         }
+        self.keep_counted();
+        Ok(self.limit.poll_timeout().map(Instant::from_std))
+    }
+
+    fn keep_counted(&mut self) {
         let (counted, confirmed) = self.limit.counted(now());
         if let Err(error) = self.state.set_offline(counted, confirmed) {
             tracing::debug!(%error, "cannot keep for how long no controller spoke");
         }
-        Ok(self.limit.poll_timeout().map(Instant::from_std))
     }
 
     async fn take_from_disk(&mut self, payload: &[u8]) -> anyhow::Result<Option<SystemTime>> {

@@ -206,6 +206,28 @@ async fn nothing_is_taken_from_a_neighbour_while_a_controller_s_stream_is_open()
 }
 
 #[tokio::test]
+async fn what_an_older_controller_told_without_a_head_is_not_taken_back_by_a_neighbour() {
+    let controller = Controller::new();
+    let (mut desired, folder) = node(&controller, 3, 2).await;
+    let unsigned = SyncResponse {
+        head: None,
+        ..controller.tells(9, 5)
+    };
+    desired.next_write = None;
+    desired.take(unsigned).await.unwrap();
+    assert_eq!(*desired.version().borrow(), Version::default());
+    drop(desired);
+    let mut desired = open(&controller, &folder).await;
+    let lost = desired.adopt(given(controller.tells(4, 2))).await.unwrap();
+    let error = lost.unwrap_err().to_string();
+    assert_eq!(error, "it is older than what this node has");
+    assert_eq!((nodes(&desired), desired.position().generation.0), (5, 9));
+    let newer = desired.adopt(given(controller.tells(10, 6))).await.unwrap();
+    assert!(newer.is_ok(), "{newer:?}");
+    assert_eq!((nodes(&desired), desired.position().generation.0), (6, 10));
+}
+
+#[tokio::test]
 async fn a_controller_that_went_back_is_refused_until_its_operator_lets_it() {
     let controller = Controller::new();
     let (mut desired, folder) = node(&controller, 9, 5).await;
@@ -251,6 +273,13 @@ async fn a_state_is_warned_of_and_over_by_time_that_passed_and_counts_again_at_o
         (1, Standing::Over)
     );
     desired.take(controller.tells(3, 2)).await.unwrap();
+    assert_eq!(
+        (nodes(&desired), *desired.standing().borrow()),
+        (2, Standing::Counts)
+    );
+    drop(desired);
+    // Nor does a loss of power right after it bring back what was counted.
+    let desired = open(&controller, &folder).await;
     assert_eq!(
         (nodes(&desired), *desired.standing().borrow()),
         (2, Standing::Counts)
