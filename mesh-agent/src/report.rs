@@ -22,6 +22,7 @@ use mesh_core::{
     services::{self, View},
     snapshot::{Protocol, Service, ServiceKind},
 };
+use mesh_identity::certificate::Validity;
 use mesh_wire::{
     id::{NodeId, NodeName, Via},
     peer::{CandidateKind, NatKind},
@@ -57,6 +58,7 @@ pub fn ms(duration: Duration) -> f64 {
 pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> StatusResponse {
     let snapshot = driver.snapshot();
     let own = driver.own();
+    let validity = facts.credentials.load().validity();
     let relays: Vec<_> = driver
         .core
         .relays()
@@ -97,7 +99,7 @@ pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> Status
         }),
         controller: connection.controller.clone().unwrap_or_default(),
         snapshot_generation: snapshot.generation.0,
-        snapshot_age_s: snapshot_age(connection).map_or(0, |age| age.as_secs()),
+        snapshot_age_s: snapshot_age(connection, validity).map_or(0, |age| age.as_secs()),
         standing: match standing {
             Standing::Counts => admin::Standing::Counts,
             Standing::Warned(_) => admin::Standing::Warned,
@@ -127,7 +129,7 @@ pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> Status
             .iter()
             .map(ToString::to_string)
             .collect(),
-        certificate_expires_unix_s: unix_s(facts.credentials.load().validity().not_after),
+        certificate_expires_unix_s: unix_s(validity.not_after),
         service_interfaces: served
             .iter()
             .map(|(name, one)| (name.clone(), one.attached))
@@ -237,14 +239,25 @@ fn clock_problem(facts: &Facts, now: SystemTime) -> Option<String> {
     })
 }
 
-/// How old the desired state may be: nothing while the controller is there to correct it.
-pub(crate) fn snapshot_age(connection: &Connection) -> Option<Duration> {
+/// How old the desired state may be: nothing while the controller is there to correct it. `validity`: of the certificate in force.
+pub(crate) fn snapshot_age(connection: &Connection, validity: Validity) -> Option<Duration> {
     if connection.connected {
         return Some(Duration::ZERO);
     }
-    SystemTime::now()
-        .duration_since(connection.last_contact?)
-        .ok()
+    let counted = connection.silent.map_or(Duration::ZERO, |(counted, at)| {
+        counted.saturating_add(at.elapsed())
+    });
+    let last = connection.last_contact?;
+    Some(silence(last, SystemTime::now(), validity, counted))
+}
+
+/// How long ago the controller was there, which was when this node's clock said `last`: what the clock says, and never less than
+/// was certainly `counted`. A controller made the certificate, so that it was there since that began; and a clock by which it is
+/// over is more likely wrong than right, as it is renewed long before.
+fn silence(last: SystemTime, now: SystemTime, validity: Validity, counted: Duration) -> Duration {
+    let since = now.duration_since(last.max(validity.not_before)).ok();
+    let by_clock = since.filter(|_| now <= validity.not_after);
+    by_clock.unwrap_or_default().max(counted)
 }
 
 /// Down: nobody can be reached though there is somebody. Degraded: something does not work that

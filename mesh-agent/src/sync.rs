@@ -94,6 +94,8 @@ pub struct Connection {
     pub problem: String,
     /// When the controller was last there, by the node's own clock.
     pub last_contact: Option<SystemTime>,
+    /// For how long it certainly was not there (`mesh_core::offline::limit`), and at which moment; it goes on from then.
+    pub silent: Option<(Duration, Instant)>,
     /// When the controller is visited next, at the latest, by a node whose way out is metered.
     pub next_visit: Option<Instant>,
 }
@@ -103,6 +105,7 @@ impl Connection {
     pub(crate) fn end(&mut self) {
         if mem::take(&mut self.connected) {
             self.last_contact = Some(SystemTime::now());
+            self.silent = Some((Duration::ZERO, Instant::now()));
         }
     }
 }
@@ -163,6 +166,7 @@ impl Sync {
         let (desired, received) = opened.await?;
         let snapshots = desired.snapshots();
         let last_contact = received;
+        let (counted, _) = state.offline();
         let sync = Self {
             settings: settings.clone(),
             id,
@@ -173,6 +177,7 @@ impl Sync {
             controllers: Retry::new(settings.controllers.len(), rand::random()),
             connection: watch::Sender::new(Connection {
                 last_contact,
+                silent: Some((counted, Instant::now())),
                 ..Connection::default()
             }),
             report,

@@ -135,7 +135,8 @@ impl Admin {
         contents: bool,
     ) -> Result<SnapshotsResponse, Status> {
         let connection = self.connection.borrow().clone();
-        let age_s = report::snapshot_age(&connection).map_or(0, |age| age.as_secs());
+        let validity = self.facts.credentials.load().validity();
+        let age_s = report::snapshot_age(&connection, validity).map_or(0, |age| age.as_secs());
         let generation = self.ask(|driver| driver.snapshot().generation.0).await?;
         let folder = self.facts.state_dir.clone();
         let authority = self.facts.credentials.load().authority().clone();

@@ -26,7 +26,8 @@ impl Admin {
         let dns = &self.facts.dns;
         let view = dns.view();
         let mesh = view.as_ref().map(|view| &view.snapshot.mesh);
-        let age = report::snapshot_age(&self.connection.borrow());
+        let validity = self.facts.credentials.load().validity();
+        let age = report::snapshot_age(&self.connection.borrow(), validity);
         let upstreams = dns.upstreams().into_iter();
         let upstreams: Vec<_> = upstreams
             .map(|(domain, one)| {

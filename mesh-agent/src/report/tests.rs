@@ -1,6 +1,9 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use mesh_api::admin::{PeersResponse, ServicesResponse};
+use mesh_api::{
+    admin::{PeersResponse, ServicesResponse},
+    connect::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT},
+};
 use mesh_core::snapshot::{
     Endpoint, EndpointPort, EndpointSlice, MeshSettings, Node, ServiceName, ServicePort, Snapshot,
 };
@@ -144,20 +147,75 @@ fn meshctl_takes_the_answer_of_a_node_that_speaks_with_100_000_others() {
     assert!(bytes < ANSWER_BYTES_MAX, "{bytes}");
 }
 
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// Of a certificate that was made so many days ago, and is renewed after 30.
+fn made_days_ago(days: u32) -> Validity {
+    let made = SystemTime::now() - days * DAY;
+    Validity::from_now(made, 60 * DAY)
+}
+
 #[test]
 fn since_a_controller_was_heard_counts_from_the_stream_s_end_not_from_its_last_word() {
-    let days = |days: u64| Duration::from_secs(days * 86_400);
+    let validity = made_days_ago(25);
     let mut connection = Connection {
         connected: true,
-        last_contact: SystemTime::now().checked_sub(days(21)),
+        last_contact: Some(SystemTime::now() - 21 * DAY),
         ..Connection::default()
     };
-    assert_eq!(snapshot_age(&connection), Some(Duration::ZERO));
+    assert_eq!(snapshot_age(&connection, validity), Some(Duration::ZERO));
     connection.end();
     assert!(!connection.connected);
-    assert!(snapshot_age(&connection).unwrap() < days(1));
+    assert!(snapshot_age(&connection, validity).unwrap() < DAY);
     // Attempts that fail change nothing.
-    connection.last_contact = SystemTime::now().checked_sub(days(2));
+    connection.last_contact = Some(SystemTime::now() - 2 * DAY);
     connection.end();
-    assert!(snapshot_age(&connection).unwrap() >= days(2));
+    assert!(snapshot_age(&connection, validity).unwrap() >= 2 * DAY);
+    // Whatever the clock said.
+    connection.last_contact = Some(SystemTime::now() + 2 * DAY);
+    connection.silent = Some((5 * DAY, time::Instant::now()));
+    assert!(snapshot_age(&connection, validity).unwrap() >= 5 * DAY);
+}
+
+#[test]
+fn a_clock_that_is_wrong_makes_the_state_neither_fresh_nor_years_old() {
+    let right = SystemTime::now();
+    let last = right - 4 * DAY;
+    let made = made_days_ago(10); // Ends in 50 days.
+    let counted = 3 * DAY; // A day without power.
+    for (name, last, now, expected) in [
+        ("right", last, right, 4 * DAY),
+        ("behind the last contact", last, last - DAY, counted),
+        ("years behind", last, UNIX_EPOCH, counted),
+        ("a little behind", last, last + 2 * DAY, counted),
+        ("years ahead", last, right + 3_650 * DAY, counted),
+        (
+            "ahead by less than anybody can tell",
+            last,
+            right + DAY,
+            5 * DAY,
+        ),
+        (
+            "years ahead then, right now",
+            right + 3_650 * DAY,
+            right,
+            counted,
+        ),
+    ] {
+        assert_eq!(silence(last, now, made, counted), expected, "{name}");
+    }
+    // As it boots without a battery: the controller was there when it made the certificate.
+    let since_made = right.duration_since(made.not_before).unwrap();
+    assert_eq!(silence(UNIX_EPOCH, right, made, counted), since_made);
+}
+
+#[test]
+fn the_documentation_says_how_soon_a_controller_that_is_gone_is_noticed() {
+    let text = include_str!("../../../docs/offline.md");
+    let [interval, timeout] = [KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT].map(|time| time.as_secs());
+    let row = format!(
+        "| the controller | {timeout} to {} s | it is asked after {interval} s of silence (`KEEPALIVE_INTERVAL`), and has {timeout} s",
+        interval + timeout
+    );
+    assert!(text.contains(&row), "{row}");
 }
