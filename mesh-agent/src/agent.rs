@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs, io,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::{
@@ -11,7 +12,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use arc_swap::ArcSwap;
 use ebpf_loader::{BPFFS, Pins, PinsError, Services};
 use mesh_api::{
@@ -92,6 +93,11 @@ const QUIET: Duration = Duration::from_secs(10);
 /// What made it stop early, with what was attempted.
 pub fn run(settings: Settings) -> anyhow::Result<()> {
     let state = Arc::new(StateFolder::open(&settings.state_dir)?);
+    make_folder_of("admin_socket", &settings.admin_socket)?;
+    let proxy = settings.proxy.as_ref();
+    if let Some(socket) = proxy.and_then(|proxy| proxy.socket.as_deref()) {
+        make_folder_of("[proxy] socket", socket)?;
+    }
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
@@ -116,6 +122,24 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
     });
     runtime.shutdown_timeout(RUNTIME_GRACE);
     result
+}
+
+/// Makes the folder of the socket that `key` of the configuration names, in one that is there: so `/run/holdfast` is made in `/run`,
+/// and nothing where a path is mistyped.
+fn make_folder_of(key: &str, socket: &Path) -> anyhow::Result<()> {
+    let Some(folder) = socket.parent().filter(|folder| *folder != Path::new("")) else {
+        return Ok(());
+    };
+    let above = folder.parent().unwrap_or(folder).display();
+    match fs::create_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => bail!(
+            "`{key}` is {}, and there is no folder {above}: make it, or correct the path",
+            socket.display()
+        ),
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error)
+            .with_context(|| format!("cannot make the folder {} of `{key}`", folder.display())),
+        Ok(()) | Err(_) => Ok(()),
+    }
 }
 
 /// Gives back memory each time the desired state has changed and then stayed as it is for [`QUIET`].
@@ -277,8 +301,8 @@ async fn start(
         serves_devices: !settings.service_interfaces.is_empty(),
     };
     let pins = Pins::of_policy(Path::new(BPFFS));
-    if let Err(error) = &pins {
-        tracing::warn!(problem = %network::chain(error), "policies will end with this process");
+    if let Some(problem) = policy::unkept(settings.policy, &pins) {
+        tracing::warn!(%problem, "policies will end with this process");
     }
     let node = settings.node_name.clone();
     let mut enforcer = Enforcer::new(node, interface.0, settings.policy, pins.ok())
@@ -787,5 +811,29 @@ async fn remember(
         }
         refused = error;
         time::sleep(PAUSE).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_s_folder_is_made_in_one_that_is_there_and_nowhere_else() {
+        let home = tempfile::tempdir().unwrap();
+        let run = home.path().join("holdfast");
+        // At the first start, and at the next.
+        for _ in 0..2 {
+            make_folder_of("admin_socket", &run.join("agent.sock")).unwrap();
+        }
+        assert!(run.is_dir());
+        make_folder_of("admin_socket", Path::new("agent.sock")).unwrap();
+
+        let nosuch = home.path().join("nosuch");
+        let mistyped = nosuch.join("dir/agent.sock");
+        let error = make_folder_of("admin_socket", &mistyped).unwrap_err();
+        let expected = format!("there is no folder {}: make it", nosuch.display());
+        assert!(error.to_string().contains(&expected), "{error}");
+        assert!(!nosuch.exists());
     }
 }

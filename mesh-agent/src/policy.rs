@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::Context as _;
 use ebpf_loader::{
-    Pins,
+    Pins, PinsError,
     fill::{Fill, FlowMap},
     inspect::LoadedProgram,
     policy as kernel,
@@ -226,8 +226,15 @@ impl Enforcer {
         if let Some(programs) = self.programs.take() {
             programs.remove();
             tracing::info!("there are no policies for this node any more");
-        } else if left && let Some(pins) = self.pins.clone() {
-            kernel::end_left(pins);
+        } else if left {
+            // The place is not held by who never enforces anything: another agent may.
+            let pins = match self.wanted {
+                true => self.pins.clone(),
+                false => self.pins.take(),
+            };
+            if let Some(pins) = pins {
+                kernel::end_left(pins);
+            }
         }
         self.tell(false);
     }
@@ -282,6 +289,13 @@ impl Enforcer {
         report.events = programs.events().map(|event| line(event, tables)).collect();
         report
     }
+}
+
+/// Why policies end with this process, if any are `wanted` here.
+#[must_use]
+pub fn unkept(wanted: bool, pins: &Result<Pins, PinsError>) -> Option<String> {
+    let error = pins.as_ref().err().filter(|_| wanted)?;
+    Some(chain(error))
 }
 
 /// Follows the view until `stop`.
@@ -446,6 +460,14 @@ mod tests {
         assert_eq!(numbers, [1, 6, 17, 132]);
         let mut verdicts = told.ports.values();
         assert!(verdicts.all(|one| one.allowed && one.audited && one.decider == 7));
+    }
+
+    #[test]
+    fn who_enforces_nothing_does_not_mind_that_nothing_is_kept() {
+        let taken = || Err(PinsError::InUse("/sys/fs/bpf/holdfast/policy".into()));
+        assert_eq!(unkept(false, &taken()), None);
+        let problem = unkept(true, &taken()).unwrap();
+        assert!(problem.contains("is in use"), "{problem}");
     }
 
     #[test]
