@@ -3,8 +3,9 @@
 //! upstream is a task of the runtime.
 
 use std::{
+    fs,
     io::{self, IoSliceMut},
-    net::{Shutdown, SocketAddr, UdpSocket},
+    net::{IpAddr, Shutdown, SocketAddr, UdpSocket},
     os::fd::AsRawFd as _,
     sync::{
         Arc,
@@ -58,12 +59,24 @@ fn threads() -> usize {
     thread::available_parallelism().map_or(1, |cores| cores.get().min(THREADS_MAX))
 }
 
-/// One socket for each thread at `address`; port 0 becomes the same real one for all.
-pub(crate) fn bind(mut address: SocketAddr) -> io::Result<Vec<Arc<UdpSocket>>> {
+/// One socket for each thread at `address`; port 0 becomes the same real one for all. Beside who listens at all addresses and
+/// shares them (`SO_REUSEADDR`, as dnsmasq does): the kernel gives a datagram to who listens at its very address.
+pub(crate) fn bind(address: SocketAddr) -> io::Result<Vec<Arc<UdpSocket>>> {
+    match bind_all(address, false) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse && !is_held(address)? => {
+            bind_all(address, true)
+        }
+        bound => bound,
+    }
+}
+
+fn bind_all(mut address: SocketAddr, shares: bool) -> io::Result<Vec<Arc<UdpSocket>>> {
     let mut sockets = Vec::new();
     for _ in 0..threads() {
         let domain = Domain::for_address(address);
         let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;
+        // It stays: who shares with us must be able to start anew.
+        socket.set_reuse_address(shares)?;
         if sockets.is_empty() {
             // Another process at this port would take a part of the queries.
             socket.bind(&address.into())?;
@@ -80,6 +93,29 @@ pub(crate) fn bind(mut address: SocketAddr) -> io::Result<Vec<Arc<UdpSocket>>> {
     Ok(sockets)
 }
 
+/// Whether somebody listens at this very address: another agent, say. Of two that share it, the later has all datagrams.
+fn is_held(address: SocketAddr) -> io::Result<bool> {
+    let table = match address {
+        SocketAddr::V4(_) => "/proc/thread-self/net/udp",
+        SocketAddr::V6(_) => "/proc/thread-self/net/udp6",
+    };
+    Ok(has(&fs::read_to_string(table)?, address))
+}
+
+/// Whether a socket of the kernel's `table` (proc_net(5): words of the address in the machine's order) is at `address`.
+fn has(table: &str, address: SocketAddr) -> bool {
+    let octets = match address.ip() {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    };
+    let (words, _) = octets.as_chunks();
+    let words = words.iter().map(|word| u32::from_ne_bytes(*word));
+    let ip: String = words.map(|word| format!("{word:08X}")).collect();
+    let local = format!("{ip}:{:04X}", address.port());
+    let mut sockets = table.lines();
+    sockets.any(|line| line.split_whitespace().nth(1) == Some(&local))
+}
+
 /// Threads that serve, one for each socket; they end when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Threads {
@@ -89,14 +125,19 @@ pub(crate) struct Threads {
 }
 
 impl Threads {
-    pub(crate) fn start(sockets: Vec<Arc<UdpSocket>>, shared: &Arc<Shared>) -> io::Result<Self> {
+    /// One of so many `listeners`, among which memory is divided.
+    pub(crate) fn start(
+        sockets: Vec<Arc<UdpSocket>>,
+        listeners: usize,
+        shared: &Arc<Shared>,
+    ) -> io::Result<Self> {
         let mut started = Self {
             stop: Arc::default(),
             sockets,
             threads: Vec::new(),
         };
         for (number, socket) in started.sockets.iter().enumerate() {
-            let packed = Packed::new(started.sockets.len(), now());
+            let packed = Packed::new(started.sockets.len() * listeners, now());
             let (socket, shared) = (Arc::clone(socket), Arc::clone(shared));
             let stop = Arc::clone(&started.stop);
             let run = move || {
@@ -289,6 +330,21 @@ fn now() -> Instant {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_listens_at_the_very_address_is_found_in_the_kernel_s_table() {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let held = socket.local_addr().unwrap();
+        assert!(is_held(held).unwrap());
+        for other in ["127.0.0.2", "0.0.0.0"] {
+            let other = SocketAddr::new(other.parse().unwrap(), held.port());
+            assert!(!is_held(other).unwrap(), "{other}");
+        }
+        let socket = UdpSocket::bind("[::1]:0").unwrap();
+        let held = socket.local_addr().unwrap();
+        assert!(is_held(held).unwrap());
+        assert!(!is_held(SocketAddr::from(([0; 16], held.port()))).unwrap());
+    }
 
     #[test]
     fn only_who_is_asked_more_than_a_node_s_applications_ask_lets_questions_gather() {

@@ -1,6 +1,7 @@
 //! What the resolver tells of itself, for people. Nothing here is on a question's way.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     net::SocketAddr,
     sync::Arc,
@@ -17,7 +18,7 @@ use crate::{
     counters::Counters,
     forward::Forwarder,
     local::{BadRecords, domain_name},
-    server::ViewNow,
+    server::{Held, ViewNow},
     upstream::UpstreamReport,
 };
 
@@ -32,6 +33,7 @@ const RECORD_MAX_CHARS: usize = 256;
 #[derive(Clone)]
 pub struct Inspector {
     pub(crate) listen: Vec<SocketAddr>,
+    pub(crate) held: Held,
     pub(crate) view: ViewNow,
     pub(crate) forwarder: Arc<Forwarder>,
     pub(crate) counters: Arc<Counters>,
@@ -111,6 +113,12 @@ impl Inspector {
     #[must_use]
     pub fn listen(&self) -> &[SocketAddr] {
         &self.listen
+    }
+
+    /// Of these, where somebody else listens, by `UDP` or `TCP`, and what the kernel says: tried again until it is free.
+    #[must_use]
+    pub fn held(&self) -> BTreeMap<(SocketAddr, &'static str), String> {
+        self.held.all()
     }
 
     /// From what it answers own names; `None`: there is no snapshot yet.

@@ -1,10 +1,11 @@
 //! The listeners.
 
 use std::{
+    collections::BTreeMap,
     fmt, io,
-    net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket},
+    net::{self, IpAddr, Ipv6Addr, SocketAddr, UdpSocket},
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -75,6 +76,9 @@ const TCP_QUERY_MAX_BYTES: usize = 4096;
 /// Before a listener that had an error (out of file descriptors, say) tries again.
 pub(crate) const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(50);
 
+/// Before an address that somebody else holds is tried again. It must be free twice: who only starts anew gets it back.
+pub const HELD_RETRY: Duration = Duration::from_secs(15);
+
 /// What a server needs to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DnsConfig {
@@ -128,7 +132,7 @@ impl Default for DnsConfig {
 /// Why a server did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// An address cannot be listened at.
+    /// An address cannot be listened at, and not because somebody else holds it.
     #[error("cannot listen for DNS at {transport} {address}")]
     Bind {
         /// The address.
@@ -154,12 +158,12 @@ pub enum StartError {
 pub struct DnsServer {
     inspector: Inspector,
     tasks: TaskTracker,
-    threads: Threads,
     stop: CancellationToken,
 }
 
 impl DnsServer {
-    /// Binds all listeners, then answers until `stop` is cancelled. `view` is called for each
+    /// Binds all listeners, then answers until `stop` is cancelled. What somebody else holds is tried again
+    /// ([`Inspector::held`]). `view` is called for each
     /// query; it gives `None` until there is a first snapshot. So is `callers` with `leave_out_denied`; it gives `None`
     /// until it is known what policy denies to this node's pods. `device` is called for each question to an upstream, and names
     /// the interface by which it is asked; `None`: the kernel's routes choose.
@@ -184,8 +188,9 @@ impl DnsServer {
         let tls = is_secure.then(|| tls(config.ca_file.as_deref()));
         let tls = tls.transpose()?.map(Arc::new);
         let mut sockets = Vec::new();
+        let held = Held::default();
         for &address in &config.listen {
-            sockets.push(bind(address).await?);
+            sockets.push(bind(address, &held)?);
         }
         let local_addresses: Vec<_> = sockets.iter().map(|(address, ..)| *address).collect();
         let runtime = Handle::current();
@@ -209,6 +214,7 @@ impl DnsServer {
         );
         let inspector = Inspector {
             listen: local_addresses,
+            held: held.clone(),
             view: Arc::clone(&view),
             forwarder: Arc::new(forwarder),
             counters: Arc::clone(&counters),
@@ -231,16 +237,35 @@ impl DnsServer {
             runtime,
             stop: stop.clone(),
         });
-        let mut addresses = Vec::new();
-        for (_, udp, tcp) in sockets {
-            addresses.extend(udp);
-            tasks.spawn(Arc::clone(&shared).serve_tcp(tcp));
+        let listeners = sockets.len();
+        for (address, udp, tcp) in sockets {
+            let serving = Arc::clone(&shared);
+            let threads = move |sockets| Threads::start(sockets, listeners, &serving);
+            let udp = udp.map(&threads).transpose();
+            let udp = udp.map_err(StartError::Threads)?;
+            let (by_udp, by_tcp) = (Arc::clone(&shared), Arc::clone(&shared));
+            let (held_udp, held_tcp) = (held.clone(), held.clone());
+            tasks.spawn(async move {
+                let bind = || datagrams::bind(address);
+                let place = (address, "UDP");
+                let Some(threads) = held_udp.get(udp, place, bind, threads, &by_udp.stop).await
+                else {
+                    return;
+                };
+                by_udp.stop.cancelled().await;
+                drop(threads); // They finish a batch at most.
+            });
+            tasks.spawn(async move {
+                let bind = || bind_tcp(address);
+                let place = (address, "TCP");
+                if let Some(tcp) = held_tcp.get(tcp, place, bind, Ok, &by_tcp.stop).await {
+                    by_tcp.serve_tcp(tcp).await;
+                }
+            });
         }
-        let threads = Threads::start(addresses, &shared).map_err(StartError::Threads)?;
         Ok(Self {
             inspector,
             tasks,
-            threads,
             stop,
         })
     }
@@ -266,15 +291,15 @@ impl DnsServer {
     /// Returns when every task has ended, soon after the token was cancelled.
     pub async fn stopped(self) {
         self.stop.cancelled().await;
-        drop(self.threads); // They finish a batch at most.
         self.tasks.close();
         self.tasks.wait().await;
     }
 }
 
-async fn bind(
-    address: SocketAddr,
-) -> Result<(SocketAddr, Vec<Arc<UdpSocket>>, TcpListener), StartError> {
+type Sockets = (SocketAddr, Option<Vec<Arc<UdpSocket>>>, Option<TcpListener>);
+
+/// What is free at `address`; the rest is in `held`.
+fn bind(address: SocketAddr, held: &Held) -> Result<Sockets, StartError> {
     let bind_error = |transport| {
         move |source| StartError::Bind {
             address,
@@ -282,11 +307,88 @@ async fn bind(
             source,
         }
     };
-    let udp = datagrams::bind(address).map_err(bind_error("UDP"))?;
-    let local = udp.first().map_or(Ok(address), |one| one.local_addr());
+    let udp = held.unless((address, "UDP"), datagrams::bind(address));
+    let udp = udp.map_err(bind_error("UDP"))?;
+    let local = udp.as_ref().and_then(|sockets| sockets.first());
+    let local = local.map_or(Ok(address), |one| one.local_addr());
     let local = local.map_err(bind_error("UDP"))?;
-    let tcp = TcpListener::bind(local).await.map_err(bind_error("TCP"))?;
-    Ok((local, udp, tcp))
+    let tcp = held.unless((local, "TCP"), bind_tcp(local));
+    Ok((local, udp, tcp.map_err(bind_error("TCP"))?))
+}
+
+fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
+    let listener = net::TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    TcpListener::from_std(listener)
+}
+
+/// An address, and `UDP` or `TCP`.
+type Place = (SocketAddr, &'static str);
+
+/// Where somebody else listens, and what the kernel says.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Held(Arc<Mutex<BTreeMap<Place, String>>>);
+
+impl Held {
+    pub(crate) fn all(&self) -> BTreeMap<Place, String> {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// What was `bound`; `None`: somebody else holds it.
+    fn unless<T>(&self, place: Place, bound: io::Result<T>) -> io::Result<Option<T>> {
+        match bound {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                self.say(place, Some(&error));
+                Ok(None)
+            }
+            bound => bound.map(Some),
+        }
+    }
+
+    /// What listens at `place`, and where that is held, what `start` makes of it once it is free; `None`: stopped before.
+    async fn get<T, S>(
+        &self,
+        had: Option<S>,
+        place: Place,
+        bind: impl Fn() -> io::Result<T>,
+        start: impl Fn(T) -> io::Result<S>,
+        stop: &CancellationToken,
+    ) -> Option<S> {
+        if had.is_some() {
+            return had;
+        }
+        let mut was_free = false;
+        loop {
+            stop.run_until_cancelled(sleep(HELD_RETRY)).await?;
+            let started = bind().and_then(|bound| was_free.then(|| start(bound)).transpose());
+            was_free = started.is_ok();
+            match started {
+                Ok(None) => {}
+                Ok(started) => {
+                    self.say(place, None);
+                    return started;
+                }
+                Err(error) => self.say(place, Some(&error)),
+            }
+        }
+    }
+
+    fn say(&self, place: Place, error: Option<&io::Error>) {
+        let (address, transport) = place;
+        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(error) = error else {
+            held.remove(&place);
+            return tracing::info!(%address, transport, "listens for DNS now");
+        };
+        let said = error.to_string();
+        if held.get(&place) != Some(&said) {
+            tracing::warn!(%address, transport, %error, "cannot listen for DNS; trying again");
+            held.insert(place, said);
+        }
+    }
 }
 
 /// Gives the view in force.

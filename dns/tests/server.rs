@@ -31,12 +31,12 @@ use mesh_dns::{
     client,
     counters::DropReason,
     local::domain_name,
-    server::{DnsConfig, DnsServer, StartError, Stub},
+    server::{DnsConfig, DnsServer, HELD_RETRY, StartError, Stub},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream, UdpSocket},
-    process::Command,
+    process::{Child, Command},
     time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -473,16 +473,75 @@ async fn it_stops_when_told_and_leaves_its_ports() {
     TcpListener::bind(running.address).await.unwrap();
 }
 
-#[tokio::test]
-async fn an_address_in_use_is_named_in_the_error() {
-    let running = start(&[], Some(view())).await;
+/// Lets the time go by after which the server tries again; not longer, as other timers are real.
+async fn tried_again() {
+    sleep(Duration::from_millis(50)).await; // The task that tries has its timer.
+    tokio::time::pause();
+    tokio::time::advance(HELD_RETRY).await;
+    tokio::time::resume();
+    sleep(Duration::from_millis(50)).await;
+}
+
+async fn start_at(address: SocketAddr, stop: &CancellationToken) -> Result<DnsServer, StartError> {
     let config = DnsConfig {
-        listen: vec![running.address],
+        listen: vec![address],
         ..DnsConfig::default()
     };
-    let started =
-        DnsServer::start(config, || None, || None, |_| None, CancellationToken::new()).await;
-    let want = format!("cannot listen for DNS at UDP {}", running.address);
+    let view = Arc::new(view());
+    let view = move || Some(Arc::clone(&view));
+    DnsServer::start(config, view, || None, |_| None, stop.clone()).await
+}
+
+fn held(server: &DnsServer) -> Vec<&'static str> {
+    let held = server.inspector().held();
+    held.keys().map(|(_, transport)| *transport).collect()
+}
+
+#[tokio::test]
+async fn an_address_of_another_server_is_taken_when_it_is_free_for_more_than_a_moment() {
+    let running = start(&[], Some(view())).await;
+    let stop = CancellationToken::new();
+    let later = start_at(running.address, &stop).await.unwrap();
+    assert_eq!(later.local_addresses(), [running.address]);
+    assert_eq!(held(&later), ["TCP", "UDP"]);
+    let said = later.inspector().held();
+    assert!(said.values().all(|one| one.contains("in use")), "{said:?}");
+    tried_again().await;
+    assert_eq!(held(&later), ["TCP", "UDP"]);
+
+    running.stop.cancel();
+    let address = running.address;
+    timeout(SOON, running.server.stopped()).await.unwrap();
+    tried_again().await;
+    assert_eq!(held(&later), ["TCP", "UDP"]);
+    let again = UdpSocket::bind(address).await;
+    drop(again.expect("who starts anew has it back"));
+    tried_again().await;
+    assert_eq!(held(&later), <[&str; 0]>::default());
+    client::ask(address, "edge-a1.mesh", "A").await.unwrap();
+    TcpStream::connect(address).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_is_free_is_served_while_the_other_transport_is_somebody_elses() {
+    let stop = CancellationToken::new();
+    let other = UdpSocket::bind((LOOPBACK, 0)).await.unwrap();
+    let address = other.local_addr().unwrap();
+    let server = start_at(address, &stop).await.unwrap();
+    assert_eq!(held(&server), ["UDP"]);
+    TcpStream::connect(address).await.unwrap();
+
+    let other = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
+    let address = other.local_addr().unwrap();
+    let server = start_at(address, &stop).await.unwrap();
+    assert_eq!(held(&server), ["TCP"]);
+    client::ask(address, "edge-a1.mesh", "A").await.unwrap();
+}
+
+#[tokio::test]
+async fn an_address_that_is_not_there_is_named_in_the_error() {
+    let started = start_at("192.0.2.77:53".parse().unwrap(), &CancellationToken::new()).await;
+    let want = "cannot listen for DNS at UDP 192.0.2.77:53";
     assert_eq!(started.unwrap_err().to_string(), want);
 }
 
@@ -499,22 +558,15 @@ async fn it_refuses_to_ask_itself() {
     assert!(matches!(started, Err(StartError::UpstreamIsListener(one)) if one == own));
 }
 
-/// Runs itself again in a network namespace with addresses that are not loopback.
-#[tokio::test]
-async fn strangers_get_no_answer() {
+/// Runs a test again in a network namespace, after `script`; whether this is that run.
+async fn is_inside(test: &str, script: &str) -> bool {
     const INSIDE: &str = "HOLDFAST_DNS_TEST_INSIDE";
     if std::env::var_os(INSIDE).is_some() {
-        return strangers_get_no_answer_inside().await;
+        return true;
     }
-    let script = r#"
-        set -e
-        ip link set lo up
-        ip address add 198.51.100.77/32 dev lo
-        ip address add 198.51.100.78/32 dev lo
-        exec "$0" --exact strangers_get_no_answer
-    "#;
+    let script = format!("set -e; ip link set lo up; {script}; exec \"$0\" --exact {test}");
     let output = Command::new("unshare")
-        .args(["--net", "sh", "-c", script])
+        .args(["--net", "sh", "-c", &script])
         .arg(std::env::current_exe().unwrap())
         .env(INSIDE, "1")
         .output();
@@ -522,6 +574,104 @@ async fn strangers_get_no_answer() {
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{}\n{errors}", text(&output));
     assert!(text(&output).contains("1 passed"), "{}", text(&output));
+    false
+}
+
+/// dnsmasq, for which every name has the address 192.0.2.1.
+async fn dnsmasq(options: &[&str]) -> Child {
+    let mut dnsmasq = Command::new("dnsmasq")
+        .args(["--keep-in-foreground", "--conf-file=/dev/null"])
+        .args(["--no-resolv", "--no-hosts", "--user=root", "--pid-file="])
+        .args(["--log-facility=-", "--address=/#/192.0.2.1"])
+        .args(options)
+        .kill_on_drop(true)
+        .spawn()
+        .expect("dnsmasq (dnsmasq-base)");
+    let there: SocketAddr = "127.0.0.1:53".parse().unwrap();
+    let start = Instant::now();
+    while TcpStream::connect(there).await.is_err() {
+        let ended = dnsmasq.try_wait().unwrap();
+        assert!(ended.is_none() && start.elapsed() < SOON, "{ended:?}");
+        sleep(Duration::from_millis(20)).await;
+    }
+    dnsmasq
+}
+
+async fn end(mut dnsmasq: Child) {
+    dnsmasq.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn beside_dnsmasq_at_all_addresses_questions_by_udp_are_ours_and_those_by_tcp_when_it_leaves_them()
+ {
+    let test = "beside_dnsmasq_at_all_addresses_questions_by_udp_are_ours_and_those_by_tcp_when_it_leaves_them";
+    let script = "ip link add mesh type veth peer name other; ip link set mesh up; ip address add 169.254.53.53/32 dev mesh";
+    if !is_inside(test, script).await {
+        return;
+    }
+    let (name, own): (_, SocketAddr) = ("edge-b1.mesh", "169.254.53.53:53".parse().unwrap());
+    let asked = async |at: &str, more: &str| {
+        let dig = Command::new("dig")
+            .args([
+                &format!("@{at}"),
+                "+short",
+                "+tries=1",
+                "+time=5",
+                more,
+                name,
+            ])
+            .output();
+        text(&timeout(SOON, dig).await.unwrap().unwrap())
+    };
+    let (ours, its) = ("100.96.0.3\n", "192.0.2.1\n");
+    let wildcard = dnsmasq(&[]).await;
+    let stop = CancellationToken::new();
+    let server = start_at(own, &stop).await.unwrap();
+    assert_eq!(held(&server), ["TCP"]);
+    for _ in 0..20 {
+        // Whichever thread's socket.
+        assert_eq!(asked("169.254.53.53", "+notcp").await, ours);
+    }
+    assert_eq!(asked("127.0.0.1", "+notcp").await, its);
+    // Another agent does not take them away.
+    let stop_second = CancellationToken::new();
+    let second = start_at(own, &stop_second).await.unwrap();
+    assert_eq!(held(&second), ["TCP", "UDP"]);
+    assert_eq!(asked("169.254.53.53", "+notcp").await, ours);
+    stop_second.cancel();
+    second.stopped().await;
+
+    // It starts anew, also while its port is tried.
+    end(wildcard).await;
+    tried_again().await;
+    let wildcard = dnsmasq(&[]).await;
+    tried_again().await;
+    assert_eq!(held(&server), ["TCP"]);
+    assert_eq!(asked("169.254.53.53", "+notcp").await, ours);
+    assert_eq!(asked("127.0.0.1", "+notcp").await, its);
+
+    // As docs/dns.md says; in either order.
+    end(wildcard).await;
+    for mode in ["--bind-dynamic", "--bind-interfaces"] {
+        let leaves_it = dnsmasq(&[mode, "--except-interface=mesh"]).await;
+        tried_again().await;
+        tried_again().await;
+        assert_eq!(held(&server), <[&str; 0]>::default(), "{mode}");
+        for more in ["+notcp", "+tcp"] {
+            assert_eq!(asked("169.254.53.53", more).await, ours, "{mode}");
+            assert_eq!(asked("127.0.0.1", more).await, its, "{mode}");
+        }
+        end(leaves_it).await;
+    }
+}
+
+/// Strangers have addresses that are not loopback.
+#[tokio::test]
+async fn strangers_get_no_answer() {
+    let script = "ip address add 198.51.100.77/32 dev lo; ip address add 198.51.100.78/32 dev lo";
+    if is_inside("strangers_get_no_answer", script).await {
+        strangers_get_no_answer_inside().await;
+    }
 }
 
 async fn strangers_get_no_answer_inside() {

@@ -51,6 +51,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("busybox", "busybox-static"),
     ("musl-gcc", "musl-tools"),
     ("unbound", "unbound"),
+    ("dnsmasq", "dnsmasq-base"),
     ("promtool", "prometheus"),
     ("etcd", "etcd-server"),
     ("etcdctl", "etcd-client"),
@@ -62,10 +63,9 @@ const WIREGUARD_PEERS: &[(&str, &str)] = &[
     ("gotatun", "gotatun-cli"),
 ];
 
-/// Resolvers and name servers that a bench measures beside ours, unbound apart, and what loads them.
+/// Resolvers and name servers that a bench measures beside ours, unbound and dnsmasq apart, and what loads them.
 const DNS_PACKAGES: &[(&str, &str)] = &[
     ("dnsperf", "dnsperf"),
-    ("dnsmasq", "dnsmasq-base"),
     ("knotd", "knot"),
     ("nsd", "nsd"),
 ];

@@ -18,7 +18,7 @@ use hickory_proto::{
 use mesh_core::services::View;
 use mesh_dns::{
     client,
-    server::{DnsConfig, DnsServer, StartError},
+    server::{DnsConfig, DnsServer},
     upstream::UpstreamConfig,
 };
 use tokio::{
@@ -75,6 +75,11 @@ pub(crate) async fn start_by(
         let callers = move || callers.clone();
         let started = DnsServer::start(config, view, callers, device.clone(), stop.clone());
         match started.await {
+            // The port that UDP got may be somebody's on TCP.
+            Ok(server) if !server.inspector().held().is_empty() => {
+                stop.cancel();
+                server.stopped().await;
+            }
             Ok(server) => {
                 let address = server.local_addresses()[0];
                 return Running {
@@ -83,8 +88,6 @@ pub(crate) async fn start_by(
                     stop,
                 };
             }
-            // The port that UDP got may be somebody's on TCP.
-            Err(StartError::Bind { transport, .. }) => assert_eq!(transport, "TCP"),
             Err(error) => panic!("{error}"),
         }
     }
