@@ -332,6 +332,7 @@ async fn by_pcp(ask: &Ask) -> Answer {
         Ok((PortMappingType::Pcp { external_ip, .. }, mapping)) => granted(&mapping, external_ip),
         Ok((PortMappingType::NatPmp, _)) => Answer::Refused("another protocol".to_owned()),
         Err(pcp::Failure::Timeout) => Answer::Silent,
+        Err(pcp::Failure::Socket(error)) if is_refused(&error) => Answer::Absent,
         Err(error) => Answer::Refused(error.to_string()),
     }
 }
@@ -352,8 +353,14 @@ async fn by_nat_pmp(ask: &Ask) -> Answer {
     match asked.await {
         Ok((mapping, outside)) => granted(&mapping, outside.into()),
         Err(natpmp::Failure::Timeout) => Answer::Silent,
+        Err(natpmp::Failure::Socket(error)) if is_refused(&error) => Answer::Absent,
         Err(error) => Answer::Refused(error.to_string()),
     }
+}
+
+/// By ICMP: the gateway is there, and nobody at its port.
+fn is_refused(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::ConnectionRefused
 }
 
 async fn release(ask: Ask, service: Option<Service>) {

@@ -138,6 +138,8 @@ pub enum Answer {
     PermanentOnly,
     /// It does not want to, or does not speak this protocol.
     Refused(String),
+    /// Nobody is at its port.
+    Absent,
     /// Nothing.
     Silent,
 }
@@ -323,9 +325,11 @@ impl Machine {
                 Some(problem) => Answer::Refused(problem),
                 None => answer,
             },
-            Answer::PortTaken | Answer::PermanentOnly | Answer::Refused(_) | Answer::Silent => {
-                answer
-            }
+            Answer::PortTaken
+            | Answer::PermanentOnly
+            | Answer::Refused(_)
+            | Answer::Absent
+            | Answer::Silent => answer,
         };
         let Some(entry) = self.gateways.get_mut(&gateway) else {
             return;
@@ -451,6 +455,9 @@ impl Machine {
         let Some(protocol) = order.nth(turn) else {
             let spread = self.dice.random_range(0.9..1.1);
             let until = now + entry.rest.mul_f64(spread);
+            if entry.problem.is_empty() {
+                entry.problem = speaks_none(gateway.order());
+            }
             entry.rest = (entry.rest * 2).min(REST_MAX);
             entry.state = State::Resting { until };
             return;
@@ -541,19 +548,29 @@ impl Entry {
         });
     }
 
+    /// Of those that say nothing there is nothing to tell: most routers speak one of them at most.
     fn note(&mut self, protocol: Protocol, answer: &Answer) {
         let problem = match answer {
-            Answer::Granted { .. } => return,
+            Answer::Granted { .. } | Answer::Absent | Answer::Silent => return,
             Answer::PortTaken => "all ports that were tried are taken",
             Answer::PermanentOnly => "refuses what it asked for",
             Answer::Refused(problem) => problem,
-            Answer::Silent => "no answer",
         };
         if !self.problem.is_empty() {
             self.problem.push_str("; ");
         }
         self.problem.push_str(&format!("{protocol}: {problem}"));
     }
+}
+
+fn speaks_none(of: &[Protocol]) -> String {
+    let names: Vec<_> = of.iter().map(Protocol::to_string).collect();
+    let names = names.join(", ");
+    let names = match names.rsplit_once(", ") {
+        Some((others, last)) => format!("{others} and {last}"),
+        None => names,
+    };
+    format!("the router speaks none of {names}")
 }
 
 /// What makes a mapping useless. A private outside address (double NAT) does not: machines between the two NATs, such as

@@ -321,6 +321,34 @@ fn epochs_tell_a_restart_as_the_rfc_does() {
 }
 
 #[test]
+fn a_router_that_speaks_no_protocol_is_told_in_a_sentence_and_a_refusal_by_itself() {
+    let mut world = World::new(&[HOME]);
+    for (protocol, answer) in [
+        (Protocol::Pcp, Answer::Absent),
+        (Protocol::NatPmp, Answer::Absent),
+        (Protocol::Upnp, Answer::Silent),
+    ] {
+        let ask = world.ask(protocol);
+        assert_eq!(world.problem(), "", "nothing is known yet");
+        world.answer(ask, answer);
+    }
+    assert_eq!(
+        world.problem(),
+        "the router speaks none of PCP, NAT-PMP and UPnP"
+    );
+    world.pass(REST_FIRST * 2);
+    for (protocol, answer) in [
+        (Protocol::Pcp, Answer::Absent),
+        (Protocol::NatPmp, Answer::Silent),
+        (Protocol::Upnp, Answer::Refused("not authorized".to_owned())),
+    ] {
+        let ask = world.ask(protocol);
+        world.answer(ask, answer);
+    }
+    assert_eq!(world.problem(), "UPnP: not authorized");
+}
+
+#[test]
 fn answers_that_make_no_sense_are_refusals() {
     for (outside, lifetime_s, said) in [
         ("0.0.0.0:51820", 600, "no address"),
@@ -472,7 +500,7 @@ fn a_pinhole_is_asked_for_as_a_port_is_and_leads_to_the_machines_own_address() {
         world.answer(ask, Answer::Silent);
     }
     world.nobody_is_asked();
-    assert_eq!(world.problem(), "PCP: no answer; UPnP: no answer");
+    assert_eq!(world.problem(), "the router speaks none of PCP and UPnP");
     world.pass(REST_FIRST * 2);
     let ask = world.ask(Protocol::Pcp);
     world.answer(ask, granted(PINHOLE, 600, 0));
