@@ -4,6 +4,7 @@
 use std::{
     cmp::Reverse,
     collections::BTreeMap,
+    net::IpAddr,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -22,6 +23,7 @@ use mesh_core::{
     services::{self, View},
     snapshot::{Protocol, Service, ServiceKind},
 };
+use mesh_dns::{inspect::Inspector, server::HELD_RETRY};
 use mesh_identity::certificate::Validity;
 use mesh_wire::{
     id::{NodeId, NodeName, Via},
@@ -79,6 +81,7 @@ pub fn status(driver: &Driver, facts: &Facts, connection: &Connection) -> Status
     }));
     problems.extend(facts.health_checks.borrow().iter().cloned());
     problems.extend(facts.proxy.iter().flat_map(Proxy::problems));
+    problems.extend(held_problems(&facts.dns, &facts.interface));
     StatusResponse {
         node: driver.name().to_string(),
         public_key: driver.tunnel.node_id().to_string(),
@@ -317,6 +320,24 @@ fn problems(driver: &Driver, connection: &Connection, relays: &[RelayStatus]) ->
         unreachable.map(|peer| (peer.name, peer.reason)),
     ));
     problems
+}
+
+/// Where another program has the place of the resolver; link-local addresses are on the mesh's `interface`.
+pub(crate) fn held_problems(dns: &Inspector, interface: &str) -> Vec<String> {
+    let held = dns.held().into_iter();
+    held.map(|((address, transport), error)| {
+        let on = match address.ip() {
+            IpAddr::V4(v4) if v4.is_link_local() => interface,
+            IpAddr::V4(_) | IpAddr::V6(_) => "that address's interface",
+        };
+        let (port, every) = (address.port(), HELD_RETRY.as_secs());
+        format!(
+            "names are not answered by {transport} at {address}: {error}; tried again every {every} s. \
+             `ss -lntup 'sport = :{port}'` tells who listens there; dnsmasq leaves the address alone with `bind-dynamic` and \
+             `except-interface={on}` in its configuration"
+        )
+    })
+    .collect()
 }
 
 fn uplink_status((uplink, used): (&NamedUplink, bool)) -> UplinkStatus {

@@ -38,8 +38,14 @@ impl Admin {
         let gives_stale = dns
             .gave_stale()
             .is_some_and(|ago| ago < Inspector::STALE_TTL);
-        let listens = !dns.listen().is_empty();
-        let (health, problems) = judge(listens, mesh.is_some(), &upstreams, gives_stale);
+        let held = dns.held();
+        let mut places = dns.listen().iter().map(|address| (*address, "UDP"));
+        let answers = places.any(|place| !held.contains_key(&place));
+        let mut unheard = report::held_problems(dns, &self.facts.interface);
+        if dns.listen().is_empty() {
+            unheard.push("this agent serves no names (`dns.listen` is empty)".to_owned());
+        }
+        let (health, problems) = judge(answers, unheard, mesh.is_some(), &upstreams, gives_stale);
         let counted = metrics::dns_counters(dns.counters()).into_iter();
         let drops = DropReason::ALL.into_iter();
         DnsStatusResponse {
@@ -147,9 +153,11 @@ fn entry(one: CachedAnswer) -> DnsCacheEntry {
     }
 }
 
-/// Down: nobody is answered, or nothing of others' names. Degraded: some questions take longer, or get what is old.
+/// Down: nobody is answered, or nothing of others' names. Degraded: some questions take longer, or get what is old, or no answer
+/// where they come by TCP.
 fn judge(
-    listens: bool,
+    answers: bool,
+    unheard: Vec<String>,
     knows: bool,
     upstreams: &[DnsUpstream],
     gives_stale: bool,
@@ -158,7 +166,7 @@ fn judge(
         one.state == UpstreamState::PassedOver.as_str()
             || one.state == UpstreamState::Fails.as_str()
     };
-    let mut problems: Vec<String> = upstreams
+    let fail: Vec<String> = upstreams
         .iter()
         .filter(fails)
         .map(|one| {
@@ -170,21 +178,16 @@ fn judge(
             format!("the upstream {address}{of} gives no answers: {failure}")
         })
         .collect();
-    let cut_off = !upstreams.is_empty() && problems.len() == upstreams.len();
+    let cut_off = !upstreams.is_empty() && fail.len() == upstreams.len();
+    let mut problems = [unheard, fail].concat();
     if gives_stale {
         problems.push("answers beyond their time are given, as no upstream answers".to_owned());
     }
     if !knows {
         problems.push("there is no snapshot yet: the mesh's own names are not answered".to_owned());
     }
-    if !listens {
-        problems.insert(
-            0,
-            "this agent serves no names (`dns.listen` is empty)".to_owned(),
-        );
-    }
     let health = match problems.is_empty() {
-        _ if !listens || cut_off => Health::Down,
+        _ if !answers || cut_off => Health::Down,
         true => Health::Ok,
         false => Health::Degraded,
     };
@@ -223,16 +226,20 @@ mod tests {
         let of = |states: &[UpstreamState]| -> Vec<_> {
             states.iter().map(|state| upstream_of("", *state)).collect()
         };
-        let health = |states: &[UpstreamState], stale| judge(true, true, &of(states), stale).0;
+        let health =
+            |states: &[UpstreamState], stale| judge(true, Vec::new(), true, &of(states), stale).0;
         assert_eq!(health(&[], false), Health::Ok, "own names only");
         assert_eq!(health(&[Answers, Unknown], false), Health::Ok);
         assert_eq!(health(&[Answers], true), Health::Degraded);
         assert_eq!(health(&[Answers, PassedOver], false), Health::Degraded);
         assert_eq!(health(&[Unknown, Fails], false), Health::Degraded);
         assert_eq!(health(&[Fails, PassedOver], true), Health::Down);
-        assert_eq!(judge(false, true, &of(&[Answers]), false).0, Health::Down);
+        let unheard = |answers| judge(answers, vec!["by TCP".to_owned()], true, &[], false);
+        assert_eq!(unheard(false).0, Health::Down);
+        let said = vec!["by TCP".to_owned()];
+        assert_eq!(unheard(true), (Health::Degraded, said));
         assert_eq!(
-            judge(true, false, &of(&[Answers]), false).0,
+            judge(true, Vec::new(), false, &of(&[Answers]), false).0,
             Health::Degraded
         );
         let stub = [
@@ -241,7 +248,7 @@ mod tests {
         ];
         let want = "the upstream 192.0.2.1:53 of corp.example. gives no answers: nothing came back in time";
         assert_eq!(
-            judge(true, true, &stub, false),
+            judge(true, Vec::new(), true, &stub, false),
             (Health::Degraded, vec![want.to_owned()])
         );
     }

@@ -59,11 +59,11 @@ struct DnsStub {
     upstreams: Vec<DnsUpstream>,
 }
 
-/// An upstream: `"10.0.0.53:53"`, `"tls://192.0.2.1"`, or a table that says how it is asked.
+/// An upstream: `"10.0.0.53:53"`, `"tcp://192.0.2.1"`, `"tls://192.0.2.1"`, or a table that says how it is asked.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(
     untagged,
-    expecting = "`\"address:port\"`, `\"tls://address\"`, `{ address = …, tls = \"name\" }` or `{ address = …, https = \"https://name/path\" }` expected"
+    expecting = "`\"address:port\"`, `\"tcp://address\"`, `\"tls://address\"`, `{ address = …, tls = \"name\" }` or `{ address = …, https = \"https://name/path\" }` expected"
 )]
 enum DnsUpstream {
     Address(String),
@@ -185,6 +185,8 @@ const SERVE_STALE_MAX_S: u32 = 7 * 86_400;
 
 #[cfg(test)]
 mod tests {
+    use mesh_dns::upstream::Transport;
+
     use super::*;
 
     #[test]
@@ -195,7 +197,7 @@ mod tests {
         };
         let address = "192.0.2.1:853".parse().unwrap();
         let settings = dns(
-            "upstreams = ['10.0.0.53:53', {address = '192.0.2.1:853', tls = 'dns.example.org'}, 'tls://192.0.2.1']\nca_file = '/ca.pem'\n\
+            "upstreams = ['10.0.0.53:53', {address = '192.0.2.1:853', tls = 'dns.example.org'}, 'tls://192.0.2.1', 'tcp://192.0.2.1']\nca_file = '/ca.pem'\n\
              query_log = true\nserve_stale_s = 60\n[[stub]]\ndomain = 'corp.example'\n\
              upstreams = [{address = '192.0.2.1:853', https = 'https://dns.example.org/dns-query'}]",
         );
@@ -204,6 +206,10 @@ mod tests {
             UpstreamConfig::plain("10.0.0.53:53".parse().unwrap()),
             UpstreamConfig::tls(address, "dns.example.org").unwrap(),
             UpstreamConfig::tls(address, "192.0.2.1").unwrap(),
+            UpstreamConfig {
+                address: "192.0.2.1:53".parse().unwrap(),
+                transport: Transport::Tcp,
+            },
         ];
         assert_eq!(settings.upstreams, upstreams);
         let stub = UpstreamConfig::https(address, "https://dns.example.org/dns-query");
@@ -214,6 +220,7 @@ mod tests {
         for (text, part) in [
             ("upstreams = ['resolver']", "tls://192.0.2.1"),
             ("upstreams = [53]", "tls ="),
+            ("upstreams = [53]", "tcp://address"),
             (
                 "upstreams = [{address = '192.0.2.1:853'}]",
                 "either `tls` or `https`",
