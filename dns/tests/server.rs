@@ -578,15 +578,21 @@ async fn is_inside(test: &str, script: &str) -> bool {
 }
 
 /// dnsmasq, for which every name has the address 192.0.2.1.
-async fn dnsmasq(options: &[&str]) -> Child {
-    let mut dnsmasq = Command::new("dnsmasq")
+fn dnsmasq_with(options: &[&str]) -> Command {
+    let mut dnsmasq = Command::new("dnsmasq");
+    dnsmasq
         .args(["--keep-in-foreground", "--conf-file=/dev/null"])
         .args(["--no-resolv", "--no-hosts", "--user=root", "--pid-file="])
         .args(["--log-facility=-", "--address=/#/192.0.2.1"])
         .args(options)
-        .kill_on_drop(true)
-        .spawn()
-        .expect("dnsmasq (dnsmasq-base)");
+        .kill_on_drop(true);
+    dnsmasq
+}
+
+/// One that has started.
+async fn dnsmasq(options: &[&str]) -> Child {
+    let mut dnsmasq = dnsmasq_with(options);
+    let mut dnsmasq = dnsmasq.spawn().expect("dnsmasq (dnsmasq-base)");
     let there: SocketAddr = "127.0.0.1:53".parse().unwrap();
     let start = Instant::now();
     while TcpStream::connect(there).await.is_err() {
@@ -663,6 +669,21 @@ async fn beside_dnsmasq_at_all_addresses_questions_by_udp_are_ours_and_those_by_
         }
         end(leaves_it).await;
     }
+
+    // Who starts later and wants the same ends, and says why.
+    for (options, place) in [(&[][..], "port 53"), (&["--bind-dynamic"], "169.254.53.53")] {
+        let ended = timeout(SOON, dnsmasq_with(options).output()).await;
+        let said = String::from_utf8(ended.unwrap().unwrap().stderr).unwrap();
+        let want = format!("failed to create listening socket for {place}");
+        assert!(said.contains(&want), "{said}");
+    }
+    // One at this very address is no more shared with than another agent.
+    stop.cancel();
+    server.stopped().await;
+    let _everywhere = dnsmasq(&["--bind-dynamic"]).await;
+    let server = start_at(own, &CancellationToken::new()).await.unwrap();
+    assert_eq!(held(&server), ["TCP", "UDP"]);
+    assert_eq!(asked("169.254.53.53", "+notcp").await, its);
 }
 
 /// Strangers have addresses that are not loopback.

@@ -10,6 +10,7 @@ use netns_tests::{
     link::Impairment,
     mesh::{CLOUD, Mesh, word},
     name_server::NameServer,
+    node::{Node, Process},
     tool,
 };
 use serde_json::Value;
@@ -154,5 +155,94 @@ fn a_resolver_says_who_gives_no_answers_and_what_it_still_has() -> Result<()> {
     let (code, said) = ask(&mesh, &["dns", "query", "clinic.example.org"])?;
     ensure!(code == Some(2), "{said}");
     drop(silent);
+    mesh.ends_well()
+}
+
+/// For which every name has the address [`KNOWN`].
+fn dnsmasq(node: &Node, options: &[&str]) -> Result<Process> {
+    let all = format!("--address=/#/{KNOWN}");
+    let words = [
+        "dnsmasq",
+        "--keep-in-foreground",
+        "--conf-file=/dev/null",
+        "--no-resolv",
+        "--no-hosts",
+        "--user=root",
+        "--pid-file=",
+        "--log-facility=-",
+        &all,
+    ];
+    let mut dnsmasq = node.spawn("dnsmasq", &[&words, options].concat())?;
+    tool::eventually("dnsmasq answers", SOON, || {
+        dnsmasq.running()?;
+        let said = dig(node, "127.0.0.1", "+tcp")?;
+        ensure!(said == KNOWN.to_string(), "{said}");
+        Ok(())
+    })?;
+    Ok(dnsmasq)
+}
+
+fn dig(node: &Node, server: &str, by: &str) -> Result<String> {
+    let server = format!("@{server}");
+    let words = [
+        "dig",
+        &server,
+        by,
+        "+short",
+        "+tries=1",
+        "+time=1",
+        "edge-b1.mesh",
+    ];
+    let said = node.run(&words, SOON)?.ok()?;
+    Ok(said.trim().to_owned())
+}
+
+#[test]
+fn beside_a_dnsmasq_an_agent_starts_and_says_what_it_does_not_have_until_it_has_it() -> Result<()> {
+    const OWN: &str = "169.254.53.53";
+    let mut mesh = Mesh::demo()?;
+    mesh.add_two_sites(Impairment::NONE, &[NODE], &["edge-b1"])?;
+    mesh.provokes(&["cannot listen for DNS; trying again"]);
+    let node = mesh.node(NODE)?;
+    let mut wildcard = dnsmasq(&node, &[])?;
+    for name in [NODE, "edge-b1"] {
+        mesh.start_agent(name)?;
+    }
+    for name in [NODE, "edge-b1"] {
+        mesh.agent_ready(name, 2)?;
+    }
+    let words = ["ip", "-brief", "address", "show", "dev", "holdfast0"];
+    let addresses = node.run(&words, SOON)?.ok()?;
+    ensure!(addresses.contains(OWN), "{addresses}");
+    let overlay = dig(&node, OWN, "+notcp")?;
+    ensure!(overlay.starts_with("100."), "{overlay}");
+    ensure!(dig(&node, OWN, "+tcp")? == KNOWN.to_string());
+    let (code, said) = ask(&mesh, &["dns", "status"])?;
+    let state = (code, word(&said, "health"));
+    ensure!(state == (Some(1), "degraded".to_owned()), "{said}");
+    for words in [&["dns", "status"][..], &["status"], &["doctor"]] {
+        let text = ask(&mesh, words)?.1.to_string();
+        for part in ["by TCP at 169.254.53.53:53", "except-interface=holdfast0"] {
+            ensure!(text.contains(part), "no {part:?} in {words:?}: {text}");
+        }
+        ensure!(!text.contains("by UDP at"), "{text}");
+    }
+
+    // It starts anew as it was, and then as it was told.
+    wildcard.terminate(SOON)?;
+    let mut wildcard = dnsmasq(&node, &[])?;
+    ensure!(dig(&node, OWN, "+notcp")? == overlay);
+    wildcard.terminate(SOON)?;
+    let _leaves_it = dnsmasq(&node, &["--bind-dynamic", "--except-interface=holdfast0"])?;
+    // Free twice, 15 s apart.
+    tool::eventually("TCP is the agent's", Duration::from_secs(60), || {
+        let (code, said) = ask(&mesh, &["dns", "status"])?;
+        ensure!(code == Some(0), "{said}");
+        Ok(())
+    })?;
+    for by in ["+notcp", "+tcp"] {
+        ensure!(dig(&node, OWN, by)? == overlay);
+        ensure!(dig(&node, "127.0.0.1", by)? == KNOWN.to_string());
+    }
     mesh.ends_well()
 }
