@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use mesh_daemon::{FileError, metrics, traces::TracingSettings};
+use mesh_daemon::{FileError, ListenAddress, metrics, traces::TracingSettings};
 use mesh_identity::authority::check_trust_domain;
 use serde::Deserialize;
 
@@ -111,7 +111,7 @@ pub enum ConfigError {
 struct ConfigFile {
     mesh_name: String,
     #[serde(default = "default_listen")]
-    listen: SocketAddr,
+    listen: ListenAddress,
     #[serde(default = "default_state_dir")]
     state_dir: PathBuf,
     manifests: Option<PathBuf>,
@@ -157,8 +157,8 @@ fn default_removal_grace_s() -> u64 {
     300
 }
 
-fn default_listen() -> SocketAddr {
-    SocketAddr::from(([0, 0, 0, 0], 7440))
+fn default_listen() -> ListenAddress {
+    ListenAddress(([0, 0, 0, 0], 7440).into())
 }
 
 fn default_state_dir() -> PathBuf {
@@ -209,7 +209,7 @@ impl Settings {
         Ok(Self {
             etcd: etcd.map(Arc::new),
             mesh_name: file.mesh_name,
-            listen: file.listen,
+            listen: file.listen.0,
             state_dir: file.state_dir,
             manifests: file.manifests,
             kubernetes: file.kubernetes,
@@ -217,6 +217,16 @@ impl Settings {
             metrics: file.metrics_listen,
             tracing: file.tracing,
         })
+    }
+}
+
+impl Settings {
+    /// What only the controller should be able to read, beside what it writes itself.
+    pub fn secret_files(&self) -> impl Iterator<Item = &Path> {
+        let etcd = self.etcd.as_deref();
+        let key = etcd.and_then(|etcd| Some(etcd.client.as_ref()?.key_file.as_path()));
+        let password = etcd.and_then(|etcd| Some(etcd.login.as_ref()?.password_file.as_path()));
+        key.into_iter().chain(password)
     }
 }
 

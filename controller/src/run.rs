@@ -13,7 +13,7 @@ use mesh_api::{
     control::control_server::ControlServer,
     serve::{AdminSocket, tls_incoming},
 };
-use mesh_daemon::{NotifyState, metrics, notify, supervisor::Supervisor};
+use mesh_daemon::{NotifyState, metrics, notify, supervisor::Supervisor, warn_if_exposed};
 use mesh_identity::{
     credentials::Credentials,
     tls::{ClientAuth, server_config},
@@ -50,6 +50,7 @@ const FORGET_ROUND: Duration = Duration::from_secs(600);
 /// When something that it needs cannot be had, or a task ends before its time.
 pub async fn run(settings: Settings, stop: CancellationToken) -> Result<()> {
     raise_file_limit();
+    settings.secret_files().for_each(warn_if_exposed);
     let listener = TcpListener::bind(settings.listen).await;
     let listener = listener.with_context(|| format!("cannot listen on {}", settings.listen))?;
     let opened = tokio::task::spawn_blocking(move || State::open(settings)).await?;

@@ -4,7 +4,8 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs,
+    io::{self, ErrorKind::InvalidData},
     net::Ipv4Addr,
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
@@ -113,6 +114,17 @@ pub enum StoreError {
         path: PathBuf,
         /// Why.
         source: Box<redb::Error>,
+    },
+    /// The file is no database, or not a whole one.
+    #[error(
+        "{} is damaged ({problem}): stop mesh-controller and put a backup of it there (docs/howto/backup.md)",
+        path.display()
+    )]
+    Broken {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
     },
     /// A record in it cannot be read.
     #[error("{place}: {what} is damaged")]
@@ -426,6 +438,9 @@ impl Store {
         let database = database.map_err(|error| {
             if matches!(error, DatabaseError::DatabaseAlreadyOpen) {
                 StoreError::InUse(path.clone())
+            } else if let Some(problem) = broken(&error) {
+                let path = path.clone();
+                StoreError::Broken { path, problem }
             } else {
                 storage(path, error.into())
             }
@@ -659,6 +674,22 @@ fn make_private(folder: &Path) -> Result<(), StoreError> {
         path: folder.to_owned(),
         source,
     })
+}
+
+/// What is wrong with a file that is no database, or is not whole: trying again does not help.
+fn broken(error: &DatabaseError) -> Option<String> {
+    let DatabaseError::Storage(error) = error else {
+        return None;
+    };
+    if let StorageError::Corrupted(problem) = error {
+        return Some(problem.clone());
+    }
+    if let StorageError::Io(problem) = error
+        && problem.kind() == InvalidData
+    {
+        return Some(problem.to_string());
+    }
+    None
 }
 
 fn storage(path: &Path, source: redb::Error) -> StoreError {

@@ -13,14 +13,16 @@ pub mod traces;
 
 use std::{
     error::Error,
-    fs, io,
+    fs, io, iter,
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use clap::{Arg, Command, value_parser};
 pub use sd_notify::NotifyState;
-use serde::de::DeserializeOwned;
+use serde::{Deserialize, de::DeserializeOwned};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::{
     Layer as _, filter::Targets, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _,
@@ -31,6 +33,9 @@ pub const EXIT_CONFIG: u8 = 64;
 
 /// What is logged unless somebody says otherwise.
 const DEFAULT_LOG: &str = "info";
+
+/// Where a kubelet keeps what it mounts of a Secret, so that it changes all at once.
+const KUBELET_LINK: &str = "..data";
 
 /// Something else that a daemon's binary does with its configuration, as a subcommand.
 #[derive(Debug, Clone, Copy)]
@@ -136,9 +141,23 @@ impl Daemon {
     }
 
     fn fail(self, error: &anyhow::Error, code: u8) -> ExitCode {
-        eprintln!("Error: {}: {error:#}", self.name);
+        eprintln!("Error: {}: {}", self.name, chain(error.as_ref()));
         code.into()
     }
+}
+
+/// An error with all that caused it, each said once: many errors end with what caused them already.
+#[must_use]
+pub fn chain(error: &dyn Error) -> String {
+    let mut said = error.to_string().trim_end().to_owned();
+    for cause in iter::successors(error.source(), |&cause| cause.source()) {
+        let cause = cause.to_string();
+        let cause = cause.trim_end();
+        if !said.ends_with(cause) {
+            said = format!("{said}: {cause}");
+        }
+    }
+    said
 }
 
 /// Why a configuration file cannot be read.
@@ -178,6 +197,36 @@ pub fn read_toml<T: DeserializeOwned>(path: &Path) -> Result<T, FileError> {
     })
 }
 
+/// Where a daemon listens, as its configuration says: an address and a port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct ListenAddress(pub SocketAddr);
+
+impl TryFrom<String> for ListenAddress {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse().map(Self).map_err(|_| {
+            format!("{text:?} is not an address with a port, such as 0.0.0.0:7555 or [::]:7555")
+        })
+    }
+}
+
+/// Warns of a file with a secret that others than its owner may read; one that is not there is not spoken of.
+pub fn warn_if_exposed(path: &Path) {
+    let file = fs::metadata(path);
+    if file.is_ok_and(|file| is_exposed(path, file.permissions().mode())) {
+        let path = path.display();
+        tracing::warn!("others may read {path}, which holds a secret: chmod 600 {path}");
+    }
+}
+
+/// What a kubelet mounts has the mode that the pod says, is only in the pod, and cannot be changed there.
+fn is_exposed(path: &Path, mode: u32) -> bool {
+    let folder = path.parent().unwrap_or(Path::new(""));
+    mode & 0o077 != 0 && !folder.join(KUBELET_LINK).is_symlink()
+}
+
 /// Waits for SIGTERM or SIGINT. The signals are caught from this call on, not from the first
 /// poll.
 ///
@@ -204,15 +253,14 @@ pub fn notify(state: NotifyState<'_>) {
 
 #[cfg(test)]
 mod tests {
-    use serde::Deserialize;
+    use std::os::unix::fs::symlink;
 
     use super::*;
 
     #[derive(Debug, Deserialize)]
     #[serde(deny_unknown_fields)]
     struct File {
-        #[expect(dead_code, reason = "only its name matters here")]
-        listen: String,
+        listen: ListenAddress,
     }
 
     /// The chain of causes of reading `text`, as the operator sees it.
@@ -220,10 +268,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.toml");
         fs::write(&path, text).unwrap();
-        format!(
-            "{:#}",
-            anyhow::Error::new(read_toml::<File>(&path).unwrap_err())
-        )
+        chain(&read_toml::<File>(&path).unwrap_err())
     }
 
     #[test]
@@ -232,6 +277,56 @@ mod tests {
         for part in ["x.toml", "line 2", "listn", "`listen`"] {
             assert!(problem.contains(part), "{part} is not in {problem}");
         }
+    }
+
+    #[test]
+    fn an_address_without_a_port_is_told_what_is_wanted() {
+        for wrong in ["7555", "off", "localhost:7555", "0.0.0.0"] {
+            let problem = problem(&format!("listen = {wrong:?}"));
+            for part in ["line 1", wrong, "such as 0.0.0.0:7555"] {
+                assert!(problem.contains(part), "{part} is not in {problem}");
+            }
+        }
+        let given: File = toml::from_str("listen = '[::]:7555'").unwrap();
+        assert_eq!(given.listen.0.port(), 7555);
+    }
+
+    #[test]
+    fn a_secret_that_others_may_read_is_noticed_unless_a_kubelet_mounted_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let key = folder.path().join("key");
+        for (mode, exposed) in [
+            (0o100_600, false),
+            (0o100_400, false),
+            (0o100_640, true),
+            (0o100_604, true),
+        ] {
+            assert_eq!(is_exposed(&key, mode), exposed, "{mode:o}");
+        }
+        symlink("..2026", folder.path().join(KUBELET_LINK)).unwrap();
+        assert!(!is_exposed(&key, 0o100_644));
+    }
+
+    #[test]
+    fn each_cause_is_said_once() {
+        #[derive(Debug, thiserror::Error)]
+        enum Problem {
+            #[error("cannot create /x: {0}")]
+            Told(#[source] io::Error),
+            #[error("certificate: {0}")]
+            Twice(#[source] Box<Self>),
+            #[error("cannot start")]
+            Silent(#[source] Box<Self>),
+        }
+        let told = || Box::new(Problem::Told(io::Error::other("denied\n")));
+        assert_eq!(chain(&*told()), "cannot create /x: denied");
+        let twice = Problem::Twice(told());
+        assert_eq!(chain(&twice), "certificate: cannot create /x: denied");
+        let silent = Problem::Silent(Box::new(twice));
+        let whole = "cannot start: certificate: cannot create /x: denied";
+        assert_eq!(chain(&silent), whole);
+        let context = anyhow::Error::new(silent).context("task a failed");
+        assert_eq!(chain(context.as_ref()), format!("task a failed: {whole}"));
     }
 
     #[test]

@@ -226,7 +226,16 @@ impl fmt::Display for Moment {
         let seconds = self.0.duration_since(UNIX_EPOCH).unwrap_or_default();
         let shown = i64::try_from(seconds.as_secs()).ok();
         match shown.and_then(|seconds| ASN1Time::from_timestamp(seconds).ok()) {
-            Some(time) => write!(f, "{time}"),
+            Some(time) => {
+                let time = time.to_datetime();
+                let (month, day) = (u8::from(time.month()), time.day());
+                let (hour, minute, second) = time.to_hms();
+                let year = time.year();
+                write!(
+                    f,
+                    "{year}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC"
+                )
+            }
             None => write!(f, "{} s after 1970", seconds.as_secs()),
         }
     }
@@ -234,9 +243,17 @@ impl fmt::Display for Moment {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use rcgen::{CertificateParams, DnType, KeyPair, SanType};
 
     use super::*;
+
+    #[test]
+    fn a_moment_is_written_as_everywhere() {
+        let moment = Moment(UNIX_EPOCH + Duration::from_secs(1_795_401_253));
+        assert_eq!(moment.to_string(), "2026-11-23 02:34:13 UTC");
+    }
 
     #[test]
     fn a_holder_of_any_authority_has_all_its_names() {

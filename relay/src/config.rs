@@ -1,12 +1,12 @@
 //! `relay.toml`: the file as written, and the settings as checked.
 
 use std::{
-    net::SocketAddr,
+    net::{Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
 };
 
 use mesh_core::relay_server::{Limits, Rate};
-use mesh_daemon::{FileError, metrics};
+use mesh_daemon::{FileError, ListenAddress, metrics, warn_if_exposed};
 use mesh_identity::credentials::{Credentials, CredentialsError};
 use mesh_wire::id::{Identity, RelayName};
 use serde::Deserialize;
@@ -30,13 +30,13 @@ struct ConfigFile {
     ca: PathBuf,
     /// UDP: QUIC, STUN, and packets without either.
     #[serde(default = "https_port")]
-    quic_listen: SocketAddr,
+    quic_listen: ListenAddress,
     /// TCP: TLS, where UDP is blocked.
     #[serde(default = "https_port")]
-    tls_listen: SocketAddr,
+    tls_listen: ListenAddress,
     /// UDP ports beside that one, by which nodes recognise a NAT that maps by destination.
     #[serde(default = "stun_ports")]
-    stun_listen: Vec<SocketAddr>,
+    stun_listen: Vec<ListenAddress>,
     #[serde(default = "metrics_port")]
     metrics_listen: metrics::Listen,
     /// Most links at once; one more is refused.
@@ -50,12 +50,12 @@ struct ConfigFile {
     client_rate_mbit_per_s: Option<u64>,
 }
 
-fn https_port() -> SocketAddr {
-    (std::net::Ipv6Addr::UNSPECIFIED, 443).into()
+fn https_port() -> ListenAddress {
+    ListenAddress((Ipv6Addr::UNSPECIFIED, 443).into())
 }
 
-fn stun_ports() -> Vec<SocketAddr> {
-    vec![(std::net::Ipv6Addr::UNSPECIFIED, 3478).into()]
+fn stun_ports() -> Vec<ListenAddress> {
+    vec![ListenAddress((Ipv6Addr::UNSPECIFIED, 3478).into())]
 }
 
 fn metrics_port() -> metrics::Listen {
@@ -165,6 +165,7 @@ impl Settings {
             path: path.to_owned(),
             source,
         })?;
+        warn_if_exposed(&files.key);
         if *credentials.identity() != Identity::Relay(file.name.clone()) {
             return Err(ConfigError::OtherName {
                 path: path.to_owned(),
@@ -179,9 +180,9 @@ impl Settings {
             credentials,
             files,
             listen: Listen {
-                quic: file.quic_listen,
-                tls: file.tls_listen,
-                stun: file.stun_listen,
+                quic: file.quic_listen.0,
+                tls: file.tls_listen.0,
+                stun: file.stun_listen.iter().map(|one| one.0).collect(),
             },
         })
     }

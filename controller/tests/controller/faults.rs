@@ -54,6 +54,47 @@ fn a_port_in_use_is_named() {
 }
 
 #[test]
+fn a_store_that_is_no_database_is_named_once_with_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("manifests")).unwrap();
+    fs::create_dir(folder.path().join("state")).unwrap();
+    let store = folder.path().join("state/controller.redb");
+    write_config(folder.path(), ([127, 0, 0, 1], 0).into(), "");
+    for length in [1, 100, 20_000] {
+        fs::write(&store, vec![b'x'; length]).unwrap();
+        let (code, said) = run_to_end(folder.path());
+        assert_eq!(code, Some(1), "{length}: {said}");
+        let (said, all) = (said.lines().last().unwrap(), said.as_str());
+        assert_eq!(said.matches("is damaged (").count(), 1, "{length}: {all}");
+        for part in [store.to_str().unwrap(), "docs/howto/backup.md"] {
+            assert!(said.contains(part), "{length}: {part}: {all}");
+        }
+        assert_eq!(fs::read(&store).unwrap().len(), length);
+    }
+}
+
+#[test]
+fn a_secret_that_others_may_read_is_said_with_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("manifests")).unwrap();
+    let password = folder.path().join("password");
+    fs::write(&password, "x").unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let etcd = format!(
+        "[etcd]\nendpoints = [\"127.0.0.1:1\"]\nca_file = \"none\"\nusername = \"u\"\npassword_file = {password:?}\n"
+    );
+    write_config(folder.path(), taken.local_addr().unwrap(), &etcd);
+    let advice = format!("chmod 600 {}", password.display());
+    for (mode, warned) in [(0o644, true), (0o640, true), (0o600, false)] {
+        fs::set_permissions(&password, fs::Permissions::from_mode(mode)).unwrap();
+        let (_, said) = run_to_end(folder.path());
+        let line = said.lines().find(|line| line.contains(&advice));
+        assert_eq!(line.is_some(), warned, "{mode:o}: {said}");
+        assert!(line.is_none_or(|line| line.contains("WARN")), "{said}");
+    }
+}
+
+#[test]
 fn a_wrong_configuration_exits_with_64_and_names_file_line_and_key() {
     let folder = tempfile::tempdir().unwrap();
     let any = SocketAddr::from(([127, 0, 0, 1], 0));

@@ -1,8 +1,10 @@
 //! Garbage, other people's protocols, and configurations with mistakes.
 
 use std::{
+    fs,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream, UdpSocket},
+    os::unix::fs::PermissionsExt as _,
     process::Output,
     sync::Arc,
 };
@@ -169,7 +171,7 @@ fn run(mesh: &Mesh, config: &str) -> Output {
 fn mistakes_in_the_configuration_are_named() {
     let mesh = Mesh::new();
     let other = Mesh::new();
-    let good = std::fs::read_to_string(mesh.configure(None, "")).unwrap();
+    let good = fs::read_to_string(mesh.configure(None, "")).unwrap();
     let foreign = other.credentials(&Identity::Relay("r1".parse().unwrap()));
     mesh.write("foreign.pem", &foreign.chain_pem());
     let node = mesh.node_credentials(1);
@@ -199,7 +201,7 @@ fn mistakes_in_the_configuration_are_named() {
         (
             "not an address",
             good.replace("127.0.0.1:0", "localhost"),
-            "invalid socket address",
+            "\"localhost\" is not an address with a port, such as 0.0.0.0:",
         ),
         (
             "no such file",
@@ -227,9 +229,25 @@ fn mistakes_in_the_configuration_are_named() {
         let text = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(64), "{what}: {text}");
         assert!(text.contains(expected), "{what}: {text}");
+        assert!(text.matches("No such file").count() <= 1, "{what}: {text}");
     }
     let missing = command(&mesh.path("nothing.toml")).output().unwrap();
     assert_eq!(missing.status.code(), Some(64));
+}
+
+#[test]
+fn a_key_that_others_may_read_is_said_with_what_to_do() {
+    let mesh = Mesh::new();
+    let config = fs::read_to_string(mesh.configure(None, "")).unwrap();
+    let config = config.replace("name = \"r1\"", "name = \"r2\"");
+    let advice = format!("chmod 600 {}", mesh.path("relay.key").display());
+    for (mode, warned) in [(0o644, true), (0o600, false)] {
+        fs::set_permissions(mesh.path("relay.key"), fs::Permissions::from_mode(mode)).unwrap();
+        let text = String::from_utf8(run(&mesh, &config).stderr).unwrap();
+        let line = text.lines().find(|line| line.contains(&advice));
+        assert_eq!(line.is_some(), warned, "{mode:o}: {text}");
+        assert!(line.is_none_or(|line| line.contains("WARN")), "{text}");
+    }
 }
 
 #[test]

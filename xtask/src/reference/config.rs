@@ -33,7 +33,7 @@ const ROOT: &str = "ConfigFile";
 const CHECKED: &str = "Settings";
 
 /// Types as people write them in TOML.
-const TYPES: [(&str, &str); 21] = [
+const TYPES: [(&str, &str); 22] = [
     ("bool", "true or false"),
     ("u16", "number"),
     ("u32", "number"),
@@ -47,6 +47,7 @@ const TYPES: [(&str, &str); 21] = [
     ("SiteName", "name"),
     ("PathBuf", "path"),
     ("SocketAddr", "address and port"),
+    ("ListenAddress", "address and port"),
     ("metrics::Listen", "address and port, or \"off\""),
     ("Collector", "`http://host[:port][/path]`"),
     ("IpAddr", "address"),
