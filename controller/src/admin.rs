@@ -84,6 +84,7 @@ impl ControllerAdmin for AdminService {
             description: token.description,
             expires_unix_s: token.expires_unix_s,
             uses_left: token.uses_left,
+            node: token.node.unwrap_or_default(),
         });
         let tokens = tokens.collect();
         Ok(Response::new(ListTokensResponse { tokens }))
@@ -228,7 +229,11 @@ impl ControllerAdmin for AdminService {
 }
 
 fn node_report(view: NodeView) -> NodeReport {
-    let NodeView { node, generation } = view;
+    let NodeView {
+        node,
+        generation,
+        last_seen_unix_s,
+    } = view;
     let site = node.locality.site.as_ref();
     NodeReport {
         name: node.name.to_string(),
@@ -237,5 +242,6 @@ fn node_report(view: NodeView) -> NodeReport {
         site: site.map(ToString::to_string).unwrap_or_default(),
         connected: generation.is_some(),
         generation: generation.unwrap_or(0),
+        last_seen_unix_s: last_seen_unix_s.unwrap_or(0),
     }
 }

@@ -205,6 +205,8 @@ pub struct NodeView {
     pub node: Node,
     /// The generation that it said it has, if its Sync stream is up, or it is away for no longer than it said.
     pub generation: Option<u64>,
+    /// When its stream last began, said something or ended, if it was seen since this controller started.
+    pub last_seen_unix_s: Option<i64>,
 }
 
 impl State {
@@ -390,13 +392,14 @@ impl State {
         let nodes: Vec<_> = self.published(|published| published.nodes.values().cloned().collect());
         let now_unix_s = self.now_unix_s();
         let sessions = lock(&self.sessions);
-        let view = |node: Node| NodeView {
-            generation: sessions
-                .seen
-                .get(&node.name)
-                .filter(|seen| seen.is_here(now_unix_s))
-                .map(|seen| seen.generation),
-            node,
+        let view = |node: Node| {
+            let seen = sessions.seen.get(&node.name);
+            let here = seen.filter(|seen| seen.is_here(now_unix_s));
+            NodeView {
+                generation: here.map(|seen| seen.generation),
+                last_seen_unix_s: seen.map(|seen| seen.at_unix_s),
+                node,
+            }
         };
         nodes.into_iter().map(view).collect()
     }

@@ -463,7 +463,7 @@ pub(crate) enum Token {
         #[arg(long, default_value = "")]
         description: String,
     },
-    /// Tokens that still hold. Not the secrets: nobody has them.
+    /// Tokens, with how long they hold and for which node. Not the secrets: nobody has them.
     List,
     /// Makes a token worthless. Nodes that joined with it stay.
     Revoke {

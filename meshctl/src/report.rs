@@ -491,6 +491,8 @@ pub(crate) struct Token {
     pub(crate) description: String,
     pub(crate) expires_unix_s: i64,
     pub(crate) uses_left: u32,
+    /// Only this node may use it.
+    pub(crate) node: Option<String>,
 }
 
 impl From<admin::ListTokensResponse> for Tokens {
@@ -500,6 +502,7 @@ impl From<admin::ListTokensResponse> for Tokens {
             description: said.description,
             expires_unix_s: said.expires_unix_s,
             uses_left: said.uses_left,
+            node: some(said.node),
         };
         Self {
             tokens: said.tokens.into_iter().map(token).collect(),
@@ -535,6 +538,8 @@ pub(crate) struct Node {
     pub(crate) connected: bool,
     /// What its agent has, as far as the controller knows.
     pub(crate) generation: u64,
+    /// When it last said something, if that was since this controller started.
+    pub(crate) last_seen_unix_s: Option<i64>,
 }
 
 impl From<admin::ListNodesResponse> for Nodes {
@@ -546,6 +551,7 @@ impl From<admin::ListNodesResponse> for Nodes {
             site: some(said.site),
             connected: said.connected,
             generation: said.generation,
+            last_seen_unix_s: (said.last_seen_unix_s != 0).then_some(said.last_seen_unix_s),
         };
         Self {
             nodes: said.nodes.into_iter().map(node).collect(),

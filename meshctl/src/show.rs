@@ -17,6 +17,7 @@ use crate::{
         Services, Status, StatusController, StatusRelay, StatusUplink, Tokens, Uninstalled,
         UntilDirect,
     },
+    snapshot::ago,
     table::{Cell, Tone, bytes, columns, duration, milliseconds, printable, table},
 };
 
@@ -608,12 +609,16 @@ impl Report for Tokens {
             vec![
                 (&token.id).into(),
                 expires(Some(token.expires_unix_s)).into(),
-                token.uses_left.to_string().into(),
+                match token.uses_left {
+                    0 => Cell::new("used up", Tone::Warning),
+                    uses => uses.to_string().into(),
+                },
+                token.node.as_deref().unwrap_or("any").into(),
                 (&token.description).into(),
             ]
         });
         table(
-            &["ID", "HOLDS", "USES LEFT", "DESCRIPTION"],
+            &["ID", "HOLDS", "USES LEFT", "NODE", "DESCRIPTION"],
             rows.collect(),
             colours,
         )
@@ -656,6 +661,11 @@ impl Report for Nodes {
                     true => Cell::new("yes", Tone::Good),
                     false => Cell::new("no", Tone::Warning),
                 },
+                match node.last_seen_unix_s {
+                    _ if node.connected => "now".into(),
+                    Some(at) => ago(at).into(),
+                    None => "-".into(),
+                },
                 node.generation.to_string().into(),
                 (&node.public_key).into(),
             ]
@@ -665,6 +675,7 @@ impl Report for Nodes {
             "SITE",
             "OVERLAY",
             "CONNECTED",
+            "LAST SEEN",
             "GENERATION",
             "PUBLIC KEY",
         ];

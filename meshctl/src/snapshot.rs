@@ -135,7 +135,7 @@ fn counted(resources: &[Resource]) -> String {
 }
 
 /// By this machine's clock.
-fn ago(unix_s: i64) -> String {
+pub(crate) fn ago(unix_s: i64) -> String {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();

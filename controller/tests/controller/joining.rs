@@ -44,6 +44,7 @@ async fn a_token_lets_a_node_in_which_then_is_a_node_of_the_mesh() {
     assert_eq!(nodes[0].name, "edge-a1");
     assert_eq!(nodes[0].overlay_addresses[0], "100.96.0.1");
     assert!(!nodes[0].connected);
+    assert_eq!(nodes[0].last_seen_unix_s, 0, "it never spoke");
 }
 
 const MANUAL: &str = "# The mesh.
@@ -145,6 +146,10 @@ async fn tokens_that_do_not_count_are_refused_each_with_its_reason() {
         .await;
     let (_, text) = refusal(&bound, "b", 2).await;
     assert!(text.contains("it was made for node c only"), "{text}");
+    let tokens = lab.admin().await.list_tokens(ListTokensRequest {}).await;
+    let tokens = tokens.unwrap().into_inner().tokens;
+    let listed = tokens.iter().find(|token| token.id == bound.id);
+    assert_eq!(listed.unwrap().node, "c");
 
     let short = lab
         .token(CreateTokenRequest {
@@ -154,7 +159,10 @@ async fn tokens_that_do_not_count_are_refused_each_with_its_reason() {
         .await;
     tokio::time::sleep(Duration::from_secs(2)).await; // Its time is real time.
     let (_, text) = refusal(&short, "b", 2).await;
-    assert!(text.contains("it expired on"), "{text}");
+    assert!(
+        text.contains("it expired on 2") && text.contains(" UTC; make"),
+        "{text}"
+    );
 
     let revoked = lab.token(CreateTokenRequest::default()).await;
     let id = revoked.id.clone();
@@ -184,7 +192,8 @@ async fn a_token_of_one_use_is_used_once_by_however_many_at_the_same_time() {
         assert!(status.message().contains("used up"), "{status}");
     }
     let tokens = lab.admin().await.list_tokens(ListTokensRequest {}).await;
-    assert_eq!(tokens.unwrap().into_inner().tokens[0].uses_left, 0);
+    let tokens = tokens.unwrap().into_inner().tokens;
+    assert_eq!((tokens[0].uses_left, tokens[0].node.as_str()), (0, ""));
     assert_eq!(lab.status().await.nodes, 1);
 }
 

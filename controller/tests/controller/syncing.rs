@@ -1,6 +1,6 @@
 //! What agents are told, and how little.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use mesh_api::{
     admin::ListNodesRequest,
@@ -10,9 +10,10 @@ use mesh_api::{
 };
 use mesh_core::snapshot::Generation;
 use prost::Message as _;
+use tokio::time;
 use tonic::Code;
 
-use crate::lab::Lab;
+use crate::lab::{Lab, PATIENCE};
 
 const SHOP: &str = "apiVersion: v1
 kind: Service
@@ -102,6 +103,20 @@ async fn an_edited_manifest_sends_only_what_changed() {
         .unwrap();
     let node = nodes.into_inner().nodes.remove(0);
     assert!(node.connected && node.generation == delta.generation);
+    assert!(node.last_seen_unix_s > 0);
+    // It goes, and it stays known since when it is away.
+    drop(agent);
+    let gone = time::timeout(PATIENCE, async {
+        loop {
+            let nodes = lab.admin().await.list_nodes(ListNodesRequest {}).await;
+            let gone = nodes.unwrap().into_inner().nodes.remove(0);
+            if !gone.connected {
+                return gone;
+            }
+            time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    assert!(gone.await.unwrap().last_seen_unix_s >= node.last_seen_unix_s);
 }
 
 #[tokio::test]

@@ -1,5 +1,7 @@
 //! Daemons that say what the tests want.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use mesh_api::admin::{
     self, agent_admin_server::AgentAdmin, controller_admin_server::ControllerAdmin,
 };
@@ -577,8 +579,15 @@ impl ControllerAdmin for Controller {
             description: "rack 4".to_owned(),
             expires_unix_s: 99,
             uses_left: 2,
+            node: String::new(),
         };
-        let tokens = vec![token];
+        let used = admin::TokenReport {
+            id: "t2".to_owned(),
+            uses_left: 0,
+            node: "edge-c".to_owned(),
+            ..token.clone()
+        };
+        let tokens = vec![token, used];
         Ok(Response::new(admin::ListTokensResponse { tokens }))
     }
 
@@ -611,8 +620,23 @@ impl ControllerAdmin for Controller {
             site: "a".to_owned(),
             connected: true,
             generation: 42,
+            last_seen_unix_s: 99,
         };
-        let nodes = vec![node];
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let gone = admin::NodeReport {
+            name: "edge-a2".to_owned(),
+            connected: false,
+            generation: 0,
+            // An hour and some: what is shown has no seconds.
+            last_seen_unix_s: i64::try_from(now.as_secs()).unwrap() - 3_610,
+            ..node.clone()
+        };
+        let unseen = admin::NodeReport {
+            name: "edge-a3".to_owned(),
+            last_seen_unix_s: 0,
+            ..gone.clone()
+        };
+        let nodes = vec![node, gone, unseen];
         Ok(Response::new(admin::ListNodesResponse { nodes }))
     }
 

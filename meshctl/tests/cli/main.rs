@@ -473,10 +473,13 @@ async fn a_token_goes_to_standard_output_alone() {
     assert_eq!(lab.json("token create").await, (0, want));
 
     let want = json!({ "tokens": [
-        { "id": "t1", "description": "rack 4", "expires_unix_s": 99, "uses_left": 2 },
+        { "id": "t1", "description": "rack 4", "expires_unix_s": 99, "uses_left": 2, "node": null },
+        { "id": "t2", "description": "rack 4", "expires_unix_s": 99, "uses_left": 0, "node": "edge-c" },
     ]});
     assert_eq!(lab.json("token list").await, (0, want));
-    let want = "ID  HOLDS    USES LEFT  DESCRIPTION\nt1  expired  2          rack 4\n";
+    let want = "ID  HOLDS    USES LEFT  NODE    DESCRIPTION\n\
+        t1  expired  2          any     rack 4\n\
+        t2  expired  used up    edge-c  rack 4\n";
     assert_eq!(lab.run("token list").await.out, want);
     assert_eq!(
         lab.json("token revoke t1").await,
@@ -519,15 +522,27 @@ async fn who_waits_is_shown_and_let_in_by_name() {
 #[tokio::test]
 async fn nodes_and_the_controller_are_shown() {
     let lab = Lab::start(admin::Health::Ok).await;
-    let want = json!({ "nodes": [{
+    let (code, mut nodes) = lab.json("nodes").await;
+    let want = json!({
         "name": "edge-a1",
         "public_key": "KEY=",
         "overlay_addresses": ["100.96.0.1", "fd00::1"],
         "site": "a",
         "connected": true,
         "generation": 42,
-    }]});
-    assert_eq!(lab.json("nodes").await, (0, want));
+        "last_seen_unix_s": 99,
+    });
+    assert_eq!((code, nodes["nodes"][0].take()), (0, want));
+    assert_eq!(nodes["nodes"][2]["last_seen_unix_s"], Value::Null);
+    let text = lab.run("nodes").await.out;
+    for (node, shown) in [
+        ("edge-a1", "yes        now "),
+        ("edge-a2", "no         1h ago "),
+        ("edge-a3", "no         - "),
+    ] {
+        let line = text.lines().find(|line| line.starts_with(node)).unwrap();
+        assert!(line.contains(shown), "{line}");
+    }
     let want = json!({ "removed": "edge-a1", "address_rests_until_unix_s": 99 });
     assert_eq!(lab.json("node remove edge-a1").await, (0, want));
     let wrong = lab.run("node remove edge-z9").await;
