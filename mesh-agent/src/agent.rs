@@ -191,7 +191,9 @@ fn remove_pins(pins: Result<Pins, PinsError>) -> anyhow::Result<()> {
         other => other?,
     };
     let problems = pins.remove().into_iter();
-    let problems: Vec<_> = problems.map(|problem| network::chain(&problem)).collect();
+    let problems: Vec<_> = problems
+        .map(|problem| mesh_daemon::chain(&problem))
+        .collect();
     ensure!(problems.is_empty(), "{}", problems.join("; "));
     Ok(())
 }
@@ -755,7 +757,7 @@ fn load_services(settings: &Settings) -> anyhow::Result<Loaded> {
     }
     let cgroup = cgroup(settings)?;
     let pins = || Pins::open(Path::new(BPFFS), &cgroup);
-    let problem = pins().err().map(|error| network::chain(&error));
+    let problem = pins().err().map(|error| mesh_daemon::chain(&error));
     if let Some(problem) = &problem {
         tracing::warn!(%problem, "services will end with this process");
     }

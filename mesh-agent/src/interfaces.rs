@@ -14,6 +14,7 @@ use anyhow::Context as _;
 use ebpf_loader::{InterfaceError, Services};
 use ipnet::IpNet;
 use mesh_core::pattern::NamePattern;
+use mesh_daemon::chain;
 use mesh_linux::{
     IfIndex,
     netlink::{Changes, Forwarding, LinkHeader, Netlink, NetlinkError},
@@ -27,7 +28,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     cni::Attachments,
-    network::chain,
     policy::Enforcer,
     redirect::{self, Found},
 };

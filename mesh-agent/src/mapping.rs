@@ -14,12 +14,11 @@ use ebpf_loader::{
     mapping::{Mapping, Mappings},
 };
 use mesh_core::{services::View, snapshot::Snapshot};
+use mesh_daemon::chain;
 use mesh_linux::IfIndex;
 use mesh_wire::id::NodeName;
 use tokio::{sync::watch, task, time};
 use tokio_util::sync::CancellationToken;
-
-use crate::network::chain;
 
 /// Pause before the kernel is asked again for what it refused.
 const RETRY: Duration = Duration::from_secs(5);

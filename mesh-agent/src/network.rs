@@ -4,7 +4,6 @@
 use std::{
     collections::BTreeSet,
     convert::Infallible,
-    error::Error,
     fs, future,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
@@ -20,6 +19,7 @@ use mesh_core::{
     services::View,
     snapshot::{Node, Snapshot},
 };
+use mesh_daemon::chain;
 use mesh_linux::{
     IfIndex,
     netlink::{Changes, Netlink, Route},
@@ -211,12 +211,6 @@ pub async fn apply(
     }
     let changed = [addresses, routes].map(|one| one.added + one.removed);
     Ok((changed.iter().sum(), problems.join("; ")))
-}
-
-/// An error with what caused it.
-pub(crate) fn chain(error: &dyn Error) -> String {
-    let cause = error.source().map(|cause| format!(": {cause}"));
-    format!("{error}{}", cause.unwrap_or_default())
 }
 
 /// Lets packets from the TUN device be forwarded. The settings vanish with the device, but for

@@ -28,13 +28,13 @@ use mesh_core::{
     services::View,
     snapshot::Snapshot,
 };
+use mesh_daemon::chain;
 use mesh_linux::IfIndex;
 use mesh_wire::id::NodeName;
 use tokio::{sync::watch, task, time};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    network::chain,
     redirect::Guarded,
     store::{remove_if_there, write_atomically},
 };

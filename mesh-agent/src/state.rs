@@ -115,10 +115,15 @@ impl StateFolder {
         });
         let lock = lock.map_err(|source| io_error("create", &lock_path, source))?;
         match lock.try_lock() {
-            Ok(()) => Ok(Self {
-                path: path.to_owned(),
-                _lock: lock,
-            }),
+            Ok(()) => {
+                for secret in [WIREGUARD_KEY_FILE, IDENTITY_FILE] {
+                    mesh_daemon::warn_if_exposed(&path.join(secret));
+                }
+                Ok(Self {
+                    path: path.to_owned(),
+                    _lock: lock,
+                })
+            }
             Err(TryLockError::WouldBlock) => Err(StateError::InUse(path.to_owned())),
             Err(TryLockError::Error(source)) => Err(io_error("lock", &lock_path, source)),
         }

@@ -24,7 +24,7 @@ use mesh_core::{
     offline::retry::{Failure, PAUSE_MAX, Retry},
     snapshot::Snapshot,
 };
-use mesh_daemon::http_proxy::HttpProxy;
+use mesh_daemon::{chain, http_proxy::HttpProxy};
 use mesh_identity::{authority::new_key, credentials::Credentials, tls};
 use mesh_linux::netlink::Netlink;
 use mesh_wire::id::{Identity, NodeId, NodeName};
@@ -251,7 +251,7 @@ impl Sync {
                 }
                 Err(error) => error,
             };
-            let mut problem = format!("{error:#}");
+            let mut problem = chain(error.as_ref());
             if self.may_join_again(&error) {
                 let joined = tokio::select! {
                     joined = self.join_again(&controller) => joined,
@@ -259,7 +259,7 @@ impl Sync {
                 };
                 match joined {
                     Ok(()) => continue,
-                    Err(error) => problem += &format!("; joining again: {error:#}"),
+                    Err(error) => problem += &format!("; joining again: {}", chain(error.as_ref())),
                 }
             }
             if told.insert(controller.clone(), problem.clone()) != Some(problem.clone()) {

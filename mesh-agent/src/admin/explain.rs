@@ -3,10 +3,13 @@
 use std::net::IpAddr;
 
 use mesh_api::admin::{ExplainPolicyRequest, ExplainPolicyResponse, PolicyVerdict};
-use mesh_core::policy::{
-    Flow,
-    judges::{Judged, Judges},
-    resources::IpProtocol,
+use mesh_core::{
+    policy::{
+        Flow,
+        judges::{Judged, Judges, UnknownEnd},
+        resources::IpProtocol,
+    },
+    snapshot::Snapshot,
 };
 use tokio::task;
 use tonic::Status;
@@ -25,7 +28,7 @@ impl Admin {
         let work = move || {
             let mut judges = Judges::new(view.snapshot.clone(), LIMITS);
             Ok(ExplainPolicyResponse {
-                verdicts: explain(&mut judges, &request)?,
+                verdicts: explain(&mut judges, &view.snapshot, &request)?,
                 enforces,
             })
         };
@@ -36,6 +39,7 @@ impl Admin {
 /// Of each family that both ends have: what the two sides say of the flow, and of one the other way.
 fn explain(
     judges: &mut Judges,
+    snapshot: &Snapshot,
     request: &ExplainPolicyRequest,
 ) -> Result<Vec<PolicyVerdict>, Status> {
     let wanted = request.protocol.to_ascii_uppercase();
@@ -50,7 +54,7 @@ fn explain(
         .map_err(|_| Status::invalid_argument("a port is at most 65535"))?;
     let addresses = |end: &str| {
         let found = judges.addresses(end);
-        found.map_err(|error| Status::not_found(error.to_string()))
+        found.map_err(|error| Status::not_found(unknown(&error, snapshot)))
     };
     let (sources, destinations) = (
         addresses(&request.source)?,
@@ -82,6 +86,25 @@ fn explain(
     }
 }
 
+/// What is wrong with an end that has no address: a service's packets are judged by the endpoint that they go to.
+fn unknown(error: &UnknownEnd, snapshot: &Snapshot) -> String {
+    let service = match error {
+        UnknownEnd::Pod(name) => snapshot.services.values().find(|service| {
+            let service = &service.name;
+            (&service.namespace, &service.name) == (&name.namespace, &name.name)
+        }),
+        UnknownEnd::Node(_) => None,
+    };
+    match service {
+        None => error.to_string(),
+        Some(service) => format!(
+            "{} is a service, and policies judge what its packets are sent to: ask for a pod or a node \
+             behind it, or for its address (`meshctl services` names them)",
+            service.name
+        ),
+    }
+}
+
 fn verdict(way: &str, flow: &Flow, judged: Judged) -> PolicyVerdict {
     let said = match (
         judged.enforced,
@@ -101,5 +124,38 @@ fn verdict(way: &str, flow: &Flow, judged: Judged) -> PolicyVerdict {
         direction: judged.direction.as_str().to_owned(),
         verdict: said.to_owned(),
         by: judged.by,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use mesh_core::snapshot::{MeshSettings, Service, ServiceKind, ServiceName};
+    use mesh_wire::id::MeshId;
+
+    use super::*;
+
+    #[test]
+    fn a_service_is_not_called_a_pod_that_is_not_there() {
+        let mut snapshot = Snapshot::empty(MeshSettings::with_defaults(MeshId([7; 32]), "demo"));
+        let name = ServiceName {
+            namespace: "default".to_owned(),
+            name: "web".to_owned(),
+        };
+        let service = Service::new(name.clone(), ServiceKind::Headless);
+        snapshot.services.insert(name, Arc::new(service));
+        let judges = Judges::new(Arc::new(snapshot.clone()), LIMITS);
+        let said = |end: &str| unknown(&judges.addresses(end).unwrap_err(), &snapshot);
+        let service = said("default/web");
+        assert!(
+            service.starts_with("default/web is a service, and"),
+            "{service}"
+        );
+        assert_eq!(
+            said("default/wob"),
+            "there is no pod default/wob with an address"
+        );
+        assert!(said("web").starts_with("there is no node web"));
     }
 }

@@ -14,12 +14,13 @@ use ebpf_loader::{
 use mesh_api::admin::{
     BpfMap, BpfPlace, BpfProgram, BpfRequest, BpfResponse, KernelRoute, RouteRequest, RouteResponse,
 };
+use mesh_daemon::chain;
 use mesh_linux::netlink::{Netlink, Towards};
 use tokio::task;
 use tonic::Status;
 
 use super::{Admin, Facts, diagnosis::internal};
-use crate::{metrics::Kernel, network::chain, report, routes};
+use crate::{metrics::Kernel, report, routes};
 
 /// Whether the kernel counts how often programs run (sysctl `kernel.bpf_stats_enabled`).
 const COUNTS_RUNS: &str = "/proc/sys/kernel/bpf_stats_enabled";

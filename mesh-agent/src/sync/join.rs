@@ -42,6 +42,9 @@ pub(super) async fn join(
 ) -> anyhow::Result<Credentials> {
     let renewed = matches!(settings.token, TokenSource::ServiceAccount { .. });
     let mut controllers = Retry::new(settings.controllers.len(), rand::random());
+    if let TokenSource::File(path) = &settings.token {
+        mesh_daemon::warn_if_exposed(path);
+    }
     let new = new_key()?;
     let mut told = BTreeMap::new();
     let mut attempt = 0;
@@ -78,7 +81,7 @@ pub(super) async fn join(
             ),
             Err(JoinError::Unreachable(error)) => error,
         };
-        let problem = format!("{problem:#}");
+        let problem = mesh_daemon::chain(problem.as_ref());
         if told.insert(controller.clone(), problem.clone()) != Some(problem.clone()) {
             // One may be of the other family, where this node has none: it is a problem once none lets it in.
             if attempt < settings.controllers.len() {
