@@ -64,11 +64,7 @@ const WIREGUARD_PEERS: &[(&str, &str)] = &[
 ];
 
 /// Resolvers and name servers that a bench measures beside ours, unbound and dnsmasq apart, and what loads them.
-const DNS_PACKAGES: &[(&str, &str)] = &[
-    ("dnsperf", "dnsperf"),
-    ("knotd", "knot"),
-    ("nsd", "nsd"),
-];
+const DNS_PACKAGES: &[(&str, &str)] = &[("dnsperf", "dnsperf"), ("knotd", "knot"), ("nsd", "nsd")];
 
 /// tcx links came with Linux 6.6.
 const KERNEL_MIN: (u32, u32) = (6, 6);
