@@ -203,11 +203,6 @@ fn sigterm_leaves_the_services_and_removal_leaves_nothing() -> Result<()> {
     let mesh = Mesh::two_sites()?;
     kiosk(&mesh)?;
     let node = mesh.site("site-a")?.host(mesh.lab(), "edge-a2")?;
-    tool::eventually("the node has its addresses", SOON, || {
-        let tentative = node.run(&["ip", "-6", "addr", "show", "tentative"], SOON)?;
-        ensure!(tentative.ok()?.is_empty());
-        Ok(())
-    })?;
     // Something at every kind of interface.
     for (name, interface) in [("device", "lan0"), ("pod", "pod-0")] {
         let behind = mesh.lab().add_node(name)?;
@@ -215,6 +210,21 @@ fn sigterm_leaves_the_services_and_removal_leaves_nothing() -> Result<()> {
         node.sysctl(&format!("net/ipv4/conf/{interface}/forwarding"), "1")?;
     }
     node.sysctl("net/ipv6/conf/all/forwarding", "1")?;
+    // What comes with them, the kernel adds when it has seen for a second that they are nobody else's.
+    tool::eventually("the node has its addresses", SOON, || {
+        let addresses = |which: &[&str]| {
+            let words = ["ip", "-6", "-oneline", "addr", "show"];
+            node.run(&[&words, which].concat(), SOON)?.ok()
+        };
+        ensure!(addresses(&["tentative"])?.is_empty());
+        for interface in ["lan0", "pod-0"] {
+            ensure!(
+                addresses(&["dev", interface])?.contains("fe80:"),
+                "{interface}"
+            );
+        }
+        Ok(())
+    })?;
     fs::write(mesh.manifests().join("policy.yaml"), POLICY_MANIFEST)?;
     let (network, programs) = (host_network(&node)?, host_programs(&node)?);
     let everywhere = "service_interfaces = [\"lan0\"]\npod_interfaces = [\"pod-*\"]\n";
