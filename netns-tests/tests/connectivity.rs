@@ -248,6 +248,6 @@ fn a_capture_has_plain_text_inside_and_none_outside() -> Result<()> {
     ensure!(mode & 0o777 == 0o600, "{mode:o}");
     let (code, said) = run(&mesh, &["capture", "--out", &path])?;
     let kind = said.pointer("/error/kind").and_then(Value::as_str);
-    ensure!((code, kind) == (2, Some("file")), "{said}");
+    ensure!((code, kind) == (64, Some("refused")), "{said}");
     mesh.ends_well()
 }
