@@ -95,7 +95,9 @@ fn a_resolver_says_who_gives_no_answers_and_what_it_still_has() -> Result<()> {
 
     // One ends without a word: its port is there, and nobody answers. The other goes on.
     drop(far);
-    let silent = mesh.cloud().enter(|| UdpSocket::bind((CLOUD, 53)))??;
+    let silent = tool::eventually("its port is free", SOON, || {
+        Ok(mesh.cloud().enter(|| UdpSocket::bind((CLOUD, 53)))??)
+    })?;
     let upstream = format!("the upstream {CLOUD}:53 gives no answers");
     let said = status(&mesh, "one is passed over", (1, "degraded"), &[&upstream])?;
     let second = &said["upstreams"][1];
