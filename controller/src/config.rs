@@ -218,9 +218,7 @@ impl Settings {
             tracing: file.tracing,
         })
     }
-}
 
-impl Settings {
     /// What only the controller should be able to read, beside what it writes itself.
     pub fn secret_files(&self) -> impl Iterator<Item = &Path> {
         let etcd = self.etcd.as_deref();

@@ -10,7 +10,6 @@ mod ping;
 
 use std::{
     collections::BTreeMap,
-    net::IpAddr,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
     time::Instant,
@@ -140,6 +139,13 @@ impl Admin {
             flow_counts: Arc::default(),
             via_pings: Arc::new(Semaphore::new(ping::VIA_MAX)),
         }
+    }
+
+    /// Of the desired state; 0 also where nobody knows.
+    fn snapshot_age_s(&self) -> u64 {
+        let validity = self.facts.credentials.load().validity();
+        let age = report::snapshot_age(&self.connection.borrow(), validity);
+        age.map_or(0, |age| age.as_secs())
     }
 
     /// Serves until `stop`.
@@ -457,15 +463,10 @@ fn dns_status(error: client::AskError) -> Status {
 
 /// The node with this name or overlay address.
 fn node_of<'a>(snapshot: &'a Snapshot, target: &str) -> Result<&'a Node, Status> {
-    let by_address = |address: IpAddr| {
-        let has = |node: &&Node| {
-            IpAddr::V4(node.overlay_v4) == address || IpAddr::V6(node.overlay_v6) == address
-        };
-        snapshot.nodes.values().find(has)
+    let node = match target.parse() {
+        Ok(address) => snapshot.node_at(address),
+        Err(_) => snapshot.node_called(target),
     };
-    let node = target
-        .parse()
-        .map_or_else(|_| snapshot.node_called(target), by_address);
     node.ok_or_else(|| {
         Status::not_found(format!(
             "no node {target:?} in the mesh (a node's name, also as in DNS, or its overlay address)"

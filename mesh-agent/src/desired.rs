@@ -57,9 +57,6 @@ const WRITE_RATE: u64 = 64 << 10;
 /// Longest pause between writes: an offline node that loses power knows all but the last minute.
 const WRITE_PAUSE_MAX: Duration = Duration::from_secs(60);
 
-/// The epoch of each store until its operator lets an older state count: a state whose controller was too old to say one is of it.
-const FIRST_EPOCH: u64 = 1;
-
 /// Shared by who follows the controller and who asks neighbours: one at a time.
 pub type Shared = Arc<tokio::sync::Mutex<Desired>>;
 
@@ -293,11 +290,7 @@ impl Desired {
             generation: Generation(head.generation),
         };
         // What an older controller told has no version, and a generation all the same.
-        let held = Position {
-            epoch: self.position.epoch.max(FIRST_EPOCH),
-            ..self.position.clone()
-        };
-        if held.check(&position).is_err() {
+        if self.position.check(&position).is_err() {
             return Ok(Err(distrusted("it is older than what this node has")));
         }
         // Applied to a copy first: what is not what the authority signed changes nothing.

@@ -29,12 +29,17 @@ pub fn end_stale(table: &Table, services: &Mutex<Services>) -> anyhow::Result<()
     let mut connected = connected.context("cannot read which UDP sockets are connected")?;
     let of_devices = services().device_datagrams();
     let mut of_devices = of_devices.context("cannot read UDP flows of devices")?;
-    let gone = gone(table, connected.values().chain(&of_devices));
+    let by_devices = of_devices.iter().map(|(_, led)| led);
+    let gone = gone(table, connected.values().chain(by_devices));
     connected.retain(|_, led| gone.contains(led));
-    of_devices.retain(|led| gone.contains(led));
+    of_devices.retain(|(_, led)| gone.contains(led));
     if !of_devices.is_empty() {
-        let ended = services().end_device_datagrams(&of_devices);
-        let ended = ended.context("cannot forget UDP flows of devices")?;
+        let ended = of_devices.len();
+        let mut services = services();
+        of_devices
+            .into_iter()
+            .try_for_each(|(flow, _)| services.forget_device_datagrams(flow))
+            .context("cannot forget UDP flows of devices")?;
         tracing::info!(
             ended,
             "UDP flows of devices ended: their endpoints are gone"

@@ -18,6 +18,9 @@ pub struct Version {
     pub made_unix_ms: u64,
 }
 
+/// The epoch of each store until its operator lets an older state count.
+const FIRST_EPOCH: u64 = 1;
+
 /// Where a node stands in a controller's history.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Position {
@@ -49,21 +52,23 @@ pub struct RolledBack {
 
 impl Position {
     /// Whether a node that is here may go to what a controller offers. Generations of another store say nothing about age; a
-    /// controller that says no epoch is older than epochs, and counts as being in the node's.
+    /// controller that says no epoch is older than epochs, and counts as being in the node's. What such a one told is of the
+    /// first.
     ///
     /// # Errors
     ///
     /// [`RolledBack`]: what the node has stays in force.
     pub fn check(&self, offered: &Self) -> Result<(), RolledBack> {
+        let held_epoch = self.epoch.max(FIRST_EPOCH);
         let epoch = match offered.epoch {
-            0 => self.epoch,
+            0 => held_epoch,
             epoch => epoch,
         };
-        let is_older = (epoch, offered.generation) < (self.epoch, self.generation);
+        let is_older = (epoch, offered.generation) < (held_epoch, self.generation);
         if offered.store == self.store && is_older {
             return Err(RolledBack {
                 held: self.generation,
-                held_epoch: self.epoch,
+                held_epoch,
                 offered: offered.generation,
                 offered_epoch: epoch,
             });
@@ -104,6 +109,9 @@ mod tests {
         for (name, offered, allowed) in cases {
             assert_eq!(held.check(&offered).is_ok(), allowed, "{name}");
         }
+        let unsaid = at(b"a", 0, 100);
+        assert!(unsaid.check(&at(b"a", 1, 99)).is_err() && unsaid.check(&at(b"a", 0, 99)).is_err());
+        assert!(unsaid.check(&at(b"a", 1, 100)).is_ok() && unsaid.check(&at(b"a", 2, 1)).is_ok());
         assert_eq!(Position::default().check(&at(b"a", 1, 0)), Ok(()));
         let text = held.check(&at(b"a", 2, 99)).unwrap_err().to_string();
         assert!(

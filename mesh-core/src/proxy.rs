@@ -198,13 +198,10 @@ fn find<'a>(host: &str, snapshot: &'a Snapshot) -> Result<(&'a Node, Vec<IpAddr>
         let node = snapshot.node_called(host).ok_or_else(unknown)?;
         return Ok((node, both(node)));
     };
-    let mut nodes = snapshot.nodes.values();
-    let overlay = |node: &&Node| {
-        IpAddr::from(node.overlay_v4) == address || IpAddr::from(node.overlay_v6) == address
-    };
-    if let Some(node) = nodes.clone().find(overlay) {
+    if let Some(node) = snapshot.node_at(address) {
         return Ok((node, vec![address]));
     }
+    let mut nodes = snapshot.nodes.values();
     let underlay = |node: &&Node| node.underlay_addresses.contains(&address);
     let one = nodes.find(underlay).ok_or_else(unknown)?;
     match nodes.find(underlay) {

@@ -507,6 +507,13 @@ impl Snapshot {
         self.nodes.get(own)
     }
 
+    /// The node whose overlay address this is.
+    #[must_use]
+    pub fn node_at(&self, overlay: IpAddr) -> Option<&Node> {
+        let has = |node: &&Node| overlay == node.overlay_v4 || overlay == node.overlay_v6;
+        self.nodes.values().find(has)
+    }
+
     /// Sites with whose nodes those of `site` may connect directly, their own among them; `None`: with
     /// everybody, as there is no community. Nodes of which no site is said are then in none.
     #[must_use]

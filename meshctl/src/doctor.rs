@@ -322,7 +322,7 @@ fn route_gone(agent: &Agent, facts: &Facts) -> Vec<Finding> {
     let cause = format!(
         "the route of the overlay is gone: {overlay} does not lead by {interface}, so nothing from this machine reaches its nodes"
     );
-    let fix = "`systemctl restart mesh-agent` puts it there again. `ip monitor route` shows who takes it away; systemd-networkd does, unless its networkd.conf says ManageForeignRoutes=no";
+    let fix = "the agent puts it back within seconds: look again. Where it stays away, `ip monitor route` shows who takes it each time; systemd-networkd does at its starts, unless its networkd.conf says ManageForeignRoutes=no";
     vec![finding("route_gone", Level::Error, cause, fix)]
 }
 

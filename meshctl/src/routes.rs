@@ -119,7 +119,7 @@ impl Route {
         if wanted != found && by_default {
             return Some(format!(
                 "packets leave by {found}, with all that has no route of its own: the mesh's route by {wanted} is gone. \
-                 `systemctl restart mesh-agent` puts it there again, `ip monitor route` shows who takes it away"
+                 The agent puts it back within seconds; where it stays away, `ip monitor route` shows who takes it each time"
             ));
         }
         if wanted != found {

@@ -62,7 +62,7 @@ pub use crate::{
     pins::{BPFFS, Pins, PinsError},
     plan::LeftOut,
     redirect::{RedirectKind, RedirectLink, RedirectReport, Redirects},
-    udp::Led,
+    udp::{DeviceFlow, Led},
 };
 
 /// What the maps hold at most.

@@ -1,10 +1,7 @@
 //! Which UDP flows the programs remember to have led somewhere: nobody closes them, and they keep their endpoint also when
 //! it is gone.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
-};
+use std::{collections::BTreeMap, net::SocketAddr};
 
 use aya::maps::{HashMap, MapData, MapError};
 use ebpf_abi::{Peer, TRACKED_MAX, Tracked, TrackedFlow};
@@ -17,6 +14,10 @@ const CONNECTED: &str = "hf_connected";
 
 /// A service, and the endpoint to which it led.
 pub type Led = (Frontend, SocketAddr);
+
+/// A UDP flow of a device, as the programs know it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceFlow(TrackedFlow);
 
 impl Services {
     /// The connected UDP sockets that were led to an endpoint, by the kernel's number for the socket
@@ -52,34 +53,12 @@ impl Services {
         absent_is_gone(map.remove(&cookie))
     }
 
-    /// The services that devices ask by UDP, each with an endpoint to which some of their flows were led. Some are over.
+    /// The UDP flows of devices that were led to an endpoint. Some are over. Costs two system calls each.
     ///
     /// # Errors
     ///
     /// [`MapError`] if the kernel does not say.
-    pub fn device_datagrams(&self) -> Result<BTreeSet<Led>, MapError> {
-        let flows = self.device_flows()?.into_iter();
-        Ok(flows.map(|(_, led)| led).collect())
-    }
-
-    /// Forgets the UDP flows of devices that were led so: the next datagram of each opens it anew. Returns how many
-    /// there were.
-    ///
-    /// # Errors
-    ///
-    /// [`MapError`] if the kernel refuses.
-    pub fn end_device_datagrams(&mut self, led: &BTreeSet<Led>) -> Result<usize, MapError> {
-        let mut flows = self.device_flows()?;
-        flows.retain(|(_, one)| led.contains(one));
-        let mut map: HashMap<&mut MapData, TrackedFlow, Tracked> = map_of(&mut self.ebpf, TRACKED)?;
-        for (flow, _) in &flows {
-            absent_is_gone(map.remove(flow))?;
-        }
-        Ok(flows.len())
-    }
-
-    /// Of UDP. Costs two system calls each.
-    fn device_flows(&self) -> Result<Vec<(TrackedFlow, Led)>, MapError> {
+    pub fn device_datagrams(&self) -> Result<Vec<(DeviceFlow, Led)>, MapError> {
         let map = self.ebpf.map(TRACKED).ok_or_else(|| missing(TRACKED))?;
         let map: HashMap<&MapData, TrackedFlow, Tracked> = map.try_into()?;
         let mut flows = Vec::new();
@@ -93,9 +72,19 @@ impl Services {
             };
             // The least recently used go meanwhile.
             if let Ok(tracked) = map.get(&flow, 0) {
-                flows.push((flow, (service, tracked.endpoint.socket_addr())));
+                flows.push((DeviceFlow(flow), (service, tracked.endpoint.socket_addr())));
             }
         }
         Ok(flows)
+    }
+
+    /// Forgets a UDP flow of a device: its next datagram opens it anew.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError`] if the kernel refuses.
+    pub fn forget_device_datagrams(&mut self, flow: DeviceFlow) -> Result<(), MapError> {
+        let mut map: HashMap<&mut MapData, TrackedFlow, Tracked> = map_of(&mut self.ebpf, TRACKED)?;
+        absent_is_gone(map.remove(&flow.0))
     }
 }

@@ -134,9 +134,7 @@ impl Admin {
         &self,
         contents: bool,
     ) -> Result<SnapshotsResponse, Status> {
-        let connection = self.connection.borrow().clone();
-        let validity = self.facts.credentials.load().validity();
-        let age_s = report::snapshot_age(&connection, validity).map_or(0, |age| age.as_secs());
+        let age_s = self.snapshot_age_s();
         let generation = self.ask(|driver| driver.snapshot().generation.0).await?;
         let folder = self.facts.state_dir.clone();
         let authority = self.facts.credentials.load().authority().clone();

@@ -26,8 +26,6 @@ impl Admin {
         let dns = &self.facts.dns;
         let view = dns.view();
         let mesh = view.as_ref().map(|view| &view.snapshot.mesh);
-        let validity = self.facts.credentials.load().validity();
-        let age = report::snapshot_age(&self.connection.borrow(), validity);
         let upstreams = dns.upstreams().into_iter();
         let upstreams: Vec<_> = upstreams
             .map(|(domain, one)| {
@@ -54,7 +52,7 @@ impl Admin {
             listen: texts(dns.listen()),
             zones: mesh.map(zones).unwrap_or_default(),
             generation: view.as_ref().map(|view| view.snapshot.generation.0),
-            age_s: age.map_or(0, |age| age.as_secs()),
+            age_s: self.snapshot_age_s(),
             upstreams,
             counters: counted
                 .map(|(name, _, count)| (name.trim_start_matches("dns_").to_owned(), count))
