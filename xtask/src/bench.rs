@@ -205,7 +205,9 @@ impl Samples {
                 turns: self.turns.get(key).unwrap_or(values).clone(),
                 must: None,
                 ratio: None,
+                between: None,
                 ok: None,
+                open: false,
             })
         };
         self.order.iter().filter_map(figure).collect()
@@ -235,9 +237,15 @@ struct Figure {
     /// The median over what it is compared with.
     #[serde(skip_serializing_if = "Option::is_none")]
     ratio: Option<f64>,
-    /// Whether that holds; none of it to hold: `None`.
+    /// Where that ratio is by 95 %, if it is of turns enough to say so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    between: Option<(f64, f64)>,
+    /// Whether that holds; none of it to hold, or nobody can tell: `None`.
     #[serde(skip_serializing_if = "Option::is_none")]
     ok: Option<bool>,
+    /// What is asked for lies in `between`, and the ratio is on the wrong side of it: these turns do not tell.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    open: bool,
 }
 
 /// The cases to measure: all, unless `only` names some.
@@ -386,8 +394,11 @@ fn judged_row(figure: &Figure) -> Option<Vec<String>> {
     let held = match figure.ok {
         Some(true) => "held",
         Some(false) => "MISSED",
+        None if figure.open => "open",
         None => "stated",
     };
+    let between = |(low, high)| format!(" ({low:.3}–{high:.3})");
+    let between = figure.between.map(between).unwrap_or_default();
     Some(vec![
         figure.case.clone(),
         figure.metric.to_owned(),
@@ -395,7 +406,7 @@ fn judged_row(figure: &Figure) -> Option<Vec<String>> {
         figure.p99.map(report::three_digits).unwrap_or_default(),
         figure.runs.to_string(),
         figure.must.clone()?,
-        report::three_digits(figure.ratio?),
+        report::three_digits(figure.ratio?) + &between,
         held.to_owned(),
     ])
 }

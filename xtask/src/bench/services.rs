@@ -46,9 +46,9 @@ const TURNS: usize = 40;
 const SAMPLES: usize = 50;
 
 /// A round goes through all cases so often again, with a stream each.
-const STREAM_TURNS: usize = 8;
+const STREAM_TURNS: usize = 24;
 
-/// Length of a stream: 2 s a round. The kernel says idle times in units of 10 ms for each processor.
+/// Length of a stream: 6 s a round, as one stream is up to a quarter faster or slower than the next. The kernel says idle times in units of 10 ms for each processor.
 const STREAM: Duration = Duration::from_millis(250);
 
 /// What a client does again and again, and the names of its median and of its 99th percentile.
@@ -302,6 +302,7 @@ pub(super) fn overview(figures: &[Figure]) -> String {
             let (own, direct) = (find(case, metric)?, find(BASELINE, metric)?);
             verdict::in_turns(own, direct)
         });
+        let ratio = ratio.map(|ratio| ratio.median);
         match ratio.filter(|_| with_ratio && case != BASELINE) {
             Some(ratio) => format!("× {ratio:.3}\n{}", texts.join("/")),
             None => texts.join("/"),

@@ -279,12 +279,40 @@ const PATHS: &[Rule] = &[
     rule(paths::SHARE_10, "rtt_p99", InTurns(paths::SHARE_0), Stated),
 ];
 
-/// The median of the ratios of two figures in each turn. `None`: there is no turn of both.
-pub(super) fn in_turns(figure: &Figure, other: &Figure) -> Option<f64> {
+/// Of fewer turns, no two are the ends of an interval in which the median is by 95 %.
+const INTERVAL_TURNS_MIN: usize = 6;
+
+/// The ratios of two figures in each turn.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Ratio {
+    /// Their median.
+    pub(super) median: f64,
+    /// Where the median of all such turns is by 95 %, whatever they are distributed like; of few turns it is not known.
+    between: Option<(f64, f64)>,
+}
+
+/// `None`: there is no turn of both.
+pub(super) fn in_turns(figure: &Figure, other: &Figure) -> Option<Ratio> {
     let turns = figure.turns.iter().zip(&other.turns);
     let mut ratios: Vec<_> = turns.map(|(own, other)| own / other).collect();
     ratios.sort_by(f64::total_cmp);
-    percentile(&ratios, 0.5)
+    Some(Ratio {
+        median: percentile(&ratios, 0.5)?,
+        between: around_the_median(&ratios),
+    })
+}
+
+/// Each value is above the median or not like a coin that is thrown: as many are on either side of it as heads by 95 %, which
+/// is half of them, and 1.96 times half the root of their number more or less.
+fn around_the_median(sorted: &[f64]) -> Option<(f64, f64)> {
+    let count = sorted.len();
+    if count < INTERVAL_TURNS_MIN {
+        return None;
+    }
+    let (half, reach) = (count as f64 / 2.0, 0.98 * (count as f64).sqrt());
+    let below = (1..count).find(|rank| *rank as f64 + 1.0 > half - reach)?;
+    let (low, high) = (sorted.get(below - 1)?, sorted.get(count - below)?);
+    Some((*low, *high))
 }
 
 impl Rule {
@@ -312,6 +340,15 @@ impl Rule {
         }
     }
 
+    /// Whether it may hold all the same where the ratio says that it does not.
+    fn may_hold(&self, between: Option<(f64, f64)>) -> bool {
+        between.is_some_and(|ends| {
+            [ends.0, ends.1]
+                .iter()
+                .any(|end| self.holds(*end) == Some(true))
+        })
+    }
+
     /// The median over what it is compared with, and a copy of the figure with that. `None` if one of the two
     /// was not measured.
     fn judge(&self, figures: &[Figure]) -> Option<Figure> {
@@ -320,31 +357,40 @@ impl Rule {
             of.find(|figure| figure.metric == self.metric)
         };
         let figure = find(self.case)?;
-        let ratio = match self.against {
-            Number(number, _) => figure.median / number,
-            P99(number, _) => figure.p99.unwrap_or(figure.max) / number,
-            Case(name) => figure.median / find(name)?.median,
+        let alone = |median: f64| Ratio {
+            median,
+            between: None,
+        };
+        let by_median = |one: &Ratio, other: &Ratio| one.median.total_cmp(&other.median);
+        let Ratio { median, between } = match self.against {
+            Number(number, _) => alone(figure.median / number),
+            P99(number, _) => alone(figure.p99.unwrap_or(figure.max) / number),
+            Case(name) => alone(figure.median / find(name)?.median),
             LowestPeer => {
                 let peers = figures
                     .iter()
                     .filter(|figure| figure.metric == self.metric && tunnel::is_peer(&figure.case));
                 let lowest = peers.map(|figure| figure.median).min_by(f64::total_cmp);
-                figure.median / lowest?
+                alone(figure.median / lowest?)
             }
             InTurns(name) => in_turns(figure, find(name)?)?,
             Best(names) => {
                 let others = names.iter().filter_map(|name| find(name));
                 let ratios = others.filter_map(|other| in_turns(figure, other));
                 match self.bound {
-                    AtLeast(_) => ratios.min_by(f64::total_cmp)?,
-                    AtMost(_) | Stated => ratios.max_by(f64::total_cmp)?,
+                    AtLeast(_) => ratios.min_by(by_median)?,
+                    AtMost(_) | Stated => ratios.max_by(by_median)?,
                 }
             }
         };
+        let ok = self.holds(median);
+        let open = ok == Some(false) && self.may_hold(between);
         Some(Figure {
             must: Some(self.text()),
-            ratio: Some(ratio),
-            ok: self.holds(ratio),
+            ratio: Some(median),
+            between,
+            ok: ok.filter(|_| !open),
+            open,
             ..figure.clone()
         })
     }
@@ -419,7 +465,7 @@ pub(super) fn judge(bench: &str, figures: &[Figure]) -> Verdict {
                 && figure.metric == own.metric
                 && figure.case != own.case
         };
-        in_turns(own, direct.find(same)?)
+        Some(in_turns(own, direct.find(same)?)?.median)
     };
     let mut judged = Vec::new();
     for figure in figures {
@@ -578,6 +624,31 @@ mod tests {
             .iter()
             .find_map(|one| Some((one.ratio?, one.ok?)));
         assert_eq!(judged, Some((1.1, false)), "{verdict:?}");
+    }
+
+    #[test]
+    fn what_the_turns_do_not_tell_is_open() {
+        // Of 100 values, the 40th and the 61st (David and Nagaraja, Order Statistics, 7.1).
+        let hundred: Vec<f64> = (1..=100).map(f64::from).collect();
+        assert_eq!(around_the_median(&hundred), Some((40.0, 61.0)));
+        assert_eq!(around_the_median(&hundred[..6]), Some((1.0, 6.0)));
+        assert_eq!(around_the_median(&hundred[..5]), None);
+
+        for (throughput, ok, open) in [
+            ([97.0, 97.0, 97.0], Some(true), false),
+            ([90.0, 96.0, 98.0], None, true),
+            ([90.0, 95.0, 96.0], Some(false), false),
+        ] {
+            let mut samples = Samples::default();
+            for (case, turns) in [("direct", [100.0; 3]), ("holdfast-packets-1", throughput)] {
+                samples.add(case, "tcp_1", "Mb/s", 1.0);
+                samples.add_turns(case, "tcp_1", turns.repeat(7));
+            }
+            let verdict = judge("services", &samples.figures("services"));
+            let judged = verdict.figures.iter().find(|one| one.must.is_some());
+            let judged = judged.map(|one| (one.ok, one.open));
+            assert_eq!(judged, Some((ok, open)), "{verdict:?}");
+        }
     }
 
     #[test]
