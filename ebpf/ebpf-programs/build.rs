@@ -10,11 +10,12 @@ use std::{
 /// Each becomes an object of its own.
 const SOURCES: [&str; 3] = ["src/programs.c", "src/policy.c", "src/mapping.c"];
 /// What they include.
-const PARTS: [&str; 9] = [
+const PARTS: [&str; 10] = [
     "src/change.h",
     "src/services.c",
     "src/common.h",
     "src/parse.h",
+    "src/tracked.c",
     "src/packets.c",
     "src/errors.c",
     "src/masquerade.c",

@@ -16,6 +16,15 @@ macro_rules! c_types {
 }
 c_types!(u8 => "__u8", u16 => "__u16", u32 => "__u32", u64 => "__u64");
 
+/// The kernel's, of whom the C header has it: whoever reads a value by a system call finds a zero there.
+#[repr(transparent)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct SpinLock(u32);
+
+impl CType for SpinLock {
+    const NAME: &'static str = "struct bpf_spin_lock";
+}
+
 impl<T: CType, const N: usize> CType for [T; N] {
     const NAME: &'static str = T::NAME;
     const ELEMENTS: Option<usize> = Some(N);
@@ -118,7 +127,7 @@ impl fmt::Display for CHeader {
         writeln!(f, "/* Printed from the crate ebpf-abi: change it there. */")?;
         writeln!(
             f,
-            "#pragma once\n#include <linux/types.h>\n#include <stddef.h>\n"
+            "#pragma once\n#include <linux/bpf.h>\n#include <linux/types.h>\n#include <stddef.h>\n"
         )?;
         let limits = crate::LIMITS.iter().chain(packets::LIMITS);
         let limits = limits.chain(redirect::LIMITS).chain(policy::LIMITS);

@@ -1,16 +1,26 @@
 //! The packet level: what the tcx programs remember of flows that no local socket made.
 
 use crate::{
-    SocketAddress,
+    SocketAddress, SpinLock,
     layout::{counters, layouts, limits},
 };
 
 limits! {
-    /// Flows through a gateway: 250 devices with 250 flows each are 62,500. The least recently
-    /// used goes first. Each takes 120 bytes in the map of flows and in the map of answers, 112 in
-    /// each of the two maps of masqueraded clients, and 64 of buckets: 33 MiB, always, where packets
-    /// are looked at; elsewhere the maps have 1 entry.
-    TRACKED_MAX = 65_536;
+    /// Where flows are remembered: sets, found by the client's address and port. A gateway has 250 devices with 250 flows
+    /// each, 62,500, which is half of the 122,880 places, so that 1 in 800 finds its set full. 8,192 × 1,280 bytes: 10 MiB,
+    /// always, where packets are looked at; elsewhere there is 1 set.
+    TRACKED_SETS = 8_192;
+    /// The places of a set. Where all are taken, the flow goes that was used least recently, those first that are closed
+    /// or never were answered. So many flows one port of a client can have at once, each by another service.
+    TRACKED_WAYS = 15;
+    /// Bits of a place's number that say which one of its set it is.
+    TRACKED_WAY_BITS = 4;
+    /// Places by their number, some of which are none. 131,072 × 8 bytes for those that the agent ended: 1 MiB, always,
+    /// where packets are looked at.
+    TRACKED_PLACES = 131_072;
+    /// Flows whose client is masqueraded. The least recently used goes first. Each takes 112 bytes in each of two maps, and
+    /// 32 of buckets: 16 MiB, always, where packets are looked at; elsewhere the maps have 1 entry.
+    MASKED_MAX = 65_536;
     /// Fragmented packets whose first fragment passed in the last [`FRAGMENT_TIMEOUT_S`]:
     /// 136 a second. 4,096 × (112 + 16) bytes: 512 KiB.
     FRAGMENTED_MAX = 4_096;
@@ -21,9 +31,11 @@ limits! {
     /// Extension headers looked through in an IPv6 packet: hop-by-hop, destination options,
     /// routing, fragment (RFC 8200, 4.1, recommends this order, each once).
     EXTENSION_HEADERS_MAX = 4;
-    /// When a flow's last packet passed is noted so often at most, and as often it is seen to that both
-    /// its entries stay, and that what answers is of a flow at all: two CPUs that wrote it with each
-    /// packet would wait for each other. A flow lasts by so much longer than its timeout says.
+    /// When a flow's last packet passed is noted so often at most, in ticks of the kernel, of which there are 100 to 1,000 a
+    /// second; and as often it is looked at whether it goes on. Two CPUs that wrote it with each packet would wait for each
+    /// other.
+    NOTED_JIFFIES = 100;
+    /// The longest time that this is. A flow lasts by so much longer than its timeout says.
     SEEN_INTERVAL_MS = 1_000;
     /// A SYN that is sent again so long after the first one, without any answer, has failed: systems
     /// send it again after a second (RFC 6298, 2), and the clock used here is late by a tick or two.
@@ -58,35 +70,47 @@ limits! {
     SEEN_ANSWER = 8;
     /// In [`Tracked::seen`]: it began with a SYN, and what becomes of that is not known yet.
     SEEN_CONNECTING = 16;
+    /// In [`Tracked::seen`], of UDP: the agent ended it, as its endpoint is gone.
+    SEEN_ENDED = 32;
 }
 
 layouts! {
-    /// A flow: by the service in the map of flows, by the endpoint in the map of answers.
+    /// Who speaks with whom: a client and a service, an endpoint, or what it takes the two for.
     pub struct TrackedFlow as "tracked_flow" {
         /// Who opened it.
         client: SocketAddress,
-        /// The service as the client asks for it, or the endpoint that answers.
+        /// Whom the client asks, or who answers it.
         address: SocketAddress,
     }
 
-    /// Where a flow's packets go.
+    /// A flow that was led to an endpoint.
     pub struct Tracked as "tracked" {
-        /// When its last packet passed, either way, by `CLOCK_MONOTONIC`; see [`SEEN_INTERVAL_MS`].
-        seen_ns: u64,
+        /// Who opened it.
+        client: SocketAddress,
+        /// As the client asks for it.
+        service: SocketAddress,
         /// Chosen at its first packet.
         endpoint: SocketAddress,
         /// `SEEN_…`
         seen: u32,
+        /// When its last packet passed, either way, by `CLOCK_MONOTONIC`; see [`NOTED_JIFFIES`].
+        seen_ns: u64,
+        /// How often the place was taken, twice; odd while it is being taken.
+        generation: u32,
+        /// When that was noted, in the kernel's ticks. One in 2³² of them, some 50 days later, is taken for it.
+        noted: u32,
     }
 
-    /// For which service an endpoint answers.
-    pub struct Answered as "answered" {
-        /// When it last was of a flow that is open, by `CLOCK_MONOTONIC`; 0: that has to be seen.
-        checked_ns: u64,
-        /// As the client asks for it.
-        service: SocketAddress,
-        /// Always 0.
-        zero: u32,
+    /// Flows of clients with the same hash.
+    pub struct TrackedSet as "tracked_set" {
+        /// Of whoever takes a place or gives it back. Others read without it.
+        lock: SpinLock,
+        /// Of each place, other bits of its client's hash; 0: it is free.
+        tags: [u32; TRACKED_WAYS as usize],
+        /// The places.
+        flows: [Tracked; TRACKED_WAYS as usize],
+        /// Always 0: a set begins where a line of the processor's cache does, as seen from the first one.
+        zero: [u32; 4],
     }
 
     /// A packet in fragments, before translation. Only the first fragment has ports.
@@ -144,8 +168,10 @@ const _: () = assert!(MASQUERADE_PORT_FIRST + MASQUERADE_PORTS == 1 << 16);
 const _: () = assert!(size_of::<Masquerade>() == 32 && size_of::<KeptPrefix>() == 20);
 const _: () = assert!(size_of::<SourceRange>() == 28);
 const _: () = assert!(size_of::<TrackedFlow>() == 40 && align_of::<TrackedFlow>() == 4);
-const _: () = assert!(size_of::<Tracked>() == 32 && align_of::<Tracked>() == 8);
-const _: () = assert!(size_of::<Answered>() == 32 && align_of::<Answered>() == 8);
+const _: () = assert!(size_of::<Tracked>() == 80 && align_of::<Tracked>() == 8);
+const _: () = assert!(size_of::<TrackedSet>() == 1_280 && TRACKED_SETS.is_power_of_two());
+const _: () = assert!(TRACKED_WAYS < 1 << TRACKED_WAY_BITS);
+const _: () = assert!(TRACKED_PLACES == TRACKED_SETS << TRACKED_WAY_BITS);
 const _: () = assert!(size_of::<Fragmented>() == 40 && align_of::<Fragmented>() == 4);
 const _: () = assert!(size_of::<FragmentedTo>() == 24 && align_of::<FragmentedTo>() == 8);
 

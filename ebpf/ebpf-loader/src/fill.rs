@@ -14,6 +14,7 @@ use crate::{
     mapping::Mappings,
     policy::{self, Policy},
     redirect,
+    tracked::TRACKED,
 };
 
 /// To count a map takes a system call for each of its entries. One is counted again only once so many times as long has
@@ -141,16 +142,20 @@ pub struct FlowMap {
 
 fn flow_maps(ebpf: &Ebpf) -> Vec<FlowMap> {
     let maps = ebpf.maps().filter_map(|(name, map)| {
-        let Map::LruHashMap(map) = map else {
+        let info = if let Map::LruHashMap(map) = map {
+            map.info().ok()?
+        } else if let Map::Array(map) = map
+            && name == TRACKED
+        {
+            map.info().ok()?
+        } else {
             return None;
         };
-        let info = map.info().ok()?;
-        let entries_max = info.max_entries();
         // Else it is for packets, where only sockets are served.
-        (entries_max > 1).then(|| FlowMap {
+        (info.max_entries() > 1).then(|| FlowMap {
             name: name.to_owned(),
             id: info.id(),
-            entries_max,
+            entries_max: inspect::entries_max(&info),
         })
     });
     maps.collect()

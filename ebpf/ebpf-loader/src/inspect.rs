@@ -17,7 +17,13 @@ use aya::{
 };
 
 use crate::{
-    Services, connects, mapping::Mappings, order, packets, pins::KeptLink, policy::Policy, redirect,
+    Services, connects,
+    mapping::Mappings,
+    order, packets,
+    pins::KeptLink,
+    policy::Policy,
+    redirect,
+    tracked::{self, TRACKED},
 };
 
 /// A program that is loaded.
@@ -232,7 +238,7 @@ pub fn maps(ids: &BTreeSet<u32>, count: bool) -> Vec<LoadedMap> {
             name: info.name_as_str().unwrap_or_default().to_owned(),
             id,
             kind: info.map_type().map_or("unknown", kind),
-            entries_max: info.max_entries(),
+            entries_max: entries_max(&info),
             entries,
             bytes: memory(&info),
         })
@@ -276,6 +282,14 @@ pub(crate) fn entries_of(id: u32) -> Option<u32> {
     entries(&info).ok().flatten()
 }
 
+/// How many entries a map has room for: of flows, not of sets.
+pub(crate) fn entries_max(info: &MapInfo) -> u32 {
+    match info.name_as_str() {
+        Some(TRACKED) => tracked::places(info.max_entries()),
+        _ => info.max_entries(),
+    }
+}
+
 /// How many entries a map has; `None` if it is of a kind that is always as large as it can be.
 fn entries(info: &MapInfo) -> Result<Option<u32>, MapError> {
     let most = info.max_entries();
@@ -283,6 +297,9 @@ fn entries(info: &MapInfo) -> Result<Option<u32>, MapError> {
     let map = Map::from_map_data(MapData::from_id(info.id())?)?;
     if matches!(map, Map::HashMap(_) | Map::LruHashMap(_)) {
         return hash_entries(map, sizes, most);
+    }
+    if info.name_as_str() == Some(TRACKED) {
+        return Ok(number(tracked::flows(&map)?, entries_max(info)));
     }
     if matches!(map, Map::LpmTrie(_)) {
         return trie_entries(map, sizes, most);
@@ -340,9 +357,9 @@ fn trie<const K: usize, const V: usize>(map: Map, most: u32) -> Result<Option<u3
 }
 
 /// At most as many as there is room for: where keys go while they are looked through, the kernel begins again.
-fn number<K>(keys: impl Iterator<Item = Result<K, MapError>>, most: u32) -> Option<u32> {
+fn number<E>(entries: impl Iterator<Item = Result<E, MapError>>, most: u32) -> Option<u32> {
     let most = usize::try_from(most).unwrap_or(usize::MAX);
-    let counted = keys.take(most).take_while(Result::is_ok).count();
+    let counted = entries.take(most).take_while(Result::is_ok).count();
     u32::try_from(counted).ok()
 }
 

@@ -20,6 +20,7 @@ mod pins;
 mod plan;
 pub mod policy;
 mod redirect;
+mod tracked;
 mod udp;
 
 use std::{

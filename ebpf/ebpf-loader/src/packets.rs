@@ -28,6 +28,7 @@ use crate::{
     missing, no_link, order, patiently,
     pins::{Keeper, KeptLink},
     program, redirect, rejected,
+    tracked::{self, TRACKED},
 };
 
 const COUNTERS: &str = "hf_pkt_counters";
@@ -36,7 +37,7 @@ const COUNTERS: &str = "hf_pkt_counters";
 const FLOW_MAPS: [&str; 6] = [
     "hf_sources",
     "hf_tracked",
-    "hf_answers",
+    "hf_ended",
     "hf_fragmented",
     "hf_masked",
     "hf_unmasked",
@@ -94,6 +95,7 @@ impl Interfaces {
                 .and_then(|program| patiently(|| program.load()))
                 .map_err(|error| rejected(name, error.into()))?;
         }
+        tracked::seed(ebpf).map_err(|error| rejected(TRACKED, error.into()))?;
         let kept = map_of(ebpf, "hf_kept").and_then(|map| {
             let map: LpmTrie<&mut MapData, [u32; 4], u32> = map;
             let called = |key: Key<[u32; 4]>| prefix(key.data(), key.prefix_len());

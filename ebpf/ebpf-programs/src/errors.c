@@ -87,17 +87,14 @@ static __always_inline bool ends_connects(struct __sk_buff *skb, const struct pa
 static __noinline int on_answered_error(struct __sk_buff *skb, struct packet *packet,
                                         const struct packet *quoted)
 {
-    struct tracked_flow flow = {.client = quoted->source, .address = quoted->destination};
+    __u64 found = find_flow(&quoted->source, &quoted->destination, true);
+    struct tracked *flow = flow_at(found);
     struct socket_address service = {};
-    struct tracked *tracked;
 
-    if (!find_service(&flow, NULL, &service))
+    if (!flow || !read_service(found, NULL, &service))
         return pass(PACKET_error_passed);
-    flow.address = service;
-    tracked = bpf_map_lookup_elem(&hf_tracked, &flow);
-    if (tracked && same_address(&tracked->endpoint, &quoted->destination) &&
-        ends_connects(skb, packet))
-        connect_failed(tracked, &quoted->destination);
+    if (ends_connects(skb, packet))
+        connect_failed(flow, &quoted->destination);
     return change_error(skb, packet, quoted, SOURCE, &service);
 }
 
@@ -105,12 +102,11 @@ static __noinline int on_answered_error(struct __sk_buff *skb, struct packet *pa
 static __noinline int on_client_s_error(struct __sk_buff *skb, struct packet *packet,
                                         const struct packet *quoted)
 {
-    struct tracked_flow flow = {.client = quoted->destination, .address = quoted->source};
-    struct tracked *tracked = bpf_map_lookup_elem(&hf_tracked, &flow);
+    struct tracked *flow = flow_at(find_flow(&quoted->destination, &quoted->source, false));
     struct socket_address to = {};
 
-    if (tracked) {
-        to = tracked->endpoint;
+    if (flow) {
+        to = flow->endpoint;
         if (same_ip(&to, &quoted->destination))
             return on_hairpin_error(skb, packet, quoted, true, to.port);
         return change_error(skb, packet, quoted, DESTINATION, &to);

@@ -8,15 +8,21 @@ enum hook { REQUESTS, ANSWERS, ENTERING, LEAVING };
 /* Most are of a flow that was seen a moment ago, and there is nothing to note of them. */
 static __always_inline int on_plain_request(struct __sk_buff *skb, struct packet *packet)
 {
-    struct tracked *tracked;
+    struct socket_address to;
+    struct tracked *flow;
+    __u64 found;
 
     if (packet->tcp_flags & TCP_SYN)
         return on_request(skb, packet);
-    tracked = bpf_map_lookup_elem(&hf_tracked, asked_flow(packet));
-    if (!tracked || !is_noted(tracked->seen_ns, bpf_ktime_get_coarse_ns(), packet) ||
-        same_ip(&tracked->endpoint, &packet->source))
+    found = find_flow(&packet->source, &packet->destination, false);
+    flow = flow_at(found);
+    if (!flow || !is_noted(flow, packet) ||
+        (packet->protocol == PROTOCOL_UDP && is_ended(found)))
         return on_request(skb, packet);
-    if (change_plain(skb, packet, false, &tracked->endpoint))
+    to = flow->endpoint;
+    if (!is_still(flow, found) || same_ip(&to, &packet->source))
+        return on_request(skb, packet);
+    if (change_plain(skb, packet, false, &to))
         return drop(PACKET_change_failed);
     return pass(PACKET_request_translated);
 }

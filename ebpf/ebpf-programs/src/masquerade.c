@@ -29,7 +29,7 @@ struct {
     __uint(type, BPF_MAP_TYPE_LRU_HASH);
     __type(key, struct tracked_flow);
     __type(value, struct socket_address);
-    __uint(max_entries, TRACKED_MAX);
+    __uint(max_entries, MASKED_MAX);
 } hf_masked SEC(".maps");
 
 /* That address and the endpoint, to the client. */
@@ -37,7 +37,7 @@ struct {
     __uint(type, BPF_MAP_TYPE_LRU_HASH);
     __type(key, struct tracked_flow);
     __type(value, struct socket_address);
-    __uint(max_entries, TRACKED_MAX);
+    __uint(max_entries, MASKED_MAX);
 } hf_unmasked SEC(".maps");
 
 /* This node as the mesh knows it; false: nothing was said. */
@@ -72,7 +72,8 @@ static __noinline bool unmask(const struct tracked_flow *seen, struct socket_add
         return false;
     flow.client = *found;
     masked = bpf_map_lookup_elem(&hf_masked, &flow);
-    if (!masked || !same_address(masked, &seen->client) || !find_service(&flow, NULL, &service))
+    if (!masked || !same_address(masked, &seen->client) ||
+        !read_service(find_flow(&flow.client, &flow.address, true), NULL, &service))
         return false;
     *client = flow.client;
     return true;
@@ -185,7 +186,7 @@ static __noinline int on_leaving(struct __sk_buff *skb, struct packet *packet)
             bpf_map_update_elem(&hf_unmasked, &seen, &flow.client, BPF_ANY))
             return drop(PACKET_flow_lost);
     } else {
-        if (!bpf_map_lookup_elem(&hf_answers, &flow))
+        if (find_flow(&flow.client, &flow.address, true) == NO_FLOW)
             return pass(PACKET_tunnel_passed);
         if (!mask(skb, &flow, &own, packet->v6))
             return drop(PACKET_masquerade_full);

@@ -22,23 +22,8 @@
 #define NS_PER_S 1000000000ll
 #define NS_PER_MS 1000000ll
 #define TTL 64
-#define EEXIST 17
 
-/* A flow as the client sees it, to its endpoint. */
-struct {
-    __uint(type, BPF_MAP_TYPE_LRU_HASH);
-    __type(key, struct tracked_flow);
-    __type(value, struct tracked);
-    __uint(max_entries, TRACKED_MAX);
-} hf_tracked SEC(".maps");
-
-/* The same flow as the endpoint sees it, to the service it answers for. */
-struct {
-    __uint(type, BPF_MAP_TYPE_LRU_HASH);
-    __type(key, struct tracked_flow);
-    __type(value, struct answered);
-    __uint(max_entries, TRACKED_MAX);
-} hf_answers SEC(".maps");
+#include "tracked.c"
 
 /* A client's address, without port and protocol, and a service, to the endpoint that it keeps. */
 struct {
@@ -261,26 +246,6 @@ static __noinline int on_later_fragment(struct __sk_buff *skb, struct packet *pa
 
 /* ---- Flows ---- */
 
-static __always_inline bool is_closed(const struct tracked *tracked)
-{
-    const __u32 both = SEEN_CLIENT_FIN | SEEN_ENDPOINT_FIN;
-
-    return (tracked->seen & SEEN_RESET) || (tracked->seen & both) == both;
-}
-
-static __always_inline bool is_over(const struct tracked *tracked, __u8 protocol, __u64 now_ns)
-{
-    __s64 timeout_s = TCP_OPEN_TIMEOUT_S;
-
-    if (protocol == PROTOCOL_UDP)
-        timeout_s = UDP_TIMEOUT_S;
-    else if (is_closed(tracked) || !(tracked->seen & SEEN_ANSWER))
-        timeout_s = TCP_TRANSITORY_TIMEOUT_S;
-    /* Another CPU may have seen a packet since `now_ns`. */
-    return (__s64)(now_ns - tracked->seen_ns) >=
-           timeout_s * NS_PER_S + SEEN_INTERVAL_MS * NS_PER_MS;
-}
-
 static __always_inline __u32 seen_by(const struct packet *packet, __u32 fin)
 {
     __u32 seen = fin == SEEN_ENDPOINT_FIN ? SEEN_ANSWER : 0;
@@ -292,20 +257,15 @@ static __always_inline __u32 seen_by(const struct packet *packet, __u32 fin)
     return seen;
 }
 
-/* Whether that was worth noting beyond this entry: for the first time in a while, or because it may
- * end the flow. Two CPUs that wrote the time with each packet would wait for each other. */
-static __always_inline bool see(struct tracked *tracked, const struct packet *packet, __u32 fin,
+static __always_inline void see(struct tracked *tracked, const struct packet *packet, __u32 fin,
                                 __u64 now_ns)
 {
     __u32 seen = seen_by(packet, fin);
 
     if ((tracked->seen & seen) != seen)
         __sync_fetch_and_or(&tracked->seen, seen);
-    if ((__s64)(now_ns - tracked->seen_ns) < SEEN_INTERVAL_MS * NS_PER_MS &&
-        !(packet->tcp_flags & (TCP_FIN | TCP_RST)))
-        return false;
     tracked->seen_ns = now_ns;
-    return true;
+    tracked->noted = bpf_jiffies64();
 }
 
 /* Whether it is now that a connect ends, well or not: of one flow, once. */
@@ -322,52 +282,6 @@ static __noinline void connect_failed(struct tracked *tracked,
         return;
     count_packet(PACKET_connect_failed);
     endpoint_failed(endpoint);
-}
-
-static __always_inline long put_answers(const struct tracked_flow *answer,
-                                        const struct socket_address *service, __u64 flags)
-{
-    struct answered answered = {.service = *service};
-
-    return bpf_map_update_elem(&hf_answers, answer, &answered, flags);
-}
-
-/* Both entries of a flow are kept by its packets both ways: looking one up keeps it. What answers is
- * then looked at closely again. */
-static __noinline long keep_answers(const struct tracked_flow *flow,
-                                    const struct socket_address *endpoint)
-{
-    struct tracked_flow answer = {.client = flow->client, .address = *endpoint};
-    struct answered *known = bpf_map_lookup_elem(&hf_answers, &answer);
-
-    if (!known)
-        return put_answers(&answer, &flow->address, BPF_ANY);
-    known->checked_ns = 0;
-    return 0;
-}
-
-enum place { FREE, OURS, TAKEN };
-
-/* Whose the answers to `answer` are; TAKEN: a flow's by another service. */
-static __noinline enum place whose(const struct tracked_flow *answer,
-                                   const struct socket_address *asked, __u64 now_ns)
-{
-    struct answered *answered = bpf_map_lookup_elem(&hf_answers, answer);
-    struct tracked_flow flow = {.client = answer->client};
-    struct tracked *tracked;
-
-    if (!answered)
-        return FREE;
-    if (same_address(&answered->service, asked)) {
-        answered->checked_ns = 0;
-        return OURS;
-    }
-    flow.address = answered->service;
-    tracked = bpf_map_lookup_elem(&hf_tracked, &flow);
-    return tracked && same_address(&tracked->endpoint, &answer->address) &&
-                   !is_over(tracked, flow.client.protocol, now_ns)
-               ? TAKEN
-               : FREE;
 }
 
 /* The list that leads the client, one for clients from outside before that for all; false: it asks
@@ -510,19 +424,19 @@ static __always_inline bool has_others(const struct tracked_flow *flow)
     return list && (*list & LIST_LENGTH_MASK);
 }
 
-/* Gives a new flow its endpoint. */
-static __always_inline __u32 open_flow(struct tracked_flow *flow, struct tracked *tracked)
+/* Gives a new flow its endpoint. `opens`: it begins with its first packet. */
+static __always_inline __u32 open_flow(struct tracked_flow *flow, struct tracked *opened,
+                                       bool opens)
 {
-    struct tracked_flow answer = {.client = flow->client};
     __u32 refused = PACKET_refused_silently;
     __u32 random = bpf_get_prandom_u32();
-    struct choice kept = {.slot = NO_SLOT};
-    enum place place = TAKEN;
-    struct tracked *others;
+    struct choice choice = {.slot = NO_SLOT};
+    __u32 kept = TAKEN;
     __u64 list = 0, before;
-    long failed;
 
-    for (__u32 attempt = 0; attempt < ENDPOINT_ATTEMPTS && place == TAKEN; attempt++) {
+    opened->client = flow->client;
+    opened->service = flow->address;
+    for (__u32 attempt = 0; attempt < ENDPOINT_ATTEMPTS && kept == TAKEN; attempt++) {
         before = replaced();
         if (!read_list(flow, &list)) /* Meanwhile it asks as one from outside, if that matters. */
             return PACKET_request_passed;
@@ -534,43 +448,28 @@ static __always_inline __u32 open_flow(struct tracked_flow *flow, struct tracked
             flow->address.outside = 0;
             return has_others(flow) ? PACKET_not_local : PACKET_refused_silently;
         }
-        if (!attempt && (list & LIST_AFFINITY) && recall_source(flow, &kept)) {
-            answer.address = kept.endpoint;
+        if (!attempt && (list & LIST_AFFINITY) && recall_source(flow, &choice)) {
+            opened->endpoint = choice.endpoint;
         } else {
-            kept.slot = NO_SLOT;
+            choice.slot = NO_SLOT;
             if (!choose_near(flow, list, before, (__u64)attempt << 32 | random,
-                             &answer.address))
+                             &opened->endpoint))
                 continue;
         }
         flow->address.outside = 0;
-        place = OURS;
-        if (put_answers(&answer, &flow->address, BPF_NOEXIST))
-            place = whose(&answer, &flow->address, tracked->seen_ns);
-        if (place == TAKEN)
+        kept = keep_flow(opened, opens);
+        if (kept == TAKEN)
             refused = PACKET_clash;
     }
-    if (place == TAKEN)
+    if (kept == TAKEN)
         return refused;
-    if (kept.slot != NO_SLOT)
+    if (kept == NOT_KEPT)
+        return PACKET_flow_lost;
+    if (choice.slot != NO_SLOT)
         count_packet(PACKET_affinity_kept);
-
-    tracked->endpoint = answer.address;
-    failed = bpf_map_update_elem(&hf_tracked, flow, tracked, BPF_NOEXIST);
-    if (failed == -EEXIST) { /* Another CPU had a packet of the flow. */
-        others = bpf_map_lookup_elem(&hf_tracked, flow);
-        if (!others)
-            return PACKET_flow_lost;
-        answer.address = others->endpoint;
-        tracked->endpoint = answer.address;
-        place = FREE;
-    } else if (failed) {
-        return PACKET_flow_lost;
-    }
-    if (place != OURS && put_answers(&answer, &flow->address, BPF_ANY))
-        return PACKET_flow_lost;
     if (list & LIST_AFFINITY) {
-        kept.endpoint = answer.address;
-        keep_source(flow, &kept);
+        choice.endpoint = opened->endpoint;
+        keep_source(flow, &choice);
     }
     return PACKET_flow_opened;
 }
@@ -739,72 +638,47 @@ static __always_inline int refuse_packet(struct __sk_buff *skb, const struct pac
 
 /* ---- From the client, to the client ---- */
 
-/* Whether what is known of the service for which `answer` answers needs no closer look. */
-static __always_inline bool is_noted(__u64 noted_ns, __u64 now_ns, const struct packet *packet)
+/* Whether nothing is to be noted of a packet of a flow: one passed a moment ago, and it does not end it. Two CPUs that
+ * wrote the time with each would wait for each other, and to ask for it takes a call. */
+static __always_inline bool is_noted(const struct tracked *flow, const struct packet *packet)
 {
-    return (__s64)(now_ns - noted_ns) < SEEN_INTERVAL_MS * NS_PER_MS &&
+    return (__u32)bpf_jiffies64() - flow->noted < NOTED_JIFFIES &&
            !(packet && packet->tcp_flags & (TCP_FIN | TCP_RST));
 }
 
-/* Whether `answer` is of a flow at all, and of one that goes on. Not static: so the verifier looks at it once. */
-__noinline __u32 is_answer(const struct tracked_flow *answer, struct answered *answered,
-                           const struct packet *packet, __u64 now_ns)
+/* Whether an endpoint's flow, that was found, goes on; notes the packet, if there is one. Not static: so the
+ * verifier looks at it once. */
+__noinline __u32 goes_on(__u64 found, const struct packet *packet, __u64 now_ns)
 {
-    struct tracked_flow flow = {};
-    struct tracked *tracked;
+    struct tracked *flow = flow_at(found);
     bool connected;
 
-    if (!answer || !answered)
-        return false;
-    flow.client = answer->client;
-    flow.address = answered->service;
-    tracked = bpf_map_lookup_elem(&hf_tracked, &flow);
-    if (!tracked || !same_address(&tracked->endpoint, &answer->address) ||
-        is_over(tracked, flow.client.protocol, now_ns))
+    if (!flow || is_over(flow, now_ns))
         return false;
     if (!packet)
         return true;
-    connected = (packet->tcp_flags & TCP_SYN) && !(tracked->seen & SEEN_ANSWER);
-    see(tracked, packet, SEEN_ENDPOINT_FIN, now_ns);
+    connected = (packet->tcp_flags & TCP_SYN) && !(flow->seen & SEEN_ANSWER);
+    see(flow, packet, SEEN_ENDPOINT_FIN, now_ns);
     if (packet->tcp_flags & TCP_RST) {
-        connect_failed(tracked, &answer->address);
+        connect_failed(flow, &packet->source);
     } else if (connected) { /* Late, maybe. */
-        ends_connect(tracked);
-        endpoint_connected(&answer->address);
+        ends_connect(flow);
+        endpoint_connected(&packet->source);
     }
-    answered->checked_ns = is_closed(tracked) ? 0 : now_ns;
     return true;
 }
 
-/* The service for which `answer` answers; NULL: none. Once in a while, and from when the flow may
- * have ended, whether it is of a flow at all. */
-static __always_inline struct answered *find_answered(const struct tracked_flow *answer,
-                                                      const struct packet *packet)
+/* The service of an endpoint's flow, which goes on. Once in a while it is looked at closely. */
+static __always_inline bool read_service(__u64 found, const struct packet *packet,
+                                         struct socket_address *service)
 {
-    struct answered *answered = bpf_map_lookup_elem(&hf_answers, answer);
-    __u64 now_ns;
+    struct tracked *flow = flow_at(found);
 
-    if (!answered)
-        return NULL;
-    now_ns = bpf_ktime_get_coarse_ns();
-    return is_noted(answered->checked_ns, now_ns, packet) ||
-                   is_answer(answer, answered, packet, now_ns)
-               ? answered
-               : NULL;
-}
-
-/* The same, for those that do not ask with each packet. Not static: so the verifier looks at it once. */
-__noinline __u32 find_service(const struct tracked_flow *answer, const struct packet *packet,
-                              struct socket_address *found)
-{
-    struct answered *answered;
-
-    if (!answer || !found)
+    if (!flow || (!(is_noted(flow, packet) && (flow->seen & SEEN_ANSWER)) &&
+                  !goes_on(found, packet, bpf_ktime_get_coarse_ns())))
         return false;
-    answered = find_answered(answer, packet);
-    if (answered)
-        *found = answered->service;
-    return answered != NULL;
+    *service = flow->service;
+    return is_still(flow, found);
 }
 
 /* The service by whose address a client that is its own endpoint answers itself. */
@@ -812,63 +686,59 @@ static __noinline bool find_hairpin(const struct socket_address *endpoint,
                                     const struct socket_address *asked,
                                     const struct packet *packet, struct socket_address *service)
 {
-    struct tracked_flow answer = {.client = *endpoint, .address = *endpoint};
+    struct socket_address client = *endpoint;
 
-    answer.client.port = asked->port;
-    return find_service(&answer, packet, service) && same_ip(service, asked);
+    client.port = asked->port;
+    return read_service(find_flow(&client, endpoint, true), packet, service) &&
+           same_ip(service, asked);
 }
 
 /* A connect that asks for no service, between a client and an endpoint whose flow by one has ended: what
  * answers it is not that flow's, which else would be remembered for a while. Not static: so the verifier
  * looks at it once. */
-__noinline int forget_answers(const struct tracked_flow *direct, __u64 now_ns)
+__noinline int forget_ended(const struct tracked_flow *direct, __u64 now_ns)
 {
-    struct tracked_flow flow = {};
-    struct answered *answered;
-    struct tracked *tracked;
+    struct tracked *flow;
+    __u64 found;
 
     if (!direct)
         return 0;
-    answered = bpf_map_lookup_elem(&hf_answers, direct);
-    if (!answered)
-        return 0;
-    flow.client = direct->client;
-    flow.address = answered->service;
-    tracked = bpf_map_lookup_elem(&hf_tracked, &flow);
-    if (!tracked || !same_address(&tracked->endpoint, &direct->address) || is_closed(tracked) ||
-        is_over(tracked, flow.client.protocol, now_ns))
-        bpf_map_delete_elem(&hf_answers, direct);
+    found = find_flow(&direct->client, &direct->address, true);
+    flow = flow_at(found);
+    if (flow && (is_closed(flow) || is_over(flow, now_ns)))
+        forget_flow(found);
     return 0;
 }
 
 static __noinline int on_request(struct __sk_buff *skb, struct packet *packet)
 {
-    struct tracked_flow *flow = asked_flow(packet);
+    struct tracked_flow *asked = asked_flow(packet);
     bool opens = (packet->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
-    struct tracked opened = {.seen_ns = bpf_ktime_get_coarse_ns()};
-    struct tracked *known = bpf_map_lookup_elem(&hf_tracked, flow);
+    struct tracked opened = {.seen_ns = bpf_ktime_get_coarse_ns(), .noted = bpf_jiffies64()};
+    __u64 found = find_flow(&packet->source, &packet->destination, false);
+    struct tracked *known = flow_at(found);
     struct socket_address to = {};
     __u32 counter;
 
-    if (known && !is_over(known, packet->protocol, opened.seen_ns) &&
-        !(opens && is_closed(known))) {
+    if (known && packet->protocol == PROTOCOL_UDP && is_ended(found))
+        __sync_fetch_and_or(&known->seen, SEEN_ENDED);
+    if (known && !is_over(known, opened.seen_ns) && !(opens && is_closed(known))) {
         to = known->endpoint;
         /* Its first SYN alone has been seen until now. */
         if (opens &&
             (__s64)(opened.seen_ns - known->seen_ns) >= CONNECT_PATIENCE_MS * NS_PER_MS)
             connect_failed(known, &to);
-        if (see(known, packet, SEEN_CLIENT_FIN, opened.seen_ns) && keep_answers(flow, &to))
+        see(known, packet, SEEN_CLIENT_FIN, opened.seen_ns);
+        if (!is_still(known, found))
             return drop(PACKET_flow_lost);
-    } else if (!opens && find_hairpin(&flow->client, &flow->address, packet, &to)) {
+    } else if (!opens && find_hairpin(&asked->client, &asked->address, packet, &to)) {
         return on_hairpin(skb, packet, true, to.port);
     } else {
-        if (known)
-            bpf_map_delete_elem(&hf_tracked, flow);
         opened.seen = seen_by(packet, SEEN_CLIENT_FIN) | (opens ? SEEN_CONNECTING : 0);
-        counter = open_flow(flow, &opened);
+        counter = open_flow(asked, &opened, opens);
         if (counter == PACKET_request_passed) {
             if (opens)
-                forget_answers(flow, opened.seen_ns);
+                forget_ended(asked, opened.seen_ns);
             return pass(counter);
         }
         if (counter == PACKET_flow_lost || counter == PACKET_not_in_range ||
@@ -892,13 +762,12 @@ static __noinline int on_request(struct __sk_buff *skb, struct packet *packet)
 /* No function of its own: most packets come here, and a call less counts. */
 static __always_inline int on_answer(struct __sk_buff *skb, struct packet *packet)
 {
-    struct tracked_flow answer = {.client = packet->destination, .address = packet->source};
-    struct answered *answered = find_answered(&answer, packet);
+    struct socket_address service;
 
-    if (!answered)
+    if (!read_service(find_flow(&packet->destination, &packet->source, true), packet, &service))
         return pass(PACKET_answer_passed);
-    if (packet->plain ? change_plain(skb, packet, true, &answered->service)
-                      : change(skb, packet, true, &answered->service))
+    if (packet->plain ? change_plain(skb, packet, true, &service)
+                      : change(skb, packet, true, &service))
         return drop(PACKET_change_failed);
     return pass(PACKET_answer_translated);
 }

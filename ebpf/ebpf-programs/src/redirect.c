@@ -182,14 +182,15 @@ static __noinline __u32 find_way(struct __sk_buff *skb, __u32 l3, struct route *
  * by itself. */
 __noinline __u32 is_service(struct __sk_buff *skb, __u32 answers)
 {
+    struct socket_address service;
     struct packet packet = {};
-    struct tracked_flow answer;
+    __u64 found;
 
     if (!read_plain(skb, true, &packet))
         return false;
-    answer.client = answers ? packet.destination : packet.source;
-    answer.address = answers ? packet.source : packet.destination;
-    return find_answered(&answer, NULL) != NULL;
+    found = answers ? find_flow(&packet.destination, &packet.source, true)
+                    : find_flow(&packet.source, &packet.destination, true);
+    return read_service(found, NULL, &service);
 }
 
 /* All that looks at packets into a pod. Other than TC_ACT_UNSPEC, what becomes of the packet. */

@@ -10,10 +10,10 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader, Pod,
-    maps::{HashMap, LpmTrie, MapData, PerCpuArray, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, lpm_trie::Key},
     programs::{ProgramError, SchedClassifier, TestRun, TestRunOptions, TestRunResult},
 };
-use ebpf_abi::{EndpointList, PacketCounter, SocketAddress};
+use ebpf_abi::{EndpointList, PacketCounter, SocketAddress, Tracked, TrackedSet};
 use ebpf_loader::patiently;
 
 pub(crate) const TCP: u8 = 6;
@@ -64,6 +64,24 @@ impl Machine {
             .unwrap()
             .try_into()
             .unwrap()
+    }
+
+    /// Changes all flows that are remembered. Returns how many there are.
+    pub(crate) fn change_flows(&mut self, mut change: impl FnMut(&mut Tracked)) -> usize {
+        let map = self.ebpf.get_mut().map_mut("hf_tracked").unwrap();
+        let mut sets: Array<&mut MapData, TrackedSet> = map.try_into().unwrap();
+        let mut flows = 0;
+        for number in 0..sets.len() {
+            let mut set = sets.get(&number, 0).unwrap();
+            let taken = set.tags.iter().zip(&mut set.flows);
+            let taken = taken.filter(|(tag, _)| **tag != 0);
+            let changed = taken.map(|(_, flow)| change(flow)).count();
+            if changed != 0 {
+                sets.set(number, set, 0).unwrap();
+            }
+            flows += changed;
+        }
+        flows
     }
 
     /// By TCP and by UDP.

@@ -45,6 +45,8 @@ mod redirect;
 #[cfg(test)]
 mod sockets;
 #[cfg(test)]
+mod tracked;
+#[cfg(test)]
 mod verdicts;
 #[cfg(test)]
 mod ways;

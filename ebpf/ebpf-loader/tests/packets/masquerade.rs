@@ -7,8 +7,7 @@ use std::{
 
 use aya::maps::{Array, LpmTrie, MapData, lpm_trie::Key};
 use ebpf_abi::{
-    Answered, MASQUERADE_PORT_FIRST, MASQUERADE_PORTS, Masquerade, PacketCounter, SocketAddress,
-    Tracked, TrackedFlow,
+    MASQUERADE_PORT_FIRST, MASQUERADE_PORTS, Masquerade, PacketCounter, SocketAddress, TrackedFlow,
 };
 use etherparse::TcpHeader;
 
@@ -226,7 +225,7 @@ fn fragments_go_the_way_of_the_first() {
 /// Gives every port but `free` to an open flow of another client.
 fn take_all_but(machine: &mut Machine, net: &Net, free: Option<u16>) {
     let key = |addr: SocketAddr| SocketAddress::new(addr.ip(), addr.port(), UDP);
-    let [endpoint, service] = [net.endpoint, net.service].map(key);
+    let endpoint = key(net.endpoint);
     let ports = MASQUERADE_PORT_FIRST..MASQUERADE_PORT_FIRST + MASQUERADE_PORTS;
     for port in ports.map(|port| u16::try_from(port).unwrap()) {
         if Some(port) == free {
@@ -239,21 +238,10 @@ fn take_all_but(machine: &mut Machine, net: &Net, free: Option<u16>) {
         map.insert(flow(seen, endpoint), client, 0).unwrap();
         let mut map = machine.map::<TrackedFlow, SocketAddress>("hf_masked");
         map.insert(flow(client, endpoint), seen, 0).unwrap();
-        let answered = Answered {
-            checked_ns: 0,
-            service,
-            zero: 0,
-        };
-        let mut map = machine.map::<TrackedFlow, Answered>("hf_answers");
-        map.insert(flow(client, endpoint), answered, 0).unwrap();
-        let tracked = Tracked {
-            seen_ns: u64::try_from(i64::MAX).unwrap(), // Later than now.
-            endpoint,
-            seen: 0,
-        };
-        let mut map = machine.map::<TrackedFlow, Tracked>("hf_tracked");
-        map.insert(flow(client, service), tracked, 0).unwrap();
+        machine.request(&udp(client.socket_addr(), net.service, ODD));
     }
+    // Later than now.
+    machine.change_flows(|flow| flow.seen_ns = u64::try_from(i64::MAX).unwrap());
 }
 
 #[test]
@@ -266,12 +254,10 @@ fn without_a_free_port_a_flow_s_packets_are_dropped_until_another_is_over() {
     assert_eq!(left.verdict, Verdict::Dropped);
     assert_eq!(counted(&machine, PacketCounter::MasqueradeFull), 1);
 
-    let mut map = machine.map::<TrackedFlow, Tracked>("hf_tracked");
-    let flows: Vec<_> = map.iter().map(Result::unwrap).collect();
-    for (flow, tracked) in flows {
-        let seen_ns = 0;
-        map.insert(flow, Tracked { seen_ns, ..tracked }, 0).unwrap();
-    }
+    machine.change_flows(|flow| {
+        flow.seen_ns = 0;
+        flow.noted = 0;
+    });
     opened(&machine, &net, net.client);
 }
 

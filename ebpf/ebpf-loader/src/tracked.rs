@@ -1,0 +1,76 @@
+//! The flows of devices, as the programs remember them: sets of places, in an array.
+
+use std::hash::{BuildHasher as _, RandomState};
+
+use aya::{
+    Ebpf,
+    maps::{Array, Map, MapData, MapError},
+};
+use ebpf_abi::{TRACKED_WAY_BITS, TRACKED_WAYS, Tracked, TrackedSet};
+
+use crate::{missing, packets::map_of};
+
+pub(crate) const TRACKED: &str = "hf_tracked";
+const SEED: &str = "hf_tracked_seed";
+const ENDED: &str = "hf_ended";
+
+/// Where a flow is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Place {
+    number: u32,
+    /// Another flow's is another one.
+    generation: u32,
+}
+
+/// How many flows a map has room for that has room for so many sets.
+pub(crate) fn places(sets: u32) -> u32 {
+    sets.saturating_mul(TRACKED_WAYS)
+}
+
+/// What is in the map. Costs a system call for each set of places: 8 ms.
+pub(crate) fn flows(
+    map: &Map,
+) -> Result<impl Iterator<Item = Result<(Place, Tracked), MapError>>, MapError> {
+    let sets: Array<&MapData, TrackedSet> = map.try_into()?;
+    let sets = (0..sets.len()).map(move |number| Ok((number, sets.get(&number, 0)?)));
+    Ok(sets.flat_map(|set| {
+        let (flows, error) = match set {
+            Ok((number, set)) => (Some(taken(number, set)), None),
+            Err(error) => (None, Some(Err(error))),
+        };
+        flows.into_iter().flatten().map(Ok).chain(error)
+    }))
+}
+
+/// In the set of this number. What is being taken right now is not yet there.
+fn taken(number: u32, set: TrackedSet) -> impl Iterator<Item = (Place, Tracked)> {
+    let flows = (0..).zip(set.tags.into_iter().zip(set.flows));
+    flows.filter_map(move |(way, (tag, flow))| {
+        let place = Place {
+            number: number << TRACKED_WAY_BITS | way,
+            generation: flow.generation,
+        };
+        (tag != 0 && flow.generation % 2 == 0).then_some((place, flow))
+    })
+}
+
+/// Whether [`end`] was called for it.
+pub(crate) fn is_ended(ebpf: &Ebpf, place: Place) -> Result<bool, MapError> {
+    let ended: Array<&MapData, u32> = ebpf.map(ENDED).ok_or_else(|| missing(ENDED))?.try_into()?;
+    Ok(ended.get(&place.number, 0)? == place.generation)
+}
+
+/// Tells the programs that a flow by UDP is over. One that has its place meanwhile is not.
+pub(crate) fn end(ebpf: &mut Ebpf, place: Place) -> Result<(), MapError> {
+    let mut ended: Array<&mut MapData, u32> = map_of(ebpf, ENDED)?;
+    ended.set(place.number, place.generation, 0)
+}
+
+/// Makes it impossible to say which flows share a set: once, as what is there would not be found by another seed.
+pub(crate) fn seed(ebpf: &mut Ebpf) -> Result<(), MapError> {
+    let mut map: Array<&mut MapData, u64> = map_of(ebpf, SEED)?;
+    if map.get(&0, 0)? != 0 {
+        return Ok(());
+    }
+    map.set(0, RandomState::new().hash_one(SEED), 0)
+}

@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * The flows of packets.c: each has one place, and is found there both ways, as both know the client.
+ * The hash of its address and port says in which set; a set's tags say which of its places to look at.
+ *
+ * A hash map would need an entry for each way, and one that forgets takes 0.35 µs for each (ebpf/README.md).
+ *
+ * Invariant: of a client, no two flows that go on are with one service, nor with one endpoint. Places are
+ * taken and given back with the set's lock held; who reads one holds none, and sees by its generation
+ * whether it became another flow's meanwhile. To note what passed takes no lock either: a place just found
+ * is taken away only if its flow is over, or if all of its set were used since it was.
+ */
+
+#define NO_FLOW (~0ull)
+
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __type(key, __u32);
+    __type(value, struct tracked_set);
+    __uint(max_entries, TRACKED_SETS);
+} hf_tracked SEC(".maps");
+
+/* What nobody else knows of the hash: else a device could choose whose flows are forgotten for its own. */
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __type(key, __u32);
+    __type(value, __u64);
+    __uint(max_entries, 1);
+} hf_tracked_seed SEC(".maps");
+
+/* By the number of the place, the generation that the agent wants to be over. */
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __type(key, __u32);
+    __type(value, __u32);
+    __uint(max_entries, TRACKED_PLACES);
+} hf_ended SEC(".maps");
+
+/* A flow is called by the number of its place, and above it the place's generation: NO_FLOW is none. */
+static __always_inline __u32 way_of(__u64 found)
+{
+    return found & ((1u << TRACKED_WAY_BITS) - 1);
+}
+
+static __always_inline struct tracked_set *set_with(__u64 found)
+{
+    __u32 set = (__u32)found >> TRACKED_WAY_BITS;
+
+    return bpf_map_lookup_elem(&hf_tracked, &set);
+}
+
+static __always_inline __u64 client_hash(const struct socket_address *client)
+{
+    __u32 zero = 0;
+    __u64 *seed = bpf_map_lookup_elem(&hf_tracked_seed, &zero);
+    __u64 hash = seed ? *seed : 0;
+
+    hash = (hash ^ ((__u64)client->ip[0] << 32 | client->ip[1])) * 0xbf58476d1ce4e5b9ULL;
+    hash = (hash ^ (hash >> 32) ^ ((__u64)client->ip[2] << 32 | client->ip[3])) *
+           0x94d049bb133111ebULL;
+    hash = (hash ^ (hash >> 32) ^ ((__u64)client->port << 8 | client->protocol)) *
+           0xbf58476d1ce4e5b9ULL;
+    return hash ^ (hash >> 32);
+}
+
+static __always_inline __u32 set_of(__u64 hash)
+{
+    return (hash >> 32) & (TRACKED_SETS - 1);
+}
+
+static __always_inline __u32 tag_of(__u64 hash)
+{
+    return (__u32)hash | 1; /* 0 is none. */
+}
+
+static __always_inline struct tracked *flow_at(__u64 found)
+{
+    struct tracked_set *flows = set_with(found);
+    __u32 way = way_of(found);
+
+    return flows && way < TRACKED_WAYS ? &flows->flows[way] : NULL; /* NO_FLOW's is none. */
+}
+
+/* Whether what was read at the place is of the flow that was found there. */
+static __always_inline bool is_still(const struct tracked *flow, __u64 found)
+{
+    return *(volatile __u32 *)&flow->generation == (__u32)(found >> 32);
+}
+
+/* A bit for each place with this tag. Without a branch: the verifier would follow each of them. */
+static __always_inline __u32 ways_with(const struct tracked_set *flows, __u32 tag)
+{
+    __u32 ways = 0;
+
+#pragma clang loop unroll(full)
+    for (__u32 way = 0; way < TRACKED_WAYS; way++) {
+        __u64 same = (__u64)(flows->tags[way] ^ tag) - 1;
+
+        asm volatile("" : "+r"(same) : : "memory"); /* Else clang makes it a branch, or keeps all tags. */
+        ways |= (same >> 63) << way;
+    }
+    return ways;
+}
+
+/* The number of the lowest bit of `ways`, of 15 or less; 15: there is none. By a de Bruijn sequence, as BPF has no
+ * instruction for it, and as the verifier would follow each of the places that a loop finds. */
+static __always_inline __u32 lowest(__u32 ways)
+{
+    const __u64 numbers = 0xcd7ea84fb6935210ull;
+    __u32 bit;
+
+    ways |= 1u << TRACKED_WAYS;
+    bit = ways & -ways;
+    return numbers >> ((bit * 0x09af >> 10) & 0x3c) & 0xf;
+}
+
+/* Where the client's flow is with this service, or with this endpoint. */
+static __always_inline __u64 find_at_once(const struct socket_address *client,
+                                          const struct socket_address *with, bool endpoint)
+{
+    __u64 hash = client_hash(client);
+    __u32 set = set_of(hash), ways;
+    struct tracked_set *flows = bpf_map_lookup_elem(&hf_tracked, &set);
+
+    if (!flows)
+        return NO_FLOW;
+    ways = ways_with(flows, tag_of(hash));
+    for (__u32 i = 0; i < TRACKED_WAYS && ways; i++) {
+        __u32 generation, way = lowest(ways);
+        struct tracked *flow;
+
+        if (way >= TRACKED_WAYS)
+            break;
+        flow = &flows->flows[way];
+        generation = *(volatile __u32 *)&flow->generation;
+        if (!(generation & 1) && same_address(&flow->client, client) &&
+            same_address(endpoint ? &flow->endpoint : &flow->service, with))
+            return (__u64)generation << 32 | set << TRACKED_WAY_BITS | way;
+        ways &= ways - 1;
+    }
+    return NO_FLOW;
+}
+
+/* The same, for those that do not ask with each packet. Not static: so the verifier looks at it once. */
+__noinline __u64 find_flow(const struct socket_address *client, const struct socket_address *with,
+                           __u32 endpoint)
+{
+    return client && with ? find_at_once(client, with, endpoint) : NO_FLOW;
+}
+
+static __always_inline bool is_closed(const struct tracked *flow)
+{
+    const __u32 both = SEEN_CLIENT_FIN | SEEN_ENDPOINT_FIN;
+
+    return (flow->seen & SEEN_RESET) || (flow->seen & both) == both;
+}
+
+static __always_inline bool is_over(const struct tracked *flow, __u64 now_ns)
+{
+    __s64 timeout_s = TCP_OPEN_TIMEOUT_S;
+
+    if (flow->client.protocol == PROTOCOL_UDP) {
+        if (flow->seen & SEEN_ENDED)
+            return true;
+        timeout_s = UDP_TIMEOUT_S;
+    } else if (is_closed(flow) || !(flow->seen & SEEN_ANSWER)) {
+        timeout_s = TCP_TRANSITORY_TIMEOUT_S;
+    }
+    /* Another CPU may have seen a packet since `now_ns`. */
+    return (__s64)(now_ns - flow->seen_ns) >= timeout_s * NS_PER_S + SEEN_INTERVAL_MS * NS_PER_MS;
+}
+
+/* The place of the flow that was used least recently, of those first that are closed or never were answered. */
+static __always_inline __u32 least_used(const struct tracked_set *flows)
+{
+    const __u64 way_mask = (1u << TRACKED_WAY_BITS) - 1;
+    __u64 least = ~0ull >> 1;
+
+#pragma clang loop unroll(full)
+    for (__u32 way = 0; way < TRACKED_WAYS; way++) {
+        const struct tracked *flow = &flows->flows[way];
+        __u64 closed = flow->seen / SEEN_RESET |
+                       (flow->seen / SEEN_CLIENT_FIN & flow->seen / SEEN_ENDPOINT_FIN);
+        __u64 goes_on = flow->seen / SEEN_ANSWER & ~closed & 1;
+        __u64 used = goes_on << 62 | (flow->seen_ns & (~0ull >> 2) & ~way_mask) | way;
+        __s64 less = (__s64)(used - least) >> 63;
+
+        asm volatile("" : "+r"(less)); /* As above. */
+        least += less & (used - least);
+    }
+    return least & way_mask;
+}
+
+/* Nothing that is written before comes after it, nor the other way round: so atomic operations are whose result is used. */
+static __always_inline void next_generation(struct tracked *flow)
+{
+    __u32 before = __sync_fetch_and_add(&flow->generation, 1);
+
+    asm volatile("" : : "r"(before) : "memory");
+}
+
+static __always_inline void take_place(struct tracked *flow, const struct tracked *taken)
+{
+    next_generation(flow);
+    flow->client = taken->client;
+    flow->service = taken->service;
+    flow->endpoint = taken->endpoint;
+    flow->seen = taken->seen;
+    flow->seen_ns = taken->seen_ns;
+    flow->noted = taken->noted;
+    next_generation(flow);
+}
+
+enum kept { KEPT, KNOWN, TAKEN, NOT_KEPT };
+
+/* What becomes of a new flow beside one that is there, with this tag. */
+static __always_inline enum kept beside(struct tracked *flow, __u32 *tag, struct tracked *opened,
+                                        bool opens, enum kept kept)
+{
+    bool same_service = same_address(&flow->service, &opened->service);
+
+    if (!same_address(&flow->client, &opened->client) ||
+        (!same_service && !same_address(&flow->endpoint, &opened->endpoint)))
+        return kept;
+    if (is_over(flow, opened->seen_ns) || (same_service && opens && is_closed(flow))) {
+        *tag = 0;
+        return kept;
+    }
+    if (!same_service)
+        return TAKEN;
+    opened->endpoint = flow->endpoint;
+    return KNOWN;
+}
+
+/* Remembers a new flow, unless another CPU had a packet of it: KNOWN, and that one's endpoint becomes the
+ * new one's. TAKEN: its client speaks with the endpoint by another service. `opens`: in the place of one that
+ * is closed. Not static: so the verifier looks at it once, not with each attempt. */
+__noinline __u32 keep_flow(struct tracked *opened, __u32 opens)
+{
+    struct tracked_set *flows;
+    __u32 set, tag, way, ways;
+    enum kept kept = KEPT;
+    __u64 hash;
+
+    if (!opened)
+        return NOT_KEPT;
+    hash = client_hash(&opened->client);
+    set = set_of(hash);
+    tag = tag_of(hash);
+    flows = bpf_map_lookup_elem(&hf_tracked, &set);
+    if (!flows)
+        return NOT_KEPT;
+    bpf_spin_lock(&flows->lock);
+    ways = ways_with(flows, tag);
+    for (__u32 i = 0; i < TRACKED_WAYS && ways && kept != KNOWN; i++) {
+        way = lowest(ways);
+        if (way >= TRACKED_WAYS)
+            break;
+        kept = beside(&flows->flows[way], &flows->tags[way], opened, opens, kept);
+        ways &= ways - 1;
+    }
+    if (kept == KEPT) {
+        way = lowest(ways_with(flows, 0));
+        if (way >= TRACKED_WAYS)
+            way = least_used(flows);
+        if (way < TRACKED_WAYS) {
+            take_place(&flows->flows[way], opened);
+            flows->tags[way] = tag;
+        }
+    }
+    bpf_spin_unlock(&flows->lock);
+    return kept;
+}
+
+/* Gives back the place of a flow that was found. */
+static __always_inline void forget_flow(__u64 found)
+{
+    struct tracked_set *flows = set_with(found);
+    __u32 way = way_of(found);
+
+    if (!flows || way >= TRACKED_WAYS)
+        return;
+    bpf_spin_lock(&flows->lock);
+    if (is_still(&flows->flows[way], found))
+        flows->tags[way] = 0;
+    bpf_spin_unlock(&flows->lock);
+}
+
+/* Whether the agent wants a flow that was found to be over: one by UDP. */
+static __always_inline bool is_ended(__u64 found)
+{
+    __u32 place = found;
+    __u32 *generation = bpf_map_lookup_elem(&hf_ended, &place);
+
+    return generation && *generation == (__u32)(found >> 32); /* No flow's is 0. */
+}
