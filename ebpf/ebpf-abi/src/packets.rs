@@ -10,8 +10,8 @@ limits! {
     /// each, 62,500, which is half of the 122,880 places, so that 1 in 800 finds its set full. 8,192 × 1,280 bytes: 10 MiB,
     /// always, where packets are looked at; elsewhere there is 1 set.
     TRACKED_SETS = 8_192;
-    /// The places of a set. Where all are taken, the flow goes that was used least recently, those first that are closed
-    /// or never were answered. So many flows one port of a client can have at once, each by another service.
+    /// The places of a set. Where all are taken, the flow goes that was used least recently, of those last that are TCP, were
+    /// answered and are not closed. So many flows one port of a client can have at once, each by another service.
     TRACKED_WAYS = 15;
     /// Bits of a place's number that say which one of its set it is.
     TRACKED_WAY_BITS = 4;

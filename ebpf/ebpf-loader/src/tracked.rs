@@ -14,6 +14,9 @@ pub(crate) const TRACKED: &str = "hf_tracked";
 const SEED: &str = "hf_tracked_seed";
 const ENDED: &str = "hf_ended";
 
+/// `BPF_F_LOCK`: nobody takes a place of the set, or gives it back, while it is read.
+const LOCKED: u64 = 4;
+
 /// Where a flow is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Place {
@@ -32,7 +35,7 @@ pub(crate) fn flows(
     map: &Map,
 ) -> Result<impl Iterator<Item = Result<(Place, Tracked), MapError>>, MapError> {
     let sets: Array<&MapData, TrackedSet> = map.try_into()?;
-    let sets = (0..sets.len()).map(move |number| Ok((number, sets.get(&number, 0)?)));
+    let sets = (0..sets.len()).map(move |number| Ok((number, sets.get(&number, LOCKED)?)));
     Ok(sets.flat_map(|set| {
         let (flows, error) = match set {
             Ok((number, set)) => (Some(taken(number, set)), None),
@@ -42,7 +45,7 @@ pub(crate) fn flows(
     }))
 }
 
-/// In the set of this number. What is being taken right now is not yet there.
+/// In the set of this number.
 fn taken(number: u32, set: TrackedSet) -> impl Iterator<Item = (Place, Tracked)> {
     let flows = (0..).zip(set.tags.into_iter().zip(set.flows));
     flows.filter_map(move |(way, (tag, flow))| {
@@ -50,7 +53,7 @@ fn taken(number: u32, set: TrackedSet) -> impl Iterator<Item = (Place, Tracked)>
             number: number << TRACKED_WAY_BITS | way,
             generation: flow.generation,
         };
-        (tag != 0 && flow.generation % 2 == 0).then_some((place, flow))
+        (tag != 0).then_some((place, flow))
     })
 }
 

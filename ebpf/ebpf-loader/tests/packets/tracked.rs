@@ -104,11 +104,11 @@ fn where_there_is_no_room_the_flow_goes_that_was_used_least_recently() {
     }
 }
 
-/// Else a crowd of connections would end those that are silent.
+/// Else a crowd of short connections and of names that are asked for would end those that are silent.
 #[test]
-fn closed_flows_and_those_never_answered_go_before_those_that_go_on() {
+fn connections_that_go_on_are_the_last_to_go() {
     for net in &nets() {
-        let ended: [fn(&Crowd<'_>, u16); 3] = [
+        let others: [fn(&Crowd<'_>, u16); 3] = [
             |crowd, n| {
                 crowd.opens(n);
                 crowd.asks(n, fin);
@@ -120,18 +120,40 @@ fn closed_flows_and_those_never_answered_go_before_those_that_go_on() {
             },
             |crowd, n| crowd.asks(n, syn),
         ];
-        for end in ended {
+        for other in others {
             let mut crowd = Crowd::new(net);
             for n in 0..WAYS - 1 {
                 crowd.opened(n);
             }
             // Used last of all.
-            end(&crowd, WAYS - 1);
+            other(&crowd, WAYS - 1);
             crowd.opens(WAYS);
             assert_eq!(crowd.forgotten(WAYS - 1), []);
             assert!(crowd.is_answered(WAYS, ack));
             assert!(!crowd.is_answered(WAYS - 1, ack));
         }
+    }
+}
+
+#[test]
+fn a_crowd_of_questions_by_udp_ends_no_connection() {
+    for net in &nets() {
+        let mut crowd = Crowd::new(net);
+        for n in 0..WAYS {
+            crowd.opened(n);
+        }
+        // Five of them find that set, on average.
+        for n in 0..40_000 {
+            let client = port(net.client, 20_000 + n);
+            crowd
+                .machine
+                .request(&udp(client, crowd.service(n % WAYS), b"?"));
+            crowd
+                .machine
+                .answer(&udp(crowd.endpoint(n % WAYS), client, b"!"));
+        }
+        let gone = crowd.forgotten(WAYS);
+        assert!(gone.len() <= 1, "{gone:?}"); // For the first one there is nobody else to go.
     }
 }
 
