@@ -123,6 +123,7 @@ pub async fn keep_interfaces(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let mut attached = BTreeSet::new();
+    let mut complaints = Complaints::default();
     loop {
         let mut found = BTreeMap::new();
         for name in &wanted.names {
@@ -164,7 +165,14 @@ pub async fn keep_interfaces(
                 served.entry(ALL_PODS.to_owned()).or_default().problem = Some(problem);
             }
         }
-        tell(&told, served.clone());
+        for (interface, problem) in complaints.due(&served, Instant::now()) {
+            tracing::warn!(%interface, %problem, "devices are not served");
+        }
+        told.send_if_modified(|before| {
+            let changed = *before != served;
+            before.clone_from(&served);
+            changed
+        });
         let retry = Instant::now() + RETRY;
         loop {
             tokio::select! {
@@ -425,21 +433,41 @@ fn has_problem(served: &AllServed) -> bool {
     served.values().any(|one| one.problem.is_some())
 }
 
-/// Publishes how it stands, and logs what became different.
-fn tell(told: &watch::Sender<AllServed>, served: AllServed) {
-    told.send_if_modified(|before| {
-        for (name, one) in &served {
-            let known = before.get(name).and_then(|before| before.problem.as_ref());
-            if let Some(problem) = &one.problem
-                && known != Some(problem)
-            {
-                tracing::warn!(interface = %name, %problem, "devices are not served");
+/// Problems by the interface's name, and what of them was logged.
+#[derive(Debug, Default)]
+struct Complaints(BTreeMap<String, Complaint>);
+
+#[derive(Debug)]
+struct Complaint {
+    /// There was none just before.
+    since: Instant,
+    logged: Option<String>,
+}
+
+impl Complaints {
+    /// What is worth a line: once each, and not before it was there for [`RETRY`]. A pod's interface that comes or goes
+    /// has no other end for a moment.
+    fn due<'a>(&mut self, served: &'a AllServed, now: Instant) -> Vec<(&'a str, &'a str)> {
+        let with_problem =
+            |name: &String| served.get(name).is_some_and(|one| one.problem.is_some());
+        self.0.retain(|name, _| with_problem(name));
+        let mut due = Vec::new();
+        for (name, one) in served {
+            let Some(problem) = &one.problem else {
+                continue;
+            };
+            let complaint = self.0.entry(name.clone()).or_insert(Complaint {
+                since: now,
+                logged: None,
+            });
+            let lasts = now.saturating_duration_since(complaint.since) >= RETRY;
+            if lasts && complaint.logged.as_ref() != Some(problem) {
+                complaint.logged = Some(problem.clone());
+                due.push((name.as_str(), problem.as_str()));
             }
         }
-        let changed = *before != served;
-        *before = served;
-        changed
-    });
+        due
+    }
 }
 
 #[cfg(test)]
@@ -462,6 +490,41 @@ mod tests {
         let served = report("lan0", Ok(found.clone()), &results, forwards);
         assert!(served.attached);
         served.problem
+    }
+
+    #[test]
+    fn a_problem_is_logged_once_and_not_while_an_interface_comes_or_goes() {
+        let served = |problem: Option<&str>| {
+            let one = Served {
+                attached: true,
+                problem: problem.map(str::to_owned),
+            };
+            AllServed::from([("pod0".to_owned(), one)])
+        };
+        let begin = Instant::now();
+        let mut complaints = Complaints::default();
+        for (seconds, problem, logged) in [
+            (0, Some("no other end"), None),
+            (1, None, None),
+            (2, Some("no other end"), None),
+            (6, Some("no other end"), None),
+            (7, Some("no other end"), Some("no other end")),
+            (12, Some("no other end"), None),
+            (17, Some("down"), Some("down")),
+            (18, None, None),
+            (30, Some("down"), None),
+            (35, Some("down"), Some("down")),
+        ] {
+            let served = served(problem);
+            let due = complaints.due(&served, begin + Duration::from_secs(seconds));
+            let expected: Vec<_> = logged
+                .map(|problem| ("pod0", problem))
+                .into_iter()
+                .collect();
+            assert_eq!(due, expected, "after {seconds} s");
+        }
+        complaints.due(&AllServed::new(), begin);
+        assert!(complaints.0.is_empty());
     }
 
     #[test]

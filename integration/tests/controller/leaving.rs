@@ -31,6 +31,16 @@ async fn refusal(controller: &Controller, credentials: &Credentials) -> [Status;
     [sync, renew.unwrap_err()]
 }
 
+/// Who joined at one is let in by the other once that heard of it.
+async fn are_in(controllers: [&Controller; 2], count: usize) {
+    for controller in controllers {
+        until("they are in", async || {
+            (World::nodes_of(controller).await.len() == count).then_some(())
+        })
+        .await;
+    }
+}
+
 async fn is_out(controllers: [&Controller; 2], name: &str) {
     for controller in controllers {
         until("it is out", async || {
@@ -46,6 +56,7 @@ async fn a_node_that_is_removed_is_out_everywhere_and_its_address_rests() {
     let (world, second) = World::with_two().await;
     let gone = world.join("edge-a1", 1).await.unwrap();
     let stays = world.join_at(second.address, "edge-b1", 2).await.unwrap();
+    are_in([&world.controller, &second], 2).await;
     // The one is at the other controller than the one that is asked.
     let mut leaver = Agent::new(second.address, &gone, None).await;
     let mut witness = Agent::new(world.address(), &stays, None).await;
@@ -109,6 +120,7 @@ async fn whose_meshnode_or_node_is_deleted_leaves_unless_it_comes_back() {
     let both = [&world.controller, &second];
     let a = world.join("edge-a1", 1).await.unwrap();
     let b = world.join_at(second.address, "edge-b1", 2).await.unwrap();
+    are_in(both, 2).await;
     let mut leaver = Agent::new(second.address, &a, None).await;
     let mut other = Agent::new(world.address(), &b, None).await;
     for name in ["edge-a1", "edge-b1"] {
