@@ -299,7 +299,12 @@ fn entries(info: &MapInfo) -> Result<Option<u32>, MapError> {
         return hash_entries(map, sizes, most);
     }
     if info.name_as_str() == Some(TRACKED) {
-        return Ok(number(tracked::flows(&map)?, entries_max(info)));
+        let mut flows = 0;
+        tracked::each(&map, |_, _| {
+            flows += 1;
+            Ok(())
+        })?;
+        return Ok(Some(flows));
     }
     if matches!(map, Map::LpmTrie(_)) {
         return trie_entries(map, sizes, most);
@@ -357,9 +362,9 @@ fn trie<const K: usize, const V: usize>(map: Map, most: u32) -> Result<Option<u3
 }
 
 /// At most as many as there is room for: where keys go while they are looked through, the kernel begins again.
-fn number<E>(entries: impl Iterator<Item = Result<E, MapError>>, most: u32) -> Option<u32> {
+fn number<K>(keys: impl Iterator<Item = Result<K, MapError>>, most: u32) -> Option<u32> {
     let most = usize::try_from(most).unwrap_or(usize::MAX);
-    let counted = entries.take(most).take_while(Result::is_ok).count();
+    let counted = keys.take(most).take_while(Result::is_ok).count();
     u32::try_from(counted).ok()
 }
 

@@ -43,12 +43,12 @@ impl Services {
         }
         let map = self.ebpf.map(TRACKED).ok_or_else(|| missing(TRACKED))?;
         let now = now();
-        for flow in tracked::flows(map)? {
-            let (_, flow) = flow?;
-            if u32::from(flow.client.protocol) == PROTOCOL_TCP && is_open(&flow, now) {
+        tracked::each(map, |_, flow| {
+            if u32::from(flow.client.protocol) == PROTOCOL_TCP && is_open(flow, now) {
                 add(flow.endpoint.socket_addr());
             }
-        }
+            Ok(())
+        })?;
         Ok(open)
     }
 }

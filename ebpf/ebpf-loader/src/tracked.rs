@@ -30,31 +30,25 @@ pub(crate) fn places(sets: u32) -> u32 {
     sets.saturating_mul(TRACKED_WAYS)
 }
 
-/// What is in the map. Costs a system call for each set of places: 8 ms.
-pub(crate) fn flows(
+/// Looks at each flow in the map. Costs a system call for each set of places: 8 ms, whatever is in them.
+pub(crate) fn each(
     map: &Map,
-) -> Result<impl Iterator<Item = Result<(Place, Tracked), MapError>>, MapError> {
+    mut look: impl FnMut(Place, &Tracked) -> Result<(), MapError>,
+) -> Result<(), MapError> {
     let sets: Array<&MapData, TrackedSet> = map.try_into()?;
-    let sets = (0..sets.len()).map(move |number| Ok((number, sets.get(&number, LOCKED)?)));
-    Ok(sets.flat_map(|set| {
-        let (flows, error) = match set {
-            Ok((number, set)) => (Some(taken(number, set)), None),
-            Err(error) => (None, Some(Err(error))),
-        };
-        flows.into_iter().flatten().map(Ok).chain(error)
-    }))
-}
-
-/// In the set of this number.
-fn taken(number: u32, set: TrackedSet) -> impl Iterator<Item = (Place, Tracked)> {
-    let flows = (0..).zip(set.tags.into_iter().zip(set.flows));
-    flows.filter_map(move |(way, (tag, flow))| {
-        let place = Place {
-            number: number << TRACKED_WAY_BITS | way,
-            generation: flow.generation,
-        };
-        (tag != 0).then_some((place, flow))
-    })
+    for number in 0..sets.len() {
+        let TrackedSet { tags, flows, .. } = sets.get(&number, LOCKED)?;
+        for (way, (tag, flow)) in (0..).zip(tags.iter().zip(&flows)) {
+            if *tag != 0 {
+                let place = Place {
+                    number: number << TRACKED_WAY_BITS | way,
+                    generation: flow.generation,
+                };
+                look(place, flow)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Whether [`end`] was called for it.

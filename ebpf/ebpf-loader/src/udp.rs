@@ -64,20 +64,19 @@ impl Services {
     pub fn device_datagrams(&self) -> Result<Vec<(DeviceFlow, Led)>, MapError> {
         let map = self.ebpf.map(TRACKED).ok_or_else(|| missing(TRACKED))?;
         let mut flows = Vec::new();
-        for flow in tracked::flows(map)? {
-            let (place, flow) = flow?;
+        tracked::each(map, |place, flow| {
             let service = leftover::frontend(&flow.service);
-            let Some(service) = service.filter(|service| service.protocol == Protocol::Udp) else {
-                continue;
-            };
-            if !tracked::is_ended(&self.ebpf, place)? {
+            if let Some(service) = service.filter(|service| service.protocol == Protocol::Udp)
+                && !tracked::is_ended(&self.ebpf, place)?
+            {
                 flows.push((DeviceFlow(place), (service, flow.endpoint.socket_addr())));
             }
-        }
+            Ok(())
+        })?;
         Ok(flows)
     }
 
-    /// Forgets a UDP flow of a device: its next datagram opens it anew.
+    /// Ends a UDP flow of a device: its next datagram opens it anew.
     ///
     /// # Errors
     ///

@@ -16,8 +16,7 @@ static __always_inline int on_plain_request(struct __sk_buff *skb, struct packet
         return on_request(skb, packet);
     found = find_flow(&packet->source, &packet->destination, false);
     flow = flow_at(found);
-    if (!flow || !is_noted(flow, packet) ||
-        (packet->protocol == PROTOCOL_UDP && is_ended(found)))
+    if (!flow || !is_noted(flow, packet) || is_ended(flow, found))
         return on_request(skb, packet);
     to = flow->endpoint;
     if (!is_still(flow, found) || same_ip(&to, &packet->source))

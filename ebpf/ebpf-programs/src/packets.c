@@ -720,7 +720,7 @@ static __noinline int on_request(struct __sk_buff *skb, struct packet *packet)
     struct socket_address to = {};
     __u32 counter;
 
-    if (known && packet->protocol == PROTOCOL_UDP && is_ended(found))
+    if (known && is_ended(known, found))
         __sync_fetch_and_or(&known->seen, SEEN_ENDED);
     if (known && !is_over(known, opened.seen_ns) && !(opens && is_closed(known))) {
         to = known->endpoint;

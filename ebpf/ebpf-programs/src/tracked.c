@@ -12,6 +12,7 @@
  */
 
 #define NO_FLOW (~0ull)
+#define WAY_MASK ((1ull << TRACKED_WAY_BITS) - 1)
 
 struct {
     __uint(type, BPF_MAP_TYPE_ARRAY);
@@ -39,7 +40,7 @@ struct {
 /* A flow is called by the number of its place, and above it the place's generation: NO_FLOW is none. */
 static __always_inline __u32 way_of(__u64 found)
 {
-    return found & ((1u << TRACKED_WAY_BITS) - 1);
+    return found & WAY_MASK;
 }
 
 static __always_inline struct tracked_set *set_with(__u64 found)
@@ -176,7 +177,6 @@ _Static_assert((PROTOCOL_TCP & ONLY_TCP_S_BIT) && !(PROTOCOL_UDP & ONLY_TCP_S_BI
  * and its answer, and nobody says when it was the last one. */
 static __always_inline __u32 least_used(const struct tracked_set *flows)
 {
-    const __u64 way_mask = (1u << TRACKED_WAY_BITS) - 1;
     __u64 least = ~0ull >> 1;
 
 #pragma clang loop unroll(full)
@@ -185,13 +185,13 @@ static __always_inline __u32 least_used(const struct tracked_set *flows)
         __u64 closed = flow->seen / SEEN_RESET |
                        (flow->seen / SEEN_CLIENT_FIN & flow->seen / SEEN_ENDPOINT_FIN);
         __u64 goes_on = flow->client.protocol / ONLY_TCP_S_BIT & flow->seen / SEEN_ANSWER & ~closed & 1;
-        __u64 used = goes_on << 62 | (flow->seen_ns & (~0ull >> 2) & ~way_mask) | way;
+        __u64 used = goes_on << 62 | (flow->seen_ns & (~0ull >> 2) & ~WAY_MASK) | way;
         __s64 less = (__s64)(used - least) >> 63;
 
         asm volatile("" : "+r"(less)); /* As above. */
         least += less & (used - least);
     }
-    return least & way_mask;
+    return way_of(least);
 }
 
 /* Nothing that is written before comes after it, nor the other way round: so atomic operations are whose result is used. */
@@ -289,11 +289,13 @@ static __always_inline void forget_flow(__u64 found)
     bpf_spin_unlock(&flows->lock);
 }
 
-/* Whether the agent wants a flow that was found to be over: one by UDP. */
-static __always_inline bool is_ended(__u64 found)
+/* Whether the agent wants a flow that was found to be over: of those by UDP alone. */
+static __always_inline bool is_ended(const struct tracked *flow, __u64 found)
 {
-    __u32 place = found;
-    __u32 *generation = bpf_map_lookup_elem(&hf_ended, &place);
+    __u32 place = found, *generation;
 
+    if (flow->client.protocol != PROTOCOL_UDP)
+        return false;
+    generation = bpf_map_lookup_elem(&hf_ended, &place);
     return generation && *generation == (__u32)(found >> 32); /* No flow's is 0. */
 }
