@@ -315,6 +315,7 @@ fn encode_balance(balance: &Balance) -> control::Balance {
         max_connections: balance
             .max_connections
             .map_or(0, |limit| limit.get().into()),
+        sockmap: balance.sockmap,
         weights: balance.weights.iter().map(weight).collect(),
     }
 }
@@ -493,6 +494,7 @@ fn decode_balance(balance: Option<&control::Balance>) -> Result<Balance, FieldEr
             balance.max_connections,
             CONNECTIONS_MAX,
         )?),
+        sockmap: balance.sockmap,
         weights: weights
             .map(|(index, weight)| decode_weight(&format!("balance.weights[{index}]"), weight))
             .collect::<Result<_, _>>()?,

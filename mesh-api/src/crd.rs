@@ -60,6 +60,9 @@ pub const SPILL_OVER_ANNOTATION: &str = "mesh.holdfast.dev/spill-over";
 /// Annotation of a `v1 Service` with the `maxConnections` of a [`MeshService`].
 pub const MAX_CONNECTIONS_ANNOTATION: &str = "mesh.holdfast.dev/max-connections";
 
+/// Annotation of a `v1 Service` with the `sockmap` of a [`MeshService`].
+pub const SOCKMAP_ANNOTATION: &str = "mesh.holdfast.dev/sockmap";
+
 /// The only name that a [`MeshConfig`] may have.
 pub const CONFIG_NAME: &str = "default";
 

@@ -307,6 +307,41 @@ pub fn connection_limits(view: &View) -> BTreeMap<SocketAddr, u32> {
     limits
 }
 
+/// Most pairs of [`sockmap`]: as many as the kernel's map holds.
+pub const SOCKMAP_PAIRS_MAX: usize = 4_096;
+
+/// Each frontend of a service with `sockmap` with each of its endpoints on this node, ready or not: connections that
+/// are open stay. At most [`SOCKMAP_PAIRS_MAX`], the first in order. Costs a look at each service, and at the
+/// endpoints of those: who has a frontend that another service asks for too is not looked for.
+#[must_use]
+pub fn sockmap(view: &View) -> BTreeSet<(Frontend, SocketAddr)> {
+    let mut pairs = BTreeSet::new();
+    let services = view.snapshot.services.values();
+    for service in services.filter(|service| service.balance.sockmap) {
+        let mut here = judge_all(view, service);
+        here.retain(|one| one.tier == Tier::SameNode);
+        let asked = asked(view, service).into_iter();
+        for (port, asked) in asked.filter(|(port, _)| port.protocol == Protocol::Tcp) {
+            for (frontend, _) in asked {
+                let group = Group {
+                    v4: frontend.address.is_ipv4(),
+                    port: Some(port),
+                    local_only: false,
+                };
+                for one in group.members(&here) {
+                    let target = one.target(port);
+                    let endpoint = target.map(|target| SocketAddr::new(one.address, target));
+                    pairs.extend(endpoint.map(|endpoint| (frontend, endpoint)));
+                    if pairs.len() > SOCKMAP_PAIRS_MAX {
+                        pairs.pop_last();
+                    }
+                }
+            }
+        }
+    }
+    pairs
+}
+
 /// What kind of address a frontend has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
@@ -317,10 +352,27 @@ enum Kind {
 }
 
 fn frontends(view: &View, service: &Service) -> Vec<(Frontend, Kind, Backends)> {
+    let asked = asked(view, service);
+    if asked.is_empty() {
+        return Vec::new();
+    }
+    let ranked = judge_all(view, service);
+    let mut frontends = Vec::new();
+    for (port, asked) in asked {
+        let mut leads_to = LeadsTo::new(service, port, &ranked);
+        for (frontend, kind) in asked {
+            let backends = leads_to.backends(kind, frontend.address.is_ipv4());
+            frontends.push((frontend, kind, backends));
+        }
+    }
+    frontends
+}
+
+/// What clients ask for to reach a service, port by port.
+fn asked<'a>(view: &View, service: &'a Service) -> Vec<(&'a ServicePort, Vec<(Frontend, Kind)>)> {
     let ServiceKind::ClusterIp(cluster_ips) = &service.kind else {
         return Vec::new();
     };
-    let ranked = judge_all(view, service);
     let own = view.snapshot.nodes.get(&view.node);
     let own: Vec<_> = own.into_iter().flat_map(Node::own_addresses).collect();
     let External {
@@ -328,9 +380,8 @@ fn frontends(view: &View, service: &Service) -> Vec<(Frontend, Kind, Backends)> 
         load_balancer,
         ..
     } = &service.external;
-    let mut frontends = Vec::new();
-    for port in &service.ports {
-        let mut leads_to = LeadsTo::new(service, port, &ranked);
+    let of_port = |port: &'a ServicePort| {
+        let mut asked = Vec::new();
         let addresses = [
             (Kind::ClusterIp, cluster_ips, Some(port.port)),
             (Kind::External, addresses, Some(port.port)),
@@ -339,17 +390,17 @@ fn frontends(view: &View, service: &Service) -> Vec<(Frontend, Kind, Backends)> 
         ];
         for (kind, addresses, number) in addresses {
             for &address in number.and(Some(addresses)).into_iter().flatten() {
-                let address = address.to_canonical();
                 let frontend = Frontend {
-                    address,
+                    address: address.to_canonical(),
                     port: number.unwrap_or_default(),
                     protocol: port.protocol,
                 };
-                frontends.push((frontend, kind, leads_to.backends(kind, address.is_ipv4())));
+                asked.push((frontend, kind));
             }
         }
-    }
-    frontends
+        (port, asked)
+    };
+    service.ports.iter().map(of_port).collect()
 }
 
 /// Where one port of a service leads, each list made once.

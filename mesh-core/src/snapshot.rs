@@ -294,6 +294,9 @@ pub struct Balance {
     /// How many TCP connections of this node an endpoint takes before new ones go on to others; `None`: any
     /// number. At most [`CONNECTIONS_MAX`].
     pub max_connections: Option<NonZeroU16>,
+    /// Whether what sockets of one node write to each other by this service goes past TCP, from socket to
+    /// socket; TCP only. Off unless asked for: `docs/services.md` says what applications give up.
+    pub sockmap: bool,
     /// Which endpoints take more flows than others beside them: the first that matches counts, an
     /// endpoint that none matches has weight 1.
     pub weights: Vec<Weight>,

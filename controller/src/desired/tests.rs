@@ -86,7 +86,9 @@ fn a_mesh_service_replaces_what_its_service_s_annotations_say() {
     let service = "
 apiVersion: v1
 kind: Service
-metadata: {name: a, annotations: {mesh.holdfast.dev/policy: round-robin, mesh.holdfast.dev/spill-over: '3'}}
+metadata:
+  name: a
+  annotations: {mesh.holdfast.dev/policy: round-robin, mesh.holdfast.dev/spill-over: '3', mesh.holdfast.dev/sockmap: 'true'}
 spec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}
 ";
     let balance = |name: &str| {
@@ -104,7 +106,7 @@ spec: {{policy: consistent-hash}}
         namespace: "default".into(),
         name: "a".into(),
     };
-    let expect = |text: &str, policy, spill_over, problems: &[&str]| {
+    let expect = |text: &str, policy, spill_over, sockmap, problems: &[&str]| {
         let desired = build(text, &[]);
         let kind = ServiceKind::ClusterIp(vec![[10, 96, 0, 1].into()]);
         let port = ServicePort {
@@ -119,6 +121,7 @@ spec: {{policy: consistent-hash}}
                 policy,
                 spill_over,
                 max_connections: None,
+                sockmap,
                 weights: Vec::new(),
             },
             ..Service::new(name.clone(), kind)
@@ -130,15 +133,16 @@ spec: {{policy: consistent-hash}}
         );
         assert_eq!(desired.problems, problems);
     };
-    expect(service, Policy::RoundRobin, 3, &[]);
+    expect(service, Policy::RoundRobin, 3, true, &[]);
     for text in [balance("a") + service, service.to_owned() + &balance("a")] {
-        expect(&text, Policy::ConsistentHash, 0, &[]);
+        expect(&text, Policy::ConsistentHash, 0, false, &[]);
     }
-    let problem = "m.yaml:6: document 2: MeshService default/b: metadata.name: there is no Service default/b; this has no effect";
+    let problem = "m.yaml:8: document 2: MeshService default/b: metadata.name: there is no Service default/b; this has no effect";
     expect(
         &(service.to_owned() + &balance("b")),
         Policy::RoundRobin,
         3,
+        true,
         &[problem],
     );
 }

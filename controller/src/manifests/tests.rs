@@ -318,6 +318,7 @@ spec:
   policy: round-robin
   spillOver: 3
   maxConnections: 100
+  sockmap: true
   weights: [{zone: z1, weight: 5}, {node: edge-a1, weight: 100}, {address: 10.0.0.9, weight: 1}]
 ";
 
@@ -339,6 +340,7 @@ fn a_mesh_service_and_annotations_say_how_flows_are_spread() {
         policy: Policy::RoundRobin,
         spill_over: 3,
         max_connections: NonZeroU16::new(100),
+        sockmap: true,
         weights,
     };
     assert_eq!(*balance, expected);
@@ -348,7 +350,7 @@ fn a_mesh_service_and_annotations_say_how_flows_are_spread() {
         parse_file("s.yaml", &SERVICE.replace("name: inventory", &metadata))
     };
     let said = "mesh.holdfast.dev/policy: consistent-hash, mesh.holdfast.dev/spill-over: \"2\", \
-                mesh.holdfast.dev/max-connections: \"10000\"";
+                mesh.holdfast.dev/max-connections: \"10000\", mesh.holdfast.dev/sockmap: \"true\"";
     let parsed = annotated(said);
     assert_eq!(parsed.problems, [""; 0]);
     let Object::Service(Some(service)) = &parsed.objects[0].object else {
@@ -358,9 +360,16 @@ fn a_mesh_service_and_annotations_say_how_flows_are_spread() {
         policy: Policy::ConsistentHash,
         spill_over: 2,
         max_connections: NonZeroU16::new(10_000),
+        sockmap: true,
         weights: Vec::new(),
     };
     assert_eq!(service.balance, expected);
+    let parsed = annotated("mesh.holdfast.dev/sockmap: \"false\"");
+    assert_eq!(parsed.problems, [""; 0]);
+    let Object::Service(Some(service)) = &parsed.objects[0].object else {
+        panic!("{:?}", parsed.objects);
+    };
+    assert_eq!(service.balance, Balance::default());
 
     let broken = [
         (
@@ -377,6 +386,16 @@ fn a_mesh_service_and_annotations_say_how_flows_are_spread() {
             "maxConnections: 100",
             "maxConnections: 0",
             "spec.maxConnections: 0 is not in 1 to 10000",
+        ),
+        (
+            "sockmap: true",
+            "sockmap: 1",
+            "spec.sockmap: invalid type: integer `1`, expected a boolean",
+        ),
+        (
+            "sockmap: true",
+            "sockmap: \"true\"",
+            "spec.sockmap: invalid type: string \"true\", expected a boolean",
         ),
         (
             "spillOver: 3",
@@ -403,9 +422,22 @@ fn a_mesh_service_and_annotations_say_how_flows_are_spread() {
         let problems = parse_file("b.yaml", &MESH_SERVICE.replace(good, bad)).problems;
         assert!(problems[0].contains(expected), "{problems:?}");
     }
-    let problems = annotated("mesh.holdfast.dev/policy: least").problems;
-    let expected = "metadata.annotations[mesh.holdfast.dev/policy]: \"least\" is not one of";
-    assert!(problems[0].contains(expected), "{problems:?}");
+    let broken = [
+        ("policy: least", "policy]: \"least\" is not one of"),
+        (
+            "sockmap: \"yes\"",
+            "sockmap]: \"yes\": provided string was not `true` or `false`",
+        ),
+        (
+            "sockmap: \"\"",
+            "sockmap]: \"\": provided string was not `true` or `false`",
+        ),
+    ];
+    for (said, expected) in broken {
+        let problems = annotated(&format!("mesh.holdfast.dev/{said}")).problems;
+        let expected = format!("metadata.annotations[mesh.holdfast.dev/{expected}");
+        assert!(problems[0].contains(&expected), "{problems:?}");
+    }
 }
 
 #[test]

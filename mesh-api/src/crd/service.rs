@@ -49,6 +49,10 @@ pub struct MeshServiceSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 10000))]
     pub max_connections: Option<u16>,
+    /// Whether TCP connections between a client and an endpoint on one node pass data from socket to socket instead of
+    /// through TCP; `docs/services.md` says what applications give up. Unless said otherwise they do not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sockmap: Option<bool>,
     /// Endpoints that take more flows than others beside them; the first that matches counts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64))]

@@ -117,6 +117,47 @@ fn a_delta_sets_and_removes_and_a_full_answer_replaces() {
 }
 
 #[test]
+fn whether_a_service_asks_for_sockmap_is_a_change_by_itself() {
+    let mesh = authority();
+    let kind = ServiceKind::ClusterIp(vec![[10, 96, 0, 1].into()]);
+    let mut service = Service::new(name("default", "a"), kind);
+    let without = service_resource(&service);
+    service.balance.sockmap = true;
+    let with = service_resource(&service);
+    let mut state = State::new(mesh.certificate_der().clone()).unwrap();
+    let mut check = |response, expected: bool| {
+        assert_eq!(state.apply(response, Trust::Check), []);
+        let snapshot = state.snapshot(Generation(1)).unwrap();
+        let found = &snapshot.services[&service.name];
+        assert_eq!(found.balance.sockmap, expected);
+    };
+    let first = [settings(&mesh), without.clone()];
+    check(respond(true, &first, &[]), false);
+    check(respond(false, &[with], &[]), true);
+    check(respond(false, &[without], &[]), false);
+}
+
+/// Who knows no such field says of the others what it said before.
+#[test]
+fn a_sender_that_knows_no_sockmap_asks_for_none() {
+    let mesh = authority();
+    let kind = ServiceKind::ClusterIp(vec![[10, 96, 0, 1].into()]);
+    let mut service = Service::new(name("default", "a"), kind);
+    service.balance.spill_over = 3;
+    let resource = service_resource(&service);
+    // Field 14 of the service, `balance`: field 2 of it, 3, and no field 5.
+    let encoded = resource.encode_to_vec();
+    assert!(
+        encoded.ends_with(&[14 << 3 | 2, 2, 2 << 3, 3]),
+        "{encoded:?}"
+    );
+    let received = Resource::decode(encoded.as_slice()).unwrap();
+    let (snapshot, rejected) = read(&mesh, &[settings(&mesh), received]).unwrap();
+    assert_eq!(rejected, []);
+    assert_eq!(*snapshot.services[&service.name], service);
+}
+
+#[test]
 fn a_resource_that_breaks_leaves_the_snapshot_and_comes_back_when_it_is_mended() {
     let (ours, theirs) = (authority(), authority());
     let mut state = State::new(ours.certificate_der().clone()).unwrap();
@@ -174,7 +215,7 @@ type ServiceParts = (
     String,
     ServiceKind,
     Vec<(String, bool, u16)>,
-    [bool; 3],
+    [bool; 4],
     Option<TrafficDistribution>,
     Option<u32>,
     Vec<IpAddr>,
@@ -210,7 +251,7 @@ fn parts() -> impl Strategy<Value = Parts> {
         Just(Some(TrafficDistribution::SameZone)),
         Just(Some(TrafficDistribution::SameNode)),
     ];
-    let flags = any::<[bool; 3]>();
+    let flags = any::<[bool; 4]>();
     let outside = vec(any::<IpAddr>(), 0..3);
     let affinity_s = option::of(1..=u32::MAX);
     let ports = vec(port, 0..3);
@@ -298,7 +339,7 @@ fn service(parts: &ServiceParts) -> Service {
         port: *port,
         node_port: tcp.then_some(*port | 0x7000),
     });
-    let [publish_not_ready, local_only, external_local_only] = *flags;
+    let [publish_not_ready, local_only, external_local_only, sockmap] = *flags;
     Service {
         name: name("default", text),
         kind: kind.clone(),
@@ -314,7 +355,10 @@ fn service(parts: &ServiceParts) -> Service {
             local_only: external_local_only,
             health_check: external_local_only.then_some(30_090),
         },
-        balance: balance(text, *affinity_s, outside),
+        balance: Balance {
+            sockmap,
+            ..balance(text, *affinity_s, outside)
+        },
     }
 }
 
@@ -338,6 +382,7 @@ fn balance(text: &str, number: Option<u32>, addresses: &[IpAddr]) -> Balance {
         policy: policies[text.len() % 4],
         spill_over: number.map_or(0, |number| number.to_be_bytes()[0].into()),
         max_connections: NonZeroU16::new(u16::from(text.len().is_multiple_of(2)) * 7),
+        sockmap: false,
         weights: weights
             .map(|(place, weight)| Weight { place, weight })
             .collect(),

@@ -11,6 +11,7 @@ mod external;
 mod health;
 mod incremental;
 mod model;
+mod sockmap;
 
 /// `own` and `near` share site A, `zone` shares the zone, `region` the region, `far` nothing.
 fn view() -> View {

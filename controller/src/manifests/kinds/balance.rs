@@ -4,14 +4,14 @@ use std::{collections::BTreeMap, num::NonZeroU16};
 
 use mesh_api::crd::{
     EndpointWeight, MAX_CONNECTIONS_ANNOTATION, MeshServiceSpec, POLICY_ANNOTATION,
-    SPILL_OVER_ANNOTATION,
+    SOCKMAP_ANNOTATION, SPILL_OVER_ANNOTATION,
 };
 use mesh_core::snapshot::{
     Balance, CONNECTIONS_MAX, Place, Policy, SPILL_OVER_MAX, ServiceName, WEIGHT_MAX, WEIGHTS_MAX,
     Weight,
 };
 
-use super::{Checked, FieldProblem, Object, ObjectId, parse};
+use super::{Checked, FieldProblem, Object, ObjectId, optional, parse};
 
 pub(crate) fn mesh_service(id: &ObjectId, spec: &MeshServiceSpec) -> Checked<Object> {
     if spec.weights.len() > WEIGHTS_MAX {
@@ -23,6 +23,7 @@ pub(crate) fn mesh_service(id: &ObjectId, spec: &MeshServiceSpec) -> Checked<Obj
         policy: policy("spec.policy", spec.policy.as_deref())?,
         spill_over: spill_over("spec.spillOver", spec.spill_over)?,
         max_connections: max_connections("spec.maxConnections", spec.max_connections)?,
+        sockmap: spec.sockmap.unwrap_or_default(),
         weights: weights
             .map(|(index, raw)| weight(&format!("spec.weights[{index}]"), raw))
             .collect::<Checked<_>>()?,
@@ -41,10 +42,12 @@ pub(super) fn by_annotations(said: Option<&BTreeMap<String, String>>) -> Checked
     let enough = text(SPILL_OVER_ANNOTATION).map(|text| parse(&parts, text));
     let connections = field(MAX_CONNECTIONS_ANNOTATION);
     let limit = text(MAX_CONNECTIONS_ANNOTATION).map(|text| parse(&connections, text));
+    let sockmap = optional(&field(SOCKMAP_ANNOTATION), text(SOCKMAP_ANNOTATION))?;
     Ok(Balance {
         policy: policy(&field(POLICY_ANNOTATION), text(POLICY_ANNOTATION))?,
         spill_over: spill_over(&parts, enough.transpose()?)?,
         max_connections: max_connections(&connections, limit.transpose()?)?,
+        sockmap: sockmap.unwrap_or_default(),
         weights: Vec::new(),
     })
 }

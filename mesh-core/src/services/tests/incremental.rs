@@ -132,6 +132,12 @@ fn a_view_costs_the_services_that_it_changes() {
     };
     check(again, 0, 0);
     check(|view| slice_of(view, 7).endpoints[0].ready = false, 1, 1);
+    let sockmap = |view: &mut View| {
+        let services = &mut Arc::make_mut(&mut view.snapshot).services;
+        let service = Arc::make_mut(services.get_mut(&named(7)).unwrap());
+        service.balance.sockmap = true;
+    };
+    check(sockmap, 1, 0);
     // Nobody was led there.
     check(|view| slice_of(view, 7).endpoints[1].ready = false, 1, 0);
     check(

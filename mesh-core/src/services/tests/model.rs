@@ -179,7 +179,11 @@ fn endpoints(
 }
 
 /// Row "kubernetes.default", and what the slice says.
-fn node_of<'a>(view: &'a View, service: &Service, endpoint: &'a Endpoint) -> Option<&'a NodeName> {
+pub(super) fn node_of<'a>(
+    view: &'a View,
+    service: &Service,
+    endpoint: &'a Endpoint,
+) -> Option<&'a NodeName> {
     let api_server = service.name.to_string() == "default/kubernetes";
     if endpoint.node.is_some() || !api_server {
         return endpoint.node.as_ref();
@@ -375,6 +379,7 @@ fn service() -> impl Strategy<Value = Service> {
         distribution,
         mostly(true),
         (policy, 0..4_u16, option::of(select([1, 2, 9].as_slice()))),
+        mostly(false),
     );
     let parts = (
         name,
@@ -392,7 +397,7 @@ fn service() -> impl Strategy<Value = Service> {
                 namespace: namespace.to_owned(),
                 name: name.to_owned(),
             };
-            let (flags, distribution, has_address, (policy, spill_over, limit)) = said;
+            let (flags, distribution, has_address, (policy, spill_over, limit), sockmap) = said;
             let kind = if has_address {
                 ServiceKind::ClusterIp(cluster)
             } else {
@@ -419,6 +424,7 @@ fn service() -> impl Strategy<Value = Service> {
                     policy,
                     spill_over,
                     max_connections: limit.and_then(NonZeroU16::new),
+                    sockmap,
                     weights: Vec::new(),
                 },
                 ..Service::new(name, kind)
