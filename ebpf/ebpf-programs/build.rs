@@ -10,9 +10,10 @@ use std::{
 /// Each becomes an object of its own.
 const SOURCES: [&str; 3] = ["src/programs.c", "src/policy.c", "src/mapping.c"];
 /// What they include.
-const PARTS: [&str; 10] = [
+const PARTS: [&str; 11] = [
     "src/change.h",
     "src/services.c",
+    "src/sockmap.c",
     "src/common.h",
     "src/parse.h",
     "src/tracked.c",

@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use crate::{mapping, packets, policy, redirect};
+use crate::{mapping, packets, policy, redirect, sockmap};
 
 /// How a Rust type is written in C.
 pub(crate) trait CType {
@@ -131,7 +131,7 @@ impl fmt::Display for CHeader {
         )?;
         let limits = crate::LIMITS.iter().chain(packets::LIMITS);
         let limits = limits.chain(redirect::LIMITS).chain(policy::LIMITS);
-        for (name, value) in limits.chain(mapping::LIMITS) {
+        for (name, value) in limits.chain(mapping::LIMITS).chain(sockmap::LIMITS) {
             writeln!(f, "#define {name} {value}u")?;
         }
         writeln!(f, "\nenum counter {{")?;
@@ -166,7 +166,7 @@ impl fmt::Display for CHeader {
         writeln!(f, "    MAPPING_COUNTERS_MAX,\n}};")?;
         let layouts = crate::LAYOUTS.iter().chain(packets::LAYOUTS);
         let layouts = layouts.chain(redirect::LAYOUTS).chain(policy::LAYOUTS);
-        let mut layouts = layouts.chain(mapping::LAYOUTS);
+        let mut layouts = layouts.chain(mapping::LAYOUTS).chain(sockmap::LAYOUTS);
         layouts.try_for_each(|layout| write_layout(f, layout))
     }
 }

@@ -14,6 +14,7 @@ mod mapping;
 mod packets;
 mod policy;
 mod redirect;
+mod sockmap;
 
 use core::net::{IpAddr, Ipv6Addr, SocketAddr};
 
@@ -37,6 +38,10 @@ pub use policy::{
     PolicyPort, PolicySeen, PolicyState,
 };
 pub use redirect::{REDIRECTS_MAX, ROUTES_MAX, RedirectCounter, Route, RoutePrefix};
+pub use sockmap::{
+    Connection, ConnectionEnd, Exchange, SOCKMAP_CONNECTIONS_MAX, SOCKMAP_ENDS_MAX,
+    SOCKMAP_PAIRS_MAX, SOCKMAP_UNANSWERED_MAX,
+};
 
 limits! {
     /// Service addresses with a port and a protocol: 10,000 services of three ports in two
@@ -224,6 +229,10 @@ counters! {
     /// What was chosen could not be remembered: the socket sees the endpoint's address, or the
     /// client's next flow goes elsewhere.
     NotRemembered = "not_remembered",
+    /// A connection's two ends were joined in the sockmap: what is written to one goes past TCP.
+    SockmapJoined = "sockmap_joined",
+    /// One end of such a connection writes by TCP again, for good.
+    SockmapLeft = "sockmap_left",
 }
 
 impl SocketAddress {

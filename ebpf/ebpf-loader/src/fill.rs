@@ -7,13 +7,13 @@ use std::{
 };
 
 use aya::{Ebpf, maps::Map};
-use ebpf_abi::{KEPT_PREFIXES_MAX, MAPPINGS_MAX, REDIRECTS_MAX, ROUTES_MAX};
+use ebpf_abi::{KEPT_PREFIXES_MAX, MAPPINGS_MAX, REDIRECTS_MAX, ROUTES_MAX, SOCKMAP_PAIRS_MAX};
 
 use crate::{
     LIMITS, Services, inspect,
     mapping::Mappings,
     policy::{self, Policy},
-    redirect,
+    redirect, sockmap,
     tracked::TRACKED,
 };
 
@@ -73,6 +73,11 @@ impl Services {
             written("hf_frontends", self.installed.len(), LIMITS.frontends),
             written("hf_endpoints", self.installed_slots, LIMITS.endpoints),
             written("hf_ranges", self.installed_ranges, LIMITS.ranges),
+            written(
+                sockmap::WANTED,
+                self.sockmap.told_len(),
+                SOCKMAP_PAIRS_MAX as usize,
+            ),
         ];
         if let Some(interfaces) = &self.interfaces {
             let room = KEPT_PREFIXES_MAX as usize;

@@ -107,7 +107,13 @@ fn loaded(ebpf: &Ebpf) -> Vec<LoadedProgram> {
         let info = program.info().ok()?;
         Some(LoadedProgram {
             name: name.to_owned(),
-            hook: hook(name, matches!(program, Program::SchedClassifier(_))),
+            hook: if matches!(program, Program::SockOps(_)) {
+                "cgroup sock_ops".to_owned()
+            } else if matches!(program, Program::SkMsg(_)) {
+                "sk_msg".to_owned()
+            } else {
+                hook(name, matches!(program, Program::SchedClassifier(_)))
+            },
             id: info.id(),
             tag: info.tag(),
             verified_instructions: info.verified_instruction_count().unwrap_or_default(),
@@ -169,6 +175,7 @@ impl Services {
         let mut programs = loaded(&self.ebpf);
         let cgroup = At::Cgroup(self.cgroup.clone());
         put(&mut programs, &cgroup, &self.links);
+        put(&mut programs, &cgroup, self.sockmap.link());
         let watching = programs
             .iter_mut()
             .find(|one| one.name == connects::PROGRAM);
@@ -249,7 +256,7 @@ pub fn maps(ids: &BTreeSet<u32>, count: bool) -> Vec<LoadedMap> {
 }
 
 /// The kinds that are used, by the names that `bpftool` has for them.
-const KINDS: [(MapType, &str); 9] = [
+const KINDS: [(MapType, &str); 10] = [
     (MapType::Hash, "hash"),
     (MapType::LruHash, "lru_hash"),
     (MapType::LpmTrie, "lpm_trie"),
@@ -259,6 +266,7 @@ const KINDS: [(MapType, &str); 9] = [
     (MapType::DevMapHash, "devmap_hash"),
     (MapType::RingBuf, "ringbuf"),
     (MapType::SkStorage, "sk_storage"),
+    (MapType::SockHash, "sockhash"),
 ];
 
 fn kind(kind: MapType) -> &'static str {
@@ -329,12 +337,14 @@ fn hash_entries(map: Map, sizes: (u32, u32), most: u32) -> Result<Option<u32>, M
         (32, 20) => hash::<32, 20>(map, most),
         (32, 32) => hash::<32, 32>(map, most),
         (32, 40) => hash::<32, 40>(map, most),
+        (40, 4) => hash::<40, 4>(map, most),
         (40, 16) => hash::<40, 16>(map, most),
         (40, 20) => hash::<40, 20>(map, most),
         (40, 24) => hash::<40, 24>(map, most),
         (40, 32) => hash::<40, 32>(map, most),
         (40, 40) => hash::<40, 40>(map, most),
         (44, 16) => hash::<44, 16>(map, most),
+        (48, 12) => hash::<48, 12>(map, most),
         _ => Ok(None),
     }
 }

@@ -20,6 +20,7 @@ mod pins;
 mod plan;
 pub mod policy;
 mod redirect;
+mod sockmap;
 mod tracked;
 mod udp;
 
@@ -63,6 +64,7 @@ pub use crate::{
     pins::{BPFFS, Pins, PinsError},
     plan::LeftOut,
     redirect::{RedirectKind, RedirectLink, RedirectReport, Redirects},
+    sockmap::SockmapError,
     udp::{DeviceFlow, Led},
 };
 
@@ -222,6 +224,7 @@ pub struct Services {
     links: Vec<KeptLink>,
     /// Of the one that counts how connects end, while it does.
     watching: Option<SockOpsLink>,
+    sockmap: sockmap::Sockmap,
     keeper: Keeper,
     cgroup: PathBuf,
     /// Owns the programs and the other maps.
@@ -351,6 +354,7 @@ impl Services {
             .and_then(|program| patiently(|| program.load()))
             .map_err(|error| rejected(RELEASE, error.into()))?;
         connects::load(&mut ebpf).map_err(|error| rejected(connects::PROGRAM, error.into()))?;
+        let sockmap = sockmap::Sockmap::load(&mut ebpf)?;
         let interfaces = packets.then(|| packets::Interfaces::load(&mut ebpf));
         let interfaces = interfaces.transpose()?;
         if let Some(pins) = &pins {
@@ -392,6 +396,7 @@ impl Services {
             interfaces,
             links: Vec::new(),
             watching: None,
+            sockmap,
             keeper: Keeper::new(pins),
             cgroup: cgroup.to_owned(),
             ebpf,

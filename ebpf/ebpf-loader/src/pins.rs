@@ -41,6 +41,7 @@ use rustix::{
 use crate::{
     cgroup::{CgroupError, open_cgroup2},
     guard::{self, Turn},
+    sockmap,
 };
 
 /// Where bpffs is, on every machine that has it mounted.
@@ -236,6 +237,7 @@ impl Pins {
         }
         remove_folder(&self.folder.join(LINKS), &mut problems);
         for folder in self.maps_folders() {
+            sockmap::leave_at(&folder);
             remove_folder(&folder, &mut problems);
         }
         remove_folder(&self.folder, &mut problems);
@@ -268,6 +270,7 @@ impl Pins {
                  of flows and clients is lost"
             );
             let mut problems = Vec::new();
+            sockmap::leave_at(&folder);
             remove_files(&folder, &mut problems);
             if let Some(problem) = problems.pop() {
                 return Err(problem);
@@ -287,6 +290,7 @@ impl Pins {
         for folder in self.maps_folders() {
             if folder != own {
                 tracing::info!(folder = %folder.display(), "maps of another version are not taken over");
+                sockmap::leave_at(&folder);
                 remove_folder(&folder, &mut problems);
             }
         }

@@ -2,6 +2,8 @@
 /* One object, so that both levels share the maps of services without a pinned file. */
 #include "services.c"
 
+#include "sockmap.c"
+
 #include "packets.c"
 
 #include "errors.c"
