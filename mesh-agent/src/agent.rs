@@ -6,7 +6,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -388,6 +388,10 @@ async fn start(
         services,
         problem: services_unkept,
     } = load_services(&settings)?;
+    if let Some(services) = &services {
+        let mut enforcer = enforcer.lock().unwrap_or_else(PoisonError::into_inner);
+        enforcer.judge_sockets(Arc::clone(services));
+    }
     let driver = Driver::new(driver::Parts {
         core,
         tunnel,

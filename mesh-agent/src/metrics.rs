@@ -64,13 +64,15 @@ pub struct Kernel {
 
 /// Counters of flows to services: where they get their endpoint, the counter's name there, and what that means. What is
 /// redirected are packets, of flows that are counted here as others are.
-const FLOWS: [(&str, &str, &str); 16] = [
+const FLOWS: [(&str, &str, &str); 18] = [
     ("socket", "connect_rewritten", "translated"),
     ("socket", "connect_refused", "refused"),
     ("socket", "connect_failed", "failed"),
     ("socket", "flow_moved", "moved"),
     ("socket", "send_rewritten", "datagram_translated"),
     ("socket", "send_refused", "datagram_refused"),
+    ("socket", "sockmap_joined", "sockmap_joined"),
+    ("socket", "sockmap_left", "sockmap_left"),
     ("packet", "flow_opened", "translated"),
     ("packet", "refused_tcp", "refused"),
     ("packet", "refused_udp", "refused"),

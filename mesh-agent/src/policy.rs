@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::Context as _;
 use ebpf_loader::{
-    Pins, PinsError,
+    Pins, PinsError, Services,
     fill::{Fill, FlowMap},
     inspect::LoadedProgram,
     policy as kernel,
@@ -62,6 +62,8 @@ pub struct Enforcer {
     left: bool,
     /// Once it is known: until then what an earlier agent enforced at pods holds.
     guarded: Option<Guarded>,
+    /// Whose open connections may go past the packets that are judged.
+    services: Option<Arc<Mutex<Services>>>,
     /// What the kernel refused.
     refused: Option<String>,
     /// The file by which the CNI plug-in knows that new pods are to be guarded.
@@ -96,6 +98,7 @@ impl Enforcer {
             left: pins.is_some(),
             pins,
             guarded: None,
+            services: None,
             refused: None,
             file: None,
             told: None,
@@ -108,6 +111,25 @@ impl Enforcer {
         Self {
             file: folder.map(|folder| folder.join(POLICY_FILE)),
             ..self
+        }
+    }
+
+    /// From now on, what is enforced anew holds for open connections of these as well that go from socket to socket.
+    pub fn judge_sockets(&mut self, services: Arc<Mutex<Services>>) {
+        self.services = Some(services);
+        if self.programs.is_some() {
+            self.leave_sockmap();
+        }
+    }
+
+    /// What goes past packets goes by them again, as those are what is judged.
+    fn leave_sockmap(&self) {
+        let Some(services) = &self.services else {
+            return;
+        };
+        let mut services = services.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = services.leave_sockmap() {
+            tracing::warn!(error = %chain(&error), "policy does not see what open connections of services with `sockmap` say");
         }
     }
 
@@ -159,9 +181,10 @@ impl Enforcer {
                 return all.map(|&index| (index, chain(&error))).collect();
             }
         };
-        if report.attached > 0 {
+        let attached = report.attached;
+        if attached > 0 {
             tracing::info!(
-                interfaces = report.attached,
+                interfaces = attached,
                 "policies are enforced at pods' interfaces"
             );
         }
@@ -172,7 +195,11 @@ impl Enforcer {
             let problem = format!("there is room for {} interfaces", kernel::PODS_MAX);
             (IfIndex(index), problem)
         });
-        failed.chain(left_out).collect()
+        let unguarded = failed.chain(left_out).collect();
+        if attached > 0 {
+            self.leave_sockmap();
+        }
+        unguarded
     }
 
     /// Enforces what `snapshot` says. It takes system calls.
@@ -200,6 +227,7 @@ impl Enforcer {
         // After the tables: what comes before them passes as it did until now.
         programs.attach_tunnel(self.tunnel.0)?;
         let unguarded = self.attach_guards();
+        self.leave_sockmap();
         let left_out = self.compiler.tables().left_out;
         if !left_out.is_nothing() {
             tracing::warn!(?left_out, "the policy tables are full: judged strictly");

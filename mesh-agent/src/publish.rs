@@ -2,7 +2,9 @@
 //! beside the driver, and only the newest view counts.
 
 use std::{
+    collections::BTreeSet,
     iter,
+    net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -41,6 +43,7 @@ pub async fn keep_services(
     let mut followed = services::Table::default();
     let mut left_out = LeftOut::default();
     let mut prefixes_left_out = 0;
+    let mut sockmap_left_out = 0;
     let mut next_look = Instant::now();
     loop {
         let view = views.borrow_and_update().clone();
@@ -52,10 +55,11 @@ pub async fn keep_services(
                 let prefixes = masquerade.transpose();
                 let prefixes = prefixes.context("cannot tell the kernel this node's prefixes")?;
                 let report = update(&mut followed, &view, &mut services)?;
+                let sockmap = services.use_sockmap(&sockmap(&view))?;
                 services.attach()?; // Those of an earlier agent were there until now.
-                anyhow::Ok((followed, report, prefixes.unwrap_or_default()))
+                anyhow::Ok((followed, report, prefixes.unwrap_or_default(), sockmap))
             });
-            let (back, report, prefixes) = report.await??;
+            let (back, report, prefixes, sockmap) = report.await??;
             followed = back;
             published.send_replace(true);
             if prefixes != prefixes_left_out {
@@ -63,6 +67,13 @@ pub async fn keep_services(
                 tracing::warn!(
                     prefixes,
                     "too many prefixes of this node: devices in some go as the node itself"
+                );
+            }
+            if sockmap != sockmap_left_out {
+                sockmap_left_out = sockmap;
+                tracing::warn!(
+                    endpoints = sockmap,
+                    "too many endpoints of services with `sockmap` on this node: left to TCP"
                 );
             }
             if report.left_out != left_out {
@@ -146,6 +157,14 @@ pub fn update(
         iter::once(all).chain(outside)
     });
     services.apply(&all.collect())
+}
+
+/// Which connections between sockets of this node go past TCP.
+fn sockmap(view: &View) -> BTreeSet<(ebpf_loader::Frontend, SocketAddr)> {
+    let pairs = services::sockmap(view).into_iter();
+    pairs
+        .map(|(frontend, endpoint)| (convert(frontend, Clients::All), endpoint))
+        .collect()
 }
 
 fn convert(frontend: services::Frontend, clients: Clients) -> ebpf_loader::Frontend {

@@ -307,11 +307,8 @@ pub fn connection_limits(view: &View) -> BTreeMap<SocketAddr, u32> {
     limits
 }
 
-/// Most pairs of [`sockmap`]: as many as the kernel's map holds.
-pub const SOCKMAP_PAIRS_MAX: usize = 4_096;
-
 /// Each frontend of a service with `sockmap` with each of its endpoints on this node, ready or not: connections that
-/// are open stay. At most [`SOCKMAP_PAIRS_MAX`], the first in order. Costs a look at each service, and at the
+/// are open stay. Costs a look at each service, and at the
 /// endpoints of those: who has a frontend that another service asks for too is not looked for.
 #[must_use]
 pub fn sockmap(view: &View) -> BTreeSet<(Frontend, SocketAddr)> {
@@ -332,9 +329,6 @@ pub fn sockmap(view: &View) -> BTreeSet<(Frontend, SocketAddr)> {
                     let target = one.target(port);
                     let endpoint = target.map(|target| SocketAddr::new(one.address, target));
                     pairs.extend(endpoint.map(|endpoint| (frontend, endpoint)));
-                    if pairs.len() > SOCKMAP_PAIRS_MAX {
-                        pairs.pop_last();
-                    }
                 }
             }
         }

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Result, bail, ensure};
 use netns_tests::{
     mesh::{self, Mesh},
-    node::Node,
+    node::{Node, Process},
     tool,
 };
 use serde_json::Value;
@@ -520,6 +520,107 @@ fn a_device_is_served_by_a_pod_of_its_gateway_past_the_stack_and_policy_is_enfor
     tool::eventually("the policy is in force", SOON, denied)?;
     ingress(&mesh, "[{from: [{ipBlock: {cidr: 192.168.7.0/24}}]}]")?;
     tool::eventually("the device may", SOON, is_redirected)?;
+    mesh.ends_well()
+}
+
+/// Packets that the pod of this name sent: what is redirected into it is not counted at its interface.
+fn carried(mesh: &Mesh, name: &str) -> Result<u64> {
+    let node = mesh.node(A)?;
+    let file = format!("/sys/class/net/pod-{name}/statistics/rx_packets");
+    let words = ["ip", "netns", "exec", node.netns(), "cat", &file];
+    Ok(node.run(&words, SOON)?.ok()?.trim().parse()?)
+}
+
+/// Lines that came back, and how many more packets that took, of two seconds' worth.
+fn stream_goes_on(mesh: &Mesh, stream: &mut Process) -> Result<u64> {
+    stream.running()?;
+    let lines = |stream: &Process| stream.log().lines().count();
+    let (before, packets) = (lines(stream), carried(mesh, "db")?);
+    tool::eventually("the stream goes on", SOON, || {
+        ensure!(lines(stream) >= before + 40, "{before} lines, and few more");
+        Ok(())
+    })?;
+    Ok(carried(mesh, "db")? - packets)
+}
+
+/// The processes are of the node's cgroup, as those of pods are, and in pods' namespaces.
+#[test]
+fn what_goes_from_socket_to_socket_is_judged_as_packets_once_policy_changes() -> Result<()> {
+    let mesh = Mesh::two_sites()?;
+    forward(&mesh, &[A])?;
+    let web = Pod::new(&mesh, A, "web", 5)?;
+    let db = Pod::new(&mesh, A, "db", 6)?;
+    let service = format!(
+        "---\napiVersion: v1\nkind: Service\nmetadata: {{name: db, namespace: shop, annotations: \
+         {{mesh.holdfast.dev/sockmap: \"true\"}}}}\nspec: {{clusterIP: 10.43.0.99, ports: [{{port: 80, protocol: TCP}}]}}\n\
+         ---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
+         metadata: {{name: db-1, namespace: shop, labels: {{kubernetes.io/service-name: db}}}}\naddressType: IPv4\n\
+         ports: [{{port: {PORT}, protocol: TCP}}]\nendpoints: [{{addresses: [{}], nodeName: {A}}}]\n",
+        db.addresses[0]
+    );
+    tell_of_pods(
+        &mesh,
+        &(web.manifest(A, "web") + &db.manifest(A, "db") + &service),
+    )?;
+    restart(&mesh, A, PODS)?;
+    let host = mesh.node(A)?;
+    let inside = |pod: &Pod, words: &str| {
+        let netns = format!("--net=/run/netns/{}", pod.node.netns());
+        ["nsenter", &netns, "sh", "-c", words].map(str::to_owned)
+    };
+    let echo = format!("exec socat TCP4-LISTEN:{PORT},fork,reuseaddr EXEC:cat");
+    let _echo = host.spawn("echo", &inside(&db, &echo))?;
+    let asks = "echo there | socat -t 1 - TCP4:10.43.0.99:80,connect-timeout=1";
+    tool::eventually("the service answers", SOON, || {
+        let said = host.run(&inside(&web, asks), SOON)?.ok()?;
+        ensure!(said.trim() == "there", "{said}");
+        Ok(())
+    })?;
+    // The process that is spawned is the one with the socket: when it ends, so does who writes.
+    let stream = |name: &str| {
+        let pipe = host.dir().join(format!("{name}.pipe"));
+        let pipe = pipe.display();
+        let words = format!(
+            "mkfifo {pipe}; for line in $(seq 4000); do echo $line; sleep 0.05; done > {pipe} & \
+             exec socat -t 10 - TCP4:10.43.0.99:80 < {pipe}"
+        );
+        host.spawn(name, &inside(&web, &words))
+    };
+    let mut first = stream("first")?;
+    tool::eventually("no packets are needed", SOON, || {
+        let packets = stream_goes_on(&mesh, &mut first)?;
+        ensure!(packets < 10, "{packets}");
+        Ok(())
+    })?;
+
+    ingress(&mesh, "[]")?;
+    tool::eventually("the open stream is cut", SOON, || {
+        ensure!(counted(&mesh, A, "denied")? > 0, "nothing was denied");
+        Ok(())
+    })?;
+    let allowed = "[{from: [{podSelector: {matchLabels: {app: web}}}]}]";
+    ingress(&mesh, allowed)?;
+    let packets = stream_goes_on(&mesh, &mut first)?;
+    ensure!(packets >= 20, "{packets}: policy judges packets");
+    let mut second = stream("second")?;
+    first.kill()?;
+    tool::eventually("a new one needs no packets", SOON, || {
+        let packets = stream_goes_on(&mesh, &mut second)?;
+        ensure!(packets < 10, "{packets}");
+        Ok(())
+    })?;
+    for killed in [false, true] {
+        let mut agent = mesh.take(A, "mesh-agent")?;
+        if killed {
+            agent.kill()?;
+        } else {
+            agent.terminate(SOON)?;
+        }
+        stream_goes_on(&mesh, &mut second)?;
+        mesh.start_agent_with(A, PODS)?;
+        mesh.agent_ready(A, 2)?;
+        stream_goes_on(&mesh, &mut second)?;
+    }
     mesh.ends_well()
 }
 

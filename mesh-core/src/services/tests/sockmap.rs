@@ -137,23 +137,6 @@ fn addresses_outside_and_node_ports_are_paired_and_a_node_by_its_overlay_address
     assert_eq!(pairs(&view), expected);
 }
 
-#[test]
-fn pairs_beyond_the_limit_are_the_last_in_order() {
-    let all = (0_u16..=4_096).map(|number| {
-        let [high, low] = number.to_be_bytes();
-        Endpoint {
-            address: [10, 42, high, low].into(),
-            ..on("own", 0)
-        }
-    });
-    // In another order than that of the pairs.
-    let view = with(asked_for(), all.rev().collect());
-    let pairs = sockmap(&view);
-    assert_eq!(pairs.len(), SOCKMAP_PAIRS_MAX);
-    let ends = [pairs.first(), pairs.last()].map(|pair| pair.unwrap().1.ip());
-    assert_eq!(ends, [[10, 42, 0, 0], [10, 42, 15, 255]].map(IpAddr::from));
-}
-
 /// A view in which the table leads to every endpoint of one service's port on this node, and to no other.
 fn all_here(view: &View, service: &Service, port: &ServicePort) -> View {
     let mut snapshot = Snapshot::clone(&view.snapshot);
