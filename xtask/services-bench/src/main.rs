@@ -9,7 +9,7 @@ mod client;
 mod server;
 mod tables;
 
-use std::{env, path::Path, process::ExitCode};
+use std::{env, net::SocketAddr, path::Path, process::ExitCode};
 
 use anyhow::{Context as _, Result, bail};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -18,10 +18,11 @@ const USAGE: &str = "usage: services-bench serve ADDR:PORT…  answers by TCP an
        services-bench ask CGROUP        moves there; then a question a line on standard input:
            connect|first_byte|round_trip|datagram ADDR:PORT[,ADDR:PORT…] COUNT
            bulk|unanswered ADDR:PORT[,ADDR:PORT…] MILLISECONDS
-       services-bench hold CGROUP TABLE [serve=INTERFACE] [pod=INTERFACE…]
+       services-bench hold CGROUP TABLE [serve=INTERFACE] [pod=INTERFACE…] [sockmap=ADDR:PORT,…]
                                         fills the maps from a file, a line each frontend (tcp|udp ADDR:PORT
                                         ENDPOINT…), for the processes of the cgroup, and for what comes in by
-                                        the interface; packets between pods go past the stack; for ever
+                                        the interface; packets between pods go past the stack, connections to
+                                        endpoints after `sockmap=` past TCP; for ever
        services-bench change CGROUP SERVICES ENDPOINTS CHANGES
                                         one endpoint of one service at a time, so many times";
 
@@ -50,6 +51,11 @@ fn dispatch(words: &[String]) -> Result<()> {
                 match word.split_once('=') {
                     Some(("serve", name)) => places.served.push(name.to_owned()),
                     Some(("pod", name)) => places.pods.push(name.to_owned()),
+                    Some(("sockmap", endpoints)) => {
+                        let endpoints = endpoints.split(',').map(str::parse::<SocketAddr>);
+                        let endpoints = endpoints.collect::<Result<Vec<_>, _>>();
+                        places.sockmap.extend(endpoints.context("ADDR:PORT")?);
+                    }
                     _ => bail!("{word}: {USAGE}"),
                 }
             }

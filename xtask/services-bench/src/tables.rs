@@ -1,7 +1,7 @@
 //! Holdfast's tables, from the snapshot to the kernel.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     net::SocketAddr,
     num::NonZeroU32,
@@ -41,6 +41,8 @@ pub(crate) struct Places {
     pub(crate) served: Vec<String>,
     /// Packets between them are redirected.
     pub(crate) pods: Vec<String>,
+    /// Connections to these endpoints go past TCP.
+    pub(crate) sockmap: BTreeSet<SocketAddr>,
 }
 
 /// Fills the maps from a file and serves the processes of `cgroup`, and the interfaces, until killed. Says on standard
@@ -68,6 +70,16 @@ pub(crate) fn hold(cgroup: &Path, table: &Path, places: &Places) -> Result<()> {
     if !places.pods.is_empty() {
         redirect(&mut services, places)?;
     }
+    let pairs = desired.iter().flat_map(|(frontend, backends)| {
+        let here = backends.endpoints.iter();
+        let here = here.filter(|endpoint| places.sockmap.contains(endpoint));
+        here.map(|&endpoint| (*frontend, endpoint))
+    });
+    let pairs = pairs.filter(|(frontend, _)| frontend.protocol == ebpf_loader::Protocol::Tcp);
+    ensure!(
+        services.use_sockmap(&pairs.collect())? == 0,
+        "too many endpoints"
+    );
     let load_ns = nanoseconds(began.elapsed())?;
     println!(
         "{}",

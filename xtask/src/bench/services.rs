@@ -252,6 +252,7 @@ fn get(case: &Case, samples: &mut Samples) -> Result<()> {
         Kind::Haproxy => ("haproxy", "haproxy", "-v"),
         Kind::Direct
         | Kind::Sockets(_)
+        | Kind::Sockmap(_)
         | Kind::Redirect(_)
         | Kind::Packets(_)
         | Kind::PacketsRedirect(_)

@@ -19,7 +19,9 @@ pub(super) enum Kind {
     Direct,
     /// Holdfast's cgroup programs.
     Sockets(Cluster),
-    /// Those, and packets between the pods redirected past the node's stack.
+    /// Those, and both ends of a connection joined in the sockmap.
+    Sockmap(Cluster),
+    /// The cgroup programs, and packets between the pods redirected past the node's stack.
     Redirect(Cluster),
     /// Holdfast's tcx programs at the node's end of the client's wire.
     Packets(Cluster),
@@ -60,6 +62,8 @@ pub(super) const CASES: &[Case] = &[
     case("holdfast-socket-1", Kind::Sockets(ONE)),
     case("holdfast-socket-1000", Kind::Sockets(THOUSAND)),
     case("holdfast-socket-10000", Kind::Sockets(TEN_THOUSAND)),
+    case("holdfast-sockmap-1", Kind::Sockmap(ONE)),
+    case("holdfast-sockmap-1000", Kind::Sockmap(THOUSAND)),
     case("holdfast-redirect-1", Kind::Redirect(ONE)),
     case("holdfast-redirect-1000", Kind::Redirect(THOUSAND)),
     case("holdfast-redirect-10000", Kind::Redirect(TEN_THOUSAND)),
@@ -113,6 +117,7 @@ impl Kind {
             Self::Nftables(_) | Self::Iptables(_) | Self::Haproxy => true,
             Self::Direct
             | Self::Sockets(_)
+            | Self::Sockmap(_)
             | Self::Redirect(_)
             | Self::Packets(_)
             | Self::PacketsRedirect(_)

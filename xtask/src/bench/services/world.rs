@@ -112,6 +112,7 @@ impl World {
             Kind::Direct | Kind::Change | Kind::DeadPath => self.direct(case),
             Kind::Sockets(cluster) => self.sockets(case, cluster),
             Kind::Packets(cluster) => self.packets(case, cluster),
+            Kind::Sockmap(cluster) => self.sockmap(case, cluster),
             Kind::Redirect(cluster) => self.redirect(case, cluster, &["pod=client", "pod=server"]),
             Kind::PacketsRedirect(cluster) => {
                 let places = ["pod=client", "pod=server", "serve=client"];
@@ -174,6 +175,25 @@ impl World {
             interfaces,
             way,
         )?;
+        Ok(Way {
+            _place: Some(place),
+            ..way
+        })
+    }
+
+    /// Between pods of a node of their own, whose processes are both in the cgroup that is served.
+    fn sockmap(&self, case: &Case, cluster: Cluster) -> Result<Way> {
+        let cgroup = self.cgroup(case)?;
+        let place = Place::in_cgroup(&self.lab, case.name, &self.program, Some(&cgroup))?;
+        let name = format!("{}-client", case.name);
+        let pod = place.pod(&self.lab, &name, "client", &[CLIENT])?;
+        let way = Way::new(
+            Client::start(&pod, &self.program, &cgroup)?,
+            at(cluster.asked()),
+        );
+        let local = format!("sockmap={}", endpoints().join(","));
+        let (node, program) = (&place.node, &self.program);
+        let way = held(node, program, case, cluster, &cgroup, &[&local], way)?;
         Ok(Way {
             _place: Some(place),
             ..way
@@ -264,15 +284,23 @@ impl World {
 
 impl Place {
     fn new(lab: &Lab, name: &str, program: &str) -> Result<Self> {
+        Self::in_cgroup(lab, name, program, None)
+    }
+
+    /// With the server in a cgroup that is not its pod's own, if there is one.
+    fn in_cgroup(lab: &Lab, name: &str, program: &str, cgroup: Option<&Path>) -> Result<Self> {
         let node = lab.add_node(name)?;
         node.sysctl("net/ipv4/ip_forward", "1")?;
         let server = pod(lab, &node, &format!("{name}-server"), "server", &ENDPOINTS)?;
         let listen = endpoints();
-        let listen: Vec<_> = ["serve"]
-            .into_iter()
-            .chain(listen.iter().map(String::as_str))
-            .collect();
-        let mut process = server.spawn("server", &[&[program], &listen[..]].concat())?;
+        let listen = listen.iter().map(String::as_str);
+        let mut words: Vec<_> = [program, "serve"].into_iter().chain(listen).collect();
+        let moves = cgroup
+            .map(|cgroup| format!("echo $$ > {}/cgroup.procs && exec \"$@\"", cgroup.display()));
+        if let Some(moves) = &moves {
+            words = [&["sh", "-c", moves, "sh"], &words[..]].concat();
+        }
+        let mut process = server.spawn("server", &words)?;
         tool::eventually("a server that listens", UP_LIMIT, || {
             process.running()?;
             process
