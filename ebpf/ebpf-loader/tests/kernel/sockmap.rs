@@ -8,7 +8,7 @@ use std::{
     os::fd::OwnedFd,
     path::Path,
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use ebpf_abi::{Connection, Counter, Exchange, Peer, SOCKMAP_PAIRS_MAX, SOCKMAP_UNANSWERED_MAX};
@@ -502,4 +502,31 @@ fn what_does_not_work_past_tcp_is_what_the_documentation_says() {
     let mut rest = Vec::new();
     client.read_to_end(&mut rest).unwrap();
     assert_eq!(rest, b"answer", "an end instead of a reset");
+
+    let (client, _accepted) = connected(family, &server);
+    let woken = thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let began = Instant::now();
+            ((&client).read(&mut [0]), began.elapsed())
+        });
+        // Once the reader waits.
+        thread::sleep(Duration::from_millis(200));
+        client.shutdown(Shutdown::Write).unwrap();
+        reader.join().unwrap()
+    });
+    let (Err(error), waited) = woken else {
+        panic!("{woken:?}");
+    };
+    assert_eq!(error.kind(), ErrorKind::WouldBlock);
+    assert!(waited < PATIENCE / 2, "it waited for {waited:?}");
+
+    let (mut client, accepted) = connected(family, &server);
+    lab.services().leave_sockmap().unwrap();
+    client.write_all(&[1; 100]).unwrap();
+    accepted.peek(&mut [0]).unwrap();
+    assert_eq!(
+        ioctl_fionread(&accepted).unwrap(),
+        0,
+        "FIONREAD of what came by TCP after all"
+    );
 }
