@@ -215,7 +215,7 @@ fn bulk(target: SocketAddr, time: Duration) -> Result<Vec<u64>> {
     // In the sockmap, a reader whom the kernel woke for something else is told that there is nothing to wait for.
     while let Err(error) = stream.peek(&mut taken) {
         ensure!(
-            error.kind() == ErrorKind::WouldBlock && began.elapsed() < time + LIMIT,
+            error.kind() == io::ErrorKind::WouldBlock && began.elapsed() < time + LIMIT,
             error
         );
     }

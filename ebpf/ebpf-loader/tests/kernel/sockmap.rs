@@ -485,8 +485,10 @@ fn what_does_not_work_past_tcp_is_what_the_documentation_says() {
         "FIONREAD of what came past TCP"
     );
     let (_read, write) = pipe().unwrap();
+    accepted.set_nonblocking(true).unwrap(); // Else it waits.
     let moved = splice(&accepted, None, &write, None, 100, SpliceFlags::NONBLOCK);
     assert_eq!(moved, Err(Errno::AGAIN), "splice of what came past TCP");
+    accepted.set_nonblocking(false).unwrap();
     accepted.read_exact(&mut [0; 100]).unwrap();
     send(&client, b"!", SendFlags::OOB).unwrap();
     let (came, _) = recv(&accepted, &mut [0; 1][..], RecvFlags::empty()).unwrap();
