@@ -40,7 +40,7 @@ pub use policy::{
 pub use redirect::{REDIRECTS_MAX, ROUTES_MAX, RedirectCounter, Route, RoutePrefix};
 pub use sockmap::{
     Connection, ConnectionEnd, Exchange, SOCKMAP_CONNECTIONS_MAX, SOCKMAP_ENDS_MAX,
-    SOCKMAP_PAIRS_MAX, SOCKMAP_UNANSWERED_MAX,
+    SOCKMAP_PAIRS_MAX, SOCKMAP_SETTLE_MS, SOCKMAP_UNANSWERED_MAX,
 };
 
 limits! {

@@ -344,7 +344,7 @@ fn hash_entries(map: Map, sizes: (u32, u32), most: u32) -> Result<Option<u32>, M
         (40, 32) => hash::<40, 32>(map, most),
         (40, 40) => hash::<40, 40>(map, most),
         (44, 16) => hash::<44, 16>(map, most),
-        (48, 12) => hash::<48, 12>(map, most),
+        (48, 24) => hash::<48, 24>(map, most),
         _ => Ok(None),
     }
 }

@@ -62,7 +62,7 @@ fn is_open(flow: &Tracked, now: Duration) -> bool {
 }
 
 /// As the programs read it.
-fn now() -> Duration {
+pub(crate) fn now() -> Duration {
     Duration::try_from(clock_gettime(ClockId::Monotonic)).unwrap_or_default()
 }
 

@@ -13,7 +13,7 @@ use ebpf_abi::{ConnectionEnd, Peer, SOCKMAP_PAIRS_MAX};
 use crate::{
     CGROUP_LINKS, Frontend, LoadError, Protocol, Services, absent_is_gone,
     cgroup::open_cgroup2,
-    leftover, missing, no_link,
+    leftover, missing, no_link, open,
     packets::map_of,
     patiently,
     pins::{Keeper, KeptLink},
@@ -27,7 +27,7 @@ const PASS: &str = "hf_sockmap_pass";
 
 pub(crate) const WANTED: &str = "hf_sockmap_for";
 const ENDS: &str = "hf_sockmap";
-const ERA: &str = "hf_sockmap_era";
+const LEFT: &str = "hf_sockmap_left";
 
 /// What is told, and what is attached for it.
 #[derive(Debug)]
@@ -181,13 +181,13 @@ impl Services {
     }
 
     /// Has all open connections that go past TCP go by it again: packets are what policy judges, and it
-    /// changed.
+    /// changed. New ones go by it, too, if they are opened within [`SOCKMAP_SETTLE_MS`](ebpf_abi::SOCKMAP_SETTLE_MS).
     ///
     /// # Errors
     ///
     /// [`MapError`] if the kernel refuses.
     pub fn leave_sockmap(&mut self) -> Result<(), MapError> {
-        next_era(map_of(&mut self.ebpf, ERA)?)
+        leave(map_of(&mut self.ebpf, LEFT)?)
     }
 }
 
@@ -198,20 +198,20 @@ fn peer((frontend, endpoint): (Frontend, SocketAddr)) -> Peer {
     }
 }
 
-fn next_era(mut map: Array<&mut MapData, u32>) -> Result<(), MapError> {
-    let era = map.get(&0, 0)?;
-    map.set(0, era.wrapping_add(1), 0)
+fn leave(mut map: Array<&mut MapData, u64>) -> Result<(), MapError> {
+    let now_ns = u64::try_from(open::now().as_nanos()).unwrap_or(u64::MAX);
+    map.set(0, now_ns, 0)
 }
 
 /// The same for those of the maps in a folder, which nobody will tell any more.
 pub(crate) fn leave_at(folder: &Path) {
-    let path = folder.join(ERA);
+    let path = folder.join(LEFT);
     if !path.exists() {
         return;
     }
     let left = MapData::from_pin(&path).and_then(|map| {
         let mut map = Map::Array(map);
-        next_era((&mut map).try_into()?)
+        leave((&mut map).try_into()?)
     });
     if let Err(error) = left {
         tracing::warn!(path = %path.display(), %error, "open connections go on past TCP");

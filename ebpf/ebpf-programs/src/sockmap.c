@@ -40,17 +40,16 @@ struct {
     __uint(max_entries, SOCKMAP_CONNECTIONS_MAX);
 } hf_exchanges SEC(".maps");
 
-/* Counts how often all that were joined had to go back to TCP. */
+/* When all that were joined had to go back to TCP. */
 struct {
     __uint(type, BPF_MAP_TYPE_ARRAY);
     __type(key, __u32);
-    __type(value, __u32);
+    __type(value, __u64);
     __uint(max_entries, 1);
-} hf_sockmap_era SEC(".maps");
+} hf_sockmap_left SEC(".maps");
 
 struct joined {
     struct connection_end other;
-    __u32 era;
     __u32 by_tcp;
 };
 
@@ -62,12 +61,12 @@ struct {
     __type(value, struct joined);
 } hf_joined SEC(".maps");
 
-static __always_inline __u32 sockmap_era(void)
+static __always_inline __u64 all_left_ns(void)
 {
     __u32 zero = 0;
-    volatile __u32 *era = bpf_map_lookup_elem(&hf_sockmap_era, &zero);
+    volatile __u64 *left_ns = bpf_map_lookup_elem(&hf_sockmap_left, &zero);
 
-    return era ? *era : 0;
+    return left_ns ? *left_ns : 0;
 }
 
 /* At once, whatever the family is: else clang reads by a pointer into the context, which the verifier refuses. */
@@ -115,7 +114,6 @@ static __always_inline bool join(struct bpf_sock_ops *ctx, const struct connecti
         return false;
     joined->other = own;
     joined->other.end = !end;
-    joined->era = sockmap_era();
     bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
     return !bpf_sock_hash_update(ctx, &hf_sockmap, &own, BPF_NOEXIST);
 }
@@ -123,11 +121,14 @@ static __always_inline bool join(struct bpf_sock_ops *ctx, const struct connecti
 static __always_inline void on_client(struct bpf_sock_ops *ctx)
 {
     struct connection connection = {};
-    struct exchange exchange = {.state = ALONE};
+    struct exchange exchange = {.state = ALONE, .joined_ns = bpf_ktime_get_coarse_ns()};
+    __u64 left_ns = all_left_ns();
     struct peer *peer = led(ctx);
 
     /* What TCP Fast Open sent is not in order with what goes past TCP. */
     if (!peer || !bpf_map_lookup_elem(&hf_sockmap_for, peer) || ctx->data_segs_out)
+        return;
+    if (left_ns && (__s64)(exchange.joined_ns - left_ns) < SOCKMAP_SETTLE_MS * 1000000ll)
         return;
     read_ends(ctx, &connection.client, &connection.server);
     connection.client_begins = ctx->snd_nxt;
@@ -190,10 +191,8 @@ static __always_inline bool passes_tcp(struct sk_msg_md *msg, struct joined *joi
     struct exchange *exchange;
     __u32 unanswered;
 
-    if (joined->era != sockmap_era())
-        return false;
     exchange = bpf_map_lookup_elem(&hf_exchanges, &joined->other.connection);
-    if (!exchange)
+    if (!exchange || exchange->joined_ns <= all_left_ns())
         return false;
     unanswered = (is_client ? exchange->asked : exchange->answered) + msg->size;
     if (unanswered > SOCKMAP_UNANSWERED_MAX)

@@ -11,7 +11,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ebpf_abi::{Connection, Counter, Exchange, Peer, SOCKMAP_PAIRS_MAX, SOCKMAP_UNANSWERED_MAX};
+use ebpf_abi::{
+    Connection, Counter, Exchange, Peer, SOCKMAP_PAIRS_MAX, SOCKMAP_SETTLE_MS,
+    SOCKMAP_UNANSWERED_MAX,
+};
 use ebpf_loader::{BPFFS, Clients, Frontend, Pins, Protocol, Services};
 use rustix::{
     io::{Errno, ioctl_fionread},
@@ -55,6 +58,11 @@ fn connected(family: &Family, server: &TcpListener) -> (TcpStream, TcpStream) {
         stream.set_nodelay(true).unwrap();
     }
     (client, server)
+}
+
+/// Until what is opened may go past TCP again.
+fn settle() {
+    thread::sleep(Duration::from_millis(2 * u64::from(SOCKMAP_SETTLE_MS)));
 }
 
 /// Of the test's loopback: each byte that a connection has sent by packets.
@@ -354,6 +362,9 @@ fn after_a_change_of_policy_open_connections_go_by_packets_in_order_and_new_ones
         client.read_exact(&mut came).unwrap();
         assert_eq!(&came, b"one two", "{}", family.name);
         let (client, accepted) = connected(family, &server);
+        assert!(by_packets(|| big_exchange(&client, &accepted)) > 20_000);
+        settle();
+        let (client, accepted) = connected(family, &server);
         assert_eq!(by_packets(|| big_exchange(&client, &accepted)), 0);
     }
 }
@@ -456,6 +467,7 @@ fn what_is_open_goes_on_while_nobody_runs_and_by_packets_once_all_is_removed() {
     let three = open();
     [&one, &two, &three].into_iter().for_each(past);
     second.leave_sockmap().unwrap();
+    settle();
     let four = open();
     past(&four);
     for (client, accepted) in [&one, &two, &three] {

@@ -23,7 +23,7 @@ fn ids(programs: &[LoadedProgram]) -> BTreeSet<u32> {
 fn fills(services: &Services, policy: &Policy, mappings: &Mappings) -> Vec<Fill> {
     let flows = [services.flow_maps(), policy.flow_maps()].concat();
     let flows = FlowCounts::default().fills(&flows);
-    assert_eq!(flows.len(), 12, "{flows:?}");
+    assert_eq!(flows.len(), 13, "{flows:?}");
     [services.fills(), policy.fills(), mappings.fills(), flows].concat()
 }
 
