@@ -161,11 +161,13 @@ impl Services {
         let fitting: BTreeSet<_> = fitting.copied().collect();
         let mut map: HashMap<&mut MapData, Peer, u32> = map_of(&mut self.ebpf, WANTED)?;
         let told = &mut self.sockmap.told;
-        for pair in told.difference(&fitting).copied().collect::<Vec<_>>() {
+        let stale: Vec<_> = told.difference(&fitting).copied().collect();
+        let new: Vec<_> = fitting.difference(told).copied().collect();
+        for pair in stale {
             absent_is_gone(map.remove(&peer(pair)))?;
             told.remove(&pair);
         }
-        for pair in fitting.difference(&told.clone()).copied() {
+        for pair in new {
             map.insert(peer(pair), 1, 0)?;
             told.insert(pair);
         }

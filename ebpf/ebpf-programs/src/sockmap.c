@@ -122,13 +122,13 @@ static __always_inline void on_client(struct bpf_sock_ops *ctx)
 {
     struct connection connection = {};
     struct exchange exchange = {.state = ALONE, .joined_ns = bpf_ktime_get_coarse_ns()};
-    __u64 left_ns = all_left_ns();
     struct peer *peer = led(ctx);
 
     /* What TCP Fast Open sent is not in order with what goes past TCP. */
     if (!peer || !bpf_map_lookup_elem(&hf_sockmap_for, peer) || ctx->data_segs_out)
         return;
-    if (left_ns && (__s64)(exchange.joined_ns - left_ns) < SOCKMAP_SETTLE_MS * 1000000ll)
+    /* What opened it may have been judged before policy changed. */
+    if ((__s64)(exchange.joined_ns - all_left_ns()) < SOCKMAP_SETTLE_MS * 1000000ll)
         return;
     read_ends(ctx, &connection.client, &connection.server);
     connection.client_begins = ctx->snd_nxt;
