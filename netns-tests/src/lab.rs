@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     io::Write as _,
-    net::{Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     process::{self, Child, Command, Stdio},
     sync::{
@@ -265,6 +265,34 @@ impl Lab {
         );
         tool::ip(a.netns(), &format!("{add}\nlink set {a_if} up\n"))?;
         tool::ip(b.netns(), &format!("link set {b_if} up\n"))
+    }
+
+    /// A node behind `router` as a CNI plug-in makes a pod: its `eth0` is the router's `port`. Of each family the
+    /// router's address and its own.
+    ///
+    /// # Errors
+    ///
+    /// If a name is taken.
+    pub fn node_behind(
+        &self,
+        router: &Node,
+        port: &str,
+        name: &str,
+        families: &[[IpAddr; 2]],
+    ) -> Result<Node> {
+        let node = self.add_node(name)?;
+        self.veth(&node, "eth0", router, port)?;
+        let (mut there, mut here) = (String::new(), String::new());
+        for [gateway, own] in families {
+            let nodad = if own.is_ipv6() { " nodad" } else { "" };
+            there += &format!("addr add {gateway} dev {port}{nodad}\nroute add {own} dev {port}\n");
+            here += &format!(
+                "addr add {own} dev eth0{nodad}\nroute add default via {gateway} dev eth0 onlink\n"
+            );
+        }
+        tool::ip(router.netns(), &there)?;
+        tool::ip(node.netns(), &here)?;
+        Ok(node)
     }
 
     /// Joins two nodes by the lab's own link process; the interfaces get no address.

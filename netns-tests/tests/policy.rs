@@ -201,27 +201,14 @@ impl Pod {
     /// As a CNI plug-in makes it; its addresses end with `number`.
     fn new(mesh: &Mesh, on: &str, name: &str, number: u8) -> Result<Self> {
         let site = if on == A { 1 } else { 2 };
-        let (host, node) = (mesh.node(on)?, mesh.lab().add_node(name)?);
+        let v4 = |last: u8| IpAddr::from([10, 244, site, last]);
+        let v6 = |last: u8| IpAddr::from([0xfd44, site.into(), 0, 0, 0, 0, 0, last.into()]);
+        let addresses = [v4(number), v6(number)];
+        let families = [[v4(1), addresses[0]], [v6(1), addresses[1]]];
         let port = format!("pod-{name}");
-        mesh.lab().veth(&node, "eth0", &host, &port)?;
-        let gateways = [format!("10.244.{site}.1"), format!("fd44:{site}::1")];
-        let addresses = [
-            format!("10.244.{site}.{number}"),
-            format!("fd44:{site}::{number}"),
-        ];
-        let (mut there, mut here) = (String::new(), String::new());
-        for (gateway, address) in gateways.iter().zip(&addresses) {
-            let nodad = if address.contains(':') { " nodad" } else { "" };
-            there +=
-                &format!("addr add {gateway} dev {port}{nodad}\nroute add {address} dev {port}\n");
-            here += &format!(
-                "addr add {address} dev eth0{nodad}\nroute add default via {gateway} dev eth0 onlink\n"
-            );
-        }
-        tool::ip(host.netns(), &there)?;
-        tool::ip(node.netns(), &here)?;
-        let [v4, v6] = addresses;
-        let addresses = [v4.parse()?, v6.parse()?];
+        let node = mesh
+            .lab()
+            .node_behind(&mesh.node(on)?, &port, name, &families)?;
         Ok(Self { node, addresses })
     }
 
