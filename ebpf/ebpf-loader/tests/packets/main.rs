@@ -11,6 +11,8 @@ mod coexistence;
 #[cfg(test)]
 mod connects;
 #[cfg(test)]
+mod datagrams;
+#[cfg(test)]
 mod differential;
 #[cfg(test)]
 mod hairpin;
@@ -34,6 +36,8 @@ mod masquerade;
 #[cfg(test)]
 #[path = "../common/netns.rs"]
 mod netns;
+#[cfg(test)]
+mod offload;
 #[cfg(test)]
 mod outside;
 #[cfg(test)]

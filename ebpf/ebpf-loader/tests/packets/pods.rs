@@ -13,6 +13,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
+    time::{Duration, Instant},
 };
 
 use ebpf_abi::RedirectCounter;
@@ -31,6 +32,9 @@ use crate::{
 
 /// The node's own addresses towards its pods.
 const NODE: [&str; 2] = ["10.244.0.1", "fd44::1"];
+
+/// What new links may have lost is sent again after so long.
+const AGAIN: Duration = Duration::from_millis(200);
 
 /// How often a wire looks whether it is to end.
 const WIRE_LOOK: Timespec = Timespec {
@@ -144,7 +148,7 @@ impl Node {
         });
         let [a, b] = pods;
         for (a_ip, b_ip) in A.addresses().into_iter().zip(B.addresses()) {
-            exchange(&a.socket(a_ip), &b.socket(b_ip)); // Then they are neighbours of the node.
+            meet(&a.socket(a_ip), &b.socket(b_ip)); // Then they are neighbours of the node.
         }
         (node, a, b)
     }
@@ -328,6 +332,27 @@ impl Pod {
 pub(crate) fn patient(stream: &TcpStream) {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.set_write_timeout(Some(PATIENCE)).unwrap();
+}
+
+/// A datagram there and one back, by links that may be new: on a busy machine they were seen to lose what came first.
+#[track_caller]
+pub(crate) fn meet(from: &UdpSocket, to: &UdpSocket) {
+    let mut bytes = [0; 8];
+    let deadline = Instant::now() + PATIENCE;
+    for end in [from, to] {
+        end.set_read_timeout(Some(AGAIN)).unwrap();
+    }
+    while Instant::now() < deadline {
+        from.send_to(b"question", to.local_addr().unwrap()).unwrap();
+        let Ok((_, asked_by)) = to.recv_from(&mut bytes) else {
+            continue;
+        };
+        to.send_to(b"answer", asked_by).unwrap();
+        if from.recv(&mut bytes).is_ok() {
+            return;
+        }
+    }
+    panic!("{from:?} and {to:?} do not hear each other");
 }
 
 /// A datagram there and one back.

@@ -27,7 +27,7 @@ use rustix::{
 use crate::{
     lan::index,
     netns::ip,
-    pods::{A, B, C, Node, Pod, SERVICES, exchange, forwarded, host, patient},
+    pods::{A, B, C, Node, Pod, SERVICES, exchange, forwarded, host, meet, patient},
     sockets::{PATIENCE, transfer},
     wire::{ETHERNET, TTL, udp, without_ethernet},
 };
@@ -170,7 +170,7 @@ impl Node {
             .unwrap();
         node.redirect_by(C, RedirectKind::Devices, 1_500);
         for (c_ip, b_ip) in C.addresses().into_iter().zip(B.addresses()) {
-            exchange(&device.socket(c_ip), &b.socket(b_ip));
+            meet(&device.socket(c_ip), &b.socket(b_ip));
         }
         (node, [a, b, device])
     }
@@ -429,6 +429,13 @@ pub(crate) fn tap(name: &str) -> File {
     without_prefix(name, IFF_TAP)
 }
 
+/// A TUN device that is given and gives a `struct virtio_net_hdr` before each packet, and takes super-packets.
+pub(crate) fn tun_of_super_packets(name: &str) -> File {
+    const IFF_TUN: u16 = 1;
+    const IFF_VNET_HDR: u16 = 0x4000;
+    without_prefix(name, IFF_TUN | IFF_VNET_HDR)
+}
+
 fn without_prefix(name: &str, kind: u16) -> File {
     #[repr(C)]
     struct Request {
@@ -455,16 +462,27 @@ fn without_prefix(name: &str, kind: u16) -> File {
     tun
 }
 
-/// The next packet for this address.
-pub(crate) fn read_for(mut tun: &File, address: IpAddr) -> (IpHeaders, Vec<u8>) {
+/// The next packet that it gives.
+#[track_caller]
+pub(crate) fn read_packet(mut tun: &File) -> Vec<u8> {
     let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
-        let mut bytes = [0; 2_000];
-        let Ok(length) = tun.read(&mut bytes) else {
-            thread::sleep(Duration::from_millis(1));
-            continue;
-        };
-        let (ip, payload) = IpHeaders::from_slice(&bytes[..length]).unwrap();
+        let mut bytes = vec![0; 2_000];
+        if let Ok(length) = tun.read(&mut bytes) {
+            bytes.truncate(length);
+            return bytes;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    panic!("no packet");
+}
+
+/// The next packet for this address.
+pub(crate) fn read_for(tun: &File, address: IpAddr) -> (IpHeaders, Vec<u8>) {
+    let deadline = Instant::now() + PATIENCE;
+    while Instant::now() < deadline {
+        let bytes = read_packet(tun);
+        let (ip, payload) = IpHeaders::from_slice(&bytes).unwrap();
         let to: IpAddr = match &ip {
             IpHeaders::Ipv4(header, _) => header.destination.into(),
             IpHeaders::Ipv6(header, _) => header.destination.into(),
