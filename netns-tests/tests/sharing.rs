@@ -273,18 +273,21 @@ fn connections_go_by_weight_or_by_client_as_a_mesh_service_says_by_socket_and_by
     start_gateway(&mesh)?;
     ensure!(clients.endpoints()? == before, "not after a restart");
 
-    let gone = before.values().next().context("no client")?.as_str();
-    let rest: Vec<_> = ENDPOINTS.into_iter().filter(|one| *one != gone).collect();
+    // Were places shared in the endpoints' order, half of the others would move with the last.
+    let [rest @ .., gone] = ENDPOINTS;
     kiosk(&mesh, "policy: consistent-hash", &rest)?;
     let after = tool::eventually("nobody has the one that left", SOON, || {
         let after = clients.endpoints()?;
         ensure!(after.values().all(|endpoint| endpoint != gone), "{after:?}");
         Ok(after)
     })?;
-    // Of 219 or 220 places that are others' at most 15 change hands, whoever leaves: by chance a third of the clients is
-    // there less than once in 10¹¹ times. In a list made anew by chance six of seven would move.
+    // Of the 220 places of others 12 change hands: by their hashes six of the device's 84 addresses there, to which a
+    // quarter leaves room for every namespace.
     let (moved, of) = moved(&before, &after, gone);
-    ensure!(moved * 3 < of, "{moved} of {of}: {before:?} {after:?}");
+    ensure!(
+        of < before.len() && moved * 4 < of,
+        "{moved} of {of}: {before:?} {after:?}"
+    );
 
     kiosk(&mesh, "policy: consistent-hash", &ENDPOINTS)?;
     tool::eventually("it is back, and each client where it was", SOON, || {
