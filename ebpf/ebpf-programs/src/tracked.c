@@ -74,6 +74,13 @@ static __always_inline __u32 tag_of(__u64 hash)
     return (__u32)hash | 1; /* 0 is none. */
 }
 
+/* The place of its set that a flow takes if it can, and where it is looked for first. By other bits than those of the set
+ * and of the lowest one of the tag. */
+static __always_inline __u32 first_way(__u64 hash)
+{
+    return ((hash >> 1 & 0xffff) * TRACKED_WAYS) >> 16;
+}
+
 static __always_inline struct tracked *flow_at(__u64 found)
 {
     struct tracked_set *flows = set_with(found);
@@ -115,13 +122,34 @@ static __always_inline __u32 lowest(__u32 ways)
     return numbers >> ((bit * 0x09af >> 10) & 0x3c) & 0xf;
 }
 
+/* The flow at this place, if it is the client's with this service, or with this endpoint. */
+static __always_inline __u64 found_at(const struct tracked *flow, __u32 place,
+                                      const struct socket_address *client,
+                                      const struct socket_address *with, __u32 endpoint)
+{
+    __u32 generation = *(volatile __u32 *)&flow->generation;
+
+    if ((generation & 1) || !same_address(&flow->client, client) ||
+        !same_address(endpoint ? &flow->endpoint : &flow->service, with))
+        return NO_FLOW;
+    return (__u64)generation << 32 | place;
+}
+
+/* Has all of a place brought to the processor, which does not wait for it. */
+static __always_inline void bring(const struct tracked *flow)
+{
+    __u32 first = *(volatile __u32 *)&flow->client, last = *(volatile __u32 *)&flow->noted;
+
+    asm volatile("" : : "r"(first), "r"(last));
+}
+
 /* Where the client's flow is with this service, or with this endpoint. Not static: so the verifier looks at it once. */
 __noinline __u64 find_flow(const struct socket_address *client, const struct socket_address *with,
                            __u32 endpoint)
 {
     struct tracked_set *flows;
-    __u32 set, ways;
-    __u64 hash;
+    __u32 set, way, ways;
+    __u64 hash, found;
 
     if (!client || !with)
         return NO_FLOW;
@@ -130,18 +158,22 @@ __noinline __u64 find_flow(const struct socket_address *client, const struct soc
     flows = bpf_map_lookup_elem(&hf_tracked, &set);
     if (!flows)
         return NO_FLOW;
+    set <<= TRACKED_WAY_BITS;
+    way = first_way(hash);
+    bring(&flows->flows[way]); /* A new flow takes it: all that the table costs it is one wait for memory. */
+    if (flows->tags[way] == tag_of(hash)) {
+        found = found_at(&flows->flows[way], set | way, client, with, endpoint);
+        if (found != NO_FLOW)
+            return found;
+    }
     ways = ways_with(flows, tag_of(hash));
     for (__u32 i = 0; i < TRACKED_WAYS && ways; i++) {
-        __u32 generation, way = lowest(ways);
-        struct tracked *flow;
-
+        way = lowest(ways);
         if (way >= TRACKED_WAYS)
             break;
-        flow = &flows->flows[way];
-        generation = *(volatile __u32 *)&flow->generation;
-        if (!(generation & 1) && same_address(&flow->client, client) &&
-            same_address(endpoint ? &flow->endpoint : &flow->service, with))
-            return (__u64)generation << 32 | set << TRACKED_WAY_BITS | way;
+        found = found_at(&flows->flows[way], set | way, client, with, endpoint);
+        if (found != NO_FLOW)
+            return found;
         ways &= ways - 1;
     }
     return NO_FLOW;
@@ -263,9 +295,12 @@ __noinline __u32 keep_flow(struct tracked *opened, __u32 opens)
         ways &= ways - 1;
     }
     if (kept == KEPT) {
-        way = lowest(ways_with(flows, 0));
-        if (way >= TRACKED_WAYS)
-            way = least_used(flows);
+        way = first_way(hash);
+        if (flows->tags[way] && !is_over(&flows->flows[way], opened->seen_ns)) {
+            way = lowest(ways_with(flows, 0));
+            if (way >= TRACKED_WAYS)
+                way = least_used(flows);
+        }
         if (way < TRACKED_WAYS) {
             take_place(&flows->flows[way], opened);
             flows->tags[way] = tag;

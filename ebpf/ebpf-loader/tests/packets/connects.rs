@@ -15,14 +15,9 @@ use crate::{
     machine::{Machine, TCP, Verdict},
     netns::ip,
     sockets::{connect, connected, listener},
-    verdicts::{ack, age_ms, fin, quote, rst, served, syn},
+    verdicts::{ack, age_ms, fin, quote, rst, served, syn, syn_ack},
     wire::{IcmpError, Net, error, nets, tcp, udp},
 };
-
-fn syn_ack(header: &mut TcpHeader) {
-    syn(header);
-    ack(header);
-}
 
 /// How many failed, and how many of them in a row.
 fn failing(machine: &mut Machine, net: &Net) -> Option<(u64, u32)> {
