@@ -267,8 +267,8 @@ impl Lab {
         tool::ip(b.netns(), &format!("link set {b_if} up\n"))
     }
 
-    /// A node behind `router` as a CNI plug-in makes a pod: its `eth0` is the router's `port`. Of each family the
-    /// router's address and its own.
+    /// A node behind `router` as a CNI plug-in makes a pod: its `eth0` is the router's `port`. Each of its own addresses
+    /// with the router's of that family before it.
     ///
     /// # Errors
     ///
@@ -278,16 +278,17 @@ impl Lab {
         router: &Node,
         port: &str,
         name: &str,
-        families: &[[IpAddr; 2]],
+        addresses: &[[IpAddr; 2]],
     ) -> Result<Node> {
         let node = self.add_node(name)?;
         self.veth(&node, "eth0", router, port)?;
         let (mut there, mut here) = (String::new(), String::new());
-        for [gateway, own] in families {
+        for [gateway, own] in addresses {
             let nodad = if own.is_ipv6() { " nodad" } else { "" };
-            there += &format!("addr add {gateway} dev {port}{nodad}\nroute add {own} dev {port}\n");
+            there +=
+                &format!("addr replace {gateway} dev {port}{nodad}\nroute add {own} dev {port}\n");
             here += &format!(
-                "addr add {own} dev eth0{nodad}\nroute add default via {gateway} dev eth0 onlink\n"
+                "addr add {own} dev eth0{nodad}\nroute replace default via {gateway} dev eth0 onlink\n"
             );
         }
         tool::ip(router.netns(), &there)?;

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
@@ -316,6 +316,22 @@ impl Process {
             None => Ok(()),
             Some(status) => bail!("{} ended, {status}:\n{}", self.name, tail(&self.log())),
         }
+    }
+
+    /// Waits until it wrote so many lines more; it goes on.
+    ///
+    /// # Errors
+    ///
+    /// If it did not within `limit`, or ended.
+    pub fn says_more(&mut self, lines: usize, limit: Duration) -> Result<()> {
+        let count = |process: &Self| process.log().lines().count();
+        let before = count(self);
+        tool::eventually("it says more", limit, || {
+            self.running()?;
+            let more = count(self).saturating_sub(before);
+            ensure!(more >= lines, "{} said {more} lines more", self.name);
+            Ok(())
+        })
     }
 
     /// Waits for its end.

@@ -59,17 +59,8 @@ fn leads(mesh: &Mesh, client: &Node, endpoints: &[&str], expected: &str) -> Resu
 }
 
 /// Lines that came back.
-fn lines(stream: &Process) -> usize {
-    stream.log().lines().count()
-}
-
 fn goes_on(stream: &mut Process) -> Result<()> {
-    stream.running()?;
-    let before = lines(stream);
-    tool::eventually("the stream goes on", SOON, || {
-        ensure!(lines(stream) > before + 5, "{before} lines, and few more");
-        Ok(())
-    })
+    stream.says_more(6, SOON)
 }
 
 /// Both ends of the streams are processes of another node than the endpoint's: each packet goes by the tunnel that is the

@@ -74,8 +74,8 @@ static __always_inline __u32 tag_of(__u64 hash)
     return (__u32)hash | 1; /* 0 is none. */
 }
 
-/* The place of its set that a flow takes if it can, and where it is looked for first. By other bits than those of the set
- * and of the lowest one of the tag. */
+/* The place of its set that a flow takes if it can, and where it is looked for first. By other bits than those that say
+ * which set. */
 static __always_inline __u32 first_way(__u64 hash)
 {
     return ((hash >> 1 & 0xffff) * TRACKED_WAYS) >> 16;

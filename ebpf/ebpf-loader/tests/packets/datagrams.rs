@@ -162,11 +162,7 @@ fn sniffer() -> OwnedFd {
 fn datagram(packet: &[u8], from: IpAddr) -> Option<(UdpHeader, Vec<u8>)> {
     let (ip, payload) = IpHeaders::from_slice(packet).ok()?;
     let (udp, bytes) = UdpHeader::from_slice(payload.payload).ok()?;
-    let source: IpAddr = match &ip {
-        IpHeaders::Ipv4(header, _) => header.source.into(),
-        IpHeaders::Ipv6(header, _) => header.source.into(),
-    };
-    if source != from || payload.ip_number != IpNumber::UDP {
+    if wire::source(&ip) != from || payload.ip_number != IpNumber::UDP {
         return None;
     }
     let right = match &ip {
@@ -421,7 +417,7 @@ fn super_packet(from: SocketAddr, to: SocketAddr, burst: Burst) -> Vec<u8> {
     // A checksum that is yet to be completed is the sum of the pseudo header.
     let length = u32::try_from(8 + burst.bytes).unwrap();
     let pseudo = [&ends(from, to)[..], &length.to_be_bytes(), &[0, 0, 0, 17]].concat();
-    let check = sum(&pseudo).to_be_bytes();
+    let check = wire::sum(&pseudo).to_be_bytes();
     packet[udp..][6..8].copy_from_slice(&check);
     let words = [udp + 8, burst.each, udp, 6].map(|word| u16::try_from(word).unwrap());
     let header = [
@@ -437,15 +433,6 @@ fn ends(from: SocketAddr, to: SocketAddr) -> Vec<u8> {
         IpAddr::V6(ip) => ip.octets().to_vec(),
     };
     [end(from.ip()), end(to.ip())].concat()
-}
-
-/// RFC 1071, not complemented.
-fn sum(bytes: &[u8]) -> u16 {
-    let words = bytes
-        .chunks(2)
-        .map(|pair| u64::from(u16::from_be_bytes([pair[0], pair[1]])));
-    let sum = words.sum::<u64>() % 0xffff;
-    u16::try_from(if sum == 0 { 0xffff } else { sum }).unwrap()
 }
 
 #[test]

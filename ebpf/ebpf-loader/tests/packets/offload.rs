@@ -5,37 +5,30 @@ use std::{
     io::{self, IoSliceMut},
     mem::MaybeUninit,
     net::{SocketAddr, UdpSocket},
-    os::fd::{AsRawFd, RawFd},
+    os::fd::AsRawFd,
     ptr,
 };
 
+use libc::{SOL_UDP, UDP_GRO, UDP_SEGMENT, setsockopt};
 use rustix::{
     ioctl::{Opcode, Setter, ioctl},
     net::{AddressFamily, RecvAncillaryBuffer, RecvFlags, SocketType, recvmsg, socket},
 };
-
-/// The protocol's level of options, and two of them (linux/udp.h).
-const SOL_UDP: c_int = 17;
-const UDP_SEGMENT: c_int = 103;
-const UDP_GRO: c_int = 104;
-
-#[expect(unsafe_code, reason = "neither std nor rustix has these options")]
-unsafe extern "C" {
-    fn setsockopt(
-        socket: RawFd,
-        level: c_int,
-        name: c_int,
-        value: *const c_int,
-        length: u32,
-    ) -> c_int;
-}
 
 fn set(socket: &UdpSocket, name: c_int, value: usize) {
     let value = c_int::try_from(value).unwrap();
     let length = u32::try_from(size_of_val(&value)).unwrap();
     #[expect(unsafe_code, reason = "neither std nor rustix has these options")]
     // SAFETY: the kernel reads `length` bytes of a value that lives until the call ends.
-    let done = unsafe { setsockopt(socket.as_raw_fd(), SOL_UDP, name, &raw const value, length) };
+    let done = unsafe {
+        setsockopt(
+            socket.as_raw_fd(),
+            SOL_UDP,
+            name,
+            (&raw const value).cast(),
+            length,
+        )
+    };
     assert_eq!(done, 0, "{}", io::Error::last_os_error());
 }
 

@@ -19,6 +19,7 @@ use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketType, recv, sockopt}
 use crate::{
     lan::{Family, Lan, families, index},
     netns::ip,
+    wire::{source, sum},
 };
 
 /// What should happen at once has happened by then, or never will.
@@ -266,11 +267,7 @@ fn from_service(sniffer: &OwnedFd, family: &Family) -> (IpHeaders, Vec<u8>) {
         let Ok((ip, payload)) = IpHeaders::from_slice(&bytes[..length]) else {
             continue;
         };
-        let source: IpAddr = match &ip {
-            IpHeaders::Ipv4(header, _) => header.source.into(),
-            IpHeaders::Ipv6(header, _) => header.source.into(),
-        };
-        if source == family.service.ip() {
+        if source(&ip) == family.service.ip() {
             return (ip, payload.payload.to_vec());
         }
     }
@@ -279,12 +276,7 @@ fn from_service(sniffer: &OwnedFd, family: &Family) -> (IpHeaders, Vec<u8>) {
 
 /// What a network card does with a checksum that holds the sum of the pseudo header.
 fn completed(covered: &[u8]) -> u16 {
-    let words = covered
-        .chunks(2)
-        .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]));
-    let sum = words.sum::<u32>();
-    let sum = (sum & 0xffff) + (sum >> 16);
-    !u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap()
+    !sum(covered)
 }
 
 #[test]

@@ -825,12 +825,14 @@ fn what_a_packet_costs() {
     }
 }
 
-/// Medians of so many connects from ports that come one after the other, as Linux chooses them: each flow has a place that
-/// the processor's caches have not.
+/// As many as Linux has ports for one service, of 32,768 to 60,999 every other one.
+const CONNECTS: u16 = 14_116;
+
+/// Medians of [`CONNECTS`] from ports that come one after the other: each flow has a place that the processor's caches have
+/// not.
 fn connects(machine: &Machine, net: &Net, first: u16) -> [Duration; 3] {
-    let ports = (first..61_000).step_by(2);
-    let costs = ports.map(|number| {
-        let client = port(net.client, number);
+    let costs = (0..CONNECTS).map(|number| {
+        let client = port(net.client, first + 2 * number);
         [
             ("hf_requests", tcp(client, net.service, syn, b"")),
             ("hf_answers_out", tcp(net.endpoint, client, syn_ack, b"")),
@@ -865,7 +867,7 @@ fn what_a_connect_costs() {
         println!("{service}: {empty:?}, all places taken {full:?}, the clock's own included");
         let counted = machine.counted();
         assert!(
-            counted[&PacketCounter::AnswerTranslated] >= 2 * 14_116,
+            counted[&PacketCounter::AnswerTranslated] >= 2 * u64::from(CONNECTS),
             "{counted:?}"
         );
         let most = empty.iter().chain(&full).max().unwrap();

@@ -117,6 +117,24 @@ fn returned() -> PacketBuilderStep<Ethernet2Header> {
     PacketBuilder::ethernet2(GATEWAY, NEIGHBOUR)
 }
 
+/// Who sent it.
+pub(crate) fn source(ip: &IpHeaders) -> IpAddr {
+    match ip {
+        IpHeaders::Ipv4(header, _) => header.source.into(),
+        IpHeaders::Ipv6(header, _) => header.source.into(),
+    }
+}
+
+/// Of an even number of bytes; not complemented: RFC 1071.
+pub(crate) fn sum(bytes: &[u8]) -> u16 {
+    let words = bytes
+        .chunks(2)
+        .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]));
+    let sum = words.sum::<u32>();
+    let sum = (sum & 0xffff) + (sum >> 16);
+    u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap()
+}
+
 pub(crate) fn udp_in(ip: IpHeaders, from: u16, to: u16, payload: &[u8]) -> Vec<u8> {
     let mut packet = Vec::new();
     let builder = incoming().ip(ip).udp(from, to);

@@ -320,21 +320,10 @@ impl Place {
     }
 }
 
-/// A pod with its addresses, joined to `node` by the node's interface `port`: a route for each address there, and one
-/// for all others here.
+/// A pod with its addresses, joined to `node` by the node's interface `port`.
 fn pod(lab: &Lab, node: &Node, name: &str, port: &str, addresses: &[Ipv4Addr]) -> Result<Node> {
-    let pod = lab.add_node(name)?;
-    lab.veth(&pod, "eth0", node, port)?;
-    let each = |line: &dyn Fn(&Ipv4Addr) -> String| addresses.iter().map(line).collect::<String>();
-    let routes = each(&|address| format!("route add {address}/32 dev {port}\n"));
-    tool::ip(
-        node.netns(),
-        &format!("addr add {NODE}/32 dev {port}\n{routes}"),
-    )?;
-    let own = each(&|address| format!("addr add {address}/32 dev eth0\n"));
-    let all = format!("route add default via {NODE} dev eth0 onlink\n");
-    tool::ip(pod.netns(), &format!("{own}{all}"))?;
-    Ok(pod)
+    let addresses = addresses.iter().map(|&own| [NODE.into(), own.into()]);
+    lab.node_behind(node, port, name, &addresses.collect::<Vec<_>>())
 }
 
 /// The way with Holdfast's programs and tables on it.
