@@ -36,6 +36,11 @@ const CUSTOMER: Ipv4Addr = Ipv4Addr::new(100, 64, 0, 2);
 const INTERNET_V6: &str = "fe80::1";
 const OTHER_END_V6: &str = "fe80::2";
 
+/// How TCP of nodes behind a router finds its speed: Linux's own default, as a namespace takes the machine's, and BBR
+/// paces by timers, so that its streams are as fast as wake-ups happen to be. By route: a namespace may not make one its
+/// default that is not in the machine's `tcp_allowed_congestion_control`.
+const CONGESTION_CONTROL: &str = "congctl cubic";
+
 /// Teardown waits this long for killed processes to be gone.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
 
@@ -285,10 +290,11 @@ impl Lab {
         let (mut there, mut here) = (String::new(), String::new());
         for [gateway, own] in addresses {
             let nodad = if own.is_ipv6() { " nodad" } else { "" };
-            there +=
-                &format!("addr replace {gateway} dev {port}{nodad}\nroute add {own} dev {port}\n");
+            there += &format!(
+                "addr replace {gateway} dev {port}{nodad}\nroute add {own} dev {port} {CONGESTION_CONTROL}\n"
+            );
             here += &format!(
-                "addr add {own} dev eth0{nodad}\nroute replace default via {gateway} dev eth0 onlink\n"
+                "addr add {own} dev eth0{nodad}\nroute replace default via {gateway} dev eth0 onlink {CONGESTION_CONTROL}\n"
             );
         }
         tool::ip(router.netns(), &there)?;

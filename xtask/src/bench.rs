@@ -13,7 +13,8 @@ mod verdict;
 
 use std::{
     collections::BTreeMap,
-    fs,
+    fs::{self, File},
+    io::{self, Write as _},
     net::Ipv4Addr,
     path::{Path, PathBuf},
     process::Command,
@@ -39,6 +40,8 @@ pub(crate) struct Options {
     pub(crate) peers: Vec<String>,
     /// Nothing but these cases, if there are any.
     pub(crate) only: Vec<String>,
+    /// Keep the processors from sleeping.
+    pub(crate) awake: bool,
 }
 
 /// A bench.
@@ -112,6 +115,9 @@ const BENCHES: &[Bench] = &[
         plot: false,
     },
 ];
+
+/// Who holds it open says how long a processor may take to wake (PM QoS).
+const NO_SLEEP: &str = "/dev/cpu_dma_latency";
 
 /// Fewer runs than these have no 99th percentile (issue 6).
 const P99_RUNS_MIN: usize = 50;
@@ -317,6 +323,7 @@ pub(crate) fn run(
     if options.bins.as_os_str().is_empty() {
         options.bins = build(true)?;
     }
+    let _awake = options.awake.then(keep_awake).transpose()?;
     let mut samples = Samples::default();
     let complete = (bench.run)(&options, &mut samples)?;
     let verdict = verdict::judge(bench.name, &samples.figures(bench.name));
@@ -333,9 +340,20 @@ pub(crate) fn run(
         println!("{text}{tables}");
     }
     if save {
-        save_run(bench, &verdict, &lines, &text, &tables)?;
+        save_run(bench, options.awake, &verdict, &lines, &text, &tables)?;
     }
     Ok(complete)
+}
+
+/// Has idle processors wait instead of sleep until the file is closed (the kernel's admin-guide/pm/cpuidle): what it takes
+/// to wake one is the machine's, and in a virtual machine most of a round trip.
+fn keep_awake() -> Result<File> {
+    let open = || -> io::Result<File> {
+        let mut file = File::options().write(true).open(NO_SLEEP)?;
+        file.write_all(&0_u32.to_ne_bytes())?; // Longest acceptable wake-up, µs.
+        Ok(file)
+    };
+    open().with_context(|| format!("--awake: keep processors from sleeping by {NO_SLEEP}"))
 }
 
 /// The JSON lines: figures, what the programs are, what could not be measured, the summary.
@@ -427,31 +445,43 @@ fn figure_table(figures: &[Figure]) -> String {
     )
 }
 
-fn save_run(bench: &Bench, verdict: &Verdict, lines: &str, text: &str, tables: &str) -> Result<()> {
+fn save_run(
+    bench: &Bench,
+    awake: bool,
+    verdict: &Verdict,
+    lines: &str,
+    text: &str,
+    tables: &str,
+) -> Result<()> {
     let folder = root().join("docs/bench");
     fs::create_dir_all(&folder)?;
+    let (suffix, option, how) = match awake {
+        true => ("-awake", " --awake", ", none of which may sleep"),
+        false => ("", "", ""),
+    };
     let write = |extension: &str, content: &str| {
-        let path = folder.join(format!("{}.{extension}", bench.name));
+        let path = folder.join(format!("{}{suffix}.{extension}", bench.name));
         fs::write(&path, content).with_context(|| format!("write {}", path.display()))
     };
-    let machine = machine()?;
+    let machine = machine(how)?;
     let name = bench.name;
     let text = format!(
         "# bench {name}\n\n{machine}\n\
-         Made by `cargo xtask bench {name} --save`. Compare within one run only.\n\n```text\n{text}\n```\n{tables}"
+         Made by `cargo xtask bench {name} --save{option}`. Compare within one run only.\n\n```text\n{text}\n```\n{tables}"
     );
     write("md", &text)?;
     write("jsonl", &format!("{lines}\n"))?;
     if bench.plot {
-        let subtitle =
-            format!("cargo xtask bench {name}: medians, ranges; lengths are logarithms. {machine}");
+        let subtitle = format!(
+            "cargo xtask bench {name}{option}: medians, ranges; lengths are logarithms. {machine}"
+        );
         write("svg", &plot::svg(&verdict.figures, &subtitle))?;
     }
     Ok(())
 }
 
 /// What was measured, on what, when.
-fn machine() -> Result<String> {
+fn machine(how: &str) -> Result<String> {
     let folder = root().display().to_string();
     let commit = said("git", &["-C", &folder, "describe", "--always", "--dirty"]);
     let kernel = said("uname", &["-sr"]);
@@ -464,7 +494,7 @@ fn machine() -> Result<String> {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
     let day = now.as_secs() / 86_400;
     Ok(format!(
-        "Commit {commit}; {cores} cores of {cpu}; {kernel}; day {day} since 1970."
+        "Commit {commit}; {cores} cores of {cpu}{how}; {kernel}; day {day} since 1970."
     ))
 }
 

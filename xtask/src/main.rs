@@ -75,6 +75,9 @@ enum Verb {
         /// Measure these cases and nothing else.
         #[arg(long, value_delimiter = ',', conflicts_with = "peers")]
         only: Vec<String>,
+        /// Keep idle processors from sleeping: without what it takes to wake them, which is the machine's.
+        #[arg(long)]
+        awake: bool,
         /// Measure the binaries in this folder instead of building them.
         #[arg(long)]
         bins: Option<PathBuf>,
@@ -137,6 +140,7 @@ fn main() -> ExitCode {
             rounds,
             peers,
             only,
+            awake,
             bins,
         } => {
             let options = bench::Options {
@@ -144,6 +148,7 @@ fn main() -> ExitCode {
                 rounds,
                 peers,
                 only,
+                awake,
             };
             bench::run(name.as_deref(), json, save, options)
         }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use ipnet::IpNet;
 use netlink_packet_route::{
     link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
-    route::{RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteType},
+    route::{RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteType},
     rule::{RuleAction, RuleAttribute, RuleMessage},
 };
 use rtnetlink::{IpVersion, RouteMessageBuilder};
@@ -235,14 +235,10 @@ impl Known {
                 destination = ip_of(address)?;
             } else if let A::Oif(index) = attribute {
                 link = IfIndex::new(*index);
-            } else if let A::Metrics(_)
-            | A::MultiPath(_)
-            | A::Encap(_)
-            | A::EncapType(_)
-            | A::NhId(_) = attribute
-            {
-                // An MTU of its own, several ways, or a header to add.
-                is_plain = false;
+            } else if let A::Metrics(metrics) = attribute {
+                is_plain &= !metrics.iter().any(is_for_forwarding);
+            } else if let A::MultiPath(_) | A::Encap(_) | A::EncapType(_) | A::NhId(_) = attribute {
+                is_plain = false; // Several ways, or a header to add.
             }
         }
         // IPv6 lists what it remembers of paths as well.
@@ -262,6 +258,12 @@ impl Known {
     fn rank(&self) -> (bool, u32) {
         (!self.is_local, self.metric)
     }
+}
+
+/// Whether packets are handed on by it. All others of a route's metrics are for connections that end on this machine
+/// (`RTAX_*` of linux/rtnetlink.h).
+fn is_for_forwarding(metric: &RouteMetric) -> bool {
+    matches!(metric, RouteMetric::Mtu(_) | RouteMetric::Other(_))
 }
 
 /// Whether it is one of the rules that every machine has.

@@ -28,6 +28,9 @@ const BULK_S: u64 = 3;
 /// The bulk flow runs this long before the first probe.
 const BULK_HEAD_START: Duration = Duration::from_millis(500);
 
+/// TCP finds its speed as it does without any setting, whatever the machine's is.
+const LINUX_DEFAULT: &[&str] = &["--congestion", "cubic"];
+
 /// An iperf3 run and its connection set-up; beyond it hangs.
 const TCP_LIMIT: Duration = Duration::from_secs(20);
 
@@ -150,7 +153,8 @@ struct Flow {
 fn tcp(way: Way, words: &[&str], seconds: u64) -> Result<Flow> {
     let (time, to) = (seconds.to_string(), way.address.to_string());
     let call = ["iperf3", "--json", "--client", &to, "--time", &time];
-    let said = way.from.run(&[&call[..], words].concat(), TCP_LIMIT)?;
+    let words = [&call, LINUX_DEFAULT, words].concat();
+    let said = way.from.run(&words, TCP_LIMIT)?;
     let value: Value =
         serde_json::from_str(&said.stdout).with_context(|| format!("iperf3: {}", said.stdout))?;
     let number = |pointer: &str| {
