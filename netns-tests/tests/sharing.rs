@@ -114,31 +114,42 @@ const NAMESPACES: u8 = 12;
 /// The last of the device's addresses `192.168.8.…`; the first ends with 1.
 const ADDRESSES: u8 = 100;
 
+/// The gateway's interface towards the LAN, whose packets it leads to services.
+const LAN: &str = "lan0";
+const SERVE_LAN: &str = "service_interfaces = [\"lan0\"]\n";
+
+/// A device of the LAN. It runs nothing of Holdfast's.
+fn device(mesh: &Mesh) -> Result<Node> {
+    mesh.node(A)?.sysctl("net/ipv4/ip_forward", "1")?;
+    behind(mesh, LAN, "device", [192, 168, 7, 2])
+}
+
+/// Linked to the gateway, which is the first of its network.
+fn behind(mesh: &Mesh, port: &str, name: &str, own: [u8; 4]) -> Result<Node> {
+    let [a, b, c, _] = own;
+    let addresses = [[a, b, c, 1], own].map(IpAddr::from);
+    mesh.lab()
+        .node_behind(&mesh.node(A)?, port, name, &[addresses])
+}
+
 /// Clients behind one gateway, by the address that the servers see.
 struct Clients {
     gateway: Node,
     /// With the gateway's cgroup, as the processes of a pod.
     namespaces: Vec<Node>,
-    /// Runs nothing of Holdfast's.
     device: Node,
 }
 
 impl Clients {
     fn new(mesh: &Mesh) -> Result<Self> {
         let gateway = mesh.node(A)?;
-        gateway.sysctl("net/ipv4/ip_forward", "1")?;
-        let behind = |port: &str, name: &str, net: [u8; 3], last: u8| {
-            let [a, b, c] = net;
-            let addresses = [[a, b, c, 1], [a, b, c, last]].map(IpAddr::from);
-            mesh.lab().node_behind(&gateway, port, name, &[addresses])
-        };
-        let device = behind("lan0", "device", [192, 168, 7], 2)?;
+        let device = device(mesh)?;
         let there = "route add 192.168.8.0/24 via 192.168.7.2 dev lan0\n";
         tool::ip(gateway.netns(), there)?;
         tool::ip(device.netns(), "route add local 192.168.8.0/24 dev lo\n")?;
         let namespaces = (0..NAMESPACES).map(|number| {
             let (port, name) = (format!("pod{number}"), format!("client{number}"));
-            behind(&port, &name, [10, 244, 1], 10 + number)
+            behind(mesh, &port, &name, [10, 244, 1, 10 + number])
         });
         Ok(Self {
             namespaces: namespaces.collect::<Result<_>>()?,
@@ -211,7 +222,7 @@ fn mesh_with_clients() -> Result<(Mesh, Clients)> {
 
 /// Waits for the way to the endpoints by who is no client of the service: a connect that fails would count.
 fn start_gateway(mesh: &Mesh) -> Result<()> {
-    mesh.start_agent_with(A, "service_interfaces = [\"lan0\"]\n")?;
+    mesh.start_agent_with(A, SERVE_LAN)?;
     for node in [A, B] {
         mesh.agent_ready(node, 2)?;
     }
@@ -339,9 +350,10 @@ fn the_near_endpoint_has_its_part_of_the_load_and_who_comes_next_the_rest_while_
 -> Result<()> {
     let mut mesh = Mesh::demo()?;
     mesh.add_two_sites(Impairment::NONE, &[A], &[B])?;
-    for node in [A, B] {
-        mesh.start_agent(node)?;
-    }
+    advertise(&mesh)?;
+    let device = device(&mesh)?;
+    mesh.start_agent_with(A, SERVE_LAN)?;
+    mesh.start_agent(B)?;
     for node in [A, B] {
         mesh.agent_ready(node, 2)?;
     }
@@ -359,8 +371,10 @@ fn the_near_endpoint_has_its_part_of_the_load_and_who_comes_next_the_rest_while_
     let _echoes: Vec<_> = echoes.into_iter().collect::<Result<_>>()?;
 
     near_and_far(&mesh, "mesh.holdfast.dev/spill-over: '2'")?;
-    answers_at_all(&client)?;
-    has_one_in(2, &client, "near")?;
+    for client in [&client, &device] {
+        answers_at_all(client)?;
+        has_one_in(2, client, "near")?;
+    }
     let mut stream = far_stream(&client)?;
 
     near_and_far(&mesh, "")?;
@@ -370,7 +384,9 @@ fn the_near_endpoint_has_its_part_of_the_load_and_who_comes_next_the_rest_while_
         ensure!(near == 32, "{near} of 32");
         Ok(())
     })?;
-    ensure!(count(&client, FLOWS, "near")? == FLOWS, "not all");
+    for client in [&client, &device] {
+        ensure!(count(client, FLOWS, "near")? == FLOWS, "not all");
+    }
     goes_on(&mut stream)?;
 
     let path = mesh.manifests().join("kiosk-balance.yaml");
@@ -379,7 +395,9 @@ fn the_near_endpoint_has_its_part_of_the_load_and_who_comes_next_the_rest_while_
         ensure!(count(&client, 32, "far")? > 0);
         Ok(())
     })?;
-    has_one_in(2, &client, "near")?;
+    for client in [&client, &device] {
+        has_one_in(2, client, "near")?;
+    }
     goes_on(&mut stream)?;
     mesh.ends_well()
 }

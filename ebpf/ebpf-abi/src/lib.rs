@@ -69,9 +69,9 @@ limits! {
     /// that closed are still in it. The one that was connected first goes first, and stays then with its
     /// endpoint. 16,384 × 112 bytes: 2 MiB, always.
     CONNECTED_MAX = 16_384;
-    /// TCP sockets that are open and were led to an endpoint: for `getpeername`, and for how their connects end.
+    /// Sockets that are connected and were led to an endpoint: for what they are told of it, and for how connects end.
     /// Those beyond it carry that themselves, and connect a microsecond slower. 16,384 × 48 bytes: 768 KiB, always.
-    TCP_PEERS_MAX = 16_384;
+    PEER_PLACES_MAX = 16_384;
     /// (Client, service) pairs whose endpoint is kept for `sessionAffinity`: one for each port that
     /// the client uses, and one for all of them. The least recently used goes first; its client
     /// may then get another endpoint. 16,384 × 120 bytes: 2 MiB, always; as many again for the source
@@ -175,7 +175,7 @@ layouts! {
         zero: u32,
     }
 
-    /// Kept with each socket that ever used a service.
+    /// Kept of each socket that ever used a service.
     pub struct Peer as "peer" {
         /// What the socket asked for.
         service: SocketAddress,
@@ -183,8 +183,8 @@ layouts! {
         endpoint: SocketAddress,
     }
 
-    /// A place for what a TCP socket is connected to.
-    pub struct TcpPeer as "tcp_peer" {
+    /// A place for what a socket is connected to.
+    pub struct PeerPlace as "peer_place" {
         /// The socket's number; 0: the place is free.
         cookie: u64,
         /// To what.

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use aya::maps::{Array, MapData, MapError};
 use ebpf_abi::{
-    PROTOCOL_TCP, SEEN_ANSWER, SEEN_CLIENT_FIN, SEEN_ENDPOINT_FIN, SEEN_RESET, TcpPeer, Tracked,
+    PROTOCOL_TCP, PeerPlace, SEEN_ANSWER, SEEN_CLIENT_FIN, SEEN_ENDPOINT_FIN, SEEN_RESET, Tracked,
 };
 use rustix::time::{ClockId, clock_gettime};
 
@@ -14,7 +14,7 @@ use crate::{
     tracked::{self, TRACKED},
 };
 
-const TCP_PEERS: &str = "hf_tcp_peers";
+const PEER_PLACES: &str = "hf_peer_places";
 
 /// A device's flow of which nothing passed for so long is not counted: devices go without a word, and what
 /// they had stands in the map for a day.
@@ -34,11 +34,12 @@ impl Services {
     pub fn open_connections(&self) -> Result<BTreeMap<SocketAddr, u32>, MapError> {
         let mut open = BTreeMap::new();
         let mut add = |endpoint: SocketAddr| *open.entry(endpoint).or_default() += 1;
-        let map = self.ebpf.map(TCP_PEERS).ok_or_else(|| missing(TCP_PEERS))?;
-        for place in Array::<&MapData, TcpPeer>::try_from(map)?.iter() {
-            let place = place?;
-            if place.cookie != 0 {
-                add(place.peer.endpoint.socket_addr());
+        let map = self.ebpf.map(PEER_PLACES);
+        let map = map.ok_or_else(|| missing(PEER_PLACES))?;
+        for place in Array::<&MapData, PeerPlace>::try_from(map)?.iter() {
+            let PeerPlace { cookie, peer } = place?;
+            if cookie != 0 && u32::from(peer.service.protocol) == PROTOCOL_TCP {
+                add(peer.endpoint.socket_addr());
             }
         }
         let map = self.ebpf.map(TRACKED).ok_or_else(|| missing(TRACKED))?;

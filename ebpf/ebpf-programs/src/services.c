@@ -4,9 +4,9 @@
  * flow, and the application keeps seeing the service.
  *
  * Invariant: what is not a service passes untouched after one look-up, and receiving on a socket
- * that never used a service costs none. Nothing here decides which endpoints are good: it picks one
- * of the list, by chance, by turn or by the client's hash as the list asks, or what the client had
- * before where the service keeps clients.
+ * that never used a service costs none, or one where it is connected. Nothing here decides which
+ * endpoints are good: it picks one of the list, by chance, by turn or by the client's hash as the
+ * list asks, or what the client had before where the service keeps clients.
  *
  * Hash map entries are recycled at once, also under a reader. So a list is read, then an endpoint, and
  * all of it was true if no list was replaced meanwhile, or if it is still the same (see is_true()).
@@ -113,18 +113,18 @@ struct {
     __uint(max_entries, TURNS_MAX);
 } hf_turns SEC(".maps");
 
-/* Connected TCP sockets by their cookies, modulo: cookies count up, so that sockets that do not last
+/* Connected sockets by their cookies, modulo: cookies count up, so that sockets that do not last
  * seldom meet. A place is taken until its socket closes (hf_sock_release()); who finds it taken has its
  * peer in hf_peers, whose two allocations cost a connect a microsecond. */
 struct {
     __uint(type, BPF_MAP_TYPE_ARRAY);
     __type(key, __u32);
-    __type(value, struct tcp_peer);
-    __uint(max_entries, TCP_PEERS_MAX);
-} hf_tcp_peers SEC(".maps");
+    __type(value, struct peer_place);
+    __uint(max_entries, PEER_PLACES_MAX);
+} hf_peer_places SEC(".maps");
 
-/* With each UDP socket that ever used a service, and each TCP socket that has no place in hf_tcp_peers;
- * goes with the socket. */
+/* With each UDP socket that ever sent to a service without being connected, and each connected socket that
+ * has no place in hf_peer_places; goes with the socket. */
 struct {
     __uint(type, BPF_MAP_TYPE_SK_STORAGE);
     __uint(map_flags, BPF_F_NO_PREALLOC);
@@ -403,16 +403,16 @@ static __always_inline bool remember_at_socket(struct bpf_sock_addr *ctx, const 
     return kept != NULL;
 }
 
-static __always_inline struct tcp_peer *place_of(__u64 cookie)
+static __always_inline struct peer_place *place_of(__u64 cookie)
 {
-    __u32 index = cookie % TCP_PEERS_MAX;
+    __u32 index = cookie % PEER_PLACES_MAX;
 
-    return bpf_map_lookup_elem(&hf_tcp_peers, &index);
+    return bpf_map_lookup_elem(&hf_peer_places, &index);
 }
 
 static __always_inline bool remember_at_place(__u64 cookie, const struct peer *peer)
 {
-    struct tcp_peer *place = place_of(cookie);
+    struct peer_place *place = place_of(cookie);
 
     if (!place || (place->cookie != cookie && __sync_val_compare_and_swap(&place->cookie, 0, cookie)))
         return false;
@@ -422,7 +422,7 @@ static __always_inline bool remember_at_place(__u64 cookie, const struct peer *p
 
 static __always_inline struct peer *recall_at_place(__u64 cookie)
 {
-    struct tcp_peer *place = place_of(cookie);
+    struct peer_place *place = place_of(cookie);
 
     return place && place->cookie == cookie ? &place->peer : NULL;
 }
@@ -432,21 +432,33 @@ static __always_inline void remember_peer(struct bpf_sock_addr *ctx, __u64 cooki
                                           const struct choice *choice)
 {
     struct peer peer = {.service = *service, .endpoint = choice->endpoint};
-    bool remembered;
+    bool remembered = remember_at_place(cookie, &peer) || remember_at_socket(ctx, &peer);
 
-    if (ctx->protocol == PROTOCOL_TCP)
-        remembered = remember_at_place(cookie, &peer) || remember_at_socket(ctx, &peer);
-    else /* Without an entry it stays with an endpoint that is gone. */
-        remembered = remember_at_socket(ctx, &peer) &&
-                     !bpf_map_update_elem(&hf_connected, &cookie, &peer, BPF_ANY);
+    if (ctx->protocol == PROTOCOL_UDP) /* Without an entry it stays with an endpoint that is gone. */
+        remembered &= !bpf_map_update_elem(&hf_connected, &cookie, &peer, BPF_ANY);
     if (!remembered)
         count(COUNT_not_remembered);
 }
 
-static __always_inline void forget_connected(struct bpf_sock_addr *ctx, struct peer *peer)
+static __always_inline struct peer *recall_at_socket(struct bpf_sock_addr *ctx)
+{
+    return bpf_sk_storage_get(&hf_peers, ctx->sk, 0, 0);
+}
+
+/* What was remembered of a socket when it was connected. */
+static __always_inline struct peer *find_peer(struct bpf_sock_addr *ctx)
+{
+    return recall_at_place(bpf_get_socket_cookie(ctx)) ?: recall_at_socket(ctx);
+}
+
+/* Of a UDP socket that is connected elsewhere. */
+static __always_inline void forget_connected(struct bpf_sock_addr *ctx)
 {
     __u64 cookie = bpf_get_socket_cookie(ctx);
+    struct peer *peer = find_peer(ctx);
 
+    if (!peer)
+        return;
     peer->endpoint.port = 0;
     bpf_map_delete_elem(&hf_connected, &cookie);
 }
@@ -455,7 +467,6 @@ static __always_inline int on_connect(struct bpf_sock_addr *ctx, bool v6)
 {
     struct socket_address service;
     struct choice choice = {};
-    struct peer *peer;
     __u64 cookie;
 
     if (ctx->protocol != PROTOCOL_TCP && ctx->protocol != PROTOCOL_UDP)
@@ -465,11 +476,8 @@ static __always_inline int on_connect(struct bpf_sock_addr *ctx, bool v6)
     switch (choose(ctx, &service, &cookie, NULL, &choice)) {
     case NOT_A_SERVICE:
         count(COUNT_connect_passed);
-        if (ctx->protocol == PROTOCOL_UDP) { /* It may have been connected to a service before. */
-            peer = bpf_sk_storage_get(&hf_peers, ctx->sk, 0, 0);
-            if (peer)
-                forget_connected(ctx, peer);
-        }
+        if (ctx->protocol == PROTOCOL_UDP) /* It may have been connected to a service before. */
+            forget_connected(ctx);
         return PASS;
     case NO_ENDPOINT:
         return refuse(COUNT_connect_refused);
@@ -543,7 +551,8 @@ static __always_inline int on_send(struct bpf_sock_addr *ctx, bool v6)
 
 static __always_inline int on_receive(struct bpf_sock_addr *ctx, bool v6)
 {
-    struct peer *peer = bpf_sk_storage_get(&hf_peers, ctx->sk, 0, 0);
+    bool connected = ctx->sk->state == BPF_TCP_ESTABLISHED; /* By UDP, too. */
+    struct peer *peer = connected ? find_peer(ctx) : recall_at_socket(ctx);
     struct socket_address *service;
     struct socket_flow reply = {};
 
@@ -561,15 +570,6 @@ static __always_inline int on_receive(struct bpf_sock_addr *ctx, bool v6)
     }
     count(COUNT_receive_rewritten);
     return PASS;
-}
-
-static __always_inline struct peer *find_peer(struct bpf_sock_addr *ctx)
-{
-    struct peer *peer = NULL;
-
-    if (ctx->protocol == PROTOCOL_TCP)
-        peer = recall_at_place(bpf_get_socket_cookie(ctx));
-    return peer ?: bpf_sk_storage_get(&hf_peers, ctx->sk, 0, 0);
 }
 
 static __always_inline int on_peer_name(struct bpf_sock_addr *ctx, bool v6)
@@ -675,10 +675,10 @@ int hf_sock_ops(struct bpf_sock_ops *ctx)
 SEC("cgroup/sock_release")
 int hf_sock_release(struct bpf_sock *ctx)
 {
-    struct tcp_peer *place;
+    struct peer_place *place;
     __u64 cookie;
 
-    if (ctx->protocol != PROTOCOL_TCP)
+    if (ctx->protocol != PROTOCOL_TCP && ctx->protocol != PROTOCOL_UDP)
         return 1;
     cookie = bpf_get_socket_cookie(ctx);
     place = place_of(cookie);

@@ -172,6 +172,9 @@ fn connections_are_counted_by_endpoint_while_they_are_open() {
         let second = connect(&mut lab, &at[1..], 3);
         // Who asks for the endpoint itself was not led there.
         let direct = TcpStream::connect(at[0]).unwrap();
+        family.serve(&mut lab, Protocol::Udp, &at[..1]);
+        let datagrams = family.client(); // Remembered with the connections.
+        datagrams.connect(family.asked()).unwrap();
         assert_eq!(open(&mut lab, &at), [5, 3], "{}", family.name);
         // A descriptor more is the same socket, and what the other end does is not its end.
         let again = first[0].try_clone().unwrap();

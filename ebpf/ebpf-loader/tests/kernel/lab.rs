@@ -18,7 +18,7 @@ use aya::{
     maps::{Array, HashMap, Map, MapData, MapInfo, loaded_maps},
     programs::{links::LinkInfo, loaded_links, loaded_programs},
 };
-use ebpf_abi::{Counter, TcpPeer};
+use ebpf_abi::{Counter, PeerPlace};
 use ebpf_loader::{
     ApplyReport, Backends, Clients, Frontend, LoadError, Protocol, Services, find_cgroup2,
 };
@@ -148,10 +148,10 @@ impl Lab {
         move |counter| counters[&counter]
     }
 
-    /// How many connected TCP sockets have a place in the map that is for most of them.
+    /// How many connected sockets have a place in the map that is for most of them.
     pub(crate) fn places_taken(&self) -> usize {
-        let map = Map::Array(map_named("hf_tcp_peers"));
-        let places = Array::<_, TcpPeer>::try_from(map).unwrap();
+        let map = Map::Array(map_named("hf_peer_places"));
+        let places = Array::<_, PeerPlace>::try_from(map).unwrap();
         let places = places.iter().map(Result::unwrap);
         places.filter(|place| place.cookie != 0).count()
     }
