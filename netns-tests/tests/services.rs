@@ -58,7 +58,6 @@ fn leads(mesh: &Mesh, client: &Node, endpoints: &[&str], expected: &str) -> Resu
     })
 }
 
-/// Lines that came back.
 fn goes_on(stream: &mut Process) -> Result<()> {
     stream.says_more(6, SOON)
 }

@@ -48,7 +48,7 @@ const SAMPLES: usize = 50;
 /// A round goes through all cases so often again, with a stream each.
 const STREAM_TURNS: usize = 24;
 
-/// Length of a stream: 6 s a round, as one stream is up to a quarter faster or slower than the next. The kernel says idle times in units of 10 ms for each processor.
+/// Length of a stream: 6 s a round. The kernel says idle times in units of 10 ms for each processor.
 const STREAM: Duration = Duration::from_millis(250);
 
 /// What a client does again and again, and the names of its median and of its 99th percentile.

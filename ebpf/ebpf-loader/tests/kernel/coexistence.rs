@@ -7,7 +7,7 @@ use ebpf_loader::Protocol;
 use crate::{
     kube_proxy::{KubeProxy, MODES},
     lab::{
-        self, Lab, accepted, add_to_loopback, addresses, ask, datagram, exchange, tcp_servers,
+        self, Lab, accepted, add_to_loopback, addresses, ask, ask_connected, exchange, tcp_servers,
         udp_servers,
     },
     netns::ip,
@@ -76,15 +76,6 @@ fn kube_proxy_may_come_first_restart_and_stay_behind() {
     }
 }
 
-/// A datagram each way by a connected socket; which server has it.
-fn ask_connected(client: &UdpSocket, servers: &[UdpSocket]) -> usize {
-    client.send(b"?").unwrap();
-    let (server, from) = datagram(servers);
-    servers[server].send_to(b"!", from).unwrap();
-    client.recv(&mut [0]).unwrap();
-    server
-}
-
 #[test]
 fn datagrams_are_ours_while_we_are_there_and_a_connected_socket_s_stay_whatever_kube_proxy_does() {
     const OURS: usize = 0;
@@ -110,17 +101,17 @@ fn datagrams_are_ours_while_we_are_there_and_a_connected_socket_s_stay_whatever_
         let proxy = KubeProxy::start(mode, service, at[THEIRS]);
         let (client, theirs) = (family.client(), connected());
         assert_eq!(ask(&client, family, &servers), THEIRS, "{what}: alone");
-        assert_eq!(ask_connected(&theirs, &servers), THEIRS, "{what}: alone");
+        assert_eq!(ask_connected(&theirs, &servers).0, THEIRS, "{what}: alone");
 
         lab.apply(&[(service, Protocol::Udp, &[at[OURS]])]);
         let ours = connected();
         let go_on = |why| {
             assert_eq!(ask(&client, family, &servers), OURS, "{what}: {why}");
-            assert_eq!(ask_connected(&ours, &servers), OURS, "{what}: {why}");
+            assert_eq!(ask_connected(&ours, &servers).0, OURS, "{what}: {why}");
         };
         go_on("we came second");
         assert_eq!(
-            ask_connected(&theirs, &servers),
+            ask_connected(&theirs, &servers).0,
             THEIRS,
             "{what}: it was open"
         );
@@ -135,6 +126,10 @@ fn datagrams_are_ours_while_we_are_there_and_a_connected_socket_s_stay_whatever_
             THEIRS,
             "{what}: we are gone"
         );
-        assert_eq!(ask_connected(&ours, &servers), OURS, "{what}: we are gone");
+        assert_eq!(
+            ask_connected(&ours, &servers).0,
+            OURS,
+            "{what}: we are gone"
+        );
     }
 }

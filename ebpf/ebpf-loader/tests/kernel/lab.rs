@@ -330,11 +330,23 @@ pub(crate) fn datagram(servers: &[UdpSocket]) -> (usize, SocketAddr) {
 #[track_caller]
 pub(crate) fn ask(client: &UdpSocket, family: &Family, servers: &[UdpSocket]) -> usize {
     client.send_to(b"?", family.asked()).unwrap();
-    let (server, from) = datagram(servers);
-    servers[server].send_to(b"!", from).unwrap();
-    let (_, shown) = client.recv_from(&mut [0; 8]).unwrap();
+    let (server, shown) = answered(client, servers);
     assert_eq!(shown, family.asked(), "{}", family.name);
     server
+}
+
+/// One question and its answer on a connected socket; who answered, and from whom the client is told that it came.
+#[track_caller]
+pub(crate) fn ask_connected(client: &UdpSocket, servers: &[UdpSocket]) -> (usize, SocketAddr) {
+    client.send(b"?").unwrap();
+    answered(client, servers)
+}
+
+#[track_caller]
+fn answered(client: &UdpSocket, servers: &[UdpSocket]) -> (usize, SocketAddr) {
+    let (server, from) = datagram(servers);
+    servers[server].send_to(b"!", from).unwrap();
+    (server, client.recv_from(&mut [0; 8]).unwrap().1)
 }
 
 #[track_caller]

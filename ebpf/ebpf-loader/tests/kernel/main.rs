@@ -50,8 +50,8 @@ use rustix::{
 };
 
 use crate::lab::{
-    FAMILIES, Lab, PATIENCE, accepted, addresses, ask, connect_times, datagram, own_bpf_objects,
-    tcp_servers, udp_servers,
+    FAMILIES, Lab, PATIENCE, accepted, addresses, ask, ask_connected, connect_times, datagram,
+    own_bpf_objects, tcp_servers, udp_servers,
 };
 
 /// Chance of missing one of three endpoints in 60 tries: below 10⁻¹⁰.
@@ -154,30 +154,23 @@ fn two_udp_sockets_at_one_place_both_show_the_service_until_they_are_connected_e
     let second = UdpSocket::from(second.unwrap().unwrap());
     second.set_read_timeout(Some(PATIENCE)).unwrap();
     second.connect(family.asked()).unwrap();
-    let taken = |lab: &Lab| lab.places_taken();
-    assert_eq!(taken(&lab), 1);
+    assert_eq!(lab.places_taken(), 1);
     for client in [&first, &second] {
-        client.send(b"?").unwrap();
-        let (_, from) = datagram(&servers);
-        servers[0].send_to(b"!", from).unwrap();
-        assert_eq!(client.recv_from(&mut [0; 8]).unwrap().1, family.asked());
+        assert_eq!(ask_connected(client, &servers), (0, family.asked()));
         assert_eq!(client.peer_addr().unwrap(), family.asked());
     }
     assert_eq!(lab.services().connected().unwrap().len(), 2);
     drop(first);
-    assert_eq!(taken(&lab), 0);
+    assert_eq!(lab.places_taken(), 0);
     // Where it was remembered first says nothing of where it is now.
     second.connect(family.asked()).unwrap();
-    assert_eq!(taken(&lab), 1);
+    assert_eq!(lab.places_taken(), 1);
     assert_eq!(second.peer_addr().unwrap(), family.asked());
     second.connect(at[0]).unwrap();
     assert_eq!(second.peer_addr().unwrap(), at[0]);
-    servers[0]
-        .send_to(b"!", second.local_addr().unwrap())
-        .unwrap();
-    assert_eq!(second.recv_from(&mut [0; 8]).unwrap().1, at[0]);
+    assert_eq!(ask_connected(&second, &servers), (0, at[0]));
     drop(second);
-    assert_eq!(taken(&lab), 0);
+    assert_eq!(lab.places_taken(), 0);
     assert_eq!(lab.counted()(Counter::NotRemembered), 0);
 }
 
@@ -202,10 +195,7 @@ fn connected_udp_stays_with_one_endpoint_and_shows_the_service() {
                 family.name
             );
             let ask = || {
-                client.send(b"?").unwrap();
-                let (server, from) = datagram(&servers);
-                servers[server].send_to(b"!", from).unwrap();
-                let (_, shown) = client.recv_from(&mut [0; 8]).unwrap();
+                let (server, shown) = ask_connected(&client, &servers);
                 assert_eq!(shown, family.asked(), "{}", family.name);
                 server
             };
