@@ -75,9 +75,9 @@ enum Verb {
         /// Measure these cases and nothing else.
         #[arg(long, value_delimiter = ',', conflicts_with = "peers")]
         only: Vec<String>,
-        /// Keep idle processors from sleeping: without what it takes to wake them, which is the machine's.
+        /// Where the machine's boot line switched a guest's halt polling off, leave it off.
         #[arg(long)]
-        awake: bool,
+        as_booted: bool,
         /// Measure the binaries in this folder instead of building them.
         #[arg(long)]
         bins: Option<PathBuf>,
@@ -140,7 +140,7 @@ fn main() -> ExitCode {
             rounds,
             peers,
             only,
-            awake,
+            as_booted,
             bins,
         } => {
             let options = bench::Options {
@@ -148,7 +148,7 @@ fn main() -> ExitCode {
                 rounds,
                 peers,
                 only,
-                awake,
+                as_booted,
             };
             bench::run(name.as_deref(), json, save, options)
         }
