@@ -13,7 +13,8 @@ mod verdict;
 
 use std::{
     collections::BTreeMap,
-    fs,
+    fs::{self, File},
+    io::{self, Write as _},
     net::Ipv4Addr,
     path::{Path, PathBuf},
     process::Command,
@@ -39,8 +40,8 @@ pub(crate) struct Options {
     pub(crate) peers: Vec<String>,
     /// Nothing but these cases, if there are any.
     pub(crate) only: Vec<String>,
-    /// Let idle processors sleep as soon as the machine's boot line has them.
-    pub(crate) as_booted: bool,
+    /// Keep the processors from sleeping.
+    pub(crate) awake: bool,
 }
 
 /// A bench.
@@ -115,11 +116,8 @@ const BENCHES: &[Bench] = &[
     },
 ];
 
-/// How long a guest's idle processors wait for work before they sleep, ns (Linux, `virt/guest-halt-polling`).
-const HALT_POLLING: &str = "/sys/module/haltpoll/parameters/guest_halt_poll_ns";
-
-/// Linux's default of it.
-const HALT_POLLING_NS: u32 = 200_000;
+/// Who holds it open says how long a processor may take to wake (PM QoS).
+const NO_SLEEP: &str = "/dev/cpu_dma_latency";
 
 /// Fewer runs than these have no 99th percentile (issue 6).
 const P99_RUNS_MIN: usize = 50;
@@ -325,8 +323,7 @@ pub(crate) fn run(
     if options.bins.as_os_str().is_empty() {
         options.bins = build(true)?;
     }
-    let _polling = (!options.as_booted).then(|| Polling::as_by_default(Path::new(HALT_POLLING)));
-    let _polling = _polling.transpose()?;
+    let _awake = options.awake.then(keep_awake).transpose()?;
     let mut samples = Samples::default();
     let complete = (bench.run)(&options, &mut samples)?;
     let verdict = verdict::judge(bench.name, &samples.figures(bench.name));
@@ -343,58 +340,20 @@ pub(crate) fn run(
         println!("{text}{tables}");
     }
     if save {
-        save_run(bench, options.as_booted, &verdict, &lines, &text, &tables)?;
+        save_run(bench, options.awake, &verdict, &lines, &text, &tables)?;
     }
     Ok(complete)
 }
 
-/// In a guest: that its idle processors wait a moment for work, as by Linux's default, before the hypervisor has them. Where
-/// the boot line says that they do not, most of a round trip is what it takes to get them back.
-#[derive(Debug)]
-struct Polling {
-    /// Where the kernel has it.
-    at: PathBuf,
-    /// What it was.
-    before: String,
-}
-
-impl Polling {
-    /// Until it is dropped. Nothing: there is no such thing to say, or it was not switched off. Who ends otherwise leaves
-    /// Linux's default.
-    ///
-    /// # Errors
-    ///
-    /// If the kernel does not take it.
-    fn as_by_default(at: &Path) -> Result<Option<Self>> {
-        let Ok(before) = fs::read_to_string(at) else {
-            return Ok(None); // No guest, or one that is led otherwise.
-        };
-        if before.trim() != "0" {
-            return Ok(None);
-        }
-        fs::write(at, HALT_POLLING_NS.to_string()).with_context(|| {
-            format!(
-                "have idle processors wait as by default: write {}",
-                at.display()
-            )
-        })?;
-        Ok(Some(Self {
-            at: at.to_owned(),
-            before,
-        }))
-    }
-}
-
-impl Drop for Polling {
-    fn drop(&mut self) {
-        if let Err(error) = fs::write(&self.at, self.before.trim()) {
-            eprintln!(
-                "write {} to {} again: {error}",
-                self.before.trim(),
-                self.at.display()
-            );
-        }
-    }
+/// Has idle processors wait instead of sleep until the file is closed (the kernel's admin-guide/pm/cpuidle): what it takes
+/// to wake one is the machine's, and in a virtual machine most of a round trip.
+fn keep_awake() -> Result<File> {
+    let open = || -> io::Result<File> {
+        let mut file = File::options().write(true).open(NO_SLEEP)?;
+        file.write_all(&0_u32.to_ne_bytes())?; // Longest acceptable wake-up, µs.
+        Ok(file)
+    };
+    open().with_context(|| format!("--awake: keep processors from sleeping by {NO_SLEEP}"))
 }
 
 /// The JSON lines: figures, what the programs are, what could not be measured, the summary.
@@ -488,7 +447,7 @@ fn figure_table(figures: &[Figure]) -> String {
 
 fn save_run(
     bench: &Bench,
-    as_booted: bool,
+    awake: bool,
     verdict: &Verdict,
     lines: &str,
     text: &str,
@@ -496,15 +455,15 @@ fn save_run(
 ) -> Result<()> {
     let folder = root().join("docs/bench");
     fs::create_dir_all(&folder)?;
-    let (suffix, option) = match as_booted {
-        true => ("-as-booted", " --as-booted"),
-        false => ("", ""),
+    let (suffix, option, how) = match awake {
+        true => ("-awake", " --awake", ", none of which may sleep"),
+        false => ("", "", ""),
     };
     let write = |extension: &str, content: &str| {
         let path = folder.join(format!("{}{suffix}.{extension}", bench.name));
         fs::write(&path, content).with_context(|| format!("write {}", path.display()))
     };
-    let machine = machine()?;
+    let machine = machine(how)?;
     let name = bench.name;
     let text = format!(
         "# bench {name}\n\n{machine}\n\
@@ -522,7 +481,7 @@ fn save_run(
 }
 
 /// What was measured, on what, when.
-fn machine() -> Result<String> {
+fn machine(how: &str) -> Result<String> {
     let folder = root().display().to_string();
     let commit = said("git", &["-C", &folder, "describe", "--always", "--dirty"]);
     let kernel = said("uname", &["-sr"]);
@@ -535,7 +494,7 @@ fn machine() -> Result<String> {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
     let day = now.as_secs() / 86_400;
     Ok(format!(
-        "Commit {commit}; {cores} cores of {cpu}; {kernel}; day {day} since 1970."
+        "Commit {commit}; {cores} cores of {cpu}{how}; {kernel}; day {day} since 1970."
     ))
 }
 
@@ -626,22 +585,6 @@ mod tests {
             (2_000.0, 1_000.0, 3_000.0, 3)
         );
         assert_eq!((name.ok, memory.ok), (Some(true), None));
-    }
-
-    #[test]
-    fn polling_is_as_by_default_where_it_is_off_and_then_as_it_was() {
-        let folder = tempfile::tempdir().unwrap();
-        let at = folder.path().join("guest_halt_poll_ns");
-        assert!(Polling::as_by_default(&at).unwrap().is_none());
-        let read = || fs::read_to_string(&at).unwrap();
-        fs::write(&at, "100000\n").unwrap();
-        assert!(Polling::as_by_default(&at).unwrap().is_none());
-        assert_eq!(read(), "100000\n");
-        fs::write(&at, "0\n").unwrap();
-        let polling = Polling::as_by_default(&at).unwrap();
-        assert_eq!(read(), "200000");
-        drop(polling);
-        assert_eq!(read(), "0");
     }
 
     #[test]

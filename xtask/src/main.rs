@@ -75,9 +75,9 @@ enum Verb {
         /// Measure these cases and nothing else.
         #[arg(long, value_delimiter = ',', conflicts_with = "peers")]
         only: Vec<String>,
-        /// Where the machine's boot line switched a guest's halt polling off, leave it off.
+        /// Keep idle processors from sleeping: without what it takes to wake them, which is the machine's.
         #[arg(long)]
-        as_booted: bool,
+        awake: bool,
         /// Measure the binaries in this folder instead of building them.
         #[arg(long)]
         bins: Option<PathBuf>,
@@ -140,7 +140,7 @@ fn main() -> ExitCode {
             rounds,
             peers,
             only,
-            as_booted,
+            awake,
             bins,
         } => {
             let options = bench::Options {
@@ -148,7 +148,7 @@ fn main() -> ExitCode {
                 rounds,
                 peers,
                 only,
-                as_booted,
+                awake,
             };
             bench::run(name.as_deref(), json, save, options)
         }
