@@ -115,7 +115,6 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
         let running = started?;
         // The programs and the snapshot were parsed; what that took is not needed again.
         memory::give_back();
-        memory::give_back_text();
         mesh_daemon::notify(NotifyState::Ready);
         let result = supervisor.run().await;
         running.end().await;

@@ -4,10 +4,15 @@ use std::{ffi::c_void, fs, ptr};
 
 use rustix::mm::{Advice, madvise};
 
-/// Gives back what the allocator keeps of memory that was freed: after a start, which reads and
-/// parses much that is needed once. Does nothing with an allocator other than glibc's.
-#[expect(unsafe_code, reason = "glibc's own call has no wrapper")]
+/// Gives back what is not needed again of what a start, or much work, took: it reads and parses much that is needed once.
 pub fn give_back() {
+    give_back_freed();
+    give_back_text();
+}
+
+/// What the allocator keeps of memory that was freed. Nothing with an allocator other than glibc's.
+#[expect(unsafe_code, reason = "glibc's own call has no wrapper")]
+fn give_back_freed() {
     #[cfg(target_env = "gnu")]
     // SAFETY: malloc_trim(3) may be called by any thread at any time; it takes the allocator's locks.
     unsafe {
@@ -15,11 +20,11 @@ pub fn give_back() {
     }
 }
 
-/// Lets go of the program's text, of which a start needs most and a quiet process a small part. What is used comes back
-/// from the page cache, a fault of about a microsecond for each 64 KiB; the rest the kernel may have when it needs memory,
-/// where before it was taken for in use. Without `/proc` nothing happens.
+/// The program's text, of which a quiet process needs a small part. What is used comes back from the page cache, a fault of
+/// about a microsecond for each 64 KiB; the rest the kernel may have when it needs memory, where before it was taken for in
+/// use. Nothing without `/proc`.
 #[expect(unsafe_code, reason = "who gives memory back says what is in it")]
-pub fn give_back_text() {
+fn give_back_text() {
     let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
     for (begin, end) in maps.lines().filter_map(text) {
         let begin = ptr::without_provenance_mut::<c_void>(begin);

@@ -15,7 +15,7 @@ fn a_program_s_text_is_given_back() {
         words.parse().unwrap()
     };
     let before = kib();
-    memory::give_back_text();
+    memory::give_back();
     let after = kib(); // By text that came back.
     println!("{before} KiB, then {after}");
     assert!(after < before, "{before} KiB, then {after}");
