@@ -142,17 +142,19 @@ fn make_folder_of(key: &str, socket: &Path) -> anyhow::Result<()> {
     }
 }
 
-/// Gives back memory each time the desired state has changed and then stayed as it is for [`QUIET`].
+/// Gives back memory when the desired state has stayed as it is for [`QUIET`]: first after the start, then after each change.
 async fn settle(
     mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let settling = async {
-        while snapshots.changed().await.is_ok() {
+        loop {
             while let Ok(Ok(())) = time::timeout(QUIET, snapshots.changed()).await {}
             task::spawn_blocking(memory::give_back).await?;
+            if snapshots.changed().await.is_err() {
+                return std::future::pending().await;
+            }
         }
-        std::future::pending().await
     };
     tokio::select! {
         () = stop.cancelled() => Ok(()),

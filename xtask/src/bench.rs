@@ -148,6 +148,11 @@ impl Samples {
             .push(value);
     }
 
+    /// Whether there is a value.
+    fn has(&self, case: &str, metric: &'static str) -> bool {
+        self.values.contains_key(&(case.to_owned(), metric))
+    }
+
     /// Takes in what was measured beside this, of other cases.
     pub(crate) fn append(&mut self, mut other: Self) {
         self.order.append(&mut other.order);
