@@ -23,7 +23,10 @@ mod cluster;
 mod dead;
 mod world;
 
-use std::time::Duration;
+use std::{
+    hash::{BuildHasher as _, RandomState},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -139,17 +142,19 @@ pub(super) fn run(options: &Options, samples: &mut Samples) -> Result<bool> {
     Ok(samples.errors().all(|(case, _)| is_other(case)))
 }
 
-/// Each turn begins with another case. Those that cannot be measured any more are gone then.
+/// Each turn has an order of its own: what a case finds of the one before in caches is in nobody's favour. Those that
+/// cannot be measured any more are gone then.
 fn turns(
     running: &mut Vec<Running>,
     count: usize,
     turn: fn(&mut Running) -> Result<()>,
     samples: &mut Samples,
 ) {
-    for number in 0..count {
-        let first = number % running.len().max(1);
-        let (last, first) = running.split_at_mut(first);
-        for one in first.iter_mut().chain(last) {
+    for _ in 0..count {
+        let chance = RandomState::new();
+        let mut order: Vec<_> = running.iter_mut().collect();
+        order.sort_by_cached_key(|one| chance.hash_one(one.case.name));
+        for one in order {
             if let Err(error) = turn(one) {
                 samples.error(one.case.name, &error);
                 one.broken = true;
