@@ -30,8 +30,8 @@ pub(super) fn check(options: &Options) -> Result<()> {
     cases::choose(options).map(drop)
 }
 
-/// Measures every case in each round, 5 × (16 × some 18 s + 2 hubs × 5 s) = 25 minutes, and at the end what
-/// further peers take, half a minute.
+/// Measures every case in each round, 5 × (16 × some 18 s + 2 hubs × 5 s), once 15 × 15 s until daemons are idle, 29 minutes
+/// together, and at the end what further peers take, half a minute.
 ///
 /// A case that cannot be measured is told by name. That another program cannot be had is no failure of the
 /// bench; that one of our own cannot is.

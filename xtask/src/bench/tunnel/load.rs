@@ -57,7 +57,7 @@ const SEARCH_SPAN: f64 = 64.0;
 const SEARCH_STEPS: u32 = 7;
 
 /// Measures everything once, in some 18 s: round trips 2 s, TCP 3 × 2.2 s, round trips beside bulk 3 s,
-/// rates of 64 and 1,200 bytes some 12 trials of 0.22 s each.
+/// rates of 64 and 1,200 bytes some 12 trials of 0.22 s each; in the first round [`SETTLED`] before.
 ///
 /// # Errors
 ///
