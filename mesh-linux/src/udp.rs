@@ -19,7 +19,8 @@ use crate::IfIndex;
 
 /// Bytes the kernel may hold for us on receive: 1 Gb/s for the 30 ms that a busy machine may
 /// keep a thread off the processor (125 MB/s × 30 ms = 3.75 MB). Left at its default of 208 KiB,
-/// the socket capped another relay at 95 Mb/s (netbird#6021).
+/// the socket capped another relay at 95 Mb/s (netbird#6021). An eighth of it would let a small flow beside a bulk one
+/// wait for less, but takes up to two fifths of the throughput where programs compute beside it (`mesh-tunnel/README.md`).
 pub const RECEIVE_BUFFER_BYTES: usize = 4 << 20;
 
 /// Bytes the kernel may hold for us on send: four batches of 64 KiB with its own books (the kernel

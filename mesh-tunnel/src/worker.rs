@@ -32,6 +32,13 @@ const READS_MAX: usize = 64;
 /// Bytes sealed before the next look at the sockets: two super-packets, about 150 µs.
 const SEAL_BYTES: usize = 128 << 10;
 
+/// Reads that follow the last ones within this time, 20,000 and more of them a second, come too often to be woken for
+/// each.
+const DENSE_WITHIN: Duration = Duration::from_micros(50);
+
+/// Reads of this many bytes, a quarter of a super-packet, are worth a wake-up.
+const WORTH_BYTES: usize = 16 << 10;
+
 /// Niceness of threads that move packets. They work in pieces of a fifth of a millisecond and then wait for the
 /// next packets; beside programs that compute, a packet must not wait for a whole slice of theirs
 /// (2.8 ms) at each of four hand-overs of a round trip.
@@ -137,6 +144,7 @@ struct Worker<'a> {
     blocked_since: Option<Instant>,
     /// When flows that are set aside have their turn again.
     unpark_at: Option<Instant>,
+    reads: Reads,
 }
 
 impl<'a> Worker<'a> {
@@ -152,6 +160,7 @@ impl<'a> Worker<'a> {
             stuck: None,
             blocked_since: None,
             unpark_at: None,
+            reads: Reads::default(),
         })
     }
 
@@ -190,6 +199,10 @@ impl<'a> Worker<'a> {
                 tolerate(self.read(now), &mut tun_errors)?;
             }
             self.send(now);
+            if self.reads.end_turn(now) && !self.has_work() {
+                // Whoever sends from this processor sends more, and the next look finds it all.
+                thread::yield_now();
+            }
         }
     }
 
@@ -215,6 +228,7 @@ impl<'a> Worker<'a> {
     fn read(&mut self, now: Instant) -> io::Result<()> {
         for _ in 0..READS_MAX {
             let len = self.queue.read(self.waiting.staging())?;
+            self.reads.bytes += len;
             let dropped = self.waiting.push(len, now);
             self.tunnel.drops.count_many(DropReason::QueueFull, dropped);
         }
@@ -279,6 +293,29 @@ impl<'a> Worker<'a> {
     }
 }
 
+/// What turns read from the TUN device.
+#[derive(Debug, Default)]
+struct Reads {
+    /// In this turn.
+    bytes: usize,
+    /// The last turn that read anything.
+    last: Option<Instant>,
+}
+
+impl Reads {
+    /// Ends a turn that began at `now`; whether its packets are small ones that come so fast that this thread is woken,
+    /// before its sender, for each of them.
+    fn end_turn(&mut self, now: Instant) -> bool {
+        let bytes = std::mem::take(&mut self.bytes);
+        if bytes == 0 {
+            return false;
+        }
+        let last = self.last.replace(now);
+        bytes < WORTH_BYTES
+            && last.is_some_and(|last| now.saturating_duration_since(last) < DENSE_WITHIN)
+    }
+}
+
 /// Passes on the last of [`ERRORS_MAX`] errors in a row.
 fn tolerate(result: io::Result<()>, errors: &mut usize) -> io::Result<()> {
     match result {
@@ -298,4 +335,36 @@ fn is_empty(error: &io::Error) -> bool {
         error.kind(),
         io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the ends of turns say that begin after so many microseconds each, and read so many bytes.
+    fn said(turns: &[(u64, usize)]) -> Vec<bool> {
+        let (mut now, mut reads) = (Instant::now(), Reads::default());
+        let ends = turns.iter().map(|&(after, bytes)| {
+            now += Duration::from_micros(after);
+            reads.bytes += bytes;
+            reads.end_turn(now)
+        });
+        ends.collect()
+    }
+
+    #[test]
+    fn only_small_reads_in_quick_succession_are_dense() {
+        let voice = [(0, 100), (1_000, 100), (1_000, 100)];
+        assert_eq!(said(&voice), [false; 3]);
+        let trickle = [(0, 100), (10, 100), (49, 200), (50, 100), (10, 100)];
+        assert_eq!(said(&trickle), [false, true, true, false, true]);
+        let bulk = [(0, 64 << 10), (10, WORTH_BYTES), (10, WORTH_BYTES - 1)];
+        assert_eq!(said(&bulk), [false, false, true]);
+    }
+
+    #[test]
+    fn turns_that_only_received_do_not_count() {
+        let answered = [(0, 100), (30, 0), (30, 100), (10, 0), (10, 100)];
+        assert_eq!(said(&answered), [false, false, false, false, true]);
+    }
 }
